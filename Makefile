@@ -1,0 +1,81 @@
+# make demo         the whole job on the shipped model: calibrate, save policies, compare; prints where results are
+# make test         the fast tests and the doctests
+# make test-all     the slow tests too
+# make test-oldest  the fast tests with the oldest versions pyproject.toml allows, in .venv-oldest
+# make lint         ruff and mypy; make format repairs what ruff can
+# make build        wheel and source archive in dist/
+# make clean        removes what tools left behind; results in runs/ and the environments stay
+#
+# The first target also sets up .venv. Another interpreter: make demo PYTHON=python3.12
+
+PYTHON ?= python3
+WORKERS ?= 2
+
+# One thread a worker: the test models are too small for more to help.
+PYTEST = OMP_NUM_THREADS=1 $(1)/bin/python -m pytest -q -n $(WORKERS) --dist worksteal
+
+export PIP_DISABLE_PIP_VERSION_CHECK = 1
+
+.PHONY: help venv demo test test-all test-oldest lint format build clean
+
+help:
+	@sed -n '/^# /s/^# //p;/^$$/q' Makefile
+
+venv: .venv/.installed
+
+demo: .venv/.installed
+	.venv/bin/catp demo
+
+test: .venv/.installed
+	$(call PYTEST,.venv)
+
+test-all: .venv/.installed
+	$(call PYTEST,.venv) -m ''
+
+test-oldest: .venv-oldest/.installed
+	$(call PYTEST,.venv-oldest)
+
+lint: .venv/.installed
+	.venv/bin/ruff check .
+	.venv/bin/ruff format --check .
+	.venv/bin/mypy
+
+format: .venv/.installed
+	.venv/bin/ruff check --fix .
+	.venv/bin/ruff format .
+
+# build/ of an earlier run would be packed again, deleted modules included.
+build: .venv/.installed
+	rm -rf build dist
+	.venv/bin/python -m build --no-isolation
+
+clean:
+	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find . -path "./.venv*" -prune -o -name __pycache__ -prune -exec rm -rf {} +
+
+# An environment that works is kept, with its Python: one made over another by a different Python would be broken.
+define CREATE
+command -v "$(PYTHON)" >/dev/null || { \
+    echo "There is no '$(PYTHON)' here." >&2; \
+    echo "Name a Python 3.11 or newer: make $(MAKECMDGOALS) PYTHON=/path/to/python3.11" >&2; \
+    exit 1; }; \
+"$(PYTHON)" -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
+    echo "catp-lightning needs Python 3.11 or newer; '$(PYTHON)' is $$("$(PYTHON)" -V 2>&1)." >&2; \
+    echo "Name another: make $(MAKECMDGOALS) PYTHON=python3.11" >&2; \
+    exit 1; }; \
+echo "Setting up $(@D), once: first torch (unpacking takes a minute), then the rest (a few minutes)."; \
+"$(PYTHON)" -m venv --clear $(@D)
+endef
+
+# The stamp is written last: an interrupted set-up starts again, and keeps what is installed already.
+# torch first and alone: a pinned version without local tag takes a CPU build where one is offered.
+.venv/.installed: CONSTRAINTS = constraints.txt
+.venv-oldest/.installed: CONSTRAINTS = constraints-oldest.txt
+.venv/.installed: constraints.txt
+.venv-oldest/.installed: constraints-oldest.txt
+.venv/.installed .venv-oldest/.installed: pyproject.toml setup.py
+	@$(@D)/bin/python -m pip --version >/dev/null 2>&1 || { $(CREATE); }
+	$(@D)/bin/python -m pip install -c $(CONSTRAINTS) "$$(grep '^torch==' $(CONSTRAINTS))"
+	$(@D)/bin/python -m pip install -c $(CONSTRAINTS) -e '.[dev]'
+	@touch $@
+	@echo "$(@D) is ready."

@@ -1,0 +1,1 @@
+"""Configuration files of the command line, shipped as `catp_lightning.configs`."""

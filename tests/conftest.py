@@ -1,0 +1,24 @@
+"""Settings that hold for every test, doctests included; set on import, before any library reads them."""
+
+import os
+
+os.environ["HF_HUB_OFFLINE"] = "1"  # a test that needs the hub fails at once instead of waiting for it
+os.environ["WANDB_MODE"] = "offline"
+os.environ["WANDB_SILENT"] = "true"
+os.environ["MPLBACKEND"] = "Agg"
+os.environ["TOKENIZERS_PARALLELISM"] = "false"  # otherwise tokenizers warns after every fork
+
+import pytest
+import torch
+from hypothesis import settings
+
+torch.set_num_threads(1)  # the same sums in the same order with any number of workers
+
+settings.register_profile("catp", deadline=None, derandomize=True)  # a busy machine is slow, not wrong
+settings.load_profile("catp")
+
+
+@pytest.fixture(autouse=True)
+def _seed() -> None:
+    """Every test draws the same numbers, alone or after others."""
+    torch.manual_seed(0)
