@@ -1,0 +1,160 @@
+"""Digit scenes: handwritten digits on a grid, with questions, in the official VQAv2 layout.
+
+The 1,797 digits of `sklearn.datasets.load_digits` are real handwriting. They are split once, by digit image, into pools
+for training, calibration and test: a model can be asked about digits that neither its training nor its calibration saw.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+from PIL import Image
+from sklearn.datasets import load_digits
+from sklearn.model_selection import train_test_split
+
+from catp_lightning.files import write_json
+
+Split = Literal["train", "calibration", "test"]
+
+GRID = 4  # cells a side
+CELL = 16  # pixels a cell side: a digit of 8 x 8 at twice its size
+MOST_DIGITS = 3
+EMPTY = -1
+SPLIT_SEED = 2404  # the split is part of the data set: a model trained on one split must never be tested on another
+
+KINDS = ("how many", "is there", "largest or smallest", "which digit")
+
+
+@dataclass(frozen=True)
+class DigitPool:
+    """Digits that scenes are drawn from: `images` float32 [N, 16, 16] in [0, 1], `labels` int64 [N]."""
+
+    images: np.ndarray
+    labels: np.ndarray
+
+
+@dataclass(frozen=True)
+class Scene:
+    """One picture: `image` uint8 [64, 64], `grid` int64 [4, 4] with the digit of each cell or `EMPTY`."""
+
+    image: np.ndarray
+    grid: np.ndarray
+
+
+@dataclass(frozen=True)
+class Question:
+    """A question about a scene; `kind` is one of `KINDS`, `answer_type` one of VQAv2's."""
+
+    text: str
+    answer: str
+    kind: str
+    answer_type: str
+
+
+@cache
+def digit_pool(split: Split) -> DigitPool:
+    """The digits of one split: 1,200 for training, 240 for calibration, 357 for test; no image is in two of them."""
+    digits = load_digits()
+    rest, train = train_test_split(
+        np.arange(len(digits.target)), test_size=1200, random_state=SPLIT_SEED, stratify=digits.target
+    )
+    test, calibration = train_test_split(rest, test_size=240, random_state=SPLIT_SEED, stratify=digits.target[rest])
+    chosen = {"train": train, "calibration": calibration, "test": test}[split]
+    images = np.kron(digits.images[chosen] / 16, np.ones((1, 2, 2))).astype(np.float32)
+    return DigitPool(images, digits.target[chosen])
+
+
+def draw_scene(rng: np.random.Generator, pool: DigitPool) -> Scene:
+    """One to three digits in different cells of a 4 x 4 grid, each at its own contrast, on a noisy background."""
+    count = rng.integers(1, MOST_DIGITS + 1)
+    cells = rng.choice(GRID * GRID, count, replace=False)
+    drawn = rng.choice(len(pool.labels), count, replace=False)
+    canvas = np.abs(rng.normal(0, 0.08, (GRID * CELL, GRID * CELL)))
+    grid = np.full((GRID, GRID), EMPTY)
+    for cell, digit in zip(cells, drawn, strict=True):
+        row, column = divmod(int(cell), GRID)
+        window = canvas[row * CELL : (row + 1) * CELL, column * CELL : (column + 1) * CELL]
+        window += pool.images[digit] * rng.uniform(0.7, 1.0)
+        grid[row, column] = pool.labels[digit]
+    return Scene((canvas.clip(0, 1) * 255).astype(np.uint8), grid)
+
+
+def ask_how_many(rng: np.random.Generator, grid: np.ndarray) -> Question:
+    return Question("How many digits are there?", str((grid != EMPTY).sum()), "how many", "number")
+
+
+def ask_is_there(rng: np.random.Generator, grid: np.ndarray) -> Question:
+    present = grid[grid != EMPTY]
+    digit = rng.choice(present) if rng.random() < 0.5 else rng.integers(10)
+    return Question(f"Is there a {digit}?", "yes" if digit in present else "no", "is there", "yes/no")
+
+
+def ask_extreme(rng: np.random.Generator, grid: np.ndarray) -> Question:
+    present = grid[grid != EMPTY]
+    word, answer = ("largest", present.max()) if rng.random() < 0.5 else ("smallest", present.min())
+    return Question(f"What is the {word} digit?", str(answer), "largest or smallest", "number")
+
+
+def ask_which(rng: np.random.Generator, grid: np.ndarray) -> Question:
+    """Four times in five about a cell that holds a digit."""
+    cells = np.argwhere(grid != EMPTY) if rng.random() < 0.8 else np.argwhere(np.ones_like(grid))
+    row, column = rng.choice(cells)
+    answer = "none" if grid[row, column] == EMPTY else str(grid[row, column])
+    return Question(f"Which digit is in row {row + 1} column {column + 1}?", answer, "which digit", "other")
+
+
+ASK: dict[str, Callable[[np.random.Generator, np.ndarray], Question]] = dict(
+    zip(KINDS, (ask_how_many, ask_is_there, ask_extreme, ask_which), strict=True)
+)
+
+
+def write_scenes(folder: str | Path, split: Split, questions: int, seed: int = 0, questions_per_image: int = 2) -> Path:
+    """Write scenes and their questions in VQAv2's layout, kinds of question in turn.
+
+    Creates `questions.json`, `annotations.json` (ten equal answers each) and `images/{image_id:012d}.png` in `folder`,
+    which is what `VQADataModule` reads. The same arguments give the same bytes.
+
+    Args:
+        folder: created if it does not exist.
+        split: which pool the digits come from.
+        questions: how many, at least 1.
+        seed: of the scenes and questions; image ids of different splits or seeds do not meet.
+        questions_per_image: how many questions share one image, as in VQAv2 itself.
+
+    Returns:
+        `folder`, as a path.
+    """
+    if questions < 1 or questions_per_image < 1:
+        raise ValueError(
+            f"questions and questions_per_image must be at least 1, got {questions} and {questions_per_image}."
+        )
+    folder = Path(folder)
+    (folder / "images").mkdir(parents=True, exist_ok=True)
+    salt = ("train", "calibration", "test").index(split)
+    rng, pool = np.random.default_rng([seed, salt]), digit_pool(split)
+    asked, annotated = [], []
+    for number in range(questions):
+        image_id = (salt * 1000 + seed % 1000) * 1_000_000 + number // questions_per_image
+        if number % questions_per_image == 0:
+            scene = draw_scene(rng, pool)
+            Image.fromarray(scene.image).convert("RGB").save(folder / "images" / f"{image_id:012d}.png")
+        question = ASK[KINDS[number % len(KINDS)]](rng, scene.grid)
+        ids = {"image_id": image_id, "question_id": image_id * 100 + number % questions_per_image}
+        asked.append({**ids, "question": question.text})
+        answers = [{"answer": question.answer, "answer_confidence": "yes", "answer_id": n} for n in range(1, 11)]
+        annotated.append(
+            {
+                **ids,
+                "question_type": question.kind,
+                "answer_type": question.answer_type,
+                "multiple_choice_answer": question.answer,
+                "answers": answers,
+            }
+        )
+    head = {"info": {"description": "digit scenes"}, "data_type": "digits", "data_subtype": split, "license": {}}
+    write_json(folder / "questions.json", {**head, "task_type": "Open-Ended", "questions": asked})
+    write_json(folder / "annotations.json", {**head, "annotations": annotated})
+    return folder

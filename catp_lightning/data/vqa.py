@@ -1,0 +1,145 @@
+"""Questions about images in the official VQAv2 layout, as a LightningDataModule."""
+
+from collections.abc import Sequence
+from functools import cached_property, partial
+from typing import Any, NotRequired, TypedDict
+
+import torch
+from lightning.pytorch import LightningDataModule
+from torch import Tensor
+from torch.utils.data import DataLoader
+from transformers import AutoProcessor
+
+from catp_lightning.data.vqa_dataset import VQADataset, VQAExample, VQASplit, check_fraction
+from catp_lightning.errors import DataError
+
+
+class VQABatch(TypedDict):
+    """A batch of B questions, on one device.
+
+    `inputs` is what the processor returns for the model: `pixel_values`, and `input_ids` and `attention_mask` int64
+    [B, T], left padded. `question_ids` and `image_ids` are int64 [B]; `answers`, ten a question, are absent where the
+    split has no annotations.
+    """
+
+    inputs: dict[str, Tensor]
+    question_ids: Tensor
+    image_ids: Tensor
+    answers: NotRequired[list[list[str]]]
+
+
+def collate(examples: Sequence[VQAExample], processor: Any, prompt: str) -> VQABatch:
+    """Examples to a batch; `prompt` holds `{}` where the question goes. Every image is a list of its own, the one form
+    that processors of one and of several images a sample both take."""
+    inputs = processor(
+        images=[[example["image"]] for example in examples],
+        text=[prompt.replace("{}", example["question"]) for example in examples],
+        padding=True,
+        return_tensors="pt",
+    )
+    batch = VQABatch(
+        inputs=dict(inputs),
+        question_ids=torch.tensor([example["question_id"] for example in examples]),
+        image_ids=torch.tensor([example["image_id"] for example in examples]),
+    )
+    if "answers" in examples[0]:
+        batch["answers"] = [example["answers"] for example in examples]
+    return batch
+
+
+class VQADataModule(LightningDataModule):
+    """Splits of a VQAv2-format data set as loaders of `VQABatch`; nothing is ever shuffled.
+
+    Args:
+        processor: folder or name for `AutoProcessor.from_pretrained`; text is padded on the left.
+        calibration: the split that `calibration_dataloader` reads. Its images should be in no other split.
+        val: the split for validation.
+        test: the split for testing.
+        predict: the split for prediction; where None, test is taken, and where that is None too, val.
+        prompt: text around a question, with `{}` where the question goes, and the image token for models that want it.
+        batch_size: questions a batch.
+        num_workers: processes that read images; 0 reads in the main process.
+        fraction: share of every split's questions to keep, in (0, 1]; 0.1 with seed 42 is CATP's protocol on VQAv2 val.
+        seed: of that choice.
+
+    Raises:
+        DataError: `prompt` has no `{}`, a split that is asked for was not given, or as `VQADataset`.
+        ValueError: `fraction` is outside (0, 1].
+
+    Example::
+
+        split = VQASplit("scenes/questions.json", "scenes/images", "scenes/annotations.json", "{image_id:012d}.png")
+        data = VQADataModule("path/of/a/model", val=split)
+        trainer.validate(VQAModule("path/of/a/model"), data)
+    """
+
+    def __init__(
+        self,
+        processor: str,
+        calibration: VQASplit | None = None,
+        val: VQASplit | None = None,
+        test: VQASplit | None = None,
+        predict: VQASplit | None = None,
+        prompt: str = "Question: {} Short answer:",
+        batch_size: int = 32,
+        num_workers: int = 0,
+        fraction: float = 1.0,
+        seed: int = 42,
+    ) -> None:
+        super().__init__()
+        if prompt.count("{}") != 1:
+            raise DataError(f"prompt={prompt!r} must hold '{{}}' once, where the question goes.")
+        check_fraction(fraction)
+        self.processor = processor
+        self.splits = {"calibration": calibration, "val": val, "test": test, "predict": predict or test or val}
+        self.prompt, self.batch_size, self.num_workers = prompt, batch_size, num_workers
+        self.fraction, self.seed = fraction, seed
+        self._datasets: dict[str, VQADataset] = {}
+
+    def setup(self, stage: str | None = None) -> None:
+        """Read the stage's files at once, so that what is wrong with them is said before anything runs."""
+        name = {"fit": "val", "validate": "val"}.get(stage or "", stage)
+        for candidate in self.splits if name is None else [name]:
+            if self.splits.get(candidate) is not None:
+                self._dataset(candidate)
+
+    def calibration_dataloader(self) -> DataLoader[VQAExample]:
+        """For `trainer.predict(module, data.calibration_dataloader())`."""
+        return self._loader("calibration")
+
+    def val_dataloader(self) -> DataLoader[VQAExample]:
+        return self._loader("val")
+
+    def test_dataloader(self) -> DataLoader[VQAExample]:
+        return self._loader("test")
+
+    def predict_dataloader(self) -> DataLoader[VQAExample]:
+        """The predict split; the test split where that is not given, then the val split."""
+        return self._loader("predict")
+
+    @cached_property
+    def _processor(self) -> Any:
+        processor = AutoProcessor.from_pretrained(self.processor)
+        if not hasattr(processor, "tokenizer") or not hasattr(processor, "image_processor"):
+            raise DataError(
+                f"processor={self.processor!r} holds a {type(processor).__name__}, which does not take text and "
+                "images. Name the processor of a vision-language model."
+            )
+        processor.tokenizer.padding_side = "left"  # answers are generated after the last column
+        return processor
+
+    def _dataset(self, name: str) -> VQADataset:
+        if name not in self._datasets:
+            split = self.splits[name]
+            if split is None:
+                raise DataError(f"There is no {name} split: give VQADataModule({name}=VQASplit(...)).")
+            self._datasets[name] = VQADataset(split, self.fraction, self.seed)
+        return self._datasets[name]
+
+    def _loader(self, name: str) -> DataLoader[VQAExample]:
+        return DataLoader(
+            self._dataset(name),
+            batch_size=self.batch_size,
+            num_workers=self.num_workers,
+            collate_fn=partial(collate, processor=self._processor, prompt=self.prompt),
+        )

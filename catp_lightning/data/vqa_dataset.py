@@ -1,0 +1,199 @@
+"""Questions, answers and images in the official VQAv2 layout, read from files.
+
+A split is a questions file, a folder of images and, where accuracy is measured, an annotations file with ten answers a
+question: https://visualqa.org/download.html. Digit scenes (`catp_lightning.data.scenes`) come in the same layout.
+"""
+
+import json
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple, NotRequired, TypedDict
+
+import numpy as np
+from PIL import Image
+from torch.utils.data import Dataset
+
+from catp_lightning.errors import DataError
+
+ANSWERS = 10  # people asked about each question; the official accuracy is defined for ten
+
+
+@dataclass
+class VQASplit:
+    """Where one split lies.
+
+    Args:
+        questions: the questions file, such as `v2_OpenEnded_mscoco_val2014_questions.json`.
+        images: the folder of the images.
+        annotations: the annotations file; None where no answers are known, as in VQAv2's test split.
+        image_name: name of an image's file in the folder; `{image_id}` stands for its id.
+
+    Raises:
+        DataError: `image_name` is the same for every image.
+    """
+
+    questions: str
+    images: str
+    annotations: str | None = None
+    image_name: str = "COCO_val2014_{image_id:012d}.jpg"
+
+    def __post_init__(self) -> None:
+        try:
+            distinct = self.image_name.format(image_id=1) != self.image_name.format(image_id=2)
+        except (ValueError, LookupError) as error:
+            raise DataError(f"image_name={self.image_name!r} cannot be filled in: {error!r}. {_NAME_HELP}") from error
+        if not distinct:
+            raise DataError(f"image_name={self.image_name!r} names one file for all images. {_NAME_HELP}")
+
+
+_NAME_HELP = "Use the field image_id, as in 'COCO_val2014_{image_id:012d}.jpg' or '{image_id:012d}.png'."
+
+
+class VQAExample(TypedDict):
+    """One question with its image, RGB, as it is read; `answers` only where the split has annotations."""
+
+    image: Image.Image
+    question: str
+    question_id: int
+    image_id: int
+    answers: NotRequired[list[str]]
+
+
+class _Question(NamedTuple):
+    question_id: int
+    image_id: int
+    text: str
+
+
+class VQADataset(Dataset[VQAExample]):
+    """The questions of a split, in the file's order; images are read when an item is.
+
+    Args:
+        split: where the files are.
+        fraction: share of the questions to keep, in (0, 1]; at least one is kept.
+        seed: of the choice. The same file, fraction and seed give the same questions.
+
+    Raises:
+        DataError: a file is missing, is not JSON, or not in VQAv2's layout; a question id is there twice; a chosen
+            question has no annotation or its image file is missing. Reading an item raises it for an unreadable image.
+        ValueError: `fraction` is outside (0, 1].
+    """
+
+    def __init__(self, split: VQASplit, fraction: float = 1.0, seed: int = 42) -> None:
+        check_fraction(fraction)
+        self.split = split
+        questions = _read_questions(split.questions)
+        count = max(1, round(fraction * len(questions)))
+        chosen = np.sort(np.random.default_rng(seed).choice(len(questions), count, replace=False))
+        self.questions = [questions[index] for index in chosen]
+        self.answers = _read_answers(split.annotations, self.questions) if split.annotations else None
+        self._require_images()
+
+    def __len__(self) -> int:
+        return len(self.questions)
+
+    def __getitem__(self, index: int) -> VQAExample:
+        question_id, image_id, text = self.questions[index]
+        image = self._read_image(question_id, image_id)
+        example = VQAExample(image=image, question=text, question_id=question_id, image_id=image_id)
+        if self.answers is not None:
+            example["answers"] = self.answers[index]
+        return example
+
+    def _image_path(self, image_id: int) -> Path:
+        return Path(self.split.images) / self.split.image_name.format(image_id=image_id)
+
+    def _require_images(self) -> None:
+        needed = {self._image_path(question.image_id): question.question_id for question in self.questions}
+        there: dict[Path, set[str]] = {}
+        for folder in {path.parent for path in needed}:  # listed once: asking for 40,000 files singly is slow
+            there[folder] = set(os.listdir(folder)) if folder.is_dir() else set()
+        missing = [path for path in needed if path.name not in there[path.parent]]
+        if missing:
+            first = ", ".join(f"{path} (question {needed[path]})" for path in missing[:3])
+            raise DataError(
+                f"{len(missing)} of {len(needed)} image files of {self.split.questions} are missing: {first}"
+                f"{', …' if len(missing) > 3 else ''}. Check images={self.split.images!r} and "
+                f"image_name={self.split.image_name!r}, or complete the folder."
+            )
+
+    def _read_image(self, question_id: int, image_id: int) -> Image.Image:
+        path = self._image_path(image_id)
+        try:
+            with Image.open(path) as image:
+                return image.convert("RGB")
+        except Exception as error:  # damaged files make Pillow's decoders raise OSError, SyntaxError, zlib.error, ...
+            raise DataError(
+                f"{path}, the image of question {question_id}, cannot be read: {error}. "
+                "Replace the file, or leave its questions out of the questions file."
+            ) from error
+
+
+def check_fraction(fraction: float) -> None:
+    if not 0 < fraction <= 1:
+        raise ValueError(f"fraction must be in (0, 1], got {fraction}. It is the share of the questions to keep.")
+
+
+def _read_records(path: str, key: str) -> list[Any]:
+    """The list under `key` of a JSON object."""
+    try:
+        content = json.loads(Path(path).read_bytes())
+    except FileNotFoundError as error:
+        raise DataError(f"{path}: there is no such file. It should hold the {key} in VQAv2's JSON layout.") from error
+    except OSError as error:
+        raise DataError(f"{path} cannot be read: {error.strerror}. It should be a file of {key}.") from error
+    except ValueError as error:
+        raise DataError(f"{path} is not valid JSON: {error}. Was it copied or unpacked completely?") from error
+    records = content.get(key) if isinstance(content, dict) else None
+    if not isinstance(records, list) or not records:
+        raise DataError(
+            f"{path} is not a VQAv2 {key} file: it must be an object with a list {key!r} that is not empty."
+        )
+    return records
+
+
+def _field(record: Any, name: str, kind: type, where: str) -> Any:
+    value = record.get(name) if isinstance(record, dict) else None
+    if not isinstance(value, kind) or isinstance(value, bool):
+        raise DataError(f"{where} is not in VQAv2's layout: {name!r} must be {kind.__name__}, got {value!r:.80}.")
+    return value
+
+
+def _read_questions(path: str) -> list[_Question]:
+    questions: dict[int, _Question] = {}
+    for index, record in enumerate(_read_records(path, "questions")):
+        where = f"{path}, question number {index}"
+        question_id = _field(record, "question_id", int, where)
+        if question_id in questions:
+            raise DataError(f"{where}: question_id {question_id} is there twice; ids must be unique.")
+        image_id, text = _field(record, "image_id", int, where), _field(record, "question", str, where)
+        questions[question_id] = _Question(question_id, image_id, text)
+    return list(questions.values())
+
+
+def _read_answers(path: str, questions: Sequence[_Question]) -> list[list[str]]:
+    """The ten answers of each question, in the questions' order."""
+    annotations: dict[int, Any] = {}
+    for index, record in enumerate(_read_records(path, "annotations")):
+        where = f"{path}, annotation number {index}"
+        question_id = _field(record, "question_id", int, where)
+        if question_id in annotations:
+            raise DataError(f"{where}: question_id {question_id} is there twice; ids must be unique.")
+        annotations[question_id] = record
+    missing = [question.question_id for question in questions if question.question_id not in annotations]
+    if missing:
+        raise DataError(
+            f"{path} has no annotation for {len(missing)} of {len(questions)} questions, the first with question_id "
+            f"{', '.join(map(str, missing[:3]))}. Questions and annotations must be of the same split."
+        )
+    return [_ten_answers(annotations[question.question_id], path) for question in questions]
+
+
+def _ten_answers(record: Any, path: str) -> list[str]:
+    where = f"{path}, annotation of question {record['question_id']}"
+    answers = [_field(answer, "answer", str, where) for answer in _field(record, "answers", list, where)]
+    if len(answers) != ANSWERS:
+        raise DataError(f"{where}: {len(answers)} answers, but VQA accuracy is defined for {ANSWERS}.")
+    return answers
