@@ -1,0 +1,112 @@
+"""Observed attention: the numbers a score needs, while the model's own implementation computes the output.
+
+transformers lets anybody register an attention function by name (`AttentionInterface`). Ours looks at queries and
+keys of the modules that are being observed, hands a reduction of their attention to an observer, and passes
+everything on to the implementation the model had: eager, sdpa or flash. Nothing is patched, and `output_attentions`
+stays off.
+"""
+
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from catp_lightning.errors import PruningError
+
+Reduction = Callable[[Tensor, Tensor, Tensor | None, float], Tensor]
+"""(query [B, H, Q, D], key [B, H, N, D], mask or None, scaling) -> whatever is kept of the attention."""
+
+OBSERVER = "_catp_observer"  # lives on a module only while it is observed
+PREFIX = "catp_"
+SUPPORTED = ("eager", "sdpa", "flash_attention_2", "flash_attention_3")
+
+
+def attention_map(query: Tensor, key: Tensor, mask: Tensor | None, scaling: float) -> Tensor:
+    """The whole map, [B, H, Q, N], for cross-attention of few query tokens; in float32 at least."""
+    dtype = torch.promote_types(query.dtype, torch.float32)
+    logits = query.to(dtype) @ key.to(dtype).transpose(-1, -2) * scaling
+    if mask is not None:
+        logits = logits.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else logits + mask
+    return logits.softmax(-1)
+
+
+def attention_received(query: Tensor, key: Tensor, mask: Tensor | None, scaling: float) -> Tensor:
+    """What each key receives, summed over query rows: [B, H, N]; one head at a time, [B, H, N, N] is never held."""
+    heads = [
+        attention_map(
+            query[:, h : h + 1],
+            key[:, h : h + 1],
+            None if mask is None else mask[:, h % mask.shape[1]][:, None],
+            scaling,
+        )
+        for h in range(query.shape[1])
+    ]
+    return torch.cat([head.sum(2) for head in heads], 1)
+
+
+@contextmanager
+def observe_attention(
+    model: PreTrainedModel, modules: Mapping[nn.Module, tuple[Reduction, Callable[[Tensor], None]]]
+) -> Iterator[None]:
+    """While inside, each of `modules` hands `reduction(query, key, mask, scaling)` to its observer, once a forward.
+
+    Args:
+        model: the (sub-)model the attention modules belong to; its `config` says which implementation they use.
+        modules: attention modules, each with a reduction and the observer that receives its result.
+
+    Raises:
+        PruningError: the model uses an attention implementation that cannot be observed, flex attention for example.
+    """
+    if not modules:
+        yield
+        return
+    original = model.config._attn_implementation or "eager"
+    name = _registered(original)
+    with ExitStack() as undo:
+        undo.callback(model.set_attn_implementation, original)
+        model.set_attn_implementation(name)
+        for module, observed in modules.items():
+            undo.callback(module.__dict__.pop, OBSERVER, None)
+            module.__dict__[OBSERVER] = observed
+        yield
+
+
+def _registered(original: str) -> str:
+    """The name of the observing twin of an implementation, registered on first use."""
+    if original not in SUPPORTED:
+        raise PruningError(
+            f"Attention cannot be observed under attn_implementation={original!r}. Load the model with one of "
+            f"{', '.join(SUPPORTED)}, or choose a policy whose scorer needs no attention (l2-norm, position, random)."
+        )
+    name = PREFIX + original
+    if name not in ALL_ATTENTION_FUNCTIONS:
+        AttentionInterface.register(name, _observing(original))
+        AttentionMaskInterface.register(name, ALL_MASK_ATTENTION_FUNCTIONS[original])
+    return name
+
+
+def _observing(original: str) -> Callable[..., Any]:
+    def attention(
+        module: nn.Module,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attention_mask: Tensor | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        if (observed := module.__dict__.get(OBSERVER)) is not None:
+            reduction, observer = observed
+            scaling = kwargs.get("scaling") or query.shape[-1] ** -0.5
+            observer(reduction(query.detach(), key.detach(), attention_mask, scaling))
+        # Each modeling file has an eager function of its own: the model's output must stay the model's.
+        eager: Any = getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
+        own = ALL_ATTENTION_FUNCTIONS.get_interface(original, eager)
+        return own(module, query, key, value, attention_mask, **kwargs)
+
+    return attention

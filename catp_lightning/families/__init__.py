@@ -1,0 +1,45 @@
+"""Families of models, and finding the model to prune in whatever a user hands over."""
+
+from torch import nn
+from transformers import PreTrainedModel
+
+from catp_lightning.errors import PruningError
+from catp_lightning.families.base import Family
+from catp_lightning.families.blip2 import Blip2
+
+FAMILIES: tuple[type[Family], ...] = (Blip2,)
+
+
+def find_family(module: nn.Module, name: str | None = None) -> Family:
+    """The family of the model to prune: the outermost supported one in `module`, under PEFT or DDP too.
+
+    Args:
+        module: a Hugging Face model, or any module that holds one.
+        name: which, where several are held: the attribute path, "student" or "net.student" for example.
+
+    Raises:
+        PruningError: there is none, there are several and `name` chooses none of them, or it cannot be pruned.
+    """
+    supported: dict[str, tuple[type[Family], PreTrainedModel]] = {}
+    for path, part in module.named_modules():
+        inside = any(not outer or path.startswith(f"{outer}.") for outer in supported)
+        family = next((f for f in FAMILIES if isinstance(part, PreTrainedModel) and f.handles(part)), None)
+        if family is not None and not inside:
+            supported[path] = (family, part)
+    listed = ", ".join(f"{path or 'itself'} ({family.name})" for path, (family, _) in supported.items())
+    if name is not None and name not in supported:
+        raise PruningError(f"There is no supported model at {name!r}; there are: {listed or 'none'}.")
+    if not supported:
+        other = sorted({type(part).__name__ for part in module.modules() if isinstance(part, PreTrainedModel)})
+        raise PruningError(
+            f"{type(module).__name__} holds no model that can be pruned. Supported: "
+            f"{', '.join(f.name for f in FAMILIES)} (Blip2ForConditionalGeneration with OPT). "
+            f"Found: {', '.join(other) or 'no Hugging Face model at all'}."
+        )
+    if name is None and len(supported) > 1:
+        raise PruningError(f'{type(module).__name__} holds several models: {listed}. Choose one with model="<name>".')
+    family, model = supported[name] if name is not None else next(iter(supported.values()))
+    return family(model)
+
+
+__all__ = ["FAMILIES", "Family", "find_family"]

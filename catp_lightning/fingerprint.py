@@ -1,0 +1,36 @@
+"""Integer arithmetic on the device: a checksum of an image, and numbers drawn from it."""
+
+import torch
+from torch import Tensor
+
+# SplitMix64 (Steele, Lea, Flood 2014); int64 wraps as uint64 does.
+_GOLDEN, _MIX1, _MIX2 = -0x61C8864680B583EB, -0x40A7B892E31B1A47, -0x6B2FB644ECCEEE15
+
+
+def mix(state: Tensor) -> Tensor:
+    """SplitMix64's output function: int64 of any shape -> int64 of the same shape, every bit depending on every bit."""
+    state = state + _GOLDEN
+    state = (state ^ _shift(state, 30)) * _MIX1
+    state = (state ^ _shift(state, 27)) * _MIX2
+    return state ^ _shift(state, 31)
+
+
+def fingerprint(pixels: Tensor) -> Tensor:
+    """A 64-bit checksum of each image: pixels [I, ...] of any float dtype -> int64 [I].
+
+    Depends on the image alone, not on its place in the batch, the device or the order of summation.
+    """
+    bits = pixels.detach().float().contiguous().flatten(1).view(torch.int32).long()
+    place = mix(torch.arange(bits.shape[1], device=bits.device))
+    return mix((mix(bits ^ place)).sum(1))
+
+
+def uniform(seeds: Tensor, count: int) -> Tensor:
+    """`count` numbers in [0, 1) from each seed, the same everywhere: int64 [I] -> float32 [I, count]."""
+    draws = mix(seeds[:, None] + _GOLDEN * torch.arange(1, count + 1, device=seeds.device))
+    return _shift(draws, 40).float() / 2**24
+
+
+def _shift(value: Tensor, by: int) -> Tensor:
+    """Logical shift to the right; torch's own keeps the sign."""
+    return (value >> by) & ((1 << (64 - by)) - 1)

@@ -1,0 +1,89 @@
+"""Collects, from one forward of the vision part, the signals that scorers and selectors need."""
+
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from catp_lightning.attention import Reduction, observe_attention
+from catp_lightning.errors import PruningError
+from catp_lightning.families import Family
+from catp_lightning.observation import BY_LAYER, Needs, Observation, Signal
+
+ATTENTION = frozenset({Signal.CROSS_ATTENTION, Signal.SELF_ATTENTION, Signal.IMAGE_RECEIVED})
+
+
+class Observer:
+    """Watches the vision part of one model; `take` hands over what its last forward showed.
+
+    Raises:
+        PruningError: a layer is asked for that the model does not have.
+    """
+
+    def __init__(self, family: Family, needs: Needs) -> None:
+        self.family = family
+        self.active = True
+        self.sites = list(_sites(family, needs))
+        self.values: dict[Signal | tuple[Signal, int], Tensor] = {}
+
+    @contextmanager
+    def watching(self) -> Iterator[None]:
+        """Attention is observed and hooks are in place only while inside."""
+        attention: dict[PreTrainedModel, dict[nn.Module, tuple[Reduction, Callable[[Tensor], None]]]] = {}
+        with ExitStack() as undo:
+            for signal, layer in self.sites:
+                key = (signal, layer) if signal in BY_LAYER else signal
+                if signal in ATTENTION:
+                    site = self.family.attention_site(signal, layer)
+                    attention.setdefault(site.owner, {})[site.module] = (site.reduction, self._storing(key))
+                else:
+                    output = self.family.output_site(signal)
+                    hook = output.module.register_forward_hook(self._reading(key, output.read), with_kwargs=True)
+                    undo.callback(hook.remove)
+            for owner, modules in attention.items():
+                undo.enter_context(observe_attention(owner, modules))
+            yield
+
+    def take(self) -> Observation:
+        """The signals of the last forward of the vision part; they are handed over once."""
+        values, self.values = self.values, {}
+        if len(values) < len(self.sites):
+            raise PruningError(
+                "The language model was called without the vision part being run in the same call, so its tokens "
+                "cannot be scored. Pass pixel_values, not precomputed image features; or use keep=1.0."
+            )
+        images = next(iter(values.values())).shape[0]
+        return Observation(images, self.family.tokens_per_image, self.family.layers(), values)
+
+    def _storing(self, key: Signal | tuple[Signal, int]) -> Callable[[Tensor], None]:
+        def store(value: Tensor) -> None:
+            if self.active:
+                self.values[key] = value
+
+        return store
+
+    def _reading(self, key: Signal | tuple[Signal, int], read: Callable[..., Tensor]) -> Callable[..., None]:
+        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+            if self.active:
+                self.values[key] = read(args, kwargs, output).detach()
+
+        return hook
+
+
+def _sites(family: Family, needs: Needs) -> Iterator[tuple[Signal, int]]:
+    for signal, layers in needs.items():
+        if signal not in BY_LAYER:
+            yield signal, 0
+            continue
+        count = family.layers()[signal]
+        for layer in range(count) if layers is None else layers:
+            if not -count <= layer < count:
+                raise PruningError(
+                    f"The policy reads layer {layer} of {signal.name.lower().replace('_', '-')}; this model has "
+                    f"{count}, numbered 0 to {count - 1}. Calibrate again, or name layers it has."
+                )
+        yield from sorted(
+            {(signal, layer % count) for layer in (range(count) if layers is None else layers)}, key=lambda s: s[1]
+        )

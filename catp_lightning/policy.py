@@ -1,0 +1,196 @@
+"""PruningPolicy: what was decided, for which model, on what evidence: all that crosses from calibration to use."""
+
+import difflib
+import json
+import math
+import warnings
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields, replace
+from pathlib import Path
+from typing import Any, Literal, Self, TypeVar, get_args
+
+from catp_lightning.errors import PolicyError
+from catp_lightning.files import write_json
+from catp_lightning.scorers import SCORERS, Scorer
+from catp_lightning.selectors import SELECTORS, Selector
+from catp_lightning.typed import build
+
+FORMAT_VERSION = 1
+FILE_NAME = "policy.json"
+
+Positions = Literal["original", "compact"]
+Method = TypeVar("Method")
+
+
+@dataclass(frozen=True)
+class PruningPolicy:
+    """Which visual tokens a model keeps, and why.
+
+    Attributes:
+        scorer: the method that ranks tokens; it brings its own default selector.
+        scorer_args: arguments of the scorer, checked against its typed fields.
+        selector: "top-k" or "dpp"; None: the scorer's own.
+        selector_args: arguments of the selector, checked alike; `per` says what the budget is for.
+        keep: a share, float in (0, 1], or a number of tokens, int >= 1; rounded up, at least 1, at most all.
+        positions: "original" leaves every token its position id; "compact" numbers the kept ones anew.
+        model: what the policy was made for: type, name and shape; None: any model that has what the scorer reads.
+        evidence: what a calibration found; not used when pruning.
+        format_version: of the file.
+
+    Raises:
+        PolicyError: a field has the wrong type or a value that is not allowed.
+
+    Example:
+        >>> policy = PruningPolicy(scorer="catp", scorer_args={"layers": [0]}, keep=0.25)
+        >>> PruningPolicy.from_dict(policy.to_dict()) == policy
+        True
+    """
+
+    scorer: str = "catp"
+    scorer_args: Mapping[str, Any] = field(default_factory=dict)
+    selector: str | None = None
+    selector_args: Mapping[str, Any] = field(default_factory=dict)
+    keep: float | int = 0.5
+    positions: Positions = "original"
+    model: Mapping[str, Any] | None = None
+    evidence: Mapping[str, Any] = field(default_factory=dict)
+    format_version: int = FORMAT_VERSION
+
+    def __post_init__(self) -> None:
+        check_keep(self.keep)
+        if self.positions not in get_args(Positions):
+            raise PolicyError(f"positions is {self.positions!r}; allowed are {', '.join(get_args(Positions))}.")
+        for name in ("scorer_args", "selector_args", "evidence"):
+            _check_mapping(name, getattr(self, name))
+        if self.model is not None:
+            _check_mapping("model", self.model)
+        if type(self.format_version) is not int or self.format_version < 1:
+            raise PolicyError(f"format_version is {self.format_version!r}; it is a whole number from 1.")
+        self.build_scorer()
+        self.build_selector()
+
+    def build_scorer(self) -> Scorer:
+        """The scorer with its arguments."""
+        return _method("scorer", self.scorer, SCORERS, self.scorer_args)
+
+    def build_selector(self) -> Selector:
+        """The selector with its arguments; the scorer's own where none is named."""
+        name = _lookup("scorer", self.scorer, SCORERS).selector if self.selector is None else self.selector
+        return _method("selector", name, SELECTORS, self.selector_args)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON types; `keep` as {"share": 1.0} or {"tokens": 1}, which JSON's one kind of number would mix up."""
+        values = json.loads(json.dumps(asdict(self), allow_nan=False))
+        values["keep"] = {"tokens": self.keep} if isinstance(self.keep, int) else {"share": self.keep}
+        return dict(values)
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Self:
+        """The policy that `to_dict` described. Keys of a newer version warn and are left out.
+
+        Raises:
+            PolicyError: a value is wrong.
+        """
+        values = dict(_check_mapping("a policy", values))
+        unknown = sorted(set(values) - {f.name for f in fields(cls)})
+        if unknown:
+            warnings.warn(
+                f"The policy has keys this version of catp-lightning does not know: {', '.join(map(str, unknown))}. "
+                "They are ignored.",
+                stacklevel=2,
+            )
+        known = {key: value for key, value in values.items() if key not in unknown}
+        if "keep" in known:
+            known["keep"] = _keep_from_json(known["keep"])
+        if not isinstance(known.get("scorer", ""), str) or not isinstance(known.get("selector", ""), str | None):
+            raise PolicyError(
+                f"scorer and selector are names, got {known.get('scorer')!r} and {known.get('selector')!r}."
+            )
+        return cls(**known)
+
+    def with_keep(self, keep: float | int) -> Self:
+        """The same policy at another budget."""
+        return replace(self, keep=keep)
+
+    def save(self, path: str | Path) -> Path:
+        """Write the policy as JSON, whole or not at all; a path without a suffix is a folder and gets `policy.json`."""
+        path = Path(path)
+        file = path if path.suffix else path / FILE_NAME
+        return write_json(file, self.to_dict(), indent=2)
+
+    @classmethod
+    def load(cls, path: str | Path, keep: float | int | None = None) -> Self:
+        """Read a policy.
+
+        Args:
+            path: a file; a folder with `policy.json` or one `keep-<value>.json` for each budget;
+                "wandb://entity/project/name:alias" for an artifact; "hf://user/repo" for a repository of the hub.
+            keep: which budget of a folder that holds several; a single policy must be for it.
+
+        Raises:
+            PolicyError: there is no such file, it is damaged, or or it holds other budgets than `keep`, or several
+            and `keep` is None.
+        """
+        from catp_lightning.locations import locate
+
+        file = locate(path, keep)
+        try:
+            values = json.loads(file.read_text(encoding="utf-8"), parse_constant=_no_constants)
+        except (OSError, UnicodeDecodeError, ValueError, RecursionError) as error:
+            raise PolicyError(
+                f"{file} cannot be read as a policy: {error}. Save it again, or calibrate again."
+            ) from error
+        try:
+            return cls.from_dict(values)
+        except PolicyError as error:
+            raise PolicyError(f"{file}: {error}") from error
+
+
+def check_keep(keep: Any) -> None:
+    """Raise PolicyError unless `keep` is a float in (0, 1] or an int >= 1."""
+    allowed = "keep is a share, a float in (0, 1], or a number of tokens, an int of at least 1"
+    if isinstance(keep, bool) or not isinstance(keep, int | float):
+        raise PolicyError(f"keep is {keep!r}; {allowed}.")
+    if isinstance(keep, int) and keep < 1:
+        raise PolicyError(f"keep is {keep}; {allowed}.")
+    if isinstance(keep, float) and not (math.isfinite(keep) and 0 < keep <= 1):
+        hint = (
+            f" For {keep:g} tokens write keep={keep:.0f}, without the point." if keep > 1 and keep.is_integer() else ""
+        )
+        raise PolicyError(f"keep is {keep}; {allowed}.{hint}")
+
+
+def _keep_from_json(value: Any) -> Any:
+    if isinstance(value, Mapping) and len(value) == 1:
+        (kind, number), *_ = value.items()
+        if kind == "share" and isinstance(number, int | float) and not isinstance(number, bool):
+            return float(number)
+        if kind == "tokens" and isinstance(number, int) and not isinstance(number, bool):
+            return number
+    raise PolicyError(f'keep is {value!r}; in a file it is {{"share": 0.5}} or {{"tokens": 16}}.')
+
+
+def _lookup(kind: str, name: Any, known: Mapping[str, type[Method]]) -> type[Method]:
+    if not isinstance(name, str) or name not in known:
+        near = difflib.get_close_matches(str(name), known, n=1)
+        hint = f" Did you mean {near[0]!r}?" if near else ""
+        raise PolicyError(f"There is no {kind} {name!r}; known are {', '.join(sorted(known))}.{hint}")
+    return known[name]
+
+
+def _method(kind: str, name: str, known: Mapping[str, type[Method]], args: Mapping[str, Any]) -> Method:
+    return build(_lookup(kind, name, known), args, f"{kind} {name!r}")
+
+
+def _check_mapping(name: str, value: Any) -> Mapping[str, Any]:
+    if not isinstance(value, Mapping) or not all(isinstance(key, str) for key in value):
+        raise PolicyError(f"{name} must be a dictionary with names as keys, got {value!r:.200}.")
+    try:
+        json.dumps(dict(value), allow_nan=False)
+    except (TypeError, ValueError, RecursionError) as error:
+        raise PolicyError(f"{name} holds something JSON cannot: {error}.") from error
+    return value
+
+
+def _no_constants(name: str) -> None:
+    raise ValueError(f"{name} is not a number a policy may hold")

@@ -1,0 +1,151 @@
+"""prune(model, policy): the context in which a model reads fewer visual tokens."""
+
+import warnings
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+from torch import Tensor, nn
+
+from catp_lightning.choosing import choose_tokens, columns_kept, score_tokens, visual_tokens
+from catp_lightning.dropping import DecoderEntry, Prompt
+from catp_lightning.errors import PolicyError, PruningError
+from catp_lightning.families import Family, find_family
+from catp_lightning.observation import join
+from catp_lightning.observing import Observer
+from catp_lightning.policy import PruningPolicy
+
+Choose = Callable[[Tensor], Tensor]
+"""Which visual tokens exist, bool [B, T] -> which of them stay, bool [B, T]."""
+
+MARK = "_catp_pruning"
+
+
+class Pruning:
+    """A record of what was kept.
+
+    Attributes:
+        keep: bool [B, T] of the last prefill, None before the first: which visual tokens stayed, in placeholder
+            order. B is the batch before beams are expanded, T the longest sample's count; False beyond a sample's own.
+        scores: float [B, T], what they were ranked by; -inf beyond a sample's own, None where nothing was scored.
+        choices: (keep bool [B, T], counts int64 [B]) of each prefill since it was last cleared, at most 1,024.
+    """
+
+    def __init__(self, family: Family, policy: PruningPolicy, choose: Choose | None = None) -> None:
+        self.family, self.policy = family, policy
+        self.keep: Tensor | None = None
+        self.scores: Tensor | None = None
+        self.choices: deque[tuple[Tensor, Tensor]] = deque(maxlen=1024)
+        self._given = choose
+        self._everything = policy.keep == 1.0 and isinstance(policy.keep, float)
+        self._scorer, self._selector = policy.build_scorer(), policy.build_selector()
+        scored = choose is None and not self._everything
+        self._observer = Observer(family, join([self._scorer.needs, self._selector.needs]) if scored else {})
+        self._entry = DecoderEntry(family, self._choose, compact=policy.positions == "compact")
+
+    @property
+    def labels_left_out(self) -> int:
+        """How many labels of the last call were predicted from dropped rows, and therefore do not count in its loss."""
+        return self._entry.labels_left_out
+
+    @contextmanager
+    def suspended(self) -> Iterator[None]:
+        """While inside, the model runs unpruned."""
+        self._observer.active = self._entry.active = False
+        try:
+            yield
+        finally:
+            self._observer.active = self._entry.active = True
+
+    @contextmanager
+    def applied(self) -> Iterator[None]:
+        with self._observer.watching(), self._entry.dropping():
+            yield
+
+    def _choose(self, prompt: Prompt) -> Tensor:
+        """Columns of a prompt that stay: bool [B, L]."""
+        visual = visual_tokens(prompt.visual)
+        if self._given is not None:
+            self.keep, self.scores = self._given(visual) & visual, None
+        elif self._everything or not visual.any():
+            self.keep, self.scores = visual, None
+        else:
+            seen = self._observer.take()
+            scores = score_tokens(self._scorer, seen, visual)
+            self.keep, self.scores = choose_tokens(scores, self._selector, self.policy.keep, seen, visual)
+        self.choices.append((self.keep, visual.sum(1)))
+        return columns_kept(prompt.visual, self.keep)
+
+
+@contextmanager
+def prune(
+    module: nn.Module, policy: PruningPolicy, *, model: str | None = None, choose: Choose | None = None
+) -> Iterator[Pruning]:
+    """While inside, the model reads only the visual tokens that the policy keeps; afterwards it is what it was.
+
+    Args:
+        module: a supported Hugging Face model, or any module that holds one, a LightningModule for example.
+        policy: what to keep.
+        model: which model, where `module` holds several: its attribute path.
+        choose: decides instead of the policy's scorer, from bool [B, T] which visual tokens exist to which stay.
+
+    Yields:
+        A record: `.keep` and `.scores` of the last prefill.
+
+    Raises:
+        PolicyError: the policy was made for another architecture.
+        PruningError: the model, or a call inside, cannot be pruned exactly; nested use on one model.
+
+    Example::
+
+        with prune(model, PruningPolicy(scorer="catp", keep=0.5)) as pruning:
+            model.generate(**batch)
+        pruning.keep.sum(1)  # 16 of 32 query tokens, for each sample
+    """
+    family = find_family(module, model)
+    check_model(policy, family)
+    refuse_unprunable(module, family)
+    pruning = Pruning(family, policy, choose)
+    family.model.__dict__[MARK] = pruning
+    try:
+        with pruning.applied():
+            yield pruning
+    finally:
+        del family.model.__dict__[MARK]
+
+
+def check_model(policy: PruningPolicy, family: Family) -> None:
+    """Raise PolicyError where a policy was made for another architecture; warn where it was for another checkpoint."""
+    if policy.model is None:
+        return
+    made_for, here = dict(policy.model), family.describe()
+    names = made_for.pop("name", ""), here.pop("name", "")
+    if made_for != here:
+        raise PolicyError(
+            f"The policy was made for {_described(made_for)}; this model is {_described(here)}. "
+            "Calibrate again with CrossAttentionCalibration, or load the model it was made for."
+        )
+    if all(names) and names[0] != names[1]:
+        warnings.warn(
+            f"The policy was made for the checkpoint {names[0]!r} and is used on {names[1]!r} of the same shape: "
+            "what it promises was measured on the first.",
+            stacklevel=3,
+        )
+
+
+def _described(model: Mapping[str, Any]) -> str:
+    shape = [f"{value} {key.replace('_', ' ')}" for key, value in model.items() if key != "type"]
+    return f"{model.get('type', 'a model')} with {', '.join(shape)}" if shape else str(model.get("type", "unknown"))
+
+
+def refuse_unprunable(module: nn.Module, family: Family) -> None:
+    """Raise PruningError where a model is being pruned already, or was compiled before."""
+    if MARK in family.model.__dict__:
+        raise PruningError("This model is being pruned already: leave that context first, prune does not nest.")
+    parts = (*module.modules(), *family.model.modules())
+    if any(hasattr(part, "_orig_mod") or getattr(part, "_compiled_call_impl", None) is not None for part in parts):
+        raise PruningError(
+            "The model was compiled before pruning and would ignore it. Enter prune first and compile inside, "
+            "or prune the module that was compiled."
+        )

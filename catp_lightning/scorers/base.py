@@ -1,0 +1,84 @@
+"""What every scorer is: a frozen dataclass whose one method is the equation of its paper."""
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from catp_lightning.observation import Needs, Observation
+
+
+@dataclass(frozen=True)
+class Scorer(ABC):
+    """Ranks visual tokens; the higher, the sooner kept.
+
+    Attributes:
+        selector: name of the selector this method uses unless the policy names another.
+        control: whether the method is a control that any real method must beat, and no finding of a calibration.
+    """
+
+    selector: ClassVar[str] = "top-k"
+    control: ClassVar[bool] = False
+
+    @property
+    @abstractmethod
+    def needs(self) -> Needs:
+        """The signals `score` reads, with their layers."""
+
+    @abstractmethod
+    def score(self, seen: Observation) -> Tensor:
+        """Scores of every image's tokens: float [I, T]."""
+
+
+@dataclass(frozen=True)
+class AttentionScorer(Scorer):
+    """A scorer that is a weighted sum of votes, one number for each token from each attention head.
+
+    Attributes:
+        layers: the layers that vote, counted from 0, or from -1 for the last; None: all.
+        head_weights: a row for each of those layers, a number for each head, negative ones too; None: all equal.
+    """
+
+    layers: tuple[int, ...] | None = None
+    head_weights: tuple[tuple[float, ...], ...] | None = None
+
+    def __post_init__(self) -> None:
+        if self.layers is not None and not self.layers:
+            raise ValueError("layers is empty: name at least one layer, or None for all.")
+        if self.head_weights is not None:
+            if len({len(row) for row in self.head_weights}) != 1:
+                raise ValueError("head_weights needs rows of equal length, a number for each head.")
+            if self.layers is not None and len(self.head_weights) != len(self.layers):
+                raise ValueError(f"head_weights has {len(self.head_weights)} rows for {len(self.layers)} layers.")
+
+    @abstractmethod
+    def votes(self, seen: Observation) -> Tensor:
+        """One number a head: float [I, L, H, T]."""
+
+    def score(self, seen: Observation) -> Tensor:
+        return weigh(self.votes(seen), self.weights(seen))
+
+    def weights(self, seen: Observation) -> Tensor | None:
+        """`head_weights` as a tensor [L, H] on the observation's device."""
+        if self.head_weights is None:
+            return None
+        like = next(value for value in seen.values.values() if value.is_floating_point())
+        return torch.tensor(self.head_weights, dtype=like.dtype, device=like.device)
+
+
+def weigh(votes: Tensor, head_weights: Tensor | None = None) -> Tensor:
+    """Sum over layers and heads: float [I, L, H, T], [L, H] or None -> [I, T].
+
+    Raises:
+        ValueError: the weights have another shape than the votes' layers and heads.
+    """
+    if head_weights is None:
+        return votes.sum((1, 2))
+    if head_weights.shape != votes.shape[1:3]:
+        raise ValueError(
+            f"head_weights has shape {tuple(head_weights.shape)}; the votes come from {votes.shape[1]} layers of "
+            f"{votes.shape[2]} heads."
+        )
+    return torch.einsum("blht,lh->bt", votes, head_weights.to(votes))

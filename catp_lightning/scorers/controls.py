@@ -1,0 +1,78 @@
+"""Controls: rules that look at no attention. A method that does not beat them is not ahead."""
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from catp_lightning.fingerprint import mix, uniform
+from catp_lightning.observation import Needs, Observation, Signal
+from catp_lightning.scorers.base import Scorer
+
+
+@dataclass(frozen=True)
+class L2Norm(Scorer):
+    """Euclidean norm of the token as it leaves the vision part; a baseline of 2404.08567."""
+
+    control: ClassVar[bool] = True
+
+    @property
+    def needs(self) -> Needs:
+        return {Signal.OUTPUTS: None}
+
+    def score(self, seen: Observation) -> Tensor:
+        outputs = seen[Signal.OUTPUTS]
+        return outputs.to(torch.promote_types(outputs.dtype, torch.float32)).norm(dim=-1)
+
+
+@dataclass(frozen=True)
+class Position(Scorer):
+    """The first tokens; a baseline of 2404.08567."""
+
+    control: ClassVar[bool] = True
+
+    @property
+    def needs(self) -> Needs:
+        return {Signal.FINGERPRINT: None}
+
+    def score(self, seen: Observation) -> Tensor:
+        device = seen[Signal.FINGERPRINT].device
+        return -torch.arange(seen.tokens, device=device, dtype=torch.float32).expand(seen.images, -1)
+
+
+@dataclass(frozen=True)
+class Stride(Scorer):
+    """Evenly spaced tokens: every second at one half, every fourth at a quarter.
+
+    Tokens are ranked by their bit-reversed index (the van der Corput order), so that a smaller budget keeps a subset
+    of a larger one, and every budget is spread as evenly as a nested order can be.
+    """
+
+    control: ClassVar[bool] = True
+
+    @property
+    def needs(self) -> Needs:
+        return {Signal.FINGERPRINT: None}
+
+    def score(self, seen: Observation) -> Tensor:
+        bits = max(1, (seen.tokens - 1).bit_length())
+        order = [int(f"{index:0{bits}b}"[::-1], 2) for index in range(seen.tokens)]
+        device = seen[Signal.FINGERPRINT].device
+        return -torch.tensor(order, device=device, dtype=torch.float32).expand(seen.images, -1)
+
+
+@dataclass(frozen=True)
+class Random(Scorer):
+    """Random tokens, drawn from the seed and the image's pixels: batch, rank and decoding step do not matter."""
+
+    control: ClassVar[bool] = True
+    seed: int = 0
+
+    @property
+    def needs(self) -> Needs:
+        return {Signal.FINGERPRINT: None}
+
+    def score(self, seen: Observation) -> Tensor:
+        images = seen[Signal.FINGERPRINT]
+        return uniform(mix(images ^ mix(torch.tensor(self.seed, device=images.device))), seen.tokens)

@@ -1,0 +1,61 @@
+"""What every selector is: scores and a budget in, the tokens to keep out."""
+
+import math
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from catp_lightning.observation import Needs, Observation
+
+
+@dataclass(frozen=True)
+class Selector(ABC):
+    """Chooses which tokens of each row stay; a row is an image, or all images of a sample.
+
+    Attributes:
+        per: what the budget is for: each "image" (or "crop", the same where images are not cut), or a whole "sample".
+    """
+
+    per: Literal["image", "crop", "sample"] = "image"
+
+    @property
+    def needs(self) -> Needs:
+        """Signals read beyond the scores."""
+        return {}
+
+    def vectors(self, seen: Observation) -> Tensor | None:
+        """What tokens are compared by, if they are: float [I, T, F]."""
+        return None
+
+    @abstractmethod
+    def select(self, scores: Tensor, visual: Tensor, counts: Tensor, vectors: Tensor | None) -> Tensor:
+        """Which tokens stay.
+
+        Args:
+            scores: float [R, T].
+            visual: bool [R, T], which of them exist; a row's own come first.
+            counts: int64 [R], how many to keep, at least 1 and at most the row's own.
+            vectors: float [R, T, F], or None.
+
+        Returns:
+            bool [R, T], exactly `counts` True in each row.
+        """
+
+
+def keep_count(keep: float | int, tokens: int) -> int:
+    """How many of `tokens` a budget keeps: a share is rounded up; at least 1, at most all.
+
+    >>> keep_count(0.25, 32), keep_count(0.1, 30), keep_count(100, 32), keep_count(0.001, 32)
+    (8, 3, 32, 1)
+    """
+    wanted = keep if isinstance(keep, int) else math.ceil(keep * tokens - 1e-9)  # 0.07 * 100 is 7.000000000000001
+    return min(tokens, max(1, wanted))
+
+
+def ranked(scores: Tensor, visual: Tensor) -> Tensor:
+    """Rank of each token, 0 the highest: [R, T] -> int64 [R, T]. The lowest index wins a tie; NaN ranks last."""
+    order = scores.masked_fill(~visual | scores.isnan(), -torch.inf).argsort(dim=1, descending=True, stable=True)
+    return order.argsort(1)

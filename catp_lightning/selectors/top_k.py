@@ -1,0 +1,15 @@
+"""The k highest scores."""
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from catp_lightning.selectors.base import Selector, ranked
+
+
+@dataclass(frozen=True)
+class TopK(Selector):
+    """Keeps the tokens with the highest scores; of equal scores the lowest index wins."""
+
+    def select(self, scores: Tensor, visual: Tensor, counts: Tensor, vectors: Tensor | None) -> Tensor:
+        return ranked(scores, visual) < counts[:, None]

@@ -1,0 +1,70 @@
+"""Dataclasses from plain JSON values, checked against the types of their fields."""
+
+import math
+import types
+from collections.abc import Mapping
+from dataclasses import fields, is_dataclass
+from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
+
+from catp_lightning.errors import PolicyError
+
+T = TypeVar("T")
+
+
+def build(cls: type[T], values: Mapping[str, Any], what: str) -> T:
+    """An instance of a dataclass from its arguments; lists become tuples where the field is a tuple.
+
+    Raises:
+        PolicyError: an argument is unknown, of another type than the field, not finite, or refused by the class.
+    """
+    assert is_dataclass(cls)
+    hints = get_type_hints(cls)
+    known = [f.name for f in fields(cls) if f.init]
+    for name in values:
+        if name not in known:
+            raise PolicyError(f"{what} has no argument {name!r}; it takes {', '.join(sorted(known)) or 'none'}.")
+    converted = {name: _convert(value, hints[name], f"{name} of {what}") for name, value in values.items()}
+    try:
+        return cls(**converted)
+    except ValueError as error:
+        raise PolicyError(f"{what}: {error}") from error
+
+
+def _convert(value: Any, hint: Any, what: str) -> Any:
+    origin, options = get_origin(hint), get_args(hint)
+    if origin in (Union, types.UnionType):
+        for option in options:
+            try:
+                return _convert(value, option, what)
+            except PolicyError:
+                continue
+    elif origin is Literal:
+        if value in options and type(value) in {type(option) for option in options}:
+            return value
+    elif origin is tuple and isinstance(value, list | tuple):
+        return tuple(_convert(item, options[0], what) for item in value)
+    elif hint is type(None) and value is None:
+        return None
+    elif hint is float and isinstance(value, int | float) and not isinstance(value, bool):
+        if math.isfinite(value):
+            return float(value)
+    elif hint in (int, bool, str) and type(value) is hint:
+        return value
+    raise PolicyError(f"{what} is {value!r:.200}; allowed is {_name(hint)}.")
+
+
+def _name(hint: Any) -> str:
+    origin, options = get_origin(hint), get_args(hint)
+    if origin in (Union, types.UnionType):
+        return " or ".join(_name(option) for option in options)
+    if origin is Literal:
+        return " or ".join(map(repr, options))
+    if origin is tuple:
+        return f"a list of ({_name(options[0])})"
+    return {
+        int: "a whole number",
+        float: "a finite number",
+        str: "text",
+        bool: "true or false",
+        type(None): "null",
+    }.get(hint, str(hint))

@@ -1,0 +1,88 @@
+"""Every selector against a slow version of its definition."""
+
+import math
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+
+from catp_lightning.selectors import SELECTORS, keep_count
+from catp_lightning.selectors.dpp import DPP, greedy_map
+from catp_lightning.selectors.top_k import TopK
+
+
+def slow_greedy(kernel: Tensor, count: int) -> set[int]:
+    """Adds, one at a time, the token that makes the determinant of the chosen block largest."""
+    chosen: list[int] = []
+    kernel = kernel + 1e-4 * torch.eye(len(kernel), dtype=kernel.dtype)
+    for _ in range(count):
+        rest = [token for token in range(len(kernel)) if token not in chosen]
+        value = lambda token: torch.linalg.det(kernel[[*chosen, token]][:, [*chosen, token]]).item()  # noqa: E731
+        chosen.append(max(rest, key=value))
+    return set(chosen)
+
+
+@pytest.mark.parametrize("count", [1, 3, 6])
+def test_greedy_map_is_the_greedy_determinant(count: int) -> None:
+    vectors = torch.randn(8, 9, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    kernel = vectors @ vectors.transpose(1, 2)
+    keep = greedy_map(kernel, torch.ones(8, 9, dtype=torch.bool), torch.full((8,), count))
+    for row in range(8):
+        assert set(keep[row].nonzero()[:, 0].tolist()) == slow_greedy(kernel[row], count)
+
+
+def test_the_dpp_kernel_weighs_relevance_against_similarity() -> None:
+    generator = torch.Generator().manual_seed(2)
+    vectors = torch.randn(4, 7, 5, dtype=torch.float64, generator=generator)
+    scores = torch.randn(4, 7, dtype=torch.float64, generator=generator)
+    visual, counts = torch.ones(4, 7, dtype=torch.bool), torch.full((4,), 3)
+    for strength in (-2.0, 0.0, 0.7):
+        keep = DPP(relevance=strength).select(scores, visual, counts, vectors)
+        for row in range(4):
+            unit = vectors[row] / vectors[row].norm(dim=-1, keepdim=True)
+            standard = (scores[row] - scores[row].mean()) / scores[row].std(correction=0)
+            quality = torch.diag(torch.exp(strength * standard / 2))
+            similarity = (unit @ unit.T).fill_diagonal_(1)
+            assert set(keep[row].nonzero()[:, 0].tolist()) == slow_greedy(quality @ similarity @ quality, 3)
+    strongly = DPP(relevance=200.0).select(scores, visual, counts, vectors)
+    assert torch.equal(strongly, TopK().select(scores, visual, counts, None)), "relevance alone is top-k"
+
+
+def test_a_twin_is_worth_nothing_to_diversity() -> None:
+    vectors = torch.eye(4, dtype=torch.float64)[None].clone()
+    vectors[0, 1] = vectors[0, 0]  # tokens 0 and 1 look at the same thing
+    keep = DPP(relevance=0.0).select(torch.zeros(1, 4), torch.ones(1, 4, dtype=torch.bool), torch.tensor([3]), vectors)
+    assert keep.tolist() == [[True, False, True, True]]
+
+
+@pytest.mark.parametrize("name", SELECTORS)
+def test_rows_of_different_length_keep_their_own_number(name: str) -> None:
+    visual = torch.arange(6) < torch.tensor([6, 3, 1])[:, None]
+    scores = torch.rand(3, 6).masked_fill(~visual, -torch.inf)
+    counts = torch.tensor([4, 2, 1])
+    keep = SELECTORS[name]().select(scores, visual, counts, torch.randn(3, 6, 4))
+    assert keep.sum(1).tolist() == [4, 2, 1] and not (keep & ~visual).any()
+
+
+@pytest.mark.parametrize("name", SELECTORS)
+def test_ties_go_to_the_lowest_index_and_nan_is_never_worth_more_than_a_number(name: str) -> None:
+    visual, vectors = torch.ones(1, 5, dtype=torch.bool), torch.eye(5)[None]
+    equal = SELECTORS[name]().select(torch.ones(1, 5), visual, torch.tensor([2]), vectors)
+    assert equal.tolist() == [[True, True, False, False, False]]
+    broken = torch.tensor([[torch.nan] * 5])
+    assert SELECTORS[name]().select(broken, visual, torch.tensor([3]), vectors).sum() == 3
+    one = torch.tensor([[torch.nan, 1.0, 2.0, torch.nan, 3.0]])
+    assert TopK().select(one, visual, torch.tensor([3]), None).tolist() == [[False, True, True, False, True]]
+
+
+@given(st.floats(0.001, 1.0), st.integers(1, 3000))
+def test_a_share_is_rounded_up_within_one_and_all(keep: float, tokens: int) -> None:
+    count = keep_count(keep, tokens)
+    assert 1 <= count <= tokens and math.floor(keep * tokens) <= count <= math.floor(keep * tokens) + 1
+    assert keep_count(1.0, tokens) == tokens and keep_count(tokens + 5, tokens) == tokens and keep_count(1, tokens) == 1
+
+
+def test_a_share_that_is_a_whole_number_of_tokens_is_not_rounded_up_by_floating_point() -> None:
+    assert [keep_count(share / 100, 100) for share in range(1, 101)] == list(range(1, 101))
