@@ -1,0 +1,179 @@
+"""What a model answered: generated ids, or the most likely next token where a step only calls forward."""
+
+import inspect
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from catp_lightning.errors import PruningError
+from catp_lightning.families import Family
+from catp_lightning.pruning import Pruning
+
+
+@dataclass(frozen=True)
+class Answer:
+    """Answers of one top-level call.
+
+    Attributes:
+        ids: int64 [R, A].
+        valid: bool [R, A], True up to and with the end-of-sequence token.
+        prompts: number of prompts, B; R is a multiple of it.
+        row: int64 [B], the column of the prompt whose output predicts the first token.
+    """
+
+    ids: Tensor
+    valid: Tensor
+    prompts: int
+    row: Tensor
+
+    def same_as(self, other: "Answer") -> Tensor:
+        """Whether all answers to a prompt are equal up to their end: bool [B]."""
+        width = max(self.ids.shape[1], other.ids.shape[1])
+        ours, theirs = _padded(self, width), _padded(other, width)
+        return (ours == theirs).view(self.prompts, -1).all(1)
+
+
+def _padded(answer: Answer, width: int) -> Tensor:
+    ids = answer.ids.masked_fill(~answer.valid, -1)
+    return torch.nn.functional.pad(ids, (0, width - ids.shape[1]), value=-1)
+
+
+@contextmanager
+def listening(
+    family: Family, after: Callable[[Answer], None], before: Callable[[Callable[[], Answer]], None] | None = None
+) -> Iterator[None]:
+    """While inside, `after` receives the answer of every top-level `generate` or forward of the model.
+
+    Args:
+        family: of the model.
+        after: called with the answer.
+        before: called first, with a function that makes the same call once more and returns its answer.
+
+    Raises:
+        PruningError: answers are sampled, so that two runs of the very same model differ.
+    """
+    model = family.model
+    generate: Callable[..., Any] = model.generate  # type: ignore[assignment]  # of the generating classes only
+    forward: Callable[..., Any] = model.forward
+    state = {"inside": False}
+
+    def quietly(call: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+        state["inside"] = True
+        try:
+            return call(*args, **kwargs)
+        finally:
+            state["inside"] = False
+
+    def listened_generate(*args: Any, **kwargs: Any) -> Any:
+        if state["inside"]:
+            return generate(*args, **kwargs)
+        named = _named(generate, args, kwargs)
+        _refuse_sampling(family, kwargs)
+        if before is not None:
+            before(lambda: generated(family, quietly(generate, args, kwargs), named))
+        output = quietly(generate, args, kwargs)
+        after(generated(family, output, named))
+        return output
+
+    def before_forward(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        named = _named(forward, args, kwargs)
+        if not state["inside"] and before is not None and _is_prompt(named):
+            before(lambda: predicted(family, quietly(model, args, kwargs), named))
+
+    def after_forward(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        named = _named(forward, args, kwargs)
+        if not state["inside"] and _is_prompt(named):
+            after(predicted(family, output, named))
+
+    with ExitStack() as undo:
+        undo.callback(model.register_forward_pre_hook(before_forward, with_kwargs=True).remove)
+        undo.callback(model.register_forward_hook(after_forward, with_kwargs=True).remove)
+        own = model.__dict__.get("generate")  # somebody else's, who set it on this very model
+        if own is not None:
+            undo.callback(model.__dict__.__setitem__, "generate", own)
+        undo.callback(model.__dict__.pop, "generate")
+        model.__dict__["generate"] = listened_generate
+        yield
+
+
+def generated(family: Family, output: Any, named: dict[str, Any]) -> Answer:
+    """The answer in what `generate` returned: sequences, with or without the prompt before them."""
+    ids = output if isinstance(output, Tensor) else output.sequences
+    prompt = named.get("input_ids")
+    prompts = len(prompt) if prompt is not None else len(next(v for v in named.values() if isinstance(v, Tensor)))
+    length = 0 if prompt is None else prompt.shape[1]
+    if prompt is not None and ids.shape[1] >= length:
+        repeated = prompt.repeat_interleave(len(ids) // prompts, 0)
+        ids = ids[:, length:] if torch.equal(ids[:, :length], repeated) else ids
+    ends = torch.isin(ids, torch.tensor(family.end_ids(), device=ids.device, dtype=ids.dtype))
+    valid = ends.cumsum(1) - ends.long() == 0
+    return Answer(ids, valid, prompts, torch.full((prompts,), length - 1, device=ids.device))
+
+
+def predicted(family: Family, output: Any, named: dict[str, Any]) -> Answer:
+    """The most likely token after the prompt: after the last real column, or where `labels` begin."""
+    logits, ids = output.logits, named["input_ids"]
+    columns = torch.arange(ids.shape[1], device=logits.device)
+    mask, labels = named.get("attention_mask"), named.get("labels")
+    real = torch.ones_like(ids, dtype=torch.bool) if mask is None else mask.bool()
+    if labels is not None:
+        answers = torch.nn.functional.pad(labels != -100, (ids.shape[1] - labels.shape[1], 0))
+        real = real & (answers.cumsum(1) == 0)
+    row = (real * columns).amax(1)
+    best = logits.gather(1, row[:, None, None].expand(-1, 1, logits.shape[-1])).argmax(-1)
+    return Answer(best, torch.ones_like(best, dtype=torch.bool), len(ids), row)
+
+
+@dataclass
+class Comparison:
+    """`same`: bool [B] of each top-level call since it was last cleared: is the pruned answer the unpruned one?"""
+
+    same: list[Tensor] = field(default_factory=list)
+
+
+@contextmanager
+def compare_with_unpruned(module: nn.Module, pruning: Pruning) -> Iterator[Comparison]:
+    """While inside, every top-level call is made twice, unpruned first, and the answers are compared.
+
+    Args:
+        module: what was given to `prune`; only its pruned model is listened to.
+        pruning: the record of the `prune` context this runs in.
+
+    Raises:
+        PruningError: a call samples its answers.
+    """
+    comparison, unpruned = Comparison(), []
+
+    def before(again: Callable[[], Answer]) -> None:
+        with pruning.suspended():
+            unpruned.append(again())
+
+    def after(answer: Answer) -> None:
+        comparison.same.append(answer.same_as(unpruned.pop()))
+
+    with listening(pruning.family, after, before):
+        yield comparison
+
+
+def _named(call: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+    names = [name for name in inspect.signature(call).parameters if name != "self"]
+    return {**dict(zip(names, args, strict=False)), **kwargs}
+
+
+def _is_prompt(named: dict[str, Any]) -> bool:
+    """A forward with ids and no filled cache; decoding steps of a loop of the user's own answer nothing new."""
+    cache = named.get("past_key_values")
+    return named.get("input_ids") is not None and (cache is None or cache.get_seq_length() == 0)
+
+
+def _refuse_sampling(family: Family, kwargs: dict[str, Any]) -> None:
+    config = kwargs.get("generation_config") or family.generation_config
+    if kwargs.get("do_sample", config.do_sample):
+        raise PruningError(
+            "Answers are sampled (do_sample=True): two runs of one model differ, so agreement means nothing. "
+            "Generate greedily or with beams for calibration and for compare=True."
+        )

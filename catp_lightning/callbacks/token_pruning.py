@@ -1,0 +1,197 @@
+"""`TokenPruning`: validation, test and prediction on a share of the visual tokens."""
+
+import math
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import Checkpoint, EarlyStopping
+from lightning.pytorch.utilities import rank_zero_warn
+
+from catp_lightning.answers import Comparison, compare_with_unpruned
+from catp_lightning.callbacks.calibration import CrossAttentionCalibration
+from catp_lightning.callbacks.context import LoopContext, Stage
+from catp_lightning.errors import PruningError
+from catp_lightning.metrics import Agreement, TokensKept
+from catp_lightning.policy import PruningPolicy
+from catp_lightning.pruning import Pruning, prune
+
+
+@dataclass
+class _Loop:
+    """What is read and counted while one loop runs; it ends with the loop."""
+
+    pruning: Pruning
+    tokens: TokensKept
+    comparison: Comparison | None
+    agreement: Agreement
+
+    def read_batch(self) -> None:
+        for keep, counts in self.pruning.choices:
+            self.tokens.update(keep, counts)
+        self.pruning.choices.clear()
+        if self.comparison is not None:
+            for same in self.comparison.same:
+                self.agreement.update(same)
+            self.comparison.same.clear()
+
+    def figures(self) -> dict[str, float]:
+        """Over all processes: every process must ask, at the end of the epoch. Empty where no image was read."""
+        figures = {f"catp/{name}": float(value) for name, value in self.tokens.compute().items()}
+        if math.isnan(figures["catp/keep_share"]):
+            rank_zero_warn(
+                "TokenPruning pruned nothing in this epoch: the model it prunes was given no image. If the steps of "
+                "your module use another model, name it: TokenPruning(..., model=...)."
+            )
+            return {}
+        if self.comparison is not None:
+            figures["catp/agreement"] = float(self.agreement.compute())
+        return figures
+
+
+class TokenPruning(LoopContext):
+    """Prunes visual tokens in the validation, test and predict loops; training is never touched.
+
+    Logs, once an epoch, `catp/tokens_kept` (mean visual tokens kept a sample) and `catp/keep_share` (in (0, 1]); in
+    predict, where Lightning forbids `log`, straight to the trainer's loggers. The model is restored after each loop and
+    after any exception.
+
+    Args:
+        policy: a `PruningPolicy`, or a path or address for `PruningPolicy.load`, read when a stage is set up.
+        keep: the budget, in place of the policy's own; of a folder with several budgets, the one to take. A float in
+            (0, 1] is a share, an int >= 1 a number of tokens.
+        stages: the loops to prune in; "validate" includes validation inside fit.
+        compare: run the unpruned model on each batch as well and log `catp/agreement`, the share of equal answers.
+        sanity_check: whether to prune in the sanity check before fit.
+        model: the name of the submodule to prune, where the module holds several supported models.
+
+    Attributes:
+        figures: what was logged at the end of the last epoch.
+
+    Raises:
+        ValueError: an unknown stage.
+        PolicyError: at setup, the policy cannot be read; at the start of the loop, it was made for another model.
+        PruningError: at setup, `CrossAttentionCalibration` is in the same trainer and both would act in predict; at the
+            start of the loop, the model cannot be pruned.
+
+    Example::
+
+        trainer = Trainer(callbacks=[TokenPruning("policy.json")])
+        trainer.validate(module, loader)
+    """
+
+    def __init__(
+        self,
+        policy: str | Path | PruningPolicy,
+        *,
+        keep: int | float | None = None,
+        stages: tuple[Stage, ...] = ("validate", "test", "predict"),
+        compare: bool = False,
+        sanity_check: bool = False,
+        model: str | None = None,
+    ) -> None:
+        super().__init__(stages, sanity_check)
+        self.policy, self.keep, self.compare, self.model = policy, keep, compare, model
+        self.figures: dict[str, float] = {}
+        self._loaded: PruningPolicy | None = None
+        self._loop: _Loop | None = None
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        super().setup(trainer, pl_module, stage)
+        if stage == "fit":
+            if "validate" not in self.stages or not trainer.enable_validation:
+                return
+            warn_where_monitored(trainer, "TokenPruning")
+        elif stage not in self.stages:
+            return
+        if stage == "predict":
+            _refuse_beside_calibration(trainer)
+        self._loaded = load_policy(self.policy, self.keep)
+
+    @contextmanager
+    def loop_context(self, trainer: Trainer, pl_module: LightningModule, stage: Stage) -> Iterator[None]:
+        policy = self._loaded or load_policy(self.policy, self.keep)
+        with ExitStack() as stack:
+            pruning = stack.enter_context(prune(pl_module, policy, model=self.model))
+            comparison = stack.enter_context(compare_with_unpruned(pl_module, pruning)) if self.compare else None
+            device = pl_module.device  # a metric outside the module is not moved by Lightning
+            self._loop = _Loop(pruning, TokensKept().to(device), comparison, Agreement().to(device))
+            try:
+                yield
+            finally:
+                self._loop = None
+
+    def on_validation_batch_end(self, *args: Any, **kwargs: Any) -> None:
+        self._read_batch()
+
+    def on_test_batch_end(self, *args: Any, **kwargs: Any) -> None:
+        self._read_batch()
+
+    def on_predict_batch_end(self, *args: Any, **kwargs: Any) -> None:
+        self._read_batch()
+
+    def _read_batch(self) -> None:
+        if self._loop is not None:
+            self._loop.read_batch()
+
+    def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._log(pl_module)
+
+    def on_test_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._log(pl_module)
+
+    def _log(self, pl_module: LightningModule) -> None:
+        if self._loop is not None:
+            self.figures = self._loop.figures()
+            pl_module.log_dict(self.figures, sync_dist=True)  # equal on all processes: only spares a warning
+
+    def on_predict_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if self._loop is not None:
+            self.figures = self._loop.figures()
+            for logger in trainer.loggers:
+                logger.log_metrics(self.figures, step=trainer.global_step)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**super().__getstate__(), "_loop": None}
+
+
+def load_policy(policy: str | Path | PruningPolicy, keep: int | float | None) -> PruningPolicy:
+    """The policy itself, or the one at a path; with `keep`, at that budget.
+
+    Raises:
+        PolicyError: nothing can be read there, or a folder holds no policy for `keep`.
+    """
+    if not isinstance(policy, PruningPolicy):
+        policy = PruningPolicy.load(policy, keep=keep)
+    return policy if keep is None else policy.with_keep(keep)
+
+
+def warn_where_monitored(trainer: Trainer, name: str) -> None:
+    """Validation inside fit runs pruned: whoever watches its metrics should know."""
+    watched = {
+        f"{type(callback).__name__} (monitor={monitor!r})"
+        for callback in _callbacks(trainer)
+        if isinstance(callback, (EarlyStopping, Checkpoint)) and (monitor := getattr(callback, "monitor", None))
+    }
+    if watched:
+        rank_zero_warn(
+            f"{name} prunes validation inside fit, so the validation metrics watched by {', '.join(sorted(watched))} "
+            "are those of the pruned model. To watch the unpruned model, fit without it, or with "
+            'TokenPruning(..., stages=("test", "predict")).'
+        )
+
+
+def _refuse_beside_calibration(trainer: Trainer) -> None:
+    if any(isinstance(callback, CrossAttentionCalibration) for callback in _callbacks(trainer)):
+        raise PruningError(
+            "TokenPruning and CrossAttentionCalibration would both act in predict, but calibration needs the unpruned "
+            "model. Calibrate with one Trainer and predict with another, or leave predict out: "
+            'TokenPruning(..., stages=("validate", "test")).'
+        )
+
+
+def _callbacks(trainer: Trainer) -> list[Callback]:
+    return trainer.callbacks  # type: ignore[attr-defined]  # Lightning sets it without declaring it

@@ -1,0 +1,189 @@
+"""`PrunedModule`: a LightningModule whose validation, test and predict steps run on a share of the visual tokens."""
+
+import functools
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Self
+
+import torch
+from lightning.pytorch import LightningModule
+from lightning.pytorch.core.hooks import CheckpointHooks, DataHooks, ModelHooks
+from lightning.pytorch.core.mixins.hparams_mixin import HyperparametersMixin
+from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
+
+from catp_lightning.callbacks.token_pruning import load_policy, warn_where_monitored
+from catp_lightning.errors import PolicyError, PruningError
+from catp_lightning.policy import PruningPolicy
+from catp_lightning.pruning import prune
+
+POLICY_KEY = "catp_policy"
+_STEPS = frozenset({"validation_step", "test_step", "predict_step"})
+_STATE = frozenset(  # attributes that Lightning reads and writes on the root module directly
+    {
+        "_current_fx_name",
+        "_log_hyperparams",
+        "_metric_attributes",
+        "allow_zero_length_dataloader_with_multiple_devices",
+        "prepare_data_per_node",
+    }
+)
+_HOOKS = frozenset(
+    name
+    for klass in (LightningModule, HyperparametersMixin, ModelHooks, DataHooks, CheckpointHooks)
+    for name, value in vars(klass).items()
+    if not name.startswith("_") and (callable(value) or isinstance(value, property))
+)
+_OWN = frozenset({"forward", "setup", "on_save_checkpoint", "load_from_checkpoint", "trainer", "fabric", "device_mesh"})
+_INNER = (_HOOKS | _STATE | {"state_dict", "load_state_dict"}) - _OWN
+
+
+class PrunedModule(LightningModule):
+    """Wraps a LightningModule: its validation, test and predict steps are pruned, everything else is the module's own.
+
+    Every hook, property and logging call of Lightning reaches `inner`: what `inner` overrides is called once, what it
+    does not override looks not overridden. Hyperparameters, optimizers and checkpoints are `inner`'s, and either class
+    reads the other's checkpoints; those of the wrapper also hold the policy, as plain JSON types under "catp_policy".
+
+    Args:
+        inner: the module around a supported Hugging Face model.
+        policy: a `PruningPolicy`, or a path or address for `PruningPolicy.load`, read when a stage is set up.
+        keep: the budget, as in `TokenPruning`.
+        model: the name of the submodule to prune, where `inner` holds several supported models.
+
+    Raises:
+        TypeError: `inner` is not a `lightning.pytorch.LightningModule`.
+        PolicyError: the policy cannot be read, or was made for another model.
+        PruningError: at setup under a strategy that shards the model; in a step, if the model cannot be pruned.
+
+    Example::
+
+        trainer.predict(PrunedModule(module, PruningPolicy(scorer="catp", keep=0.5)), loader)
+    """
+
+    def __init__(
+        self,
+        inner: LightningModule,
+        policy: str | Path | PruningPolicy,
+        *,
+        keep: int | float | None = None,
+        model: str | None = None,
+    ) -> None:
+        super().__init__()
+        if not isinstance(inner, LightningModule):
+            raise TypeError(
+                f"PrunedModule wraps a lightning.pytorch.LightningModule, not {type(inner).__module__}."
+                f"{type(inner).__name__}. For a Hugging Face model alone use `with prune(model, policy):`."
+            )
+        self.policy, self.keep, self.pruned_model = policy, keep, model
+        self._loaded: PruningPolicy | None = None
+        self.inner = inner  # last: from here on attributes are looked up on it too
+
+    # ---- looking up: Lightning asks the wrapper, and gets what it would get from the inner module
+
+    def __getattribute__(self, name: str) -> Any:
+        if name not in _INNER or (inner := _inner_of(self)) is None:
+            return super().__getattribute__(name)
+        value = getattr(inner, name)
+        return self._pruned(value) if name in _STEPS and callable(value) else value
+
+    def __getattr__(self, name: str) -> Any:
+        inner = None if name.startswith("__") else _inner_of(self)
+        if inner is None or name in self._modules:
+            return super().__getattr__(name)
+        return getattr(inner, name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        inner = _inner_of(self)
+        if inner is not None and (name in _INNER or (not self._has(name) and hasattr(inner, name))):
+            setattr(inner, name, value)  # where its steps will read it
+        else:
+            super().__setattr__(name, value)
+
+    def _has(self, name: str) -> bool:
+        return name in self.__dict__ or name in self._modules or hasattr(type(self), name)
+
+    def _pruned(self, step: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(step)
+        def pruned_step(*args: Any, **kwargs: Any) -> Any:
+            with prune(self.inner, self._current_policy(), model=self.pruned_model):
+                return step(*args, **kwargs)
+
+        # Lightning looks through one decorator for signatures and overrides: it must see the module's own function
+        pruned_step.__wrapped__ = getattr(step, "__wrapped__", step)
+        return pruned_step
+
+    def _current_policy(self) -> PruningPolicy:
+        if self._loaded is None:  # a step called by hand, without a Trainer
+            self._loaded = load_policy(self.policy, self.keep)
+        return self._loaded
+
+    # ---- what the wrapper adds
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """The inner module's forward, unpruned."""
+        return self.inner(*args, **kwargs)
+
+    def setup(self, stage: str) -> None:
+        strategy = self.trainer.strategy
+        if isinstance(strategy, (FSDPStrategy, ModelParallelStrategy, DeepSpeedStrategy)):
+            raise PruningError(
+                f"PrunedModule cannot be used under {type(strategy).__name__}, which shards the model and could not "
+                "save it under the names of the module inside. Use the callback with the module itself: "
+                "Trainer(callbacks=[TokenPruning(policy)])."
+            )
+        if stage == "fit" and self.trainer.enable_validation:
+            warn_where_monitored(self.trainer, "PrunedModule")
+        self._loaded = load_policy(self.policy, self.keep)
+        self.inner.setup(stage)
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        self.inner.on_save_checkpoint(checkpoint)
+        checkpoint[POLICY_KEY] = self._current_policy().to_dict()
+
+    @classmethod
+    def load_from_checkpoint(  # type: ignore[override]
+        cls,
+        checkpoint_path: str | Path,
+        *,
+        inner: LightningModule,
+        policy: str | Path | PruningPolicy | None = None,
+        keep: int | float | None = None,
+        model: str | None = None,
+        map_location: Any = None,
+        strict: bool | None = None,
+        weights_only: bool | None = None,
+    ) -> Self:
+        """Wrap `inner` and load a checkpoint of the wrapper or of the inner class into it.
+
+        Args:
+            checkpoint_path: a file that `Trainer.save_checkpoint` or `ModelCheckpoint` wrote.
+            inner: a module of the class that was trained; its hyperparameters are not read from the checkpoint.
+            policy: None: the one in the checkpoint.
+            keep: as in the constructor.
+            model: as in the constructor.
+            map_location: as in `torch.load`.
+            strict: whether the names of the parameters must match; None: as `inner` says.
+            weights_only: as in `torch.load`.
+
+        Raises:
+            PolicyError: `policy` is None and the checkpoint, written without the wrapper, holds none.
+        """
+        checkpoint = torch.load(checkpoint_path, map_location=map_location, weights_only=weights_only)
+        if policy is None:
+            if POLICY_KEY not in checkpoint:
+                raise PolicyError(
+                    f"{checkpoint_path} holds no policy: it was written without PrunedModule. Give one: "
+                    f"{cls.__name__}.load_from_checkpoint(path, inner=module, policy=...)."
+                )
+            policy = PruningPolicy.from_dict(checkpoint[POLICY_KEY])
+        wrapper = cls(inner, policy, keep=keep, model=model)
+        wrapper.configure_model()
+        wrapper.on_load_checkpoint(checkpoint)
+        wrapper.load_state_dict(checkpoint["state_dict"], strict=wrapper.strict_loading if strict is None else strict)
+        return wrapper
+
+
+def _inner_of(wrapper: PrunedModule) -> LightningModule | None:
+    """The module inside; None while the wrapper is being built or unpickled."""
+    modules: dict[str, Any] = object.__getattribute__(wrapper, "__dict__").get("_modules", {})
+    return modules.get("inner")

@@ -1,0 +1,102 @@
+"""A ready LightningModule that answers questions about images with a Hugging Face vision-language model."""
+
+from typing import Any, TypedDict
+
+from lightning.pytorch import LightningModule
+from torch import Tensor
+from transformers import AutoModelForImageTextToText, AutoProcessor, PreTrainedModel
+
+from catp_lightning.data.vqa import VQABatch
+from catp_lightning.errors import DataError
+from catp_lightning.metrics import VQAAccuracy
+
+
+class VQAAnswer(TypedDict):
+    """One line of VQAv2's result layout."""
+
+    question_id: int
+    answer: str
+
+
+class VQAModule(LightningModule):
+    """Validation, test and prediction with a vision-language model on batches of `VQADataModule`; no training.
+
+    Validation and test log `val/vqa_accuracy` and `test/vqa_accuracy`, in [0, 1]; prediction returns a list of
+    `VQAAnswer` a batch.
+
+    Args:
+        model: folder or name for `AutoModelForImageTextToText.from_pretrained`, or a model; put in evaluation mode.
+        processor: folder or name for `AutoProcessor.from_pretrained`; None: the same as `model`.
+        generation: arguments of the model's `generate`, over `max_new_tokens=10, do_sample=False`.
+
+    Raises:
+        ValueError: a model was given without `processor`.
+
+    Example::
+
+        module = VQAModule("Salesforce/blip2-opt-2.7b", generation={"num_beams": 5, "length_penalty": -1.0})
+        trainer.validate(module, VQADataModule("Salesforce/blip2-opt-2.7b", val=split))
+    """
+
+    model: Any  # a PreTrainedModel: the signature of its generate is checked by transformers when it runs
+
+    def __init__(
+        self,
+        model: str | PreTrainedModel,
+        processor: str | None = None,
+        generation: dict[str, Any] | None = None,
+    ) -> None:
+        super().__init__()
+        if isinstance(model, str):
+            self.save_hyperparameters()
+            self.model = AutoModelForImageTextToText.from_pretrained(model)
+        elif processor is None:
+            raise ValueError(
+                f"processor is needed beside a model that is given as an object ({type(model).__name__}): "
+                "name the folder or repository it was loaded from."
+            )
+        else:
+            self.model = model
+        self.model.eval()
+        self.processor = AutoProcessor.from_pretrained(processor or model)
+        self.generation = {"max_new_tokens": 10, "do_sample": False, **(generation or {})}
+        self.val_accuracy = VQAAccuracy()
+        self.test_accuracy = VQAAccuracy()
+
+    def forward(self, **inputs: Any) -> Any:
+        """The model's own forward."""
+        return self.model(**inputs)
+
+    def answer(self, batch: VQABatch) -> list[str]:
+        """The generated answers, one a question, without the prompt and without spaces around them."""
+        dtype = self.model.dtype
+        # A model loaded in half precision gets float32 pixels from the processor where the Trainer converts nothing.
+        inputs = {
+            name: value.to(dtype) if value.is_floating_point() else value for name, value in batch["inputs"].items()
+        }
+        output: Tensor = self.model.generate(**inputs, **self.generation)
+        if not self.model.config.is_encoder_decoder:  # whose output starts with the prompt
+            output = output[:, inputs["input_ids"].shape[1] :]
+        return [text.strip() for text in self.processor.batch_decode(output, skip_special_tokens=True)]
+
+    def validation_step(self, batch: VQABatch, batch_idx: int) -> None:
+        self._score("val", self.val_accuracy, batch)
+
+    def test_step(self, batch: VQABatch, batch_idx: int) -> None:
+        self._score("test", self.test_accuracy, batch)
+
+    def predict_step(self, batch: VQABatch, batch_idx: int) -> list[VQAAnswer]:
+        ids = batch["question_ids"].tolist()
+        return [
+            VQAAnswer(question_id=question_id, answer=answer)
+            for question_id, answer in zip(ids, self.answer(batch), strict=True)
+        ]
+
+    def _score(self, stage: str, accuracy: VQAAccuracy, batch: VQABatch) -> None:
+        if "answers" not in batch:
+            raise DataError(
+                f"The {stage} split has no answers, so accuracy cannot be measured: give its VQASplit the annotations "
+                "file, or run trainer.predict."
+            )
+        accuracy.update(self.answer(batch), batch["answers"])
+        self.log(f"{stage}/vqa_accuracy", accuracy, on_step=False, on_epoch=True, batch_size=len(batch["answers"]))

@@ -1,0 +1,253 @@
+"""A calibration finds what is there, by figures that are what they say, whatever way the batches fall."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import pytest
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+from catp_lightning import PolicyError, PruningError, PruningPolicy, prune
+from catp_lightning.answers import compare_with_unpruned
+from catp_lightning.calibration.candidates import default_candidates
+from catp_lightning.calibration.statistics import CandidateSums, part_of
+from catp_lightning.callbacks.calibration import CrossAttentionCalibration
+from catp_lightning.families import find_family
+from tests.models import GREEDY, random_blip2, random_inputs
+from tests.test_prune_errors import state
+
+SHORT = {**GREEDY, "max_new_tokens": 3, "min_new_tokens": 1}
+
+
+class Module(L.LightningModule):
+    """A user's module: nothing of ours in it."""
+
+    def __init__(self, settings: dict[str, Any] | None = None, dtype: torch.dtype = torch.float32) -> None:
+        super().__init__()
+        self.net, _ = random_blip2(dtype=dtype)
+        self.net.language_projection.weight.data *= 0.05  # so that some answers survive pruning
+        self.settings = SHORT if settings is None else settings
+
+    def predict_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
+        return self.net.generate(**batch, **self.settings)
+
+
+class ForwardModule(Module):
+    def predict_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
+        return self.net(**batch).logits
+
+
+def data(count: int, batch: int, dtype: torch.dtype = torch.float32) -> list[dict[str, Tensor]]:
+    torch.manual_seed(7)
+    samples = random_inputs(8, count, True, dtype)
+    return [{k: v[start : start + batch] for k, v in samples.items()} for start in range(0, count, batch)]
+
+
+def calibrate(
+    module: L.LightningModule, batches: Sequence[dict[str, Tensor]], path: Path, keep: Any = 0.5, **trainer: Any
+) -> CrossAttentionCalibration:
+    callback = CrossAttentionCalibration(path, keep=keep)
+    settings = {"accelerator": "cpu", "logger": False, "enable_progress_bar": False, **trainer}
+    L.Trainer(callbacks=[callback], **settings).predict(module, DataLoader(batches, batch_size=None))
+    return callback
+
+
+def figures(policy: PruningPolicy, name: str) -> dict[str, Any]:
+    return next(row for row in policy.evidence["candidates"] if row["name"] == name)
+
+
+@pytest.mark.parametrize("settings", [SHORT, {**SHORT, "num_beams": 2}], ids=["greedy", "beams"])
+def test_predictions_stay_the_usual_ones_and_the_model_what_it_was(tmp_path: Path, settings: dict[str, Any]) -> None:
+    module, batches = Module(settings), data(24, 8)
+    before = state(module.net)
+    expected = [module.net.generate(**batch, **settings) for batch in batches]
+    callback = CrossAttentionCalibration(tmp_path / "policy.json")
+    trainer = L.Trainer(callbacks=[callback], accelerator="cpu", logger=False, enable_progress_bar=False)
+    predictions = trainer.predict(module, DataLoader(batches, batch_size=None))
+    assert all(torch.equal(a, b) for a, b in zip(predictions, expected, strict=True))
+    assert state(module.net) == before
+    policy = PruningPolicy.load(tmp_path / "policy.json")
+    assert policy == callback.policies[0] and policy.model["visual_tokens"] == 8
+    with prune(module, policy) as pruning:
+        module.net(**batches[0])
+    assert pruning.keep.sum(1).tolist() == [4] * 8
+
+
+def test_the_figures_are_what_running_each_candidate_pruned_gives(tmp_path: Path) -> None:
+    """Agreement comes from teacher-forced replays; generating again under the policy must say the same."""
+    module, batches = Module(dtype=torch.float64), data(48, 12, torch.float64)
+    policy = calibrate(module, batches, tmp_path / "p.json", keep=7).policies[0]
+    candidates = {candidate.name: candidate for candidate in default_candidates(find_family(module))}
+    rates = set()
+    for name in (
+        "catp",
+        "cross-attention layer 1",
+        "l2-norm",
+        "dpp of outputs, catp x +0.5",
+        "diversity of cross-attention",
+    ):
+        same, parts = [], []
+        with torch.no_grad(), prune(module, candidates[name].policy(7)) as pruning:  # noqa: SIM117
+            with compare_with_unpruned(module, pruning) as comparison:
+                for batch in batches:
+                    module.net.generate(**batch, **SHORT)
+                    same.append(comparison.same.pop())
+                    parts.append(part_of(_fingerprints(batch)))
+        together, part = torch.cat(same).double(), torch.cat(parts)
+        row = figures(policy, name)
+        assert row["choose"]["agreement"] == pytest.approx(together[part == 0].mean().item(), abs=1e-12)
+        assert row["check"]["agreement"] == pytest.approx(together[part == 1].mean().item(), abs=1e-12)
+        rates.add(row["choose"]["agreement"])
+        low, high = row["check"]["interval"]
+        assert low <= row["check"]["agreement"] <= high
+    assert len(rates) > 2 and max(rates) > 0, "candidates must differ, or this proves nothing"
+    assert policy.evidence["samples"] == {"choose": int((part == 0).sum()), "check": int((part == 1).sum())}
+
+
+def _fingerprints(batch: dict[str, Tensor]) -> Tensor:
+    from catp_lightning.fingerprint import fingerprint
+
+    return fingerprint(batch["pixel_values"])
+
+
+def test_divergence_is_the_mean_kl_from_the_unpruned_model_along_its_answer(tmp_path: Path) -> None:
+    module, batches = Module(dtype=torch.float64), data(16, 16, torch.float64)
+    policy = calibrate(module, batches, tmp_path / "p.json", keep=3).policies[0]
+    batch, net = batches[0], module.net
+    sequences = net.generate(**batch, **SHORT)
+    new = sequences.shape[1] - batch["input_ids"].shape[1]
+    grown = {
+        "input_ids": sequences,
+        "attention_mask": torch.cat([batch["attention_mask"], torch.ones(16, new, dtype=torch.long)], 1),
+        "pixel_values": batch["pixel_values"],
+    }
+    with torch.no_grad():
+        full = net(**grown).logits[:, -new - 1 : -1].log_softmax(-1)
+        with prune(net, PruningPolicy(scorer="stride", keep=3)):
+            pruned = net(**grown).logits[:, -new - 1 : -1].log_softmax(-1)
+    answer = sequences[:, -new:]
+    valid = (answer == 2).long().cumsum(1) - (answer == 2).long() == 0
+    each = ((full.exp() * (full - pruned)).sum(-1) * valid).sum(1) / valid.sum(1)
+    part = part_of(_fingerprints(batch))
+    row = figures(policy, "stride")
+    for index, name in enumerate(("choose", "check")):
+        assert row[name]["divergence"] == pytest.approx(each[part == index].mean().item(), rel=1e-9)
+        error = each[part == index].std(correction=0) / (part == index).sum() ** 0.5
+        assert row[name]["divergence_error"] == pytest.approx(error.item(), rel=1e-6)
+
+
+def test_the_policy_is_the_candidate_with_the_least_divergence_and_says_if_it_is_a_control(tmp_path: Path) -> None:
+    callback = calibrate(Module(), data(32, 16), tmp_path, keep=[0.5, 0.25, 2])
+    assert [policy.keep for policy in callback.policies] == [0.5, 0.25, 2]
+    for policy in callback.policies:
+        rows = policy.evidence["candidates"]
+        assert rows == sorted(rows, key=lambda row: (row["choose"]["divergence"], row["name"]))
+        assert policy.evidence["chosen"] == rows[0]["name"] and policy.evidence["control"] == rows[0]["control"]
+        assert PruningPolicy.load(tmp_path, keep=policy.keep) == policy
+        controls = {row["name"] for row in rows if row["control"]}
+        assert controls >= {
+            "random",
+            "stride",
+            "l2-norm",
+            "position",
+            "diversity of outputs",
+            "diversity of cross-attention",
+        }
+        assert {"catp", "catp layer 0", "catp layer 1", "self-attention"} <= {row["name"] for row in rows} - controls
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["keep-0.25.json", "keep-0.5.json", "keep-2.json"]
+
+
+def test_batches_and_order_do_not_matter(tmp_path: Path) -> None:
+    module = Module(dtype=torch.float64)
+    one = calibrate(module, data(24, 24, torch.float64), tmp_path / "a.json").policies[0]
+    many = calibrate(module, data(24, 5, torch.float64)[::-1], tmp_path / "b.json").policies[0]
+    assert one.evidence["chosen"] == many.evidence["chosen"]
+    for row in one.evidence["candidates"]:
+        other = figures(many, row["name"])
+        for part in ("choose", "check"):
+            assert row[part]["divergence"] == pytest.approx(other[part]["divergence"], rel=1e-9)
+            assert row[part]["agreement"] == other[part]["agreement"]
+
+
+def test_a_step_that_only_calls_forward_is_calibrated_by_its_next_token(tmp_path: Path) -> None:
+    module, batches = ForwardModule(dtype=torch.float64), data(24, 8, torch.float64)
+    policy = calibrate(module, batches, tmp_path / "p.json").policies[0]
+    same, part = [], []
+    with torch.no_grad():
+        for batch in batches:
+            full = module.net(**batch).logits[:, -1].argmax(-1)
+            with prune(module, PruningPolicy(scorer="l2-norm", keep=0.5)):
+                same.append(module.net(**batch).logits[:, -1].argmax(-1) == full)
+            part.append(part_of(_fingerprints(batch)))
+    expected = torch.cat(same)[torch.cat(part) == 0].double().mean().item()
+    assert figures(policy, "l2-norm")["choose"]["agreement"] == pytest.approx(expected)
+
+
+def test_sums_of_parts_are_the_sum_of_all() -> None:
+    torch.manual_seed(0)
+    part, diverged, agreed = torch.randint(0, 2, (30,)), torch.rand(2, 3, 30), torch.rand(2, 3, 30) > 0.4
+    whole, left, right = CandidateSums(2, 3), CandidateSums(2, 3), CandidateSums(2, 3)
+    whole.update(part, diverged, agreed)
+    left.update(part[:11], diverged[..., :11], agreed[..., :11])
+    right.update(part[11:], diverged[..., 11:], agreed[..., 11:])
+    for name, value in whole.compute().items():
+        torch.testing.assert_close(left.compute()[name] + right.compute()[name], value)
+    assert whole.compute()["agreed"][1, 1, 0] == agreed[1, 0, part == 1].sum()
+    assert whole.compute()["count"].tolist() == [(part == 0).sum(), (part == 1).sum()]
+
+
+def test_parts_follow_the_image_not_the_order() -> None:
+    images = torch.randint(-(2**62), 2**62, (5000,))
+    part = part_of(images)
+    assert torch.equal(part.flip(0), part_of(images.flip(0)))
+    assert abs(part.double().mean() - 0.3) < 0.02
+
+
+def test_what_cannot_be_calibrated_is_refused_and_no_file_is_written(tmp_path: Path) -> None:
+    with pytest.raises(PolicyError, match=r"samples in both of its parts, got \{'choose': "):
+        calibrate(Module(), data(1, 1), tmp_path / "p.json")
+    with pytest.raises(PruningError, match="do_sample=True"):
+        calibrate(Module({**SHORT, "do_sample": True}), data(4, 4), tmp_path / "p.json")
+    with pytest.raises(PolicyError, match="a file, but several budgets"):
+        CrossAttentionCalibration("policy.json", keep=[0.5, 0.25])
+    with pytest.raises(PolicyError, match=r"keep is 1\.5"):
+        CrossAttentionCalibration("policy.json", keep=1.5)
+    with pytest.raises(PolicyError, match="several different ones"):
+        calibrate(Module(), data(4, 4), tmp_path, keep=[0.5, 0.5])
+
+    class Inner(Module):
+        def predict_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
+            embeds = self.net.get_input_embeddings()(batch["input_ids"])
+            self.net.vision_model(batch["pixel_values"])
+            features = self.net.get_image_features(batch["pixel_values"], return_dict=True)
+            return self.net.language_model(inputs_embeds=embeds, attention_mask=batch["attention_mask"]).logits * bool(
+                features
+            )
+
+    with pytest.raises(PruningError, match="1 prompts to the language model but got 0 answers"):
+        calibrate(Inner(), data(4, 4), tmp_path / "p.json")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_interrupted_calibration_leaves_the_model_and_the_old_policy(tmp_path: Path) -> None:
+    class Failing(Module):
+        def predict_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
+            if batch_idx == 1:
+                raise RuntimeError("planted")
+            return super().predict_step(batch, batch_idx)
+
+    module = Failing()
+    before, old = state(module.net), PruningPolicy(keep=3).save(tmp_path / "p.json").read_text()
+    with pytest.raises(RuntimeError, match="planted"):
+        calibrate(module, data(24, 8), tmp_path / "p.json")
+    assert state(module.net) == before and (tmp_path / "p.json").read_text() == old
+
+
+def test_bfloat16_calibrates_with_finite_figures(tmp_path: Path) -> None:
+    policy = calibrate(Module(), data(24, 8), tmp_path / "p.json", precision="bf16-mixed").policies[0]
+    assert policy.evidence["candidates"][-1]["check"]["divergence"] < float("inf")
+    true = calibrate(Module(dtype=torch.bfloat16), data(24, 8, torch.bfloat16), tmp_path / "q.json").policies[0]
+    assert true.evidence["candidates"][0]["choose"]["divergence"] >= -1e-3

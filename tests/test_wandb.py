@@ -1,0 +1,103 @@
+"""A calibration under W&B, offline: what the run file itself holds, read back with wandb's own protobufs."""
+
+import json
+import struct
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import pytest
+from lightning.pytorch.loggers import CSVLogger, WandbLogger
+from torch.utils.data import DataLoader
+
+from catp_lightning import PruningPolicy
+from catp_lightning.callbacks import CrossAttentionCalibration
+from tests.test_calibration import Module, data
+
+BLOCK, HEADER = 32768, 7
+
+
+def records(file: Path) -> Iterator[Any]:
+    """The records of a run file: LevelDB's log format, chunks of at most a block."""
+    from wandb.proto import wandb_internal_pb2
+
+    content, offset, whole = file.read_bytes(), 7, b""
+    while offset + HEADER <= len(content):
+        if BLOCK - offset % BLOCK < HEADER:
+            offset += BLOCK - offset % BLOCK
+            continue
+        _, length, kind = struct.unpack("<IHB", content[offset : offset + HEADER])
+        whole += content[offset + HEADER : offset + HEADER + length]
+        offset += HEADER + length
+        if kind in (1, 4):  # the only or the last chunk of a record
+            record = wandb_internal_pb2.Record()
+            record.ParseFromString(whole)
+            whole = b""
+            yield record
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> tuple[list[Any], list[PruningPolicy], Path]:
+    import wandb
+
+    logger = WandbLogger(project="catp", save_dir=str(tmp_path), offline=True)
+    callback = CrossAttentionCalibration(tmp_path / "policies", keep=[0.5, 2])
+    trainer = L.Trainer(callbacks=[callback], logger=logger, accelerator="cpu", enable_progress_bar=False)
+    trainer.predict(Module(), DataLoader(data(16, 8), batch_size=None))
+    wandb.finish()
+    (file,) = tmp_path.glob("wandb/offline-run-*/run-*.wandb")
+    return list(records(file)), callback.policies, file.parent
+
+
+def test_the_run_holds_configuration_tables_figures_and_the_policy(
+    run: tuple[list[Any], list[PruningPolicy], Path],
+) -> None:
+    found, policies, folder = run
+    config = {}
+    history: dict[str, Any] = {}
+    artifacts = []
+    for record in found:
+        kind = record.WhichOneof("record_type")
+        if kind == "config":
+            config |= {
+                update.key or update.nested_key[0]: json.loads(update.value_json) for update in record.config.update
+            }
+        elif kind == "history":
+            for item in record.history.item:
+                *outer, last = item.nested_key or [item.key]
+                place = history
+                for key in outer:
+                    place = place.setdefault(key, {})
+                place[last] = json.loads(item.value_json)
+        elif kind == "artifact":
+            artifacts.append(record.artifact)
+    assert config["catp"]["budgets"] == [0.5, 2] and config["catp"]["model"]["type"] == "blip-2"
+    assert config["catp"]["chosen"] == {str(p.keep): p.evidence["chosen"] for p in policies}
+    for policy in policies:
+        best = policy.evidence["candidates"][0]
+        assert history[f"catp/keep-{policy.keep}/agreement"] == pytest.approx(best["check"]["agreement"])
+        table = history[f"catp/keep-{policy.keep}/candidates"]
+        assert table["nrows"] == len(policy.evidence["candidates"]) and table["ncols"] == 8
+        stored = json.loads((folder / "files" / table["path"]).read_text())
+        assert [row[0] for row in stored["data"]] == [row["name"] for row in policy.evidence["candidates"]]
+    for figure in ("catp/layers", "catp/heads"):
+        assert (folder / "files" / history[figure]["path"]).read_bytes()[:4] == b"\x89PNG"
+    policy_artifacts = [artifact for artifact in artifacts if artifact.type == "catp-policy"]
+    assert len(policy_artifacts) == 1
+    assert sorted(entry.path for entry in policy_artifacts[0].manifest.contents) == ["keep-0.5.json", "keep-2.json"]
+    for policy in policies:
+        staged = next(e for e in policy_artifacts[0].manifest.contents if e.path == f"keep-{policy.keep}.json")
+        assert PruningPolicy.load(staged.local_path) == policy
+
+
+def test_any_other_logger_gets_the_figures(tmp_path: Path) -> None:
+    logger = CSVLogger(tmp_path)
+    callback = CrossAttentionCalibration(tmp_path / "policy.json", keep=0.5)
+    trainer = L.Trainer(callbacks=[callback], logger=logger, accelerator="cpu", enable_progress_bar=False)
+    trainer.predict(Module(), DataLoader(data(16, 8), batch_size=None))
+    logger.save()
+    header, values = (Path(logger.log_dir) / "metrics.csv").read_text().split("\n")[:2]
+    row = dict(zip(header.split(","), values.split(","), strict=True))
+    checked = callback.policies[0].evidence["candidates"][0]["check"]
+    assert float(row["catp/keep-0.5/agreement"]) == pytest.approx(checked["agreement"])
