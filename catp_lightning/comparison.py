@@ -1,0 +1,186 @@
+"""Methods side by side on one set of questions: accuracy, agreement with the unpruned model, tokens kept."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from matplotlib.figure import Figure
+from rich.table import Table
+
+from catp_lightning.files import write_json, write_text
+
+RESAMPLES = 2000
+
+
+@dataclass(frozen=True)
+class Result:
+    """One method at one budget, question by question.
+
+    Attributes:
+        method: its name; several results of one name and budget (seeds) are averaged question by question.
+        keep: the budget; None: unpruned.
+        score: float [N], VQA accuracy of each question, in [0, 1].
+        same: float [N], 1 where the answer is the unpruned model's.
+        tokens: mean visual tokens kept.
+    """
+
+    method: str
+    keep: float | int | None
+    score: np.ndarray
+    same: np.ndarray
+    tokens: float
+
+
+@dataclass
+class Comparison:
+    """Results of several methods on the same questions.
+
+    Attributes:
+        images: [N], the image each question is about: intervals resample images, for two questions about one are no
+            two samples.
+        reference: the method the others are compared with.
+    """
+
+    images: Sequence[int]
+    reference: str
+    results: list[Result] = field(default_factory=list)
+
+    def rows(self) -> list[dict[str, Any]]:
+        """A row for each method and budget: means, 95% bootstrap intervals, how far the reference is ahead, paired."""
+        merged: dict[tuple[str, float | int | None], list[Result]] = {}
+        for result in self.results:
+            merged.setdefault((result.method, result.keep), []).append(result)
+        means = {
+            key: (
+                np.mean([r.score for r in several], 0),
+                np.mean([r.same for r in several], 0),
+                float(np.mean([r.tokens for r in several])),
+            )
+            for key, several in merged.items()
+        }
+        weights = self._resamples()
+        return [self._row(key, means, weights) for key in means]
+
+    def _row(
+        self,
+        key: tuple[str, float | int | None],
+        means: Mapping[Any, tuple[np.ndarray, np.ndarray, float]],
+        weights: np.ndarray,
+    ) -> dict[str, Any]:
+        (method, keep), (score, same, tokens) = key, means[key]
+        row: dict[str, Any] = {
+            "method": method,
+            "keep": keep,
+            "tokens": tokens,
+            "accuracy": float(score.mean()),
+            "accuracy_interval": _interval(weights @ score),
+            "agreement": float(same.mean()),
+            "agreement_interval": _interval(weights @ same),
+        }
+        reference = means.get((self.reference, keep))
+        if reference is not None and method != self.reference:
+            difference = reference[1] - same
+            row["reference_ahead"] = float(difference.mean())
+            row["reference_ahead_interval"] = _interval(weights @ difference)
+        return row
+
+    def _resamples(self) -> np.ndarray:
+        """Weights of the questions in each bootstrap resample of the images: float [RESAMPLES, N], rows sum to 1."""
+        _, image = np.unique(np.asarray(self.images), return_inverse=True)
+        count = image.max() + 1
+        drawn = np.random.default_rng(0).multinomial(count, np.full(count, 1 / count), RESAMPLES)
+        weights = drawn[:, image].astype(float)
+        return weights / weights.sum(1, keepdims=True)
+
+
+def _interval(values: np.ndarray) -> list[float]:
+    return [float(value) for value in np.quantile(values, [0.025, 0.975])]
+
+
+def markdown(rows: Sequence[Mapping[str, Any]], reference: str) -> str:
+    """Two tables with a row for each method: figures at every budget, and how far the reference is ahead, paired."""
+    budgets, methods = _axes(rows)
+    at = {(row["method"], row["keep"]): row for row in rows}
+    unpruned = {method: row for (method, keep), row in at.items() if keep is None}
+    head = [f"keep {keep}: {name}" for keep in budgets for name in ("accuracy", "agreement (95%)", "tokens")]
+    figures, ahead = [], []
+    for method in methods:
+        cells = [cell for keep in budgets for cell in _cells(at.get((method, keep)) or unpruned[method])]
+        figures.append([method, *cells])
+        if method != reference and method not in unpruned:
+            ahead.append([method, *(_ahead(at[method, keep]) for keep in budgets)])
+    return (
+        _markdown_table(["method", *head], figures)
+        + f"\nHow far *{reference}* is ahead in agreement, paired by question, 95% interval:\n\n"
+        + _markdown_table(["method", *(f"keep {keep}" for keep in budgets)], ahead)
+    )
+
+
+def console_tables(rows: Sequence[Mapping[str, Any]], reference: str) -> list[Table]:
+    """The figures for the terminal, a table for each budget: together they would be too wide."""
+    tables = []
+    for keep in _axes(rows)[0]:
+        table = Table("method", "accuracy", "agreement (95%)", "tokens", title=f"keep {keep}", title_justify="left")
+        for row in rows:
+            if row["keep"] in (None, keep):
+                table.add_row(row["method"], *_cells(row), style="bold" if row["method"] == reference else None)
+        tables.append(table)
+    return tables
+
+
+def _axes(rows: Sequence[Mapping[str, Any]]) -> tuple[list[float | int], list[str]]:
+    """Budgets and methods, each once, in the order of the rows."""
+    budgets = dict.fromkeys(row["keep"] for row in rows if row["keep"] is not None)
+    return list(budgets), list(dict.fromkeys(row["method"] for row in rows))
+
+
+def _cells(row: Mapping[str, Any]) -> list[str]:
+    low, high = row["agreement_interval"]
+    return [f"{row['accuracy']:.3f}", f"{row['agreement']:.3f} ({low:.3f} to {high:.3f})", f"{row['tokens']:.0f}"]
+
+
+def _ahead(row: Mapping[str, Any]) -> str:
+    low, high = row["reference_ahead_interval"]
+    return f"{row['reference_ahead']:+.3f} ({low:+.3f} to {high:+.3f})"
+
+
+def _markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    lines = [header, ["---"] * len(header), *rows]
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+
+
+def accuracy_figure(rows: Sequence[Mapping[str, Any]], reference: str) -> Figure:
+    """VQA accuracy over visual tokens kept, a line for each method; the unpruned model is the dotted line."""
+    figure = Figure(figsize=(8, 5), layout="constrained")
+    axes = figure.subplots()
+    for row in rows:
+        if row["keep"] is None:
+            axes.axhline(row["accuracy"], color="black", linestyle=":", label=row["method"])
+    for method in dict.fromkeys(row["method"] for row in rows if row["keep"] is not None):
+        points = sorted(
+            (row["tokens"], row["accuracy"], *row["accuracy_interval"]) for row in rows if row["method"] == method
+        )
+        tokens, accuracy, low, high = zip(*points, strict=True)
+        ours = method == reference
+        axes.plot(
+            tokens, accuracy, marker="o", linewidth=2.5 if ours else 1, color="crimson" if ours else None, label=method
+        )
+        if ours:
+            axes.fill_between(tokens, low, high, color="crimson", alpha=0.15)
+    axes.set_xscale("log", base=2)
+    ticks = sorted({row["tokens"] for row in rows if row["keep"] is not None})
+    axes.set_xticks(ticks, [f"{tick:.0f}" for tick in ticks])
+    axes.set(xlabel="visual tokens kept of each image", ylabel="VQA accuracy", ylim=(0, 1.02))
+    axes.legend(loc="center left", bbox_to_anchor=(1, 0.5))
+    return figure
+
+
+def save_comparison(comparison: Comparison, folder: Path, title: str) -> list[dict[str, Any]]:
+    """Write `table.md`, `table.json` and `accuracy.png`; returns the rows."""
+    rows = comparison.rows()
+    write_text(folder / "table.md", f"# {title}\n\n{markdown(rows, comparison.reference)}")
+    write_json(folder / "table.json", {"title": title, "reference": comparison.reference, "rows": rows}, indent=2)
+    accuracy_figure(rows, comparison.reference).savefig(folder / "accuracy.png", dpi=120)
+    return rows

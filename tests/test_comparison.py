@@ -1,0 +1,64 @@
+"""The table's figures and intervals are what they say, by hand and against a slow bootstrap."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from catp_lightning.comparison import Comparison, Result, markdown, save_comparison
+
+IMAGES = [1, 1, 2, 3, 3, 3, 4, 5]
+
+
+def comparison() -> Comparison:
+    rng = np.random.default_rng(0)
+    draw = lambda: rng.integers(0, 2, len(IMAGES)).astype(float)  # noqa: E731
+    full = Result("no pruning", None, draw(), np.ones(len(IMAGES)), 32.0)
+    rival = [
+        Result("random", keep, draw(), draw(), tokens) for keep, tokens in ((0.5, 16.0), (4, 4.0)) for _ in range(3)
+    ]
+    ours = [Result("ours", keep, draw(), draw(), tokens) for keep, tokens in ((0.5, 16.0), (4, 4.0))]
+    return Comparison(IMAGES, "ours", [full, *rival, *ours])
+
+
+def test_seeds_are_averaged_and_differences_are_paired() -> None:
+    given = comparison()
+    rows = {(row["method"], row["keep"]): row for row in given.rows()}
+    assert len(rows) == 5
+    random = [r.same for r in given.results if r.method == "random" and r.keep == 4]
+    (ours,) = (r.same for r in given.results if r.method == "ours" and r.keep == 4)
+    assert rows["random", 4]["agreement"] == pytest.approx(np.mean(random))
+    assert rows["random", 4]["reference_ahead"] == pytest.approx(ours.mean() - np.mean(random))
+    assert "reference_ahead" not in rows["ours", 4] and "reference_ahead" not in rows["no pruning", None]
+    assert rows["no pruning", None]["agreement_interval"] == pytest.approx([1.0, 1.0])
+
+
+def test_intervals_resample_images_not_questions() -> None:
+    given = comparison()
+    row = next(row for row in given.rows() if row["method"] == "ours" and row["keep"] == 0.5)
+    (same,) = (r.same for r in given.results if r.method == "ours" and r.keep == 0.5)
+    rng, by_image, by_question = np.random.default_rng(1), [], []
+    for _ in range(20_000):
+        drawn = rng.choice([1, 2, 3, 4, 5], 5)
+        chosen = [question for image in drawn for question in range(8) if IMAGES[question] == image]
+        by_image.append(same[chosen].mean())
+        by_question.append(same[rng.integers(0, 8, 8)].mean())
+    slow, naive = np.quantile(by_image, [0.025, 0.975]), np.quantile(by_question, [0.025, 0.975])
+    assert row["agreement_interval"] == pytest.approx(list(slow), abs=0.03)
+    assert abs(np.subtract(row["agreement_interval"], naive)).max() > 0.03, (
+        "the two must differ, or this proves nothing"
+    )
+
+
+def test_the_files_hold_every_method_at_every_budget(tmp_path: Path) -> None:
+    rows = save_comparison(comparison(), tmp_path, "title")
+    assert json.loads((tmp_path / "table.json").read_text())["rows"] == rows
+    assert (tmp_path / "accuracy.png").read_bytes()[:4] == b"\x89PNG"
+    text = (tmp_path / "table.md").read_text()
+    assert text == "# title\n\n" + markdown(rows, "ours")
+    figures, ahead = text.split("How far")
+    lines = [line for line in figures.splitlines() if line.startswith("|")]
+    assert [line.split(" | ")[0] for line in lines[2:]] == ["| no pruning", "| random", "| ours"]
+    assert all(line.count("|") == 8 for line in lines), "a name, and three figures at two budgets"
+    assert len([line for line in ahead.splitlines() if line.startswith("| random")]) == 1
