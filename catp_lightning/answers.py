@@ -104,11 +104,15 @@ def generated(family: Family, output: Any, named: dict[str, Any]) -> Answer:
     """The answer in what `generate` returned: sequences, with or without the prompt before them."""
     ids = output if isinstance(output, Tensor) else output.sequences
     prompt = named.get("input_ids")
-    prompts = len(prompt) if prompt is not None else len(next(v for v in named.values() if isinstance(v, Tensor)))
-    length = 0 if prompt is None else prompt.shape[1]
-    if prompt is not None and ids.shape[1] >= length:
-        repeated = prompt.repeat_interleave(len(ids) // prompts, 0)
-        ids = ids[:, length:] if torch.equal(ids[:, :length], repeated) else ids
+    if prompt is None:
+        raise PruningError(
+            "generate was called without input_ids, so its answer cannot be told from its prompt. Pass the ids that the "
+            "processor makes from images and text; for captions the text is empty."
+        )
+    prompts, length = prompt.shape
+    repeated = prompt.repeat_interleave(len(ids) // prompts, 0)
+    if ids.shape[1] >= length and torch.equal(ids[:, :length], repeated):
+        ids = ids[:, length:]
     ends = torch.isin(ids, torch.tensor(family.end_ids(), device=ids.device, dtype=ids.dtype))
     valid = ends.cumsum(1) - ends.long() == 0
     return Answer(ids, valid, prompts, torch.full((prompts,), length - 1, device=ids.device))

@@ -1,10 +1,12 @@
 """Methods side by side on one set of questions: accuracy, agreement with the unpruned model, tokens kept."""
 
+import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import matplotlib
 import numpy as np
 from matplotlib.figure import Figure
 from rich.table import Table
@@ -158,17 +160,17 @@ def accuracy_figure(rows: Sequence[Mapping[str, Any]], reference: str) -> Figure
     for row in rows:
         if row["keep"] is None:
             axes.axhline(row["accuracy"], color="black", linestyle=":", label=row["method"])
-    for method in dict.fromkeys(row["method"] for row in rows if row["keep"] is not None):
-        points = sorted(
-            (row["tokens"], row["accuracy"], *row["accuracy_interval"]) for row in rows if row["method"] == method
-        )
+    methods = list(dict.fromkeys(row["method"] for row in rows if row["keep"] is not None))
+    shades = matplotlib.colormaps["viridis"](np.linspace(0, 0.95, len(methods)))
+    for method, shade, marker in zip(methods, shades, itertools.cycle("os^vDPX<>*dp")):
+        found = (row for row in rows if row["method"] == method)
+        points = sorted((row["tokens"], row["accuracy"], *row["accuracy_interval"]) for row in found)
         tokens, accuracy, low, high = zip(*points, strict=True)
-        ours = method == reference
-        axes.plot(
-            tokens, accuracy, marker="o", linewidth=2.5 if ours else 1, color="crimson" if ours else None, label=method
-        )
-        if ours:
+        if method == reference:
+            axes.plot(tokens, accuracy, marker="o", linewidth=3, color="crimson", label=method)
             axes.fill_between(tokens, low, high, color="crimson", alpha=0.15)
+        else:
+            axes.plot(tokens, accuracy, marker=marker, linewidth=1.2, color=shade, label=method)
     axes.set_xscale("log", base=2)
     ticks = sorted({row["tokens"] for row in rows if row["keep"] is not None})
     axes.set_xticks(ticks, [f"{tick:.0f}" for tick in ticks])

@@ -81,3 +81,12 @@ def test_a_generate_that_somebody_else_set_on_the_model_is_called_and_stays() ->
         model.generate(**inputs, **GREEDY)
     assert calls == [1] and len(heard) == 1 and heard[0].ids.shape == (3, 10)
     assert model.__dict__["generate"] is theirs
+
+
+def test_a_generate_without_ids_is_refused_where_answers_are_compared() -> None:
+    model, inputs = random_blip2()
+    with prune(model, HALF) as pruning:
+        model.generate(pixel_values=inputs["pixel_values"], max_new_tokens=3)
+        assert pruning.keep.sum(1).tolist() == [4, 4, 4], "pruning itself works: BLIP-2 makes the ids"
+        with compare_with_unpruned(model, pruning), pytest.raises(PruningError, match="without input_ids"):
+            model.generate(pixel_values=inputs["pixel_values"], max_new_tokens=3, do_sample=False)

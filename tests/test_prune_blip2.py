@@ -75,6 +75,9 @@ def test_dropping_equals_masking_in_prefill_and_ten_decoding_steps(shape: str, d
     assert difference(prefill[seen], full[seen]) > 0.1 * scale, "dropping must move the logits, or this proves nothing"
     assert difference(prefill[seen], oracle[:, :length][seen]) <= TOLERANCE[dtype] * scale
     assert difference(steps, oracle[:, length - 1 : -1]) <= TOLERANCE[dtype] * scale
+    dropped = (inputs["input_ids"] == IMAGE).clone()
+    dropped[dropped.clone()] = ~pruning.keep.flatten()
+    assert not prefill[dropped].any(), "rows that were dropped have no output, those that filled up a batch included"
 
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])

@@ -1,0 +1,394 @@
+"""The `catp` command: real models, data and files; most runs in this process, a few in one of their own."""
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+from jsonargparse import ArgumentError
+
+import catp_lightning
+from catp_lightning.cli import COMMANDS, SUMMARIES, main
+from catp_lightning.data import shipped
+from catp_lightning.data.scenes import write_scenes
+from catp_lightning.data.vqa import VQADataModule
+from catp_lightning.errors import DataError, PolicyError
+from catp_lightning.locations import budget_file_name
+from catp_lightning.policy import PruningPolicy
+from catp_lightning.vqa_module import VQAModule
+from tests.tiny_vqa import QUERIES, opt_config, save_model, scenes
+
+ROOT = Path(__file__).parent.parent
+CONFIGS = sorted(path.name for path in (ROOT / "configs").glob("*.yaml"))
+QUESTIONS = 10
+BLIP2 = {"type": "blip-2", "visual_tokens": 32, "cross_attention_layers": 6, "heads": 12}
+
+
+class OwnModule(VQAModule):
+    """A user's module; says what it is given to answer."""
+
+    asked: list[int] = []  # noqa: RUF012
+
+    def predict_step(self, batch, batch_idx):
+        self.asked += batch["question_ids"].tolist()
+        return super().predict_step(batch, batch_idx)
+
+
+class OwnData(VQADataModule):
+    """A user's datamodule; says for which stages it was set up."""
+
+    stages: list[str] = []  # noqa: RUF012
+
+    def setup(self, stage: str) -> None:
+        self.stages.append(stage)
+        super().setup(stage)
+
+
+class WithoutCalibration(VQADataModule):
+    calibration_dataloader = property()  # hasattr says no
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny model, scenes for calibration and test, and a configuration that names them."""
+    folder = tmp_path_factory.mktemp("made")
+    model = save_model(folder / "model", opt_config())
+    write_scenes(folder / "calibration", "calibration", 32)
+    splits = {"calibration": "calibration", "val": "test", "test": "test"}
+    scenes(folder / "test", QUESTIONS)
+    data = {name: split(folder / place) for name, place in splits.items()}
+    config = {
+        "model": {"model": model},
+        "data": {"processor": model, "batch_size": 4, **data},
+        "trainer": {"accelerator": "cpu", "devices": 1, "enable_progress_bar": False},
+    }
+    (folder / "tiny.yaml").write_text(yaml.safe_dump(config))
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def in_own_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+
+
+def split(folder: Path) -> dict[str, str]:
+    names = {"questions": "questions.json", "annotations": "annotations.json", "images": "images"}
+    return {key: str(folder / name) for key, name in names.items()} | {"image_name": "{image_id:012d}.png"}
+
+
+def catp(made: Path, command: str, *args: object) -> None:
+    main([command, "--config", str(made / "tiny.yaml"), *map(str, args)])
+
+
+def printed(output: str) -> dict[str, float]:
+    """The table that Lightning prints."""
+    return {name: float(value) for name, value in re.findall(r"((?:catp|val|test)/\w+)\W+([\d.]+)", output)}
+
+
+def answers(path: str | Path) -> dict[int, str]:
+    lines = [json.loads(line) for line in Path(path).read_text().splitlines()]
+    found = {line["question_id"]: line["answer"] for line in lines}
+    assert len(found) == len(lines)  # no question twice
+    return found
+
+
+def asked(made: Path, name: str = "test") -> list[int]:
+    questions = json.loads((made / name / "questions.json").read_text())["questions"]
+    return [question["question_id"] for question in questions]
+
+
+def everything(folder: Path) -> dict[Path, bytes | None]:
+    return {path: path.read_bytes() if path.is_file() else None for path in folder.rglob("*")}
+
+
+def fails(capsys: pytest.CaptureFixture[str], *args: object) -> tuple[int, str]:
+    """Exit status and message of a command that must fail; it must leave every file as it was."""
+    before = everything(Path.cwd())
+    with pytest.raises(SystemExit) as stopped:
+        main([str(arg) for arg in args])
+    assert everything(Path.cwd()) == before
+    output, errors = capsys.readouterr()
+    assert "Traceback" not in output + errors
+    _, *messages = errors.split("catp: error: ")
+    assert len(messages) == 1
+    return stopped.value.code, messages[0]
+
+
+def test_a_policy_is_calibrated_validated_and_predicted_with(made, capsys):
+    catp(made, "calibrate", "--output", "policies", "--keep", "0.5")
+    policy = PruningPolicy.load("policies/policy.json")
+    assert policy.keep == 0.5
+    assert sum(policy.evidence["samples"].values()) == 32
+    catp(made, "validate", "--policy", "policies", "--compare", "true")
+    metrics = printed(capsys.readouterr().out)
+    assert metrics["catp/tokens_kept"] == QUERIES / 2
+    assert 0 <= metrics["catp/agreement"] <= 1
+    assert "val/vqa_accuracy" in metrics
+    catp(made, "predict", "--policy", "policies", "--output", "results/answers.jsonl")
+    assert list(answers("results/answers.jsonl")) == asked(made)
+    files = {str(path) for path in Path().rglob("*") if path.is_file()}
+    assert files == {"policies/policy.json", "results/answers.jsonl"}  # no logs, no checkpoints
+
+
+def test_several_budgets_go_to_a_folder_where_keep_chooses(made, capsys):
+    catp(made, "calibrate", "--output", "policies", "--keep", "[0.5, 1]")
+    assert {path.name for path in Path("policies").iterdir()} == {"keep-0.5.json", "keep-1.json"}
+    capsys.readouterr()
+    catp(made, "test", "--policy", "policies", "--keep", "1")
+    assert printed(capsys.readouterr().out)["catp/tokens_kept"] == 1
+
+
+@pytest.mark.parametrize(("keep", "tokens"), [("1", 1), ("1.0", QUERIES), ("3", 3), ("0.5", 2), ("5e-1", 2)])
+def test_keep_is_tokens_without_a_point_and_a_share_with_one(made, capsys, keep, tokens):
+    for budget in (1, 1.0, 3, 0.5):
+        PruningPolicy("stride", keep=budget).save(Path("policies") / budget_file_name(budget))
+    catp(made, "test", "--policy", "policies", "--keep", keep)
+    assert printed(capsys.readouterr().out)["catp/tokens_kept"] == tokens
+
+
+def test_a_policy_changes_answers_and_no_policy_is_the_unpruned_model(made, capsys):
+    catp(made, "predict", "--output", "full.jsonl")
+    for name, keep in (("all", 1.0), ("one", 1)):
+        PruningPolicy("stride", keep=keep).save(f"{name}.json")
+        catp(made, "predict", "--policy", f"{name}.json", "--output", f"{name}.jsonl")
+    assert answers("all.jsonl") == answers("full.jsonl") != answers("one.jsonl")
+    catp(made, "validate")
+    assert set(printed(capsys.readouterr().out)) == {"val/vqa_accuracy"}
+
+
+def test_own_classes_and_callbacks_are_named_in_yaml(made, capsys):
+    for budget in (1, 1.0):
+        PruningPolicy("stride", keep=budget).save(Path("policies") / budget_file_name(budget))
+    config = yaml.safe_load((made / "tiny.yaml").read_text())
+    config["model"] = {"class_path": "tests.test_cli.OwnModule", "init_args": config["model"]}
+    config["data"] = {"class_path": "tests.test_cli.OwnData", "init_args": config["data"]}
+    pruning = {"policy": "policies", "keep": 1}
+    config["trainer"]["callbacks"] = [{"class_path": "catp_lightning.TokenPruning", "init_args": pruning}]
+    Path("mine.yaml").write_text(yaml.safe_dump(config))
+    OwnModule.asked, OwnData.stages = [], []
+    main(["test", "--config", "mine.yaml"])
+    assert printed(capsys.readouterr().out)["catp/tokens_kept"] == 1  # an int in YAML stays a number of tokens
+    main(["calibrate", "--config", "mine.yaml", "--trainer.callbacks", "null", "--output", "calibrated.json"])
+    assert sorted(OwnModule.asked) == sorted(asked(made, "calibration"))
+    assert OwnData.stages == ["test", "calibration"]
+
+
+def test_a_datamodule_without_calibration_split_is_calibrated_on_its_prediction_split(made):
+    data = ["--data", "tests.test_cli.WithoutCalibration"]
+    catp(made, "calibrate", *data, "--data.predict", json.dumps(split(made / "calibration")), "--output", "policy.json")
+    assert sum(PruningPolicy.load("policy.json").evidence["samples"].values()) == 32
+
+
+def test_a_policy_for_another_architecture_is_refused_by_both_names(made, capsys):
+    PruningPolicy("catp", model=BLIP2).save("policy.json")
+    status, message = fails(capsys, "validate", "--config", made / "tiny.yaml", "--policy", "policy.json")
+    assert status == 1
+    assert "made for blip-2 with 32 visual tokens" in message
+    assert f"this model is blip-2 with {QUERIES} visual tokens" in message
+
+
+def test_a_truncated_policy_is_refused_before_the_model_is_loaded(made, capsys):
+    file = PruningPolicy("catp").save("policy.json")
+    file.write_text(file.read_text()[:100])
+    missing = ["--model.model", "no/model"]  # would fail too, and says something else
+    status, message = fails(capsys, "test", "--config", made / "tiny.yaml", *missing, "--policy", "policy.json")
+    assert status == 1
+    assert "policy.json cannot be read as a policy" in message
+
+
+@pytest.mark.parametrize("command", ["validate", "test", "predict", "calibrate"])
+def test_a_missing_dataset_file_is_named(made, capsys, command):
+    name = {"validate": "val", "calibrate": "calibration"}.get(command, "test")
+    options = ["--output", "new"] if command in ("predict", "calibrate") else []
+    missing = [f"--data.{name}.questions", "nowhere.json"]
+    status, message = fails(capsys, command, "--config", made / "tiny.yaml", *missing, *options)
+    assert status == 1
+    assert "nowhere.json: there is no such file" in message
+
+
+@pytest.mark.parametrize("command", ["predict", "calibrate"])
+def test_a_corrupt_image_ends_a_run_and_leaves_an_old_file_as_it_was(made, tmp_path, capsys, command):
+    shutil.copytree(made / "calibration", "scenes")
+    last = max(Path("scenes/images").iterdir())
+    last.write_bytes(last.read_bytes()[:200])
+    Path("old.json").write_text("old\n")
+    place = [f"--data.{'test' if command == 'predict' else 'calibration'}", json.dumps(split(tmp_path / "scenes"))]
+    status, message = fails(capsys, command, "--config", made / "tiny.yaml", *place, "--output", "old.json")
+    assert status == 1
+    assert last.name in message
+    assert "cannot be read" in message
+
+
+@pytest.mark.parametrize(
+    ("args", "status", "said"),
+    [
+        (["validate", "--keep", "0.5"], 2, "give --policy"),
+        (["test", "--policy", "policies"], 1, "several budgets (1, 2)"),
+        (["test", "--policy", "policies", "--keep", "3"], 1, "keep=3; it has 1, 2"),
+        (["test", "--policy", "nowhere"], 1, "no policy at 'nowhere'"),
+        (["test", "--keep", "half"], 2, 'key "keep"'),
+        (["test", "--polcy", "policies"], 2, "--polcy"),
+        (["test", "--config", "nowhere.yaml"], 2, "nowhere.yaml"),
+        (["test", "--model.model", "/nowhere/model"], 1, "no model in /nowhere/model"),
+        (["test", "--data.fraction", "2"], 1, "fraction must be in (0, 1], got 2.0"),
+        (["test", "--ckpt_path", "nowhere.ckpt"], 1, "nowhere.ckpt"),
+        (["predict"], 2, "give --output"),
+        (["predict", "--output", "policies"], 1, "policies is a folder"),
+        (["predict", "--output", "file/answers.jsonl"], 1, "is not a folder"),
+        (["calibrate", "--keep", "0"], 1, "keep is 0"),
+        (["calibrate", "--keep", "2.0"], 1, "keep=2, without the point"),
+        (["calibrate", "--keep", "[0.5, 1]", "--output", "policy.json"], 1, "give a folder"),
+        (["calibrate", "--output", "file"], 1, "file is a file"),
+        (["calibrate", "--trainer.limit_predict_batches", "1"], 1, "at least some dozens of images"),
+        (["forecast"], 2, "invalid choice: 'forecast'"),
+    ],
+)
+def test_what_cannot_be_done_is_said_in_one_message(made, capsys, args, status, said):
+    for keep in (1, 2):
+        PruningPolicy("stride", keep=keep).save(f"policies/keep-{keep}.json")
+    Path("file").write_text("")
+    config = ["--config", made / "tiny.yaml"]
+    found, message = fails(capsys, args[0], *config, *args[1:])
+    assert said in message
+    assert found == status
+
+
+def test_answers_of_another_layout_end_in_the_writers_message(made, capsys):
+    module = {"class_path": "tests.test_cli.Wordless", "init_args": {"model": str(made / "model")}}
+    status, message = fails(
+        capsys, "predict", "--config", made / "tiny.yaml", "--model", json.dumps(module), "--output", "answers.jsonl"
+    )
+    assert status == 1
+    assert "Wordless.predict_step to return a list" in message
+
+
+class Wordless(VQAModule):
+    def predict_step(self, batch, batch_idx):
+        return batch["question_ids"]
+
+
+def test_the_traceback_is_shown_where_the_environment_asks_for_it(made, monkeypatch):
+    monkeypatch.setenv("CATP_TRACEBACK", "1")
+    with pytest.raises(PolicyError):
+        catp(made, "test", "--policy", "nowhere")
+    with pytest.raises(ArgumentError):
+        catp(made, "test", "--nothing", "1")
+
+
+def test_a_corrupt_image_read_by_a_worker_process_is_one_message(made, tmp_path, capsys):
+    shutil.copytree(made / "test", "scenes")
+    first = min(Path("scenes/images").iterdir())
+    first.write_bytes(b"not an image")
+    place = ["--data.num_workers", 1, "--data.test", json.dumps(split(tmp_path / "scenes"))]
+    status, message = fails(capsys, "predict", "--config", made / "tiny.yaml", *place, "--output", "answers.jsonl")
+    assert status == 1
+    assert message.startswith(f"{tmp_path / 'scenes/images' / first.name}, the image of question")
+    assert message.endswith("leave its questions out of the questions file.\n")
+
+
+def process(*args: object) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-c", "from catp_lightning.cli import main; main()", *map(str, args)]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    return subprocess.run(command, capture_output=True, text=True, check=False, timeout=120, env=environment)
+
+
+@pytest.mark.slow
+def test_a_process_of_its_own_prints_metrics_and_no_advertisement(made):
+    done = process("validate", "--config", made / "tiny.yaml")
+    assert done.returncode == 0, done.stderr
+    assert set(printed(done.stdout)) == {"val/vqa_accuracy"}
+    assert not re.search("Tip|Warning|many workers|LeafSpec|deprecated", done.stderr + done.stdout)
+
+
+def test_a_process_of_its_own_that_fails_ends_with_status_1_and_the_message(made):
+    PruningPolicy("catp", model=BLIP2).save("policy.json")
+    done = process("predict", "--config", made / "tiny.yaml", "--policy", "policy.json", "--output", "answers.jsonl")
+    assert done.returncode == 1
+    assert "Traceback" not in done.stderr
+    assert re.search(r"catp: error: The policy was made for blip-2 .*\n$", done.stderr)
+    assert not Path("answers.jsonl").exists()
+
+
+@pytest.mark.parametrize(
+    ("command", "options"),
+    {
+        "calibrate": ["--config", "--keep", "--output", "--model", "--data", "--trainer.devices", "--ckpt_path"],
+        "validate": ["--config", "--policy", "--keep", "--compare", "--model", "--data", "--trainer.precision"],
+        "test": ["--config", "--policy", "--keep", "--compare", "--ckpt_path"],
+        "predict": ["--config", "--policy", "--keep", "--compare", "--output"],
+        "scenes": ["--output", "--questions", "--calibration_questions", "--seed"],
+        "demo": ["--output", "--questions", "--calibration_questions", "--seed"],
+    }.items(),
+)
+def test_help_of_a_command_says_what_it_does_and_names_its_options(capsys, command, options):
+    with pytest.raises(SystemExit) as stopped:
+        main([command, "--help"])
+    assert stopped.value.code == 0
+    text = capsys.readouterr().out
+    assert SUMMARIES[command] in " ".join(text.split())
+    missing = [option for option in options if f" {option} " not in text]
+    assert not missing
+    assert "max_epochs" not in text  # of training
+
+
+def test_help_names_every_command_and_shipped_configuration(capsys):
+    with pytest.raises(SystemExit) as stopped:
+        main([])
+    text = capsys.readouterr().out
+    assert stopped.value.code == 0
+    assert all(f"\n  {command} " in text and f"catp {command}" in text for command in COMMANDS)
+    assert CONFIGS
+    assert all(name in text for name in CONFIGS)
+
+
+def test_the_version_is_printed(capsys):
+    with pytest.raises(SystemExit) as stopped:
+        main(["--version"])
+    assert stopped.value.code == 0
+    assert re.match(r"catp-lightning \S+", capsys.readouterr().out)
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize("command", ["calibrate", "predict"])
+def test_every_configuration_is_read_and_printed_whole(capsys, name, command):
+    with pytest.raises(SystemExit) as stopped:
+        main([command, "--config", str(ROOT / "configs" / name), "--print_config"])
+    assert stopped.value.code == 0
+    config, given = (yaml.safe_load(text) for text in (capsys.readouterr().out, (ROOT / "configs" / name).read_text()))
+    assert config["model"]["init_args"]["model"] == given["model"]["model"]
+    for split_name in ("calibration", "val"):
+        assert config["data"]["init_args"][split_name] == given["data"][split_name]
+
+
+def test_the_vqav2_configuration_runs_on_data_in_its_places(made, capsys):
+    for split_name, image_split in (("calibration", "train2014"), ("test", "val2014")):
+        folder = Path("data/vqav2")
+        (folder / image_split).mkdir(parents=True)
+        shutil.copy(made / split_name / "questions.json", folder / f"v2_OpenEnded_mscoco_{image_split}_questions.json")
+        shutil.copy(made / split_name / "annotations.json", folder / f"v2_mscoco_{image_split}_annotations.json")
+        for image in (made / split_name / "images").iterdir():
+            shutil.copy(image, folder / image_split / f"COCO_{image_split}_{image.stem}.jpg")
+    options = ["--model.model", str(made / "model"), "--data.processor", str(made / "model"), "--data.num_workers", "0"]
+    config = ["--config", str(ROOT / "configs/blip2_opt_vqav2.yaml"), "--trainer.accelerator", "cpu"]
+    main(["calibrate", *config, *options, "--data.fraction", "1.0", "--output", "policy.json"])
+    main(["validate", *config, *options, "--policy", "policy.json", "--compare", "true"])
+    assert printed(capsys.readouterr().out)["catp/keep_share"] == 0.5
+
+
+def test_the_digits_configuration_runs_by_its_name_on_the_shipped_model(monkeypatch, capsys):
+    # As in an installed wheel, where configs/ is catp_lightning.configs.
+    monkeypatch.setattr(catp_lightning, "__path__", [*catp_lightning.__path__, str(ROOT)])
+    main(["scenes", "--questions", "200", "--calibration_questions", "64"])
+    main(["test", "--config", "digits_blip2.yaml", "--trainer.accelerator", "cpu"])
+    assert printed(capsys.readouterr().out)["test/vqa_accuracy"] > 0.8
+    assert len(json.loads(Path("data/digits/calibration/questions.json").read_text())["questions"]) == 64
+
+
+def test_an_unknown_shipped_model_is_refused_with_the_known_names():
+    with pytest.raises(DataError, match=r"no shipped model 'letters'; there are: digits_blip2"):
+        shipped("letters")
