@@ -121,9 +121,7 @@ def main() -> None:
         spread = f"{min(ratios):.2f} to {max(ratios):.2f}"
         table.add_row(name, f"{statistics.median(values):.3f}", f"{statistics.median(ratios):.2f}", spread)
     threads = torch.get_num_threads()
-    Console().print(
-        f"{arguments.shape}, batch {arguments.batch}, {arguments.rounds} rounds, {threads} threads"
-    )
+    Console().print(f"{arguments.shape}, batch {arguments.batch}, {arguments.rounds} rounds, {threads} threads")
     Console().print(table)
 
 

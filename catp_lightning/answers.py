@@ -106,7 +106,7 @@ def generated(family: Family, output: Any, named: dict[str, Any]) -> Answer:
     prompt = named.get("input_ids")
     if prompt is None:
         raise PruningError(
-            "generate was called without input_ids, so its answer cannot be told from its prompt. Pass the ids that the "
+            "generate was called without input_ids: its answer cannot be told from its prompt. Pass the ids that the "
             "processor makes from images and text; for captions the text is empty."
         )
     prompts, length = prompt.shape
