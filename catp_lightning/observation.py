@@ -50,6 +50,11 @@ class Observation:
     layers: Mapping[Signal, int]
     values: dict[Signal | tuple[Signal, int], Tensor] = field(default_factory=dict)
 
+    def of_images(self, index: Tensor) -> "Observation":
+        """The same signals of some of the images: bool [I]."""
+        values = {key: value[index] for key, value in self.values.items()}
+        return Observation(int(index.sum()), self.tokens, self.layers, values)
+
     def __getitem__(self, signal: Signal) -> Tensor:
         """A signal without layers."""
         return self.values[signal]

@@ -1,6 +1,6 @@
 """What a calibration compares: rules by name, each a scorer and a selector."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -11,6 +11,10 @@ from catp_lightning.scorers import SCORERS
 
 STRENGTHS = (0.5, 1.5)
 """Weights of relevance beside diversity, tried with both signs: which relevance helps changes with the model."""
+
+
+FITTED_STRENGTHS = (0.5, 1.0, 2.0)
+"""Of fitted relevance, whose sign is known."""
 
 
 @dataclass(frozen=True)
@@ -54,6 +58,25 @@ def default_candidates(family: Family) -> list[Candidate]:
         found.append(_diversity(f"diversity of {similarity}", {"similarity": similarity}))
     # Maps of chosen layers are a finding; all of them, or the tokens themselves, are the plain control.
     found += [_diversity(f"diversity of cross-attention layer {n}", {"layers": [n]}, control=False) for n in layers]
+    return found
+
+
+def fitted_candidates(family: Family, weights: Sequence[float]) -> list[Candidate]:
+    """Sets that weigh what each slot is worth: by itself, and with diversity of several kinds and strengths."""
+    scorer_args = {"weights": list(weights)}
+    found = [Candidate("slots", "position", scorer_args)]
+    layers = range(family.layers()[Signal.CROSS_ATTENTION])
+    kinds: dict[str, dict[str, Any]] = {
+        "outputs": {"similarity": "outputs"},
+        "cross-attention": {},
+        **{f"cross-attention layer {layer}": {"layers": [layer]} for layer in layers},
+    }
+    for kind, args in kinds.items():
+        for strength in FITTED_STRENGTHS:
+            selector_args = {**args, "relevance": strength}
+            found.append(
+                Candidate(f"dpp of {kind}, slots x {strength:g}", "position", scorer_args, "dpp", selector_args)
+            )
     return found
 
 

@@ -39,6 +39,17 @@ class Replay:
             family, prompt.visual, prompt.embeds[::beams], prompt.mask[::beams], prompt.positions[::beams], first
         )
 
+    def of_samples(self, index: Tensor) -> "Replay":
+        """Some of the samples: bool [B]."""
+        answers = Answer(self.answers.ids[index], self.answers.valid[index], int(index.sum()), self.answers.row[index])
+        prompt = (self.visual[index], self.embeds[index], self.mask[index], self.positions[index])
+        return Replay(self.family, *prompt, answers)
+
+    def answer_log_probability(self, keep: Tensor) -> Tensor:
+        """Mean log-probability of the answer's tokens when only `keep` [B, T] is read: [B]."""
+        each = self.log_probabilities(keep).gather(2, self.answers.ids[..., None])[..., 0]
+        return (each * self.answers.valid).sum(1) / self.answers.valid.sum(1)
+
     def log_probabilities(self, keep: Tensor) -> Tensor:
         """Of every next token along the answer, when only `keep` [B, T] of the visual tokens are read: [B, A, V].
 

@@ -7,7 +7,9 @@ from torch import Tensor
 from torchmetrics import Metric
 
 PARTS = ("choose", "check")
-CHECK_SHARE = 0.3
+"""Parts of the calibration split that candidates are compared on; what comes before them is for fitting."""
+
+FIT, CHOOSE = 350, 450  # of a thousand images; the rest checks
 
 
 class CandidateSums(Metric):
@@ -38,7 +40,7 @@ class CandidateSums(Metric):
         """Add a batch.
 
         Args:
-            part: int64 [B], which of `PARTS` each sample belongs to.
+            part: int64 [B], which of `PARTS` each sample belongs to, by its number.
             divergence: float [K, C, B], from the unpruned answers, in nats.
             agreed: bool [K, C, B], whether the answer is the unpruned one.
         """
@@ -55,8 +57,9 @@ class CandidateSums(Metric):
 
 
 def part_of(images: Tensor) -> Tensor:
-    """Which part of the split each image belongs to, by its fingerprint, never by its order: int64 [I] -> int64 [I].
+    """The part of the split of each image, by its fingerprint, never by its order: int64 [I] -> int64 [I].
 
-    All questions about one image fall in one part.
+    -1 is for fitting, 0 for choosing, 1 for checking. All questions about one image fall in one part.
     """
-    return ((images & 0x7FFFFFFF) % 1000 < CHECK_SHARE * 1000).long()
+    place = (images & 0x7FFFFFFF) % 1000
+    return (place >= FIT).long() + (place >= FIT + CHOOSE).long() - 1

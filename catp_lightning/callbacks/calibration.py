@@ -1,38 +1,47 @@
 """`CrossAttentionCalibration`: a policy measured on a calibration split, during `trainer.predict`."""
 
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info
-from torch import Tensor
+from tqdm import tqdm
 
-from catp_lightning.answers import Answer, listening
 from catp_lightning.calibration.calibrator import Calibrator
-from catp_lightning.calibration.candidates import default_candidates
+from catp_lightning.calibration.recorder import Recorder
 from catp_lightning.calibration.replay import Replay
 from catp_lightning.calibration.report import log_calibration, summary_line
 from catp_lightning.callbacks.context import LoopContext, Stage
-from catp_lightning.dropping import DecoderEntry, Prompt
 from catp_lightning.errors import PolicyError, PruningError
 from catp_lightning.families import find_family
 from catp_lightning.locations import budget_file_name
 from catp_lightning.observation import Observation
-from catp_lightning.observing import Observer
 from catp_lightning.policy import PruningPolicy, check_keep
 from catp_lightning.pruning import refuse_unprunable
+
+
+@dataclass
+class _Run:
+    """What lives while one predict loop runs."""
+
+    calibrator: Calibrator
+    recorder: Recorder
+    batches: int = 0
 
 
 class CrossAttentionCalibration(LoopContext):
     """Compares candidate policies with the unpruned model's own answers and saves the best for each budget.
 
-    `trainer.predict` returns its usual, unpruned predictions. After each batch the language model alone answers it
-    again, under every candidate at every budget; vision runs once. No labels are needed. The split is divided by
-    image: one part chooses, the other checks, and the checked figures are the ones to quote. Every candidate's
-        figures are kept in the policy's evidence.
+    `trainer.predict` returns its usual, unpruned predictions, and nothing needs labels. The split is divided by image.
+    During the loop, random subsets measure on the first part what each visual token is worth; at its end the user's
+    step runs over the split once more, and every candidate answers the second part again, at every budget: the one that
+    diverges least from the unpruned answers is chosen. On the third part nothing is decided, so its figures are those
+    to quote. Vision runs once for all candidates. Every candidate's figures are kept in the policy's evidence.
 
     Args:
         path: where the policy goes: a file, or a folder that gets `policy.json`; with several budgets a folder that
@@ -56,90 +65,94 @@ class CrossAttentionCalibration(LoopContext):
     def __init__(
         self,
         path: str | Path = "policy.json",
-        keep: float | int | Sequence[float | int] = 0.5,
+        keep: int | float | Sequence[int | float] = 0.5,  # int first: YAML's 1 is one token, 1.0 is everything
         *,
         model: str | None = None,
     ) -> None:
         super().__init__(("predict",))
         self.path, self.model = Path(path), model
         self.several = isinstance(keep, Sequence)
-        self.budgets: tuple[float | int, ...] = tuple(keep) if isinstance(keep, Sequence) else (keep,)
+        self.budgets: tuple[int | float, ...] = tuple(keep) if isinstance(keep, Sequence) else (keep,)
         for budget in self.budgets:
             check_keep(budget)
         if self.several and self.path.suffix:
             raise PolicyError(f"path is {str(path)!r}, a file, but several budgets are asked for: give a folder.")
         self.policies: list[PruningPolicy] = []
-        self._calibrator: Calibrator | None = None
-        self._entry: DecoderEntry | None = None
-        self._observer: Observer | None = None
-        self._prompts: list[tuple[Prompt, Observation]] = []
-        self._answers: list[Answer] = []
+        self._run: _Run | None = None
 
     @contextmanager
     def loop_context(self, trainer: Trainer, pl_module: LightningModule, stage: Stage) -> Iterator[None]:
         family = find_family(pl_module, self.model)
         refuse_unprunable(pl_module, family)
-        self._calibrator = Calibrator(family, default_candidates(family), self.budgets)
-        self._calibrator.sums.to(pl_module.device)
-        self._observer = Observer(family, self._calibrator.needs)
-        self._entry = DecoderEntry(family, self._record)
-        rank_zero_info(
-            f"catp: comparing {len(self._calibrator.candidates)} candidates with the unpruned model at "
-            f"{', '.join(f'keep {keep}' for keep in self.budgets)}."
-        )
+        calibrator = Calibrator(family, self.budgets, pl_module.device)
+        recorder = Recorder(family, calibrator.needs)
+        self._run = _Run(calibrator, recorder)
+        rank_zero_info(f"catp: measuring what each visual token is worth, at {_listed(self.budgets)}.")
         try:
-            with ExitStack() as stack:
-                stack.enter_context(self._observer.watching())
-                stack.enter_context(self._entry.dropping())
-                stack.enter_context(listening(family, self._answers.append))
+            with recorder.recording():
                 yield
         finally:
-            self._calibrator = self._observer = self._entry = None
-            self._prompts.clear()
-            self._answers.clear()
-
-    def _record(self, prompt: Prompt) -> Tensor:
-        assert self._observer is not None
-        self._prompts.append((prompt, self._observer.take()))
-        return torch.ones_like(prompt.visual)  # nothing is dropped: predictions stay the usual ones
+            self._run = None
 
     def on_predict_batch_end(self, trainer: Trainer, pl_module: LightningModule, *args: Any) -> None:
-        if self._calibrator is None or self._entry is None or self._observer is None:
-            return
-        if len(self._prompts) != len(self._answers):
-            raise PruningError(
-                f"The step sent {len(self._prompts)} prompts to the language model but got {len(self._answers)} "
-                "answers from the model's own generate or forward. Call those, not its language model's."
-            )
-        self._entry.active = self._observer.active = False
-        try:
-            with torch.no_grad(), trainer.precision_plugin.predict_step_context():
-                for (prompt, seen), answer in zip(self._prompts, self._answers, strict=True):
-                    self._calibrator.update(Replay.of(self._calibrator.family, prompt, answer), seen)
-        finally:
-            self._entry.active = self._observer.active = True
-            self._prompts.clear()
-            self._answers.clear()
+        if self._run is not None:
+            self._run.batches += 1
+            _replay(trainer, self._run.recorder, self._run.calibrator.probe)
 
     def on_predict_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if self._calibrator is None:
+        if self._run is None:
             return
-        self.policies = self._calibrator.policies()
+        calibrator = self._run.calibrator
+        calibrator.fit()
+        rank_zero_info(f"catp: comparing {len(calibrator.candidates[0])} candidates with the unpruned model.")
+        self._compare(trainer, pl_module, self._run)
+        self.policies = calibrator.policies()
         if trainer.is_global_zero:
             log_calibration(trainer.loggers, self.policies, [self._save(policy) for policy in self.policies])
         for policy in self.policies:
             rank_zero_info(f"catp: {summary_line(policy)}")
         rank_zero_info(f"catp: saved to {self.path}.")
 
+    def _compare(self, trainer: Trainer, pl_module: LightningModule, run: _Run) -> None:
+        """The user's step once more on every batch: candidates can only be built when all probes are in."""
+        hidden = trainer.progress_bar_callback is None or not trainer.is_global_zero
+        batches = tqdm(_batches_again(trainer), total=run.batches, desc="catp: comparing", disable=hidden)
+        seen = 0
+        for arguments in batches:
+            seen += 1
+            trainer.strategy.predict_step(*arguments)
+            _replay(trainer, run.recorder, run.calibrator.compare)
+        if seen != run.batches:
+            raise PruningError(
+                f"The calibration loader gave {run.batches} batches at first and {seen} when asked again. Calibration "
+                "reads its split twice: give a DataLoader over a data set, not an iterator that ends."
+            )
+
     def _save(self, policy: PruningPolicy) -> Path:
         return policy.save(self.path / budget_file_name(policy.keep) if self.several else self.path)
 
     def __getstate__(self) -> dict[str, Any]:
-        inside: dict[str, Any] = {
-            "_calibrator": None,
-            "_entry": None,
-            "_observer": None,
-            "_prompts": [],
-            "_answers": [],
-        }
-        return {**super().__getstate__(), **inside}
+        return {**super().__getstate__(), "_run": None}
+
+
+def _replay(trainer: Trainer, recorder: Recorder, use: Callable[[Replay, Observation], None]) -> None:
+    """Answer again what the step that just ran asked, under the same precision."""
+    with recorder.recorded() as pairs, torch.no_grad(), trainer.precision_plugin.predict_step_context():
+        for replay, seen in pairs:
+            use(replay, seen)
+
+
+def _batches_again(trainer: Trainer) -> Iterator[tuple[Any, ...]]:
+    """The arguments of `predict_step` for every batch of this process, prepared as the predict loop prepares them."""
+    loaders = trainer.predict_dataloaders
+    loaders = loaders if isinstance(loaders, list) else [loaders]
+    for index, (loader, most) in enumerate(zip(loaders, trainer.predict_loop.max_batches, strict=True)):
+        for number, batch in enumerate(islice(loader, most if isinstance(most, int) else None)):
+            converted = trainer.precision_plugin.convert_input(batch)
+            prepared = trainer.lightning_module._on_before_batch_transfer(converted, dataloader_idx=index)
+            moved = trainer.strategy.batch_to_device(prepared, dataloader_idx=index)
+            yield (moved, number, index) if len(loaders) > 1 else (moved, number)
+
+
+def _listed(budgets: Sequence[int | float]) -> str:
+    return ", ".join(f"keep {keep}" for keep in budgets)

@@ -28,9 +28,14 @@ class L2Norm(Scorer):
 
 @dataclass(frozen=True)
 class Position(Scorer):
-    """The first tokens; a baseline of 2404.08567."""
+    """The first tokens, a baseline of 2404.08567; or, with weights, what calibration found each slot to be worth.
+
+    Attributes:
+        weights: a number for each token of an image; None: the earlier, the higher.
+    """
 
     control: ClassVar[bool] = True
+    weights: tuple[float, ...] | None = None
 
     @property
     def needs(self) -> Needs:
@@ -38,7 +43,12 @@ class Position(Scorer):
 
     def score(self, seen: Observation) -> Tensor:
         device = seen[Signal.FINGERPRINT].device
-        return -torch.arange(seen.tokens, device=device, dtype=torch.float32).expand(seen.images, -1)
+        if self.weights is not None and len(self.weights) != seen.tokens:
+            raise ValueError(
+                f"position has {len(self.weights)} weights; an image of this model has {seen.tokens} tokens."
+            )
+        weights = range(0, -seen.tokens, -1) if self.weights is None else self.weights
+        return torch.tensor(weights, device=device, dtype=torch.float32).expand(seen.images, -1)
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,233 @@
+"""Subcommands of `catp` that run a Trainer: each a LightningCLI with a few options of its own."""
+
+import os
+from abc import abstractmethod
+from argparse import Action
+from functools import partial
+from importlib.resources import files
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any, ClassVar, cast
+
+from jsonargparse import ActionConfigFile, ArgumentError, DefaultHelpFormatter
+from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
+from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
+
+from catp_lightning.callbacks.answer_writer import AnswerWriter
+from catp_lightning.callbacks.calibration import CrossAttentionCalibration
+from catp_lightning.callbacks.context import Stage
+from catp_lightning.callbacks.token_pruning import TokenPruning, load_policy
+from catp_lightning.data import SHIPPED, shipped
+from catp_lightning.data.vqa import VQADataModule
+from catp_lightning.vqa_module import VQAModule
+
+Keep = int | float  # in this order: 1 stays one token, 1.0 is everything
+
+SHOWN = ("accelerator", "devices", "precision", "logger")
+"""Options of the Trainer that --help explains; the others are taken all the same."""
+
+TITLES = {
+    "trainer": "Lightning's Trainer: all its options are taken, callbacks too",
+    "model": "the model: any LightningModule; `--model.help VQAModule` explains the default's options",
+    "data": "data: any LightningDataModule; `--data.help VQADataModule` explains the default's options",
+}
+
+MODELS = ("model.init_args.model", "model.init_args.processor", "data.init_args.processor")
+
+
+class Formatter(DefaultHelpFormatter):
+    """Leaves out most options of the Trainer: nearly all of them are about training."""
+
+    def add_argument(self, action: Action) -> None:
+        kind, _, name = action.dest.partition(".")
+        if kind != "trainer" or name in SHOWN:
+            super().add_argument(action)
+
+
+class ConfigFile(ActionConfigFile):
+    """A file, or the name of a configuration that comes with the package."""
+
+    def __call__(self, parser: Any, cfg: Any, values: Any, option_string: str | None = None) -> None:
+        super().__call__(parser, cfg, _config_file(values), option_string)
+
+
+def _config_file(name: str) -> str:
+    if os.path.exists(name) or find_spec("catp_lightning.configs") is None:
+        return name
+    configuration = files("catp_lightning.configs").joinpath(name)
+    return str(configuration) if configuration.is_file() else name
+
+
+class Command(LightningCLI):
+    """A model, data and a Trainer from the command line and YAML; whatever can be checked early is checked first.
+
+    Args:
+        args: the arguments after the subcommand.
+        summary: what the subcommand does.
+
+    Raises:
+        ArgumentError: an argument is unknown, missing or of another type.
+        PolicyError, OSError: as `callbacks`, before the model is loaded.
+    """
+
+    stage: ClassVar[Stage]
+
+    def __init__(self, args: list[str], summary: str) -> None:
+        name = type(self).__name__.lower()
+        super().__init__(
+            save_config_callback=None,
+            seed_everything_default=0,
+            parser_kwargs={
+                "prog": f"catp {name}",
+                "usage": f"catp {name} [options]",
+                "description": summary,
+                "formatter_class": Formatter,
+                "exit_on_error": False,
+            },
+            args=args,
+            run=False,
+            auto_configure_optimizers=False,
+        )
+
+    def init_parser(self, **kwargs: Any) -> LightningArgumentParser:
+        parser = self.parser_class(**kwargs)
+        help_ = "A YAML file, or the name of a shipped one; options after it win over what it says."
+        parser.add_argument("-c", "--config", action=ConfigFile, help=help_)
+        return parser
+
+    def add_default_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        self.add_own_arguments(parser)
+        help_ = "Lightning checkpoint whose weights the module is given before it runs."
+        parser.add_argument("--ckpt_path", type=str | None, help=help_)
+        super().add_default_arguments_to_parser(parser)
+
+    def add_core_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        parser.add_lightning_class_args(Trainer, "trainer")
+        parser.set_defaults({"trainer.logger": False})  # nothing is written that was not asked for
+        # Defaults given here, not by set_defaults, keep None out of the type: errors then say at once what is wrong.
+        for key, base, default in (("model", LightningModule, VQAModule), ("data", LightningDataModule, VQADataModule)):
+            class_path = {"class_path": f"{default.__module__}.{default.__qualname__}"}
+            parser.add_subclass_arguments(base, key, default=class_path, fail_untyped=False)
+        for key, title in TITLES.items():
+            cast(dict[str, Any], parser.groups)[key].title = title
+
+    def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
+        self.config = parser.parse_args(cast(list[str], args))
+
+    def before_instantiate_classes(self) -> None:
+        self.trainer_defaults["callbacks"] = self.callbacks()
+        for key in MODELS:
+            if isinstance(name := self.config.get(key), str):
+                self.config[key] = _model_folder(name)
+
+    def run(self) -> None:
+        """Run the Trainer."""
+        options = {"return_predictions": False} if self.stage == "predict" else {}
+        run = getattr(self.trainer, self.stage)
+        run(self.model, datamodule=self.datamodule, ckpt_path=self.config.ckpt_path, **options)
+
+    @abstractmethod
+    def add_own_arguments(self, parser: LightningArgumentParser) -> None:
+        """Options of this subcommand alone."""
+
+    @abstractmethod
+    def callbacks(self) -> list[Callback]:
+        """What the Trainer gets beside the configured callbacks."""
+
+
+class Calibrate(Command):
+    stage: ClassVar[Stage] = "predict"
+
+    def add_own_arguments(self, parser: LightningArgumentParser) -> None:
+        help_ = "Budget, or several as '[0.5, 0.25]': 0.5 or 1.0 is a share, 16 or 1 a number of tokens."
+        parser.add_argument("--keep", type=Keep | list[Keep], default=0.5, help=help_)
+        help_ = "Where the policy goes: a file, or a folder, which several budgets need."
+        parser.add_argument("--output", type=str, default="policy", help=help_)
+
+    def callbacks(self) -> list[Callback]:
+        calibration = CrossAttentionCalibration(self.config.output, self.config.keep)
+        _require_writable(calibration.path, calibration.several or not calibration.path.suffix)
+        return [calibration]
+
+    def after_instantiate_classes(self) -> None:
+        if hasattr(self.datamodule, "calibration_dataloader"):
+            _predict_calibration(self.datamodule)
+
+
+class Validate(Command):
+    stage: ClassVar[Stage] = "validate"
+
+    def add_own_arguments(self, parser: LightningArgumentParser) -> None:
+        help_ = "File, folder, wandb://… or hf://… of the policy to prune by; without it the model runs unpruned."
+        parser.add_argument("--policy", type=str | None, help=help_)
+        help_ = "Which budget of a folder that holds several: 0.5 or 1.0 is a share, 16 or 1 a number of tokens."
+        parser.add_argument("--keep", type=Keep | None, help=help_)
+        help_ = "Run the unpruned model as well and log the share of equal answers, catp/agreement."
+        parser.add_argument("--compare", type=bool, default=False, help=help_)
+
+    def callbacks(self) -> list[Callback]:
+        config = self.config
+        if config.policy is not None:
+            return [TokenPruning(load_policy(config.policy, config.keep), compare=config.compare)]
+        if config.keep is not None or config.compare:
+            raise ArgumentError(None, "--keep and --compare say how to prune: give --policy as well.")
+        return []
+
+
+class Test(Validate):
+    __test__ = False  # not one of pytest's
+    stage: ClassVar[Stage] = "test"
+
+
+class Predict(Validate):
+    stage: ClassVar[Stage] = "predict"
+
+    def add_own_arguments(self, parser: LightningArgumentParser) -> None:
+        help_ = 'File for the answers, a line {"question_id": 42, "answer": "yes"} each: VQAv2\'s result layout.'
+        parser.add_argument("--output", type=str | None, help=help_)
+        super().add_own_arguments(parser)
+
+    def callbacks(self) -> list[Callback]:
+        output = self.config.output
+        if output is None and not self.config.trainer.callbacks:
+            raise ArgumentError(
+                None, "No answer would be kept: give --output, or a callback under trainer.callbacks that keeps them."
+            )
+        if output is None:
+            return super().callbacks()
+        _require_writable(Path(output), folder=False)
+        return [*super().callbacks(), AnswerWriter(output)]
+
+
+def _model_folder(name: str) -> str:
+    """A shipped model's folder for its name; any other name as it is."""
+    if os.path.exists(name):
+        return name
+    if os.path.isabs(name):  # transformers would speak of names on the hub
+        raise FileNotFoundError(f"There is no model in {name}.")
+    return str(shipped(name)) if name in SHIPPED else name
+
+
+def _predict_calibration(datamodule: Any) -> None:
+    """Lightning has no stage for calibration: its predict stage reads the calibration loader here.
+
+    Everything else of the datamodule is used as ever; its `setup` is told the stage "calibration".
+    """
+    datamodule.predict_dataloader = datamodule.calibration_dataloader
+    datamodule.setup = partial(_set_up_calibration, datamodule.setup)
+
+
+def _set_up_calibration(setup: Any, stage: str) -> None:
+    setup("calibration")
+
+
+def _require_writable(path: Path, folder: bool) -> None:
+    """Raise OSError now where a file could not be written after the work."""
+    if path.exists() and path.is_dir() != folder:
+        kind, wanted = ("a folder", "a file") if path.is_dir() else ("a file", "a folder")
+        raise FileExistsError(f"--output {path} is {kind}, but {wanted} is to be written.")
+    place = next(parent for parent in (path, *path.absolute().parents) if parent.exists())
+    if not place.is_dir() and place != path:
+        raise NotADirectoryError(f"--output {path} cannot be written: {place} is not a folder.")
+    if not os.access(place, os.W_OK):
+        raise PermissionError(f"--output {path} cannot be written: no permission for {place}.")

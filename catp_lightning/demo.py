@@ -1,0 +1,163 @@
+"""The main job on the shipped model: calibrate, save policies, predict on fewer tokens, compare."""
+
+import logging
+import time
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from lightning.pytorch import Trainer
+from lightning.pytorch.loggers import WandbLogger
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from torch.utils.data import DataLoader
+
+from catp_lightning.calibration.candidates import Candidate, default_candidates
+from catp_lightning.callbacks import CrossAttentionCalibration, TokenPruning
+from catp_lightning.comparison import Comparison, Result, console_tables, save_comparison
+from catp_lightning.data import shipped
+from catp_lightning.data.scenes import Split, write_scenes
+from catp_lightning.data.vqa import VQABatch, VQADataModule, VQASplit
+from catp_lightning.families import find_family
+from catp_lightning.metrics import vqa_score
+from catp_lightning.policy import PruningPolicy
+from catp_lightning.vqa_module import VQAModule
+
+BUDGETS = (0.5, 0.25, 0.125)
+RANDOM_SEEDS = (0, 1, 2)
+CALIBRATED = "calibrated"
+QUIET: dict[str, Any] = {
+    "accelerator": "auto",
+    "devices": 1,
+    "logger": False,
+    "enable_model_summary": False,
+    "enable_checkpointing": False,
+}
+
+
+def run_demo(output: str = "runs/demo", questions: int = 1000, calibration_questions: int = 512, seed: int = 0) -> None:
+    """Calibrate the shipped BLIP-2 on digit scenes and compare it, pruned, with every fixed rule.
+
+    Args:
+        output: folder for the results: policies, table, plot and an offline Weights & Biases run.
+        questions: number of test questions, about digits that neither training nor calibration saw.
+        calibration_questions: number of questions the policies are chosen on.
+        seed: of the scenes.
+    """
+    console, folder, start = Console(), Path(output), time.time()
+    folder.mkdir(parents=True, exist_ok=True)
+    model = str(shipped("digits_blip2"))
+    with _quiet():
+        console.print(f"Writing {calibration_questions} calibration and {questions} test questions about digit scenes.")
+        data = VQADataModule(
+            model,
+            calibration=_scenes(folder, "calibration", calibration_questions, seed),
+            test=_scenes(folder, "test", questions, seed),
+            batch_size=64,
+        )
+        module = VQAModule(model)
+        policies = calibrate(module, data, folder)
+        comparison = compare(module, data, policies, console)
+    rows = save_comparison(comparison, folder, f"The shipped BLIP-2 on {questions} test questions")
+    for table in console_tables(rows, comparison.reference):
+        console.print(table)
+    for policy in policies:
+        console.print(f"keep {policy.keep}: calibration chose [bold]{policy.evidence['chosen']}[/bold].")
+    console.print(
+        f"\nDone in {time.time() - start:.0f} s. Results are in [bold]{folder}[/bold]: table.md, table.json, "
+        "accuracy.png, policies/, and an offline Weights & Biases run in wandb/."
+    )
+
+
+def calibrate(module: VQAModule, data: VQADataModule, folder: Path) -> list[PruningPolicy]:
+    """A policy for each of `BUDGETS`, saved in `folder/policies`; the run is logged to Weights & Biases, offline."""
+    import wandb
+
+    logger = WandbLogger(project="catp-lightning", name="demo", save_dir=str(folder), offline=True)
+    callback = CrossAttentionCalibration(folder / "policies", keep=BUDGETS)
+    trainer = Trainer(**{**QUIET, "logger": logger}, callbacks=[callback])
+    trainer.predict(module, data.calibration_dataloader(), return_predictions=False)
+    wandb.finish()
+    return callback.policies
+
+
+def compare(module: VQAModule, data: VQADataModule, policies: list[PruningPolicy], console: Console) -> Comparison:
+    """Every method at every budget on the test questions."""
+    batches: list[VQABatch] = list(data.test_dataloader())  # read once: forty methods see the same tensors
+    full, _ = _answers(module, batches, None)
+    every = float(module.model.config.num_query_tokens)
+    images = [image for batch in batches for image in batch["image_ids"].tolist()]
+    comparison = Comparison(images, CALIBRATED, [_result("no pruning", None, full, full, every, batches)])
+    jobs = [(name, policy) for name, rule in _rules(module) for policy in map(rule.policy, BUDGETS)]
+    jobs += [(CALIBRATED, policy) for policy in policies]
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=console) as progress:
+        task = progress.add_task("comparing", total=len(jobs))
+        for name, policy in jobs:
+            progress.update(task, description=f"{name}, keep {policy.keep}")
+            answers, tokens = _answers(module, batches, policy)
+            comparison.results.append(_result(name, policy.keep, answers, full, tokens, batches))
+            progress.advance(task)
+        progress.update(task, description="compared")
+    return comparison
+
+
+def _rules(module: VQAModule) -> Iterator[tuple[str, Candidate]]:
+    """The fixed rules of the table by the names it shows; random appears once for each seed."""
+    rules = {candidate.name: candidate for candidate in default_candidates(find_family(module))}
+    for seed in RANDOM_SEEDS:
+        yield f"random ({len(RANDOM_SEEDS)} seeds)", Candidate("random", "random", {"seed": seed})
+    names = {"stride": "stride", "l2-norm": "L2 norm", "self-attention": "self-attention", "catp": "CATP, all layers"}
+    names |= {name: name.replace("catp", "CATP,") for name in rules if name.startswith("catp layer")}
+    names |= {
+        "cross-attention": "mean log attention, all layers",
+        "diversity of outputs": "diversity alone (DPP of outputs)",
+    }
+    for name, shown in names.items():
+        yield shown, rules[name]
+
+
+def _answers(module: VQAModule, batches: list[VQABatch], policy: PruningPolicy | None) -> tuple[list[str], float]:
+    """`trainer.predict`, pruned by the callback a user adds."""
+    pruning = None if policy is None else TokenPruning(policy)
+    trainer = Trainer(**QUIET, callbacks=pruning, enable_progress_bar=False)
+    loader: DataLoader[Any] = DataLoader(batches, batch_size=None)  # type: ignore[arg-type]  # a list is enough
+    predictions = trainer.predict(module, loader) or []
+    answers = [answer["answer"] for batch in predictions for answer in batch]
+    return answers, pruning.figures["catp/tokens_kept"] if pruning else float("nan")
+
+
+def _result(
+    name: str, keep: float | int | None, answers: list[str], full: list[str], tokens: float, batches: list[VQABatch]
+) -> Result:
+    truth = [ten for batch in batches for ten in batch["answers"]]
+    score = [vqa_score(answer, ten) / 30 for answer, ten in zip(answers, truth, strict=True)]
+    same = [float(answer == other) for answer, other in zip(answers, full, strict=True)]
+    return Result(name, keep, np.array(score), np.array(same), tokens)
+
+
+def _scenes(folder: Path, split: Split, questions: int, seed: int) -> VQASplit:
+    place = write_scenes(folder / "data" / split, split, questions, seed)
+    return VQASplit(
+        str(place / "questions.json"),
+        str(place / "images"),
+        str(place / "annotations.json"),
+        image_name="{image_id:012d}.png",
+    )
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Forty trainers would each say which devices there are; our own lines stay."""
+    logger = logging.getLogger("lightning.pytorch.utilities.rank_zero")
+    only_ours = lambda record: record.getMessage().startswith("catp:")  # noqa: E731
+    logger.addFilter(only_ours)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", module="lightning.*")
+        try:
+            yield
+        finally:
+            logger.removeFilter(only_ours)
