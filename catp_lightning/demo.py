@@ -60,6 +60,7 @@ def run_demo(output: str = "runs/demo", questions: int = 1000, calibration_quest
         )
         module = VQAModule(model)
         policies = calibrate(module, data, folder)
+    with _quiet(ours=False):
         comparison = compare(module, data, policies, console)
     rows = save_comparison(comparison, folder, f"The shipped BLIP-2 on {questions} test questions")
     for table in console_tables(rows, comparison.reference):
@@ -113,8 +114,8 @@ def _rules(module: VQAModule) -> Iterator[tuple[str, Candidate]]:
     names = {"stride": "stride", "l2-norm": "L2 norm", "self-attention": "self-attention", "catp": "CATP, all layers"}
     names |= {name: name.replace("catp", "CATP,") for name in rules if name.startswith("catp layer")}
     names |= {
-        "cross-attention": "mean log attention, all layers",
-        "diversity of outputs": "diversity alone (DPP of outputs)",
+        "cross-attention": "mean log attention",
+        "diversity of outputs": "diversity alone",
     }
     for name, shown in names.items():
         yield shown, rules[name]
@@ -150,10 +151,10 @@ def _scenes(folder: Path, split: Split, questions: int, seed: int) -> VQASplit:
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
-    """Forty trainers would each say which devices there are; our own lines stay."""
+def _quiet(ours: bool = True) -> Iterator[None]:
+    """Forty trainers would each say which devices there are; our own lines stay where `ours` is set."""
     logger = logging.getLogger("lightning.pytorch.utilities.rank_zero")
-    only_ours = lambda record: record.getMessage().startswith("catp:")  # noqa: E731
+    only_ours = lambda record: ours and record.getMessage().startswith("catp:")  # noqa: E731
     logger.addFilter(only_ours)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", module="lightning.*")

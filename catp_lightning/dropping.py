@@ -81,10 +81,17 @@ class DecoderEntry:
         family: knows the model's parts.
         choose: from a prompt, which of its columns stay, bool [B, L]; text always does.
         compact: number the kept rows anew instead of leaving them their position ids.
+        forget: called when a prompt is refused: what was observed for it must not serve another.
     """
 
-    def __init__(self, family: Family, choose: Callable[[Prompt], Tensor], compact: bool = False) -> None:
-        self.family, self.choose, self.compact = family, choose, compact
+    def __init__(
+        self,
+        family: Family,
+        choose: Callable[[Prompt], Tensor],
+        compact: bool = False,
+        forget: Callable[[], None] = lambda: None,
+    ) -> None:
+        self.family, self.choose, self.compact, self.forget = family, choose, compact, forget
         self.parameters = list(inspect.signature(family.decoder.forward).parameters)
         self.active = True
         self.labels_left_out = 0
@@ -123,7 +130,13 @@ class DecoderEntry:
     def _enter(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if not self.active:
             return None
-        kwargs = {**dict(zip(self.parameters, args, strict=False)), **kwargs}
+        try:
+            return (), self._changed({**dict(zip(self.parameters, args, strict=False)), **kwargs})
+        except BaseException:
+            self.forget()
+            raise
+
+    def _changed(self, kwargs: dict[str, Any]) -> dict[str, Any]:
         cache = kwargs.get("past_key_values")
         if getattr(cache, "is_compileable", False):
             raise PruningError(
@@ -131,7 +144,7 @@ class DecoderEntry:
             )
         self._inside, self._now = True, None
         past = 0 if cache is None else cache.get_seq_length()
-        return (), self._prefill(kwargs) if past == 0 else self._decode(kwargs, past)
+        return self._prefill(kwargs) if past == 0 else self._decode(kwargs, past)
 
     def _prefill(self, kwargs: dict[str, Any]) -> dict[str, Any]:
         self._prompt, ids, self._ids = None, self._ids, None

@@ -46,6 +46,10 @@ class Observer:
                 undo.enter_context(observe_attention(owner, modules))
             yield
 
+    def forget(self) -> None:
+        """Throw away what was seen: the call it belonged to has failed."""
+        self.values.clear()
+
     def take(self) -> Observation:
         """The signals of the last forward of the vision part; they are handed over once."""
         values, self.values = self.values, {}

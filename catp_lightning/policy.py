@@ -128,7 +128,7 @@ class PruningPolicy:
             keep: which budget of a folder that holds several; a single policy must be for it.
 
         Raises:
-            PolicyError: there is no such file, it is damaged, or or it holds other budgets than `keep`, or several
+            PolicyError: there is no such file, it is damaged, or it holds other budgets than `keep`, or several
             and `keep` is None.
         """
         from catp_lightning.locations import locate

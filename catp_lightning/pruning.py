@@ -42,7 +42,8 @@ class Pruning:
         self._scorer, self._selector = policy.build_scorer(), policy.build_selector()
         scored = choose is None and not self._everything
         self._observer = Observer(family, join([self._scorer.needs, self._selector.needs]) if scored else {})
-        self._entry = DecoderEntry(family, self._choose, compact=policy.positions == "compact")
+        compact = policy.positions == "compact"
+        self._entry = DecoderEntry(family, self._choose, compact, forget=self._observer.forget)
 
     @property
     def labels_left_out(self) -> int:

@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from transformers import Blip2ForConditionalGeneration
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from catp_lightning import PruningError
 from catp_lightning.attention import attention_map, attention_received, observe_attention
@@ -78,6 +79,19 @@ def test_attention_under_masks_and_in_half_precision() -> None:
     half = attention_map(query.bfloat16(), key.bfloat16(), None, 0.3)
     assert half.dtype == torch.float32 and torch.allclose(half.sum(-1), torch.ones(2, 3, 4))
     assert attention_map(query.double(), key.double(), None, 0.3).dtype == torch.float64
+
+
+def test_the_scaling_that_the_module_passes_is_used() -> None:
+    """OPT scales its queries itself and passes 1.0."""
+    model, _ = random_blip2()
+    module, seen = model.qformer.encoder.layer[0].crossattention.attention, []
+    query, key = torch.randn(1, 4, 3, 8), torch.randn(1, 4, 5, 8)
+    with observe_attention(model.qformer, {module: (attention_map, seen.append)}):
+        function = ALL_ATTENTION_FUNCTIONS[model.qformer.config._attn_implementation]
+        function(module, query, key, key, None, scaling=1.0)
+        function(module, query, key, key, None)
+    torch.testing.assert_close(seen[0], (query @ key.transpose(-1, -2)).softmax(-1))
+    torch.testing.assert_close(seen[1], (query @ key.transpose(-1, -2) / 8**0.5).softmax(-1))
 
 
 def test_an_implementation_that_cannot_be_observed_is_refused_before_anything_changes() -> None:

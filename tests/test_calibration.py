@@ -104,7 +104,11 @@ def test_the_figures_are_what_running_each_candidate_pruned_gives(tmp_path: Path
         low, high = row["check"]["interval"]
         assert low <= row["check"]["agreement"] <= high
     assert len(rates) > 2 and max(rates) > 0, "candidates must differ, or this proves nothing"
-    assert policy.evidence["samples"] == {"choose": int((part == 0).sum()), "check": int((part == 1).sum())}
+    assert policy.evidence["samples"] == {
+        "fit": int((part == -1).sum()),
+        "choose": int((part == 0).sum()),
+        "check": int((part == 1).sum()),
+    }
 
 
 def _fingerprints(batch: dict[str, Tensor]) -> Tensor:

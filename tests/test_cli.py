@@ -174,7 +174,7 @@ def test_own_classes_and_callbacks_are_named_in_yaml(made, capsys):
     main(["test", "--config", "mine.yaml"])
     assert printed(capsys.readouterr().out)["catp/tokens_kept"] == 1  # an int in YAML stays a number of tokens
     main(["calibrate", "--config", "mine.yaml", "--trainer.callbacks", "null", "--output", "calibrated.json"])
-    assert sorted(OwnModule.asked) == sorted(asked(made, "calibration"))
+    assert sorted(OwnModule.asked) == sorted(2 * asked(made, "calibration"))  # calibration reads its split twice
     assert OwnData.stages == ["test", "calibration"]
 
 
@@ -244,7 +244,7 @@ def test_a_corrupt_image_ends_a_run_and_leaves_an_old_file_as_it_was(made, tmp_p
         (["calibrate", "--keep", "2.0"], 1, "keep=2, without the point"),
         (["calibrate", "--keep", "[0.5, 1]", "--output", "policy.json"], 1, "give a folder"),
         (["calibrate", "--output", "file"], 1, "file is a file"),
-        (["calibrate", "--trainer.limit_predict_batches", "1"], 1, "at least some dozens of images"),
+        (["calibrate", "--trainer.limit_predict_batches", "1"], 1, "some dozens of images"),
         (["forecast"], 2, "invalid choice: 'forecast'"),
     ],
 )

@@ -1,5 +1,6 @@
 """Nothing is silently unpruned, and whatever happens inside, the model is afterwards what it was."""
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -179,6 +180,10 @@ def test_a_policy_for_another_architecture_is_refused_by_name() -> None:
         prune(other, policy),
     ):
         pass
+    model.name_or_path = str(Path(__file__).parent)
+    assert find_family(model).describe()["name"] == "tests", (
+        "of a folder its name: where it lies differs between machines"
+    )
     model.name_or_path = "two"
     with pytest.warns(UserWarning, match="checkpoint 'one' and is used on 'two'"), prune(model, policy):
         model(**inputs)

@@ -71,6 +71,10 @@ def test_ties_go_to_the_lowest_index_and_nan_is_never_worth_more_than_a_number(n
     visual, vectors = torch.ones(1, 5, dtype=torch.bool), torch.eye(5)[None]
     equal = SELECTORS[name]().select(torch.ones(1, 5), visual, torch.tensor([2]), vectors)
     assert equal.tolist() == [[True, True, False, False, False]]
+    many = SELECTORS[name]().select(
+        torch.ones(1, 200), torch.ones(1, 200) > 0, torch.tensor([90]), torch.eye(200)[None]
+    )
+    assert many[0, :90].all(), "sorting must be stable for long rows too"
     broken = torch.tensor([[torch.nan] * 5])
     assert SELECTORS[name]().select(broken, visual, torch.tensor([3]), vectors).sum() == 3
     one = torch.tensor([[torch.nan, 1.0, 2.0, torch.nan, 3.0]])

@@ -44,6 +44,7 @@ class Calibrator:
         self.slots = SlotSums(len(budgets), slots).to(device)
         # Names and number of candidates are known before anything is fitted.
         self.candidates = [self._candidates([0.0] * slots) for _ in budgets]
+        self.probed = 0
         self.sums = CandidateSums(len(budgets), len(self.candidates[0])).to(device)
 
     def _candidates(self, weights: Sequence[float]) -> list[Candidate]:
@@ -78,7 +79,9 @@ class Calibrator:
 
     def fit(self) -> None:
         """Turn what the probes of all processes measured into candidates."""
-        self.candidates = [self._candidates(weights) for weights in self.slots.compute().tolist()]
+        weights, samples = self.slots.compute()
+        self.candidates = [self._candidates(of_budget) for of_budget in weights.tolist()]
+        self.probed = int(samples)
 
     def compare(self, replay: Replay, seen: Observation) -> None:
         """Answer the samples that are not for fitting again, under every candidate at every budget; as `probe`."""
@@ -128,7 +131,7 @@ class Calibrator:
         evidence = {
             "chosen": chosen.name,
             "control": chosen.control,
-            "samples": dict(zip(PARTS, sums["count"].tolist(), strict=True)),
+            "samples": {"fit": self.probed, **dict(zip(PARTS, sums["count"].tolist(), strict=True))},
             "candidates": sorted(rows, key=lambda row: (row["choose"]["divergence"], row["name"])),
         }
         return PruningPolicy(
@@ -154,7 +157,7 @@ def _figures(candidate: Candidate, index: int, number: int, sums: dict[str, Tens
             "divergence": mean,
             "divergence_error": (variance / count) ** 0.5,
             "agreement": agreed / count,
-            "interval": [interval.low, interval.high],
+            "interval": [float(interval.low), float(interval.high)],
         }
     return row
 

@@ -26,7 +26,7 @@ class Recorder:
     def __init__(self, family: Family, needs: Needs) -> None:
         self.family = family
         self._observer = Observer(family, needs)
-        self._entry = DecoderEntry(family, self._record)
+        self._entry = DecoderEntry(family, self._record, forget=self._observer.forget)
         self._prompts: list[tuple[Prompt, Observation]] = []
         self._answers: list[Answer] = []
 

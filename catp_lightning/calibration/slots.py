@@ -27,10 +27,12 @@ class SlotSums(Metric):
     full_state_update = False
     gram: Tensor
     moment: Tensor
+    samples: Tensor
 
     def __init__(self, budgets: int, slots: int, **kwargs: Any) -> None:
         super().__init__(**kwargs)
         self.add_state("gram", torch.zeros(budgets, slots, slots, dtype=torch.float64), dist_reduce_fx="sum")
+        self.add_state("samples", torch.tensor(0), dist_reduce_fx="sum")
         self.add_state("moment", torch.zeros(budgets, slots, dtype=torch.float64), dist_reduce_fx="sum")
 
     def update(self, budget: int, kept: Tensor, gain: Tensor) -> None:
@@ -43,15 +45,18 @@ class SlotSums(Metric):
         """
         centred = (kept - kept.mean(0)).double().flatten(0, 1)
         gain = (gain - gain.mean(0)).double().flatten()
+        self.samples += kept.shape[1] * (budget == 0)
         self.gram[budget] += centred.T @ centred
         self.moment[budget] += centred.T @ gain
 
-    def compute(self) -> Tensor:
-        """Worth of each slot at each budget: float64 [K, T]; 0 where nothing could be learned."""
+    def compute(self) -> tuple[Tensor, Tensor]:
+        """Over all processes: the worth of each slot at each budget, float64 [K, T], 0 where nothing could be learned;
+        and how many samples were probed.
+        """
         size = self.gram.shape[-1]
         ridge = 0.01 * self.gram.diagonal(dim1=1, dim2=2).mean(1).clamp(min=1e-12)
         eye = torch.eye(size, dtype=self.gram.dtype, device=self.gram.device)
-        return torch.linalg.solve(self.gram + ridge[:, None, None] * eye, self.moment)
+        return torch.linalg.solve(self.gram + ridge[:, None, None] * eye, self.moment), self.samples
 
 
 def random_subset(images: Tensor, visual: Tensor, counts: Tensor, number: int) -> Tensor:

@@ -9,7 +9,7 @@ from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint, EarlyStopping
-from lightning.pytorch.utilities import rank_zero_warn
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
 from catp_lightning.answers import Comparison, compare_with_unpruned
 from catp_lightning.callbacks.calibration import CrossAttentionCalibration
@@ -56,8 +56,8 @@ class TokenPruning(LoopContext):
     """Prunes visual tokens in the validation, test and predict loops; training is never touched.
 
     Logs, once an epoch, `catp/tokens_kept` (mean visual tokens kept a sample) and `catp/keep_share` (in (0, 1]); in
-    predict, where Lightning forbids `log`, straight to the trainer's loggers. The model is restored after each loop and
-    after any exception.
+    predict, where Lightning forbids `log`, straight to the trainer's loggers, and where there are none to the console.
+    The model is restored after each loop and after any exception.
 
     Args:
         policy: a `PruningPolicy`, or a path or address for `PruningPolicy.load`, read when a stage is set up.
@@ -153,6 +153,8 @@ class TokenPruning(LoopContext):
             self.figures = self._loop.figures()
             for logger in trainer.loggers:
                 logger.log_metrics(self.figures, step=trainer.global_step)
+            if not trainer.loggers:  # or nobody would see them
+                rank_zero_info(", ".join(f"{name} {value:.4g}" for name, value in self.figures.items()))
 
     def __getstate__(self) -> dict[str, Any]:
         return {**super().__getstate__(), "_loop": None}

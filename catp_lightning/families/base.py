@@ -3,6 +3,7 @@
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
@@ -98,4 +99,6 @@ class Family(ABC):
 
     def describe(self) -> dict[str, Any]:
         """Type, name and shape, as a policy records them."""
-        return {"type": self.name, "name": str(getattr(self.model, "name_or_path", "") or ""), **self.shape()}
+        name = str(getattr(self.model, "name_or_path", "") or "")
+        name = Path(name).name if Path(name).is_dir() else name  # where a folder lies differs between machines
+        return {"type": self.name, "name": name, **self.shape()}

@@ -48,8 +48,8 @@ def borda_vote(attention: Tensor, head_weights: Tensor | None = None, image_weig
         higher.
 
     Example:
-        >>> attention = torch.tensor([[0.7, 0.2], [0.1, 0.5], [0.2, 0.3]])[None, None, None]  # 3 queries, 2 image
-        tokens
+        >>> rows = [[0.7, 0.2], [0.1, 0.5], [0.2, 0.3]]  # 3 queries, 2 image tokens
+        >>> attention = torch.tensor(rows)[None, None, None]
         >>> borda_vote(attention)
         tensor([[2., 2., 2.]])
         >>> borda_vote(attention, image_weights=torch.tensor([[1.0, 0.5]]))
