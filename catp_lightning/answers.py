@@ -51,7 +51,7 @@ def listening(
     Args:
         family: of the model.
         after: called with the answer.
-        before: called first, with a function that makes the same call once more and returns its answer.
+        before: called first, with a function that makes the same call, with a cache of its own, and returns its answer.
 
     Raises:
         PruningError: answers are sampled, so that two runs of the very same model differ.
@@ -59,7 +59,7 @@ def listening(
     model = family.model
     generate: Callable[..., Any] = model.generate  # type: ignore[assignment]  # of the generating classes only
     forward: Callable[..., Any] = model.forward
-    state = {"inside": False}
+    state = {"inside": False, "prompt": False}
 
     def quietly(call: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         state["inside"] = True
@@ -68,26 +68,31 @@ def listening(
         finally:
             state["inside"] = False
 
+    def again(call: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+        return quietly(call, args, {key: value for key, value in kwargs.items() if key != "past_key_values"})
+
     def listened_generate(*args: Any, **kwargs: Any) -> Any:
         if state["inside"]:
             return generate(*args, **kwargs)
         named = _named(generate, args, kwargs)
         _refuse_sampling(family, kwargs)
         if before is not None:
-            before(lambda: generated(family, quietly(generate, args, kwargs), named))
+            before(lambda: generated(family, again(generate, args, kwargs), named))
         output = quietly(generate, args, kwargs)
         after(generated(family, output, named))
         return output
 
     def before_forward(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if state["inside"]:
+            return
         named = _named(forward, args, kwargs)
-        if not state["inside"] and before is not None and _is_prompt(named):
-            before(lambda: predicted(family, quietly(model, args, kwargs), named))
+        state["prompt"] = _is_prompt(named)  # the call itself will fill the cache
+        if before is not None and state["prompt"]:
+            before(lambda: predicted(family, again(model, args, kwargs), named))
 
     def after_forward(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-        named = _named(forward, args, kwargs)
-        if not state["inside"] and _is_prompt(named):
-            after(predicted(family, output, named))
+        if not state["inside"] and state["prompt"]:
+            after(predicted(family, output, _named(forward, args, kwargs)))
 
     with ExitStack() as undo:
         undo.callback(model.register_forward_pre_hook(before_forward, with_kwargs=True).remove)

@@ -31,6 +31,8 @@ def attention_map(query: Tensor, key: Tensor, mask: Tensor | None, scaling: floa
     """The whole map, [B, H, Q, N], for cross-attention of few query tokens; in float32 at least."""
     dtype = torch.promote_types(query.dtype, torch.float32)
     logits = query.to(dtype) @ key.to(dtype).transpose(-1, -2) * scaling
+    if mask is not None and mask.dim() == 2:  # flash attention's: which keys are real
+        mask = mask[:, None, None].bool()
     if mask is not None:
         logits = logits.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else logits + mask
     return logits.softmax(-1)
@@ -42,7 +44,7 @@ def attention_received(query: Tensor, key: Tensor, mask: Tensor | None, scaling:
         attention_map(
             query[:, h : h + 1],
             key[:, h : h + 1],
-            None if mask is None else mask[:, h % mask.shape[1]][:, None],
+            mask if mask is None or mask.dim() == 2 else mask[:, h % mask.shape[1]][:, None],
             scaling,
         )
         for h in range(query.shape[1])

@@ -131,7 +131,7 @@ def check_model(policy: PruningPolicy, family: Family) -> None:
         warnings.warn(
             f"The policy was made for the checkpoint {names[0]!r} and is used on {names[1]!r} of the same shape: "
             "what it promises was measured on the first.",
-            stacklevel=3,
+            stacklevel=4,
         )
 
 

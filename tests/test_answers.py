@@ -4,6 +4,7 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import DynamicCache
 
 from catp_lightning import PruningError, PruningPolicy, prune
 from catp_lightning.answers import Answer, compare_with_unpruned, listening
@@ -48,6 +49,17 @@ def test_a_forward_is_compared_at_the_last_prompt_row() -> None:
         model(**inputs, labels=labels)
     assert torch.equal(comparison.same[0], full[:, -1].argmax(-1) == pruned[:, -1].argmax(-1))
     assert torch.equal(comparison.same[1], full[:, 14].argmax(-1) == pruned[:, 14].argmax(-1))
+
+
+def test_a_cache_that_the_caller_hands_in_is_filled_by_the_pruned_run_alone() -> None:
+    model, inputs = random_blip2()
+    cache = DynamicCache(config=model.language_model.config)
+    with prune(model, HALF) as pruning, compare_with_unpruned(model, pruning) as comparison:
+        model(**inputs, past_key_values=cache)
+        assert [layer.keys.shape[2] for layer in cache.layers] == [10 + 4] * 3
+        token = inputs["input_ids"][:, -1:]
+        model.language_model(input_ids=token, past_key_values=cache)
+    assert len(comparison.same) == 1, "a decoding step is no answer of its own"
 
 
 def test_answers_end_with_their_end_token() -> None:

@@ -76,6 +76,10 @@ def test_attention_under_masks_and_in_half_precision() -> None:
     torch.testing.assert_close(
         attention_received(query, key, per_head, 0.3), attention_map(query, key, per_head, 0.3).sum(2)
     )
+    keys = torch.tensor([[1, 1, 0, 1, 0], [1, 1, 1, 1, 1]])
+    by_key = attention_map(query, key, keys[:, None, None].bool(), 0.3)
+    torch.testing.assert_close(attention_map(query, key, keys, 0.3), by_key)
+    torch.testing.assert_close(attention_received(query, key, keys, 0.3), by_key.sum(2))
     half = attention_map(query.bfloat16(), key.bfloat16(), None, 0.3)
     assert half.dtype == torch.float32 and torch.allclose(half.sum(-1), torch.ones(2, 3, 4))
     assert attention_map(query.double(), key.double(), None, 0.3).dtype == torch.float64
