@@ -10,7 +10,7 @@ from catp_lightning.selectors import Selector, keep_count
 
 
 def choose_tokens(
-    scores: Tensor, selector: Selector, keep: float | int, seen: Observation, visual: Tensor
+    scores: Tensor, selector: Selector, keep: int | float, seen: Observation, visual: Tensor
 ) -> tuple[Tensor, Tensor]:
     """Which visual tokens stay.
 
@@ -64,7 +64,7 @@ def columns_kept(placeholders: Tensor, keep: Tensor) -> Tensor:
     return columns
 
 
-def _budget(keep: float | int, visual: Tensor) -> Tensor:
+def _budget(keep: int | float, visual: Tensor) -> Tensor:
     return torch.tensor([keep_count(keep, count) for count in visual.sum(1).tolist()], device=visual.device)
 
 

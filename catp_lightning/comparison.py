@@ -29,7 +29,7 @@ class Result:
     """
 
     method: str
-    keep: float | int | None
+    keep: int | float | None
     score: np.ndarray
     same: np.ndarray
     tokens: float
@@ -51,7 +51,7 @@ class Comparison:
 
     def rows(self) -> list[dict[str, Any]]:
         """A row for each method and budget: means, 95% bootstrap intervals, how far the reference is ahead, paired."""
-        merged: dict[tuple[str, float | int | None], list[Result]] = {}
+        merged: dict[tuple[str, int | float | None], list[Result]] = {}
         for result in self.results:
             merged.setdefault((result.method, result.keep), []).append(result)
         means = {
@@ -67,7 +67,7 @@ class Comparison:
 
     def _row(
         self,
-        key: tuple[str, float | int | None],
+        key: tuple[str, int | float | None],
         means: Mapping[Any, tuple[np.ndarray, np.ndarray, float]],
         weights: np.ndarray,
     ) -> dict[str, Any]:
@@ -132,7 +132,7 @@ def console_tables(rows: Sequence[Mapping[str, Any]], reference: str) -> list[Ta
     return tables
 
 
-def _axes(rows: Sequence[Mapping[str, Any]]) -> tuple[list[float | int], list[str]]:
+def _axes(rows: Sequence[Mapping[str, Any]]) -> tuple[list[int | float], list[str]]:
     """Budgets and methods, each once, in the order of the rows."""
     budgets = dict.fromkeys(row["keep"] for row in rows if row["keep"] is not None)
     return list(budgets), list(dict.fromkeys(row["method"] for row in rows))

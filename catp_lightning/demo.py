@@ -132,7 +132,7 @@ def _answers(module: VQAModule, batches: list[VQABatch], policy: PruningPolicy |
 
 
 def _result(
-    name: str, keep: float | int | None, answers: list[str], full: list[str], tokens: float, batches: list[VQABatch]
+    name: str, keep: int | float | None, answers: list[str], full: list[str], tokens: float, batches: list[VQABatch]
 ) -> Result:
     truth = [ten for batch in batches for ten in batch["answers"]]
     score = [vqa_score(answer, ten) / 30 for answer, ten in zip(answers, truth, strict=True)]

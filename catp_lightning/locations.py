@@ -10,7 +10,7 @@ POLICY = "policy.json"
 WANDB, HUB = "wandb://", "hf://"
 
 
-def locate(path: str | Path, keep: float | int | None) -> Path:
+def locate(path: str | Path, keep: int | float | None) -> Path:
     """The file a policy path means; remote ones are fetched.
 
     Raises:
@@ -31,12 +31,12 @@ def locate(path: str | Path, keep: float | int | None) -> Path:
     return place if keep is None else _checked(place, keep)
 
 
-def budget_file_name(keep: float | int) -> str:
+def budget_file_name(keep: int | float) -> str:
     """File name of one budget in a folder of several: `keep-0.5.json` for a share, `keep-16.json` for tokens."""
     return f"keep-{keep!r}.json"
 
 
-def _in_folder(folder: Path, keep: float | int | None) -> Path:
+def _in_folder(folder: Path, keep: int | float | None) -> Path:
     if keep is not None and (named := folder / budget_file_name(keep)).is_file():
         return named
     budgets = sorted(file for file in folder.glob("keep-*.json"))
@@ -55,7 +55,7 @@ def _in_folder(folder: Path, keep: float | int | None) -> Path:
     raise PolicyError(f"{folder} holds no policy for keep={keep!r}; it has {there}.")
 
 
-def _checked(file: Path, keep: float | int | None) -> Path:
+def _checked(file: Path, keep: int | float | None) -> Path:
     """A single policy, if it is for the budget asked for: what it promises was measured there."""
     try:
         own = json.loads(file.read_text(encoding="utf-8"))["keep"]

@@ -50,7 +50,7 @@ class PruningPolicy:
     scorer_args: Mapping[str, Any] = field(default_factory=dict)
     selector: str | None = None
     selector_args: Mapping[str, Any] = field(default_factory=dict)
-    keep: float | int = 0.5
+    keep: int | float = 0.5
     positions: Positions = "original"
     model: Mapping[str, Any] | None = None
     evidence: Mapping[str, Any] = field(default_factory=dict)
@@ -108,7 +108,7 @@ class PruningPolicy:
             )
         return cls(**known)
 
-    def with_keep(self, keep: float | int) -> Self:
+    def with_keep(self, keep: int | float) -> Self:
         """The same policy at another budget."""
         return replace(self, keep=keep)
 
@@ -119,7 +119,7 @@ class PruningPolicy:
         return write_json(file, self.to_dict(), indent=2)
 
     @classmethod
-    def load(cls, path: str | Path, keep: float | int | None = None) -> Self:
+    def load(cls, path: str | Path, keep: int | float | None = None) -> Self:
         """Read a policy.
 
         Args:

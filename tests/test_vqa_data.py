@@ -289,6 +289,6 @@ def test_every_argument_can_come_from_yaml(tmp_path):
     parser = ArgumentParser()
     parser.add_class_arguments(VQADataModule, "data")
     parser.add_class_arguments(VQAModule, "module")
-    made = parser.instantiate(parser.parse_path(str(tmp_path / "config.yaml")))
+    made = parser.instantiate_classes(parser.parse_path(str(tmp_path / "config.yaml")))
     assert len(ids(made.data.val_dataloader())) == 2
     assert made.module.generation == {"max_new_tokens": 3, "do_sample": False}

@@ -34,7 +34,7 @@ class Calibrator:
         device: where the sums are kept.
     """
 
-    def __init__(self, family: Family, budgets: Sequence[float | int], device: torch.device | None = None) -> None:
+    def __init__(self, family: Family, budgets: Sequence[int | float], device: torch.device | None = None) -> None:
         for keep in budgets:
             check_keep(keep)
         if not budgets or len({(type(keep), keep) for keep in budgets}) < len(budgets):

@@ -33,7 +33,7 @@ class Candidate:
     selector_args: Mapping[str, Any] = field(default_factory=dict)
     control: bool = False
 
-    def policy(self, keep: float | int) -> PruningPolicy:
+    def policy(self, keep: int | float) -> PruningPolicy:
         return PruningPolicy(self.scorer, self.scorer_args, self.selector, self.selector_args, keep)
 
 

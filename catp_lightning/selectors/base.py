@@ -45,7 +45,7 @@ class Selector(ABC):
         """
 
 
-def keep_count(keep: float | int, tokens: int) -> int:
+def keep_count(keep: int | float, tokens: int) -> int:
     """How many of `tokens` a budget keeps: a share is rounded up; at least 1, at most all.
 
     >>> keep_count(0.25, 32), keep_count(0.1, 30), keep_count(100, 32), keep_count(0.001, 32)
