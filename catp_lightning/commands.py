@@ -19,9 +19,8 @@ from catp_lightning.callbacks.context import Stage
 from catp_lightning.callbacks.token_pruning import TokenPruning, load_policy
 from catp_lightning.data import SHIPPED, shipped
 from catp_lightning.data.vqa import VQADataModule
+from catp_lightning.policy import Budget
 from catp_lightning.vqa_module import VQAModule
-
-Keep = int | float  # in this order: 1 stays one token, 1.0 is everything
 
 SHOWN = ("accelerator", "devices", "precision", "logger")
 """Options of the Trainer that --help explains; the others are taken all the same."""
@@ -140,7 +139,7 @@ class Calibrate(Command):
 
     def add_own_arguments(self, parser: LightningArgumentParser) -> None:
         help_ = "Budget, or several as '[0.5, 0.25]': 0.5 or 1.0 is a share, 16 or 1 a number of tokens."
-        parser.add_argument("--keep", type=Keep | list[Keep], default=0.5, help=help_)
+        parser.add_argument("--keep", type=Budget | list[Budget], default=0.5, help=help_)
         help_ = "Where the policy goes: a file, or a folder, which several budgets need."
         parser.add_argument("--output", type=str, default="policy", help=help_)
 
@@ -161,7 +160,7 @@ class Validate(Command):
         help_ = "File, folder, wandb://… or hf://… of the policy to prune by; without it the model runs unpruned."
         parser.add_argument("--policy", type=str | None, help=help_)
         help_ = "Which budget of a folder that holds several: 0.5 or 1.0 is a share, 16 or 1 a number of tokens."
-        parser.add_argument("--keep", type=Keep | None, help=help_)
+        parser.add_argument("--keep", type=Budget | None, help=help_)
         help_ = "Run the unpruned model as well and log the share of equal answers, catp/agreement."
         parser.add_argument("--compare", type=bool, default=False, help=help_)
 

@@ -7,7 +7,7 @@ import warnings
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
-from typing import Any, Literal, Self, TypeVar, get_args
+from typing import TYPE_CHECKING, Any, Literal, Self, TypeVar, get_args
 
 from catp_lightning.errors import PolicyError
 from catp_lightning.files import write_json
@@ -17,6 +17,13 @@ from catp_lightning.typed import build
 
 FORMAT_VERSION = 1
 FILE_NAME = "policy.json"
+
+if TYPE_CHECKING:
+    Budget = int | float
+else:
+    # For signatures that the command line reads. It tries the types of a union in order, and typing's cache makes the
+    # order that of whoever wrote the same union first: YAML's 1, one token, could become 1.0, everything.
+    Budget = Any
 
 Positions = Literal["original", "compact"]
 Method = TypeVar("Method")
@@ -133,6 +140,8 @@ class PruningPolicy:
         """
         from catp_lightning.locations import locate
 
+        if keep is not None:
+            check_keep(keep)
         file = locate(path, keep)
         try:
             values = json.loads(file.read_text(encoding="utf-8"), parse_constant=_no_constants)

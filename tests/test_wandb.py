@@ -59,10 +59,9 @@ def test_the_run_holds_configuration_tables_figures_and_the_policy(
     artifacts = []
     for record in found:
         kind = record.WhichOneof("record_type")
-        if kind == "config":
-            config |= {
-                update.key or update.nested_key[0]: json.loads(update.value_json) for update in record.config.update
-            }
+        if kind in ("config", "run"):  # older versions keep it with the run
+            source = record.config if kind == "config" else record.run.config
+            config |= {update.key or update.nested_key[0]: json.loads(update.value_json) for update in source.update}
         elif kind == "history":
             for item in record.history.item:
                 *outer, last = item.nested_key or [item.key]

@@ -21,7 +21,7 @@ from catp_lightning.errors import PolicyError, PruningError
 from catp_lightning.families import find_family
 from catp_lightning.locations import budget_file_name
 from catp_lightning.observation import Observation
-from catp_lightning.policy import PruningPolicy, check_keep
+from catp_lightning.policy import Budget, PruningPolicy, check_keep
 from catp_lightning.pruning import refuse_unprunable
 
 
@@ -65,13 +65,13 @@ class CrossAttentionCalibration(LoopContext):
     def __init__(
         self,
         path: str | Path = "policy.json",
-        keep: int | float | Sequence[int | float] = 0.5,  # int first: YAML's 1 is one token, 1.0 is everything
+        keep: Budget | Sequence[Budget] = 0.5,
         *,
         model: str | None = None,
     ) -> None:
         super().__init__(("predict",))
         self.path, self.model = Path(path), model
-        self.several = isinstance(keep, Sequence)
+        self.several = isinstance(keep, Sequence) and not isinstance(keep, str)
         self.budgets: tuple[int | float, ...] = tuple(keep) if isinstance(keep, Sequence) else (keep,)
         for budget in self.budgets:
             check_keep(budget)

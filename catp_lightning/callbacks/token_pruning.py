@@ -16,7 +16,7 @@ from catp_lightning.callbacks.calibration import CrossAttentionCalibration
 from catp_lightning.callbacks.context import LoopContext, Stage
 from catp_lightning.errors import PruningError
 from catp_lightning.metrics import Agreement, TokensKept
-from catp_lightning.policy import PruningPolicy
+from catp_lightning.policy import Budget, PruningPolicy, check_keep
 from catp_lightning.pruning import Pruning, prune
 
 
@@ -73,7 +73,8 @@ class TokenPruning(LoopContext):
 
     Raises:
         ValueError: an unknown stage.
-        PolicyError: at setup, the policy cannot be read; at the start of the loop, it was made for another model.
+        PolicyError: `keep` is not allowed; at setup, the policy cannot be read; at the start of the loop, it was made
+            for another model.
         PruningError: at setup, `CrossAttentionCalibration` is in the same trainer and both would act in predict; at the
             start of the loop, the model cannot be pruned.
 
@@ -87,13 +88,15 @@ class TokenPruning(LoopContext):
         self,
         policy: str | Path | PruningPolicy,
         *,
-        keep: int | float | None = None,
+        keep: Budget | None = None,
         stages: tuple[Stage, ...] = ("validate", "test", "predict"),
         compare: bool = False,
         sanity_check: bool = False,
         model: str | None = None,
     ) -> None:
         super().__init__(stages, sanity_check)
+        if keep is not None:
+            check_keep(keep)
         self.policy, self.keep, self.compare, self.model = policy, keep, compare, model
         self.figures: dict[str, float] = {}
         self._loaded: PruningPolicy | None = None
