@@ -13,6 +13,7 @@ from torch.utils.data import DataLoader
 from catp_lightning import PolicyError, PruningError, PruningPolicy, prune
 from catp_lightning.answers import compare_with_unpruned
 from catp_lightning.calibration.candidates import default_candidates
+from catp_lightning.calibration.replay import agreement, divergence
 from catp_lightning.calibration.statistics import CandidateSums, part_of
 from catp_lightning.callbacks.calibration import CrossAttentionCalibration
 from catp_lightning.families import find_family
@@ -141,6 +142,17 @@ def test_divergence_is_the_mean_kl_from_the_unpruned_model_along_its_answer(tmp_
         assert row[name]["divergence"] == pytest.approx(each[part == index].mean().item(), rel=1e-9)
         error = each[part == index].std(correction=0) / (part == index).sum() ** 0.5
         assert row[name]["divergence_error"] == pytest.approx(error.item(), rel=1e-6)
+
+
+def test_what_follows_the_end_of_an_answer_counts_for_nothing() -> None:
+    full, pruned = torch.eye(4).log_softmax(-1)[None], torch.eye(4).roll(1, 1).log_softmax(-1)[None]
+    pruned = torch.cat([full[:, :2], pruned[:, 2:]], 1)  # another next token in the last two places
+    ended = torch.tensor([[True, True, False, False]])
+    assert agreement(full, pruned, ended).tolist() == [True] and divergence(full, pruned, ended).item() == 0
+    longer = torch.tensor([[True, True, True, False]])
+    assert agreement(full, pruned, longer).tolist() == [False]
+    expected = (full.exp() * (full - pruned)).sum(-1)[0, 2] / 3
+    assert divergence(full, pruned, longer).item() == pytest.approx(expected.item())
 
 
 def test_the_policy_is_the_candidate_with_the_least_divergence_and_says_if_it_is_a_control(tmp_path: Path) -> None:
