@@ -88,6 +88,7 @@ def test_the_run_holds_configuration_tables_figures_and_the_policy(
     for policy in policies:
         staged = next(e for e in policy_artifacts[0].manifest.contents if e.path == f"keep-{policy.keep}.json")
         assert PruningPolicy.load(staged.local_path) == policy
+        assert PruningPolicy.load(folder / "files" / f"keep-{policy.keep}.json") == policy, "beside the run"
 
 
 def test_any_other_logger_gets_the_figures(tmp_path: Path) -> None:

@@ -120,6 +120,7 @@ def _log_to_wandb(
     shown["catp/heads"] = wandb.Image(head_figure(policies))
     run.log(shown)  # one dictionary: each call is a step of its own
     artifact = wandb.Artifact("catp-policy", type="catp-policy", metadata=config)
-    for file in files:
+    for policy, file in zip(policies, files, strict=True):
         artifact.add_file(str(file))
+        policy.save(Path(run.dir) / file.name)  # beside the run: an offline artifact lies in a staging folder
     run.log_artifact(artifact)
