@@ -161,7 +161,7 @@ class DecoderEntry:
         visual = ids.to(embeds.device) == self.family.image_token_id
         mask = _two_dimensional(kwargs.get("attention_mask"), batch, length, embeds.device)
         positions = kwargs.get("position_ids")
-        positions = self.family.positions(mask) if positions is None else positions.expand(batch, -1)
+        positions = self.family.positions(mask) if positions is None else positions.to(mask.device).expand(batch, -1)
         keep = self.choose(Prompt(visual, embeds, mask, positions))
         keep = keep.repeat_interleave(batch // len(ids), 0)  # beams follow their sample
         prompt = shortened(keep, mask)
@@ -233,4 +233,4 @@ def _two_dimensional(mask: Any, batch: int, length: int, device: torch.device) -
             f"attention_mask is {shape}; a prompt can be pruned under a mask of shape [batch, length], here "
             f"[{batch}, {length}]."
         )
-    return mask.long()
+    return mask.to(device).long()

@@ -88,6 +88,4 @@ def _sites(family: Family, needs: Needs) -> Iterator[tuple[Signal, int]]:
                     f"The policy reads layer {layer} of {signal.name.lower().replace('_', '-')}; this model has "
                     f"{count}, numbered 0 to {count - 1}. Calibrate again, or name layers it has."
                 )
-        yield from sorted(
-            {(signal, layer % count) for layer in (range(count) if layers is None else layers)}, key=lambda s: s[1]
-        )
+        yield from ((signal, layer) for layer in sorted({n % count for n in (layers or range(count))}))
