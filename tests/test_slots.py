@@ -147,15 +147,18 @@ def test_the_second_pass_sees_the_batches_of_the_first(tmp_path: Path, several: 
             super().__init__()
             self.steps: list[tuple[int, ...]] = []
 
+        def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
+            return batch["outer"]
+
         def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
-            return {**batch["wrapped"]}
+            return batch["inner"]
 
         def predict_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> Tensor:
             self.steps.append((dataloader_idx, batch_idx))
             return super().predict_step(batch, batch_idx)
 
     module = Counting()
-    loader = DataLoader([{"wrapped": batch} for batch in data(40, 8)], batch_size=None)
+    loader = DataLoader([{"outer": {"inner": batch}} for batch in data(40, 8)], batch_size=None)
     callback = CrossAttentionCalibration(tmp_path / "p.json")
     settings: dict[str, Any] = {"accelerator": "cpu", "logger": False, "enable_progress_bar": False}
     trainer = L.Trainer(callbacks=[callback], limit_predict_batches=4, **settings)

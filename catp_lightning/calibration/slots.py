@@ -43,11 +43,10 @@ class SlotSums(Metric):
             kept: float [P, B, T], how many tokens of each slot each probe kept; 0 or 1 where a sample has one image.
             gain: float [P, B], mean log-probability of the answer's tokens.
         """
-        centred = (kept - kept.mean(0)).double().flatten(0, 1)
-        gain = (gain - gain.mean(0)).double().flatten()
+        centred = (kept - kept.mean(0)).double().flatten(0, 1)  # which takes every sample's level out of `gain` too
         self.samples += kept.shape[1] * (budget == 0)
         self.gram[budget] += centred.T @ centred
-        self.moment[budget] += centred.T @ gain
+        self.moment[budget] += centred.T @ gain.double().flatten()
 
     def compute(self) -> tuple[Tensor, Tensor]:
         """Over all processes: the worth of each slot at each budget, float64 [K, T], 0 where nothing could be learned;
