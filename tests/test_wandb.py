@@ -2,6 +2,7 @@
 
 import json
 import struct
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,8 @@ def records(file: Path) -> Iterator[Any]:
             offset += BLOCK - offset % BLOCK
             continue
         _, length, kind = struct.unpack("<IHB", content[offset : offset + HEADER])
+        if offset + HEADER + length > len(content):
+            return  # not written yet
         whole += content[offset + HEADER : offset + HEADER + length]
         offset += HEADER + length
         if kind in (1, 4):  # the only or the last chunk of a record
@@ -35,6 +38,16 @@ def records(file: Path) -> Iterator[Any]:
             record.ParseFromString(whole)
             whole = b""
             yield record
+
+
+def complete(file: Path) -> list[Any]:
+    """All records: `wandb.finish` may return before its service has written the last of them."""
+    for _ in range(100):
+        found = list(records(file))
+        if any(record.WhichOneof("record_type") == "exit" for record in found):
+            return found
+        time.sleep(0.1)
+    raise AssertionError(f"{file} never ends")
 
 
 @pytest.fixture
@@ -47,7 +60,7 @@ def run(tmp_path: Path) -> tuple[list[Any], list[PruningPolicy], Path]:
     trainer.predict(Module(), DataLoader(data(16, 8), batch_size=None))
     wandb.finish()
     (file,) = tmp_path.glob("wandb/offline-run-*/run-*.wandb")
-    return list(records(file)), callback.policies, file.parent
+    return complete(file), callback.policies, file.parent
 
 
 def test_the_run_holds_configuration_tables_figures_and_the_policy(
