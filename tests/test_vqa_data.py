@@ -279,6 +279,12 @@ def test_tokenizer_alone_is_refused_as_processor(tmp_path):
         data.val_dataloader()
 
 
+def test_json_nested_without_end_is_said_not_crashed_on(tmp_path):
+    (tmp_path / "questions.json").write_text("[" * 100_000)
+    with pytest.raises(DataError, match="is not valid JSON"):
+        VQADataset(VQASplit(str(tmp_path / "questions.json"), str(tmp_path)))
+
+
 def test_every_argument_can_come_from_yaml(tmp_path):
     folder = save_model(tmp_path / "model", opt_config())
     split = scenes(tmp_path / "scenes", 4)

@@ -144,7 +144,7 @@ def _read_records(path: str, key: str) -> list[Any]:
         raise DataError(f"{path}: there is no such file. It should hold the {key} in VQAv2's JSON layout.") from error
     except OSError as error:
         raise DataError(f"{path} cannot be read: {error.strerror}. It should be a file of {key}.") from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise DataError(f"{path} is not valid JSON: {error}. Was it copied or unpacked completely?") from error
     records = content.get(key) if isinstance(content, dict) else None
     if not isinstance(records, list) or not records:
