@@ -20,6 +20,7 @@ from catp_lightning.errors import PolicyError
 from catp_lightning.families import Family
 from catp_lightning.observation import Needs, Observation, Signal, join
 from catp_lightning.policy import PruningPolicy, check_keep
+from catp_lightning.scorers import Scorer
 from catp_lightning.selectors import keep_count
 
 WORST = -10.0  # mean log-probability; below, an answer is lost, and how far it is lost says nothing
@@ -98,11 +99,14 @@ class Calibrator:
             part[chosen],
         )
         valid, full = replay.answers.valid, replay.log_probabilities(visual)
+        scores: dict[Scorer, Tensor] = {}  # many candidates and budgets share a scorer
         diverged, agreed = [], []
         for keep, candidates in zip(self.budgets, self.candidates, strict=True):
             for policy in (candidate.policy(keep) for candidate in candidates):
-                scores = score_tokens(policy.build_scorer(), seen, visual)
-                kept, _ = choose_tokens(scores, policy.build_selector(), keep, seen, visual)
+                scorer = policy.build_scorer()
+                if scorer not in scores:
+                    scores[scorer] = score_tokens(scorer, seen, visual)
+                kept, _ = choose_tokens(scores[scorer], policy.build_selector(), keep, seen, visual)
                 pruned = replay.log_probabilities(kept)
                 diverged.append(divergence(full, pruned, valid))
                 agreed.append(agreement(full, pruned, valid))
