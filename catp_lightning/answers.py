@@ -145,12 +145,11 @@ class Comparison:
 
 
 @contextmanager
-def compare_with_unpruned(module: nn.Module, pruning: Pruning) -> Iterator[Comparison]:
+def compare_with_unpruned(pruning: Pruning) -> Iterator[Comparison]:
     """While inside, every top-level call is made twice, unpruned first, and the answers are compared.
 
     Args:
-        module: what was given to `prune`; only its pruned model is listened to.
-        pruning: the record of the `prune` context this runs in.
+        pruning: the record of the `prune` context this runs in; its model is listened to.
 
     Raises:
         PruningError: a call samples its answers.

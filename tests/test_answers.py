@@ -31,7 +31,7 @@ def test_same_is_whether_the_generated_ids_are_equal_up_to_their_end(settings: d
     before = state(model)
     with prune(model, HALF) as pruning:
         alone = model.generate(**inputs, **settings)
-        with compare_with_unpruned(model, pruning) as comparison:
+        with compare_with_unpruned(pruning) as comparison:
             assert torch.equal(model.generate(**inputs, **settings), alone), "the caller gets the pruned answer"
     width = max(full.shape[1], alone.shape[1])
     pad = lambda ids: torch.nn.functional.pad(ids, (0, width - ids.shape[1]), value=1)  # noqa: E731
@@ -43,7 +43,7 @@ def test_same_is_whether_the_generated_ids_are_equal_up_to_their_end(settings: d
 def test_a_forward_is_compared_at_the_last_prompt_row() -> None:
     model, inputs = random_blip2()
     full = model(**inputs).logits
-    with prune(model, HALF) as pruning, compare_with_unpruned(model, pruning) as comparison:
+    with prune(model, HALF) as pruning, compare_with_unpruned(pruning) as comparison:
         pruned = model(inputs["pixel_values"], inputs["input_ids"], attention_mask=inputs["attention_mask"]).logits
         labels = inputs["input_ids"].masked_fill(torch.arange(18) < 15, -100)
         model(**inputs, labels=labels)
@@ -54,7 +54,7 @@ def test_a_forward_is_compared_at_the_last_prompt_row() -> None:
 def test_a_cache_that_the_caller_hands_in_is_filled_by_the_pruned_run_alone() -> None:
     model, inputs = random_blip2()
     cache = DynamicCache(config=model.language_model.config)
-    with prune(model, HALF) as pruning, compare_with_unpruned(model, pruning) as comparison:
+    with prune(model, HALF) as pruning, compare_with_unpruned(pruning) as comparison:
         model(**inputs, past_key_values=cache)
         assert [layer.keys.shape[2] for layer in cache.layers] == [10 + 4] * 3
         token = inputs["input_ids"][:, -1:]
@@ -71,7 +71,7 @@ def test_answers_end_with_their_end_token() -> None:
 
 def test_sampled_answers_are_refused() -> None:
     model, inputs = random_blip2()
-    with prune(model, HALF) as pruning, compare_with_unpruned(model, pruning):
+    with prune(model, HALF) as pruning, compare_with_unpruned(pruning):
         with pytest.raises(PruningError, match="two runs of one model differ"):
             model.generate(**inputs, max_new_tokens=3, do_sample=True)
         model.language_model.generation_config.do_sample = True
@@ -100,5 +100,5 @@ def test_a_generate_without_ids_is_refused_where_answers_are_compared() -> None:
     with prune(model, HALF) as pruning:
         model.generate(pixel_values=inputs["pixel_values"], max_new_tokens=3)
         assert pruning.keep.sum(1).tolist() == [4, 4, 4], "pruning itself works: BLIP-2 makes the ids"
-        with compare_with_unpruned(model, pruning), pytest.raises(PruningError, match="without input_ids"):
+        with compare_with_unpruned(pruning), pytest.raises(PruningError, match="without input_ids"):
             model.generate(pixel_values=inputs["pixel_values"], max_new_tokens=3, do_sample=False)

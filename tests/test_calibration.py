@@ -92,7 +92,7 @@ def test_the_figures_are_what_running_each_candidate_pruned_gives(tmp_path: Path
     ):
         same, parts = [], []
         with torch.no_grad(), prune(module, candidates[name].policy(7)) as pruning:  # noqa: SIM117
-            with compare_with_unpruned(module, pruning) as comparison:
+            with compare_with_unpruned(pruning) as comparison:
                 for batch in batches:
                     module.net.generate(**batch, **SHORT)
                     same.append(comparison.same.pop())

@@ -8,7 +8,6 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from scipy.stats import binomtest
 from torch import Tensor
 
 from catp_lightning.calibration.candidates import Candidate, default_candidates, fitted_candidates
@@ -18,6 +17,7 @@ from catp_lightning.calibration.statistics import PARTS, CandidateSums, part_of
 from catp_lightning.choosing import choose_tokens, score_tokens, visual_tokens
 from catp_lightning.errors import PolicyError
 from catp_lightning.families import Family
+from catp_lightning.metrics import wilson_interval
 from catp_lightning.observation import Needs, Observation, Signal, join
 from catp_lightning.policy import PruningPolicy, check_keep
 from catp_lightning.scorers import Scorer
@@ -156,12 +156,11 @@ def _figures(candidate: Candidate, index: int, number: int, sums: dict[str, Tens
         count, agreed = int(sums["count"][part]), int(sums["agreed"][part, index, number])
         mean = float(sums["divergence"][part, index, number]) / count
         variance = max(0.0, float(sums["squares"][part, index, number]) / count - mean**2)
-        interval = binomtest(agreed, count).proportion_ci(0.95, "wilson")
         row[name] = {
             "divergence": mean,
             "divergence_error": (variance / count) ** 0.5,
             "agreement": agreed / count,
-            "interval": [float(interval.low), float(interval.high)],
+            "interval": list(wilson_interval(agreed, count)),
         }
     return row
 

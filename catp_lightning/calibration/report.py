@@ -19,14 +19,18 @@ HEAD = r"cross-attention layer (\d+) head (\d+)"
 def summary_line(policy: PruningPolicy) -> str:
     """One budget in one line."""
     evidence = policy.evidence
-    row = next(row for row in evidence["candidates"] if row["name"] == evidence["chosen"])
-    check, samples = row["check"], evidence["samples"]["check"]
+    check, samples = _checked(policy), evidence["samples"]["check"]
     low, high = check["interval"]
     control = ", a control: no finding of this calibration beats it" if evidence["control"] else ""
     return (
         f"keep {policy.keep}: {evidence['chosen']}{control}; answers as the unpruned model on {check['agreement']:.1%} "
         f"({low:.1%} to {high:.1%}) of {samples} samples it was not chosen on."
     )
+
+
+def _checked(policy: PruningPolicy) -> dict[str, Any]:
+    """The chosen candidate's figures on the part of the split it was not chosen on."""
+    return next(row["check"] for row in policy.evidence["candidates"] if row["name"] == policy.evidence["chosen"])
 
 
 def candidate_rows(policy: PruningPolicy) -> list[list[Any]]:
@@ -88,7 +92,7 @@ def log_calibration(loggers: Sequence[Logger], policies: Sequence[PruningPolicy]
     """Log a calibration wherever the trainer logs; to a WandbLogger also tables, figures and an artifact."""
     metrics = {}
     for policy in policies:
-        checked = next(r for r in policy.evidence["candidates"] if r["name"] == policy.evidence["chosen"])["check"]
+        checked = _checked(policy)
         metrics[f"catp/keep-{policy.keep}/agreement"] = checked["agreement"]
         metrics[f"catp/keep-{policy.keep}/divergence"] = checked["divergence"]
     for logger in loggers:

@@ -119,7 +119,7 @@ class TokenPruning(LoopContext):
         policy = self._loaded or load_policy(self.policy, self.keep)
         with ExitStack() as stack:
             pruning = stack.enter_context(prune(pl_module, policy, model=self.model))
-            comparison = stack.enter_context(compare_with_unpruned(pl_module, pruning)) if self.compare else None
+            comparison = stack.enter_context(compare_with_unpruned(pruning)) if self.compare else None
             device = pl_module.device  # a metric outside the module is not moved by Lightning
             self._loop = _Loop(pruning, TokensKept().to(device), comparison, Agreement().to(device))
             try:
