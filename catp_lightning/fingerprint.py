@@ -9,10 +9,13 @@ _GOLDEN, _MIX1, _MIX2 = -0x61C8864680B583EB, -0x40A7B892E31B1A47, -0x6B2FB644ECC
 
 def mix(state: Tensor) -> Tensor:
     """SplitMix64's output function: int64 of any shape -> int64 of the same shape, every bit depending on every bit."""
-    state = state + _GOLDEN
-    state = (state ^ _shift(state, 30)) * _MIX1
-    state = (state ^ _shift(state, 27)) * _MIX2
-    return state ^ _shift(state, 31)
+    state = state + _GOLDEN  # a tensor of its own; the rest in place, which takes a quarter of the time
+    state ^= _shift(state, 30)
+    state *= _MIX1
+    state ^= _shift(state, 27)
+    state *= _MIX2
+    state ^= _shift(state, 31)
+    return state
 
 
 def fingerprint(pixels: Tensor) -> Tensor:
@@ -33,4 +36,4 @@ def uniform(seeds: Tensor, count: int) -> Tensor:
 
 def _shift(value: Tensor, by: int) -> Tensor:
     """Logical shift to the right; torch's own keeps the sign."""
-    return (value >> by) & ((1 << (64 - by)) - 1)
+    return (value >> by).bitwise_and_((1 << (64 - by)) - 1)

@@ -13,11 +13,13 @@ from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelP
 
 from catp_lightning.callbacks.token_pruning import load_policy, warn_where_monitored
 from catp_lightning.errors import PolicyError, PruningError
+from catp_lightning.overlap import OverlapCheck, overlap_check
 from catp_lightning.policy import PruningPolicy
 from catp_lightning.pruning import prune
 
 POLICY_KEY = "catp_policy"
 _STEPS = frozenset({"validation_step", "test_step", "predict_step"})
+_EPOCH_ENDS = frozenset({"on_validation_epoch_end", "on_test_epoch_end", "on_predict_epoch_end"})
 _STATE = frozenset(  # attributes that Lightning reads and writes on the root module directly
     {
         "_current_fx_name",
@@ -43,6 +45,8 @@ class PrunedModule(LightningModule):
     Every hook, property and logging call of Lightning reaches `inner`: what `inner` overrides is called once, what it
     does not override looks not overridden. Hyperparameters, optimizers and checkpoints are `inner`'s, and either class
     reads the other's checkpoints; those of the wrapper also hold the policy, as plain JSON types under "catp_policy".
+    Where an evaluated split shares images with the one that the policy was calibrated on, a warning at the end of each
+    epoch says how many.
 
     Args:
         inner: the module around a supported Hugging Face model.
@@ -76,6 +80,7 @@ class PrunedModule(LightningModule):
             )
         self.policy, self.keep, self.pruned_model = policy, keep, model
         self._loaded: PruningPolicy | None = None
+        self._overlap: OverlapCheck | None = None  # of the loop that runs
         self.inner = inner  # last: from here on attributes are looked up on it too
 
     # ---- looking up: Lightning asks the wrapper, and gets what it would get from the inner module
@@ -84,7 +89,9 @@ class PrunedModule(LightningModule):
         if name not in _INNER or (inner := _inner_of(self)) is None:
             return super().__getattribute__(name)
         value = getattr(inner, name)
-        return self._pruned(value) if name in _STEPS and callable(value) else value
+        if name in _STEPS and callable(value):
+            return self._pruned(value)
+        return self._then_warning(value) if name in _EPOCH_ENDS else value
 
     def __getattr__(self, name: str) -> Any:
         inner = None if name.startswith("__") else _inner_of(self)
@@ -105,12 +112,29 @@ class PrunedModule(LightningModule):
     def _pruned(self, step: Callable[..., Any]) -> Callable[..., Any]:
         @functools.wraps(step)
         def pruned_step(*args: Any, **kwargs: Any) -> Any:
-            with prune(self.inner, self._current_policy(), model=self.pruned_model):
-                return step(*args, **kwargs)
+            with prune(self.inner, self._current_policy(), model=self.pruned_model) as pruning:
+                output = step(*args, **kwargs)
+            if (overlap := self._current_overlap()) is not None:
+                overlap.see(pruning.images)
+            return output
 
-        # Lightning looks through one decorator for signatures and overrides: it must see the module's own function
-        pruned_step.__wrapped__ = getattr(step, "__wrapped__", step)
-        return pruned_step
+        return _seen_as(step, pruned_step)
+
+    def _then_warning(self, hook: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(hook)
+        def epoch_end(*args: Any, **kwargs: Any) -> Any:
+            output = hook(*args, **kwargs)
+            overlap, self._overlap = self._current_overlap(), None
+            if overlap is not None:
+                overlap.warn()
+            return output
+
+        return _seen_as(hook, epoch_end)
+
+    def _current_overlap(self) -> OverlapCheck | None:
+        if self._overlap is None:  # the loop's first step
+            self._overlap = overlap_check(self._current_policy(), self.device)
+        return self._overlap
 
     def _current_policy(self) -> PruningPolicy:
         if self._loaded is None:  # a step called by hand, without a Trainer
@@ -133,7 +157,7 @@ class PrunedModule(LightningModule):
             )
         if stage == "fit" and self.trainer.enable_validation:
             warn_where_monitored(self.trainer, "PrunedModule")
-        self._loaded = load_policy(self.policy, self.keep)
+        self._loaded, self._overlap = load_policy(self.policy, self.keep), None
         self.inner.setup(stage)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -181,6 +205,12 @@ class PrunedModule(LightningModule):
         wrapper.on_load_checkpoint(checkpoint)
         wrapper.load_state_dict(checkpoint["state_dict"], strict=wrapper.strict_loading if strict is None else strict)
         return wrapper
+
+
+def _seen_as(own: Callable[..., Any], replacement: Callable[..., Any]) -> Callable[..., Any]:
+    """Lightning looks through one decorator for signatures and overrides: it must see the module's own function."""
+    replacement.__wrapped__ = getattr(own, "__wrapped__", own)  # type: ignore[attr-defined]
+    return replacement
 
 
 def _inner_of(wrapper: PrunedModule) -> LightningModule | None:

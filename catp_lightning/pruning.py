@@ -12,8 +12,9 @@ from catp_lightning.choosing import choose_tokens, columns_kept, score_tokens, v
 from catp_lightning.dropping import DecoderEntry, Prompt
 from catp_lightning.errors import PolicyError, PruningError
 from catp_lightning.families import Family, find_family
-from catp_lightning.observation import join
+from catp_lightning.observation import Signal, join
 from catp_lightning.observing import Observer
+from catp_lightning.overlap import has_images
 from catp_lightning.policy import PruningPolicy
 
 Choose = Callable[[Tensor], Tensor]
@@ -30,6 +31,8 @@ class Pruning:
             order. B is the batch before beams are expanded, T the longest sample's count; False beyond a sample's own.
         scores: float [B, T], what they were ranked by; -inf beyond a sample's own, None where nothing was scored.
         choices: (keep bool [B, T], counts int64 [B]) of each prefill since it was last cleared, at most 1,024.
+        images: fingerprints, int64 [I], of each prefill since it was last cleared, at most 1,024: only where the policy
+            says which images it was calibrated on and something is scored, for `OverlapCheck`.
     """
 
     def __init__(self, family: Family, policy: PruningPolicy, choose: Choose | None = None) -> None:
@@ -37,11 +40,14 @@ class Pruning:
         self.keep: Tensor | None = None
         self.scores: Tensor | None = None
         self.choices: deque[tuple[Tensor, Tensor]] = deque(maxlen=1024)
+        self.images: deque[Tensor] = deque(maxlen=1024)
         self._given = choose
         self._everything = policy.keep == 1.0 and isinstance(policy.keep, float)
         self._scorer, self._selector = policy.build_scorer(), policy.build_selector()
         scored = choose is None and not self._everything
-        self._observer = Observer(family, join([self._scorer.needs, self._selector.needs]) if scored else {})
+        self._known = scored and has_images(policy)
+        needs = [self._scorer.needs, self._selector.needs] if scored else []
+        self._observer = Observer(family, join([*needs, {Signal.FINGERPRINT: None}] if self._known else needs))
         compact = policy.positions == "compact"
         self._entry = DecoderEntry(family, self._choose, compact, forget=self._observer.forget)
 
@@ -73,6 +79,8 @@ class Pruning:
             self.keep, self.scores = visual, None
         else:
             seen = self._observer.take()
+            if self._known:
+                self.images.append(seen[Signal.FINGERPRINT])
             scores = score_tokens(self._scorer, seen, visual)
             self.keep, self.scores = choose_tokens(scores, self._selector, self.policy.keep, seen, visual)
         self.choices.append((self.keep, visual.sum(1)))

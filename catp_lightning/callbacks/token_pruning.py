@@ -16,6 +16,7 @@ from catp_lightning.callbacks.calibration import CrossAttentionCalibration
 from catp_lightning.callbacks.context import LoopContext, Stage
 from catp_lightning.errors import PruningError
 from catp_lightning.metrics import Agreement, TokensKept
+from catp_lightning.overlap import OverlapCheck, decode_images, has_images, overlap_check
 from catp_lightning.policy import Budget, PruningPolicy, check_keep
 from catp_lightning.pruning import Pruning, prune
 
@@ -28,11 +29,15 @@ class _Loop:
     tokens: TokensKept
     comparison: Comparison | None
     agreement: Agreement
+    overlap: OverlapCheck | None
 
     def read_batch(self) -> None:
         for keep, counts in self.pruning.choices:
             self.tokens.update(keep, counts)
         self.pruning.choices.clear()
+        if self.overlap is not None:
+            self.overlap.see(self.pruning.images)
+        self.pruning.images.clear()
         if self.comparison is not None:
             for same in self.comparison.same:
                 self.agreement.update(same)
@@ -49,6 +54,8 @@ class _Loop:
             return {}
         if self.comparison is not None:
             figures["catp/agreement"] = float(self.agreement.compute())
+        if self.overlap is not None:
+            self.overlap.warn()
         return figures
 
 
@@ -57,7 +64,8 @@ class TokenPruning(LoopContext):
 
     Logs, once an epoch, `catp/tokens_kept` (mean visual tokens kept a sample) and `catp/keep_share` (in (0, 1]); in
     predict, where Lightning forbids `log`, straight to the trainer's loggers, and where there are none to the console.
-    The model is restored after each loop and after any exception.
+    The model is restored after each loop and after any exception. Where the split shares images with the one that the
+    policy was calibrated on, a warning at the end of each epoch says how many.
 
     Args:
         policy: a `PruningPolicy`, or a path or address for `PruningPolicy.load`, read when a stage is set up.
@@ -121,7 +129,8 @@ class TokenPruning(LoopContext):
             pruning = stack.enter_context(prune(pl_module, policy, model=self.model))
             comparison = stack.enter_context(compare_with_unpruned(pruning)) if self.compare else None
             device = pl_module.device  # a metric outside the module is not moved by Lightning
-            self._loop = _Loop(pruning, TokensKept().to(device), comparison, Agreement().to(device))
+            tokens, agreement = TokensKept().to(device), Agreement().to(device)
+            self._loop = _Loop(pruning, tokens, comparison, agreement, overlap_check(policy, device))
             try:
                 yield
             finally:
@@ -167,10 +176,13 @@ def load_policy(policy: str | Path | PruningPolicy, keep: int | float | None) ->
     """The policy itself, or the one at a path; with `keep`, at that budget.
 
     Raises:
-        PolicyError: nothing can be read there, or a folder holds no policy for `keep`.
+        PolicyError: nothing can be read there, a folder holds no policy for `keep`, or the images in the policy's
+        evidence are damaged: now, not when a loop starts after hours of training.
     """
     if not isinstance(policy, PruningPolicy):
         policy = PruningPolicy.load(policy, keep=keep)
+    if has_images(policy):
+        decode_images(policy.evidence["images"])
     return policy if keep is None else policy.with_keep(keep)
 
 
