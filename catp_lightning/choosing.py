@@ -25,12 +25,12 @@ def choose_tokens(
         keep, bool [B, T], and the scores in the samples' order, float [B, T], -inf where a sample has no token.
     """
     vectors = selector.vectors(seen)
-    by_sample = _placed(scores, visual, -torch.inf)
+    by_sample = placed(scores, visual, -torch.inf)
     if selector.per == "sample":
-        vectors = None if vectors is None else _placed(vectors, visual, 0.0)
+        vectors = None if vectors is None else placed(vectors, visual, 0.0)
         return selector.select(by_sample, visual, _budget(keep, visual), vectors), by_sample
     exists = torch.ones_like(scores, dtype=torch.bool)
-    return _placed(selector.select(scores, exists, _budget(keep, exists), vectors), visual, False), by_sample
+    return placed(selector.select(scores, exists, _budget(keep, exists), vectors), visual, False), by_sample
 
 
 def score_tokens(scorer: Scorer, seen: Observation, visual: Tensor) -> Tensor:
@@ -59,8 +59,8 @@ def visual_tokens(placeholders: Tensor) -> Tensor:
 
 def columns_kept(placeholders: Tensor, keep: Tensor) -> Tensor:
     """Columns of a prompt that stay, text always: bool [B, L], and bool [B, T] of its visual tokens -> bool [B, L]."""
-    columns = ~placeholders
-    columns[placeholders] = keep[visual_tokens(placeholders)]
+    columns, own = ~placeholders, visual_tokens(placeholders)
+    columns[placeholders] = keep[:, : own.shape[1]][own]  # these samples may be of a batch with more tokens
     return columns
 
 
@@ -68,8 +68,8 @@ def _budget(keep: int | float, visual: Tensor) -> Tensor:
     return torch.tensor([keep_count(keep, count) for count in visual.sum(1).tolist()], device=visual.device)
 
 
-def _placed(values: Tensor, visual: Tensor, fill: float | bool) -> Tensor:
+def placed(values: Tensor, visual: Tensor, fill: float | bool) -> Tensor:
     """Values of tokens in image order, [I, T', ...], put where their samples have them: [B, T, ...]."""
-    placed = values.new_full((*visual.shape, *values.shape[2:]), fill)
-    placed[visual] = values.flatten(0, 1)
-    return placed
+    found = values.new_full((*visual.shape, *values.shape[2:]), fill)
+    found[visual] = values.flatten(0, 1)
+    return found

@@ -13,6 +13,7 @@ from jsonargparse import ActionConfigFile, ArgumentError, DefaultHelpFormatter
 from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
 
+from catp_lightning.calibration.report import report_folder
 from catp_lightning.callbacks.answer_writer import AnswerWriter
 from catp_lightning.callbacks.calibration import CrossAttentionCalibration
 from catp_lightning.callbacks.context import Stage
@@ -30,6 +31,9 @@ TITLES = {
     "model": "the model: any LightningModule; `--model.help VQAModule` explains the default's options",
     "data": "data: any LightningDataModule; `--data.help VQADataModule` explains the default's options",
 }
+
+CONFIDENCE = 0.95
+"""Of a promise, where none is given."""
 
 MODELS = ("model.init_args.model", "model.init_args.processor", "data.init_args.processor")
 
@@ -138,17 +142,35 @@ class Calibrate(Command):
     stage: ClassVar[Stage] = "predict"
 
     def add_own_arguments(self, parser: LightningArgumentParser) -> None:
-        help_ = "Budget, or several as '[0.5, 0.25]': 0.5 or 1.0 is a share, 16 or 1 a number of tokens."
-        parser.add_argument("--keep", type=Budget | list[Budget], default=0.5, help=help_)
-        help_ = "Where the policy goes: a file, or a folder, which several budgets need."
+        help_ = (
+            "Budget, or several as '[0.5, 0.25]': 0.5 or 1.0 is a share, 16 or 1 a number of tokens. Without it 0.5; "
+            "with --max_disagreement shares from 3/4 down to 1/16."
+        )
+        parser.add_argument("--keep", type=Budget | list[Budget] | None, help=help_)
+        help_ = (
+            "The budget as a promise: take the smallest at which the answers to at most this share of new images "
+            "change, 0.02 say. One policy is written."
+        )
+        parser.add_argument("--max_disagreement", type=float | None, help=help_)
+        parser.add_argument("--confidence", type=float, default=CONFIDENCE, help="Of that promise.")
+        help_ = "Where the policy goes: a file, or a folder, which several budgets need. The report goes beside it."
         parser.add_argument("--output", type=str, default="policy", help=help_)
 
     def callbacks(self) -> list[Callback]:
-        calibration = CrossAttentionCalibration(self.config.output, self.config.keep)
-        _require_writable(calibration.path, calibration.several or not calibration.path.suffix)
-        return [calibration]
+        config = self.config
+        if config.max_disagreement is None and config.confidence != CONFIDENCE:
+            raise ArgumentError(None, "--confidence is that of a promise: give --max_disagreement as well.")
+        self.calibration = CrossAttentionCalibration(
+            config.output, config.keep, max_disagreement=config.max_disagreement, confidence=config.confidence
+        )
+        path = self.calibration.path
+        _require_writable(path, self.calibration.several or not path.suffix)
+        _require_writable(report_folder(path), folder=True)
+        return [self.calibration]
 
     def after_instantiate_classes(self) -> None:
+        callbacks = cast(Any, self.trainer).callbacks  # after the progress bar: what was found are the last lines
+        callbacks.append(callbacks.pop(callbacks.index(self.calibration)))
         if hasattr(self.datamodule, "calibration_dataloader"):
             _predict_calibration(self.datamodule)
 

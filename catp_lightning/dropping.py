@@ -23,12 +23,14 @@ class Prompt:
     """A prompt at the entry of the decoder; R is B times the beams, the rows of a sample next to each other.
 
     Attributes:
-        visual: bool [B, L], the placeholders.
+        ids: int64 [B, L].
+        visual: bool [B, L], the placeholders among them.
         embeds: float [R, L, D].
         mask: int64 [R, L].
         positions: int64 [R, L].
     """
 
+    ids: Tensor
     visual: Tensor
     embeds: Tensor
     mask: Tensor
@@ -158,11 +160,12 @@ class DecoderEntry:
                 "Pass input_ids (and pixel_values), not inputs_embeds; chunked prefill and assisted decoding cannot be "
                 "pruned."
             )
-        visual = ids.to(embeds.device) == self.family.image_token_id
+        ids = ids.to(embeds.device)
+        visual = ids == self.family.image_token_id
         mask = _two_dimensional(kwargs.get("attention_mask"), batch, length, embeds.device)
         positions = kwargs.get("position_ids")
         positions = self.family.positions(mask) if positions is None else positions.to(mask.device).expand(batch, -1)
-        keep = self.choose(Prompt(visual, embeds, mask, positions))
+        keep = self.choose(Prompt(ids, visual, embeds, mask, positions))
         keep = keep.repeat_interleave(batch // len(ids), 0)  # beams follow their sample
         prompt = shortened(keep, mask)
         if prompt.order.shape[1] == length and bool(prompt.valid.all()):

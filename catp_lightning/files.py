@@ -8,7 +8,12 @@ from typing import Any
 
 
 def write_text(path: str | Path, text: str) -> Path:
-    """Write `text` to `path` atomically: a reader, or a run after a crash, sees the old file or the new one.
+    """`write_bytes` of text in UTF-8."""
+    return write_bytes(path, text.encode())
+
+
+def write_bytes(path: str | Path, content: bytes) -> Path:
+    """Write `content` to `path` atomically: a reader, or a run after a crash, sees the old file or the new one.
 
     Raises:
         OSError: the folder cannot be created or written, or the disk is full; an old file at `path` is then untouched.
@@ -17,8 +22,8 @@ def write_text(path: str | Path, text: str) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
     try:
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            file.write(text)
+        with os.fdopen(handle, "wb") as file:
+            file.write(content)
             file.flush()
             os.fsync(file.fileno())
         os.chmod(temporary, 0o666 & ~_umask())  # mkstemp makes files only their owner can read

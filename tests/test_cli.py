@@ -6,6 +6,7 @@ import re
 import shutil
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -132,12 +133,56 @@ def test_a_policy_is_calibrated_validated_and_predicted_with(made, capsys):
     catp(made, "predict", "--policy", "policies", "--output", "results/answers.jsonl")
     assert list(answers("results/answers.jsonl")) == asked(made)
     files = {str(path) for path in Path().rglob("*") if path.is_file()}
-    assert files == {"policies/policy.json", "results/answers.jsonl"}  # no logs, no checkpoints
+    reports = {file for file in files if file.startswith("policies/report/")}
+    assert files - reports == {"policies/policy.json", "results/answers.jsonl"}  # no logs, no checkpoints
+    assert {"policies/report/report.md", "policies/report/retention.png"} < reports
+
+
+def test_calibration_ends_with_what_was_chosen_what_it_keeps_and_what_it_cost(made):
+    command = [sys.executable, "-c", "from catp_lightning.cli import main; main()", "calibrate"]
+    options = ["--keep", "[0.5, 1]", "--trainer.enable_progress_bar", "true", "--output", "policies"]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [*command, "--config", str(made / "tiny.yaml"), *options],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,  # as on a terminal, where the bar and the lines meet
+        text=True,
+        check=True,
+        timeout=120,
+        env=environment,
+    )
+    chosen, keeps, cost = done.stdout.rstrip("\n").split("\n")[-3:]
+    policies = [PruningPolicy.load("policies", keep=budget) for budget in (0.5, 1)]
+    assert chosen.startswith("catp: chosen: ")
+    assert all(f"{policy.evidence['chosen']} at keep {policy.keep}" in chosen for policy in policies)
+    assert keeps.startswith("catp: keeps: of ")
+    assert f"with 2 of {QUERIES} tokens; " in keeps
+    assert keeps.endswith(f" with 1 of {QUERIES} tokens")
+    assert re.fullmatch(r"catp: cost: [\d.]+ s for 32 samples(, [\d.]+ times the prediction alone)?", cost)
+    assert done.stdout.count("catp: chosen: ") == 1
+    assert f"- **Chosen**: {chosen.removeprefix('catp: chosen: ')}\n" in Path("policies/report/report.md").read_text()
+
+
+def test_a_promise_writes_one_policy_whatever_the_budgets(made):
+    promise = ["--max_disagreement", 0.9, "--confidence", 0.2]
+    catp(made, "calibrate", *promise, "--output", "promised")
+    policy = PruningPolicy.load("promised/policy.json")
+    found = policy.evidence["promise"]
+    assert (found["max_disagreement"], found["confidence"]) == (0.9, 0.2)
+    assert [step["keep"] for step in found["steps"]] == [0.75, 0.5, 0.25]  # of the grid, what differs on 4 tokens
+    catp(made, "calibrate", *promise, "--keep", "[3, 1]", "--output", "few.json")
+    assert [step["keep"] for step in PruningPolicy.load("few.json").evidence["promise"]["steps"]] == [3, 1]
+    assert {path.name for path in Path("promised").iterdir()} == {"policy.json", "report"}
+
+
+def test_without_keep_half_of_the_tokens_stay(made):
+    catp(made, "calibrate", "--output", "policy.json")
+    assert PruningPolicy.load("policy.json").keep == 0.5
 
 
 def test_several_budgets_go_to_a_folder_where_keep_chooses(made, capsys):
     catp(made, "calibrate", "--output", "policies", "--keep", "[0.5, 1]")
-    assert {path.name for path in Path("policies").iterdir()} == {"keep-0.5.json", "keep-1.json"}
+    assert {path.name for path in Path("policies").iterdir()} == {"keep-0.5.json", "keep-1.json", "report"}
     capsys.readouterr()
     catp(made, "test", "--policy", "policies", "--keep", "1")
     assert printed(capsys.readouterr().out)["catp/tokens_kept"] == 1
@@ -174,7 +219,9 @@ def test_own_classes_and_callbacks_are_named_in_yaml(made, capsys):
     main(["test", "--config", "mine.yaml"])
     assert printed(capsys.readouterr().out)["catp/tokens_kept"] == 1  # an int in YAML stays a number of tokens
     main(["calibrate", "--config", "mine.yaml", "--trainer.callbacks", "null", "--output", "calibrated.json"])
-    assert sorted(OwnModule.asked) == sorted(2 * asked(made, "calibration"))  # calibration reads its split twice
+    read = Counter(OwnModule.asked)  # calibration reads its split several times
+    assert read.keys() == set(asked(made, "calibration")) and len(set(read.values())) == 1
+    assert min(read.values()) >= 3
     assert OwnData.stages == ["test", "calibration"]
 
 
@@ -244,6 +291,12 @@ def test_a_corrupt_image_ends_a_run_and_leaves_an_old_file_as_it_was(made, tmp_p
         (["calibrate", "--keep", "2.0"], 1, "keep=2, without the point"),
         (["calibrate", "--keep", "[0.5, 1]", "--output", "policy.json"], 1, "give a folder"),
         (["calibrate", "--output", "file"], 1, "file is a file"),
+        (["calibrate", "--output", "taken.json"], 1, "taken-report is a file"),
+        (["calibrate", "--max_disagreement", "2"], 1, "For 2 percent write 0.02"),
+        (["calibrate", "--max_disagreement", "few"], 2, "max_disagreement"),
+        (["calibrate", "--max_disagreement", "0.02", "--confidence", "1"], 1, "confidence is 1"),
+        (["calibrate", "--max_disagreement", "0.001"], 1, "it takes at least 2995"),
+        (["calibrate", "--confidence", "0.9"], 2, "give --max_disagreement"),
         (["calibrate", "--data.fraction", "0.03"], 1, "some dozens of images"),
         (["forecast"], 2, "invalid choice: 'forecast'"),
     ],
@@ -251,7 +304,8 @@ def test_a_corrupt_image_ends_a_run_and_leaves_an_old_file_as_it_was(made, tmp_p
 def test_what_cannot_be_done_is_said_in_one_message(made, capsys, args, status, said):
     for keep in (1, 2):
         PruningPolicy("stride", keep=keep).save(f"policies/keep-{keep}.json")
-    Path("file").write_text("")
+    for name in ("file", "taken-report"):
+        Path(name).write_text("")
     config = ["--config", made / "tiny.yaml"]
     found, message = fails(capsys, args[0], *config, *args[1:])
     assert said in message
@@ -318,7 +372,17 @@ def test_a_process_of_its_own_that_fails_ends_with_status_1_and_the_message(made
 @pytest.mark.parametrize(
     ("command", "options"),
     {
-        "calibrate": ["--config", "--keep", "--output", "--model", "--data", "--trainer.devices", "--ckpt_path"],
+        "calibrate": [
+            "--config",
+            "--keep",
+            "--max_disagreement",
+            "--confidence",
+            "--output",
+            "--model",
+            "--data",
+            "--trainer.devices",
+            "--ckpt_path",
+        ],
         "validate": ["--config", "--policy", "--keep", "--compare", "--model", "--data", "--trainer.precision"],
         "test": ["--config", "--policy", "--keep", "--compare", "--ckpt_path"],
         "predict": ["--config", "--policy", "--keep", "--compare", "--output"],

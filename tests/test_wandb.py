@@ -13,8 +13,9 @@ from lightning.pytorch.loggers import CSVLogger, WandbLogger
 from torch.utils.data import DataLoader
 
 from catp_lightning import PruningPolicy
+from catp_lightning.calibration.report import COLUMNS, report_folder
 from catp_lightning.callbacks import CrossAttentionCalibration
-from tests.test_calibration import Module, data
+from tests.test_report import Module, samples
 
 BLOCK, HEADER = 32768, 7
 
@@ -57,7 +58,7 @@ def run(tmp_path: Path) -> tuple[list[Any], list[PruningPolicy], Path]:
     logger = WandbLogger(project="catp", save_dir=str(tmp_path), offline=True)
     callback = CrossAttentionCalibration(tmp_path / "policies", keep=[0.5, 2])
     trainer = L.Trainer(callbacks=[callback], logger=logger, accelerator="cpu", enable_progress_bar=False)
-    trainer.predict(Module(), DataLoader(data(16, 8), batch_size=None))
+    trainer.predict(Module(), DataLoader(samples(), batch_size=None))
     wandb.finish()
     (file,) = tmp_path.glob("wandb/offline-run-*/run-*.wandb")
     return complete(file), callback.policies, file.parent
@@ -87,14 +88,21 @@ def test_the_run_holds_configuration_tables_figures_and_the_policy(
     assert config["catp"]["budgets"] == [0.5, 2] and config["catp"]["model"]["type"] == "blip-2"
     assert config["catp"]["chosen"] == {str(p.keep): p.evidence["chosen"] for p in policies}
     for policy in policies:
-        best = policy.evidence["candidates"][0]
+        best = next(row for row in policy.evidence["candidates"] if row["name"] == policy.evidence["chosen"])
         assert history[f"catp/keep-{policy.keep}/agreement"] == pytest.approx(best["check"]["agreement"])
         table = history[f"catp/keep-{policy.keep}/candidates"]
-        assert table["nrows"] == len(policy.evidence["candidates"]) and table["ncols"] == 8
+        assert table["nrows"] == len(policy.evidence["candidates"]) and table["ncols"] == len(COLUMNS)
         stored = json.loads((folder / "files" / table["path"]).read_text())
-        assert [row[0] for row in stored["data"]] == [row["name"] for row in policy.evidence["candidates"]]
-    for figure in ("catp/layers", "catp/heads"):
-        assert (folder / "files" / history[figure]["path"]).read_bytes()[:4] == b"\x89PNG"
+        assert [row[:3] for row in stored["data"]] == [
+            [row["name"], row["control"], row["choose"]["samples"]] for row in policy.evidence["candidates"]
+        ]
+    report = report_folder(folder.parents[1] / "policies")
+    figures = {file.stem: file.read_bytes() for file in report.glob("*.png")}
+    assert figures.keys() >= {"retention", "layers", "slots", "rank_correlation"}
+    for name, image in figures.items():
+        assert (folder / "files" / history[f"catp/{name}"]["path"]).read_bytes() == image
+        assert (folder / "files/report" / f"{name}.png").read_bytes() == image
+    assert (folder / "files/report/report.md").read_text() == (report / "report.md").read_text()
     policy_artifacts = [artifact for artifact in artifacts if artifact.type == "catp-policy"]
     assert len(policy_artifacts) == 1
     assert sorted(entry.path for entry in policy_artifacts[0].manifest.contents) == ["keep-0.5.json", "keep-2.json"]
@@ -108,9 +116,9 @@ def test_any_other_logger_gets_the_figures(tmp_path: Path) -> None:
     logger = CSVLogger(tmp_path)
     callback = CrossAttentionCalibration(tmp_path / "policy.json", keep=0.5)
     trainer = L.Trainer(callbacks=[callback], logger=logger, accelerator="cpu", enable_progress_bar=False)
-    trainer.predict(Module(), DataLoader(data(16, 8), batch_size=None))
+    trainer.predict(Module(), DataLoader(samples(), batch_size=None))
     logger.save()
     header, values = (Path(logger.log_dir) / "metrics.csv").read_text().split("\n")[:2]
     row = dict(zip(header.split(","), values.split(","), strict=True))
-    checked = callback.policies[0].evidence["candidates"][0]["check"]
-    assert float(row["catp/keep-0.5/agreement"]) == pytest.approx(checked["agreement"])
+    checked = callback.policies[0].evidence["retention"][0]["agreement"]
+    assert float(row["catp/keep-0.5/agreement"]) == pytest.approx(checked)

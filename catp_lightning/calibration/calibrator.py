@@ -1,172 +1,179 @@
-"""Compares candidate policies with the unpruned model, batch by batch, and picks one for each budget.
+"""The flow of a calibration: probe, fit, let candidates compete, check what was chosen.
 
-The split is divided by image. On the first part probes measure what each slot is worth; on the second, candidates built
-from that and all fixed rules are compared; on the third nothing is decided, so its figures are those to quote.
+The split is divided by image. On the larger part random subsets measure what tokens are worth; candidates built from
+that compete with every fixed rule, and losers leave early. The same images serve both, cross-fitted: what answers an
+image was fitted without its fold. On the other part nothing is decided, so its figures are those to quote, and a
+promise is tested on it.
 """
 
+import math
 from collections.abc import Sequence
-from typing import Any
+from functools import partial
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from catp_lightning.calibration.budget import Promise
 from catp_lightning.calibration.candidates import Candidate, default_candidates, fitted_candidates
-from catp_lightning.calibration.replay import Replay, agreement, divergence
-from catp_lightning.calibration.slots import PROBES, SlotSums, random_subset
-from catp_lightning.calibration.statistics import PARTS, CandidateSums, part_of
-from catp_lightning.choosing import choose_tokens, score_tokens, visual_tokens
+from catp_lightning.calibration.evidence import Findings
+from catp_lightning.calibration.fitting import Fitted, fit, fit_without
+from catp_lightning.calibration.split import CHECKED, FOLDS, PROMISED, part_of, round_bounds, round_of
+from catp_lightning.calibration.stages import Check, Competition, Probing, Samples, Stage
 from catp_lightning.errors import PolicyError
 from catp_lightning.families import Family
-from catp_lightning.metrics import wilson_interval
-from catp_lightning.observation import Needs, Observation, Signal, join
+from catp_lightning.observation import Needs, Signal, join
 from catp_lightning.policy import PruningPolicy, check_keep
-from catp_lightning.scorers import Scorer
-from catp_lightning.selectors import keep_count
 
-WORST = -10.0  # mean log-probability; below, an answer is lost, and how far it is lost says nothing
+SURVIVORS = 4  # one in so many goes on to the next round
 
 
 class Calibrator:
-    """Call `probe` on every batch, `fit` once, `compare` on every batch again, then `policies`.
+    """Give `see` every batch of the split, call `finish`, and start over as long as it says that there is more.
 
     Args:
         family: of the model that is calibrated.
         budgets: shares or numbers of tokens, each with a choice of its own.
+        promise: what the chosen budget is to keep; the budgets are then in descending order.
         device: where the sums are kept.
+
+    Attributes:
+        stage: what is being done now.
+
+    Raises:
+        PolicyError: a budget is not allowed, or named twice.
     """
 
-    def __init__(self, family: Family, budgets: Sequence[int | float], device: torch.device | None = None) -> None:
+    def __init__(
+        self,
+        family: Family,
+        budgets: Sequence[int | float],
+        promise: Promise | None = None,
+        device: torch.device | None = None,
+    ) -> None:
         for keep in budgets:
             check_keep(keep)
         if not budgets or len({(type(keep), keep) for keep in budgets}) < len(budgets):
             raise PolicyError(f"keep is {list(budgets)}; give one budget or several different ones.")
-        self.family, self.budgets = family, tuple(budgets)
-        slots = family.tokens_per_image
-        self.slots = SlotSums(len(budgets), slots).to(device)
-        # Names and number of candidates are known before anything is fitted.
-        self.candidates = [self._candidates([0.0] * slots) for _ in budgets]
-        self.probed = 0
-        self.sums = CandidateSums(len(budgets), len(self.candidates[0])).to(device)
-
-    def _candidates(self, weights: Sequence[float]) -> list[Candidate]:
-        return [*default_candidates(self.family), *fitted_candidates(self.family, weights)]
+        self.family, self.budgets, self.promise, self.device = family, tuple(budgets), promise, device
+        self._part_of = partial(part_of, checked=CHECKED if promise is None else PROMISED)
+        self._probing = Probing(family, budgets, self._part_of, device)
+        self.stage: Stage = self._probing
+        self.candidates: list[Candidate] = []
+        self._bounds: list[float] = []
+        self._rounds: list[Competition] = []
+        self._check: Check | None = None
 
     @property
     def needs(self) -> Needs:
         """The signals all candidates read together."""
-        policies = [candidate.policy(1.0) for candidate in self.candidates[0]]
-        needs = [need for p in policies for need in (p.build_scorer().needs, p.build_selector().needs)]
+        rules = [candidate.policy(1.0) for candidate in self._candidates(Fitted([0.0] * self._slots))]
+        needs = [need for rule in rules for need in (rule.build_scorer().needs, rule.build_selector().needs)]
         return join([{Signal.FINGERPRINT: None}, *needs])
 
-    def probe(self, replay: Replay, seen: Observation) -> None:
-        """Measure random subsets of the samples that are for fitting.
+    @property
+    def _slots(self) -> int:
+        return self.family.tokens_per_image
 
-        Args:
-            replay: the prompts and the unpruned answers of a batch.
-            seen: what `needs` names, of the same batch.
-        """
-        visual = visual_tokens(replay.visual)
-        images = _first_image(seen, visual)
-        chosen = part_of(images) == -1
-        if not chosen.any():
-            return
-        replay, visual, images = replay.of_samples(chosen), visual[chosen], images[chosen]
-        for index, keep in enumerate(self.budgets):
-            counts = torch.tensor([keep_count(keep, count) for count in visual.sum(1).tolist()], device=visual.device)
-            subsets = [random_subset(images, visual, counts, PROBES * index + number) for number in range(PROBES)]
-            gain = torch.stack([replay.answer_log_probability(subset).clamp(min=WORST) for subset in subsets])
-            by_slot = torch.stack(subsets).unflatten(2, (-1, seen.tokens)).sum(2)
-            self.slots.update(index, by_slot.double(), gain)
+    def see(self, samples: Samples) -> None:
+        """Add a batch to the current stage."""
+        self.stage.see(samples)
 
-    def fit(self) -> None:
-        """Turn what the probes of all processes measured into candidates."""
-        weights, samples = self.slots.compute()
-        self.candidates = [self._candidates(of_budget) for of_budget in weights.tolist()]
-        self.probed = int(samples)
-
-    def compare(self, replay: Replay, seen: Observation) -> None:
-        """Answer the samples that are not for fitting again, under every candidate at every budget; as `probe`."""
-        visual = visual_tokens(replay.visual)
-        part = part_of(_first_image(seen, visual))
-        chosen = part >= 0
-        if not chosen.any():
-            return
-        owner = torch.repeat_interleave(torch.arange(len(visual), device=part.device), visual.sum(1) // seen.tokens)
-        replay, seen, visual, part = (
-            replay.of_samples(chosen),
-            seen.of_images(chosen[owner]),
-            visual[chosen],
-            part[chosen],
-        )
-        valid, full = replay.answers.valid, replay.log_probabilities(visual)
-        scores: dict[Scorer, Tensor] = {}  # many candidates and budgets share a scorer
-        diverged, agreed = [], []
-        for keep, candidates in zip(self.budgets, self.candidates, strict=True):
-            for policy in (candidate.policy(keep) for candidate in candidates):
-                scorer = policy.build_scorer()
-                if scorer not in scores:
-                    scores[scorer] = score_tokens(scorer, seen, visual)
-                kept, _ = choose_tokens(scores[scorer], policy.build_selector(), keep, seen, visual)
-                pruned = replay.log_probabilities(kept)
-                diverged.append(divergence(full, pruned, valid))
-                agreed.append(agreement(full, pruned, valid))
-        shape = (len(self.budgets), len(self.candidates[0]), len(visual))
-        self.sums.update(part, torch.stack(diverged).view(shape), torch.stack(agreed).view(shape))
-
-    def policies(self) -> list[PruningPolicy]:
-        """A policy for each budget: the candidate with the smallest mean divergence on the choosing part.
+    def finish(self) -> bool:
+        """End the current stage, over all processes; every process must call. Whether there is another.
 
         Raises:
-            PolicyError: a part of the split holds no sample.
+            PolicyError: there are too few images for a choice or for the promise.
         """
-        sums = self.sums.compute()
-        if not bool((sums["count"] > 0).all()):
-            count = dict(zip(PARTS, sums["count"].tolist(), strict=True))
+        if self.stage is self._probing:
+            self._fit()
+        elif self.stage is self._check:
+            return False
+        else:
+            self._reduced.append(self._rounds[-1].sums.compute())
+        if len(self._rounds) < len(self._bounds):
+            self._next_round()
+        else:
+            self._freeze()
+        return True
+
+    def _fit(self) -> None:
+        probing = self._probing
+        self.images, self.parts = probing.images.compute(), probing.parts.compute()
+        if not all(self.parts.values()):
             raise PolicyError(
-                f"Calibration needs samples in every part of its split, got {count}. Give it some dozens of images."
+                f"Calibration needs samples in every part of its split, got {self.parts}: give some dozens of images."
             )
-        return [self._policy(index, sums) for index in range(len(self.budgets))]
+        if self.promise is not None:
+            self.promise.check_images(int((self._part_of(self.images) == 1).sum()))
+        self.correlations = {name: metric.compute() for name, metric in probing.correlations.items()}
+        sums, pairs = probing.sums.compute(), None if probing.pairs is None else probing.pairs.compute()
+        self.fitted = fit(sums, pairs, probing.columns)
+        self.candidates = self._candidates(self.fitted)
+        self._cross_fitted = [
+            self._candidates(fit_without(fold, sums, pairs, probing.columns, self.fitted)) for fold in range(FOLDS)
+        ]
+        self.alive = [list(range(len(self.candidates))) for _ in self.budgets]
+        self._bounds = round_bounds(self.parts["learn"])
+        self._reduced: list[dict[str, np.ndarray]] = []
 
-    def _policy(self, index: int, sums: dict[str, Tensor]) -> PruningPolicy:
-        candidates = self.candidates[index]
-        rows = [_figures(candidate, index, number, sums) for number, candidate in enumerate(candidates)]
-        best = min(range(len(rows)), key=lambda n: (rows[n]["choose"]["divergence"], rows[n]["name"]))
-        chosen = candidates[best]
-        evidence = {
-            "chosen": chosen.name,
-            "control": chosen.control,
-            "samples": {"fit": self.probed, **dict(zip(PARTS, sums["count"].tolist(), strict=True))},
-            "candidates": sorted(rows, key=lambda row: (row["choose"]["divergence"], row["name"])),
-        }
-        return PruningPolicy(
-            scorer=chosen.scorer,
-            scorer_args=chosen.scorer_args,
-            selector=chosen.selector,
-            selector_args=chosen.selector_args,
-            keep=self.budgets[index],
+    def _candidates(self, fitted: Fitted) -> list[Candidate]:
+        return [*default_candidates(self.family), *fitted_candidates(self.family, fitted)]
+
+    def _next_round(self) -> None:
+        number, rounds = len(self._rounds), len(self._bounds)
+        if number:
+            self.alive = [self._survivors(budget) for budget in range(len(self.budgets))]
+        most = max(map(len, self.alive))
+        title = f"round {number + 1} of {rounds}, {most} candidates"
+        belongs = partial(self._in_round, number)
+        self._rounds.append(Competition(title, self._cross_fitted, self.budgets, self.alive, belongs, self.device))
+        self.stage = self._rounds[-1]
+
+    def _in_round(self, number: int, images: Tensor) -> Tensor:
+        return (self._part_of(images) == 0) & (round_of(images, self._bounds) == number)
+
+    def _freeze(self) -> None:
+        """The choice is made; what follows only measures it."""
+        self.chosen = [self._ranking(budget)[0] for budget in range(len(self.budgets))]
+        references = [n for n, candidate in enumerate(self.candidates) if candidate.reference]
+        alive = [[first, *(n for n in references if n != first)] for first in self.chosen]
+        self._check = Check(self.candidates, self.budgets, alive, self._checks, self.device)
+        self.stage = self._check
+
+    def _checks(self, images: Tensor) -> Tensor:
+        return self._part_of(images) == 1
+
+    def _survivors(self, budget: int) -> list[int]:
+        ranking = self._ranking(budget)
+        return sorted(ranking[: math.ceil(len(ranking) / SURVIVORS)])
+
+    def _ranking(self, budget: int) -> list[int]:
+        """Who is left, the smallest mean divergence so far first; who is equal to nine digits, by name."""
+        sums = self.choosing
+        mean = sums["divergence"][budget] / np.maximum(1, sums["count"][budget])
+        return sorted(self.alive[budget], key=lambda n: (float(f"{mean[n]:.9g}"), self.candidates[n].name))
+
+    @property
+    def choosing(self) -> dict[str, np.ndarray]:
+        """Sums of all finished rounds."""
+        return {name: np.sum([sums[name] for sums in self._reduced], 0) for name in self._reduced[0]}
+
+    def policies(self) -> list[PruningPolicy]:
+        """A policy for each budget; with a promise one, at the smallest budget that keeps it."""
+        assert self._check is not None
+        return Findings(
             model=self.family.describe(),
-            evidence=evidence,
-        )
-
-
-def _figures(candidate: Candidate, index: int, number: int, sums: dict[str, Tensor]) -> dict[str, Any]:
-    """What one candidate did at one budget, in each part."""
-    row: dict[str, Any] = {"name": candidate.name, "control": candidate.control}
-    for part, name in enumerate(PARTS):
-        count, agreed = int(sums["count"][part]), int(sums["agreed"][part, index, number])
-        mean = float(sums["divergence"][part, index, number]) / count
-        variance = max(0.0, float(sums["squares"][part, index, number]) / count - mean**2)
-        row[name] = {
-            "divergence": mean,
-            "divergence_error": (variance / count) ** 0.5,
-            "agreement": agreed / count,
-            "interval": list(wilson_interval(agreed, count)),
-        }
-    return row
-
-
-def _first_image(seen: Observation, visual: Tensor) -> Tensor:
-    """The fingerprint of each sample's first image; 0 for a sample without one: int64 [B]."""
-    images, counts = seen[Signal.FINGERPRINT], visual.sum(1) // seen.tokens
-    first = counts.cumsum(0) - counts
-    return torch.where(counts > 0, images[first.clamp(max=len(images) - 1)], 0)
+            tokens=self._slots,
+            budgets=self.budgets,
+            promise=self.promise,
+            candidates=self.candidates,
+            chosen=self.chosen,
+            choosing=self.choosing,
+            checking=self._check.sums.compute(),
+            first=self._check.first.compute(),
+            parts=self.parts,
+            images=self.images,
+            fitted=self.fitted.evidence(self._probing.columns),
+            correlations=self.correlations,
+        ).policies()

@@ -1,14 +1,18 @@
-"""A prompt recorded at the entry of the language model, answered again with fewer tokens; vision runs once."""
+"""Prompts recorded at the entry of the language model, answered again with fewer tokens; vision runs once."""
 
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from catp_lightning.answers import Answer
-from catp_lightning.choosing import columns_kept
+from catp_lightning.choosing import columns_kept, visual_tokens
 from catp_lightning.dropping import Prompt, shortened
 from catp_lightning.families import Family
+from catp_lightning.fingerprint import mix
+
+LOGITS = 2**22  # at most so many, 16 MiB in float32, are held at a time; a few tensors of that size are
 
 
 @dataclass(frozen=True)
@@ -16,18 +20,16 @@ class Replay:
     """One batch: its prompts, and the unpruned model's answers, which are teacher-forced.
 
     Attributes:
-        visual: bool [B, L], the placeholders.
-        embeds: float [B, L, D], mask int64 [B, L], positions int64 [B, L]: the prompt as the language model received
-            it.
+        prompt: as the language model received it, without beams: B rows.
         answers: the answers, one to each prompt.
+        rows: how many prompts are answered at a time, at most. A batch of the user's own fits the device; so does
+            this many of its prompts, with fewer tokens.
     """
 
     family: Family
-    visual: Tensor
-    embeds: Tensor
-    mask: Tensor
-    positions: Tensor
+    prompt: Prompt
     answers: Answer
+    rows: int
 
     @classmethod
     def of(cls, family: Family, prompt: Prompt, answers: Answer) -> "Replay":
@@ -35,20 +37,68 @@ class Replay:
         rows = len(prompt.visual)
         beams, several = len(prompt.embeds) // rows, len(answers.ids) // rows
         first = Answer(answers.ids[::several], answers.valid[::several], rows, answers.row)
-        return cls(
-            family, prompt.visual, prompt.embeds[::beams], prompt.mask[::beams], prompt.positions[::beams], first
+        prompt = replace(
+            prompt, embeds=prompt.embeds[::beams], mask=prompt.mask[::beams], positions=prompt.positions[::beams]
         )
+        logits = first.ids.shape[1] * family.language_model.config.get_text_config().vocab_size
+        return cls(family, prompt, first, max(1, min(rows, LOGITS // logits)))
+
+    @property
+    def visual(self) -> Tensor:
+        """The placeholders: bool [B, L]."""
+        return self.prompt.visual
+
+    @property
+    def questions(self) -> Tensor:
+        """A fingerprint of each prompt's text, whatever its padding: int64 [B]."""
+        text = (self.prompt.mask == 1) & ~self.visual
+        return mix((mix(self.prompt.ids + mix(text.cumsum(1))) * text).sum(1))
 
     def of_samples(self, index: Tensor) -> "Replay":
-        """Some of the samples: bool [B]."""
-        answers = Answer(self.answers.ids[index], self.answers.valid[index], int(index.sum()), self.answers.row[index])
-        prompt = (self.visual[index], self.embeds[index], self.mask[index], self.positions[index])
-        return Replay(self.family, *prompt, answers)
+        """Some of the samples: bool [B], or int64 of any length."""
+        ids = self.answers.ids[index]
+        answers = Answer(ids, self.answers.valid[index], len(ids), self.answers.row[index])
+        old = self.prompt
+        prompt = Prompt(old.ids[index], old.visual[index], old.embeds[index], old.mask[index], old.positions[index])
+        return replace(self, prompt=prompt, answers=answers)
 
     def answer_log_probability(self, keep: Tensor) -> Tensor:
-        """Mean log-probability of the answer's tokens when only `keep` [B, T] is read: [B]."""
-        each = self.log_probabilities(keep).gather(2, self.answers.ids[..., None])[..., 0]
-        return (each * self.answers.valid).sum(1) / self.answers.valid.sum(1)
+        """Mean log-probability of the answer's tokens when only `keep` is read: bool [P, B, T] -> float [P, B]."""
+        samples = torch.arange(keep.shape[1], device=keep.device).repeat(len(keep))
+        found = [
+            _mean_log_probability(some.log_probabilities(kept), some.answers)
+            for some, kept in self._chunks(samples, keep.flatten(0, 1))
+        ]
+        return torch.cat(found).view(keep.shape[:2])
+
+    def compare(self, keep: Tensor) -> tuple[Tensor, Tensor]:
+        """How the answers change when only `keep` is read: bool [C, B, T] -> divergence float and same bool, [C, B].
+
+        Equal choices for one sample, frequent among candidates that resemble each other, are answered once.
+        """
+        samples, found = torch.arange(keep.shape[1], device=keep.device), []
+        for index in samples.split(self.rows):
+            found.append(self.of_samples(index)._compare(keep[:, index]))
+        diverged, agreed = zip(*found, strict=True)
+        return torch.cat(diverged, 1), torch.cat(agreed, 1)
+
+    def _compare(self, keep: Tensor) -> tuple[Tensor, Tensor]:
+        full = self.log_probabilities(visual_tokens(self.visual))
+        samples = torch.arange(keep.shape[1], device=keep.device).repeat(len(keep))
+        first, where = _distinct(samples, keep.flatten(0, 1))
+        diverged, agreed = [], []
+        for index, (some, kept) in zip(
+            samples[first].split(self.rows), self._chunks(samples[first], keep.flatten(0, 1)[first]), strict=True
+        ):
+            pruned, valid = some.log_probabilities(kept), some.answers.valid
+            diverged.append(divergence(full[index], pruned, valid))
+            agreed.append(agreement(full[index], pruned, valid))
+        return torch.cat(diverged)[where].view(keep.shape[:2]), torch.cat(agreed)[where].view(keep.shape[:2])
+
+    def _chunks(self, samples: Tensor, keep: Tensor) -> Iterator[tuple["Replay", Tensor]]:
+        """Some rows at a time: int64 [M], bool [M, T]."""
+        for index, kept in zip(samples.split(self.rows), keep.split(self.rows), strict=True):
+            yield self.of_samples(index), kept
 
     def log_probabilities(self, keep: Tensor) -> Tensor:
         """Of every next token along the answer, when only `keep` [B, T] of the visual tokens are read: [B, A, V].
@@ -56,24 +106,27 @@ class Replay:
         A pruned greedy run gives the same answer exactly where the most likely token agrees all along the answer, so
         nothing needs to be generated again.
         """
-        columns = columns_kept(self.visual, keep)
-        prompt = shortened(columns, self.mask)
-        forced = self.answers.ids[:, :-1]
-        embeds = self.family.model.get_input_embeddings()(forced).to(self.embeds.dtype)
+        prompt, ids = self.prompt, self.answers.ids
+        columns = columns_kept(prompt.visual, keep)
+        short = shortened(columns, prompt.mask)
+        forced = ids[:, :-1]
+        embeds = self.family.model.get_input_embeddings()(forced).to(prompt.embeds.dtype)
         ahead = torch.ones_like(forced)
-        full = torch.cat([self.mask, ahead], 1)
-        later = self.family.positions(full)[:, self.mask.shape[1] :]
-        logits = self.family.language_model(
-            inputs_embeds=torch.cat([prompt.shorten(self.embeds), embeds], 1),
-            attention_mask=torch.cat([prompt.short_mask, ahead], 1),
-            position_ids=torch.cat([prompt.shorten(self.positions), later], 1),
-            use_cache=False,
-        ).logits
+        full = torch.cat([prompt.mask, ahead], 1)
+        later = self.family.positions(full)[:, prompt.mask.shape[1] :]
         # The column that predicts the first token has moved by the columns dropped before it.
         first = columns.cumsum(1).gather(1, self.answers.row[:, None]) - 1
-        steps = torch.arange(self.answers.ids.shape[1], device=first.device)
-        rows = torch.where(steps == 0, first, prompt.order.shape[1] - 1 + steps)
-        picked = logits.gather(1, rows[..., None].expand(-1, -1, logits.shape[-1]))
+        steps = torch.arange(ids.shape[1], device=first.device)
+        rows = torch.where(steps == 0, first, short.order.shape[1] - 1 + steps)
+        needed, place = rows.unique(return_inverse=True)  # the head's logits are most of the memory
+        logits = self.family.language_model(
+            inputs_embeds=torch.cat([short.shorten(prompt.embeds), embeds], 1),
+            attention_mask=torch.cat([short.short_mask, ahead], 1),
+            position_ids=torch.cat([short.shorten(prompt.positions), later], 1),
+            logits_to_keep=needed,
+            use_cache=False,
+        ).logits
+        picked = logits.gather(1, place[..., None].expand(-1, -1, logits.shape[-1]))
         return picked.to(torch.promote_types(picked.dtype, torch.float32)).log_softmax(-1)
 
 
@@ -86,3 +139,17 @@ def divergence(full: Tensor, pruned: Tensor, valid: Tensor) -> Tensor:
 def agreement(full: Tensor, pruned: Tensor, valid: Tensor) -> Tensor:
     """Whether the most likely token is the same all along the answer: -> bool [B]."""
     return ((full.argmax(-1) == pruned.argmax(-1)) | ~valid).all(1)
+
+
+def _mean_log_probability(log_probabilities: Tensor, answers: Answer) -> Tensor:
+    each = log_probabilities.gather(2, answers.ids[..., None])[..., 0]
+    return (each * answers.valid).sum(1) / answers.valid.sum(1)
+
+
+def _distinct(samples: Tensor, keep: Tensor) -> tuple[Tensor, Tensor]:
+    """Rows of `keep` [M, T] that differ, or belong to another sample [M]: their places, and for every row its own."""
+    marks = mix(torch.arange(1, keep.shape[1] + 1, device=keep.device))
+    key = mix(mix(samples)) + (keep * marks).sum(1)  # twice: sample 3 is not token 3
+    values, where = key.unique(return_inverse=True)
+    places = torch.arange(len(key), device=key.device)
+    return torch.empty_like(values).scatter_(0, where, places), where

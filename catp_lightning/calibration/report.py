@@ -1,110 +1,179 @@
-"""What people see of a calibration: a line, a table, a figure; the same in Weights & Biases."""
+"""What people see of a calibration: three lines, a page with figures, the same wherever the trainer logs."""
 
-import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from lightning.pytorch.loggers import Logger, WandbLogger
-from matplotlib.figure import Figure
 
+from catp_lightning.calibration.figures import (
+    correlation_figure,
+    head_figure,
+    layer_figure,
+    png,
+    retention_figure,
+    slot_figure,
+    visual_tokens,
+)
+from catp_lightning.calibration.page import interval, page, percent
+from catp_lightning.files import write_bytes, write_text
 from catp_lightning.policy import PruningPolicy
 
-COLUMNS = ("candidate", "control", "divergence", "agreement", "checked divergence", "checked agreement", "low", "high")
+COLUMNS = (
+    "candidate",
+    "control",
+    "samples",
+    "divergence",
+    "agreement",
+    "checked divergence",
+    "checked agreement",
+    "low",
+    "high",
+)
+"""Of the table of candidates that is logged."""
+
+FIGURES = {
+    "retention": retention_figure,
+    "layers": layer_figure,
+    "heads": head_figure,
+    "slots": slot_figure,
+    "rank_correlation": correlation_figure,
+}
+"""What is drawn, by file name without suffix."""
+
+PAGE = "report.md"
 
 
-HEAD = r"cross-attention layer (\d+) head (\d+)"
+def report(
+    policies: Sequence[PruningPolicy],
+    files: Sequence[Path],
+    folder: Path,
+    loggers: Sequence[Logger],
+    seconds: float,
+    plain_seconds: float | None = None,
+) -> list[str]:
+    """Write `report.md` and its figures into `folder`, and log the same wherever the trainer logs.
+
+    Args:
+        policies: of one calibration.
+        files: where each is saved.
+        folder: of the report; figures of an older one that this one lacks are removed.
+        loggers: of the trainer.
+        seconds: what the calibration took.
+        plain_seconds: what the prediction alone took, if known.
+
+    Returns:
+        Three lines for the terminal: what was chosen, what it keeps, what it cost.
+    """
+    lines = {"chosen": _chosen(policies), "keeps": _keeps(policies), "cost": _cost(policies, seconds, plain_seconds)}
+    drawn = {name: figure for name, draw in FIGURES.items() if (figure := draw(policies)) is not None}
+    images = {name: png(figure) for name, figure in drawn.items()}
+    text = page(policies, lines, list(images))
+    _write(folder, text, images)
+    for logger in loggers:
+        if isinstance(logger, WandbLogger):
+            _log_to_wandb(logger, policies, files, text, images)
+        elif metrics := _metrics(policies):
+            logger.log_metrics(metrics)
+    return [f"catp: {name}: {line}" for name, line in lines.items()]
 
 
-def summary_line(policy: PruningPolicy) -> str:
-    """One budget in one line."""
-    evidence = policy.evidence
-    check, samples = _checked(policy), evidence["samples"]["check"]
-    low, high = check["interval"]
-    control = ", a control: no finding of this calibration beats it" if evidence["control"] else ""
-    return (
-        f"keep {policy.keep}: {evidence['chosen']}{control}; answers as the unpruned model on {check['agreement']:.1%} "
-        f"({low:.1%} to {high:.1%}) of {samples} samples it was not chosen on."
-    )
+def report_folder(path: Path) -> Path:
+    """Where the report of a policy goes: into its folder; beside it where the policy is a file.
 
-
-def _checked(policy: PruningPolicy) -> dict[str, Any]:
-    """The chosen candidate's figures on the part of the split it was not chosen on."""
-    return next(row["check"] for row in policy.evidence["candidates"] if row["name"] == policy.evidence["chosen"])
+    >>> str(report_folder(Path("policies"))), str(report_folder(Path("runs/policy.json")))
+    ('policies/report', 'runs/policy-report')
+    """
+    return path.with_name(f"{path.stem}-report") if path.suffix else path / "report"
 
 
 def candidate_rows(policy: PruningPolicy) -> list[list[Any]]:
-    """A row for each candidate, best first, under `COLUMNS`."""
-    return [
-        [
-            row["name"],
-            row["control"],
-            row["choose"]["divergence"],
-            row["choose"]["agreement"],
-            row["check"]["divergence"],
-            row["check"]["agreement"],
-            *row["check"]["interval"],
-        ]
-        for row in policy.evidence["candidates"]
-    ]
-
-
-def layer_figure(policies: Sequence[PruningPolicy]) -> Figure:
-    """Agreement when one cross-attention layer votes alone; figure 5 of 2404.08567, for the user's own model."""
-    figure = Figure(figsize=(7, 4), layout="constrained")
-    axes = figure.subplots()
-    for policy in policies:
-        found = {int(match[1]): row["check"] for match, row in _matching(policy, r"catp layer (\d+)")}
-        numbers = sorted(found)
-        agreed = [found[n]["agreement"] for n in numbers]
-        errors = [[abs(found[n]["agreement"] - found[n]["interval"][end]) for n in numbers] for end in (0, 1)]
-        axes.errorbar(numbers, agreed, yerr=errors, marker="o", capsize=3, label=f"keep {policy.keep}")
-        axes.set_xticks(numbers)
-    axes.set(
-        xlabel="cross-attention layer that votes alone", ylabel="agreement with the unpruned model", ylim=(0, 1.02)
-    )
-    axes.legend()
-    return figure
-
-
-def head_figure(policies: Sequence[PruningPolicy]) -> Figure:
-    """Agreement when one cross-attention head votes alone: a heatmap of layers and heads for each budget."""
-    figure = Figure(figsize=(1 + 3.2 * len(policies), 3.6), layout="constrained")
-    grid = figure.subplots(1, len(policies), squeeze=False)[0]
-    for axes, policy in zip(grid, policies, strict=True):
-        found = {(int(m[1]), int(m[2])): row["check"]["agreement"] for m, row in _matching(policy, HEAD)}
-        layers, heads = (max(key[axis] for key in found) + 1 for axis in (0, 1))
-        shown = axes.imshow([[found[layer, head] for head in range(heads)] for layer in range(layers)], vmin=0, vmax=1)
-        axes.set(title=f"keep {policy.keep}", xlabel="head", ylabel="cross-attention layer")
-        axes.set_xticks(range(heads))
-        axes.set_yticks(range(layers))
-    figure.colorbar(shown, ax=list(grid), label="agreement, head alone")
-    return figure
-
-
-def _matching(policy: PruningPolicy, pattern: str) -> Iterator[tuple[re.Match[str], dict[str, Any]]]:
+    """A row for each candidate, best first, under `COLUMNS`; None where it left before the check."""
+    rows = []
     for row in policy.evidence["candidates"]:
-        if match := re.fullmatch(pattern, row["name"]):
-            yield match, row
+        choose, check = row["choose"], row["check"]
+        checks = [check["divergence"], check["agreement"], *check["interval"]] if check else [None] * 4
+        found = [choose["samples"], choose["divergence"], choose["agreement"]]
+        rows.append([row["name"], row["control"], *found, *checks])
+    return rows
 
 
-def log_calibration(loggers: Sequence[Logger], policies: Sequence[PruningPolicy], files: Sequence[Path]) -> None:
-    """Log a calibration wherever the trainer logs; to a WandbLogger also tables, figures and an artifact."""
+def _chosen(policies: Sequence[PruningPolicy]) -> str:
+    if _unpruned(policies):
+        return "no pruning: no budget keeps the promise"
+    said = []
+    for policy in policies:
+        control = " (a control: no finding of this calibration beats it)" if policy.evidence["control"] else ""
+        said.append(f"{policy.evidence['chosen']} at keep {policy.keep}{control}")
+    smallest = ", the smallest budget that keeps the promise" if "promise" in policies[0].evidence else ""
+    return "; ".join(said) + smallest
+
+
+def _keeps(policies: Sequence[PruningPolicy]) -> str:
+    evidence, total = policies[0].evidence, visual_tokens(policies[0])
+    if _unpruned(policies):
+        promise = evidence["promise"]
+        first = promise["steps"][0]
+        return (
+            f"all {total} tokens, so every answer; at keep {first['keep']} {first['disagreed']} of {promise['images']} "
+            f"images disagree, which allows up to {first['bound']:.2%}, above {promise['max_disagreement']:.4g}"
+        )
+    points = {repr(point["keep"]): point for point in evidence["retention"]}
+    said = [
+        f"{percent(point['agreement'])} ({interval(point['interval'])}) with {point['tokens']} of {total} tokens"
+        for policy in policies
+        for point in [points[repr(policy.keep)]]
+    ]
+    line = f"of {evidence['samples']['check']} answers it was not chosen on, {'; '.join(said)}"
+    return line + (f"; {_promised(evidence['promise'])}" if "promise" in evidence else "")
+
+
+def _promised(promise: Mapping[str, Any]) -> str:
+    last = [step for step in promise["steps"] if step["holds"]][-1]
+    return (
+        f"at most {promise['max_disagreement']:.4g} of new images disagree, with confidence "
+        f"{promise['confidence']:.4g} ({last['disagreed']} of {promise['images']} did)"
+    )
+
+
+def _cost(policies: Sequence[PruningPolicy], seconds: float, plain_seconds: float | None) -> str:
+    samples = sum(policies[0].evidence["samples"].values())
+    times = f", {seconds / plain_seconds:.1f} times the prediction alone" if plain_seconds else ""
+    return f"{seconds:,.1f} s for {samples} samples{times}"
+
+
+def _unpruned(policies: Sequence[PruningPolicy]) -> bool:
+    """Whether a promise was asked for that no budget keeps."""
+    return not policies[0].evidence["candidates"]
+
+
+def _write(folder: Path, text: str, images: Mapping[str, bytes]) -> None:
+    for name, image in images.items():
+        write_bytes(folder / f"{name}.png", image)
+    write_text(folder / PAGE, text)
+    for name in FIGURES.keys() - images.keys():
+        (folder / f"{name}.png").unlink(missing_ok=True)
+
+
+def _metrics(policies: Sequence[PruningPolicy]) -> dict[str, float]:
+    """What each policy does on samples it was not chosen on; nothing of one that keeps all tokens."""
     metrics = {}
     for policy in policies:
-        checked = _checked(policy)
-        metrics[f"catp/keep-{policy.keep}/agreement"] = checked["agreement"]
-        metrics[f"catp/keep-{policy.keep}/divergence"] = checked["divergence"]
-    for logger in loggers:
-        if isinstance(logger, WandbLogger):
-            _log_to_wandb(logger, policies, files, metrics)
-        else:
-            logger.log_metrics(metrics)
+        for row in policy.evidence["candidates"]:
+            if row["name"] == policy.evidence["chosen"]:
+                metrics[f"catp/keep-{policy.keep}/agreement"] = row["check"]["agreement"]
+                metrics[f"catp/keep-{policy.keep}/divergence"] = row["check"]["divergence"]
+    return metrics
 
 
 def _log_to_wandb(
-    logger: WandbLogger, policies: Sequence[PruningPolicy], files: Sequence[Path], metrics: dict[str, float]
+    logger: WandbLogger,
+    policies: Sequence[PruningPolicy],
+    files: Sequence[Path],
+    text: str,
+    images: Mapping[str, bytes],
 ) -> None:
+    """Metrics, tables and figures; the page and the policies beside the run; an artifact of the policies."""
     import wandb
 
     first = policies[0].evidence
@@ -117,14 +186,17 @@ def _log_to_wandb(
     }
     run = logger.experiment
     run.config.update({"catp": config}, allow_val_change=True)
-    shown: dict[str, Any] = dict(metrics)
+    place = Path(run.dir)
+    _write(place / "report", text, images)
+    shown: dict[str, Any] = dict(_metrics(policies))
     for policy in policies:
-        shown[f"catp/keep-{policy.keep}/candidates"] = wandb.Table(columns=list(COLUMNS), data=candidate_rows(policy))
-    shown["catp/layers"] = wandb.Image(layer_figure(policies))
-    shown["catp/heads"] = wandb.Image(head_figure(policies))
+        if rows := candidate_rows(policy):
+            shown[f"catp/keep-{policy.keep}/candidates"] = wandb.Table(columns=list(COLUMNS), data=rows)
+    for name in images:
+        shown[f"catp/{name}"] = wandb.Image(str(place / "report" / f"{name}.png"))
     run.log(shown)  # one dictionary: each call is a step of its own
     artifact = wandb.Artifact("catp-policy", type="catp-policy", metadata=config)
     for policy, file in zip(policies, files, strict=True):
         artifact.add_file(str(file))
-        policy.save(Path(run.dir) / file.name)  # beside the run: an offline artifact lies in a staging folder
+        policy.save(place / file.name)  # beside the run: an offline artifact lies in a staging folder
     run.log_artifact(artifact)

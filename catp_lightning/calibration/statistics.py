@@ -1,28 +1,106 @@
 """Sums over calibration samples: constant memory, exact under any number of processes."""
 
+from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torchmetrics import Metric
 
-PARTS = ("choose", "check")
-"""Parts of the calibration split that candidates are compared on; what comes before them is for fitting."""
-
-FIT, CHOOSE = 350, 450  # of a thousand images; the rest checks
+from catp_lightning.calibration.split import FOLDS, PARTS
 
 
-class CandidateSums(Metric):
-    """What each candidate did at each budget, in each part of the calibration split.
+@dataclass  # not frozen: torchmetrics copies what a metric computes field by field
+class FoldSums:
+    """What a linear regression y = rows . weights needs, for each of K folds; F columns.
+
+    Attributes:
+        gram: float64 [K, F, F], sum of row' row.
+        moment: float64 [K, F], sum of row' y.
+        squares: float64 [K], sum of y squared.
+        rows: int64 [K], number of rows.
+    """
+
+    gram: np.ndarray
+    moment: np.ndarray
+    squares: np.ndarray
+    rows: np.ndarray
+
+    def without(self, fold: int) -> "FoldSums":
+        """The same of all folds but one."""
+        return FoldSums(*(np.delete(part, fold, 0) for part in (self.gram, self.moment, self.squares, self.rows)))
+
+    def columns(self, index: Any) -> "FoldSums":
+        """The same regression on some of the columns only: int [G], in that order."""
+        index = np.asarray(index, dtype=int)
+        return FoldSums(self.gram[:, index[:, None], index], self.moment[:, index], self.squares, self.rows)
+
+
+class Sums(Metric):
+    """What a calibration adds up. Of nothing too: a process may have no sample, or all its sums from an earlier run."""
+
+    full_state_update = False
+
+    @property
+    def update_called(self) -> bool:
+        """True, or torchmetrics warns before it computes."""
+        return True
+
+
+class ProbeSums(Sums):
+    """Sums for the regression of an answer's log-probability on what was kept, by fold.
 
     A state is a sum, so several processes add up to exactly what one would have found, whatever batches each had.
+
+    Args:
+        columns: number of columns of a probe's row, F.
+        folds: number of folds.
+    """
+
+    gram: Tensor
+    moment: Tensor
+    squares: Tensor
+    rows: Tensor
+
+    def __init__(self, columns: int, folds: int = FOLDS, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.add_state("gram", torch.zeros(folds, columns, columns, dtype=torch.float64), dist_reduce_fx="sum")
+        self.add_state("moment", torch.zeros(folds, columns, dtype=torch.float64), dist_reduce_fx="sum")
+        self.add_state("squares", torch.zeros(folds, dtype=torch.float64), dist_reduce_fx="sum")
+        self.add_state("rows", torch.zeros(folds, dtype=torch.int64), dist_reduce_fx="sum")
+
+    def update(self, fold: Tensor, rows: Tensor, gain: Tensor) -> None:
+        """Add the probes of some samples, all of one size; rows and gains are centred by sample here.
+
+        Args:
+            fold: int64 [B], by image.
+            rows: float [P, B, F], what each of P probes kept.
+            gain: float [P, B], mean log-probability of the unpruned answer's tokens under each.
+        """
+        centred = (rows.double() - rows.double().mean(0)).transpose(0, 1)  # [B, P, F]
+        gain = (gain.double() - gain.double().mean(0)).T
+        for number in fold.unique().tolist():
+            here, y = centred[fold == number].flatten(0, 1), gain[fold == number].flatten()
+            self.gram[number] += here.T @ here
+            self.moment[number] += here.T @ y
+            self.squares[number] += y @ y
+            self.rows[number] += len(y)
+
+    def compute(self) -> FoldSums:
+        """Over all processes."""
+        states = (self.gram, self.moment, self.squares, self.rows)
+        return FoldSums(*(state.cpu().numpy() for state in states))
+
+
+class CandidateSums(Sums):
+    """What each candidate did at each budget on the samples of one round.
 
     Args:
         budgets: number of budgets, K.
         candidates: number of candidates, C.
     """
 
-    full_state_update = False
     divergence: Tensor
     squares: Tensor
     agreed: Tensor
@@ -30,36 +108,130 @@ class CandidateSums(Metric):
 
     def __init__(self, budgets: int, candidates: int, **kwargs: Any) -> None:
         super().__init__(**kwargs)
-        shape = (len(PARTS), budgets, candidates)
+        shape = (budgets, candidates)
         self.add_state("divergence", torch.zeros(shape, dtype=torch.float64), dist_reduce_fx="sum")
         self.add_state("squares", torch.zeros(shape, dtype=torch.float64), dist_reduce_fx="sum")
         self.add_state("agreed", torch.zeros(shape, dtype=torch.int64), dist_reduce_fx="sum")
-        self.add_state("count", torch.zeros(len(PARTS), dtype=torch.int64), dist_reduce_fx="sum")
+        self.add_state("count", torch.zeros(shape, dtype=torch.int64), dist_reduce_fx="sum")
 
-    def update(self, part: Tensor, divergence: Tensor, agreed: Tensor) -> None:
-        """Add a batch.
+    def update(self, budget: int, candidates: Tensor, divergence: Tensor, agreed: Tensor) -> None:
+        """Add some samples.
 
         Args:
-            part: int64 [B], which of `PARTS` each sample belongs to, by its number.
-            divergence: float [K, C, B], from the unpruned answers, in nats.
-            agreed: bool [K, C, B], whether the answer is the unpruned one.
+            budget: which, 0 to K - 1.
+            candidates: int64 [N], which of the candidates answered.
+            divergence: float [N, B], from the unpruned answers, in nats.
+            agreed: bool [N, B], whether the answer is the unpruned one.
         """
-        belongs = torch.nn.functional.one_hot(part, len(PARTS))
-        divergence, weight = divergence.double(), belongs.double()
-        self.divergence += torch.einsum("kcb,bp->pkc", divergence, weight)
-        self.squares += torch.einsum("kcb,bp->pkc", divergence**2, weight)
-        self.agreed += torch.einsum("kcb,bp->pkc", agreed.double(), weight).round().long()
-        self.count += belongs.sum(0)
+        divergence = divergence.double()
+        self.divergence[budget, candidates] += divergence.sum(1)
+        self.squares[budget, candidates] += (divergence**2).sum(1)
+        self.agreed[budget, candidates] += agreed.sum(1)
+        self.count[budget, candidates] += agreed.shape[1]
 
-    def compute(self) -> dict[str, Tensor]:
-        """Sums over all processes: `divergence`, `squares`, `agreed` [parts, K, C] and `count` [parts]."""
-        return {name: getattr(self, name) for name in ("divergence", "squares", "agreed", "count")}
+    def compute(self) -> dict[str, np.ndarray]:
+        """Sums over all processes: `divergence`, `squares`, `agreed` and `count`, each [K, C]."""
+        return {name: getattr(self, name).cpu().numpy() for name in ("divergence", "squares", "agreed", "count")}
 
 
-def part_of(images: Tensor) -> Tensor:
-    """The part of the split of each image, by its fingerprint, never by its order: int64 [I] -> int64 [I].
+class RankCorrelation(Sums):
+    """How alike layers rank the tokens of an image: Spearman's correlation, the mean over images.
 
-    -1 is for fitting, 0 for choosing, 1 for checking. All questions about one image fall in one part.
+    Figure 4 of 2504.00557 for any scores that come by layer.
+
+    Args:
+        layers: number of layers, L.
     """
-    place = (images & 0x7FFFFFFF) % 1000
-    return (place >= FIT).long() + (place >= FIT + CHOOSE).long() - 1
+
+    correlation: Tensor
+    images: Tensor
+
+    def __init__(self, layers: int, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.add_state("correlation", torch.zeros(layers, layers, dtype=torch.float64), dist_reduce_fx="sum")
+        self.add_state("images", torch.zeros(1, dtype=torch.int64), dist_reduce_fx="sum")
+
+    def update(self, scores: Tensor) -> None:
+        """Add I images: float [I, L, T], T at least 2. Of equal scores the lower index ranks lower."""
+        ranks = scores.argsort(dim=-1, stable=True).argsort(-1).double()
+        centred = ranks - ranks.mean(-1, keepdim=True)
+        unit = centred / centred.norm(dim=-1, keepdim=True).clamp(min=1e-12)
+        self.correlation += (unit @ unit.transpose(1, 2)).sum(0)
+        self.images += len(scores)
+
+    def compute(self) -> np.ndarray:
+        """Over all processes: float64 [L, L]."""
+        return (self.correlation / self.images.clamp(min=1)).cpu().numpy()
+
+
+class ImageSet(Sums):
+    """The fingerprints of all images that were met, each once."""
+
+    met: list[Tensor]
+
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.add_state("met", [], dist_reduce_fx="cat")
+
+    def update(self, images: Tensor) -> None:
+        """Add int64 [I]."""
+        self.met = [torch.cat([*self.met, images]).unique()]
+
+    def compute(self) -> Tensor:
+        """Of all processes: int64 [I], ascending."""
+        return (torch.cat(self.met) if isinstance(self.met, list) else self.met).unique()
+
+
+class PartCounts(Sums):
+    """How many samples fall in each part of the split."""
+
+    counts: Tensor
+
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.add_state("counts", torch.zeros(len(PARTS), dtype=torch.int64), dist_reduce_fx="sum")
+
+    def update(self, part: Tensor) -> None:
+        """Add int64 [B], the part of each sample."""
+        self.counts += torch.bincount(part, minlength=len(PARTS))
+
+    def compute(self) -> dict[str, int]:
+        """Over all processes, by the part's name."""
+        return dict(zip(PARTS, self.counts.tolist(), strict=True))
+
+
+class FirstQuestions(Sums):
+    """One question of each image, whichever process met it: the one whose fingerprint is smallest.
+
+    Two questions about an image are no two independent samples.
+
+    Args:
+        budgets: number of budgets, K.
+    """
+
+    rows: list[Tensor]
+
+    def __init__(self, budgets: int, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.budgets = budgets
+        self.add_state("rows", [], dist_reduce_fx="cat")
+
+    def update(self, images: Tensor, questions: Tensor, agreed: Tensor) -> None:
+        """Add B samples: int64 [B] twice, and bool [K, B], whether the answer at each budget is the unpruned one."""
+        rows = torch.cat([images[:, None], questions[:, None], agreed.T.long()], 1)
+        self.rows = [_first_of_each(torch.cat([*self.rows, rows]))]
+
+    def compute(self) -> tuple[int, list[int]]:
+        """Over all processes: how many images there are, and at how many of them each budget disagrees."""
+        rows = torch.cat(self.rows) if isinstance(self.rows, list) else self.rows
+        agreed = _first_of_each(rows)[:, 2:]
+        return len(agreed), (1 - agreed).sum(0).tolist()
+
+
+def _first_of_each(rows: Tensor) -> Tensor:
+    """Of rows with equal first column, the one with the smallest second: [N, C] -> [M, C]."""
+    rows = rows[rows[:, 1].argsort(dim=0, stable=True)]
+    rows = rows[rows[:, 0].argsort(dim=0, stable=True)]
+    new = torch.ones(len(rows), dtype=torch.bool, device=rows.device)
+    new[1:] = rows[1:, 0] != rows[:-1, 0]
+    return rows[new]

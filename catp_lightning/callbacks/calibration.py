@@ -1,8 +1,10 @@
 """`CrossAttentionCalibration`: a policy measured on a calibration split, during `trainer.predict`."""
 
-from collections.abc import Callable, Iterator, Sequence
+import time
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from importlib.metadata import version
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -12,15 +14,16 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info
 from tqdm import tqdm
 
+from catp_lightning.calibration.budget import GRID, Promise, descending
 from catp_lightning.calibration.calibrator import Calibrator
 from catp_lightning.calibration.recorder import Recorder
-from catp_lightning.calibration.replay import Replay
-from catp_lightning.calibration.report import log_calibration, summary_line
+from catp_lightning.calibration.report import report, report_folder
+from catp_lightning.calibration.resume import Partial, batch_fingerprints, model_fingerprint
+from catp_lightning.calibration.stages import Competition, Samples
 from catp_lightning.callbacks.context import LoopContext, Stage
 from catp_lightning.errors import PolicyError, PruningError
-from catp_lightning.families import find_family
+from catp_lightning.families import Family, find_family
 from catp_lightning.locations import budget_file_name
-from catp_lightning.observation import Observation
 from catp_lightning.policy import Budget, PruningPolicy, check_keep
 from catp_lightning.pruning import refuse_unprunable
 
@@ -31,29 +34,42 @@ class _Run:
 
     calibrator: Calibrator
     recorder: Recorder
+    partial: Partial
     batches: int = 0
+    taken_over: int = 0
+    replaying: float = 0.0  # seconds
+    started: float = field(default_factory=time.perf_counter)
 
 
 class CrossAttentionCalibration(LoopContext):
     """Compares candidate policies with the unpruned model's own answers and saves the best for each budget.
 
     `trainer.predict` returns its usual, unpruned predictions, and nothing needs labels. The split is divided by image.
-    During the loop, random subsets measure on the first part what each visual token is worth; at its end the user's
-    step runs over the split once more, and every candidate answers the second part again, at every budget: the one that
-    diverges least from the unpruned answers is chosen. On the third part nothing is decided, so its figures are those
-    to quote. Vision runs once for all candidates. Every candidate's figures are kept in the policy's evidence.
+    During the loop, random subsets of the larger part measure what each visual token, attention head and layer is
+    worth; at its end the user's step runs over the split a few times more, and candidates, each fitted without the
+    images it answers, answer that part again at every budget: losers leave early, and the one that diverges least from
+    the unpruned answers is chosen. On the other part nothing is decided, so its figures are those to quote. Vision runs
+    once a batch for all candidates. Every candidate's figures are kept in the policy's evidence; a report with tables
+    and plots is written beside the policy.
+
+    A run that was interrupted, even killed, goes on where it was when the same is started again.
 
     Args:
         path: where the policy goes: a file, or a folder that gets `policy.json`; with several budgets a folder that
-            gets one `keep-<value>.json` each. Written once, atomically, at the end.
-        keep: the budget, or several: a float in (0, 1] is a share, an int >= 1 a number of tokens.
+            gets one `keep-<value>.json` each. Written atomically, at the end.
+        keep: the budget, or several: a float in (0, 1] is a share, an int >= 1 a number of tokens. None: 0.5; or, with
+            `max_disagreement`, a grid of shares from 3/4 to 1/16.
+        max_disagreement: the budget as a promise: of all budgets, walked down from the largest, the last is taken at
+            which the answers to at most this share of new images change, in (0, 1). One policy is saved.
+        confidence: of that promise, in (0, 1).
         model: the name of the submodule to calibrate, where the module holds several supported models.
 
     Attributes:
-        policies: the policies of the last run, in the order of `keep`.
+        policies: the policies of the last run, in the order of `keep`; with a promise one.
 
     Raises:
-        PolicyError: a budget is not allowed, a file is named for several budgets, or the split has too few images.
+        PolicyError: a budget is not allowed, a file is named for several budgets, the split has too few images, or an
+            interrupted calibration at `path` had other settings, another model or other data.
         PruningError: the model cannot be pruned, or its answers are sampled.
 
     Example::
@@ -65,67 +81,133 @@ class CrossAttentionCalibration(LoopContext):
     def __init__(
         self,
         path: str | Path = "policy.json",
-        keep: Budget | Sequence[Budget] = 0.5,
+        keep: Budget | Sequence[Budget] | None = None,
         *,
+        max_disagreement: float | None = None,
+        confidence: float = 0.95,
         model: str | None = None,
     ) -> None:
         super().__init__(("predict",))
         self.path, self.model = Path(path), model
-        self.several = isinstance(keep, Sequence) and not isinstance(keep, str)
+        self.promise = None if max_disagreement is None else Promise(max_disagreement, confidence)
+        if keep is None:
+            keep = 0.5 if self.promise is None else list(GRID)
+        self.several = isinstance(keep, Sequence) and not isinstance(keep, str) and self.promise is None
         self.budgets: tuple[int | float, ...] = tuple(keep) if isinstance(keep, Sequence) else (keep,)
         for budget in self.budgets:
             check_keep(budget)
         if self.several and self.path.suffix:
             raise PolicyError(f"path is {str(path)!r}, a file, but several budgets are asked for: give a folder.")
         self.policies: list[PruningPolicy] = []
+        self.summary: list[str] = []
         self._run: _Run | None = None
 
     @contextmanager
     def loop_context(self, trainer: Trainer, pl_module: LightningModule, stage: Stage) -> Iterator[None]:
         family = find_family(pl_module, self.model)
         refuse_unprunable(pl_module, family)
-        calibrator = Calibrator(family, self.budgets, pl_module.device)
+        budgets = self.budgets if self.promise is None else tuple(descending(self.budgets, family.tokens_per_image))
+        calibrator = Calibrator(family, budgets, self.promise, pl_module.device)
         recorder = Recorder(family, calibrator.needs)
-        self._run = _Run(calibrator, recorder)
-        rank_zero_info(f"catp: measuring what each visual token is worth, at {_listed(self.budgets)}.")
+        self._run = _Run(calibrator, recorder, self._partial(trainer, family))
+        self._run.taken_over = done = self._begin(self._run)
+        again = f" {done} batches of an interrupted calibration are taken over." if done else ""
+        rank_zero_info(f"catp: {calibrator.stage.title}, at {_listed(budgets)}.{again}")
         try:
             with recorder.recording():
                 yield
         finally:
             self._run = None
 
+    def _partial(self, trainer: Trainer, family: Family) -> Partial:
+        """The file of this process, beside the policy."""
+        settings = {
+            "catp-lightning": version("catp-lightning"),
+            "keep": [repr(keep) for keep in self.budgets],
+            "promise": None if self.promise is None else [self.promise.max_disagreement, self.promise.confidence],
+            "process": f"{trainer.global_rank} of {trainer.world_size}",
+            "precision": trainer.precision,
+            "batches": [str(number) for number in trainer.num_predict_batches],  # "inf" of a loader without a length
+            "model": model_fingerprint(family.model),
+        }
+        policy = self.path if self.path.suffix else self.path / "policy"
+        return Partial(policy.with_name(f"{policy.name}.partial-{trainer.global_rank}.safetensors"), settings)
+
+    @staticmethod
+    def _begin(run: _Run) -> int:
+        """Take over what an interrupted run has of this stage: how many batches."""
+        stage = run.calibrator.stage
+        # What a later stage does depends on every process's data: a process that starts anew may change it.
+        later = (stage.rules, stage.alive, run.calibrator.parts) if isinstance(stage, Competition) else ()
+        return run.partial.begin(repr((stage.title, *later)), stage.metrics)
+
     def on_predict_batch_end(self, trainer: Trainer, pl_module: LightningModule, *args: Any) -> None:
         if self._run is not None:
+            before = time.perf_counter()
+            self._read_batch(trainer, self._run, self._run.batches)
             self._run.batches += 1
-            _replay(trainer, self._run.recorder, self._run.calibrator.probe)
+            self._run.replaying += time.perf_counter() - before
+
+    def _read_batch(self, trainer: Trainer, run: _Run, number: int) -> None:
+        """Answer again what the step that just ran asked, under the same precision."""
+        with run.recorder.recorded() as pairs, torch.no_grad(), trainer.precision_plugin.predict_step_context():
+            batch = [Samples.of(*pair) for pair in pairs]
+            marks = batch_fingerprints(batch)
+            if run.partial.has(number, marks):
+                return
+            for samples in batch:
+                run.calibrator.see(samples)
+            run.partial.add(marks, run.calibrator.stage.metrics)
 
     def on_predict_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self._run is None:
             return
-        calibrator = self._run.calibrator
-        calibrator.fit()
-        rank_zero_info(f"catp: comparing {len(calibrator.candidates[0])} candidates with the unpruned model.")
-        self._compare(trainer, pl_module, self._run)
-        self.policies = calibrator.policies()
+        run = self._run
+        plain = None if run.taken_over else time.perf_counter() - run.started - run.replaying
+        while self._finish(run):
+            rank_zero_info(f"catp: {run.calibrator.stage.title}.")
+            self._read_again(trainer, run, self._begin(run))
+        self.policies = run.calibrator.policies()
         if trainer.is_global_zero:
-            log_calibration(trainer.loggers, self.policies, [self._save(policy) for policy in self.policies])
-        for policy in self.policies:
-            rank_zero_info(f"catp: {summary_line(policy)}")
-        rank_zero_info(f"catp: saved to {self.path}.")
+            files = [self._save(policy) for policy in self.policies]
+            folder, seconds = report_folder(self.path), time.perf_counter() - run.started
+            self.summary = report(self.policies, files, folder, trainer.loggers, seconds, plain)
+            rank_zero_info(f"catp: saved to {self.path}, with a report in {folder}.")
+        trainer.strategy.barrier()
+        run.partial.delete()
 
-    def _compare(self, trainer: Trainer, pl_module: LightningModule, run: _Run) -> None:
-        """The user's step once more on every batch: candidates can only be built when all probes are in."""
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        super().teardown(trainer, pl_module, stage)
+        for line in self.summary:  # as late as can be: progress bars write until the loop has ended
+            rank_zero_info(line)
+        self.summary = []
+
+    @staticmethod
+    def _finish(run: _Run) -> bool:
+        """End a stage; what it added up is saved before, so that it need not be done again."""
+        run.partial.finish(run.batches, run.calibrator.stage.metrics)
+        try:
+            return run.calibrator.finish()
+        except PolicyError:  # too few images: with more it is another calibration
+            run.partial.delete()
+            raise
+
+    def _read_again(self, trainer: Trainer, run: _Run, done: int) -> None:
+        """The user's step once more on every batch that is not in the sums: what is compared depends on all before."""
+        if done == run.batches:
+            return
         hidden = trainer.progress_bar_callback is None or not trainer.is_global_zero
-        batches = tqdm(_batches_again(trainer), total=run.batches, desc="catp: comparing", disable=hidden)
+        batches = tqdm(_batches_again(trainer), total=run.batches, desc="catp", disable=hidden)
         seen = 0
-        for arguments in batches:
+        for number, arguments in enumerate(batches):
             seen += 1
-            trainer.strategy.predict_step(*arguments)
-            _replay(trainer, run.recorder, run.calibrator.compare)
+            if number >= done:
+                trainer.strategy.predict_step(*arguments)
+                self._read_batch(trainer, run, number)
         if seen != run.batches:
             raise PruningError(
                 f"The calibration loader gave {run.batches} batches at first and {seen} when asked again. Calibration "
-                "reads its split twice: give a DataLoader over a data set, not an iterator that ends."
+                "reads its split several times: give a DataLoader over a data set, not an iterator that ends."
             )
 
     def _save(self, policy: PruningPolicy) -> Path:
@@ -133,13 +215,6 @@ class CrossAttentionCalibration(LoopContext):
 
     def __getstate__(self) -> dict[str, Any]:
         return {**super().__getstate__(), "_run": None}
-
-
-def _replay(trainer: Trainer, recorder: Recorder, use: Callable[[Replay, Observation], None]) -> None:
-    """Answer again what the step that just ran asked, under the same precision."""
-    with recorder.recorded() as pairs, torch.no_grad(), trainer.precision_plugin.predict_step_context():
-        for replay, seen in pairs:
-            use(replay, seen)
 
 
 def _batches_again(trainer: Trainer) -> Iterator[tuple[Any, ...]]:

@@ -1,6 +1,7 @@
 """What every scorer is: a frozen dataclass whose one method is the equation of its paper."""
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -39,10 +40,12 @@ class AttentionScorer(Scorer):
     Attributes:
         layers: the layers that vote, counted from 0, or from -1 for the last; None: all.
         head_weights: a row for each of those layers, a number for each head, negative ones too; None: all equal.
+        slot_weights: a number for each token of an image, added to what the heads say; None: none.
     """
 
     layers: tuple[int, ...] | None = None
     head_weights: tuple[tuple[float, ...], ...] | None = None
+    slot_weights: tuple[float, ...] | None = None
 
     def __post_init__(self) -> None:
         if self.layers is not None and not self.layers:
@@ -58,7 +61,8 @@ class AttentionScorer(Scorer):
         """One number a head: float [I, L, H, T]."""
 
     def score(self, seen: Observation) -> Tensor:
-        return weigh(self.votes(seen), self.weights(seen))
+        scores = weigh(self.votes(seen), self.weights(seen))
+        return scores if self.slot_weights is None else scores + slot_scores(self.slot_weights, scores)
 
     def weights(self, seen: Observation) -> Tensor | None:
         """`head_weights` as a tensor [L, H] on the observation's device."""
@@ -66,6 +70,17 @@ class AttentionScorer(Scorer):
             return None
         like = next(value for value in seen.values.values() if value.is_floating_point())
         return torch.tensor(self.head_weights, dtype=like.dtype, device=like.device)
+
+
+def slot_scores(weights: Sequence[float], like: Tensor) -> Tensor:
+    """What each slot, the place of a token in its image, is worth: T numbers -> float [I, T] as `like`.
+
+    Raises:
+        ValueError: an image has another number of tokens.
+    """
+    if len(weights) != like.shape[1]:
+        raise ValueError(f"there are {len(weights)} slot weights; an image of this model has {like.shape[1]} tokens.")
+    return torch.tensor(weights, device=like.device, dtype=like.dtype).expand_as(like)
 
 
 def weigh(votes: Tensor, head_weights: Tensor | None = None) -> Tensor:

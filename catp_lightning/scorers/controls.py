@@ -8,7 +8,7 @@ from torch import Tensor
 
 from catp_lightning.fingerprint import mix, uniform
 from catp_lightning.observation import Needs, Observation, Signal
-from catp_lightning.scorers.base import Scorer
+from catp_lightning.scorers.base import Scorer, slot_scores
 
 
 @dataclass(frozen=True)
@@ -42,13 +42,8 @@ class Position(Scorer):
         return {Signal.FINGERPRINT: None}
 
     def score(self, seen: Observation) -> Tensor:
-        device = seen[Signal.FINGERPRINT].device
-        if self.weights is not None and len(self.weights) != seen.tokens:
-            raise ValueError(
-                f"position has {len(self.weights)} weights; an image of this model has {seen.tokens} tokens."
-            )
-        weights = range(0, -seen.tokens, -1) if self.weights is None else self.weights
-        return torch.tensor(weights, device=device, dtype=torch.float32).expand(seen.images, -1)
+        like = seen[Signal.FINGERPRINT].new_empty((seen.images, seen.tokens), dtype=torch.float32)
+        return slot_scores(range(0, -seen.tokens, -1) if self.weights is None else self.weights, like)
 
 
 @dataclass(frozen=True)

@@ -31,18 +31,29 @@ class Selector(ABC):
         return None
 
     @abstractmethod
-    def select(self, scores: Tensor, visual: Tensor, counts: Tensor, vectors: Tensor | None) -> Tensor:
-        """Which tokens stay.
+    def ranks(self, scores: Tensor, visual: Tensor, most: int, vectors: Tensor | None) -> Tensor:
+        """The order in which tokens join the set, so that a smaller budget keeps a subset of a larger one.
 
         Args:
             scores: float [R, T].
             visual: bool [R, T], which of them exist; a row's own come first.
-            counts: int64 [R], how many to keep, at least 1 and at most the row's own.
+            most: how many of each row are to be ranked.
             vectors: float [R, T, F], or None.
+
+        Returns:
+            int64 [R, T]: 0 for the first token that joins, 1 for the next; `most` or more for those that stay out.
+        """
+
+    def select(self, scores: Tensor, visual: Tensor, counts: Tensor, vectors: Tensor | None) -> Tensor:
+        """Which tokens stay; arguments as `ranks`.
+
+        Args:
+            counts: int64 [R], how many to keep, at least 1 and at most the row's own.
 
         Returns:
             bool [R, T], exactly `counts` True in each row.
         """
+        return self.ranks(scores, visual, int(counts.max()), vectors) < counts[:, None]
 
 
 def keep_count(keep: int | float, tokens: int) -> int:

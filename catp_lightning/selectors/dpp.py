@@ -18,7 +18,8 @@ class DPP(Selector):
 
     The kernel of CDPruner (2506.10967, section 3.3) with a strength, as 1709.05135 solves it. S is the cosine
     similarity of the tokens' cross-attention maps, or of the tokens themselves: two query tokens that look at the
-    same patches are worth one.
+    same patches are worth one. Under "regions" patches count by the attention they receive in the vision tower's last
+    block: S is the cosine of the inner product weighted by it.
 
     Attributes:
         relevance: how much the scores count beside diversity; 0 is diversity alone, negative turns the scores round.
@@ -27,59 +28,70 @@ class DPP(Selector):
     """
 
     relevance: float = 1.0
-    similarity: Literal["cross-attention", "outputs"] = "cross-attention"
+    similarity: Literal["cross-attention", "regions", "outputs"] = "cross-attention"
     layers: tuple[int, ...] | None = None
 
     @property
     def needs(self) -> Needs:
         if self.similarity == "outputs":
             return {Signal.OUTPUTS: None}
-        return {Signal.CROSS_ATTENTION: self.layers}
+        weight: Needs = {Signal.IMAGE_RECEIVED: None} if self.similarity == "regions" else {}
+        return {Signal.CROSS_ATTENTION: self.layers, **weight}
 
     def vectors(self, seen: Observation) -> Tensor:
         if self.similarity == "outputs":
             return seen[Signal.OUTPUTS]
-        return seen.by_layer(Signal.CROSS_ATTENTION, self.layers).flatten(1, 2).transpose(1, 2).flatten(2)
+        maps = seen.by_layer(Signal.CROSS_ATTENTION, self.layers)
+        if self.similarity == "regions":
+            maps = maps * seen[Signal.IMAGE_RECEIVED].sqrt()[:, None, None, None]
+        return maps.flatten(1, 2).transpose(1, 2).flatten(2)
 
-    def select(self, scores: Tensor, visual: Tensor, counts: Tensor, vectors: Tensor | None) -> Tensor:
+    def ranks(self, scores: Tensor, visual: Tensor, most: int, vectors: Tensor | None) -> Tensor:
         assert vectors is not None  # `vectors` above always gives some
-        vectors = F.normalize(vectors.to(torch.promote_types(vectors.dtype, torch.float32)), dim=-1)
-        scores = torch.where(scores.isfinite(), scores, 0).to(vectors.dtype)
+        return greedy_ranks(self.kernel(scores, visual, cosine_similarity(vectors)), visual, most)
+
+    def kernel(self, scores: Tensor, visual: Tensor, similarity: Tensor) -> Tensor:
+        """diag(q) S diag(q): float [R, T], bool [R, T], float [R, T, T] -> float [R, T, T]."""
+        scores = torch.where(scores.isfinite(), scores, 0).to(similarity.dtype)
         relevance = torch.zeros_like(scores)
         for count in visual.sum(1).unique().tolist():  # a row's own tokens are standardised among themselves
             rows = visual.sum(1) == count
             relevance[rows, :count] = standardise(scores[rows, :count])
         quality = torch.exp(self.relevance * relevance / 2)
-        similarity = torch.nan_to_num(vectors @ vectors.transpose(1, 2))
-        similarity.diagonal(dim1=1, dim2=2).fill_(1)  # exactly: or rounding, which differs by batch, breaks ties
-        return greedy_map(similarity * quality[:, :, None] * quality[:, None], visual, counts)
+        return similarity * quality[:, :, None] * quality[:, None]
 
 
-def greedy_map(kernel: Tensor, visual: Tensor, counts: Tensor) -> Tensor:
+def cosine_similarity(vectors: Tensor) -> Tensor:
+    """Of all pairs of tokens, in float32 at least: [R, T, F] -> [R, T, T]."""
+    vectors = F.normalize(vectors.to(torch.promote_types(vectors.dtype, torch.float32)), dim=-1)
+    similarity = torch.nan_to_num(vectors @ vectors.transpose(1, 2))
+    similarity.diagonal(dim1=1, dim2=2).fill_(1)  # exactly: or rounding, which differs by batch, breaks ties
+    return similarity
+
+
+def greedy_ranks(kernel: Tensor, visual: Tensor, most: int) -> Tensor:
     """Greedy maximum a posteriori set of a k-DPP: each step adds the token with the largest gain in log-determinant.
 
     Args:
         kernel: float [R, T, T], symmetric, positive semi-definite.
         visual: bool [R, T], tokens that may be chosen.
-        counts: int64 [R], tokens to choose in each row.
+        most: number of steps.
 
     Returns:
-        bool [R, T]. Of equal gains the lowest index wins.
+        int64 [R, T], the step at which a token is added; `most` where it is not. Of equal gains the lowest index wins.
 
     1709.05135, algorithm 1: a Cholesky factor grown by one column a step, O(T k) a step.
     """
     rows, size = torch.arange(len(kernel), device=kernel.device), kernel.shape[1]
-    most = int(counts.max())
-    kernel = kernel + 1e-4 * torch.eye(
-        size, dtype=kernel.dtype, device=kernel.device
-    )  # more tokens than rank: still defined
+    # More tokens than rank: still defined.
+    kernel = kernel + 1e-4 * torch.eye(size, dtype=kernel.dtype, device=kernel.device)
     gain = kernel.diagonal(dim1=1, dim2=2).clone()
     factors = kernel.new_zeros(len(kernel), most, size)
-    keep = torch.zeros_like(visual)
+    ranks = torch.full(visual.shape, most, device=visual.device)
     for step in range(most):
-        best = gain.masked_fill(keep | ~visual, -torch.inf).argmax(1)
-        keep[rows, best] |= step < counts
+        best = gain.masked_fill((ranks < most) | ~visual, -torch.inf).argmax(1)
+        ranks[rows, best] = torch.where(visual[rows, best], ranks[rows, best].clamp(max=step), most)
         past = (factors[rows, :step, best][:, None] @ factors[:, :step])[:, 0]
         factors[:, step] = (kernel[rows, best] - past) / gain[rows, best].clamp(min=1e-8).sqrt()[:, None]
         gain = gain - factors[:, step] ** 2
-    return keep
+    return ranks

@@ -11,5 +11,5 @@ from catp_lightning.selectors.base import Selector, ranked
 class TopK(Selector):
     """Keeps the tokens with the highest scores; of equal scores the lowest index wins."""
 
-    def select(self, scores: Tensor, visual: Tensor, counts: Tensor, vectors: Tensor | None) -> Tensor:
-        return ranked(scores, visual) < counts[:, None]
+    def ranks(self, scores: Tensor, visual: Tensor, most: int, vectors: Tensor | None) -> Tensor:
+        return ranked(scores, visual)

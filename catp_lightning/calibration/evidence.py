@@ -1,0 +1,132 @@
+"""What a calibration found, as a policy records it: plain numbers."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+from torch import Tensor
+
+from catp_lightning.calibration.budget import Promise, Walk, walk
+from catp_lightning.calibration.candidates import Candidate
+from catp_lightning.metrics import wilson_interval
+from catp_lightning.overlap import encode_images
+from catp_lightning.policy import PruningPolicy
+from catp_lightning.selectors import keep_count
+
+
+@dataclass(frozen=True)
+class Findings:
+    """All that was measured, over all processes.
+
+    Attributes:
+        model: what the policies are made for, a family's `describe`.
+        tokens: visual tokens of an image.
+        budgets: in the user's order; in descending order with a promise.
+        candidates: all of them, in one order.
+        chosen: for each budget, which candidate.
+        choosing: sums of the rounds, `divergence`, `squares`, `agreed` and `count`, each [K, C].
+        checking: the same of the part that nothing was decided on.
+        first: how many images that part has, and on how many of them each budget's choice disagrees: one question each.
+        parts: samples in each part.
+        images: int64, the fingerprints of all images.
+        fitted: what the probes found.
+        correlations: of the layers' rankings, by voter: [L, L].
+    """
+
+    model: Mapping[str, Any]
+    tokens: int
+    budgets: Sequence[int | float]
+    promise: Promise | None
+    candidates: Sequence[Candidate]
+    chosen: Sequence[int]
+    choosing: Mapping[str, np.ndarray]
+    checking: Mapping[str, np.ndarray]
+    first: tuple[int, list[int]]
+    parts: Mapping[str, int]
+    images: Tensor
+    fitted: Mapping[str, Any]
+    correlations: Mapping[str, np.ndarray]
+
+    def policies(self) -> list[PruningPolicy]:
+        """A policy for each budget; with a promise one, at the smallest budget that keeps it."""
+        if self.promise is None:
+            return [self._policy(budget) for budget in range(len(self.budgets))]
+        walked = walk(self.promise, self.first[1], self.first[0])
+        shown = {"promise": {**asdict(self.promise), "images": self.first[0], "steps": self._steps(walked)}}
+        if walked.chosen is not None:
+            return [self._policy(walked.chosen, shown)]
+        evidence = {"chosen": "no pruning", "control": False, **self._common(), **shown, "candidates": []}
+        return [PruningPolicy("position", keep=1.0, model=self.model, evidence=evidence)]
+
+    def _policy(self, budget: int, more: Mapping[str, Any] | None = None) -> PruningPolicy:
+        chosen = self.candidates[self.chosen[budget]]
+        evidence = {
+            "chosen": chosen.name,
+            "control": chosen.control,
+            **self._common(),
+            **(more or {}),
+            "candidates": self._rows(budget),
+        }
+        return PruningPolicy(
+            scorer=chosen.scorer,
+            scorer_args=chosen.scorer_args,
+            selector=chosen.selector,
+            selector_args=chosen.selector_args,
+            keep=self.budgets[budget],
+            model=self.model,
+            evidence=evidence,
+        )
+
+    def _common(self) -> dict[str, Any]:
+        return {
+            "samples": dict(self.parts),
+            "images": encode_images(self.images),
+            "retention": [self._retention(budget) for budget in range(len(self.budgets))],
+            "fitted": dict(self.fitted),
+            "rank_correlation": {name: matrix.round(4).tolist() for name, matrix in self.correlations.items()},
+        }
+
+    def _retention(self, budget: int) -> dict[str, Any]:
+        """A point of the retention curve: what each budget's choice keeps, on samples it was not chosen on."""
+        figures = _figures(self.checking, budget, self.chosen[budget])
+        assert figures is not None
+        chosen = self.candidates[self.chosen[budget]]
+        return {
+            "keep": self.budgets[budget],
+            "tokens": keep_count(self.budgets[budget], self.tokens),
+            "chosen": chosen.name,
+            "control": chosen.control,
+            "agreement": figures["agreement"],
+            "interval": figures["interval"],
+        }
+
+    def _rows(self, budget: int) -> list[dict[str, Any]]:
+        """A row for each candidate, best first: who stayed longer is before who left earlier."""
+        rows = []
+        for number, candidate in enumerate(self.candidates):
+            row: dict[str, Any] = {"name": candidate.name, "control": candidate.control}
+            row["choose"] = _figures(self.choosing, budget, number)
+            row["check"] = _figures(self.checking, budget, number)
+            rows.append(row)
+        return sorted(rows, key=lambda row: (-row["choose"]["samples"], row["choose"]["divergence"], row["name"]))
+
+    def _steps(self, walked: Walk) -> list[dict[str, Any]]:
+        return [{"keep": keep, **asdict(step)} for keep, step in zip(self.budgets, walked.steps, strict=True)]
+
+
+def _figures(sums: Mapping[str, np.ndarray], budget: int, number: int) -> dict[str, Any] | None:
+    """What one candidate did at one budget; None where it did not answer."""
+    count = int(sums["count"][budget, number])
+    if not count:
+        return None
+    agreed = int(sums["agreed"][budget, number])
+    mean = float(sums["divergence"][budget, number]) / count
+    variance = max(0.0, float(sums["squares"][budget, number]) / count - mean**2)
+    return {
+        "samples": count,
+        "divergence": mean,
+        "divergence_error": (variance / count) ** 0.5,
+        "agreement": agreed / count,
+        "interval": list(wilson_interval(agreed, count)),
+    }

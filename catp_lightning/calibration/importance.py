@@ -1,0 +1,130 @@
+"""Probes: what keeping a token is worth to the unpruned model's own answer.
+
+Random subsets of a sample's tokens are kept, by the same dropping that a policy uses, and the log-probability of the
+unpruned answer is measured under each. A probe's row says what was kept: the sum over kept tokens of the votes of every
+attention head, and how many tokens of each slot there were. A regression on these rows is linear in the head weights.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from catp_lightning.calibration.replay import Replay
+from catp_lightning.choosing import placed, visual_tokens
+from catp_lightning.families import Family
+from catp_lightning.fingerprint import mix, uniform
+from catp_lightning.observation import Observation, Signal
+from catp_lightning.scorers import AttentionScorer
+from catp_lightning.scorers.cross_attention import CrossAttention
+from catp_lightning.scorers.region_attention import RegionAttention
+from catp_lightning.selectors import keep_count
+
+PROBES = 24
+"""Random subsets of each sample at each size."""
+
+SMALL = (0.25, 0.125, 0.0625)
+"""Sizes probed beside the budgets: where little is kept, answers change, and there is something to learn."""
+
+WORST = -3.0  # mean log-probability; below (5%) an answer is lost, and how far it is lost says nothing but noise
+
+VOTERS: dict[str, AttentionScorer] = {"cross-attention": CrossAttention(), "region-attention": RegionAttention()}
+"""Scorers whose head weights are fitted, by name."""
+
+
+@dataclass(frozen=True)
+class Columns:
+    """Where things stand in a probe's row: first the heads of each voter, layer by layer, then the slots."""
+
+    layers: int
+    heads: int
+    slots: int
+
+    @classmethod
+    def of(cls, family: Family) -> "Columns":
+        return cls(family.layers()[Signal.CROSS_ATTENTION], family.shape()["heads"], family.tokens_per_image)
+
+    @property
+    def total(self) -> int:
+        return len(VOTERS) * self.layers * self.heads + self.slots
+
+    def of_voter(self, name: str) -> list[list[int]]:
+        """The columns of a voter's heads, a list for each layer."""
+        start = list(VOTERS).index(name) * self.layers * self.heads
+        return [[start + layer * self.heads + head for head in range(self.heads)] for layer in range(self.layers)]
+
+    def of_heads(self, name: str, layers: Sequence[int]) -> list[int]:
+        """The columns of a voter's heads in some layers."""
+        return [column for layer in layers for column in self.of_voter(name)[layer]]
+
+    @property
+    def of_slots(self) -> list[int]:
+        return list(range(self.total - self.slots, self.total))
+
+
+def sizes(budgets: Sequence[int | float], tokens: int) -> list[int]:
+    """How many tokens probes keep, largest first: every budget, and some smaller sizes, never everything.
+
+    >>> sizes([0.5], 32), sizes([0.5, 3], 32)
+    ([16, 8, 4, 2], [16, 8, 4, 3, 2])
+    """
+    wanted = {keep_count(keep, tokens) for keep in (*budgets, *SMALL)} - {tokens}
+    return sorted(wanted, reverse=True)
+
+
+@dataclass(frozen=True)
+class Probes:
+    """The probes of some samples at one size.
+
+    Attributes:
+        rows: float [P, B, F], as `Columns` orders them.
+        slots: float [P, B, T'], how many tokens of each slot were kept: the last columns of `rows`.
+        gain: float [P, B], mean log-probability of the unpruned answer's tokens.
+    """
+
+    rows: Tensor
+    slots: Tensor
+    gain: Tensor
+
+
+def probe(replay: Replay, votes: Tensor, images: Tensor, size: float, number: int) -> Probes:
+    """Measure `PROBES` random subsets of each sample.
+
+    Args:
+        replay: of the samples.
+        votes: float [B, T, V], of every voter's heads, for each visual token.
+        images: int64 [B], fingerprints: with the question they seed the draws, so that batches and ranks do not matter.
+        size: share of each image's tokens to keep, on average over several images.
+        number: of the size, so that sizes draw apart.
+    """
+    visual = visual_tokens(replay.visual)
+    counts = (visual.sum(1) * size).round().long().clamp(min=1)
+    seeds = images ^ replay.questions
+    keep = torch.stack([random_subset(seeds, visual, counts, PROBES * number + n) for n in range(PROBES)])
+    tokens = replay.family.tokens_per_image
+    slots = keep.unflatten(2, (-1, tokens)).sum(2).to(votes.dtype)
+    rows = torch.cat([torch.einsum("pbt,btv->pbv", keep.to(votes.dtype), votes), slots], 2)
+    return Probes(rows, slots, replay.answer_log_probability(keep).clamp(min=WORST))
+
+
+def head_votes(seen: Observation, visual: Tensor) -> Tensor:
+    """What every voter's heads say of each visual token: float [B, T, V], bool [B, T] -> 0 where there is none."""
+    votes = [voter.votes(seen).flatten(1, 2).transpose(1, 2) for voter in VOTERS.values()]
+    return placed(torch.cat(votes, 2), visual, 0.0)
+
+
+def random_subset(seeds: Tensor, visual: Tensor, counts: Tensor, number: int) -> Tensor:
+    """The `number`-th random subset of each sample.
+
+    Args:
+        seeds: int64 [B], of each sample.
+        visual: bool [B, T], which visual tokens it has.
+        counts: int64 [B], how many to keep.
+        number: of the subset.
+
+    Returns:
+        bool [B, T].
+    """
+    draws = uniform(mix(seeds + mix(torch.tensor(number, device=seeds.device))), visual.shape[1])
+    return draws.masked_fill(~visual, 2).argsort(1).argsort(1) < counts[:, None]

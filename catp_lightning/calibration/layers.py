@@ -1,0 +1,75 @@
+"""Which layers' votes tell what a kept token does for the answer: forward selection on out-of-fold error."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from catp_lightning.calibration.heads import GATE, gain, left_out_errors, prepare, refit, training
+from catp_lightning.calibration.statistics import FoldSums
+
+Step = tuple[int, float, float]
+
+
+@dataclass(frozen=True)
+class LayerChoice:
+    """Layers found.
+
+    Attributes:
+        layers: in the order they were added; empty: none predicts the answers better than chance.
+        steps: for each addition the layer, the share of the answers' variance that it explains out of fold beyond the
+            slots and the layers before it, and the standard error of that share.
+        stability: for every layer of the model, share of folds whose own forward selection, without that fold, takes
+            it. With two folds it is 0: one fold alone has nothing to check a choice on.
+    """
+
+    layers: tuple[int, ...]
+    steps: tuple[Step, ...]
+    stability: tuple[float, ...]
+
+
+def choose_layers(sums: FoldSums, layers: Sequence[Sequence[int]], slots: Sequence[int] = ()) -> LayerChoice:
+    """Add the layer that lowers the out-of-fold error most, as long as that gain is above `GATE` standard errors.
+
+    Args:
+        sums: by fold; folds without rows are left out, and below two folds nothing is chosen.
+        layers: columns of the heads of each layer.
+        slots: columns of the slots, which are in every fit.
+    """
+    data, _ = prepare(sums, [head for heads in layers for head in heads], slots)
+    ends = np.cumsum([len(heads) for heads in layers])
+    groups = np.split(np.arange(ends[-1] if len(ends) else 0), ends[:-1])  # heads of each layer, as `prepare` put them
+    folds = np.arange(len(data.rows))
+    steps = _forward(data, groups, len(slots))
+    found = [{step[0] for step in _forward(_some(data, folds != fold), groups, len(slots))} for fold in folds]
+    stability = tuple(sum(layer in one for one in found) / max(len(found), 1) for layer in range(len(layers)))
+    return LayerChoice(tuple(step[0] for step in steps), steps, stability)
+
+
+def _forward(data: FoldSums, groups: Sequence[np.ndarray], slots: int) -> tuple[Step, ...]:
+    if len(data.rows) < 2 or not data.squares.any():
+        return ()
+    steps: list[Step] = []
+    chosen: list[int] = []
+    error = _errors(data, groups, slots, chosen)
+    while rest := [layer for layer in range(len(groups)) if layer not in chosen]:
+        trials = {layer: _errors(data, groups, slots, [*chosen, layer]) for layer in rest}
+        best = min(trials, key=lambda layer: float(trials[layer].sum()))
+        share, spread = gain(error - trials[best], data.squares)
+        if share <= GATE * spread:
+            break
+        error = trials[best]
+        chosen.append(best)
+        steps.append((best, share, spread))
+    return tuple(steps)
+
+
+def _errors(data: FoldSums, groups: Sequence[np.ndarray], slots: int, chosen: Sequence[int]) -> np.ndarray:
+    """Out-of-fold squared error of a fit on slots and these layers: float64 [K]."""
+    heads = np.concatenate([np.arange(0), *(groups[layer] for layer in chosen)])
+    fits = [refit(*training(data, fold)[:2], slots, heads) for fold in range(len(data.rows))]
+    return np.stack([left_out_errors(data, fold, weights) for fold, weights in enumerate(fits)])
+
+
+def _some(data: FoldSums, folds: np.ndarray) -> FoldSums:
+    return FoldSums(data.gram[folds], data.moment[folds], data.squares[folds], data.rows[folds])

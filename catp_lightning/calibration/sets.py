@@ -1,0 +1,68 @@
+"""Which set each of many candidates keeps: what candidates share is computed once."""
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from catp_lightning.choosing import placed, score_tokens
+from catp_lightning.observation import Observation
+from catp_lightning.policy import PruningPolicy
+from catp_lightning.scorers import Scorer
+from catp_lightning.selectors import Selector
+from catp_lightning.selectors.dpp import DPP, cosine_similarity, greedy_ranks
+
+KERNELS = 2**20  # elements of the kernels that are held at a time, 4 MiB in float32
+
+
+def token_ranks(rules: Sequence[PruningPolicy], seen: Observation, visual: Tensor, most: int) -> Tensor:
+    """The order in which each rule's tokens join its set, so that all budgets are served at once.
+
+    Args:
+        rules: policies, whatever their budget.
+        seen: the signals of I images that the rules read.
+        visual: bool [B, T], which visual tokens each sample has.
+        most: how many tokens of an image are to be ranked.
+
+    Returns:
+        int64 [C, B, T]: 0 for the first of an image's tokens to join; `most` or more for one that stays out or is none.
+    """
+    scores: dict[Scorer, Tensor] = {}
+    similarities: dict[Selector, Tensor] = {}
+    ranks: list[Tensor] = []
+    kernels: dict[int, Tensor] = {}
+    for number, (scorer, selector) in enumerate((rule.build_scorer(), rule.build_selector()) for rule in rules):
+        if scorer not in scores:
+            scores[scorer] = score_tokens(scorer, seen, visual)
+        exists = torch.ones_like(scores[scorer], dtype=torch.bool)
+        if not isinstance(selector, DPP):
+            ranks.append(selector.ranks(scores[scorer], exists, most, selector.vectors(seen)))
+            continue
+        kind = replace(selector, relevance=0.0)
+        if kind not in similarities:
+            similarities[kind] = cosine_similarity(selector.vectors(seen))
+        kernels[number] = selector.kernel(scores[scorer], exists, similarities[kind])
+        ranks.append(exists)  # its place: kernels of many candidates are solved together
+        if len(kernels) * kernels[number].numel() >= KERNELS:
+            _solve(kernels, ranks, most)
+    _solve(kernels, ranks, most)
+    return placed(torch.stack(ranks, 2), visual, most).permute(2, 0, 1)
+
+
+def _solve(kernels: dict[int, Tensor], ranks: list[Tensor], most: int) -> None:
+    """Replace the places of these candidates in `ranks` by their solutions."""
+    if not kernels:
+        return
+    together = torch.cat(list(kernels.values()))
+    exists = torch.ones(together.shape[:2], dtype=torch.bool, device=together.device)
+    solved = greedy_ranks(together, exists, most).chunk(len(kernels))
+    for number, found in zip(kernels, solved, strict=True):
+        ranks[number] = found
+    kernels.clear()
+
+
+def pair_rows(slots: Tensor) -> Tensor:
+    """Which pairs of slots, each with itself included, were kept together: float [..., T] -> [..., T (T + 1) / 2]."""
+    first, second = torch.triu_indices(slots.shape[-1], slots.shape[-1])
+    return slots[..., first] * slots[..., second]

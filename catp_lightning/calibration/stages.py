@@ -1,0 +1,213 @@
+"""The stages of a calibration: each reads the split once, and adds up what it finds in metrics."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+from torchmetrics import Metric
+
+from catp_lightning.calibration.candidates import Candidate
+from catp_lightning.calibration.importance import VOTERS, WORST, Columns, head_votes, probe, sizes
+from catp_lightning.calibration.replay import Replay
+from catp_lightning.calibration.sets import pair_rows, token_ranks
+from catp_lightning.calibration.split import fold_of
+from catp_lightning.calibration.statistics import (
+    CandidateSums,
+    FirstQuestions,
+    ImageSet,
+    PartCounts,
+    ProbeSums,
+    RankCorrelation,
+)
+from catp_lightning.choosing import visual_tokens
+from catp_lightning.families import Family
+from catp_lightning.fingerprint import mix
+from catp_lightning.observation import Observation, Signal
+from catp_lightning.selectors import keep_count
+
+PAIRS = 40
+"""Slots whose pairs are learned too, at most: the sums grow with the fourth power of their number."""
+
+
+@dataclass(frozen=True)
+class Samples:
+    """A batch of B samples with I images.
+
+    Attributes:
+        replay: their prompts and the unpruned answers.
+        seen: the signals of their images.
+        images: int64 [B], the fingerprint of each sample's first image; 0 for a sample without one.
+    """
+
+    replay: Replay
+    seen: Observation
+    images: Tensor
+
+    @classmethod
+    def of(cls, replay: Replay, seen: Observation) -> "Samples":
+        counts = replay.visual.sum(1) // seen.tokens
+        images = seen[Signal.FINGERPRINT]
+        first = (counts.cumsum(0) - counts).clamp(max=len(images) - 1)
+        return cls(replay, seen, torch.where(counts > 0, images[first], 0))
+
+    def where(self, chosen: Tensor) -> "Samples":
+        """Some of them: bool [B]."""
+        counts = self.replay.visual.sum(1) // self.seen.tokens
+        return Samples(
+            self.replay.of_samples(chosen),
+            self.seen.of_images(chosen.repeat_interleave(counts)),
+            self.images[chosen],
+        )
+
+    @property
+    def visual(self) -> Tensor:
+        """Which visual tokens each sample has: bool [B, T]."""
+        return visual_tokens(self.replay.visual)
+
+    @property
+    def key(self) -> int:
+        """A checksum of all images and questions, whatever their order."""
+        together = mix(self.images ^ self.replay.questions).sum() + mix(self.seen[Signal.FINGERPRINT]).sum()
+        return int(together)
+
+
+Belongs = Callable[[Tensor], Tensor]
+"""Which samples a stage is for, by the fingerprint of their image: int64 [B] -> bool [B]."""
+
+
+class Stage(Protocol):
+    """What is added up during one reading of the split."""
+
+    title: str
+
+    @property
+    def metrics(self) -> Mapping[str, Metric]:
+        """What it adds up to, by name."""
+
+    def see(self, samples: Samples) -> None:
+        """Add a batch."""
+
+
+class Probing:
+    """Random subsets of the learning part; every image's fingerprint; how alike the layers rank tokens."""
+
+    title = "measuring what each visual token is worth"
+
+    def __init__(
+        self, family: Family, budgets: Sequence[int | float], part_of: Belongs, device: torch.device | None
+    ) -> None:
+        self.columns, self.tokens, self.part_of = Columns.of(family), family.tokens_per_image, part_of
+        self.sizes = sizes(budgets, self.tokens)
+        self.sums = ProbeSums(self.columns.total).to(device)
+        self.images, self.parts = ImageSet().to(device), PartCounts().to(device)
+        self.images.update(torch.empty(0, dtype=torch.int64, device=device))  # a process may have no batch
+        self.metrics: dict[str, Metric] = {"probes": self.sums, "images": self.images, "parts": self.parts}
+        self.correlations = {name: RankCorrelation(self.columns.layers).to(device) for name in VOTERS}
+        self.metrics |= {f"correlation of {name}": metric for name, metric in self.correlations.items()}
+        self.pairs: ProbeSums | None = None
+        if self.tokens <= PAIRS:
+            self.metrics["pairs"] = self.pairs = ProbeSums(self.tokens * (self.tokens + 1) // 2).to(device)
+
+    def see(self, samples: Samples) -> None:
+        part = self.part_of(samples.images)
+        self.parts.update(part)
+        self.images.update(samples.seen[Signal.FINGERPRINT])
+        for name, metric in self.correlations.items():
+            metric.update(VOTERS[name].votes(samples.seen).sum(2))
+        if (part == 0).any():
+            self._probe(samples.where(part == 0))
+
+    def _probe(self, samples: Samples) -> None:
+        votes, fold = head_votes(samples.seen, samples.visual), fold_of(samples.images)
+        for number, size in enumerate(self.sizes):
+            found = probe(samples.replay, votes, samples.images, size / self.tokens, number)
+            self.sums.update(fold, found.rows, found.gain)
+            if self.pairs is not None:
+                self.pairs.update(fold, pair_rows(found.slots), found.gain)
+
+
+class Competition:
+    """Candidates answer the samples of one round, or of the checking part.
+
+    Args:
+        title: what people are told.
+        candidates: by fold: what is fitted was fitted without the fold it is measured on. Or one list for all folds.
+        budgets: at each of which some candidates compete.
+        alive: their numbers, for each budget.
+        belongs: which samples this is for.
+        device: where the sums are kept.
+    """
+
+    def __init__(
+        self,
+        title: str,
+        candidates: Sequence[Sequence[Candidate]],
+        budgets: Sequence[int | float],
+        alive: Sequence[Sequence[int]],
+        belongs: Belongs,
+        device: torch.device | None,
+    ) -> None:
+        self.title, self.budgets, self.alive, self.belongs = title, budgets, alive, belongs
+        self.running = sorted(set().union(*alive))
+        self.rules = [[of_fold[number].policy(1.0) for number in self.running] for of_fold in candidates]
+        self.sums = CandidateSums(len(budgets), len(candidates[0])).to(device)
+        self.metrics: dict[str, Metric] = {"candidates": self.sums}
+
+    def see(self, samples: Samples) -> None:
+        chosen = self.belongs(samples.images)
+        if chosen.any():
+            self.compare(samples.where(chosen))
+
+    def compare(self, samples: Samples) -> list[Tensor]:
+        """Whether each candidate's answer is the unpruned one: bool [N, B] for each budget, N alive there."""
+        counts = [keep_count(keep, samples.seen.tokens) for keep in self.budgets]
+        ranks, same = self._ranks(samples, max(counts)), []
+        for budget, (count, alive) in enumerate(zip(counts, self.alive, strict=True)):
+            keep = ranks[[self.running.index(number) for number in alive]] < count
+            diverged, agreed = samples.replay.compare(keep)
+            self.sums.update(budget, torch.tensor(alive, device=keep.device), diverged.clamp(max=-WORST), agreed)
+            same.append(agreed)
+        return same
+
+    def _ranks(self, samples: Samples, most: int) -> Tensor:
+        """The order in which each candidate's tokens join its set: int64 [N, B, T]."""
+        visual, fold = samples.visual, fold_of(samples.images)
+        shared = [n for n, rule in enumerate(self.rules[0]) if all(of_fold[n] == rule for of_fold in self.rules)]
+        own = [n for n in range(len(self.running)) if n not in set(shared)]
+        ranks = torch.full((len(self.running), *visual.shape), most, device=visual.device)
+        if shared:
+            ranks[shared] = token_ranks([self.rules[0][n] for n in shared], samples.seen, visual, most)
+        for number in fold.unique().tolist() if own else []:
+            here = samples.where(fold == number)
+            found = token_ranks([self.rules[number][n] for n in own], here.seen, here.visual, most)
+            rows = (fold == number).nonzero()[:, 0]
+            ranks[torch.tensor(own)[:, None], rows, : found.shape[2]] = found
+        return ranks
+
+
+class Check(Competition):
+    """Frozen policies, beside the references, on samples that nothing was decided on.
+
+    The first candidate alive at a budget is the policy's; its answers are kept for one question of each image.
+    """
+
+    def __init__(
+        self,
+        candidates: Sequence[Candidate],
+        budgets: Sequence[int | float],
+        alive: Sequence[Sequence[int]],
+        belongs: Belongs,
+        device: torch.device | None,
+    ) -> None:
+        super().__init__("checking the chosen policies", [candidates], budgets, alive, belongs, device)
+        self.first = FirstQuestions(len(budgets)).to(device)
+        nothing = torch.empty(0, dtype=torch.int64, device=device)  # a process may have no batch
+        self.first.update(nothing, nothing, nothing.expand(len(budgets), 0))
+        self.metrics["first questions"] = self.first
+
+    def compare(self, samples: Samples) -> list[Tensor]:
+        same = super().compare(samples)
+        self.first.update(samples.images, samples.replay.questions, torch.stack([agreed[0] for agreed in same]))
+        return same
