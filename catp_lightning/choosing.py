@@ -6,7 +6,7 @@ from torch import Tensor
 from catp_lightning.errors import PruningError
 from catp_lightning.observation import Observation
 from catp_lightning.scorers import Scorer
-from catp_lightning.selectors import Selector, keep_count
+from catp_lightning.selectors import Selector, keep_count, without_autocast
 
 
 def choose_tokens(
@@ -48,7 +48,8 @@ def score_tokens(scorer: Scorer, seen: Observation, visual: Tensor) -> Tensor:
             + (f" (sample {wrong[0]} has no multiple of {seen.tokens})" if wrong else "")
             + ": features would reach the wrong sample. Give each sample as many image tokens as its images need."
         )
-    return scorer.score(seen)
+    with without_autocast(visual):
+        return scorer.score(seen)
 
 
 def visual_tokens(placeholders: Tensor) -> Tensor:

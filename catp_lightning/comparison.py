@@ -4,7 +4,7 @@ import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import matplotlib
 import numpy as np
@@ -15,6 +15,9 @@ from catp_lightning.files import write_json, write_text
 
 RESAMPLES = 2000
 
+Measure = Literal["accuracy", "agreement"]
+MEASURES: dict[Measure, str] = {"accuracy": "VQA accuracy", "agreement": "agreement with the unpruned model"}
+
 
 @dataclass(frozen=True)
 class Result:
@@ -23,14 +26,14 @@ class Result:
     Attributes:
         method: its name; several results of one name and budget (seeds) are averaged question by question.
         keep: the budget; None: unpruned.
-        score: float [N], VQA accuracy of each question, in [0, 1].
+        score: float [N], VQA accuracy of each question, in [0, 1]; None where it was not measured.
         same: float [N], 1 where the answer is the unpruned model's.
         tokens: mean visual tokens kept.
     """
 
     method: str
     keep: int | float | None
-    score: np.ndarray
+    score: np.ndarray | None
     same: np.ndarray
     tokens: float
 
@@ -54,33 +57,21 @@ class Comparison:
         merged: dict[tuple[str, int | float | None], list[Result]] = {}
         for result in self.results:
             merged.setdefault((result.method, result.keep), []).append(result)
-        means = {
-            key: (
-                np.mean([r.score for r in several], 0),
-                np.mean([r.same for r in several], 0),
-                float(np.mean([r.tokens for r in several])),
-            )
-            for key, several in merged.items()
-        }
+        means = {key: _mean(several) for key, several in merged.items()}
         weights = self._resamples()
         return [self._row(key, means, weights) for key in means]
 
     def _row(
         self,
         key: tuple[str, int | float | None],
-        means: Mapping[Any, tuple[np.ndarray, np.ndarray, float]],
+        means: Mapping[Any, tuple[np.ndarray | None, np.ndarray, float]],
         weights: np.ndarray,
     ) -> dict[str, Any]:
         (method, keep), (score, same, tokens) = key, means[key]
-        row: dict[str, Any] = {
-            "method": method,
-            "keep": keep,
-            "tokens": tokens,
-            "accuracy": float(score.mean()),
-            "accuracy_interval": _interval(weights @ score),
-            "agreement": float(same.mean()),
-            "agreement_interval": _interval(weights @ same),
-        }
+        row: dict[str, Any] = {"method": method, "keep": keep, "tokens": tokens}
+        if score is not None:
+            row |= {"accuracy": float(score.mean()), "accuracy_interval": _interval(weights @ score)}
+        row |= {"agreement": float(same.mean()), "agreement_interval": _interval(weights @ same)}
         reference = means.get((self.reference, keep))
         if reference is not None and method != self.reference:
             difference = reference[1] - same
@@ -97,6 +88,13 @@ class Comparison:
         return weights / weights.sum(1, keepdims=True)
 
 
+def _mean(several: Sequence[Result]) -> tuple[np.ndarray | None, np.ndarray, float]:
+    """Of a method's seeds, question by question: score, same, and tokens."""
+    scores = [result.score for result in several if result.score is not None]
+    same, tokens = np.mean([r.same for r in several], 0), float(np.mean([r.tokens for r in several]))
+    return np.mean(scores, 0) if scores else None, same, tokens
+
+
 def _interval(values: np.ndarray) -> list[float]:
     return [float(value) for value in np.quantile(values, [0.025, 0.975])]
 
@@ -106,7 +104,7 @@ def markdown(rows: Sequence[Mapping[str, Any]], reference: str) -> str:
     budgets, methods = _axes(rows)
     at = {(row["method"], row["keep"]): row for row in rows}
     unpruned = {method: row for (method, keep), row in at.items() if keep is None}
-    head = [f"keep {keep}: {name}" for keep in budgets for name in ("accuracy", "agreement (95%)", "tokens")]
+    head = [f"keep {keep}: {name}" for keep in budgets for name in _columns(rows)]
     figures, ahead = [], []
     for method in methods:
         cells = [cell for keep in budgets for cell in _cells(at.get((method, keep)) or unpruned[method])]
@@ -114,9 +112,9 @@ def markdown(rows: Sequence[Mapping[str, Any]], reference: str) -> str:
         if method != reference and method not in unpruned:
             ahead.append([method, *(_ahead(at[method, keep]) for keep in budgets)])
     return (
-        _markdown_table(["method", *head], figures)
+        markdown_table(["method", *head], figures)
         + f"\nHow far *{reference}* is ahead in agreement, paired by question, 95% interval:\n\n"
-        + _markdown_table(["method", *(f"keep {keep}" for keep in budgets)], ahead)
+        + markdown_table(["method", *(f"keep {keep}" for keep in budgets)], ahead)
     )
 
 
@@ -124,7 +122,7 @@ def console_tables(rows: Sequence[Mapping[str, Any]], reference: str) -> list[Ta
     """The figures for the terminal, a table for each budget: together they would be too wide."""
     tables = []
     for keep in _axes(rows)[0]:
-        table = Table("method", "accuracy", "agreement (95%)", "tokens", title=f"keep {keep}", title_justify="left")
+        table = Table("method", *_columns(rows), title=f"keep {keep}", title_justify="left")
         for row in rows:
             if row["keep"] in (None, keep):
                 table.add_row(row["method"], *_cells(row), style="bold" if row["method"] == reference else None)
@@ -138,9 +136,14 @@ def _axes(rows: Sequence[Mapping[str, Any]]) -> tuple[list[int | float], list[st
     return list(budgets), list(dict.fromkeys(row["method"] for row in rows))
 
 
+def _columns(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    return [*(["accuracy"] if "accuracy" in rows[0] else []), "agreement (95%)", "tokens"]
+
+
 def _cells(row: Mapping[str, Any]) -> list[str]:
     low, high = row["agreement_interval"]
-    return [f"{row['accuracy']:.3f}", f"{row['agreement']:.3f} ({low:.3f} to {high:.3f})", f"{row['tokens']:.0f}"]
+    accuracy = [f"{row['accuracy']:.3f}"] if "accuracy" in row else []
+    return [*accuracy, f"{row['agreement']:.3f} ({low:.3f} to {high:.3f})", f"{row['tokens']:.0f}"]
 
 
 def _ahead(row: Mapping[str, Any]) -> str:
@@ -148,35 +151,41 @@ def _ahead(row: Mapping[str, Any]) -> str:
     return f"{row['reference_ahead']:+.3f} ({low:+.3f} to {high:+.3f})"
 
 
-def _markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """
+    >>> print(markdown_table(["keep", "tokens"], [["0.5", "16"]]), end="")
+    | keep | tokens |
+    | --- | --- |
+    | 0.5 | 16 |
+    """
     lines = [header, ["---"] * len(header), *rows]
     return "".join(f"| {' | '.join(line)} |\n" for line in lines)
 
 
-def accuracy_figure(rows: Sequence[Mapping[str, Any]], reference: str) -> Figure:
-    """VQA accuracy over visual tokens kept, a line for each method; the unpruned model is the dotted line."""
-    figure = Figure(figsize=(8, 5), layout="constrained")
-    axes = figure.subplots()
+def figure(rows: Sequence[Mapping[str, Any]], reference: str, measure: Measure = "accuracy") -> Figure:
+    """Accuracy or agreement over visual tokens kept, a line for each method; the unpruned model is the dotted line."""
+    drawing = Figure(figsize=(8, 5), layout="constrained")
+    axes = drawing.subplots()
     for row in rows:
         if row["keep"] is None:
-            axes.axhline(row["accuracy"], color="black", linestyle=":", label=row["method"])
+            axes.axhline(row[measure], color="black", linestyle=":", label=row["method"])
     methods = list(dict.fromkeys(row["method"] for row in rows if row["keep"] is not None))
     shades = matplotlib.colormaps["viridis"](np.linspace(0, 0.95, len(methods)))
     for method, shade, marker in zip(methods, shades, itertools.cycle("os^vDPX<>*dp")):
         found = (row for row in rows if row["method"] == method)
-        points = sorted((row["tokens"], row["accuracy"], *row["accuracy_interval"]) for row in found)
-        tokens, accuracy, low, high = zip(*points, strict=True)
+        points = sorted((row["tokens"], row[measure], *row[f"{measure}_interval"]) for row in found)
+        tokens, value, low, high = zip(*points, strict=True)
         if method == reference:
-            axes.plot(tokens, accuracy, marker="o", linewidth=3, color="crimson", label=method)
+            axes.plot(tokens, value, marker="o", linewidth=3, color="crimson", label=method)
             axes.fill_between(tokens, low, high, color="crimson", alpha=0.15)
         else:
-            axes.plot(tokens, accuracy, marker=marker, linewidth=1.2, color=shade, label=method)
+            axes.plot(tokens, value, marker=marker, linewidth=1.2, color=shade, label=method)
     axes.set_xscale("log", base=2)
     ticks = sorted({row["tokens"] for row in rows if row["keep"] is not None})
     axes.set_xticks(ticks, [f"{tick:.0f}" for tick in ticks])
-    axes.set(xlabel="visual tokens kept of each image", ylabel="VQA accuracy", ylim=(0, 1.02))
+    axes.set(xlabel="visual tokens kept of each image", ylabel=MEASURES[measure], ylim=(0, 1.02))
     axes.legend(loc="center left", bbox_to_anchor=(1, 0.5))
-    return figure
+    return drawing
 
 
 def save_comparison(comparison: Comparison, folder: Path, title: str) -> list[dict[str, Any]]:
@@ -184,5 +193,5 @@ def save_comparison(comparison: Comparison, folder: Path, title: str) -> list[di
     rows = comparison.rows()
     write_text(folder / "table.md", f"# {title}\n\n{markdown(rows, comparison.reference)}")
     write_json(folder / "table.json", {"title": title, "reference": comparison.reference, "rows": rows}, indent=2)
-    accuracy_figure(rows, comparison.reference).savefig(folder / "accuracy.png", dpi=120)
+    figure(rows, comparison.reference).savefig(folder / "accuracy.png", dpi=120)
     return rows

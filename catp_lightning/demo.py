@@ -3,7 +3,7 @@
 import logging
 import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -36,6 +36,15 @@ QUIET: dict[str, Any] = {
     "enable_model_summary": False,
     "enable_checkpointing": False,
 }
+RULES = {
+    "stride": "stride",
+    "l2-norm": "L2 norm",
+    "self-attention": "self-attention",
+    "catp": "CATP, all layers",
+    "cross-attention": "mean log attention",
+    "diversity of outputs": "diversity alone",
+}
+"""Fixed rules of the table, and the names it shows."""
 
 
 def run_demo(output: str = "runs/demo", questions: int = 1000, calibration_questions: int = 512, seed: int = 0) -> None:
@@ -50,17 +59,17 @@ def run_demo(output: str = "runs/demo", questions: int = 1000, calibration_quest
     console, folder, start = Console(), Path(output), time.time()
     folder.mkdir(parents=True, exist_ok=True)
     model = str(shipped("digits_blip2"))
-    with _quiet():
+    with quiet():
         console.print(f"Writing {calibration_questions} calibration and {questions} test questions about digit scenes.")
         data = VQADataModule(
             model,
-            calibration=_scenes(folder, "calibration", calibration_questions, seed),
-            test=_scenes(folder, "test", questions, seed),
+            calibration=scenes_split(folder, "calibration", calibration_questions, seed),
+            test=scenes_split(folder, "test", questions, seed),
             batch_size=64,
         )
         module = VQAModule(model)
         policies = calibrate(module, data, folder)
-    with _quiet(ours=False):
+    with quiet(ours=False):
         comparison = compare(module, data, policies, console)
     rows = save_comparison(comparison, folder, f"The shipped BLIP-2 on {questions} test questions")
     for table in console_tables(rows, comparison.reference):
@@ -88,41 +97,38 @@ def calibrate(module: VQAModule, data: VQADataModule, folder: Path) -> list[Prun
 def compare(module: VQAModule, data: VQADataModule, policies: list[PruningPolicy], console: Console) -> Comparison:
     """Every method at every budget on the test questions."""
     batches: list[VQABatch] = list(data.test_dataloader())  # read once: forty methods see the same tensors
-    full, _ = _answers(module, batches, None)
+    full, _ = predict(module, batches, None)
     every = float(module.model.config.num_query_tokens)
     images = [image for batch in batches for image in batch["image_ids"].tolist()]
     comparison = Comparison(images, CALIBRATED, [_result("no pruning", None, full, full, every, batches)])
-    jobs = [(name, policy) for name, rule in _rules(module) for policy in map(rule.policy, BUDGETS)]
+    jobs = [(name, policy) for name, rule in fixed_rules(module, RULES) for policy in map(rule.policy, BUDGETS)]
     jobs += [(CALIBRATED, policy) for policy in policies]
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(*columns, console=console) as progress:
         task = progress.add_task("comparing", total=len(jobs))
         for name, policy in jobs:
             progress.update(task, description=f"{name}, keep {policy.keep}")
-            answers, tokens = _answers(module, batches, policy)
+            answers, tokens = predict(module, batches, policy)
             comparison.results.append(_result(name, policy.keep, answers, full, tokens, batches))
             progress.advance(task)
         progress.update(task, description="compared")
     return comparison
 
 
-def _rules(module: VQAModule) -> Iterator[tuple[str, Candidate]]:
-    """The fixed rules of the table by the names it shows; random appears once for each seed."""
+def fixed_rules(module: VQAModule, shown: Mapping[str, str]) -> Iterator[tuple[str, Candidate]]:
+    """Fixed rules by the names a table shows: random, once for each seed, those of `shown`, and each layer of CATP."""
     rules = {candidate.name: candidate for candidate in default_candidates(find_family(module))}
     for seed in RANDOM_SEEDS:
         yield f"random ({len(RANDOM_SEEDS)} seeds)", Candidate("random", "random", {"seed": seed})
-    names = {"stride": "stride", "l2-norm": "L2 norm", "self-attention": "self-attention", "catp": "CATP, all layers"}
-    names |= {name: name.replace("catp", "CATP,") for name in rules if name.startswith("catp layer")}
-    names |= {
-        "cross-attention": "mean log attention",
-        "diversity of outputs": "diversity alone",
-    }
-    for name, shown in names.items():
-        yield shown, rules[name]
+    for name, title in shown.items():
+        yield title, rules[name]
+        if name == "catp":
+            layers = (name for name in rules if name.startswith("catp layer"))
+            yield from ((name.replace("catp", "CATP,"), rules[name]) for name in layers)
 
 
-def _answers(module: VQAModule, batches: list[VQABatch], policy: PruningPolicy | None) -> tuple[list[str], float]:
-    """`trainer.predict`, pruned by the callback a user adds."""
+def predict(module: VQAModule, batches: list[VQABatch], policy: PruningPolicy | None) -> tuple[list[str], float]:
+    """What `trainer.predict` returns, pruned by the callback a user adds, and the mean visual tokens kept."""
     pruning = None if policy is None else TokenPruning(policy)
     trainer = Trainer(**QUIET, callbacks=pruning, enable_progress_bar=False)
     loader: DataLoader[Any] = DataLoader(batches, batch_size=None)  # type: ignore[arg-type]  # a list is enough
@@ -140,7 +146,8 @@ def _result(
     return Result(name, keep, np.array(score), np.array(same), tokens)
 
 
-def _scenes(folder: Path, split: Split, questions: int, seed: int) -> VQASplit:
+def scenes_split(folder: Path, split: Split, questions: int, seed: int) -> VQASplit:
+    """Digit scenes, written into a folder of `folder` named as the split's pool."""
     place = write_scenes(folder / "data" / split, split, questions, seed)
     return VQASplit(
         str(place / "questions.json"),
@@ -151,7 +158,7 @@ def _scenes(folder: Path, split: Split, questions: int, seed: int) -> VQASplit:
 
 
 @contextmanager
-def _quiet(ours: bool = True) -> Iterator[None]:
+def quiet(ours: bool = True) -> Iterator[None]:
     """Forty trainers would each say which devices there are; our own lines stay where `ours` is set."""
     logger = logging.getLogger("lightning.pytorch.utilities.rank_zero")
     only_ours = lambda record: ours and record.getMessage().startswith("catp:")  # noqa: E731

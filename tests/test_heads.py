@@ -31,8 +31,10 @@ class Draw:
 
 def sums_of(*parts: ProbeSums) -> FoldSums:
     """The sums of several processes, added as their declared reduction adds them."""
-    names = ("gram", "moment", "squares", "rows")
-    return FoldSums(*(sum(getattr(part, name) for part in parts).numpy() for name in names))
+    whole = ProbeSums(parts[0].moment.shape[1])
+    for name in ("gram", "moment", "squares", "rows"):
+        setattr(whole, name, sum(getattr(part, name) for part in parts))
+    return whole.compute()
 
 
 def batches(

@@ -553,7 +553,7 @@ def test_sums_of_another_shape_are_refused(tmp_path: Path) -> None:
     partial.add((0, 0), found)
     partial.finish(1, found)
     other = {**metrics(), "probes": ProbeSums(4, folds=2)}
-    with pytest.raises(PolicyError, match=r"made by another version: its probes/gram is \(2, 3, 3\)"):
+    with pytest.raises(PolicyError, match=r"made by another version: its probes/gram is \(2, 6\)"):
         Partial(tmp_path / "sums", {}).begin("probe", other)
 
 

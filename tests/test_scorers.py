@@ -1,18 +1,23 @@
 """Every scorer against a slow, loop-written version of its definition."""
 
+import json
+
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
+from catp_lightning import PolicyError, PruningPolicy
 from catp_lightning.fingerprint import fingerprint, mix, uniform
 from catp_lightning.observation import Observation, Signal, join
 from catp_lightning.scorers import SCORERS
 from catp_lightning.scorers.catp import CATP, borda_points, borda_vote
 from catp_lightning.scorers.controls import Random, Stride
 from catp_lightning.scorers.cross_attention import CrossAttention
+from catp_lightning.scorers.region_attention import RegionAttention
 from catp_lightning.scorers.self_attention import SelfAttention
+from catp_lightning.selectors.dpp import DPP
 
 
 def seen(
@@ -112,6 +117,54 @@ def test_cross_attention_is_mean_log_attention_standardised_by_image_and_head() 
                 expected = (mean - mean.mean()) / mean.std(correction=0)
                 torch.testing.assert_close(votes[image, layer, head], expected)
     assert torch.allclose(votes.mean(-1), torch.zeros(2, 3, 2, dtype=torch.float64))
+
+
+def test_region_attention_is_the_log_of_attention_weighted_by_what_each_image_token_receives() -> None:
+    observation = seen()
+    votes = RegionAttention().votes(observation)
+    received = observation[Signal.IMAGE_RECEIVED]
+    for layer in range(3):
+        for head in range(2):
+            for image in range(2):
+                rows = observation.values[Signal.CROSS_ATTENTION, layer][image, head]
+                on_regions = [
+                    sum(float(received[image, patch]) * float(row[patch]) for patch in range(7)) for row in rows
+                ]
+                logs = torch.tensor(on_regions, dtype=torch.float64).log()
+                expected = (logs - logs.mean()) / logs.std(correction=0)
+                torch.testing.assert_close(votes[image, layer, head], expected)
+    only = RegionAttention(layers=(1,), head_weights=((0.5, -2.0),)).score(observation)
+    torch.testing.assert_close(only, 0.5 * votes[:, 1, 0] - 2 * votes[:, 1, 1])
+    assert RegionAttention(layers=(1,)).needs == {Signal.CROSS_ATTENTION: (1,), Signal.IMAGE_RECEIVED: None}
+    scaled = seen()
+    scaled.values[Signal.IMAGE_RECEIVED] = 100 * received
+    torch.testing.assert_close(RegionAttention().votes(scaled), votes, msg="only proportions count")
+
+
+@pytest.mark.parametrize("name", ["catp", "cross-attention", "region-attention", "self-attention"])
+def test_slot_weights_are_added_to_what_the_heads_say(name: str) -> None:
+    observation, weights = seen(), (0.5, -1.0, 0.0, 2.0, 0.25)
+    heads = {"layers": [0, 2], "head_weights": [[1.0, -0.5], [0.0, 2.0]]}
+    plain = PruningPolicy(name, heads).build_scorer().score(observation)
+    policy = PruningPolicy(name, {**heads, "slot_weights": list(weights)}, "dpp", {"similarity": "regions"}, keep=2)
+    found = policy.build_scorer().score(observation)
+    for image in range(2):
+        for slot in range(5):
+            assert float(found[image, slot]) == pytest.approx(float(plain[image, slot]) + weights[slot], abs=1e-12)
+    again = PruningPolicy.from_dict(json.loads(json.dumps(policy.to_dict())))
+    assert again == policy and again.build_scorer() == policy.build_scorer()
+    assert again.build_selector() == policy.build_selector() == DPP(similarity="regions")
+    assert torch.equal(again.build_scorer().score(observation), found)
+
+
+def test_as_many_slot_weights_as_tokens_are_needed_and_numbers() -> None:
+    for scorer in (CrossAttention(slot_weights=(1.0,) * 4), SCORERS["position"](weights=(1.0,) * 4)):  # type: ignore[call-arg]
+        with pytest.raises(ValueError, match="there are 4 slot weights; an image of this model has 5 tokens"):
+            scorer.score(seen())
+    with pytest.raises(PolicyError, match="slot_weights of scorer 'region-attention' is"):
+        PruningPolicy("region-attention", {"slot_weights": ["much", 1.0]})
+    weighted = SCORERS["position"](weights=(0.0, 3.0, 1.0, -1.0, 2.0)).score(seen())  # type: ignore[call-arg]
+    assert weighted.argsort(1, descending=True).tolist() == [[1, 4, 2, 0, 3]] * 2
 
 
 def test_self_attention_sums_what_all_layers_and_heads_pay() -> None:

@@ -8,8 +8,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
+from catp_lightning.observation import Observation, Signal
 from catp_lightning.selectors import SELECTORS, keep_count
-from catp_lightning.selectors.dpp import DPP, greedy_ranks
+from catp_lightning.selectors.dpp import DPP, cosine_similarity, greedy_ranks
 from catp_lightning.selectors.top_k import TopK
 
 
@@ -48,6 +49,39 @@ def test_the_dpp_kernel_weighs_relevance_against_similarity() -> None:
             assert set(keep[row].nonzero()[:, 0].tolist()) == slow_greedy(quality @ similarity @ quality, 3)
     strongly = DPP(relevance=200.0).select(scores, visual, counts, vectors)
     assert torch.equal(strongly, TopK().select(scores, visual, counts, None)), "relevance alone is top-k"
+
+
+@pytest.mark.parametrize("layers", [None, (1,), (0, 2)])
+def test_regions_compare_maps_by_the_inner_product_weighted_by_attention_received(
+    layers: tuple[int, ...] | None,
+) -> None:
+    generator = torch.Generator().manual_seed(4)
+    received = torch.rand(2, 7, dtype=torch.float64, generator=generator)
+    values: dict[Signal | tuple[Signal, int], Tensor] = {Signal.IMAGE_RECEIVED: received}
+    for layer in range(3):
+        values[Signal.CROSS_ATTENTION, layer] = torch.rand(2, 2, 5, 7, dtype=torch.float64, generator=generator)
+    seen = Observation(2, 5, {Signal.CROSS_ATTENTION: 3}, values)
+    selector = DPP(similarity="regions", layers=layers)
+    found = cosine_similarity(selector.vectors(seen))
+
+    def product(image: int, one: int, other: int) -> float:
+        total = 0.0
+        for layer in range(3) if layers is None else layers:
+            maps = values[Signal.CROSS_ATTENTION, layer][image]
+            for head in range(2):
+                for patch in range(7):
+                    weight = float(received[image, patch])
+                    total += weight * float(maps[head, one, patch]) * float(maps[head, other, patch])
+        return total
+
+    for image in range(2):
+        for one in range(5):
+            for other in range(5):
+                norms = math.sqrt(product(image, one, one) * product(image, other, other))
+                assert float(found[image, one, other]) == pytest.approx(product(image, one, other) / norms, abs=1e-12)
+    assert selector.needs == {Signal.CROSS_ATTENTION: layers, Signal.IMAGE_RECEIVED: None}
+    plain = cosine_similarity(DPP(layers=layers).vectors(seen))
+    assert (plain - found).abs().max() > 0.01, "the weights matter"
 
 
 def test_a_twin_is_worth_nothing_to_diversity() -> None:

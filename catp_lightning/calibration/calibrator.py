@@ -145,6 +145,8 @@ class Calibrator:
         return self._part_of(images) == 1
 
     def _survivors(self, budget: int) -> list[int]:
+        if not self._reduced[-1]["count"].any():  # no image fell in that round
+            return self.alive[budget]
         ranking = self._ranking(budget)
         return sorted(ranking[: math.ceil(len(ranking) / SURVIVORS)])
 

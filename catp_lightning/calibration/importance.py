@@ -19,7 +19,7 @@ from catp_lightning.observation import Observation, Signal
 from catp_lightning.scorers import AttentionScorer
 from catp_lightning.scorers.cross_attention import CrossAttention
 from catp_lightning.scorers.region_attention import RegionAttention
-from catp_lightning.selectors import keep_count
+from catp_lightning.selectors import keep_count, without_autocast
 
 PROBES = 24
 """Random subsets of each sample at each size."""
@@ -104,14 +104,16 @@ def probe(replay: Replay, votes: Tensor, images: Tensor, size: float, number: in
     keep = torch.stack([random_subset(seeds, visual, counts, PROBES * number + n) for n in range(PROBES)])
     tokens = replay.family.tokens_per_image
     slots = keep.unflatten(2, (-1, tokens)).sum(2).to(votes.dtype)
-    rows = torch.cat([torch.einsum("pbt,btv->pbv", keep.to(votes.dtype), votes), slots], 2)
+    with without_autocast(votes):
+        rows = torch.cat([torch.einsum("pbt,btv->pbv", keep.to(votes.dtype), votes), slots], 2)
     return Probes(rows, slots, replay.answer_log_probability(keep).clamp(min=WORST))
 
 
 def head_votes(seen: Observation, visual: Tensor) -> Tensor:
-    """What every voter's heads say of each visual token: float [B, T, V], bool [B, T] -> 0 where there is none."""
-    votes = [voter.votes(seen).flatten(1, 2).transpose(1, 2) for voter in VOTERS.values()]
-    return placed(torch.cat(votes, 2), visual, 0.0)
+    """What every voter's heads say of each visual token, in float32 at least: bool [B, T] -> float [B, T, V]."""
+    with without_autocast(visual):
+        votes = torch.cat([voter.votes(seen).flatten(1, 2).transpose(1, 2) for voter in VOTERS.values()], 2)
+    return placed(votes.to(torch.promote_types(votes.dtype, torch.float32)), visual, 0.0)
 
 
 def random_subset(seeds: Tensor, visual: Tensor, counts: Tensor, number: int) -> Tensor:

@@ -1,6 +1,6 @@
 """Prompts recorded at the entry of the language model, answered again with fewer tokens; vision runs once."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -65,40 +65,48 @@ class Replay:
     def answer_log_probability(self, keep: Tensor) -> Tensor:
         """Mean log-probability of the answer's tokens when only `keep` is read: bool [P, B, T] -> float [P, B]."""
         samples = torch.arange(keep.shape[1], device=keep.device).repeat(len(keep))
-        found = [
-            _mean_log_probability(some.log_probabilities(kept), some.answers)
-            for some, kept in self._chunks(samples, keep.flatten(0, 1))
-        ]
-        return torch.cat(found).view(keep.shape[:2])
+        dtype = torch.promote_types(self.prompt.embeds.dtype, torch.float32)
+        found = torch.empty(len(samples), dtype=dtype, device=keep.device)
+        for index, some, kept in self._chunks(samples, keep.flatten(0, 1)):
+            found[index] = _mean_log_probability(some.log_probabilities(kept), some.answers).to(dtype)
+        return found.view(keep.shape[:2])
 
     def compare(self, keep: Tensor) -> tuple[Tensor, Tensor]:
         """How the answers change when only `keep` is read: bool [C, B, T] -> divergence float and same bool, [C, B].
 
         Equal choices for one sample, frequent among candidates that resemble each other, are answered once.
         """
-        samples, found = torch.arange(keep.shape[1], device=keep.device), []
-        for index in samples.split(self.rows):
-            found.append(self.of_samples(index)._compare(keep[:, index]))
-        diverged, agreed = zip(*found, strict=True)
-        return torch.cat(diverged, 1), torch.cat(agreed, 1)
+        return self.compare_each([keep])[0]
 
-    def _compare(self, keep: Tensor) -> tuple[Tensor, Tensor]:
-        full = self.log_probabilities(visual_tokens(self.visual))
+    def compare_each(self, keeps: Sequence[Tensor]) -> list[tuple[Tensor, Tensor]]:
+        """The same of several choices, which share the unpruned answers: of every budget, say."""
+        samples, found = torch.arange(len(self.visual), device=self.visual.device), []
+        for index in samples.split(self.rows):
+            some = self.of_samples(index)
+            full = some.log_probabilities(visual_tokens(some.visual))
+            found.append([some._compare(full, keep[:, index]) for keep in keeps])
+        return [
+            (torch.cat([diverged for diverged, _ in parts], 1), torch.cat([agreed for _, agreed in parts], 1))
+            for parts in zip(*found, strict=True)
+        ]
+
+    def _compare(self, full: Tensor, keep: Tensor) -> tuple[Tensor, Tensor]:
         samples = torch.arange(keep.shape[1], device=keep.device).repeat(len(keep))
         first, where = _distinct(samples, keep.flatten(0, 1))
-        diverged, agreed = [], []
-        for index, (some, kept) in zip(
-            samples[first].split(self.rows), self._chunks(samples[first], keep.flatten(0, 1)[first]), strict=True
-        ):
-            pruned, valid = some.log_probabilities(kept), some.answers.valid
-            diverged.append(divergence(full[index], pruned, valid))
-            agreed.append(agreement(full[index], pruned, valid))
-        return torch.cat(diverged)[where].view(keep.shape[:2]), torch.cat(agreed)[where].view(keep.shape[:2])
+        samples, distinct = samples[first], keep.flatten(0, 1)[first]
+        diverged = full.new_empty(len(samples))
+        agreed = torch.empty_like(diverged, dtype=torch.bool)
+        for index, some, kept in self._chunks(samples, distinct):
+            unpruned, pruned, valid = full[samples[index]], some.log_probabilities(kept), some.answers.valid
+            diverged[index] = divergence(unpruned, pruned, valid)
+            agreed[index] = agreement(unpruned, pruned, valid)
+        return diverged[where].view(keep.shape[:2]), agreed[where].view(keep.shape[:2])
 
-    def _chunks(self, samples: Tensor, keep: Tensor) -> Iterator[tuple["Replay", Tensor]]:
-        """Some rows at a time: int64 [M], bool [M, T]."""
-        for index, kept in zip(samples.split(self.rows), keep.split(self.rows), strict=True):
-            yield self.of_samples(index), kept
+    def _chunks(self, samples: Tensor, keep: Tensor) -> Iterator[tuple[Tensor, "Replay", Tensor]]:
+        """Some rows at a time, int64 [M] and bool [M, T], and which; equally long ones together: padding costs time."""
+        length = (self.prompt.mask == 1).sum(1)[samples] + keep.sum(1)
+        for index in length.argsort(stable=True).split(self.rows):
+            yield index, self.of_samples(samples[index]), keep[index]
 
     def log_probabilities(self, keep: Tensor) -> Tensor:
         """Of every next token along the answer, when only `keep` [B, T] of the visual tokens are read: [B, A, V].
@@ -107,15 +115,17 @@ class Replay:
         nothing needs to be generated again.
         """
         prompt, ids = self.prompt, self.answers.ids
-        columns = columns_kept(prompt.visual, keep)
+        # Padding is read by nobody; but after padding on the right, generate predicts the first token from it.
+        read = (prompt.mask == 1).scatter(1, self.answers.row[:, None], True)
+        columns = columns_kept(prompt.visual, keep) & read
         short = shortened(columns, prompt.mask)
         forced = ids[:, :-1]
         embeds = self.family.model.get_input_embeddings()(forced).to(prompt.embeds.dtype)
         ahead = torch.ones_like(forced)
         full = torch.cat([prompt.mask, ahead], 1)
         later = self.family.positions(full)[:, prompt.mask.shape[1] :]
-        # The column that predicts the first token has moved by the columns dropped before it.
-        first = columns.cumsum(1).gather(1, self.answers.row[:, None]) - 1
+        # The column that predicts the first token has moved by the columns that are gone before it; fillers are not.
+        first = (short.order <= self.answers.row[:, None]).sum(1, keepdim=True) - 1
         steps = torch.arange(ids.shape[1], device=first.device)
         rows = torch.where(steps == 0, first, short.order.shape[1] - 1 + steps)
         needed, place = rows.unique(return_inverse=True)  # the head's logits are most of the memory

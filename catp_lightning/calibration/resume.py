@@ -144,7 +144,7 @@ class Partial:
     def _save(self, metrics: Mapping[str, Metric]) -> None:
         """Whole or not at all."""
         self._stages[self._stage].tensors = {
-            name: (torch.cat(value) if isinstance(value, list) else value).detach().cpu().contiguous().clone()
+            name: (torch.cat(value) if isinstance(value, list) else value).detach().cpu().contiguous()
             for name, value in _states(metrics).items()
             if not isinstance(value, list) or value
         }

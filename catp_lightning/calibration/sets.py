@@ -16,11 +16,24 @@ from catp_lightning.selectors.dpp import DPP, cosine_similarity, greedy_ranks
 KERNELS = 2**20  # elements of the kernels that are held at a time, 4 MiB in float32
 
 
+Method = tuple[Scorer, Selector]
+
+
+def methods(rules: Sequence[PruningPolicy]) -> list[Method]:
+    """What policies are made of; checking their arguments takes longer than a small batch does."""
+    return [(rule.build_scorer(), rule.build_selector()) for rule in rules]
+
+
 def token_ranks(rules: Sequence[PruningPolicy], seen: Observation, visual: Tensor, most: int) -> Tensor:
+    """`method_ranks` of policies, whatever their budget."""
+    return method_ranks(methods(rules), seen, visual, most)
+
+
+def method_ranks(rules: Sequence[Method], seen: Observation, visual: Tensor, most: int) -> Tensor:
     """The order in which each rule's tokens join its set, so that all budgets are served at once.
 
     Args:
-        rules: policies, whatever their budget.
+        rules: scorers and selectors.
         seen: the signals of I images that the rules read.
         visual: bool [B, T], which visual tokens each sample has.
         most: how many tokens of an image are to be ranked.
@@ -32,7 +45,7 @@ def token_ranks(rules: Sequence[PruningPolicy], seen: Observation, visual: Tenso
     similarities: dict[Selector, Tensor] = {}
     ranks: list[Tensor] = []
     kernels: dict[int, Tensor] = {}
-    for number, (scorer, selector) in enumerate((rule.build_scorer(), rule.build_selector()) for rule in rules):
+    for number, (scorer, selector) in enumerate(rules):
         if scorer not in scores:
             scores[scorer] = score_tokens(scorer, seen, visual)
         exists = torch.ones_like(scores[scorer], dtype=torch.bool)

@@ -11,7 +11,7 @@ from torchmetrics import Metric
 from catp_lightning.calibration.candidates import Candidate
 from catp_lightning.calibration.importance import VOTERS, WORST, Columns, head_votes, probe, sizes
 from catp_lightning.calibration.replay import Replay
-from catp_lightning.calibration.sets import pair_rows, token_ranks
+from catp_lightning.calibration.sets import method_ranks, methods, pair_rows
 from catp_lightning.calibration.split import fold_of
 from catp_lightning.calibration.statistics import (
     CandidateSums,
@@ -25,7 +25,7 @@ from catp_lightning.choosing import visual_tokens
 from catp_lightning.families import Family
 from catp_lightning.fingerprint import mix
 from catp_lightning.observation import Observation, Signal
-from catp_lightning.selectors import keep_count
+from catp_lightning.selectors import keep_count, without_autocast
 
 PAIRS = 40
 """Slots whose pairs are learned too, at most: the sums grow with the fourth power of their number."""
@@ -114,8 +114,9 @@ class Probing:
         part = self.part_of(samples.images)
         self.parts.update(part)
         self.images.update(samples.seen[Signal.FINGERPRINT])
-        for name, metric in self.correlations.items():
-            metric.update(VOTERS[name].votes(samples.seen).sum(2))
+        with without_autocast(part):
+            for name, metric in self.correlations.items():
+                metric.update(VOTERS[name].votes(samples.seen).sum(2))
         if (part == 0).any():
             self._probe(samples.where(part == 0))
 
@@ -152,6 +153,10 @@ class Competition:
         self.title, self.budgets, self.alive, self.belongs = title, budgets, alive, belongs
         self.running = sorted(set().union(*alive))
         self.rules = [[of_fold[number].policy(1.0) for number in self.running] for of_fold in candidates]
+        self._methods = [methods(of_fold) for of_fold in self.rules]
+        several = range(len(self.running))
+        self._shared = [n for n in several if all(of_fold[n] == self._methods[0][n] for of_fold in self._methods)]
+        self._own = sorted(set(several) - set(self._shared))
         self.sums = CandidateSums(len(budgets), len(candidates[0])).to(device)
         self.metrics: dict[str, Metric] = {"candidates": self.sums}
 
@@ -163,25 +168,26 @@ class Competition:
     def compare(self, samples: Samples) -> list[Tensor]:
         """Whether each candidate's answer is the unpruned one: bool [N, B] for each budget, N alive there."""
         counts = [keep_count(keep, samples.seen.tokens) for keep in self.budgets]
-        ranks, same = self._ranks(samples, max(counts)), []
-        for budget, (count, alive) in enumerate(zip(counts, self.alive, strict=True)):
-            keep = ranks[[self.running.index(number) for number in alive]] < count
-            diverged, agreed = samples.replay.compare(keep)
-            self.sums.update(budget, torch.tensor(alive, device=keep.device), diverged.clamp(max=-WORST), agreed)
-            same.append(agreed)
-        return same
+        ranks = self._ranks(samples, max(counts))
+        keep = [
+            ranks[[self.running.index(number) for number in alive]] < count
+            for count, alive in zip(counts, self.alive, strict=True)
+        ]
+        found = samples.replay.compare_each(keep)
+        for budget, (alive, (diverged, agreed)) in enumerate(zip(self.alive, found, strict=True)):
+            self.sums.update(budget, torch.tensor(alive, device=ranks.device), diverged.clamp(max=-WORST), agreed)
+        return [agreed for _, agreed in found]
 
     def _ranks(self, samples: Samples, most: int) -> Tensor:
         """The order in which each candidate's tokens join its set: int64 [N, B, T]."""
         visual, fold = samples.visual, fold_of(samples.images)
-        shared = [n for n, rule in enumerate(self.rules[0]) if all(of_fold[n] == rule for of_fold in self.rules)]
-        own = [n for n in range(len(self.running)) if n not in set(shared)]
+        shared, own = self._shared, self._own
         ranks = torch.full((len(self.running), *visual.shape), most, device=visual.device)
         if shared:
-            ranks[shared] = token_ranks([self.rules[0][n] for n in shared], samples.seen, visual, most)
+            ranks[shared] = method_ranks([self._methods[0][n] for n in shared], samples.seen, visual, most)
         for number in fold.unique().tolist() if own else []:
             here = samples.where(fold == number)
-            found = token_ranks([self.rules[number][n] for n in own], here.seen, here.visual, most)
+            found = method_ranks([self._methods[number][n] for n in own], here.seen, here.visual, most)
             rows = (fold == number).nonzero()[:, 0]
             ranks[torch.tensor(own)[:, None], rows, : found.shape[2]] = found
         return ranks

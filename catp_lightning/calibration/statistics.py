@@ -51,7 +51,8 @@ class Sums(Metric):
 class ProbeSums(Sums):
     """Sums for the regression of an answer's log-probability on what was kept, by fold.
 
-    A state is a sum, so several processes add up to exactly what one would have found, whatever batches each had.
+    A state is a sum, so several processes add up to exactly what one would have found, whatever batches each had. Of
+    each symmetric Gram matrix the upper triangle is kept: there is a copy in the metric's default, and two in a saving.
 
     Args:
         columns: number of columns of a probe's row, F.
@@ -65,7 +66,8 @@ class ProbeSums(Sums):
 
     def __init__(self, columns: int, folds: int = FOLDS, **kwargs: Any) -> None:
         super().__init__(**kwargs)
-        self.add_state("gram", torch.zeros(folds, columns, columns, dtype=torch.float64), dist_reduce_fx="sum")
+        packed = torch.zeros(folds, columns * (columns + 1) // 2, dtype=torch.float64)
+        self.add_state("gram", packed, dist_reduce_fx="sum")
         self.add_state("moment", torch.zeros(folds, columns, dtype=torch.float64), dist_reduce_fx="sum")
         self.add_state("squares", torch.zeros(folds, dtype=torch.float64), dist_reduce_fx="sum")
         self.add_state("rows", torch.zeros(folds, dtype=torch.int64), dist_reduce_fx="sum")
@@ -78,19 +80,25 @@ class ProbeSums(Sums):
             rows: float [P, B, F], what each of P probes kept.
             gain: float [P, B], mean log-probability of the unpruned answer's tokens under each.
         """
-        centred = (rows.double() - rows.double().mean(0)).transpose(0, 1)  # [B, P, F]
         gain = (gain.double() - gain.double().mean(0)).T
+        triangle = torch.triu_indices(rows.shape[2], rows.shape[2], device=rows.device)
         for number in fold.unique().tolist():
-            here, y = centred[fold == number].flatten(0, 1), gain[fold == number].flatten()
-            self.gram[number] += here.T @ here
+            here = rows[:, fold == number].double()  # one fold at a time: several copies of all rows would be held
+            here = (here - here.mean(0)).transpose(0, 1).flatten(0, 1)
+            y = gain[fold == number].flatten()
+            self.gram[number] += (here.T @ here)[tuple(triangle)]
             self.moment[number] += here.T @ y
             self.squares[number] += y @ y
             self.rows[number] += len(y)
 
     def compute(self) -> FoldSums:
         """Over all processes."""
-        states = (self.gram, self.moment, self.squares, self.rows)
-        return FoldSums(*(state.cpu().numpy() for state in states))
+        packed, *others = (state.cpu().numpy() for state in (self.gram, self.moment, self.squares, self.rows))
+        columns = self.moment.shape[1]
+        first, second = np.triu_indices(columns)
+        gram = np.empty((len(packed), columns, columns))
+        gram[:, first, second] = gram[:, second, first] = packed
+        return FoldSums(gram, *others)
 
 
 class CandidateSums(Sums):

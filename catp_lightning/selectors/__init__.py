@@ -1,9 +1,9 @@
 """Selectors by the name a policy calls them."""
 
-from catp_lightning.selectors.base import Selector, keep_count
+from catp_lightning.selectors.base import Selector, keep_count, without_autocast
 from catp_lightning.selectors.dpp import DPP
 from catp_lightning.selectors.top_k import TopK
 
 SELECTORS: dict[str, type[Selector]] = {"top-k": TopK, "dpp": DPP}
 
-__all__ = ["SELECTORS", "Selector", "keep_count"]
+__all__ = ["SELECTORS", "Selector", "keep_count", "without_autocast"]

@@ -66,6 +66,11 @@ def keep_count(keep: int | float, tokens: int) -> int:
     return min(tokens, max(1, wanted))
 
 
+def without_autocast(like: Tensor) -> torch.autocast:
+    """While inside: autocast would round weighted sums and similarities to half precision, and ties would decide."""
+    return torch.autocast(like.device.type, enabled=False)
+
+
 def ranked(scores: Tensor, visual: Tensor) -> Tensor:
     """Rank of each token, 0 the highest: [R, T] -> int64 [R, T]. The lowest index wins a tie; NaN ranks last."""
     order = scores.masked_fill(~visual | scores.isnan(), -torch.inf).argsort(dim=1, descending=True, stable=True)

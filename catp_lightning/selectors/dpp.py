@@ -9,7 +9,7 @@ from torch.nn import functional as F
 
 from catp_lightning.observation import Needs, Observation, Signal
 from catp_lightning.scorers.cross_attention import standardise
-from catp_lightning.selectors.base import Selector
+from catp_lightning.selectors.base import Selector, without_autocast
 
 
 @dataclass(frozen=True)
@@ -64,7 +64,8 @@ class DPP(Selector):
 def cosine_similarity(vectors: Tensor) -> Tensor:
     """Of all pairs of tokens, in float32 at least: [R, T, F] -> [R, T, T]."""
     vectors = F.normalize(vectors.to(torch.promote_types(vectors.dtype, torch.float32)), dim=-1)
-    similarity = torch.nan_to_num(vectors @ vectors.transpose(1, 2))
+    with without_autocast(vectors):
+        similarity = torch.nan_to_num(vectors @ vectors.transpose(1, 2))
     similarity.diagonal(dim1=1, dim2=2).fill_(1)  # exactly: or rounding, which differs by batch, breaks ties
     return similarity
 
@@ -91,7 +92,8 @@ def greedy_ranks(kernel: Tensor, visual: Tensor, most: int) -> Tensor:
     for step in range(most):
         best = gain.masked_fill((ranks < most) | ~visual, -torch.inf).argmax(1)
         ranks[rows, best] = torch.where(visual[rows, best], ranks[rows, best].clamp(max=step), most)
-        past = (factors[rows, :step, best][:, None] @ factors[:, :step])[:, 0]
+        with without_autocast(kernel):
+            past = (factors[rows, :step, best][:, None] @ factors[:, :step])[:, 0]
         factors[:, step] = (kernel[rows, best] - past) / gain[rows, best].clamp(min=1e-8).sqrt()[:, None]
         gain = gain - factors[:, step] ** 2
     return ranks

@@ -1,0 +1,96 @@
+"""The benchmarks' own arithmetic, by hand, and that replaying answers is predicting them."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from benchmarks.agreement import BEST, BUDGETS, met, paired_interval, replayed, spread, verdicts
+from catp_lightning import PruningPolicy, VQAModule
+from catp_lightning.comparison import Comparison, Result, figure, markdown
+from catp_lightning.data import shipped
+from catp_lightning.data.vqa import VQADataModule
+from catp_lightning.demo import CALIBRATED, predict, quiet, scenes_split
+
+PLAIN = "diversity of outputs (plain DPP)"
+
+
+@pytest.mark.parametrize(
+    ("method", "keep", "low", "agreement", "enough"),
+    [
+        ("CATP, all layers", 0.5, 0.001, 0.6, True),
+        ("CATP, all layers", 0.5, 0.0, 0.6, False),
+        ("L2 norm", 0.5, -0.004, 0.989, False),
+        ("L2 norm", 0.5, -0.004, 0.99, True),
+        (PLAIN, 0.25, -0.005, 0.9, True),
+        (PLAIN, 0.25, -0.0051, 0.9, False),
+        (PLAIN, 0.125, 0.0, 0.9, False),
+        (PLAIN, 0.0625, 0.001, 0.9, True),
+        ("random (3 seeds)", 0.125, -0.001, 0.995, False),
+    ],
+)
+def test_a_rival_is_beaten_by_the_lower_end_and_a_control_never_excused(
+    method: str, keep: float, low: float, agreement: float, enough: bool
+) -> None:
+    row = {"method": method, "keep": keep, "agreement": agreement, "reference_ahead_interval": [low, 1.0]}
+    assert met(row) is enough
+
+
+def comparison() -> Comparison:
+    """40 questions about 20 images: calibration is right on all at 1/2, on three in four below; rivals on half."""
+    right = {keep: np.tile([1, 1, 1, 1 if keep == 0.5 else 0], 10).astype(float) for keep in BUDGETS}
+    rivals = ["CATP, all layers", BEST, "self-attention", "L2 norm", "random (3 seeds)", PLAIN]
+    rivals += ["diversity of cross-attention (plain DPP)", "stride"]
+    results = [Result(name, keep, None, np.tile([1.0, 0.0], 20), 32 * keep) for name in rivals for keep in BUDGETS]
+    ours = [Result(CALIBRATED, keep, None, right[keep], 32 * keep) for keep in BUDGETS]
+    return Comparison([number // 2 for number in range(40)], CALIBRATED, results + ours)
+
+
+def test_the_verdicts_say_what_was_aimed_at_and_what_was_reached() -> None:
+    aims, rivals = verdicts(comparison().rows()).split("Is *calibrated* ahead?")
+    assert "| 0.5 | 0.995 | 1.0000 (1.0000 to 1.0000) | yes |" in aims
+    assert "| 0.25 | 0.985 | 0.7500 " in aims and aims.count("**no**") == 3
+    lines = [line.split(" | ") for line in rivals.splitlines() if "(+" in line]
+    assert [line[1] for line in lines] == ["ahead"] * 4 + ["not worse"] * 3 + ["-"]
+    assert all(line[2] == "yes (+0.500)" for line in lines)
+
+
+def test_a_table_without_accuracy_shows_agreement_alone() -> None:
+    rows = comparison().rows()
+    text = markdown(rows, CALIBRATED)
+    assert "accuracy" not in text and "accuracy" not in rows[0]
+    assert "| calibrated | 1.000 (1.000 to 1.000) | 16 | 0.750" in text
+    (axes,) = figure(rows, CALIBRATED, "agreement").axes
+    assert axes.get_ylabel() == "agreement with the unpruned model"
+
+
+def test_the_spread_is_over_draws_and_sizes_are_paired_by_draw() -> None:
+    agreement = np.full((3, 3, len(BUDGETS)), 0.9)
+    agreement[:, 1, 0] = [0.80, 0.84, 0.88]  # 256 questions
+    agreement[:, 2, 0] = [0.82, 0.86, 0.90]  # 512: 0.02 more in every draw
+    text = spread(agreement)
+    assert "| 256 | 0.840, 0.040 (0.800 to 0.880) | 0.900, 0.000 (0.900 to 0.900)" in text
+    assert "| 512 - 256 | +0.0200 (+0.0200 to +0.0200) | +0.0000" in text
+    assert "| mean | **no** | yes | yes | yes |" in text
+
+
+def test_the_paired_interval_is_students() -> None:
+    low, high = paired_interval(np.array([[1.0], [2.0], [6.0]]))
+    half = 4.302653 * (7 / 3) ** 0.5  # t(0.975, 2) times the standard error: variance 7 of three
+    assert (low[0], high[0]) == pytest.approx((3 - half, 3 + half))
+
+
+def test_replayed_answers_are_those_of_predict(tmp_path: Path) -> None:
+    model = str(shipped("digits_blip2"))
+    data = VQADataModule(model, test=scenes_split(tmp_path, "test", 48, 3), batch_size=16)
+    module, batches = VQAModule(model), list[Any](data.test_dataloader())
+    diverse = {"selector": "dpp", "selector_args": {"relevance": -0.5}}
+    policies = [PruningPolicy("catp", keep=keep, **some) for keep in (0.25, 3) for some in ({}, diverse)]
+    found = replayed(module, batches, policies)
+    assert found.images == [int(image) for batch in batches for image in batch["image_ids"]]
+    with quiet(ours=False):
+        assert found.answers == predict(module, batches, None)[0]
+        for policy, same in zip(policies, found.same, strict=True):
+            assert 5 < same.sum() < 48, "some answers must change, or this proves nothing"
+            assert list(same) == list(np.equal(predict(module, batches, policy)[0], found.answers))
