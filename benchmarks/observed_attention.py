@@ -8,7 +8,7 @@ Random weights at real shapes; times are medians of interleaved rounds, reported
 import argparse
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from rich.console import Console
@@ -28,6 +28,10 @@ SHAPES = {  # vision width, layers, heads, pixels; Q-Former width, layers, heads
     "half": (704, 20, 8, 224, 384, 12, 6),
     "blip2-opt-2.7b": (1408, 39, 16, 224, 768, 12, 12),
 }
+
+SDPA = "SDPA"
+MEAN_LOG = "observed and scored: cross-attention (mean log)"
+BORDA = "observed and scored: catp (Borda vote)"
 
 
 def build(shape: str) -> Blip2ForConditionalGeneration:
@@ -64,17 +68,11 @@ def vision_part(model: Blip2ForConditionalGeneration, pixels: Tensor, **settings
     model.qformer(query_embeds=queries, encoder_hidden_states=image, **settings)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--shape", choices=SHAPES, default="half")
-    parser.add_argument("--batch", type=int, default=4)
-    parser.add_argument("--rounds", type=int, default=10)
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    arguments = parser.parse_args()
-    torch.set_num_threads(arguments.threads)
+def vision_cases(shape: str, batch: int) -> dict[str, Callable[[], None]]:
+    """What is compared, plain SDPA first; each call is one forward of the vision part on the same pixels."""
     torch.manual_seed(0)
-    model = build(arguments.shape)
-    pixels = torch.randn(arguments.batch, 3, 224, 224)
+    model = build(shape)
+    pixels = torch.randn(batch, 3, 224, 224)
 
     def sdpa() -> None:
         model.set_attn_implementation("sdpa")
@@ -98,28 +96,49 @@ def main() -> None:
     everything: Needs = {Signal.CROSS_ATTENTION: None, Signal.SELF_ATTENTION: None, Signal.IMAGE_RECEIVED: None}
     weighted = CATP(image_weight="received")
     mean_log, received = SCORERS["cross-attention"](), SCORERS["self-attention"]()
-    cases = {
-        "SDPA": sdpa,
+    return {
+        SDPA: sdpa,
         "eager, output_attentions": eager,
         "observed: every signal, no score": observed(None, everything),
-        "observed and scored: cross-attention (mean log)": observed(mean_log, mean_log.needs),
+        MEAN_LOG: observed(mean_log, mean_log.needs),
         "observed and scored: self-attention": observed(received, received.needs),
-        "observed and scored: catp (Borda vote)": observed(CATP(), CATP().needs),
+        BORDA: observed(CATP(), CATP().needs),
         "observed and scored: catp, weighted by image token": observed(weighted, weighted.needs),
     }
+
+
+def interleaved(cases: Mapping[str, Callable[[], object]], rounds: int, description: str) -> dict[str, list[float]]:
+    """Seconds of each case, one after the other in every round; a first round warms up and does not count."""
     seconds: dict[str, list[float]] = {name: [] for name in cases}
+    for number in track(range(rounds + 1), description=description):
+        for name, case in cases.items():
+            start = time.perf_counter()
+            case()
+            if number:
+                seconds[name].append(time.perf_counter() - start)
+    return seconds
+
+
+def ratios(values: Sequence[float], base: Sequence[float]) -> tuple[float, float, float]:
+    """Of each round's values: median, lowest and highest."""
+    each = [value / plain for value, plain in zip(values, base, strict=True)]
+    return statistics.median(each), min(each), max(each)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--shape", choices=SHAPES, default="half")
+    parser.add_argument("--batch", type=int, default=4)
+    parser.add_argument("--rounds", type=int, default=10)
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    arguments = parser.parse_args()
+    torch.set_num_threads(arguments.threads)
     with torch.inference_mode():
-        for number in track(range(arguments.rounds + 1), description="rounds"):
-            for name, case in cases.items():
-                start = time.perf_counter()
-                case()
-                if number:  # the first is a warm-up
-                    seconds[name].append(time.perf_counter() - start)
+        seconds = interleaved(vision_cases(arguments.shape, arguments.batch), arguments.rounds, "rounds")
     table = Table("vision tower and Q-Former", "median s", "ratio to SDPA (median of rounds)", "lowest to highest")
     for name, values in seconds.items():
-        ratios = [value / base for value, base in zip(values, seconds["SDPA"], strict=True)]
-        spread = f"{min(ratios):.2f} to {max(ratios):.2f}"
-        table.add_row(name, f"{statistics.median(values):.3f}", f"{statistics.median(ratios):.2f}", spread)
+        middle, low, high = ratios(values, seconds[SDPA])
+        table.add_row(name, f"{statistics.median(values):.3f}", f"{middle:.2f}", f"{low:.2f} to {high:.2f}")
     threads = torch.get_num_threads()
     Console().print(f"{arguments.shape}, batch {arguments.batch}, {arguments.rounds} rounds, {threads} threads")
     Console().print(table)

@@ -152,11 +152,20 @@ class Competition:
     ) -> None:
         self.title, self.budgets, self.alive, self.belongs = title, budgets, alive, belongs
         self.running = sorted(set().union(*alive))
-        self.rules = [[of_fold[number].policy(1.0) for number in self.running] for of_fold in candidates]
-        self._methods = [methods(of_fold) for of_fold in self.rules]
-        several = range(len(self.running))
-        self._shared = [n for n in several if all(of_fold[n] == self._methods[0][n] for of_fold in self._methods)]
-        self._own = sorted(set(several) - set(self._shared))
+        first = [candidates[0][number] for number in self.running]
+        rules = [candidate.policy(1.0) for candidate in first]
+        self.rules = [
+            [
+                rule if of_fold[number] == same else of_fold[number].policy(1.0)
+                for number, same, rule in zip(self.running, first, rules, strict=True)
+            ]
+            for of_fold in candidates
+        ]
+        places = range(len(rules))
+        self._shared = [n for n in places if all(of_fold[n] is rules[n] for of_fold in self.rules)]
+        self._own = sorted(set(places) - set(self._shared))
+        self._of_all = methods([rules[n] for n in self._shared])
+        self._of_fold = [methods([of_fold[n] for n in self._own]) for of_fold in self.rules]
         self.sums = CandidateSums(len(budgets), len(candidates[0])).to(device)
         self.metrics: dict[str, Metric] = {"candidates": self.sums}
 
@@ -181,15 +190,14 @@ class Competition:
     def _ranks(self, samples: Samples, most: int) -> Tensor:
         """The order in which each candidate's tokens join its set: int64 [N, B, T]."""
         visual, fold = samples.visual, fold_of(samples.images)
-        shared, own = self._shared, self._own
         ranks = torch.full((len(self.running), *visual.shape), most, device=visual.device)
-        if shared:
-            ranks[shared] = method_ranks([self._methods[0][n] for n in shared], samples.seen, visual, most)
-        for number in fold.unique().tolist() if own else []:
+        if self._shared:
+            ranks[self._shared] = method_ranks(self._of_all, samples.seen, visual, most)
+        for number in fold.unique().tolist() if self._own else []:
             here = samples.where(fold == number)
-            found = method_ranks([self._methods[number][n] for n in own], here.seen, here.visual, most)
+            found = method_ranks(self._of_fold[number], here.seen, here.visual, most)
             rows = (fold == number).nonzero()[:, 0]
-            ranks[torch.tensor(own)[:, None], rows, : found.shape[2]] = found
+            ranks[torch.tensor(self._own)[:, None], rows, : found.shape[2]] = found
         return ranks
 
 

@@ -1,0 +1,251 @@
+"""What a calibration costs on the shipped BLIP-2, against a plain `trainer.predict` over the same questions.
+
+    python -m benchmarks.calibration
+    python -m benchmarks.calibration --rounds 3 --calibrations 1 --shape small --questions-held 256 --processes 1
+
+Times are taken in interleaved rounds and reported as ratios to the plain run of the same round: the median, and the
+lowest to the highest. A peak of memory is that of a process of its own. `OMP_NUM_THREADS=1` makes runs comparable.
+"""
+
+import argparse
+import multiprocessing
+import statistics
+import tempfile
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from rich.console import Console
+from rich.table import Table
+
+from benchmarks.observed_attention import BORDA, MEAN_LOG, SDPA, SHAPES, interleaved, ratios, vision_cases
+from catp_lightning import CrossAttentionCalibration
+from catp_lightning.calibration.recorder import Recorder
+from catp_lightning.callbacks.context import LoopContext, Stage
+from catp_lightning.data import shipped
+from catp_lightning.data.vqa import VQADataModule, VQASplit
+from catp_lightning.demo import BUDGETS, QUIET, quiet, scenes_split
+from catp_lightning.families import find_family
+from catp_lightning.files import write_json
+from catp_lightning.policy import PruningPolicy
+from catp_lightning.scorers import SCORERS, AttentionScorer
+from catp_lightning.vqa_module import VQAModule
+
+PLAIN, WHOLE = "plain predict", "whole calibration"
+FIRST, STEPS = "the user's steps, observed, and setting up", "the user's steps, read again"
+CHOICES, REPORT = "fits, choices, saving", "report"
+HELD = ("plain", "calibration", "above")
+MIB = 2**20
+
+
+class Votes(LoopContext):
+    """Records every batch as a calibration does, and computes one scorer's votes; nothing is replayed."""
+
+    def __init__(self, scorer: AttentionScorer) -> None:
+        super().__init__(("predict",))
+        self.scorer = scorer
+        self.recorder: Recorder | None = None
+
+    @contextmanager
+    def loop_context(self, trainer: Trainer, pl_module: LightningModule, stage: Stage) -> Iterator[None]:
+        self.recorder = Recorder(find_family(pl_module), self.scorer.needs)
+        with self.recorder.recording():
+            yield
+
+    def on_predict_batch_end(self, trainer: Trainer, pl_module: LightningModule, *args: Any) -> None:
+        assert self.recorder is not None
+        with self.recorder.recorded() as pairs, torch.no_grad():
+            for _, seen in pairs:
+                self.scorer.votes(seen)
+
+
+class Timed(CrossAttentionCalibration):
+    """A calibration that notes how many seconds each of its parts took."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__(path, keep=BUDGETS)
+        self.parts: defaultdict[str, float] = defaultdict(float)
+        self._saved = 0.0
+
+    def _read_batch(self, trainer: Trainer, run: Any, number: int) -> None:
+        title, start = run.calibrator.stage.title, time.perf_counter()
+        super()._read_batch(trainer, run, number)
+        self.parts[title] += time.perf_counter() - start
+
+    def _read_again(self, trainer: Trainer, run: Any, done: int) -> None:
+        with self._rest_of(STEPS):
+            super()._read_again(trainer, run, done)
+
+    def on_predict_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        with self._rest_of(CHOICES):
+            super().on_predict_epoch_end(trainer, pl_module)
+            self.parts[REPORT] = time.perf_counter() - self._saved
+
+    def _save(self, policy: PruningPolicy) -> Path:
+        file = super()._save(policy)
+        self._saved = time.perf_counter()
+        return file
+
+    @contextmanager
+    def _rest_of(self, name: str) -> Iterator[None]:
+        """What no part inside counts."""
+        start, before = time.perf_counter(), sum(self.parts.values())
+        yield
+        self.parts[name] += time.perf_counter() - start - (sum(self.parts.values()) - before)
+
+
+class Setting:
+    """The shipped model, and questions about digit scenes."""
+
+    def __init__(self, split: VQASplit, batch: int) -> None:
+        model = str(shipped("digits_blip2"))
+        self.module = VQAModule(model)
+        self.data = VQADataModule(model, calibration=split, batch_size=batch)
+
+    def predict(self, callback: Callback | None = None) -> None:
+        with quiet(ours=False):
+            trainer = Trainer(**QUIET, callbacks=callback, enable_progress_bar=False)
+            trainer.predict(self.module, self.data.calibration_dataloader())
+
+    def calibrate(self) -> Timed:
+        with tempfile.TemporaryDirectory() as folder:
+            callback = Timed(Path(folder))
+            self.predict(callback)
+        return callback
+
+
+def row(name: str, values: Sequence[float], base: Sequence[float], bound: float | None = None) -> dict[str, Any]:
+    middle, low, high = ratios(values, base)
+    found = {"seconds": statistics.median(values), "ratio": middle, "low": low, "high": high}
+    return {"what": name, **found, "bound": bound}
+
+
+def votes(setting: Setting, rounds: int) -> list[dict[str, Any]]:
+    """Observing and voting, on the shipped model."""
+    cases: dict[str, Callable[[], object]] = {PLAIN: setting.predict}
+    bounds = {"cross-attention": 1.1, "catp": None}
+    for name in bounds:
+        cases[name] = partial(_observed, setting, name)
+    seconds = interleaved(cases, rounds, "observing")
+    rows = [row(f"observed, votes of {name}", seconds[name], seconds[PLAIN], bound) for name, bound in bounds.items()]
+    return [row(PLAIN, seconds[PLAIN], seconds[PLAIN]), *rows]
+
+
+def _observed(setting: Setting, name: str) -> None:
+    scorer = SCORERS[name]()
+    assert isinstance(scorer, AttentionScorer)
+    setting.predict(Votes(scorer))
+
+
+def vision(shape: str, batch: int, rounds: int) -> list[dict[str, Any]]:
+    """Rank votes at real shapes with random weights, against the vision part alone: the language model is not run."""
+    cases = {name: case for name, case in vision_cases(shape, batch).items() if name in (SDPA, MEAN_LOG, BORDA)}
+    with torch.inference_mode():
+        seconds = interleaved(cases, rounds, shape)
+    bounds = {BORDA: 1.1}
+    return [row(f"{shape}: {name}", seconds[name], seconds[SDPA], bounds.get(name)) for name in cases]
+
+
+def whole(setting: Setting, rounds: int) -> list[dict[str, Any]]:
+    """A calibration with all its parts."""
+    parts: list[dict[str, float]] = []
+    cases = {PLAIN: setting.predict, WHOLE: lambda: parts.append(setting.calibrate().parts)}
+    seconds = interleaved(cases, rounds, "calibrating")
+    plain, parts = seconds[PLAIN], parts[-rounds:]  # the first is the warm-up's
+    for found, total in zip(parts, seconds[WHOLE], strict=True):
+        found[FIRST] = total - sum(found.values())
+    rows = [row(PLAIN, plain, plain), row(WHOLE, seconds[WHOLE], plain, 30.0)]
+    return rows + [row(f"  {name}", [found[name] for found in parts], plain) for name in parts[0]]
+
+
+def peak(split: VQASplit, batch: int, case: str, threads: int) -> dict[str, int]:
+    """Bytes that this process held at most, and on the GPU."""
+    torch.set_num_threads(threads)
+    setting = Setting(split, batch)
+    if case == WHOLE:
+        setting.calibrate()
+    else:
+        setting.predict()
+    held = {"main memory": _most_held()}
+    if torch.cuda.is_available():
+        held["GPU memory"] = torch.cuda.max_memory_allocated()
+    return held
+
+
+def _most_held() -> int:
+    # Not ru_maxrss: that of a new process starts with what its parent held.
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM"))
+
+
+def memory(splits: Mapping[int, VQASplit], batch: int, processes: int, threads: int) -> list[dict[str, Any]]:
+    """Peaks of plain runs and calibrations, each of a process of its own, the median of several."""
+    rows = []
+    for number, split in splits.items():
+        found: dict[str, list[dict[str, int]]] = {PLAIN: [], WHOLE: []}
+        for _ in range(processes):
+            for case, peaks in found.items():
+                with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
+                    peaks.append(pool.submit(peak, split, batch, case, threads).result())
+        for kind in found[PLAIN][0]:
+            plain, most = ([held[kind] / MIB for held in found[case]] for case in (PLAIN, WHOLE))
+            above = [more - less for more, less in zip(most, plain, strict=True)]
+            middle = dict(zip(HELD, map(statistics.median, (plain, most, above)), strict=True))
+            limits = {"low": min(above), "high": max(above), "bound": 64.0}
+            rows.append({"what": f"{kind}, {number} questions", **middle, **limits})
+    return rows
+
+
+def show(console: Console, title: str, rows: Sequence[Mapping[str, Any]], columns: Sequence[str], digits: int) -> None:
+    table = Table("", *columns, "lowest to highest", "at most", title=title, title_justify="left")
+    for found in rows:
+        values = [f"{found[column]:.{digits}f}" for column in columns]
+        spread = f"{found['low']:.{digits}f} to {found['high']:.{digits}f}"
+        table.add_row(found["what"], *values, spread, "" if found["bound"] is None else f"{found['bound']:g}")
+    console.print(table)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--questions", type=int, default=512)
+    parser.add_argument("--batch", type=int, default=64)
+    parser.add_argument("--rounds", type=int, default=15, help="of observing")
+    parser.add_argument("--calibrations", type=int, default=5, help="rounds of the whole calibration")
+    parser.add_argument(
+        "--shape", choices=SHAPES, default="blip2-opt-2.7b", help="of the rank votes with random weights"
+    )
+    parser.add_argument("--shape-batch", type=int, default=2)
+    parser.add_argument("--shape-rounds", type=int, default=7)
+    parser.add_argument("--questions-held", type=int, nargs="*", default=[256, 1024, 2048], help="of memory peaks")
+    parser.add_argument("--processes", type=int, default=3, help="of each memory peak")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--output", type=Path, help="a JSON file")
+    chosen = parser.parse_args()
+    torch.set_num_threads(chosen.threads)
+    console = Console(width=120)
+    with tempfile.TemporaryDirectory() as folder:
+        numbers = {chosen.questions, *chosen.questions_held}
+        splits = {number: scenes_split(Path(folder, str(number)), "calibration", number, 0) for number in numbers}
+        held = {number: splits[number] for number in chosen.questions_held}
+        found = {"memory": memory(held, chosen.batch, chosen.processes, chosen.threads)}
+        setting = Setting(splits[chosen.questions], chosen.batch)
+        found["observing"] = votes(setting, chosen.rounds)
+        found["calibration"] = whole(setting, chosen.calibrations)
+    found["real shapes"] = vision(chosen.shape, chosen.shape_batch, chosen.shape_rounds)
+    console.print(f"{chosen.questions} questions, batches of {chosen.batch}, {chosen.threads} threads")
+    for title in ("observing", "real shapes", "calibration"):
+        show(console, title, found[title], ("seconds", "ratio"), 2)
+    show(console, "memory, MiB", found["memory"], HELD, 1)
+    if chosen.output:
+        write_json(chosen.output, {"settings": {**vars(chosen), "output": None}, **found}, indent=2)
+
+
+if __name__ == "__main__":
+    main()
