@@ -65,7 +65,7 @@ class ProbeSums(Sums):
     rows: Tensor
 
     def __init__(self, columns: int, folds: int = FOLDS, **kwargs: Any) -> None:
-        super().__init__(**kwargs)
+        super().__init__(compute_with_cache=False, **kwargs)  # what is computed is larger than the sums
         packed = torch.zeros(folds, columns * (columns + 1) // 2, dtype=torch.float64)
         self.add_state("gram", packed, dist_reduce_fx="sum")
         self.add_state("moment", torch.zeros(folds, columns, dtype=torch.float64), dist_reduce_fx="sum")
