@@ -60,9 +60,8 @@ def main() -> None:
         kept = same.double().numpy() @ weights(scene.grid)
         best.append(kept.max())
         mean.append(kept.mean())
-    print(
-        f"{images} images: the best pair of each keeps {np.mean(best):.3f} of its answers, the mean pair {np.mean(mean):.3f}"
-    )
+    found = f"the best pair of each keeps {np.mean(best):.3f} of its answers, the mean pair {np.mean(mean):.3f}"
+    print(f"{images} images: {found}")
 
 
 if __name__ == "__main__":
