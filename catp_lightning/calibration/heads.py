@@ -5,8 +5,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
-from sklearn.exceptions import ConvergenceWarning
-from sklearn.linear_model import lars_path_gram
 
 from catp_lightning.calibration.statistics import FoldSums
 
@@ -158,6 +156,9 @@ def _strength(errors: np.ndarray, squares: np.ndarray) -> int:
 
 def _path(gram: np.ndarray, moment: np.ndarray, rows: int, slots: int, top: float) -> np.ndarray:
     """Fits at every strength, the first without heads: float64 [A, S + H]."""
+    from sklearn.exceptions import ConvergenceWarning  # here: importing it changes the environment of the process
+    from sklearn.linear_model import lars_path_gram
+
     inner, outer = partial_out(gram, moment, slots)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ConvergenceWarning)  # of columns that repeat others it takes one, and says so
