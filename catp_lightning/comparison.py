@@ -151,7 +151,7 @@ def _ahead(row: Mapping[str, Any]) -> str:
     return f"{row['reference_ahead']:+.3f} ({low:+.3f} to {high:+.3f})"
 
 
-def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+def markdown_table(header: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
     """
     >>> print(markdown_table(["keep", "tokens"], [["0.5", "16"]]), end="")
     | keep | tokens |
@@ -159,7 +159,7 @@ def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     | 0.5 | 16 |
     """
     lines = [header, ["---"] * len(header), *rows]
-    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+    return "".join(f"| {' | '.join(map(str, line))} |\n" for line in lines)
 
 
 def figure(rows: Sequence[Mapping[str, Any]], reference: str, measure: Measure = "accuracy") -> Figure:

@@ -50,22 +50,22 @@ class Findings:
 
     def policies(self) -> list[PruningPolicy]:
         """A policy for each budget; with a promise one, at the smallest budget that keeps it."""
+        common = self._common()
         if self.promise is None:
-            return [self._policy(budget) for budget in range(len(self.budgets))]
+            return [self._policy(budget, common) for budget in range(len(self.budgets))]
         walked = walk(self.promise, self.first[1], self.first[0])
         shown = {"promise": {**asdict(self.promise), "images": self.first[0], "steps": self._steps(walked)}}
         if walked.chosen is not None:
-            return [self._policy(walked.chosen, shown)]
-        evidence = {"chosen": "no pruning", "control": False, **self._common(), **shown, "candidates": []}
+            return [self._policy(walked.chosen, {**common, **shown})]
+        evidence = {"chosen": "no pruning", "control": False, **common, **shown, "candidates": []}
         return [PruningPolicy("position", keep=1.0, model=self.model, evidence=evidence)]
 
-    def _policy(self, budget: int, more: Mapping[str, Any] | None = None) -> PruningPolicy:
+    def _policy(self, budget: int, common: Mapping[str, Any]) -> PruningPolicy:
         chosen = self.candidates[self.chosen[budget]]
         evidence = {
             "chosen": chosen.name,
             "control": chosen.control,
-            **self._common(),
-            **(more or {}),
+            **common,
             "candidates": self._rows(budget),
         }
         return PruningPolicy(

@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 
 from catp_lightning.calibration.figures import visual_tokens, voters
+from catp_lightning.comparison import markdown_table
 from catp_lightning.policy import PruningPolicy
 
 SHOWN = 20
@@ -71,12 +72,6 @@ def interval(ends: Sequence[float]) -> str:
     return f"{ends[0]:.1%} to {ends[1]:.1%}"
 
 
-def table(header: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
-    """A Markdown table."""
-    lines = [header, ["---"] * len(header), *rows]
-    return "".join(f"| {' | '.join(map(str, line))} |\n" for line in lines)
-
-
 def _figures(there: Sequence[str], names: Sequence[str]) -> Iterator[str]:
     for name in names:
         if name in there:
@@ -97,7 +92,7 @@ def _budgets(policies: Sequence[PruningPolicy]) -> str:
         ]
         for point in evidence["retention"]
     ]
-    return table(("keep", "visual tokens", "chosen", "agreement", "95% interval", "samples checked"), rows)
+    return markdown_table(("keep", "visual tokens", "chosen", "agreement", "95% interval", "samples checked"), rows)
 
 
 def _promise(policy: PruningPolicy) -> str:
@@ -126,7 +121,7 @@ def _promise(policy: PruningPolicy) -> str:
     return (
         f"## The promise\n\n{said} It was tested on {images} images that nothing was decided on, from the largest "
         "budget down; the first whose bound exceeds the promise ends the test.\n\n"
-        + table(("keep", "disagreed", "bound", "tested", "holds"), rows)
+        + markdown_table(("keep", "disagreed", "bound", "tested", "holds"), rows)
     )
 
 
@@ -172,8 +167,9 @@ def _candidates(policy: PruningPolicy) -> str:
     more = len(everyone) - len(shown)
     rest = f"{more} more candidates are not shown" if more else "These are all candidates"
     return (
-        f"## Candidates at keep {policy.keep}\n\n{table(header, rows)}\n{rest}; the figures of all {len(everyone)} are "
-        "in the policy's evidence. Candidates that left in an early round answered fewer samples and stand below those "
-        "that stayed; controls and each layer of CATP always stay. Divergence, which decides, is the mean over answer "
+        f"## Candidates at keep {policy.keep}\n\n{markdown_table(header, rows)}\n"
+        f"{rest}; the figures of all {len(everyone)} are in the policy's evidence. Candidates that left in an early round "
+        "answered fewer samples and stand below those that stayed; controls and each layer of CATP are checked however "
+        "they do. Divergence, which decides, is the mean over answer "
         "tokens of KL(unpruned || pruned) in nats, with its standard error."
     )
