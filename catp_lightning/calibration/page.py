@@ -168,7 +168,7 @@ def _candidates(policy: PruningPolicy) -> str:
     rest = f"{more} more candidates are not shown" if more else "These are all candidates"
     return (
         f"## Candidates at keep {policy.keep}\n\n{markdown_table(header, rows)}\n"
-        f"{rest}; the figures of all {len(everyone)} are in the policy's evidence. Candidates that left in an early round "
+        f"{rest}; the figures of all {len(everyone)} are in the policy's evidence. Candidates that left early "
         "answered fewer samples and stand below those that stayed; controls and each layer of CATP are checked however "
         "they do. Divergence, which decides, is the mean over answer "
         "tokens of KL(unpruned || pruned) in nats, with its standard error."
