@@ -36,6 +36,16 @@ def test_a_scene_holds_its_digits_where_its_grid_says() -> None:
         assert np.array_equal(cells.max(-1) > 150, scene.grid != EMPTY)
 
 
+def test_pictures_take_grids_in_turn_and_every_kind_of_question_is_asked_about_each(tmp_path: Path) -> None:
+    grids = ((3, 3), (3, 6), (6, 6))
+    write_scenes(tmp_path, "test", 24, grids=grids)
+    kinds: dict[tuple[int, int], set[str]] = {}
+    for note in json.loads((tmp_path / "annotations.json").read_text())["annotations"]:
+        with Image.open(tmp_path / "images" / f"{note['image_id']:012d}.png") as image:
+            kinds.setdefault((image.height // CELL, image.width // CELL), set()).add(note["question_type"])
+    assert kinds == {grid: set(KINDS) for grid in grids}
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_answers_follow_from_the_grid(kind: str) -> None:
     rng, grids = np.random.default_rng(5), []

@@ -4,7 +4,7 @@ The 1,797 digits of `sklearn.datasets.load_digits` are real handwriting. They ar
 for training, calibration and test: a model can be asked about digits that neither its training nor its calibration saw.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -38,7 +38,7 @@ class DigitPool:
 
 @dataclass(frozen=True)
 class Scene:
-    """One picture: `image` uint8 [64, 64], `grid` int64 [4, 4] with the digit of each cell or `EMPTY`."""
+    """One picture of R x C cells: `image` uint8 [16 R, 16 C], `grid` int64 [R, C], each cell's digit or `EMPTY`."""
 
     image: np.ndarray
     grid: np.ndarray
@@ -67,15 +67,15 @@ def digit_pool(split: Split) -> DigitPool:
     return DigitPool(images, digits.target[chosen])
 
 
-def draw_scene(rng: np.random.Generator, pool: DigitPool) -> Scene:
-    """One to three digits in different cells of a 4 x 4 grid, each at its own contrast, on a noisy background."""
+def draw_scene(rng: np.random.Generator, pool: DigitPool, rows: int = GRID, columns: int = GRID) -> Scene:
+    """One to three digits in different cells of a grid, each at its own contrast, on a noisy background."""
     count = rng.integers(1, MOST_DIGITS + 1)
-    cells = rng.choice(GRID * GRID, count, replace=False)
+    cells = rng.choice(rows * columns, count, replace=False)
     drawn = rng.choice(len(pool.labels), count, replace=False)
-    canvas = np.abs(rng.normal(0, 0.08, (GRID * CELL, GRID * CELL)))
-    grid = np.full((GRID, GRID), EMPTY)
+    canvas = np.abs(rng.normal(0, 0.08, (rows * CELL, columns * CELL)))
+    grid = np.full((rows, columns), EMPTY)
     for cell, digit in zip(cells, drawn, strict=True):
-        row, column = divmod(int(cell), GRID)
+        row, column = divmod(int(cell), columns)
         window = canvas[row * CELL : (row + 1) * CELL, column * CELL : (column + 1) * CELL]
         window += pool.images[digit] * rng.uniform(0.7, 1.0)
         grid[row, column] = pool.labels[digit]
@@ -111,7 +111,14 @@ ASK: dict[str, Callable[[np.random.Generator, np.ndarray], Question]] = dict(
 )
 
 
-def write_scenes(folder: str | Path, split: Split, questions: int, seed: int = 0, questions_per_image: int = 2) -> Path:
+def write_scenes(
+    folder: str | Path,
+    split: Split,
+    questions: int,
+    seed: int = 0,
+    questions_per_image: int = 2,
+    grids: Sequence[tuple[int, int]] = ((GRID, GRID),),
+) -> Path:
     """Write scenes and their questions in VQAv2's layout, kinds of question in turn.
 
     Creates `questions.json`, `annotations.json` (ten equal answers each) and `images/{image_id:012d}.png` in `folder`,
@@ -123,6 +130,7 @@ def write_scenes(folder: str | Path, split: Split, questions: int, seed: int = 0
         questions: how many, at least 1.
         seed: of the scenes and questions; image ids of different splits or seeds do not meet.
         questions_per_image: how many questions share one image, as in VQAv2 itself.
+        grids: rows and columns of cells; pictures take them in turn, and every kind of question is asked about each.
 
     Returns:
         `folder`, as a path.
@@ -139,7 +147,8 @@ def write_scenes(folder: str | Path, split: Split, questions: int, seed: int = 0
     for number in range(questions):
         image_id = (salt * 1000 + seed % 1000) * 1_000_000 + number // questions_per_image
         if number % questions_per_image == 0:
-            scene = draw_scene(rng, pool)
+            rounds = number // max(len(KINDS), questions_per_image)  # of all kinds of question: each grid gets them all
+            scene = draw_scene(rng, pool, *grids[rounds % len(grids)])
             Image.fromarray(scene.image).convert("RGB").save(folder / "images" / f"{image_id:012d}.png")
         question = ASK[KINDS[number % len(KINDS)]](rng, scene.grid)
         ids = {"image_id": image_id, "question_id": image_id * 100 + number % questions_per_image}
