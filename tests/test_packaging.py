@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from catp_lightning.data import SHIPPED
+
 ROOT = Path(__file__).parent.parent
 SOURCES = ["pyproject.toml", "setup.py", "README.md", "LICENSE", "catp_lightning", "configs"]
 LIBRARIES = [path for path in sys.path if path.endswith("-packages")]
@@ -28,7 +30,7 @@ def python(code: str, *arguments: object, cwd: Path) -> str:
 
 def shipped(folder: Path) -> set[str]:
     """What the sources say a wheel must hold, by its path in the wheel."""
-    package = [*folder.glob("catp_lightning/**/*.py"), *folder.glob("catp_lightning/data/digits_blip2/*")]
+    package = [*folder.glob("catp_lightning/**/*.py"), *folder.glob("catp_lightning/data/digits_*/*")]
     configs = [*folder.glob("configs/*.py"), *folder.glob("configs/*.yaml")]
     names = {path.relative_to(folder).as_posix() for path in package}
     return names | {f"catp_lightning/configs/{path.name}" for path in configs} | {"catp_lightning/py.typed"}
@@ -44,8 +46,8 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
         else:
             shutil.copy(ROOT / name, folder / name)
     (folder / "configs/added.yaml").write_text("keep: 0.5\n")
-    (folder / "catp_lightning/data/digits_blip2").mkdir(exist_ok=True)
-    (folder / "catp_lightning/data/digits_blip2/model.safetensors").write_bytes(b"weights")
+    for name in SHIPPED:
+        (folder / "catp_lightning/data" / name / "model.safetensors").write_bytes(b"weights")
     return folder
 
 

@@ -4,11 +4,16 @@ from pathlib import Path
 
 from catp_lightning.errors import DataError
 
-SHIPPED = ("digits_blip2",)
+SHIPPED = ("digits_blip2", "digits_llava", "digits_mllama")
 
 
 def shipped(name: str) -> Path:
-    """The folder of a model that comes with the package, with its processor; "digits_blip2" answers about digit scenes.
+    """The folder of a model that comes with the package, with its processor. All answer questions about digit scenes.
+
+    - digits_blip2: 4 x 4 cells, `write_scenes` without `grids`; prompt "Question: {} Short answer:".
+    - digits_llava: `grids=((6, 6),)`; prompt "<image> Question: {} Short answer:".
+    - digits_mllama: `grids=((3, 3), (3, 6), (6, 3), (6, 6))`, of 1, 2, 2 and 4 tiles; prompt
+      "<|image|>Question: {} Short answer:".
 
     Raises:
         DataError: no model of that name is shipped.
