@@ -31,11 +31,11 @@ from scipy.stats import t as student
 from catp_lightning import CrossAttentionCalibration, PruningPolicy, VQAModule
 from catp_lightning.calibration.recorder import Recorder
 from catp_lightning.calibration.sets import token_ranks
-from catp_lightning.choosing import visual_tokens
 from catp_lightning.comparison import Comparison, Result, figure, markdown, markdown_table
 from catp_lightning.data import shipped
 from catp_lightning.data.vqa import VQADataModule
 from catp_lightning.demo import CALIBRATED, QUIET, RULES, fixed_rules, predict, quiet, scenes_split
+from catp_lightning.dropping import visual_tokens
 from catp_lightning.families import find_family
 from catp_lightning.files import write_json, write_text
 from catp_lightning.locations import budget_file_name

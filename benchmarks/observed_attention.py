@@ -17,6 +17,7 @@ from rich.table import Table
 from torch import Tensor
 from transformers import Blip2Config, Blip2ForConditionalGeneration, Blip2QFormerConfig, Blip2VisionConfig, OPTConfig
 
+from catp_lightning.dropping import Prompt
 from catp_lightning.families import find_family
 from catp_lightning.observation import Needs, Signal
 from catp_lightning.observing import Observer
@@ -89,7 +90,7 @@ def vision_cases(shape: str, batch: int) -> dict[str, Callable[[], None]]:
             with observer.watching():
                 vision_part(model, pixels)
             if scorer is not None:
-                scorer.score(observer.take())
+                scorer.score(observer.take(Prompt(torch.empty(0, 0), {}, 1)))
 
         return run
 

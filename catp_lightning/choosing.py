@@ -1,5 +1,7 @@
 """From what was observed to which tokens stay: pure tensors, shared by pruning and calibration."""
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
 
@@ -15,22 +17,34 @@ def choose_tokens(
     """Which visual tokens stay.
 
     Args:
-        scores: float [I, T'], a scorer's, in image order.
+        scores: float [I, T'], a scorer's.
         selector: turns scores into a set.
         keep: the budget, of each image or of the whole sample as the selector's `per` says.
         seen: what the selector compares tokens by.
-        visual: bool [B, T], which visual tokens each sample has; its own come first.
+        visual: bool [B, T], which visual tokens each sample has.
 
     Returns:
         keep, bool [B, T], and the scores in the samples' order, float [B, T], -inf where a sample has no token.
     """
     vectors = selector.vectors(seen)
-    by_sample = placed(scores, visual, -torch.inf)
+    by_sample = placed(scores, seen.exists, visual, -torch.inf)
     if selector.per == "sample":
-        vectors = None if vectors is None else placed(vectors, visual, 0.0)
-        return selector.select(by_sample, visual, _budget(keep, visual), vectors), by_sample
-    exists = torch.ones_like(scores, dtype=torch.bool)
-    return placed(selector.select(scores, exists, _budget(keep, exists), vectors), visual, False), by_sample
+        free = placed(seen.free, seen.exists, visual, False)
+        vectors = None if vectors is None else placed(vectors, seen.exists, visual, 0.0)
+        return selector.select(by_sample, free, _budget(keep, free), vectors) | (visual & ~free), by_sample
+    kept = seen.exists & ~seen.free
+    for part in _parts(seen, selector.per):
+        kept = kept | selector.select(scores, part, _budget(keep, part), vectors)
+    return placed(kept, seen.exists, visual, False), by_sample
+
+
+def _parts(seen: Observation, per: str) -> Iterator[Tensor]:
+    """Tokens that share a budget, in each image: bool [I, T]."""
+    if per != "crop" or seen.crops is None:
+        yield seen.free
+        return
+    for crop in range(int(seen.crops.max()) + 1):
+        yield seen.free & (seen.crops == crop)
 
 
 def score_tokens(scorer: Scorer, seen: Observation, visual: Tensor) -> Tensor:
@@ -40,37 +54,41 @@ def score_tokens(scorer: Scorer, seen: Observation, visual: Tensor) -> Tensor:
         PruningError: the samples' placeholders do not match the images. transformers would put one sample's features
         into another.
     """
-    counts = visual.sum(1).tolist()
-    wrong = [row for row, count in enumerate(counts) if count % seen.tokens]
-    if wrong or sum(counts) != seen.images * seen.tokens:
+    own, images = visual.sum(1), seen.exists.sum(1)
+    ends = torch.isin(own.cumsum(0), torch.cat([images.new_zeros(1), images.cumsum(0)]))
+    if int(own.sum()) != int(images.sum()) or not bool(ends.all()):
+        wrong = "" if bool(ends.all()) else f" (sample {int((~ends).nonzero()[0])} does not end where an image ends)"
         raise PruningError(
-            f"{seen.images} images of {seen.tokens} visual tokens were read, but the samples have {counts} placeholders"
-            + (f" (sample {wrong[0]} has no multiple of {seen.tokens})" if wrong else "")
-            + ": features would reach the wrong sample. Give each sample as many image tokens as its images need."
+            f"{seen.images} images with {_counts(images)} visual tokens were read, but the samples have "
+            f"{own.tolist()} placeholders{wrong}: features would reach the wrong sample. Give each sample as many "
+            "image tokens as its images need."
         )
     with without_autocast(visual):
         return scorer.score(seen)
 
 
-def visual_tokens(placeholders: Tensor) -> Tensor:
-    """Placeholders in a prompt, bool [B, L] -> which visual tokens each sample has, bool [B, T]."""
-    counts = placeholders.sum(1)
-    return torch.arange(int(counts.max()), device=counts.device) < counts[:, None]
-
-
-def columns_kept(placeholders: Tensor, keep: Tensor) -> Tensor:
-    """Columns of a prompt that stay, text always: bool [B, L], and bool [B, T] of its visual tokens -> bool [B, L]."""
-    columns, own = ~placeholders, visual_tokens(placeholders)
-    columns[placeholders] = keep[:, : own.shape[1]][own]  # these samples may be of a batch with more tokens
-    return columns
+def _counts(images: Tensor) -> str:
+    distinct = images.unique().tolist()
+    return str(distinct[0]) if len(distinct) == 1 else str(images.tolist())
 
 
 def _budget(keep: int | float, visual: Tensor) -> Tensor:
     return torch.tensor([keep_count(keep, count) for count in visual.sum(1).tolist()], device=visual.device)
 
 
-def placed(values: Tensor, visual: Tensor, fill: float | bool) -> Tensor:
-    """Values of tokens in image order, [I, T', ...], put where their samples have them: [B, T, ...]."""
+def stage_counts(keep: int | float, tokens: Tensor, part: float) -> Tensor:
+    """How many of each sample's `tokens`, int64 [B], stay after `part` of the stages; each drops as large a share.
+
+    >>> stage_counts(0.125, torch.tensor([64]), 1 / 3), stage_counts(8, torch.tensor([64]), 1.0)
+    (tensor([32]), tensor([8]))
+    """
+    last = [keep_count(keep, count) / max(1, count) for count in tokens.tolist()]
+    counts = [keep_count(share**part, count) for share, count in zip(last, tokens.tolist(), strict=True)]
+    return torch.tensor(counts, device=tokens.device)
+
+
+def placed(values: Tensor, exists: Tensor, visual: Tensor, fill: float | bool) -> Tensor:
+    """Values of images' tokens, [I, T', ...] where `exists`, put where their samples have them: [B, T, ...]."""
     found = values.new_full((*visual.shape, *values.shape[2:]), fill)
-    found[visual] = values.flatten(0, 1)
+    found[visual] = values[exists]
     return found

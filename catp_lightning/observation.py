@@ -9,16 +9,29 @@ from torch import Tensor
 
 
 class Signal(Enum):
-    """Something to observe. I images, H heads, T tokens of an image, N image patches (with [CLS]), D features."""
+    """Something to observe. I images or frames, H heads, T tokens of an image, N patches (with [CLS]), D features."""
 
     CROSS_ATTENTION = "cross-attention maps, by layer: [I, H, T, N], each row sums to 1"
     SELF_ATTENTION = "self-attention a token receives, summed over query rows, by layer: [I, H, T]"
     IMAGE_RECEIVED = "attention an image patch receives in the vision tower's last block, over heads and rows: [I, N]"
-    OUTPUTS = "the token as it leaves the vision part, before projection: [I, T, D]"
+    VISION_ATTENTION = (
+        "attention a token's patches get in the vision tower, by layer: from [CLS], or received: [I, H, T]"
+    )
+    TEXT_ATTENTION = "attention a token gets from the text in a cross-attention layer of the language model: [I, H, T]"
+    LAST_ROW = "attention a token gets from the prompt's last row in a layer of the decoder: [I, H, T]"
+    OUTPUTS = "the token as it leaves the vision part: [I, T, D]"
     FINGERPRINT = "a checksum of the image's pixels: int64 [I]"
 
 
-BY_LAYER = frozenset({Signal.CROSS_ATTENTION, Signal.SELF_ATTENTION})
+BY_LAYER = frozenset(
+    {
+        Signal.CROSS_ATTENTION,
+        Signal.SELF_ATTENTION,
+        Signal.VISION_ATTENTION,
+        Signal.TEXT_ATTENTION,
+        Signal.LAST_ROW,
+    }
+)
 
 Needs = Mapping[Signal, tuple[int, ...] | None]
 """Which signals a method reads and, where a signal has layers, which: None for all, negative counts from the last."""
@@ -39,21 +52,45 @@ class Observation:
     """The signals of one prefill.
 
     Attributes:
-        images: number of images, I.
-        tokens: visual tokens of each image, T.
+        exists: bool [I, T], which tokens each image, or frame of a video, has. Read row by row they are the visual
+            tokens of the batch in the order of their placeholders.
         layers: how many layers each by-layer signal has in this model.
         values: the tensors observed, by signal, or by signal and layer.
+        always: bool [I, T], tokens that stand for no patch (a line's end, a frame's [CLS]): they always stay.
+        crops: int64 [I, T], the crop of its image a token is of; None where images are not cut.
     """
 
-    images: int
-    tokens: int
+    exists: Tensor
     layers: Mapping[Signal, int]
     values: dict[Signal | tuple[Signal, int], Tensor] = field(default_factory=dict)
+    always: Tensor | None = None
+    crops: Tensor | None = None
+
+    @classmethod
+    def of_equal(cls, images: int, tokens: int, layers: Mapping[Signal, int], values: "Values") -> "Observation":
+        """Of `images` that all have the same number of tokens."""
+        device = next((value.device for value in values.values()), None)
+        return cls(torch.ones(images, tokens, dtype=torch.bool, device=device), layers, values)
+
+    @property
+    def images(self) -> int:
+        return self.exists.shape[0]
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of the largest image."""
+        return self.exists.shape[1]
+
+    @property
+    def free(self) -> Tensor:
+        """Tokens that may be dropped: bool [I, T]."""
+        return self.exists if self.always is None else self.exists & ~self.always
 
     def of_images(self, index: Tensor) -> "Observation":
         """The same signals of some of the images: bool [I]."""
         values = {key: value[index] for key, value in self.values.items()}
-        return Observation(int(index.sum()), self.tokens, self.layers, values)
+        always, crops = (None if part is None else part[index] for part in (self.always, self.crops))
+        return Observation(self.exists[index], self.layers, values, always, crops)
 
     def __getitem__(self, signal: Signal) -> Tensor:
         """A signal without layers."""
@@ -64,3 +101,6 @@ class Observation:
         count = self.layers[signal]
         chosen = range(count) if layers is None else layers
         return torch.stack([self.values[signal, layer % count] for layer in chosen], 1)
+
+
+Values = dict[Signal | tuple[Signal, int], Tensor]

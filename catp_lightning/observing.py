@@ -1,6 +1,6 @@
 """Collects, from one forward of the vision part, the signals that scorers and selectors need."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -8,25 +8,30 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from catp_lightning.attention import Reduction, observe_attention
+from catp_lightning.dropping import Prompt
 from catp_lightning.errors import PruningError
 from catp_lightning.families import Family
-from catp_lightning.observation import BY_LAYER, Needs, Observation, Signal
+from catp_lightning.observation import BY_LAYER, Needs, Observation, Signal, Values
 
-ATTENTION = frozenset({Signal.CROSS_ATTENTION, Signal.SELF_ATTENTION, Signal.IMAGE_RECEIVED})
+ATTENTION = frozenset(
+    {Signal.CROSS_ATTENTION, Signal.SELF_ATTENTION, Signal.VISION_ATTENTION, Signal.LAST_ROW, Signal.IMAGE_RECEIVED}
+)
 
 
 class Observer:
     """Watches the vision part of one model; `take` hands over what its last forward showed.
 
     Raises:
-        PruningError: a layer is asked for that the model does not have.
+        PruningError: a signal or a layer is asked for that the model does not have.
     """
 
     def __init__(self, family: Family, needs: Needs) -> None:
         self.family = family
         self.active = True
         self.sites = list(_sites(family, needs))
-        self.values: dict[Signal | tuple[Signal, int], Tensor] = {}
+        self.at_entry = family.at_entry & needs.keys()
+        self.values: Values = {}
+        self._last: tuple[Mapping[str, Any], Values] | None = None  # what was taken last, and for which call
 
     @contextmanager
     def watching(self) -> Iterator[None]:
@@ -42,6 +47,7 @@ class Observer:
                     output = self.family.output_site(signal)
                     hook = output.module.register_forward_hook(self._reading(key, output.read), with_kwargs=True)
                     undo.callback(hook.remove)
+            undo.callback(setattr, self, "_last", None)
             for owner, modules in attention.items():
                 undo.enter_context(observe_attention(owner, modules))
             yield
@@ -49,17 +55,20 @@ class Observer:
     def forget(self) -> None:
         """Throw away what was seen: the call it belonged to has failed."""
         self.values.clear()
+        self._last = None
 
-    def take(self) -> Observation:
-        """The signals of the last forward of the vision part; they are handed over once."""
+    def take(self, prompt: Prompt) -> Observation:
+        """The signals of the last forward of the vision part, and of the prompt; they are handed over once."""
         values, self.values = self.values, {}
+        if not values and self._last is not None and self._last[0] is prompt.arguments:
+            values = self._last[1]  # a step without a cache: generate runs the vision part once for all steps
         if len(values) < len(self.sites):
             raise PruningError(
                 "The language model was called without the vision part being run in the same call, so its tokens "
                 "cannot be scored. Pass pixel_values, not precomputed image features; or use keep=1.0."
             )
-        images = next(iter(values.values())).shape[0]
-        return Observation(images, self.family.tokens_per_image, self.family.layers(), values)
+        self._last = (prompt.arguments, values)
+        return self.family.observation(values, self.at_entry, prompt)
 
     def _storing(self, key: Signal | tuple[Signal, int]) -> Callable[[Tensor], None]:
         def store(value: Tensor) -> None:
@@ -77,7 +86,16 @@ class Observer:
 
 
 def _sites(family: Family, needs: Needs) -> Iterator[tuple[Signal, int]]:
+    there = family.signals | family.layers().keys()
     for signal, layers in needs.items():
+        if signal not in there:
+            has = ", ".join(sorted(_named(other) for other in there)) or "none"
+            raise PruningError(
+                f"The policy reads {_named(signal)}, which {type(family.model).__name__} does not show. It shows: "
+                f"{has}. docs/methods.md says which scorers read what; stride and random work on every model."
+            )
+        if signal in family.at_entry:
+            continue
         if signal not in BY_LAYER:
             yield signal, 0
             continue
@@ -85,7 +103,11 @@ def _sites(family: Family, needs: Needs) -> Iterator[tuple[Signal, int]]:
         for layer in range(count) if layers is None else layers:
             if not -count <= layer < count:
                 raise PruningError(
-                    f"The policy reads layer {layer} of {signal.name.lower().replace('_', '-')}; this model has "
+                    f"The policy reads layer {layer} of {_named(signal)}; this model has "
                     f"{count}, numbered 0 to {count - 1}. Calibrate again, or name layers it has."
                 )
         yield from ((signal, layer) for layer in sorted({n % count for n in (layers or range(count))}))
+
+
+def _named(signal: Signal) -> str:
+    return signal.name.lower().replace("_", "-")

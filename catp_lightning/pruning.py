@@ -6,10 +6,11 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
-from catp_lightning.choosing import choose_tokens, columns_kept, score_tokens, visual_tokens
-from catp_lightning.dropping import DecoderEntry, Prompt
+from catp_lightning.choosing import choose_tokens, placed, score_tokens, stage_counts
+from catp_lightning.dropping import Prompt, StagePrompt, entry
 from catp_lightning.errors import PolicyError, PruningError
 from catp_lightning.families import Family, find_family
 from catp_lightning.observation import Signal, join
@@ -21,6 +22,7 @@ Choose = Callable[[Tensor], Tensor]
 """Which visual tokens exist, bool [B, T] -> which of them stay, bool [B, T]."""
 
 MARK = "_catp_pruning"
+WITHIN = {Signal.TEXT_ATTENTION, Signal.LAST_ROW}  # observed inside the language model, as far as it has run
 
 
 class Pruning:
@@ -47,9 +49,13 @@ class Pruning:
         scored = choose is None and not self._everything
         self._known = scored and has_images(policy)
         needs = [self._scorer.needs, self._selector.needs] if scored else []
-        self._observer = Observer(family, join([*needs, {Signal.FINGERPRINT: None}] if self._known else needs))
+        wanted = join([*needs, {Signal.FINGERPRINT: None}] if self._known else needs)
+        stages = () if self._everything and choose is None else self._scorer.stages(family.depth)
+        self._stages = len(stages)
+        self._observer = Observer(family, {} if stages else wanted)
+        within = scored and not wanted.keys().isdisjoint(WITHIN)
         compact = policy.positions == "compact"
-        self._entry = DecoderEntry(family, self._choose, compact, forget=self._observer.forget)
+        self._entry = entry(family, self._choose, compact, self._observer.forget, stages, within)
 
     @property
     def labels_left_out(self) -> int:
@@ -71,20 +77,29 @@ class Pruning:
             yield
 
     def _choose(self, prompt: Prompt) -> Tensor:
-        """Columns of a prompt that stay: bool [B, L]."""
-        visual = visual_tokens(prompt.visual)
+        """Visual tokens of a prompt that stay: bool [B, T]."""
+        visual = prompt.tokens
         if self._given is not None:
             self.keep, self.scores = self._given(visual) & visual, None
         elif self._everything or not visual.any():
             self.keep, self.scores = visual, None
+        elif isinstance(prompt, StagePrompt):
+            seen = prompt.observation()
+            scores = score_tokens(self._scorer, seen, visual)
+            counts = stage_counts(self.policy.keep, prompt.visual.sum(1), (prompt.stage + 1) / self._stages)
+            self.scores = placed(scores, seen.exists, visual, -torch.inf)
+            self.keep = self._selector.select(self.scores, visual, counts, self._selector.vectors(seen))
         else:
-            seen = self._observer.take()
+            seen = self._observer.take(prompt)
             if self._known:
                 self.images.append(seen[Signal.FINGERPRINT])
             scores = score_tokens(self._scorer, seen, visual)
             self.keep, self.scores = choose_tokens(scores, self._selector, self.policy.keep, seen, visual)
-        self.choices.append((self.keep, visual.sum(1)))
-        return columns_kept(prompt.visual, self.keep)
+        if not isinstance(prompt, StagePrompt):
+            self.choices.append((self.keep, visual.sum(1)))
+        elif prompt.stage + 1 == self._stages:
+            self.choices.append((self.keep, prompt.visual.sum(1)))
+        return self.keep
 
 
 @contextmanager

@@ -8,6 +8,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from catp_lightning import PruningError
 from catp_lightning.attention import attention_map, attention_received, observe_attention
+from catp_lightning.dropping import Prompt
 from catp_lightning.families import find_family
 from catp_lightning.observation import Observation, Signal
 from catp_lightning.observing import Observer
@@ -15,12 +16,14 @@ from tests.models import SHAPES, random_blip2
 
 ALL = {Signal.CROSS_ATTENTION: None, Signal.SELF_ATTENTION: None, Signal.IMAGE_RECEIVED: None, Signal.OUTPUTS: None}
 
+NO_PROMPT = Prompt(torch.empty(0, 0), {}, 1)  # a Q-Former does not need one
+
 
 def observe(model: Blip2ForConditionalGeneration, inputs: dict[str, Tensor]) -> tuple[Observation, Tensor]:
     observer = Observer(find_family(model), {**ALL, Signal.FINGERPRINT: None})
     with torch.no_grad(), observer.watching():
         logits = model(**inputs).logits
-    return observer.take(), logits
+    return observer.take(NO_PROMPT), logits
 
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
@@ -117,7 +120,7 @@ def test_nothing_is_kept_from_a_call_that_failed() -> None:
             model(**inputs)
         hook.remove()
         with pytest.raises(PruningError, match="without the vision part"):
-            observer.take()
+            observer.take(NO_PROMPT)
 
 
 def test_the_observer_sits_on_the_module_only_inside() -> None:

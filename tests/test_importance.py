@@ -17,7 +17,7 @@ from catp_lightning.calibration.replay import _distinct
 from catp_lightning.calibration.split import fold_of, part_of
 from catp_lightning.calibration.stages import Probing, Samples
 from catp_lightning.calibration.statistics import ProbeSums
-from catp_lightning.choosing import visual_tokens
+from catp_lightning.dropping import visual_tokens
 from catp_lightning.families import find_family
 from catp_lightning.fingerprint import fingerprint
 from catp_lightning.observation import Signal

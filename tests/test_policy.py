@@ -45,7 +45,7 @@ def test_every_name_constructs_with_keep_alone() -> None:
 @pytest.mark.parametrize(
     ("fields", "says"),
     [
-        ({"scorer": "cat"}, r"no scorer 'cat'; known are catp, .*stride\. Did you mean 'catp'"),
+        ({"scorer": "cat"}, r"no scorer 'cat'; known are catp, .*stride.*\. Did you mean 'catp'"),
         ({"scorer": None}, "no scorer None; known are"),
         ({"selector": "dp"}, "no selector 'dp'; known are dpp, top-k"),
         ({"keep": 0.0}, r"keep is 0\.0; keep is a share, a float in \(0, 1\]"),

@@ -6,9 +6,11 @@ from torch import Tensor
 from transformers import Blip2ForConditionalGeneration
 
 from catp_lightning import PruningPolicy, prune
+from catp_lightning.families import find_family
 from catp_lightning.scorers import SCORERS
 from tests.models import GREEDY, IMAGE, SHAPES, random_blip2
 
+SHOWN = [name for name, scorer in SCORERS.items() if find_family(random_blip2()[0]).shows(scorer().needs)]
 TOLERANCE = {torch.float32: 2e-5, torch.float64: 1e-10}  # of the logits' scale
 
 
@@ -93,7 +95,7 @@ def test_keep_one_gives_the_logits_and_text_of_the_unpruned_model(attention: str
 
 
 @pytest.mark.parametrize("selector", ["top-k", "dpp", "dpp, diversity alone"])
-@pytest.mark.parametrize("scorer", SCORERS)
+@pytest.mark.parametrize("scorer", SHOWN)
 def test_a_sample_does_not_depend_on_its_batch_or_padding(scorer: str, selector: str) -> None:
     model, inputs = random_blip2(dtype=torch.float64)
     args = {"relevance": 0.0} if selector.endswith("alone") else {}
@@ -245,7 +247,7 @@ def test_compact_positions_number_the_kept_rows_anew() -> None:
 
 def test_bfloat16_is_finite_and_keeps_what_the_budget_says() -> None:
     model, inputs = random_blip2(dtype=torch.bfloat16)
-    for scorer in SCORERS:
+    for scorer in SHOWN:
         with prune(model, PruningPolicy(scorer=scorer, keep=3)) as pruning:
             assert model(**inputs).logits.isfinite().all()
             model.generate(**inputs, **GREEDY)

@@ -34,7 +34,7 @@ def seen(
         maps = draw(images, heads, tokens, patches)
         values[Signal.CROSS_ATTENTION, layer] = maps / maps.sum(-1, keepdim=True)
         values[Signal.SELF_ATTENTION, layer] = draw(images, heads, tokens)
-    return Observation(images, tokens, {Signal.CROSS_ATTENTION: layers, Signal.SELF_ATTENTION: layers}, values)
+    return Observation.of_equal(images, tokens, {Signal.CROSS_ATTENTION: layers, Signal.SELF_ATTENTION: layers}, values)
 
 
 def slow_borda(attention: Tensor, head_weights: Tensor, image_weights: Tensor) -> Tensor:
@@ -188,9 +188,9 @@ def test_random_is_drawn_from_seed_and_image_alone() -> None:
     assert images.unique().numel() == 6
     assert torch.equal(fingerprint(pixels[3:5]), images[3:5])
     assert not torch.equal(fingerprint(pixels.flip(-1)), images), "order of pixels matters"
-    observation = Observation(6, 32, {}, {Signal.FINGERPRINT: images})
+    observation = Observation.of_equal(6, 32, {}, {Signal.FINGERPRINT: images})
     scores = Random(seed=1).score(observation)
-    alone = Random(seed=1).score(Observation(1, 32, {}, {Signal.FINGERPRINT: images[2:3]}))
+    alone = Random(seed=1).score(Observation.of_equal(1, 32, {}, {Signal.FINGERPRINT: images[2:3]}))
     assert torch.equal(alone[0], scores[2])
     assert not torch.equal(Random(seed=2).score(observation), scores)
     many = uniform(mix(torch.arange(2000)), 50)

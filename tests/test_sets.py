@@ -88,7 +88,7 @@ def signals(images: int, seed: int, levels: int | None, dtype: torch.dtype) -> O
         maps = draw(images, 4, 8, 5)
         values[Signal.CROSS_ATTENTION, layer] = maps / maps.sum(-1, keepdim=True)
         values[Signal.SELF_ATTENTION, layer] = draw(images, 4, 8)
-    return Observation(images, 8, {Signal.CROSS_ATTENTION: 2, Signal.SELF_ATTENTION: 4}, values)
+    return Observation.of_equal(images, 8, {Signal.CROSS_ATTENTION: 2, Signal.SELF_ATTENTION: 4}, values)
 
 
 @settings(max_examples=12)

@@ -47,7 +47,11 @@ def default_candidates(family: Family) -> list[Candidate]:
     The first cross-attention layer is `catp layer 0`, the last has the highest number.
     """
     layers = range(family.layers()[Signal.CROSS_ATTENTION])
-    found = [Candidate(name, name, control=cls.control, reference=cls.control) for name, cls in SCORERS.items()]
+    found = [
+        Candidate(name, name, control=cls.control, reference=cls.control)
+        for name, cls in SCORERS.items()
+        if family.shows(cls().needs)
+    ]
     for name in ("catp", *VOTERS):
         found += [Candidate(f"{name} layer {n}", name, {"layers": [n]}, reference=name == "catp") for n in layers]
     found.append(Candidate("catp weighted by image token", "catp", {"image_weight": "received"}))

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from catp_lightning.calibration.replay import Replay
-from catp_lightning.choosing import placed, visual_tokens
+from catp_lightning.choosing import placed
+from catp_lightning.dropping import visual_tokens
 from catp_lightning.families import Family
 from catp_lightning.fingerprint import mix, uniform
 from catp_lightning.observation import Observation, Signal
@@ -113,7 +114,7 @@ def head_votes(seen: Observation, visual: Tensor) -> Tensor:
     """What every voter's heads say of each visual token, in float32 at least: bool [B, T] -> float [B, T, V]."""
     with without_autocast(visual):
         votes = torch.cat([voter.votes(seen).flatten(1, 2).transpose(1, 2) for voter in VOTERS.values()], 2)
-    return placed(votes.to(torch.promote_types(votes.dtype, torch.float32)), visual, 0.0)
+    return placed(votes.to(torch.promote_types(votes.dtype, torch.float32)), seen.exists, visual, 0.0)
 
 
 def random_subset(seeds: Tensor, visual: Tensor, counts: Tensor, number: int) -> Tensor:

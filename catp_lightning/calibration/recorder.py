@@ -3,16 +3,26 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-import torch
 from torch import Tensor
 
 from catp_lightning.answers import Answer, listening
 from catp_lightning.calibration.replay import Replay
-from catp_lightning.dropping import DecoderEntry, Prompt
+from catp_lightning.dropping import DecoderEntry, DecoderPrompt
 from catp_lightning.errors import PruningError
 from catp_lightning.families import Family
-from catp_lightning.observation import Needs, Observation
+from catp_lightning.observation import Needs, Observation, Signal
 from catp_lightning.observing import Observer
+
+
+def refuse_unreplayable(family: Family) -> None:
+    """Raise PruningError where a recorded prompt cannot be answered again exactly, or shows no cross-attention maps."""
+    replayed = family.language_model.config.model_type == "opt"
+    if Signal.CROSS_ATTENTION not in family.layers() or not replayed:
+        raise PruningError(
+            f"CrossAttentionCalibration reads the Q-Former of a BLIP-2 or InstructBLIP whose language model is OPT; "
+            f"{type(family.model).__name__} with {type(family.decoder).__name__} has none of that kind. Prune it by a "
+            "fixed rule, PruningPolicy(scorer=...); docs/families.md says which scorers it shows signals for."
+        )
 
 
 class Recorder:
@@ -27,7 +37,7 @@ class Recorder:
         self.family = family
         self._observer = Observer(family, needs)
         self._entry = DecoderEntry(family, self._record, forget=self._observer.forget)
-        self._prompts: list[tuple[Prompt, Observation]] = []
+        self._prompts: list[tuple[DecoderPrompt, Observation]] = []
         self._answers: list[Answer] = []
 
     @contextmanager
@@ -35,9 +45,9 @@ class Recorder:
         with self._observer.watching(), self._entry.dropping(), listening(self.family, self._answers.append):
             yield
 
-    def _record(self, prompt: Prompt) -> Tensor:
-        self._prompts.append((prompt, self._observer.take()))
-        return torch.ones_like(prompt.visual)  # nothing is dropped: answers stay the usual ones
+    def _record(self, prompt: DecoderPrompt) -> Tensor:
+        self._prompts.append((prompt, self._observer.take(prompt)))
+        return prompt.tokens  # nothing is dropped: answers stay the usual ones
 
     @contextmanager
     def recorded(self) -> Iterator[list[tuple[Replay, Observation]]]:

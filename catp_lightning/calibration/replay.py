@@ -7,8 +7,7 @@ import torch
 from torch import Tensor
 
 from catp_lightning.answers import Answer
-from catp_lightning.choosing import columns_kept, visual_tokens
-from catp_lightning.dropping import Prompt, shortened
+from catp_lightning.dropping import DecoderPrompt, columns_kept, shortened, visual_tokens
 from catp_lightning.families import Family
 from catp_lightning.fingerprint import mix
 
@@ -27,18 +26,22 @@ class Replay:
     """
 
     family: Family
-    prompt: Prompt
+    prompt: DecoderPrompt
     answers: Answer
     rows: int
 
     @classmethod
-    def of(cls, family: Family, prompt: Prompt, answers: Answer) -> "Replay":
+    def of(cls, family: Family, prompt: DecoderPrompt, answers: Answer) -> "Replay":
         """Of beams, or of several answers to a prompt, the first is replayed."""
         rows = len(prompt.visual)
         beams, several = len(prompt.embeds) // rows, len(answers.ids) // rows
         first = Answer(answers.ids[::several], answers.valid[::several], rows, answers.row)
         prompt = replace(
-            prompt, embeds=prompt.embeds[::beams], mask=prompt.mask[::beams], positions=prompt.positions[::beams]
+            prompt,
+            beams=1,
+            embeds=prompt.embeds[::beams],
+            mask=prompt.mask[::beams],
+            positions=prompt.positions[::beams],
         )
         logits = first.ids.shape[1] * family.language_model.config.get_text_config().vocab_size
         return cls(family, prompt, first, max(1, min(rows, LOGITS // logits)))
@@ -59,7 +62,9 @@ class Replay:
         ids = self.answers.ids[index]
         answers = Answer(ids, self.answers.valid[index], len(ids), self.answers.row[index])
         old = self.prompt
-        prompt = Prompt(old.ids[index], old.visual[index], old.embeds[index], old.mask[index], old.positions[index])
+        prompt = DecoderPrompt.of(
+            {}, 1, old.ids[index], old.visual[index], old.embeds[index], old.mask[index], old.positions[index]
+        )
         return replace(self, prompt=prompt, answers=answers)
 
     def answer_log_probability(self, keep: Tensor) -> Tensor:

@@ -60,7 +60,7 @@ def method_ranks(rules: Sequence[Method], seen: Observation, visual: Tensor, mos
         if len(kernels) * kernels[number].numel() >= KERNELS:
             _solve(kernels, ranks, most)
     _solve(kernels, ranks, most)
-    return placed(torch.stack(ranks, 2), visual, most).permute(2, 0, 1)
+    return placed(torch.stack(ranks, 2), seen.exists, visual, most).permute(2, 0, 1)
 
 
 def _solve(kernels: dict[int, Tensor], ranks: list[Tensor], most: int) -> None:

@@ -21,7 +21,7 @@ from catp_lightning.calibration.statistics import (
     ProbeSums,
     RankCorrelation,
 )
-from catp_lightning.choosing import visual_tokens
+from catp_lightning.dropping import visual_tokens
 from catp_lightning.families import Family
 from catp_lightning.fingerprint import mix
 from catp_lightning.observation import Observation, Signal

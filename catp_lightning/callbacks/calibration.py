@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 from catp_lightning.calibration.budget import GRID, Promise, descending
 from catp_lightning.calibration.calibrator import Calibrator
-from catp_lightning.calibration.recorder import Recorder
+from catp_lightning.calibration.recorder import Recorder, refuse_unreplayable
 from catp_lightning.calibration.report import report, report_folder
 from catp_lightning.calibration.resume import Partial, batch_fingerprints, model_fingerprint
 from catp_lightning.calibration.stages import Competition, Samples
@@ -106,6 +106,7 @@ class CrossAttentionCalibration(LoopContext):
     def loop_context(self, trainer: Trainer, pl_module: LightningModule, stage: Stage) -> Iterator[None]:
         family = find_family(pl_module, self.model)
         refuse_unprunable(pl_module, family)
+        refuse_unreplayable(family)
         budgets = self.budgets if self.promise is None else tuple(descending(self.budgets, family.tokens_per_image))
         calibrator = Calibrator(family, budgets, self.promise, pl_module.device)
         recorder = Recorder(family, calibrator.needs)

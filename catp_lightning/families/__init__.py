@@ -5,9 +5,12 @@ from transformers import PreTrainedModel
 
 from catp_lightning.errors import PruningError
 from catp_lightning.families.base import Family
-from catp_lightning.families.blip2 import Blip2
+from catp_lightning.families.blip2 import Blip2, InstructBlip, InstructBlipVideo
+from catp_lightning.families.llava import Llava
+from catp_lightning.families.mllama import Mllama
+from catp_lightning.families.placeholder import Placeholder
 
-FAMILIES: tuple[type[Family], ...] = (Blip2,)
+FAMILIES: tuple[type[Family], ...] = (Blip2, InstructBlip, InstructBlipVideo, Llava, Mllama, Placeholder)
 
 
 def find_family(module: nn.Module, name: str | None = None) -> Family:
@@ -26,14 +29,14 @@ def find_family(module: nn.Module, name: str | None = None) -> Family:
         family = next((f for f in FAMILIES if isinstance(part, PreTrainedModel) and f.handles(part)), None)
         if family is not None and not inside:
             supported[path] = (family, part)
-    listed = ", ".join(f"{path or 'itself'} ({family.name})" for path, (family, _) in supported.items())
+    listed = ", ".join(f"{path or 'itself'} ({type(part).__name__})" for path, (_, part) in supported.items())
     if name is not None and name not in supported:
         raise PruningError(f"There is no supported model at {name!r}; there are: {listed or 'none'}.")
     if not supported:
         other = sorted({type(part).__name__ for part in module.modules() if isinstance(part, PreTrainedModel)})
         raise PruningError(
             f"{type(module).__name__} holds no model that can be pruned. Supported: "
-            f"{', '.join(f.name for f in FAMILIES)} (Blip2ForConditionalGeneration with OPT). "
+            f"{', '.join(name for family in FAMILIES for name in family.classes)}. "
             f"Found: {', '.join(other) or 'no Hugging Face model at all'}."
         )
     if name is None and len(supported) > 1:

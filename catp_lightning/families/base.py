@@ -1,16 +1,23 @@
 """What every family knows: where things are in a Hugging Face model, and never a formula."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
+import torch
 from torch import Tensor, nn
-from transformers import GenerationConfig, PreTrainedModel
+from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel
 
 from catp_lightning.attention import Reduction
-from catp_lightning.observation import Signal
+from catp_lightning.errors import PruningError
+from catp_lightning.observation import Observation, Signal, Values
+
+if TYPE_CHECKING:
+    from catp_lightning.dropping.prompt import Prompt, Shortened
+
+Reads = Literal["decoder", "encoder", "cross-attention"]
 
 
 @dataclass(frozen=True)
@@ -31,9 +38,17 @@ class OutputSite:
 
 
 class Family(ABC):
-    """One kind of vision-language model; bound to one model."""
+    """One kind of vision-language model; bound to one model.
+
+    Attributes:
+        name: as a policy records it.
+        classes: the Hugging Face classes it is for, as the documentation lists them.
+        reads: which part of the language model reads visual tokens: tokens leave there.
+    """
 
     name: str
+    classes: ClassVar[tuple[str, ...]]
+    reads: Reads = "decoder"
 
     def __init__(self, model: PreTrainedModel) -> None:
         self.model = model
@@ -54,13 +69,8 @@ class Family(ABC):
 
     @property
     @abstractmethod
-    def image_token_id(self) -> int:
-        """The placeholder of a visual token in `input_ids`."""
-
-    @property
-    @abstractmethod
-    def tokens_per_image(self) -> int:
-        """Visual tokens of each image."""
+    def placeholder_ids(self) -> tuple[int, ...]:
+        """The ids in `input_ids` that visual tokens take the place of."""
 
     @property
     @abstractmethod
@@ -68,9 +78,30 @@ class Family(ABC):
         """The stack of decoder layers, at whose entry tokens are dropped."""
 
     @property
+    def tokens_per_image(self) -> int:
+        """Visual tokens of each image, where all have as many."""
+        raise PruningError(f"Images of {type(self.model).__name__} differ in their number of visual tokens.")
+
+    @property
+    def outer(self) -> nn.Module | None:
+        """What turns ids and pixels into the decoder's input in forward and in generate alike; None: nothing does."""
+        return None
+
+    @property
     def language_model(self) -> PreTrainedModel:
         """The model with the head that turns the decoder's output into logits, and that generates."""
         return self.model
+
+    @property
+    def decoder_config(self) -> PreTrainedConfig:
+        """Says how the decoder's layers attend."""
+        config: Any = self.decoder.config
+        return config
+
+    @property
+    def depth(self) -> int:
+        """How many layers the decoder has."""
+        return int(self.decoder_config.num_hidden_layers)
 
     @property
     def generation_config(self) -> GenerationConfig:
@@ -81,13 +112,31 @@ class Family(ABC):
         ends = self.generation_config.eos_token_id
         return [] if ends is None else [ends] if isinstance(ends, int) else list(ends)
 
-    @abstractmethod
     def positions(self, mask: Tensor) -> Tensor:
-        """The position ids the decoder itself makes from a mask: [B, L] -> [B, L]."""
+        """The position ids the model makes where it is given none: mask int64 [R, L] -> [R, L] or [3, R, L]."""
+        return torch.arange(mask.shape[1], device=mask.device).expand(mask.shape)
+
+    def shorten_extras(self, kwargs: Mapping[str, Any], prompt: "Shortened") -> dict[str, Any]:
+        """Other inputs of the decoder that have a row for each column of the prompt, shortened like it."""
+        return {}
 
     @abstractmethod
     def layers(self) -> Mapping[Signal, int]:
-        """How many layers each by-layer signal has."""
+        """How many layers each by-layer signal has here; one that is not named does not exist here."""
+
+    @property
+    @abstractmethod
+    def signals(self) -> frozenset[Signal]:
+        """The signals without layers that exist here."""
+
+    def shows(self, signals: Iterable[Signal]) -> bool:
+        """Whether all of these signals exist here."""
+        return set(signals) <= self.signals | self.layers().keys()
+
+    @property
+    def at_entry(self) -> frozenset[Signal]:
+        """Those of them that are read from the prompt itself, as it reaches the language model."""
+        return frozenset()
 
     @abstractmethod
     def attention_site(self, signal: Signal, layer: int) -> AttentionSite:
@@ -96,6 +145,10 @@ class Family(ABC):
     @abstractmethod
     def output_site(self, signal: Signal) -> OutputSite:
         """Where any other signal is."""
+
+    @abstractmethod
+    def observation(self, values: Values, wanted: frozenset[Signal], prompt: "Prompt") -> Observation:
+        """What was observed on the way, and `wanted` of the prompt itself, by images or frames."""
 
     def describe(self) -> dict[str, Any]:
         """Type, name and shape, as a policy records them."""

@@ -1,17 +1,27 @@
-"""BLIP-2: the language model reads Q-Former query tokens."""
+"""BLIP-2 and its relatives: the language model reads Q-Former query tokens."""
 
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from transformers import Blip2ForConditionalGeneration, OPTForCausalLM, PreTrainedModel
+from transformers import (
+    Blip2ForConditionalGeneration,
+    InstructBlipForConditionalGeneration,
+    InstructBlipVideoForConditionalGeneration,
+    PreTrainedModel,
+)
 
 from catp_lightning.attention import attention_map, attention_received
 from catp_lightning.errors import PruningError
 from catp_lightning.families.base import AttentionSite, Family, OutputSite
 from catp_lightning.fingerprint import fingerprint
-from catp_lightning.observation import Signal
+from catp_lightning.observation import Observation, Signal, Values
+
+if TYPE_CHECKING:
+    from catp_lightning.dropping.prompt import Prompt
+
+LANGUAGE_MODELS = {"opt": "decoder", "llama": "decoder", "t5": "encoder"}
 
 
 def _received_over_heads(query: Tensor, key: Tensor, mask: Tensor | None, scaling: float) -> Tensor:
@@ -19,9 +29,10 @@ def _received_over_heads(query: Tensor, key: Tensor, mask: Tensor | None, scalin
 
 
 class Blip2(Family):
-    """BLIP-2 with OPT. Its Q-Former does not see the question: scores depend on the image alone."""
+    """BLIP-2. Its Q-Former does not see the question: scores depend on the image alone."""
 
     name = "blip-2"
+    classes = ("Blip2ForConditionalGeneration",)
     model: Blip2ForConditionalGeneration
 
     @classmethod
@@ -29,15 +40,18 @@ class Blip2(Family):
         return isinstance(model, Blip2ForConditionalGeneration)
 
     def check(self) -> None:
-        if not isinstance(self.model.language_model, OPTForCausalLM):
+        kind = self.model.language_model.config.model_type
+        if kind not in LANGUAGE_MODELS:
             raise PruningError(
-                f"BLIP-2 with {type(self.model.language_model).__name__} cannot be pruned yet; OPT can. "
-                "Use a checkpoint with OPT, Salesforce/blip2-opt-2.7b for example."
+                f"{type(self.model).__name__} with {type(self.model.language_model).__name__} cannot be pruned: only "
+                f"{', '.join(sorted(LANGUAGE_MODELS))} were shown to be exact. Use a checkpoint with one of those, "
+                "Salesforce/blip2-opt-2.7b or Salesforce/blip2-flan-t5-xl for example."
             )
-        if self.model.config.image_token_id is None:
+        self.reads = LANGUAGE_MODELS[kind]  # type: ignore[assignment]
+        if self._placeholder() is None:
             raise PruningError(
-                "This BLIP-2 has no image token in its config (image_token_index is None), so its visual tokens cannot "
-                "be found. "
+                f"This {type(self.model).__name__} has no image token in its config (image_token_index is None), so "
+                "its visual tokens cannot be found. "
                 "Load a checkpoint saved by transformers 4.46 or later, or set model.config.image_token_index."
             )
 
@@ -48,24 +62,30 @@ class Blip2(Family):
             "heads": self.model.qformer.config.num_attention_heads,
         }
 
+    def _placeholder(self) -> int | None:
+        return self.model.config.image_token_id
+
     @property
-    def image_token_id(self) -> int:
-        return int(self.model.config.image_token_id)
+    def placeholder_ids(self) -> tuple[int, ...]:
+        return (int(self._placeholder() or 0),)
 
     @property
     def tokens_per_image(self) -> int:
+        """Query tokens of each image, or frame."""
         return int(self.model.config.num_query_tokens)
 
     @property
     def decoder(self) -> nn.Module:
-        return self.model.language_model.model.decoder
+        return self.model.language_model.get_decoder()
 
     @property
     def language_model(self) -> PreTrainedModel:
         return self.model.language_model
 
     def positions(self, mask: Tensor) -> Tensor:
-        return (mask.cumsum(1) * mask - 1).long()  # as OPTDecoder.forward
+        if self.model.language_model.config.model_type == "opt":
+            return (mask.cumsum(1) * mask - 1).long()  # as OPTDecoder.forward
+        return super().positions(mask)
 
     def layers(self) -> Mapping[Signal, int]:
         return {
@@ -73,24 +93,63 @@ class Blip2(Family):
             Signal.SELF_ATTENTION: len(self.model.qformer.encoder.layer),
         }
 
+    @property
+    def signals(self) -> frozenset[Signal]:
+        return frozenset({Signal.IMAGE_RECEIVED, Signal.OUTPUTS, Signal.FINGERPRINT})
+
     def attention_site(self, signal: Signal, layer: int) -> AttentionSite:
         qformer = self.model.qformer
         if signal is Signal.CROSS_ATTENTION:
             return AttentionSite(qformer, self._cross_attention()[layer], attention_map)
         if signal is Signal.SELF_ATTENTION:
-            return AttentionSite(qformer, qformer.encoder.layer[layer].attention.attention, attention_received)
+            return AttentionSite(qformer, qformer.encoder.layer[layer].attention.attention, self._received_by_queries)
         vision = self.model.vision_model
         return AttentionSite(vision, vision.encoder.layers[-1].self_attn, _received_over_heads)
 
+    def _received_by_queries(self, query: Tensor, key: Tensor, mask: Tensor | None, scaling: float) -> Tensor:
+        """From the other query tokens: InstructBLIP's Q-Former has the words of the question behind them."""
+        tokens = self.tokens_per_image
+        mask = mask if mask is None or mask.dim() == 2 or mask.shape[2] == 1 else mask[:, :, :tokens]
+        return attention_received(query[:, :, :tokens], key, mask, scaling)[:, :, :tokens]
+
     def output_site(self, signal: Signal) -> OutputSite:
         if signal is Signal.OUTPUTS:
-            return OutputSite(self.model.qformer, lambda args, kwargs, output: output[0])
+            return OutputSite(self.model.qformer, lambda args, kwargs, output: output[0][:, : self.tokens_per_image])
         return OutputSite(self.model.vision_model, _pixels)
+
+    def observation(self, values: Values, wanted: frozenset[Signal], prompt: "Prompt") -> Observation:
+        images = next(iter(values.values())).shape[0]
+        return Observation.of_equal(images, self.tokens_per_image, self.layers(), values)
 
     def _cross_attention(self) -> list[nn.Module]:
         return [
             layer.crossattention.attention for layer in self.model.qformer.encoder.layer if layer.has_cross_attention
         ]
+
+
+class InstructBlip(Blip2):
+    """InstructBLIP. Its Q-Former reads the question too: scores depend on it."""
+
+    name = "instructblip"
+    classes = ("InstructBlipForConditionalGeneration",)
+
+    @classmethod
+    def handles(cls, model: PreTrainedModel) -> bool:
+        return isinstance(model, InstructBlipForConditionalGeneration)
+
+
+class InstructBlipVideo(Blip2):
+    """InstructBLIP for video: query tokens of each frame, one frame after the other."""
+
+    name = "instructblip-video"
+    classes = ("InstructBlipVideoForConditionalGeneration",)
+
+    @classmethod
+    def handles(cls, model: PreTrainedModel) -> bool:
+        return isinstance(model, InstructBlipVideoForConditionalGeneration)
+
+    def _placeholder(self) -> int | None:
+        return self.model.config.video_token_id
 
 
 def _pixels(args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Tensor:

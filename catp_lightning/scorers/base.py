@@ -28,6 +28,10 @@ class Scorer(ABC):
     def needs(self) -> Needs:
         """The signals `score` reads, with their layers."""
 
+    def stages(self, depth: int) -> tuple[int, ...]:
+        """Layers of a decoder of `depth` layers at whose entry tokens are scored and leave; none: before the first."""
+        return ()
+
     @abstractmethod
     def score(self, seen: Observation) -> Tensor:
         """Scores of every image's tokens: float [I, T]."""

@@ -61,10 +61,12 @@ class Stride(Scorer):
         return {Signal.FINGERPRINT: None}
 
     def score(self, seen: Observation) -> Tensor:
-        bits = max(1, (seen.tokens - 1).bit_length())
-        order = [int(f"{index:0{bits}b}"[::-1], 2) for index in range(seen.tokens)]
-        device = seen[Signal.FINGERPRINT].device
-        return -torch.tensor(order, device=device, dtype=torch.float32).expand(seen.images, -1)
+        scores = torch.zeros(seen.exists.shape, device=seen.exists.device)
+        for count in seen.exists.sum(1).unique().tolist():  # images may differ in size
+            bits = max(1, (count - 1).bit_length())
+            order = torch.tensor([int(f"{index:0{bits}b}"[::-1], 2) for index in range(count)], dtype=torch.float32)
+            scores[seen.exists.sum(1) == count, :count] = -order.to(scores)
+        return scores
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,8 @@ class Selector(ABC):
     """Chooses which tokens of each row stay; a row is an image, or all images of a sample.
 
     Attributes:
-        per: what the budget is for: each "image" (or "crop", the same where images are not cut), or a whole "sample".
+        per: what the budget is for: each "image" or frame of a video; each "crop" or tile (the image where it is not
+            cut); or all of a "sample".
     """
 
     per: Literal["image", "crop", "sample"] = "image"
@@ -36,7 +37,7 @@ class Selector(ABC):
 
         Args:
             scores: float [R, T].
-            visual: bool [R, T], which of them exist; a row's own come first.
+            visual: bool [R, T], which of them exist.
             most: how many of each row are to be ranked.
             vectors: float [R, T, F], or None.
 

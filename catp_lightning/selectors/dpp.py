@@ -55,8 +55,8 @@ class DPP(Selector):
         scores = torch.where(scores.isfinite(), scores, 0).to(similarity.dtype)
         relevance = torch.zeros_like(scores)
         for count in visual.sum(1).unique().tolist():  # a row's own tokens are standardised among themselves
-            rows = visual.sum(1) == count
-            relevance[rows, :count] = standardise(scores[rows, :count])
+            own = visual & (visual.sum(1) == count)[:, None]
+            relevance[own] = standardise(scores[own].view(-1, max(count, 1))).flatten()
         quality = torch.exp(self.relevance * relevance / 2)
         return similarity * quality[:, :, None] * quality[:, None]
 

@@ -1,0 +1,64 @@
+"""How visual tokens leave a model, and how nothing outside it notices."""
+
+from collections.abc import Callable
+from typing import Any
+
+from torch import Tensor
+
+from catp_lightning.dropping.cross_attention import CrossAttentionRows
+from catp_lightning.dropping.decoder import DecoderEntry
+from catp_lightning.dropping.encoder import EncoderEntry
+from catp_lightning.dropping.prompt import DecoderPrompt, Prompt, Shortened, columns_kept, shortened, visual_tokens
+from catp_lightning.dropping.stages import DecoderStages, StagePrompt
+from catp_lightning.errors import PruningError
+from catp_lightning.families.base import Family
+from catp_lightning.families.mllama import Mllama
+
+Entry = DecoderEntry | DecoderStages | EncoderEntry | CrossAttentionRows
+
+
+def entry(
+    family: Family,
+    choose: Callable[[Any], Tensor],
+    compact: bool,
+    forget: Callable[[], None],
+    stages: tuple[int, ...] = (),
+    observe: bool = False,
+) -> Entry:
+    """Where visual tokens leave a model of this family; arguments as `DecoderEntry`.
+
+    Args:
+        stages: decoder layers at whose entry they leave; none: before the first.
+        observe: whether prompts show the attention of the language model's own layers.
+
+    Raises:
+        PruningError: stages are asked for where no decoder reads visual tokens as rows of its own.
+    """
+    if stages and family.reads != "decoder":
+        raise PruningError(
+            f"The policy's scorer drops tokens inside a decoder (layers {', '.join(map(str, stages))}); "
+            f"{type(family.model).__name__} reads them by {family.reads}. Choose another scorer; docs/methods.md lists "
+            "them."
+        )
+    if stages:
+        return DecoderStages(family, choose, compact, forget, stages, observe)
+    if isinstance(family, Mllama):
+        return CrossAttentionRows(family, choose, forget, observe=observe)
+    if family.reads == "encoder":
+        return EncoderEntry(family, choose, compact, forget)
+    return DecoderEntry(family, choose, compact, forget)
+
+
+__all__ = [
+    "DecoderEntry",
+    "DecoderPrompt",
+    "EncoderEntry",
+    "Entry",
+    "Prompt",
+    "Shortened",
+    "StagePrompt",
+    "columns_kept",
+    "entry",
+    "shortened",
+    "visual_tokens",
+]

@@ -1,0 +1,224 @@
+"""How image rows leave a model whose text reads them by cross-attention: Llama-3.2-Vision.
+
+The plain model stores keys and values of every tile in every cross-attention layer, the empty tiles that pad an image
+included. Here rows that no text sees are never stored, rows that are dropped leave after the first cross-attention
+layer (its own cache included), and rows that only earlier text saw leave each layer's cache once it has run. So the
+prompt reads dropped rows in the first layer; what is generated reads them nowhere, with or without a cache.
+
+A text row that sees no image is left unmasked by the model and attends to all of its rows, padding included: what it
+reads is computed from the full states, in prefill. No text row leaves.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.cache_utils import DynamicLayer
+
+from catp_lightning.dropping.image_rows import Prefill, Stored
+from catp_lightning.dropping.prompt import Prompt, refuse_static
+from catp_lightning.dropping.watching import Watching, replaced
+from catp_lightning.errors import PruningError
+from catp_lightning.families.mllama import Mllama, Sight, attention_of
+
+
+@dataclass(frozen=True)
+class CrossAttended(Prompt):
+    """A prompt after its first cross-attention layer; T is images x tiles x rows of a tile, as in the plain model.
+
+    Attributes:
+        tokens: bool [B, T], the rows that text sees.
+        arguments: what the model was called with, by name; its tensors have B x beams rows.
+        states: float [B, T, D], the model's cross_attention_states.
+        attention: float32 or float64 [B, H, T], what each head of the first cross-attention layer pays a row, summed
+            over the prompt's text rows that see an image; 0 where `tokens` is False. Text from the first label on is
+            no prompt; where it is all that sees an image, its first row counts. None where it was not asked for.
+    """
+
+    states: Tensor
+    attention: Tensor | None
+
+
+class CrossAttentionRows:
+    """Drops image rows of one model's cross-attention.
+
+    Args:
+        family: knows the model's parts.
+        choose: from a prompt, which of its `tokens` stay, bool [B, T]; called after the first cross-attention layer of
+            each prefill in which text sees an image.
+        forget: called when a prompt is refused: what was observed for it must not serve another.
+        rows_per_sample: how many rows of the model's tensors, given all, a sample has; None: as `generate` expanded it.
+        observe: whether prompts have `attention`.
+
+    Attributes:
+        active: False: the model runs unpruned.
+        labels_left_out: always 0, no text row leaves.
+    """
+
+    labels_left_out = 0
+
+    def __init__(
+        self,
+        family: Mllama,
+        choose: Callable[[CrossAttended], Tensor],
+        forget: Callable[[], None] = lambda: None,
+        rows_per_sample: Callable[[int], int] | None = None,
+        observe: bool = False,
+    ) -> None:
+        self.family, self.choose, self.forget, self.observe = family, choose, forget, observe
+        self.active = True
+        self._watching = Watching(family.model, family.model)
+        self._beams = rows_per_sample or self._watching.beams
+        self._reset()
+
+    def _reset(self) -> None:
+        self._prefill: Prefill | None = None  # that is running
+        self._changes: dict[str, Any] = {}  # arguments of the cross-attention layers in the call that is running
+        self._length: int | None = None  # of the prompt of the `generate` that is running
+        self._stored: Stored | None = None  # by the last prefill
+
+    @contextmanager
+    def dropping(self) -> Iterator[None]:
+        """Hooks are in place only while inside."""
+        decoder = self.family.decoder
+        with ExitStack() as undo:
+            undo.callback(self._reset)
+            undo.enter_context(self._watching.watching())
+            undo.enter_context(replaced(self.family.model, "generate", self._generate))
+            undo.callback(decoder.register_forward_pre_hook(self._enter, with_kwargs=True).remove)
+            undo.callback(decoder.register_forward_hook(self._leave, always_call=True).remove)
+            for module in self.family.cross_attention:
+                undo.callback(module.register_forward_pre_hook(self._before, with_kwargs=True).remove)
+                undo.callback(module.register_forward_hook(self._after, with_kwargs=True).remove)
+            yield
+
+    def _generate(self, generate: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        given = (kwargs.get("inputs_embeds"), kwargs.get("input_ids"), kwargs.get("inputs"), *args[:1])
+        before, self._length = self._length, next((part.shape[1] for part in given if isinstance(part, Tensor)), None)
+        try:
+            return generate(*args, **kwargs)
+        finally:
+            self._length = before
+
+    @contextmanager
+    def _forgetting(self) -> Iterator[None]:
+        try:
+            yield
+        except BaseException:
+            self.forget()
+            raise
+
+    def _enter(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        self._prefill, self._changes = None, {}
+        if not self.active:
+            return
+        cache, states = kwargs.get("past_key_values"), kwargs.get("cross_attention_states")
+        held = _image_rows(cache, self.family.cross_attention[0].layer_idx)
+        if states is None and held == 0:  # text alone
+            return
+        with self._forgetting():
+            _refuse_other(cache)
+            sight = Sight.of(kwargs, self.family.rows_per_tile)
+            if states is None:
+                self._changes = self._decode(cache, held, sight)
+                return
+            if held:
+                raise PruningError(
+                    "An image came with a cache that holds image rows already, and cannot be added to it. Generate "
+                    "from the whole text again, with all of its images and without past_key_values."
+                )
+            self._prefill = Prefill(sight, states.reshape(len(sight.real), -1, states.shape[-1]))
+            self._changes = self._prefill.changes if bool(self._prefill.tokens.any()) else {}
+
+    def _decode(self, cache: Any, held: int, sight: Sight) -> dict[str, Any]:
+        if self._stored is None or not self._stored.is_in(cache, held, len(sight.real)):
+            raise PruningError(
+                "This cache was not filled by the last pruned prompt, or was changed since: it cannot be decoded from. "
+                "Generate from the prompt again, and without assisted or prompt-lookup decoding."
+            )
+        return self._stored.changes(sight)
+
+    def _before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        return (args, {**kwargs, **self._changes}) if self._changes else None
+
+    def _after(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
+        prefill, cache = self._prefill, kwargs.get("past_key_values")
+        if prefill is None:
+            return None
+        read, used = prefill.repaired(module, kwargs["hidden_states"], output[0]), prefill.rows
+        if self._changes and module is self.family.cross_attention[0]:
+            with self._forgetting():
+                self._narrow(prefill, module, kwargs)
+            read = self._without_dropped(module, kwargs["hidden_states"], read)
+        if cache is not None:
+            prefill.shorten(cache, module.layer_idx, used)
+        return (read, *output[1:])
+
+    def _narrow(self, prefill: Prefill, module: nn.Module, kwargs: dict[str, Any]) -> None:
+        beams = self._beams(len(prefill.tokens))
+        tokens, states = prefill.tokens[::beams], prefill.states[::beams]
+        attention = self._attention(prefill, module, kwargs, beams) if self.observe else None
+        keep = self.choose(CrossAttended(tokens, self._watching.arguments, beams, states, attention)) & tokens
+        if not torch.equal(keep, tokens):
+            prefill.narrow(keep.repeat_interleave(beams, 0))
+            self._changes = prefill.changes
+
+    def _without_dropped(self, module: Any, hidden: Tensor, read: Tensor) -> Tensor:
+        """The first layer's output, where rows generated without a cache read what they would find in one."""
+        if self._length is None or hidden.shape[1] <= self._length:
+            return read
+        mask = self._changes["attention_mask"][:, :, self._length :]
+        states = self._changes["cross_attention_states"]
+        again = module.forward(hidden[:, self._length :], cross_attention_states=states, attention_mask=mask)
+        return torch.cat([read[:, : self._length], again[0]], 1)
+
+    @torch.no_grad()
+    def _attention(self, prefill: Prefill, module: nn.Module, kwargs: dict[str, Any], beams: int) -> Tensor:
+        hidden, states, mask = (kwargs[k] for k in ("hidden_states", "cross_attention_states", "attention_mask"))
+        asks = _before_labels(prefill.sight.of_text.any(2), self._watching.arguments.get("labels"))
+        if self._length is not None:
+            asks[:, self._length :] = False
+        paid = torch.stack(
+            [
+                attention_of(module, hidden[row, asks[row]], states[row], mask[row, 0, asks[row]])
+                for row in range(0, len(asks), beams)
+            ]
+        )
+        order = prefill.rows.order[::beams, None].expand_as(paid)
+        return paid.new_zeros(*paid.shape[:2], prefill.tokens.shape[1]).scatter(2, order, paid)
+
+    def _leave(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        prefill, self._prefill, self._changes = self._prefill, None, {}
+        if prefill is not None and output is not None:
+            self._stored = prefill.stored
+
+
+def _image_rows(cache: Any, layer: int) -> int:
+    """How many image rows a cache holds."""
+    layers = getattr(cache, "layers", ())
+    filled = layer < len(layers) and layers[layer].is_initialized and layers[layer].keys.numel() > 0
+    return int(layers[layer].keys.shape[2]) if filled else 0
+
+
+def _refuse_other(cache: Any) -> None:
+    """Raise PruningError where layers of a cache cannot be shortened."""
+    refuse_static(cache)
+    other = {type(layer).__name__ for layer in getattr(cache, "layers", ()) if type(layer) is not DynamicLayer}
+    if other:
+        raise PruningError(
+            f"A cache of {', '.join(sorted(other))} cannot be pruned, one of DynamicLayer can. "
+            "Leave cache_implementation at its default."
+        )
+
+
+def _before_labels(sees: Tensor, labels: Tensor | None) -> Tensor:
+    """Text rows that see an image and precede the first label, or else the first that sees one: bool [R, L]."""
+    if labels is None:
+        return sees
+    answer = torch.zeros_like(sees)
+    answer[:, -labels.shape[1] :] = (labels.to(sees.device) != -100).cumsum(1) > 0
+    prompt = sees & ~answer
+    return prompt | (sees & (sees.cumsum(1) == 1) & ~prompt.any(1, keepdim=True))

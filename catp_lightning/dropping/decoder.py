@@ -1,0 +1,145 @@
+"""How a token is dropped: rows leave at the entry of the text decoder, and its output is handed back at full length.
+
+Outer code (labels, `logits[:, -1]`, generate, beams) never notices. Position ids stay those of the full prompt.
+During cached decoding the mask is rebuilt from the original column of every cached key.
+"""
+
+import inspect
+import weakref
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+from torch import Tensor, nn
+
+from catp_lightning.dropping.labels import Labels
+from catp_lightning.dropping.masks import decoding_masks, prefill_masks, two_dimensional
+from catp_lightning.dropping.prompt import DecoderPrompt, Shortened, refuse_static, shortened
+from catp_lightning.dropping.prompts import Prompts
+from catp_lightning.errors import PruningError
+from catp_lightning.families.base import Family
+
+
+class DecoderEntry:
+    """Drops rows at the entry of one model's decoder.
+
+    Args:
+        family: knows the model's parts.
+        choose: from a prompt, which of its visual tokens stay, bool [B, T]; text always does.
+        compact: number the kept rows anew instead of leaving them their position ids.
+        forget: called when a prompt is refused: what was observed for it must not serve another.
+    """
+
+    def __init__(
+        self,
+        family: Family,
+        choose: Callable[[DecoderPrompt], Tensor],
+        compact: bool = False,
+        forget: Callable[[], None] = lambda: None,
+    ) -> None:
+        self.family, self.choose, self.compact, self.forget = family, choose, compact, forget
+        self.parameters = list(inspect.signature(family.decoder.forward).parameters)
+        self.active = True
+        self._prompts, self._labels = Prompts(family), Labels(family.model)
+        self._prompt: Shortened | None = None  # of the prefill that later decoding steps belong to
+        self._now: Shortened | None = None  # of the prefill that is running
+        self._short: weakref.WeakSet[Any] = weakref.WeakSet()  # caches that hold shortened prompts
+
+    @property
+    def labels_left_out(self) -> int:
+        """How many labels of the last call were predicted from dropped rows."""
+        return self._labels.left_out
+
+    @contextmanager
+    def dropping(self) -> Iterator[None]:
+        """Hooks are in place only while inside."""
+        decoder = self.family.decoder
+        with ExitStack() as undo:
+            undo.enter_context(self._prompts.watching())
+            undo.enter_context(self._labels.watching())
+            undo.callback(decoder.register_forward_pre_hook(self._enter, with_kwargs=True).remove)
+            undo.callback(decoder.register_forward_hook(self._leave, with_kwargs=True, always_call=True).remove)
+            yield
+
+    def _enter(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if not self.active:
+            return None
+        try:
+            return (), self._changed({**dict(zip(self.parameters, args, strict=False)), **kwargs})
+        except BaseException:
+            self.forget()
+            raise
+
+    def _changed(self, kwargs: dict[str, Any]) -> dict[str, Any]:
+        cache = kwargs.get("past_key_values")
+        refuse_static(cache)
+        self._prompts.inside, self._now = True, None
+        past = 0 if cache is None else cache.get_seq_length()
+        return self._prefill(kwargs) if past == 0 else self._decode(kwargs, past)
+
+    def _prefill(self, kwargs: dict[str, Any]) -> dict[str, Any]:
+        self._prompt = None
+        if kwargs.get("past_key_values") is not None:
+            self._short.discard(kwargs["past_key_values"])  # it was emptied
+        prompt = self._prompts.take(kwargs)
+        if prompt is None:  # text alone
+            return kwargs
+        keep = prompt.columns(self.choose(prompt))
+        short = shortened(keep, prompt.mask)
+        if short.whole:
+            return kwargs
+        if self.compact and prompt.positions.dim() > 2:
+            raise PruningError(
+                'positions="compact" has no meaning here: visual tokens have coordinates in their image, not places in '
+                'a row, and dropping them leaves no gap. Use positions="original".'
+            )
+        self._prompt = self._now = short
+        self._labels.leave_out(keep)
+        config, embeds = self.family.decoder_config, prompt.embeds
+        return {
+            **kwargs,
+            **self.family.shorten_extras(kwargs, short),
+            "inputs_embeds": short.shorten(embeds),
+            "attention_mask": prefill_masks(kwargs.get("attention_mask"), short, config, embeds.dtype),
+            "position_ids": short.shorten_positions(prompt.positions, self.compact),
+        }
+
+    def _decode(self, kwargs: dict[str, Any], past: int) -> dict[str, Any]:
+        prompt, cache = self._prompt, kwargs["past_key_values"]
+        if prompt is None and cache not in self._short:  # its prefill was not shortened
+            return kwargs
+        rows = kwargs["inputs_embeds"] if kwargs.get("input_ids") is None else kwargs["input_ids"]
+        batch, new = rows.shape[:2]
+        own = prompt.cache() if prompt is not None and prompt.cache is not None else None
+        if prompt is None or own is not cache or batch % len(prompt.order):
+            raise PruningError(
+                "This cache was not filled by the last pruned prompt, or was changed since: it cannot be decoded from. "
+                "Generate from the prompt again, and without assisted or prompt-lookup decoding."
+            )
+        full_length = prompt.mask.shape[1] + past - prompt.order.shape[1] + new
+        mask = two_dimensional(self._prompts.mask(kwargs), batch, full_length, rows.device)
+        prompt = prompt.repeated(batch)
+        positions = self._prompts.positions(kwargs)
+        if positions is None:
+            positions = self.family.positions(mask)[..., -new:]
+        if self.compact:
+            positions = positions - prompt.dropped[:, None]
+        dtype = self.family.model.dtype if not rows.is_floating_point() else rows.dtype
+        masks = decoding_masks(prompt, mask, new, cache, self.family.decoder_config, dtype)
+        return {**kwargs, "attention_mask": masks, "position_ids": positions}
+
+    def _leave(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
+        self._prompts.inside = False
+        prompt, self._now = self._now, None
+        if prompt is None or output is None:
+            return output
+        if isinstance(output, tuple):
+            cache = kwargs.get("past_key_values")
+            output = (prompt.restore(output[0]), *output[1:])
+        else:
+            cache = output.get("past_key_values")
+            output.last_hidden_state = prompt.restore(output.last_hidden_state)
+        if cache is not None:
+            prompt.cache = weakref.ref(cache)
+            self._short.add(cache)
+        return output

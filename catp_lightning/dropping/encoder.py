@@ -1,0 +1,146 @@
+"""Dropping where an encoder-decoder language model (T5) reads the prompt: rows leave at the encoder's entry.
+
+T5 has no position ids but biases by relative position: block 0 makes them once for all blocks, from the rows' original
+positions here. The decoder's cross-attention sees the rows that stayed.
+"""
+
+import inspect
+import weakref
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from catp_lightning.dropping.masks import two_dimensional
+from catp_lightning.dropping.prompt import DecoderPrompt, Shortened, shortened
+from catp_lightning.dropping.prompts import Prompts
+from catp_lightning.errors import PruningError
+from catp_lightning.families.base import Family
+
+NOT_OF_THIS_PROMPT = (
+    "{} not filled by the last pruned prompt, or changed since: it cannot be decoded from. Generate from the prompt "
+    "again."
+)
+
+
+class EncoderEntry:
+    """Drops rows at the entry of one language model's encoder; arguments as `DecoderEntry`.
+
+    No label is left out: they belong to the decoder, of which nothing is dropped.
+    """
+
+    labels_left_out = 0
+
+    def __init__(
+        self,
+        family: Family,
+        choose: Callable[[DecoderPrompt], Tensor],
+        compact: bool = False,
+        forget: Callable[[], None] = lambda: None,
+    ) -> None:
+        self.family, self.choose, self.compact, self.forget = family, choose, compact, forget
+        self.active = True
+        self._prompts = Prompts(family)
+        self._prompt: Shortened | None = None
+        self._caches: weakref.WeakKeyDictionary[Any, Shortened] = weakref.WeakKeyDictionary()
+        self._handed_out: weakref.ref[Tensor] | None = None  # encoder states at full length
+        language_model: Any = family.language_model
+        self.encoder, self.text_decoder = language_model.encoder, language_model.decoder
+        self._block_names = list(inspect.signature(self.encoder.block[0].forward).parameters)
+
+    @contextmanager
+    def dropping(self) -> Iterator[None]:
+        """Hooks are in place only while inside."""
+        with ExitStack() as undo:
+            undo.enter_context(self._prompts.watching())
+            for module, hook in (
+                (self.encoder, self._enter),
+                (self.encoder.block[0], self._biased),
+                (self.text_decoder, self._cross),
+            ):
+                undo.callback(module.register_forward_pre_hook(hook, with_kwargs=True).remove)
+            undo.callback(self.text_decoder.register_forward_hook(self._filled, with_kwargs=True).remove)
+            undo.callback(self.family.language_model.register_forward_hook(self._restore, with_kwargs=True).remove)
+            yield
+
+    def _enter(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        self._prompt = self._handed_out = None
+        if not self.active:
+            return None
+        try:
+            prompt = self._prompts.take(kwargs)
+            if prompt is None:  # text alone
+                return None
+            short = shortened(prompt.columns(self.choose(prompt)), prompt.mask)
+        except BaseException:
+            self.forget()
+            raise
+        if short.whole:
+            return None
+        self._prompt = short
+        changed = {"inputs_embeds": short.shorten(prompt.embeds), "attention_mask": short.short_mask}
+        return args, {**kwargs, **changed}
+
+    def _biased(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if self._prompt is None:
+            return None
+        kwargs = {**dict(zip(self._block_names, args, strict=False)), **kwargs}
+        first: Any = module
+        bias = self._bias(first.layer[0].SelfAttention, self._prompt)
+        bias, mask = bias.to(kwargs["hidden_states"].dtype), kwargs.get("attention_mask")
+        if mask is not None:  # older versions add it to a bias of their own only
+            hidden = ~mask if mask.dtype == torch.bool else mask < 0
+            bias = bias.masked_fill(hidden, torch.finfo(bias.dtype).min)
+        return (), {**kwargs, "position_bias": bias}
+
+    def _bias(self, attention: Any, prompt: Shortened) -> Tensor:
+        """Block 0's bias [R, H, n, n], as its own code makes it of neighbouring positions."""
+        columns = torch.arange(prompt.mask.shape[1], device=prompt.order.device).expand(prompt.mask.shape)
+        positions = prompt.shorten_positions(columns, self.compact)
+        buckets = attention._relative_position_bucket(
+            positions[:, None] - positions[:, :, None],
+            bidirectional=True,
+            num_buckets=attention.relative_attention_num_buckets,
+            max_distance=attention.relative_attention_max_distance,
+        )
+        return attention.relative_attention_bias(buckets).permute(0, 3, 1, 2)
+
+    def _cross(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        states, prompt = kwargs.get("encoder_hidden_states"), self._prompt
+        if not self.active or states is None:
+            return None
+        self._check_cache(kwargs.get("past_key_values"))
+        if prompt is None:
+            return None
+        full = None if self._handed_out is None else self._handed_out()
+        if full is not None and states is full:  # a decoding loop by hand gives them back
+            states = prompt.shorten(full)
+        if states.shape[1] != prompt.order.shape[1] or len(states) % len(prompt.order):
+            raise PruningError(NOT_OF_THIS_PROMPT.format("These encoder states were"))
+        prompt = prompt.repeated(len(states))
+        mask = two_dimensional(
+            kwargs.get("encoder_attention_mask"), len(states), prompt.mask.shape[1], prompt.order.device
+        )
+        mask = prompt.shorten(mask) * prompt.valid
+        return args, {**kwargs, "encoder_hidden_states": states, "encoder_attention_mask": mask}
+
+    def _check_cache(self, cache: Any) -> None:
+        """Raise PruningError where a cache in use belongs to another prompt than the last, if either was pruned."""
+        if cache is None or cache.get_seq_length() == 0:
+            return
+        filled_by = self._caches.get(cache)
+        if filled_by is not self._prompt:
+            raise PruningError(NOT_OF_THIS_PROMPT.format("This cache was"))
+
+    def _filled(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        cache = None if isinstance(output, tuple) else output.get("past_key_values")
+        if self.active and self._prompt is not None and cache is not None:
+            self._caches[cache] = self._prompt
+
+    def _restore(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        ran_encoder = kwargs.get("encoder_outputs") is None
+        if self._prompt is not None and ran_encoder and not isinstance(output, tuple):
+            output.encoder_last_hidden_state = full = self._prompt.restore(output.encoder_last_hidden_state)
+            self._handed_out = weakref.ref(full)

@@ -1,0 +1,117 @@
+"""Attention masks of a shortened prompt. Windows of sliding attention are counted in original columns."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedConfig
+
+from catp_lightning.dropping.prompt import Shortened
+from catp_lightning.errors import PruningError
+
+Masks = Tensor | dict[str, Tensor]
+
+
+def window(config: PreTrainedConfig) -> int | None:
+    """The number of columns a sliding layer sees; None where no layer slides."""
+    types = getattr(config, "layer_types", None)
+    size = getattr(config, "sliding_window", None)
+    return size if size and (types is None or "sliding_attention" in types) else None
+
+
+def two_dimensional(mask: Any, rows: int, length: int, device: torch.device) -> Tensor:
+    """The caller's mask as int64 [R, L]; generate leaves out one that is all ones.
+
+    Raises:
+        PruningError: it has another shape.
+    """
+    if mask is None:
+        return torch.ones(rows, length, dtype=torch.long, device=device)
+    if not isinstance(mask, Tensor) or mask.dim() != 2 or mask.shape[1] != length:
+        shape = tuple(mask.shape) if isinstance(mask, Tensor) else type(mask).__name__
+        raise PruningError(
+            f"attention_mask is {shape}; a prompt can be pruned under a mask of shape [batch, length], here "
+            f"[{rows}, {length}]."
+        )
+    return mask.to(device).long()
+
+
+def prefill_masks(given: Any, prompt: Shortened, config: PreTrainedConfig, dtype: torch.dtype) -> Masks:
+    """The decoder's mask at prefill, from the one its caller made of the full prompt.
+
+    Never None: gaps in position ids would be read as several packed sequences.
+    """
+    if isinstance(given, dict):
+        return {name: on_both_axes(mask, prompt) for name, mask in given.items() if mask is not None}
+    if isinstance(given, Tensor) and given.dim() == 4:
+        return on_both_axes(given, prompt)
+    if not _window_binds(config, prompt.mask.shape[1]):
+        return prompt.short_mask
+    return own_masks(prompt.order, prompt.order, prompt.short_mask.bool(), config, dtype)
+
+
+def decoding_masks(
+    prompt: Shortened, mask: Tensor, new: int, cache: Any, config: PreTrainedConfig, dtype: torch.dtype
+) -> Masks:
+    """The decoder's mask of `new` rows after a shortened prefill: mask int64 [R, full length] is the caller's."""
+    length = prompt.mask.shape[1]
+    valid = torch.cat([prompt.short_mask, mask[:, length:]], 1)
+    if not _window_binds(config, mask.shape[1]):
+        return valid
+    later = torch.arange(length, mask.shape[1], device=mask.device).expand(len(mask), -1)
+    columns = torch.cat([prompt.order, later], 1)
+    # A sliding layer's cache holds the last rows only; they are at least those its window reaches.
+    held, offset = cache.get_mask_sizes(new, sliding_layer(config))
+    return own_masks(columns[:, -new:], columns, valid.bool(), config, dtype, slice(offset, offset + held))
+
+
+def _window_binds(config: PreTrainedConfig, length: int) -> bool:
+    reach = window(config)
+    return reach is not None and length > reach
+
+
+def sliding_layer(config: PreTrainedConfig) -> int:
+    types = getattr(config, "layer_types", None)
+    return types.index("sliding_attention") if types else 0
+
+
+def on_both_axes(mask: Tensor, prompt: Shortened) -> Tensor:
+    """[1 or R, h, L, L] -> [R, h, n, n], fillers hidden."""
+    rows, kept = prompt.order.shape
+    mask = mask.expand(rows, *mask.shape[1:])
+    mask = mask.gather(2, prompt.order[:, None, :, None].expand(-1, mask.shape[1], -1, mask.shape[3]))
+    mask = mask.gather(3, prompt.order[:, None, None].expand(-1, mask.shape[1], kept, -1))
+    return hide(mask, ~prompt.valid[:, None, None])
+
+
+def hide(mask: Tensor, hidden: Tensor) -> Tensor:
+    """A mask, boolean or additive, under which `hidden` keys are not seen either."""
+    return mask & ~hidden if mask.dtype == torch.bool else mask.masked_fill(hidden, torch.finfo(mask.dtype).min)
+
+
+def own_masks(
+    queries: Tensor,
+    keys: Tensor,
+    valid: Tensor,
+    config: PreTrainedConfig,
+    dtype: torch.dtype,
+    held: slice = slice(None),
+) -> Masks:
+    """Causal masks by original columns [R, Q], [R, K], one for each type of layer; sliding ones of keys `held`."""
+    reach = window(config)
+    distance = queries[:, :, None] - keys[:, None]
+    full = (distance >= 0) & valid[:, None]
+    sliding = (full & (distance < reach))[..., held] if reach else full[..., held]
+    eager = config._attn_implementation in ("eager", "catp_eager")
+    full_mask, sliding_mask = (_as_attention_takes_it(mask[:, None], eager, dtype) for mask in (full, sliding))
+    if getattr(config, "layer_types", None) is None:
+        return sliding_mask
+    return {"full_attention": full_mask, "sliding_attention": sliding_mask}
+
+
+def _as_attention_takes_it(mask: Tensor, eager: bool, dtype: torch.dtype) -> Tensor:
+    return (
+        torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill(~mask, torch.finfo(dtype).min)
+        if eager
+        else mask
+    )

@@ -1,0 +1,157 @@
+"""A prompt as it reaches the language model, and what is left of it once visual tokens are dropped."""
+
+import weakref
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from catp_lightning.errors import PruningError
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """What a choice is made from; B samples, before beams are expanded.
+
+    Attributes:
+        tokens: bool [B, T], which visual tokens each sample has, in the order of their placeholders.
+        arguments: what the model itself was called with: pixel values, sizes of images and the like.
+        beams: how many rows the model's own tensors have for each sample; they lie next to each other.
+    """
+
+    tokens: Tensor
+    arguments: Mapping[str, Any]
+    beams: int
+
+
+@dataclass(frozen=True)
+class DecoderPrompt(Prompt):
+    """A prompt at the entry of the decoder, or of the encoder that reads it; R is B times the beams.
+
+    Attributes:
+        ids: int64 [B, L].
+        visual: bool [B, L], the placeholders among them.
+        embeds: float [R, L, D].
+        mask: int64 [R, L].
+        positions: int64 [R, L], or [3 or 4, R, L] where an image's rows have coordinates.
+    """
+
+    ids: Tensor
+    visual: Tensor
+    embeds: Tensor
+    mask: Tensor
+    positions: Tensor
+
+    @classmethod
+    def of(
+        cls,
+        arguments: Mapping[str, Any],
+        beams: int,
+        ids: Tensor,
+        visual: Tensor,
+        embeds: Tensor,
+        mask: Tensor,
+        positions: Tensor,
+    ) -> "DecoderPrompt":
+        """The prompt whose tokens are where `visual` says."""
+        return cls(visual_tokens(visual), arguments, beams, ids, visual, embeds, mask, positions)
+
+    def columns(self, keep: Tensor) -> Tensor:
+        """Columns that stay, text always: bool [B, T] of its visual tokens -> bool [R, L].
+
+        Where a token leaves, padding on the left leaves too, or the longest prompt would decide for all. Its last
+        column stays: a label may be predicted from it.
+        """
+        columns = columns_kept(self.visual, keep).repeat_interleave(self.beams, 0)
+        if bool(columns.all()):
+            return columns
+        begun = (self.mask.cumsum(1) > 0)[:, 1:]
+        return columns & torch.nn.functional.pad(begun, (0, 1), value=True)
+
+
+@dataclass
+class Shortened:
+    """A prefill after dropping.
+
+    Attributes:
+        order: int64 [R, n], original columns of the rows that stayed, ascending; rows that keep fewer are filled up.
+        valid: bool [R, n], False for fillers.
+        mask: int64 [R, L], the caller's mask of the full prompt.
+        cache: the cache this prefill filled, if any.
+    """
+
+    order: Tensor
+    valid: Tensor
+    mask: Tensor
+    cache: weakref.ref[Any] | None = None
+
+    def shorten(self, full: Tensor) -> Tensor:
+        """Values of columns: [R, L] or [R, L, D] -> [R, n] or [R, n, D]."""
+        index = self.order if full.dim() == 2 else self.order[..., None].expand(-1, -1, full.shape[-1])
+        return full.gather(1, index)
+
+    def shorten_positions(self, positions: Tensor, compact: bool) -> Tensor:
+        """Position ids [..., R, L] -> [..., R, n]; `compact` closes the gaps that dropped columns leave."""
+        short = positions.gather(-1, self.order.expand(*positions.shape[:-1], -1))
+        if not compact:
+            return short
+        dropped_before = self.mask.cumsum(1).gather(1, self.order) - self.short_mask.cumsum(1)
+        return (short - dropped_before).where(self.short_mask.bool(), short)  # padding keeps what it had
+
+    def restore(self, short: Tensor) -> Tensor:
+        """[R, n, D] -> [R, L, D], zeros where a row was dropped."""
+        full = short.new_zeros(len(short), self.mask.shape[1], short.shape[-1])
+        index = self.order[..., None].expand_as(short)
+        return full.scatter(1, index, short * self.valid[..., None])
+
+    @property
+    def short_mask(self) -> Tensor:
+        return self.shorten(self.mask) * self.valid
+
+    @property
+    def dropped(self) -> Tensor:
+        """How many columns each row lost, padding apart: int64 [R]."""
+        return self.mask.sum(1) - self.short_mask.sum(1)
+
+    @property
+    def whole(self) -> bool:
+        """Whether nothing was dropped."""
+        return self.order.shape[1] == self.mask.shape[1] and bool(self.valid.all())
+
+    def repeated(self, rows: int) -> "Shortened":
+        """The same for `rows` rows: of beams that were expanded after the prefill."""
+        times = rows // len(self.order)
+        if times == 1:
+            return self
+        order, valid, mask = (part.repeat_interleave(times, 0) for part in (self.order, self.valid, self.mask))
+        return Shortened(order, valid, mask, self.cache)
+
+
+def visual_tokens(placeholders: Tensor) -> Tensor:
+    """Placeholders in a prompt, bool [B, L] -> which visual tokens each sample has, bool [B, T]."""
+    counts = placeholders.sum(1)
+    return torch.arange(int(counts.max()), device=counts.device) < counts[:, None]
+
+
+def columns_kept(placeholders: Tensor, keep: Tensor) -> Tensor:
+    """Columns of a prompt that stay, text always: bool [B, L], and bool [B, T] of its visual tokens -> bool [B, L]."""
+    columns, own = ~placeholders, visual_tokens(placeholders)
+    columns[placeholders] = keep[:, : own.shape[1]][own]  # these samples may be of a batch with more tokens
+    return columns
+
+
+def shortened(keep: Tensor, mask: Tensor) -> Shortened:
+    """What is left of a prompt: keep bool [R, L], mask int64 [R, L]."""
+    most = int(keep.sum(1).max())
+    order = (~keep).long().argsort(dim=1, stable=True)[:, :most].sort(1).values
+    return Shortened(order, keep.gather(1, order), mask)
+
+
+def refuse_static(cache: Any) -> None:
+    """Raise PruningError where a cache has a fixed length."""
+    if getattr(cache, "is_compileable", False):
+        raise PruningError(
+            "A static cache cannot be pruned: its length is fixed. Leave cache_implementation at its default."
+        )

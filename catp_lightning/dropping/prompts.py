@@ -1,0 +1,83 @@
+"""Finding a prompt's ids, mask and positions: what the caller gave, not what the model's outer code made of it."""
+
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from catp_lightning.dropping.masks import two_dimensional
+from catp_lightning.dropping.prompt import DecoderPrompt
+from catp_lightning.dropping.watching import Watching
+from catp_lightning.errors import PruningError
+from catp_lightning.families.base import Family
+
+
+class Prompts:
+    """Prompts of one model, as they reach its decoder (or the encoder that reads them).
+
+    Where `family.outer` is None, as in BLIP-2, whose generate never calls the model's forward, the embedding layer is
+    the one place that sees ids; and the decoder gets the caller's own mask and positions.
+
+    Attributes:
+        inside: whether the decoder is running; what its embedding layer sees then is no prompt.
+    """
+
+    def __init__(self, family: Family) -> None:
+        self.family, self.inside = family, False
+        self._watching = Watching(family.model, family.outer or family.model)
+        self._ids: Tensor | None = None
+
+    @contextmanager
+    def watching(self) -> Iterator[None]:
+        with ExitStack() as undo:
+            undo.enter_context(self._watching.watching())
+            if self.family.outer is None:
+                embeddings = self.family.model.get_input_embeddings()
+                undo.callback(embeddings.register_forward_pre_hook(self._see_ids).remove)
+            yield
+
+    def _see_ids(self, module: nn.Module, args: tuple[Any, ...]) -> None:
+        if not self.inside and args and args[0].dim() == 2:
+            self._ids = args[0]
+
+    def mask(self, kwargs: dict[str, Any]) -> Any:
+        """The caller's mask, given what the decoder is called with."""
+        return (kwargs if self.family.outer is None else self._watching.arguments).get("attention_mask")
+
+    def positions(self, kwargs: dict[str, Any]) -> Tensor | None:
+        """The position ids the decoder is called with, if the caller gave any: others were read from a short cache."""
+        if self.family.outer is not None and self._watching.arguments.get("position_ids") is None:
+            return None
+        return kwargs.get("position_ids")
+
+    def take(self, kwargs: dict[str, Any]) -> DecoderPrompt | None:
+        """The prompt with which the decoder is called; None where it is called on text ids of its own.
+
+        Raises:
+            PruningError: its ids are not known.
+        """
+        ids, self._ids = self._ids, None
+        if self.family.outer is not None:
+            ids = self._watching.arguments.get("input_ids")
+        embeds = kwargs.get("inputs_embeds")
+        if embeds is None:
+            return None
+        rows, length = embeds.shape[:2]
+        if ids is None or ids.shape[1] != length or rows % len(ids):
+            raise PruningError(
+                "The prompt reached the language model without its token ids, so its visual tokens cannot be found. "
+                "Pass input_ids (and pixel_values), not inputs_embeds; chunked prefill and assisted decoding cannot be "
+                "pruned."
+            )
+        ids = ids[:: self._watching.beams(len(ids))].to(embeds.device)
+        mask = self.mask(kwargs)
+        if isinstance(mask, Tensor) and mask.shape[0] != rows:
+            mask = mask.repeat_interleave(rows // len(mask), 0)
+        mask = two_dimensional(mask, rows, length, embeds.device)
+        positions = kwargs.get("position_ids")
+        positions = self.family.positions(mask) if positions is None else positions.to(embeds.device)
+        positions = positions.expand(*positions.shape[:-2], rows, length)
+        visual = torch.isin(ids, torch.tensor(self.family.placeholder_ids, device=ids.device))
+        return DecoderPrompt.of(self._watching.given, rows // len(ids), ids, visual, embeds, mask, positions)

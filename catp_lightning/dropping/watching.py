@@ -1,0 +1,76 @@
+"""What the model itself was called with: seen before its own code turns it into something else."""
+
+import inspect
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+
+class Watching:
+    """Follows the calls of one model.
+
+    Attributes:
+        arguments: by name, what `outer` was called with, while it runs.
+        given: what the user called: generate's arguments while it runs, else `arguments`. Newer versions of generate
+            read pixels before they expand beams and hand on features alone.
+        samples: how many samples `generate`, where one is running, was given; later tensors have a row for each beam.
+
+    Args:
+        model: whose `generate` is followed.
+        outer: the module below the head, which turns ids and pixels into the decoder's input.
+    """
+
+    def __init__(self, model: PreTrainedModel, outer: nn.Module) -> None:
+        self.model, self.outer = model, outer
+        self.arguments: Mapping[str, Any] = {}
+        self.samples: int | None = None
+        self._generating: Mapping[str, Any] | None = None
+        self._names = list(inspect.signature(outer.forward).parameters)
+
+    @contextmanager
+    def watching(self) -> Iterator[None]:
+        """Hooks are in place only while inside."""
+        with ExitStack() as undo:
+            undo.callback(self.outer.register_forward_pre_hook(self._call, with_kwargs=True).remove)
+            undo.callback(self.outer.register_forward_hook(self._called, always_call=True).remove)
+            undo.enter_context(replaced(self.model, "generate", self._generate))
+            yield
+
+    @property
+    def given(self) -> Mapping[str, Any]:
+        return self.arguments if self._generating is None else self._generating
+
+    def beams(self, rows: int) -> int:
+        """How many of `rows` belong to each sample."""
+        return rows // self.samples if self.samples and rows % self.samples == 0 else 1
+
+    def _call(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        self.arguments = {**dict(zip(self._names, args, strict=False)), **kwargs}
+
+    def _called(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        self.arguments = {}  # they are not held longer than the call lasts
+
+    def _generate(self, generate: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        prompt = kwargs.get("input_ids", args[0] if args else kwargs.get("inputs"))
+        before = self.samples, self._generating
+        self.samples, self._generating = len(prompt) if isinstance(prompt, Tensor) else None, kwargs
+        try:
+            return generate(*args, **kwargs)
+        finally:
+            self.samples, self._generating = before
+
+
+@contextmanager
+def replaced(model: nn.Module, name: str, call: Callable[..., Any]) -> Iterator[None]:
+    """While inside, `model.<name>(...)` is `call(original, ...)`; only this very object is touched."""
+    original, own = getattr(model, name), model.__dict__.get(name)
+    model.__dict__[name] = lambda *args, **kwargs: call(original, *args, **kwargs)
+    try:
+        yield
+    finally:
+        del model.__dict__[name]
+        if own is not None:  # somebody else's, who set it on this very model
+            model.__dict__[name] = own

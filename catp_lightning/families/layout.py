@@ -1,0 +1,182 @@
+"""Which placeholders belong to which image, for every way in which models cut, pad and pool images."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from catp_lightning.errors import PruningError
+from catp_lightning.fingerprint import fingerprint
+
+if TYPE_CHECKING:
+    from catp_lightning.dropping.prompt import DecoderPrompt
+
+
+@dataclass(frozen=True)
+class Image:
+    """An image, or a frame of a video.
+
+    Attributes:
+        tokens: how many placeholders it has.
+        pixels: its own, of any shape, without padding: they identify it.
+        always: bool [tokens], those that stand for no patch and always stay; None: none.
+        crops: int64 [tokens], the crop each is of; None where the image is not cut.
+    """
+
+    tokens: int
+    pixels: Tensor
+    always: Tensor | None = None
+    crops: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Images in the order of their placeholders; I images, T tokens of the largest.
+
+    Attributes:
+        images: one for each row below.
+        order: int64 [I], for each its place in the order of the vision part's features.
+        exists, always: bool [I, T].
+        crops: int64 [I, T], or None.
+    """
+
+    images: Sequence[Image]
+    order: Tensor
+    exists: Tensor
+    always: Tensor
+    crops: Tensor | None
+
+    @classmethod
+    def of(cls, images: Mapping[int, list[Image]], ids: Tensor, visual: Tensor) -> "Layout":
+        """From images by placeholder id, prompts int64 [B, L], and their placeholders bool [B, L].
+
+        Raises:
+            PruningError: images have another number of tokens than there are placeholders.
+        """
+        found: list[tuple[int, Image]] = []
+        for token, own in images.items():
+            columns = (ids == token).flatten().nonzero()[:, 0]
+            if sum(image.tokens for image in own) != len(columns):
+                raise PruningError(
+                    f"{len(own)} images have {sum(image.tokens for image in own)} visual tokens, the prompts have "
+                    f"{len(columns)} placeholders of id {token}: features would reach the wrong place. Give each "
+                    "sample as many image tokens as its images need; its processor does."
+                )
+            starts = torch.tensor([0, *(image.tokens for image in own)]).cumsum(0)[:-1].tolist()
+            found += zip(columns[starts].tolist() if own else [], own, strict=True)
+        order = sorted(range(len(found)), key=lambda n: found[n][0])
+        ordered, device = [found[n][1] for n in order], ids.device
+        widest = max((image.tokens for image in ordered), default=0)
+        exists = torch.zeros(len(ordered), widest, dtype=torch.bool, device=device)
+        always, crops = torch.zeros_like(exists), torch.zeros(exists.shape, dtype=torch.long, device=device)
+        for row, image in enumerate(ordered):
+            exists[row, : image.tokens] = True
+            if image.always is not None:
+                always[row, : image.tokens] = image.always.to(device)
+            if image.crops is not None:
+                crops[row, : image.tokens] = image.crops.to(device)
+        cut = any(image.crops is not None for image in ordered)
+        return cls(ordered, torch.tensor(order, device=device), exists, always, crops if cut else None)
+
+    def padded(self, flat: Tensor) -> Tensor:
+        """Values of all visual tokens in the order of placeholders, [N, ...] -> [I, T, ...]."""
+        found = flat.new_zeros(*self.exists.shape, *flat.shape[1:])
+        found[self.exists] = flat
+        return found
+
+    def tokens(self, values: list[Tensor]) -> Tensor:
+        """Values of each image's tokens, in the order of features, each [..., tokens] -> [I, ..., T]."""
+        padded = [torch.nn.functional.pad(value, (0, self.exists.shape[1] - value.shape[-1])) for value in values]
+        return torch.stack(padded)[self.order.to(values[0].device)]
+
+    def fingerprints(self) -> Tensor:
+        """A checksum of each image's pixels: int64 [I]."""
+        return torch.cat([fingerprint(image.pixels[None]) for image in self.images]).to(self.exists.device)
+
+
+Images = dict[int, list[Image]]
+Reader = Callable[[Any, "DecoderPrompt", Mapping[int, int]], Images]
+
+
+def pictures(arguments: Mapping[str, Any]) -> Tensor | None:
+    """The pixels of images; Video-LLaVA called them otherwise."""
+    pixels = arguments.get("pixel_values")
+    return arguments.get("pixel_values_images") if pixels is None else pixels
+
+
+def equal_images(model: Any, prompt: "DecoderPrompt", counts: Mapping[int, int]) -> Images:
+    """Every picture that the vision part reads has the same number of tokens."""
+    token = int(model.config.image_token_id)
+    pixels = pictures(prompt.arguments)
+    if pixels is None:
+        return {}
+    if pixels.dim() == 5:  # pictures of each sample, filled up with pictures of zeros
+        pixels = pixels.flatten(0, 1)
+        pixels = pixels[pixels.flatten(1).any(1)]
+    each, rest = divmod(counts[token], len(pixels))
+    if rest:
+        raise PruningError(
+            f"{len(pixels)} pictures share {counts[token]} image tokens, which is not a whole number each. Give each "
+            "sample as many image tokens as its images need; its processor does."
+        )
+    return {token: [Image(each, picture) for picture in pixels]}
+
+
+def tiled_images(model: Any, prompt: "DecoderPrompt", counts: Mapping[int, int]) -> Images:
+    """InternVL: the tiles of one image stand in one run of placeholders."""
+    (token, tiles), *_ = equal_images(model, prompt, counts).items() or [(0, [])]
+    columns = (prompt.ids == token).flatten().nonzero()[:, 0].tolist()
+    images: list[list[Image]] = []
+    place = 0
+    for tile in tiles:
+        joins = place > 0 and columns[place] == columns[place - 1] + 1 and columns[place] % prompt.ids.shape[1] > 0
+        images[-1].append(tile) if joins else images.append([tile])
+        place += tile.tokens
+    return {token: [_joined(own) for own in images]}
+
+
+def _joined(tiles: list[Image]) -> Image:
+    crops = torch.arange(len(tiles)).repeat_interleave(tiles[0].tokens)
+    return Image(len(crops), torch.stack([tile.pixels for tile in tiles]), crops=crops)
+
+
+def sized_images(model: Any, prompt: "DecoderPrompt", counts: Mapping[int, int]) -> Images:
+    """Mistral 3 and Pixtral: images of their own size, padded to the largest; `image_sizes` [I, 2] are in pixels."""
+    pixels, sizes = pictures(prompt.arguments), prompt.arguments.get("image_sizes")
+    if pixels is None or sizes is None:
+        return {}
+    side = model.config.vision_config.patch_size * getattr(model.config, "spatial_merge_size", 1)
+    return {
+        int(model.config.image_token_id): [
+            Image((height // side) * (width // side), picture[:, :height, :width])
+            for picture, (height, width) in zip(pixels, torch.as_tensor(sizes).tolist(), strict=True)
+        ]
+    }
+
+
+def gridded_images(model: Any, prompt: "DecoderPrompt", counts: Mapping[int, int]) -> Images:
+    """Qwen-VL: patches of all images one after the other; `image_grid_thw` [I, 3] counts them. A frame is a t."""
+    found: Images = {}
+    merged = model.config.vision_config.spatial_merge_size**2
+    for token, pixels, grid in (
+        (model.config.image_token_id, "pixel_values", "image_grid_thw"),
+        (model.config.video_token_id, "pixel_values_videos", "video_grid_thw"),
+    ):
+        patches, grids = prompt.arguments.get(pixels), prompt.arguments.get(grid)
+        if patches is None or grids is None:
+            continue
+        areas = [height * width for frames, height, width in grids.tolist() for _ in range(frames)]
+        parts = patches.split(areas)
+        found[int(token)] = [Image(area // merged, part) for area, part in zip(areas, parts, strict=True)]
+    return found
+
+
+IMAGES: dict[str, Reader] = {
+    "internvl": tiled_images,
+    "mistral3": sized_images,
+    "qwen2_vl": gridded_images,
+    "qwen2_5_vl": gridded_images,
+    "qwen3_vl": gridded_images,
+}

@@ -1,0 +1,158 @@
+"""The LLaVA family: CLIP or SigLIP patches, projected one by one; some cut an image into crops, some read videos."""
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+from transformers.models.llava_next.modeling_llava_next import image_size_to_num_patches
+
+from catp_lightning.attention import attention_map, attention_received
+from catp_lightning.errors import PruningError
+from catp_lightning.families.base import AttentionSite
+from catp_lightning.families.layout import Image, equal_images, pictures, sized_images
+from catp_lightning.families.placeholder import Placeholder
+from catp_lightning.observation import Signal, Values
+
+if TYPE_CHECKING:
+    from catp_lightning.dropping.prompt import DecoderPrompt
+
+TYPES = {
+    "llava": "LlavaForConditionalGeneration",
+    "llava_next": "LlavaNextForConditionalGeneration",
+    "llava_next_video": "LlavaNextVideoForConditionalGeneration",
+    "llava_onevision": "LlavaOnevisionForConditionalGeneration",
+    "video_llava": "VideoLlavaForConditionalGeneration",
+    "vipllava": "VipLlavaForConditionalGeneration",
+}
+CUT = {"llava_next", "llava_next_video", "llava_onevision"}
+WITH_CLASS = {"clip_vision_model"}
+WITHOUT_CLASS = {"siglip_vision_model"}
+
+
+class Llava(Placeholder):
+    """LLaVA-1.5 and its descendants.
+
+    Of images the attention of the vision tower is observed, in the layer whose output is projected and those before
+    it: what [CLS] gives each patch, or what a patch receives where the tower has no [CLS]. Of videos it is not.
+    """
+
+    classes = tuple(sorted(TYPES.values()))
+    types = TYPES
+
+    @classmethod
+    def handles(cls, model: PreTrainedModel) -> bool:
+        return model.config.model_type in TYPES and super().handles(model)
+
+    @property
+    def kind(self) -> str:
+        return str(self.model.config.model_type)
+
+    def layers(self) -> Mapping[Signal, int]:
+        return {Signal.VISION_ATTENTION: self._blocks()} if self._blocks() else {}
+
+    def _blocks(self) -> int:
+        """How many blocks of the tower lead to the features: 0 where their attention cannot be told by patch."""
+        tower = getattr(self.model.model, "vision_tower", None)
+        layer = getattr(self.model.config, "vision_feature_layer", None)
+        if tower is None or not isinstance(layer, int):
+            return 0
+        if tower.config.model_type not in WITH_CLASS | WITHOUT_CLASS:
+            return 0
+        return layer if layer >= 0 else tower.config.num_hidden_layers + layer + 1
+
+    def attention_site(self, signal: Signal, layer: int) -> AttentionSite:
+        tower: Any = self.model.model.vision_tower
+        encoder = getattr(tower, "vision_model", tower).encoder
+        reduction = _from_class if tower.config.model_type in WITH_CLASS else _received
+        return AttentionSite(tower, encoder.layers[layer].self_attn, reduction)
+
+    def images(self, prompt: "DecoderPrompt", counts: Mapping[int, int]) -> dict[int, list[Image]]:
+        found = self._videos(prompt)
+        if pictures(prompt.arguments) is None:
+            return found
+        if self.kind in CUT:
+            return {**found, int(self.model.config.image_token_id): self._cut_images(prompt)}
+        sized = self.model.config.vision_config.model_type == "pixtral"
+        return {**found, **(sized_images if sized else equal_images)(self.model, prompt, counts)}
+
+    def _videos(self, prompt: "DecoderPrompt") -> dict[int, list[Image]]:
+        videos = prompt.arguments.get("pixel_values_videos")
+        if videos is None:
+            return {}
+        token = int(self.model.config.video_token_id)
+        last, frames = int((prompt.ids == token).sum()) // len(videos), videos.shape[1]
+        each, newline = divmod(last, frames)
+        always = None
+        if self.kind == "video_llava":  # each frame begins with its [CLS]
+            always = torch.arange(each) == 0
+        plain = [Image(each, frame, always) for video in videos for frame in video]
+        if newline:  # LLaVA-OneVision ends a video with one
+            closing = torch.arange(each + newline) >= each
+            for end in range(frames - 1, len(plain), frames):
+                plain[end] = Image(each + newline, plain[end].pixels, closing)
+        return {token: plain}
+
+    def _cut_images(self, prompt: "DecoderPrompt") -> list[Image]:
+        """Images cut into crops: the model's own packing says where tokens of each crop and line ends come to lie."""
+        pixels, crops = prompt.arguments["pixel_values"], self._crop_counts(prompt.arguments)
+        if pixels.dim() == 5:  # filled up to the largest number of crops
+            own = [image[:count] for image, count in zip(pixels, crops, strict=True)]
+        else:
+            own = list(pixels.split(crops))
+        numbers = [torch.arange(count).float()[:, None, None].expand(-1, self._patches(), 1) for count in crops]
+        number = self._packed([n + 1 for n in numbers], prompt.arguments)
+        patch = self._packed([torch.ones_like(n) for n in numbers], prompt.arguments)
+        return [
+            Image(len(n), image, always=p[:, 0] < 0.5, crops=(n[:, 0].round().long() - 1).clamp(min=0))
+            for n, p, image in zip(number, patch, own, strict=True)
+        ]
+
+    def _patches(self) -> int:
+        vision = self.model.config.vision_config
+        return int(vision.image_size // vision.patch_size) ** 2
+
+    def _crop_counts(self, arguments: Mapping[str, Any]) -> list[int]:
+        sizes, config, several = arguments["image_sizes"], self.model.config, arguments.get("batch_num_images")
+        cut = [True] * len(sizes) if several is None else [n == 1 for n in several for _ in range(n)]
+        return [
+            image_size_to_num_patches(size, config.image_grid_pinpoints, config.vision_config.image_size) if own else 1
+            for size, own in zip(sizes, cut, strict=True)
+        ]
+
+    def _packed(self, features: list[Tensor], arguments: Mapping[str, Any]) -> list[Tensor]:
+        """Numbers for each patch of each crop, [crops, patches, F] an image, as the model packs features: 0 at ends."""
+        model, width = self.model.model, features[0].shape[-1]
+        newline = features[0].new_zeros(width)
+        if self.kind == "llava_onevision":
+            ratio = arguments.get("vision_aspect_ratio") or self.model.config.vision_aspect_ratio
+            return model.pack_image_features(features, arguments["image_sizes"], newline, ratio)[0]
+        return model.pack_image_features(features, arguments["image_sizes"], "default", newline)[0]
+
+    def on_tokens(self, values: Values, prompt: "DecoderPrompt") -> dict[Any, list[Tensor]]:
+        if values and prompt.arguments.get("pixel_values_videos") is not None:
+            raise PruningError(
+                f"Attention in the vision tower of {type(self.model).__name__} is observed for images, not for videos. "
+                "Give videos a batch of their own, and a policy whose scorer reads none (l2-norm, stride, random)."
+            )
+        return {key: self._of_images(value, prompt.arguments) for key, value in values.items()}
+
+    def _of_images(self, value: Tensor, arguments: Mapping[str, Any]) -> list[Tensor]:
+        """Attention [P, H, N] of pictures, the crops of images, as their tokens lie: [H, tokens] for each image."""
+        crops = self._crop_counts(arguments) if self.kind in CUT else [1] * len(arguments["pixel_values"])
+        beams = len(value) // sum(crops)  # older versions of generate expand pixels for beams, image by image
+        pictures = value.split([count for count in crops for _ in range(beams)])[::beams]
+        if self.kind not in CUT:
+            return [picture[0] for picture in pictures]
+        return [packed.T for packed in self._packed([picture.transpose(1, 2) for picture in pictures], arguments)]
+
+
+def _from_class(query: Tensor, key: Tensor, mask: Tensor | None, scaling: float) -> Tensor:
+    """What [CLS], the first row, gives each patch: [B, H, N]."""
+    return attention_map(query[:, :, :1], key, mask, scaling)[:, :, 0, 1:]
+
+
+def _received(query: Tensor, key: Tensor, mask: Tensor | None, scaling: float) -> Tensor:
+    """What each patch receives, on average over rows: [B, H, N]."""
+    return attention_received(query, key, mask, scaling) / query.shape[2]

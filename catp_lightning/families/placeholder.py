@@ -1,0 +1,168 @@
+"""Any model whose text decoder reads visual tokens in the place of placeholder ids."""
+
+import inspect
+import warnings
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, cast
+
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from catp_lightning.dropping.masks import window
+from catp_lightning.errors import PruningError
+from catp_lightning.families.base import AttentionSite, Family, OutputSite
+from catp_lightning.families.layout import IMAGES, Image, Layout, equal_images
+from catp_lightning.observation import Observation, Signal, Values
+
+if TYPE_CHECKING:
+    from catp_lightning.dropping.prompt import DecoderPrompt, Prompt, Shortened
+
+# Shown to be exact by the tests. Others are pruned where nothing speaks against it, with a warning.
+TYPES = {
+    "gemma3": "Gemma3ForConditionalGeneration",
+    "idefics3": "Idefics3ForConditionalGeneration",
+    "internvl": "InternVLForConditionalGeneration",
+    "mistral3": "Mistral3ForConditionalGeneration",
+    "paligemma": "PaliGemmaForConditionalGeneration",
+    "qwen2_5_vl": "Qwen2_5_VLForConditionalGeneration",
+    "qwen2_vl": "Qwen2VLForConditionalGeneration",
+    "qwen3_vl": "Qwen3VLForConditionalGeneration",
+    "smolvlm": "SmolVLMForConditionalGeneration",
+}
+KNOWN_INPUTS = {
+    *("input_ids", "inputs_embeds", "attention_mask", "position_ids", "past_key_values", "use_cache", "kwargs"),
+    *("output_attentions", "output_hidden_states", "return_dict", "cache_position"),
+    *("visual_pos_masks", "deepstack_visual_embeds"),  # shortened below
+}
+KNOWN_LAYERS = {"full_attention", "sliding_attention"}
+
+
+class Placeholder(Family):
+    """A vision-language model with an image token in its config and a text decoder.
+
+    Tokens are compared by what the decoder receives: projected features, one to a placeholder.
+    """
+
+    classes = tuple(sorted(TYPES.values()))
+    types: Mapping[str, str] = TYPES
+
+    @property
+    def name(self) -> str:  # type: ignore[override]
+        return str(self.model.config.model_type).replace("_", "-")
+
+    @classmethod
+    def handles(cls, model: PreTrainedModel) -> bool:
+        outer = getattr(model, "model", None)
+        if not isinstance(outer, PreTrainedModel) or not model.can_generate() or model.config.is_encoder_decoder:
+            return False
+        decoder: Any = outer.get_decoder()
+        return hasattr(model.config, "image_token_id") and decoder is not outer and hasattr(decoder, "layers")
+
+    def check(self) -> None:
+        if self.model.config.image_token_id is None:
+            raise PruningError(
+                f"The config of this {type(self.model).__name__} has image_token_id None, so its visual tokens cannot "
+                "be found. Load a checkpoint saved by a recent transformers, or set model.config.image_token_id."
+            )
+        unknown = sorted(inspect.signature(self.decoder.forward).parameters.keys() - KNOWN_INPUTS)
+        if unknown:
+            raise PruningError(
+                f"{type(self.decoder).__name__} also takes {', '.join(unknown)}, which may have a row for each column "
+                "of the prompt: it is not known how to shorten that, so it cannot be pruned exactly."
+            )
+        if self.model.config.model_type not in self.types:
+            warnings.warn(
+                f"{type(self.model).__name__} is not among the models whose pruning was tested to be exact. Its "
+                "decoder takes nothing unknown, so it should be; compare a few answers at keep=1.0 and with a mask.",
+                stacklevel=2,
+            )
+        config = self.decoder_config
+        unknown = sorted(set(getattr(config, "layer_types", None) or ()) - KNOWN_LAYERS)
+        if unknown:
+            raise PruningError(
+                f"{type(self.decoder).__name__} has layers of type {', '.join(unknown)}; full and sliding attention "
+                "can be pruned exactly. Use a checkpoint without them."
+            )
+        if window(config) is not None and "flash" in str(config._attn_implementation):
+            raise PruningError(
+                f"{type(self.decoder).__name__} has sliding windows, which flash attention counts in the rows that are "
+                'left, not in those that were there. Load the model with attn_implementation="sdpa".'
+            )
+
+    def shape(self) -> Mapping[str, int]:
+        config = self.decoder_config
+        return {"layers": config.num_hidden_layers, "heads": config.num_attention_heads}
+
+    @property
+    def placeholder_ids(self) -> tuple[int, ...]:
+        ids = (self.model.config.image_token_id, getattr(self.model.config, "video_token_id", None))
+        return tuple(int(token) for token in ids if token is not None)
+
+    @property
+    def outer(self) -> nn.Module:
+        return self.model.model
+
+    @property
+    def decoder(self) -> nn.Module:
+        return self.model.model.get_decoder()
+
+    def positions(self, mask: Tensor) -> Tensor:
+        if self.model.config.model_type == "paligemma":
+            return super().positions(mask) + 1
+        deltas = getattr(self.outer, "rope_deltas", None)
+        if deltas is None:
+            return super().positions(mask)
+        columns = (mask.cumsum(1) - 1).clamp(min=0) + deltas.repeat_interleave(len(mask) // len(deltas), 0)
+        return columns.expand(3, -1, -1)
+
+    def shorten_extras(self, kwargs: Mapping[str, Any], prompt: "Shortened") -> dict[str, Any]:
+        """Qwen3-VL adds features of earlier vision layers to the visual rows after the first decoder layers."""
+        visual = kwargs.get("visual_pos_masks")
+        if visual is None:
+            return {}
+        place = (visual.flatten().cumsum(0) - 1).view(visual.shape)  # of each visual row in the flat list of features
+        stays = prompt.shorten(visual.long()).bool()
+        index = prompt.shorten(place)[stays]
+        return {
+            "visual_pos_masks": stays,
+            "deepstack_visual_embeds": [embeds[index] for embeds in kwargs["deepstack_visual_embeds"]],
+        }
+
+    def layers(self) -> Mapping[Signal, int]:
+        return {}
+
+    @property
+    def signals(self) -> frozenset[Signal]:
+        return self.at_entry
+
+    @property
+    def at_entry(self) -> frozenset[Signal]:
+        return frozenset({Signal.OUTPUTS, Signal.FINGERPRINT})
+
+    def attention_site(self, signal: Signal, layer: int) -> AttentionSite:
+        raise NotImplementedError(signal)
+
+    def output_site(self, signal: Signal) -> OutputSite:
+        raise NotImplementedError(signal)
+
+    def images(self, prompt: "DecoderPrompt", counts: Mapping[int, int]) -> dict[int, list[Image]]:
+        """Images and frames by placeholder id, in the order of their features; counts: placeholders by id."""
+        return IMAGES.get(self.model.config.model_type, equal_images)(self.model, prompt, counts)
+
+    def observation(self, values: Values, wanted: frozenset[Signal], prompt: "Prompt") -> Observation:
+        prompt = cast("DecoderPrompt", prompt)
+        counts = {token: int((prompt.ids == token).sum()) for token in self.placeholder_ids}
+        images: dict[int, list[Image]] = {token: [] for token, count in counts.items() if count} | self.images(
+            prompt, counts
+        )
+        layout = Layout.of(images, prompt.ids, prompt.visual)
+        found: Values = {key: layout.tokens(value) for key, value in self.on_tokens(values, prompt).items()}
+        if Signal.OUTPUTS in wanted:
+            found[Signal.OUTPUTS] = layout.padded(prompt.embeds[:: prompt.beams][prompt.visual].detach())
+        if Signal.FINGERPRINT in wanted:
+            found[Signal.FINGERPRINT] = layout.fingerprints()
+        return Observation(layout.exists, self.layers(), found, layout.always, layout.crops)
+
+    def on_tokens(self, values: Values, prompt: "DecoderPrompt") -> dict[Any, list[Tensor]]:
+        """What was observed of patches, for the tokens of each image in the order of features: [..., tokens]."""
+        return {}

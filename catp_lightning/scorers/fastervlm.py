@@ -1,0 +1,26 @@
+"""FasterVLM: attention of [CLS] in the vision tower (2412.01818v1, section 3)."""
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from catp_lightning.observation import Needs, Observation, Signal
+from catp_lightning.scorers.base import AttentionScorer
+
+
+@dataclass(frozen=True)
+class FasterVLM(AttentionScorer):
+    """Attention that [CLS] pays the patch, over heads, in the layer whose output the language model reads.
+
+    A tower without [CLS] (SigLIP) has no such row: there it is the attention a patch receives on average, which is
+    not in the paper. Layers are those that lead to the features: -1 is the last of them.
+    """
+
+    layers: tuple[int, ...] | None = (-1,)
+
+    @property
+    def needs(self) -> Needs:
+        return {Signal.VISION_ATTENTION: self.layers}
+
+    def votes(self, seen: Observation) -> Tensor:
+        return seen.by_layer(Signal.VISION_ATTENTION, self.layers)

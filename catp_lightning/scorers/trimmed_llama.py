@@ -1,0 +1,27 @@
+"""Trimmed Llama: what text reads of the image in the first cross-attention layer (2504.00557)."""
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from torch import Tensor
+
+from catp_lightning.observation import Needs, Observation, Signal
+from catp_lightning.scorers.base import AttentionScorer
+
+
+@dataclass(frozen=True)
+class TrimmedLlama(AttentionScorer):
+    """Attention that a row of the image gets from the text, summed over text rows and heads.
+
+    Its selector keeps what any head ranks high; with `top-k` the sum over heads decides. The sum over text rows is
+    our reading of the paper, which does not say how they are put together.
+    """
+
+    selector: ClassVar[str] = "union"
+
+    @property
+    def needs(self) -> Needs:
+        return {Signal.TEXT_ATTENTION: self.layers}
+
+    def votes(self, seen: Observation) -> Tensor:
+        return seen.by_layer(Signal.TEXT_ATTENTION, self.layers)

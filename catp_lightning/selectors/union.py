@@ -1,0 +1,30 @@
+"""The union over heads of what each ranks high (Trimmed Llama, 2504.00557)."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from catp_lightning.observation import Needs, Observation, Signal
+from catp_lightning.selectors.base import Selector, ranked
+
+
+@dataclass(frozen=True)
+class Union(Selector):
+    """Each head of a cross-attention layer picks its share of rows; what any head picks stays.
+
+    The budget is each head's: the union is larger, and its size differs between images. Compare by tokens kept.
+    """
+
+    @property
+    def needs(self) -> Needs:
+        return {Signal.TEXT_ATTENTION: None}
+
+    def vectors(self, seen: Observation) -> Tensor:
+        """What each head pays a row: float [I, T, H]."""
+        return seen.by_layer(Signal.TEXT_ATTENTION).flatten(1, 2).transpose(1, 2)
+
+    def ranks(self, scores: Tensor, visual: Tensor, most: int, vectors: Tensor | None) -> Tensor:
+        """The best rank that any head gives a token; several tokens share one."""
+        assert vectors is not None  # `vectors` above always gives some
+        return torch.stack([ranked(head, visual) for head in vectors.unbind(2)]).amin(0)

@@ -1,0 +1,173 @@
+"""Scorers on the families that show their signals: what is observed, and a choice that belongs to each sample alone."""
+
+import math
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from catp_lightning import PruningError, PruningPolicy, prune
+from catp_lightning.families import find_family
+from catp_lightning.scorers import SCORERS
+from tests.families import ROWS
+from tests.oracles import IMAGE, VIDEO
+
+BY_NAME = {row.name: row for row in ROWS}
+RULES: list[tuple[str, dict[str, Any]]] = [
+    *(
+        (name, {"scorer": scorer})
+        for name in (
+            "Llava",
+            "LlavaNext",
+            "LlavaOnevision",
+            "VideoLlava",
+            "Qwen2.5-VL",
+            "SmolVLM",
+            "Mistral3",
+            "Mllama",
+        )
+        for scorer in ("random", "stride", "l2-norm")
+    ),
+    *((name, {"scorer": "fastervlm"}) for name in ("Llava", "LlavaNext", "LlavaOnevision")),
+    ("LlavaNext", {"scorer": "fastervlm", "selector_args": {"per": "crop"}}),
+    ("LlavaNext", {"scorer": "l2-norm", "selector": "dpp", "selector_args": {"similarity": "outputs"}}),
+    ("InternVL", {"scorer": "stride", "selector_args": {"per": "crop"}}),
+    ("InstructBlip", {"scorer": "catp"}),
+    ("InstructBlip", {"scorer": "self-attention"}),
+    ("Blip2-T5", {"scorer": "catp", "selector": "dpp"}),
+    ("InstructBlipVideo", {"scorer": "cross-attention"}),
+    ("Mllama", {"scorer": "trimmed-llama"}),
+    ("Mllama", {"scorer": "trimmed-llama", "selector": "top-k", "selector_args": {"per": "crop"}}),
+    ("Llava", {"scorer": "fastv"}),
+    ("Qwen2.5-VL", {"scorer": "fastv", "scorer_args": {"layer": 1}}),
+    ("Blip2-OPT", {"scorer": "pyramiddrop"}),
+]
+
+
+@pytest.fixture(autouse=True)
+def _no_grad() -> Iterator[None]:
+    with torch.no_grad():
+        yield
+
+
+@pytest.mark.parametrize(("name", "rule"), RULES)
+def test_a_choice_belongs_to_the_sample_and_to_the_prompt(name: str, rule: dict[str, Any]) -> None:
+    row = BY_NAME[name]
+    model, inputs = row.model(), row.inputs(range(len(row.samples())))
+    settings = {"max_new_tokens": 2, "do_sample": False, "suppress_tokens": [IMAGE, VIDEO]}
+    with prune(model, PruningPolicy(keep=0.4, **rule)) as pruning:
+        model(**row.oracle.forward_inputs(inputs))
+        keep, scores = pruning.keep, pruning.scores
+        for more in ({}, {"num_beams": 2}, {"use_cache": False}):
+            model.generate(**inputs, **settings, **more)
+            assert torch.equal(pruning.keep, keep), f"generate with {more} keeps what forward does"
+        for own in range(len(keep)):
+            alone = row.inputs([own], pads=3)
+            model(**row.oracle.forward_inputs(alone))
+            if not keep[own].any():
+                continue
+            width = pruning.keep.shape[1]
+            assert torch.equal(pruning.keep[0], keep[own, :width]) and not keep[own, width:].any()
+            torch.testing.assert_close(
+                pruning.scores[0], scores[own, :width], rtol=0, atol=1e-6
+            )  # angles of positions are float32
+    assert scores[keep].isfinite().all()
+
+
+@pytest.mark.parametrize("name", ["Llava", "LlavaNext", "LlavaOnevision", "VideoLlava", "Qwen2.5-VL", "Mistral3"])
+def test_a_budget_is_of_each_image_and_frame(name: str) -> None:
+    row = BY_NAME[name]
+    model, samples = row.model(), row.samples()
+    inputs = row.inputs(range(len(samples)))  # those without an image too
+    with prune(model, PruningPolicy(scorer="stride", keep=0.4)) as pruning:
+        model(**row.oracle.forward_inputs(inputs))
+    for sample, keep in zip(samples, pruning.keep, strict=True):
+        place = 0
+        for image in sample.images:
+            video = image.tensors.get("pixel_values_videos")
+            frames = 1 if video is None or name == "Qwen2.5-VL" else video.shape[0]
+            own = keep[place : place + image.tokens]
+            place += image.tokens
+            if name in ("LlavaNext", "LlavaOnevision"):
+                assert math.ceil(0.3 * image.tokens) <= own.sum() <= math.ceil(0.75 * image.tokens), (
+                    "line ends stay too"
+                )
+                continue
+            each, always = image.tokens // frames, int(frames > 1)  # Video-LLaVA keeps each frame's [CLS]
+            assert own.sum() == frames * (math.ceil(0.4 * (each - always)) + always)
+
+
+def test_line_ends_of_llava_next_always_stay_and_crops_share_evenly() -> None:
+    row = BY_NAME["LlavaNext"]
+    model, inputs = row.model(), row.inputs(range(len(row.samples())))
+    kept = {}
+    for per in ("image", "crop", "sample"):
+        with prune(model, PruningPolicy(scorer="stride", keep=1, selector_args={"per": per})) as pruning:
+            model(**inputs)
+        kept[per] = pruning.keep
+    rows: list[Tensor] = []
+    hook = find_family(model).decoder.register_forward_pre_hook(
+        lambda module, args, kwargs: rows.append(kwargs["inputs_embeds"]), with_kwargs=True
+    )
+    model(**inputs)
+    hook.remove()
+    placeholders, ends = inputs["input_ids"] == IMAGE, torch.zeros_like(kept["image"])
+    exists = torch.arange(ends.shape[1]) < placeholders.sum(1)[:, None]
+    ends[exists] = (rows[0][placeholders] == model.model.image_newline).all(-1)
+    assert ends.any() and all((keep | ~ends).all() for keep in kept.values())
+    free = {per: (keep & ~ends).sum(1) for per, keep in kept.items()}
+    images = torch.tensor([len(sample.images) for sample in row.samples()])
+    assert torch.equal(free["image"], images) and torch.equal(free["sample"], images.clamp(max=1))
+    assert (free["crop"] >= 2 * images).all(), "the whole picture and its crops keep one each"
+
+
+@pytest.mark.parametrize("name", ["Llava", "LlavaOnevision"])
+def test_fastervlm_scores_are_the_vision_towers_attention(name: str) -> None:
+    row = BY_NAME[name]
+    model, inputs = row.model(attention="eager"), row.inputs()
+    with prune(model, PruningPolicy(scorer="fastervlm", keep=0.5)) as pruning:
+        model(**row.oracle.forward_inputs(inputs))
+    tower, layer = model.model.vision_tower, model.config.vision_feature_layer
+    pixels = inputs["pixel_values"]
+    if name == "Llava":
+        maps = tower(pixels, output_attentions=True).attentions[layer]
+        expected = maps[:, :, 0, 1:].sum(1).flatten()
+        mine = pruning.scores[pruning.scores.isfinite()]
+        torch.testing.assert_close(mine, expected, rtol=0, atol=1e-6)
+        return
+    first = pixels[0, :1]  # of a single image, the whole picture comes first and is not resampled
+    received = tower(first, output_attentions=True).attentions[layer].mean(2).sum(1)[0]
+    torch.testing.assert_close(pruning.scores[0, : len(received)], received, rtol=0, atol=1e-6)
+
+
+def test_fastv_drops_from_its_layer_on_and_the_cache_says_so() -> None:
+    row = BY_NAME["Llava"]
+    model = row.model()
+    inputs = row.inputs([number for number, sample in enumerate(row.samples()) if len(sample.images) == 1])
+    with prune(model, PruningPolicy(scorer="fastv", scorer_args={"layer": 2}, keep=0.4)) as pruning:
+        output = model(**inputs, use_cache=True)
+    lengths = [layer.keys.shape[2] for layer in output.past_key_values.layers]
+    full, kept = inputs["input_ids"].shape[1], int(pruning.keep.sum(1).max())
+    assert lengths == [full, full, full - 9 + kept] and kept == 4  # ceil(0.4 * 9)
+
+
+@pytest.mark.parametrize(
+    ("name", "scorer", "says"),
+    [
+        ("Llava", "catp", "reads cross-attention, which LlavaForConditionalGeneration does not show.*vision-attention"),
+        ("Qwen2-VL", "fastervlm", "vision-attention, which Qwen2VLFor.* It shows: fingerprint, outputs"),
+        ("Mllama", "fastv", "drops tokens inside a decoder .*MllamaFor.* by cross-attention"),
+        ("Blip2-T5", "pyramiddrop", "drops tokens inside a decoder .*reads them by encoder"),
+        ("Gemma3", "fastv", "sliding"),
+    ],
+)
+def test_a_scorer_without_its_signal_is_refused_with_what_there_is(name: str, scorer: str, says: str) -> None:
+    with pytest.raises(PruningError, match=says), prune(BY_NAME[name].model(), PruningPolicy(scorer=scorer)):
+        pass
+
+
+def test_every_scorer_has_a_family_that_shows_its_signals() -> None:
+    tried = {rule["scorer"] for _, rule in RULES} | {"region-attention", "position"}
+    assert tried == set(SCORERS)
