@@ -173,7 +173,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--families", nargs="+", choices=FAMILIES, default=list(FAMILIES))
     parser.add_argument("--rounds", type=int, default=30)
-    parser.add_argument("--width", type=int, default=1536)
+    parser.add_argument("--width", type=int, default=2048)
     arguments = parser.parse_args()
     table = Table("family", "part", "plain, median ms", "pruned at 1.0, ratio: median", "95% interval of the median")
     with torch.inference_mode():

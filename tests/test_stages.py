@@ -152,6 +152,20 @@ def masked(
         yield
 
 
+@contextmanager
+def given_to(row: Row, model: PreTrainedModel) -> Iterator[list[list[dict[str, Any]]]]:
+    """What each layer is called with, by name, at each call: entered after dropping, it sees what that changed."""
+    layers = list(stack_of(row, model).layers)
+    calls: list[list[dict[str, Any]]] = [[] for _ in layers]
+
+    def see(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+        calls[layers.index(layer)].append(kwargs)
+        return {}
+
+    with hooked(layers, see):
+        yield calls
+
+
 @every_model
 @every_stage
 @pytest.mark.parametrize(
@@ -251,6 +265,16 @@ def test_attention_decides_the_same_for_beams_and_without_a_cache(row: Row) -> N
         exact(one.attention, other.attention, atol=1e-10)
     assert torch.equal(again[0], tokens)
     exact(again[1], steps, atol=1e-10 * scale(steps))
+
+
+@every_model
+def test_generate_and_forward_observe_the_same_row(row: Row) -> None:
+    model, inputs = model_of(row), row.inputs([1])
+    with stages_of(model, (1, 3), choose := MostAttended(), observe=True).dropping():
+        model(**inputs)
+        generate(row, model, inputs)
+    for stage in (0, 1):
+        exact(choose.seen[stage].attention, choose.seen[stage + 2].attention, atol=1e-10)
 
 
 @every_model
@@ -383,10 +407,10 @@ def test_with_labels_the_row_before_the_first_label_is_observed(row: Row) -> Non
 
 def test_where_the_prompt_ends_in_an_image_the_last_row_still_there_is_observed() -> None:
     row, model, eager = LLAMA, model_of(LLAMA), model_of(LLAMA, attention="eager")
-    inputs = {**LLAMA.inputs([0]), "input_ids": torch.tensor([[5, 8, 13] + [IMAGE] * 9])}
+    inputs = {**LLAMA.inputs([0, 0]), "input_ids": torch.tensor([[5, 8, 13] + [IMAGE] * 9] * 2)}
     inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
     seen: list[StagePrompt] = []
-    keeps = [torch.arange(9)[None] < 6, torch.arange(9)[None] < 2]
+    keeps = [torch.arange(9) < torch.tensor([[6], [9]]), torch.arange(9) < torch.tensor([[2], [9]])]
 
     def choose(prompt: StagePrompt) -> Tensor:
         seen.append(prompt)
@@ -396,8 +420,8 @@ def test_where_the_prompt_ends_in_an_image_the_last_row_still_there_is_observed(
         model(**inputs)
     with masked(row, eager, inputs, (1, 3), keeps):
         maps = eager(**inputs, output_attentions=True).attentions
-    for prompt, layer, last in ((seen[0], 0, 11), (seen[1], 2, 8)):
-        paid = paid_by(maps[layer], torch.tensor([last]), inputs, row) * prompt.tokens[:, None]
+    for prompt, layer, last in ((seen[0], 0, [11, 11]), (seen[1], 2, [8, 11])):
+        paid = paid_by(maps[layer], torch.tensor(last), inputs, row) * prompt.tokens[:, None]
         exact(prompt.attention, paid, atol=1e-6)
 
 
@@ -463,31 +487,49 @@ def test_keeping_everything_changes_nothing(row: Row) -> None:
 
 def test_a_first_stage_that_keeps_everything_leaves_its_layers_whole() -> None:
     model, inputs, stages = model_of(LLAMA), LLAMA.inputs(), (1, 3)
-    tokens = LLAMA.oracle.tokens(inputs)
-    keeps = [tokens, chosen(inputs, LLAMA, (1,))[0]]
-    with stages_of(model, stages, lambda prompt: keeps[prompt.stage]).dropping():
+    keeps = [LLAMA.oracle.tokens(inputs), chosen(inputs, LLAMA, (1,))[0]]
+    with stages_of(model, stages, lambda prompt: keeps[prompt.stage]).dropping(), given_to(LLAMA, model) as given:
         _, steps = generate(LLAMA, model, inputs)
+    masks = [[call["attention_mask"] for call in given[layer]] for layer in (0, 2)]
+    assert all(one is other for one, other in zip(*masks, strict=True)), "not even copied"
     with masked(LLAMA, model, inputs, stages, keeps):
         _, expected = generate(LLAMA, model, inputs)
     exact(steps, expected, atol=1e-10 * scale(steps))
+
+
+def test_what_has_left_cannot_be_chosen_again() -> None:
+    model, inputs, stages = model_of(LLAMA), LLAMA.inputs(), (1, 3)
+    keeps = [keep := chosen(inputs, LLAMA, (1,))[0], torch.ones_like(keep)]
+    with stages_of(model, stages, lambda prompt: keeps[prompt.stage]).dropping():
+        logits = model(**inputs).logits
+    with stages_of(model, (1,), lambda prompt: keep).dropping():
+        assert torch.equal(model(**inputs).logits, logits)
+
+
+@every_model
+def test_layers_are_given_the_positions_of_the_rows_that_are_left(row: Row) -> None:
+    """Flash attention reads position ids where rotary embeddings do not."""
+    model, inputs = model_of(row), row.inputs([1])
+    keep = chosen(inputs, row, (2,), [1])[0]
+    with stages_of(model, (2,), lambda prompt: keep).dropping(), given_to(row, model) as given:
+        model(**inputs)
+    columns = columns_kept(inputs, keep)[0]
+    for layer in (2, 3):
+        for name in ("position_ids", "position_embeddings"):
+            if (full := given[0][0].get(name)) is not None:
+                short = given[layer][0][name]
+                full, short = (x if isinstance(x, tuple) else (x[..., None],) for x in (full, short))
+                for one, other in zip(full, short, strict=True):
+                    assert torch.equal(one.expand(*one.shape[:-3], 1, -1, -1)[..., columns, :], other)
 
 
 def test_without_padding_and_with_equal_numbers_kept_no_mask_is_needed() -> None:
     """The kernels of sdpa that take no mask are the fast ones."""
     model, inputs, stages = model_of(LLAMA), LLAMA.inputs([0, 0]), (2,)
     keeps = [torch.arange(9).expand(2, -1) % 2 == 0]
-    masks: list[Any] = []
-    with stages_of(model, stages, lambda prompt: keeps[0]).dropping():
-        hook = (
-            stack_of(LLAMA, model)
-            .layers[3]
-            .register_forward_pre_hook(
-                lambda module, args, kwargs: masks.append(kwargs["attention_mask"]), with_kwargs=True
-            )
-        )
+    with stages_of(model, stages, lambda prompt: keeps[0]).dropping(), given_to(LLAMA, model) as given:
         _, steps = generate(LLAMA, model, inputs)
-        hook.remove()
-    assert masks == [None] * STEPS
+    assert [call["attention_mask"] for call in given[3]] == [None] * STEPS
     with masked(LLAMA, model, inputs, stages, keeps):
         _, expected = generate(LLAMA, model, inputs)
     exact(steps, expected, atol=1e-10 * scale(steps))
@@ -589,6 +631,13 @@ def test_sliding_layers_are_refused(name: str) -> None:
         stages_of(BY_NAME[name].model(), (2,), Uneven())
 
 
+def test_layers_of_another_kind_are_refused() -> None:
+    family = find_family(LLAMA.make())
+    family.decoder_config.layer_types = ["linear_attention", "full_attention"] * 2
+    with pytest.raises(PruningError, match="layers of type linear_attention"):
+        DecoderStages(family, Uneven(), False, lambda: None, (2,))
+
+
 def test_flex_attention_is_refused() -> None:
     model = LLAMA.make()
     model.model.language_model.config._attn_implementation = "flex_attention"
@@ -632,6 +681,17 @@ def test_caches_of_other_prompts_and_cut_caches_are_refused(row: Row) -> None:
         model.get_submodule(row.oracle.stepper)(input_ids=token)  # text alone
         with pytest.raises(PruningError, match="not filled by the last pruned prompt"):
             decode(input_ids=token, attention_mask=mask, past_key_values=third)
+
+
+@pytest.mark.parametrize("row", [LLAMA, MISTRAL], ids=repr)
+def test_an_image_after_what_is_cached_already_is_refused(row: Row) -> None:
+    model, inputs = model_of(row), row.inputs([0])
+    with stages_of(model, (1, 3), Uneven()).dropping():
+        for before in ({"input_ids": inputs["input_ids"][:, :2]}, inputs):  # text alone, and a pruned prompt
+            cache = model(**before, use_cache=True).past_key_values
+            mask = torch.ones(1, cache.get_seq_length() + inputs["input_ids"].shape[1], dtype=torch.long)
+            with pytest.raises(PruningError, match="An image came with a cache"):
+                model(**{**inputs, "attention_mask": mask}, past_key_values=cache)
 
 
 def deepstack() -> PreTrainedModel:

@@ -75,8 +75,7 @@ class Prefill:
     def narrow(self, keep: Tensor) -> Shortened:
         """Of the visual tokens only `keep`, bool [B, T], stay. Returns what stays of the rows there were before."""
         self.tokens, before = keep & self.tokens, self.rows
-        columns = self.prompt.columns(self.tokens)
-        stays = shortened(columns.gather(1, before.order) & before.valid, before.short_mask)
+        stays = shortened(self.prompt.columns(self.tokens).gather(1, before.order), before.short_mask)
         self.rows = Shortened(before.order.gather(1, stays.order), stays.valid, before.mask)
         self.kept.append(self.rows)
         return stays
@@ -84,8 +83,8 @@ class Prefill:
     def last_row(self, query: Tensor, key: Tensor, mask: Tensor | None, scaling: float) -> Tensor:
         """What one row of each sample pays the visual tokens, [B, H, T]: an `attention.Reduction` over R rows."""
         beams, rows = self.prompt.beams, self.rows
-        order, valid, real = (part[::beams] for part in (rows.order, rows.valid, rows.short_mask))
-        asks = self.asks.gather(1, order) & valid
+        order, real = rows.order[::beams], rows.short_mask[::beams]
+        asks = self.asks.gather(1, order) & rows.valid[::beams]
         last = asks.shape[1] - 1 - asks.flip(1).long().argmax(1)
         at = last.where(asks.any(1), real.argmax(1))
         each = torch.arange(len(at), device=at.device)
@@ -95,7 +94,7 @@ class Prefill:
             causal = torch.arange(order.shape[1], device=at.device) <= at[:, None]
             seen = (causal if mask is None else causal & mask[::beams].bool())[:, None, None]
         row = query[::beams][each, :, at].unflatten(1, (key.shape[1], -1))  # heads that share a key are its queries
-        paid = attention_map(row, key[::beams], seen, scaling).flatten(1, 2) * valid[:, None]
+        paid = attention_map(row, key[::beams], seen, scaling).flatten(1, 2)
         columns = paid.new_zeros(*paid.shape[:2], self.asks.shape[1]).scatter(2, order[:, None].expand_as(paid), paid)
         found = paid.new_zeros(*self.tokens.shape, paid.shape[1])
         found[visual_tokens(self.prompt.visual)] = columns.transpose(1, 2)[self.prompt.visual]
@@ -247,6 +246,12 @@ class DecoderStages:
         self._prefill = Prefill(prompt, asks)
 
     def _start_decoding(self, kwargs: dict[str, Any], cache: Any, past: int) -> None:
+        ids = self._watching.arguments.get("input_ids")
+        if ids is not None and ids.shape[1] > 1 and torch.isin(ids, ids.new_tensor(self.family.placeholder_ids)).any():
+            raise PruningError(
+                "An image came with a cache that holds the text before it, and would be read unpruned. Generate from "
+                "the whole text again, with all of its images and without past_key_values."
+            )
         if not self._kept and cache.get_seq_length(self.stages[-1]) == past:  # its prefill was not shortened
             return
         rows = kwargs["inputs_embeds"] if kwargs.get("input_ids") is None else kwargs["input_ids"]

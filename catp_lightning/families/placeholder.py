@@ -70,12 +70,6 @@ class Placeholder(Family):
                 f"{type(self.decoder).__name__} also takes {', '.join(unknown)}, which may have a row for each column "
                 "of the prompt: it is not known how to shorten that, so it cannot be pruned exactly."
             )
-        if self.model.config.model_type not in self.types:
-            warnings.warn(
-                f"{type(self.model).__name__} is not among the models whose pruning was tested to be exact. Its "
-                "decoder takes nothing unknown, so it should be; compare a few answers at keep=1.0 and with a mask.",
-                stacklevel=2,
-            )
         config = self.decoder_config
         unknown = sorted(set(getattr(config, "layer_types", None) or ()) - KNOWN_LAYERS)
         if unknown:
@@ -87,6 +81,12 @@ class Placeholder(Family):
             raise PruningError(
                 f"{type(self.decoder).__name__} has sliding windows, which flash attention counts in the rows that are "
                 'left, not in those that were there. Load the model with attn_implementation="sdpa".'
+            )
+        if self.model.config.model_type not in self.types:
+            warnings.warn(
+                f"{type(self.model).__name__} is not among the models whose pruning was tested to be exact. Its "
+                "decoder takes nothing unknown, so it should be; compare a few answers at keep=1.0 and with a mask.",
+                stacklevel=2,
             )
 
     def shape(self) -> Mapping[str, int]:
