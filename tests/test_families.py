@@ -395,3 +395,26 @@ def test_a_cache_of_another_prompt_than_the_last_is_refused(row: Row, whole: boo
         with pytest.raises(PruningError, match="not filled by the last pruned prompt"):
             next(first)
     assert state(model) == before
+
+
+@pytest.mark.parametrize("row", [row for row in ROWS if row.name in ("Llava", "InternVL", "Mistral3")], ids=repr)
+def test_an_image_that_comes_with_a_cache_of_text_is_refused(row: Row) -> None:
+    model, inputs = settled(row), row.inputs()
+    text = torch.full_like(inputs["input_ids"], 5)
+    cache = model(input_ids=text, use_cache=True).past_key_values
+    mask = torch.cat([torch.ones_like(text), inputs["attention_mask"]], 1)
+    before = state(model)
+    with prune(model, EVERYTHING, choose=uneven()), pytest.raises(PruningError, match="An image came with a cache"):
+        model(**{**inputs, "attention_mask": mask}, past_key_values=cache)
+    assert state(model) == before
+
+
+@pytest.mark.parametrize("row", [row for row in ROWS if row.name in ("Blip2-OPT", "InstructBlip")], ids=repr)
+def test_the_ids_of_a_call_that_was_refused_serve_no_other(row: Row) -> None:
+    model, inputs = settled(row), row.inputs()
+    embeddings = model.get_input_embeddings()(inputs["input_ids"])
+    with prune(model, EVERYTHING, choose=uneven()):
+        with pytest.raises(PruningError, match="static cache"):
+            model.generate(**inputs, max_new_tokens=2, cache_implementation="static")
+        with pytest.raises(PruningError, match="inputs_embeds"):
+            model(**{**inputs, "input_ids": None}, inputs_embeds=embeddings)

@@ -15,8 +15,10 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from catp_lightning import PruningError
+from catp_lightning.dropping.masks import layer_mask
 from catp_lightning.dropping.prompt import DecoderPrompt
-from catp_lightning.dropping.stages import DecoderStages, Prefill, StagePrompt, layer_mask
+from catp_lightning.dropping.stage_prompt import Prefill, StagePrompt
+from catp_lightning.dropping.stages import DecoderStages
 from catp_lightning.families import find_family
 from catp_lightning.observation import Signal
 from tests.families import ROWS, Row

@@ -67,6 +67,7 @@ class DecoderEntry:
         try:
             return (), self._changed({**dict(zip(self.parameters, args, strict=False)), **kwargs})
         except BaseException:
+            self._prompts.forget()
             self.forget()
             raise
 
@@ -105,6 +106,7 @@ class DecoderEntry:
         }
 
     def _decode(self, kwargs: dict[str, Any], past: int) -> dict[str, Any]:
+        self._prompts.refuse_images()
         prompt, cache = self._prompt, kwargs["past_key_values"]
         if prompt is None and cache not in self._short:  # its prefill was not shortened
             return kwargs

@@ -75,6 +75,7 @@ class EncoderEntry:
                 return None
             short = shortened(prompt.columns(self.choose(prompt)), prompt.mask)
         except BaseException:
+            self._prompts.forget()
             self.forget()
             raise
         if short.whole:

@@ -4,6 +4,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 from transformers import PreTrainedConfig
 
 from catp_lightning.dropping.prompt import Shortened
@@ -115,3 +116,31 @@ def _as_attention_takes_it(mask: Tensor, eager: bool, dtype: torch.dtype) -> Ten
         if eager
         else mask
     )
+
+
+def of_columns(values: Tensor, rows: Shortened) -> Tensor:
+    """Values of a prompt's columns that are left: [..., 1 or R, L, D] -> [..., R, n, D]."""
+    values = values.expand(*values.shape[:-3], len(rows.order), *values.shape[-2:])
+    return values.gather(-2, rows.order[..., None].expand(*values.shape[:-2], -1, values.shape[-1]))
+
+
+def layer_mask(mask: Tensor | None, rows: Shortened, later: int, flash: bool) -> Tensor | None:
+    """A layer's mask over what is left of a prompt and over `later` columns after it, none at prefill.
+
+    Args:
+        mask: over all columns, [1 or R, h, Q, L + later], or [R, L + later] of flash attention; None: causal.
+    """
+    length, valid = rows.mask.shape[1], pad(rows.valid, (0, later), value=True)
+    if flash:  # never None: gaps in position ids would be read as several packed sequences
+        after = rows.mask.new_ones(len(valid), later) if mask is None else mask[:, length:]
+        return torch.cat([rows.short_mask, after], 1)
+    if mask is None and bool(valid.all()):
+        return None
+    if mask is None:  # a decoding step without a mask is of one row
+        mask = torch.ones(1, 1, 1 if later else length, length + later, dtype=torch.bool, device=valid.device)
+        mask = mask if later else mask.tril()
+    if not later:
+        return on_both_axes(mask, rows)
+    mask = mask.expand(len(valid), -1, -1, -1)
+    before = mask[..., :length].gather(3, rows.order[:, None, None].expand(-1, *mask.shape[1:3], -1))
+    return hide(torch.cat([before, mask[..., length:]], 3), ~valid[:, None, None])

@@ -42,6 +42,22 @@ class Prompts:
         if not self.inside and args and args[0].dim() == 2:
             self._ids = args[0]
 
+    def forget(self) -> None:
+        """The call that is running has failed: what was seen of it must not serve another."""
+        self._ids = None
+
+    def refuse_images(self) -> None:
+        """Raise PruningError where the call that continues a cache brings an image."""
+        ids, self._ids = (self._ids if self.family.outer is None else self._watching.arguments.get("input_ids")), None
+        if ids is not None and ids.shape[1] > 1 and bool(self._visual(ids).any()):
+            raise PruningError(
+                "An image came with a cache that holds the text before it, and would be read unpruned. Generate from "
+                "the whole text again, with all of its images and without past_key_values."
+            )
+
+    def _visual(self, ids: Tensor) -> Tensor:
+        return torch.isin(ids, torch.tensor(self.family.placeholder_ids, device=ids.device))
+
     def mask(self, kwargs: dict[str, Any]) -> Any:
         """The caller's mask, given what the decoder is called with."""
         return (kwargs if self.family.outer is None else self._watching.arguments).get("attention_mask")
@@ -79,5 +95,5 @@ class Prompts:
         positions = kwargs.get("position_ids")
         positions = self.family.positions(mask) if positions is None else positions.to(embeds.device)
         positions = positions.expand(*positions.shape[:-2], rows, length)
-        visual = torch.isin(ids, torch.tensor(self.family.placeholder_ids, device=ids.device))
-        return DecoderPrompt.of(self._watching.given, rows // len(ids), ids, visual, embeds, mask, positions)
+        beams = rows // len(ids)
+        return DecoderPrompt.of(self._watching.given, beams, ids, self._visual(ids), embeds, mask, positions)

@@ -10,95 +10,20 @@ import weakref
 from bisect import bisect_left
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-import torch
 from torch import Tensor, nn
-from torch.nn.functional import pad
 
-from catp_lightning.attention import SUPPORTED, attention_map, observe_attention
+from catp_lightning.attention import SUPPORTED, observe_attention
 from catp_lightning.dropping.labels import Labels
-from catp_lightning.dropping.masks import hide, on_both_axes, window
-from catp_lightning.dropping.prompt import DecoderPrompt, Shortened, refuse_static, shortened, visual_tokens
+from catp_lightning.dropping.masks import layer_mask, of_columns, window
+from catp_lightning.dropping.prompt import Shortened, refuse_static
 from catp_lightning.dropping.prompts import Prompts
+from catp_lightning.dropping.stage_prompt import Prefill, StagePrompt
 from catp_lightning.dropping.watching import Watching, replaced
 from catp_lightning.errors import PruningError
 from catp_lightning.families.base import Family
-from catp_lightning.observation import Observation, Signal, Values
-
-
-@dataclass(frozen=True)
-class StagePrompt(DecoderPrompt):
-    """A prompt at the entry of one of the decoder's layers. All but `tokens` is as it entered the decoder.
-
-    Attributes:
-        tokens: bool [B, T], the visual tokens that are still there; T counts those of the full prompt.
-        stage: number of the stage, 0 for the first.
-        attention: float32 or float64 [B, H, T], what the prompt's last real row that is still there pays each visual
-            token in the layer before; 0 where there is none. With labels it is the last row before the first label
-            (the first row, if none is before it); what `generate` has generated does not count. None where it was not
-            asked for.
-    """
-
-    stage: int
-    attention: Tensor | None
-
-    def observation(self) -> Observation:
-        """What scorers see: the tokens that are still there, as one image a sample."""
-        values: Values = {} if self.attention is None else {(Signal.LAST_ROW, 0): self.attention}
-        return Observation(self.tokens, {Signal.LAST_ROW: 1}, values)
-
-
-class Prefill:
-    """A prefill that is running; R is B times the beams.
-
-    Attributes:
-        prompt: as it entered the decoder.
-        asks: bool [B, L], rows of which the last one's attention counts.
-        tokens: bool [B, T], the visual tokens that are still there.
-        rows: what is left of the prompt.
-        kept: the same after each stage so far.
-        attention: as `StagePrompt`'s.
-    """
-
-    def __init__(self, prompt: DecoderPrompt, asks: Tensor) -> None:
-        self.prompt, self.asks, self.tokens = prompt, asks, prompt.tokens
-        self.rows = shortened(torch.ones_like(prompt.mask, dtype=torch.bool), prompt.mask)
-        self.kept: list[Shortened] = []
-        self.attention: Tensor | None = None
-
-    def at(self, stage: int) -> StagePrompt:
-        return StagePrompt(**{**vars(self.prompt), "tokens": self.tokens}, stage=stage, attention=self.attention)
-
-    def narrow(self, keep: Tensor) -> Shortened:
-        """Of the visual tokens only `keep`, bool [B, T], stay. Returns what stays of the rows there were before."""
-        self.tokens, before = keep & self.tokens, self.rows
-        stays = shortened(self.prompt.columns(self.tokens).gather(1, before.order), before.short_mask)
-        self.rows = Shortened(before.order.gather(1, stays.order), stays.valid, before.mask)
-        self.kept.append(self.rows)
-        return stays
-
-    def last_row(self, query: Tensor, key: Tensor, mask: Tensor | None, scaling: float) -> Tensor:
-        """What one row of each sample pays the visual tokens, [B, H, T]: an `attention.Reduction` over R rows."""
-        beams, rows = self.prompt.beams, self.rows
-        order, real = rows.order[::beams], rows.short_mask[::beams]
-        asks = self.asks.gather(1, order) & rows.valid[::beams]
-        last = asks.shape[1] - 1 - asks.flip(1).long().argmax(1)
-        at = last.where(asks.any(1), real.argmax(1))
-        each = torch.arange(len(at), device=at.device)
-        if mask is not None and mask.dim() == 4:
-            seen = mask.expand(len(query), -1, -1, -1)[::beams][each, :, at][:, :, None]
-        else:  # flash attention's, or none
-            causal = torch.arange(order.shape[1], device=at.device) <= at[:, None]
-            seen = (causal if mask is None else causal & mask[::beams].bool())[:, None, None]
-        row = query[::beams][each, :, at].unflatten(1, (key.shape[1], -1))  # heads that share a key are its queries
-        paid = attention_map(row, key[::beams], seen, scaling).flatten(1, 2)
-        columns = paid.new_zeros(*paid.shape[:2], self.asks.shape[1]).scatter(2, order[:, None].expand_as(paid), paid)
-        found = paid.new_zeros(*self.tokens.shape, paid.shape[1])
-        found[visual_tokens(self.prompt.visual)] = columns.transpose(1, 2)[self.prompt.visual]
-        return found.transpose(1, 2)
 
 
 class DecoderStages:
@@ -208,6 +133,7 @@ class DecoderStages:
         try:
             yield
         except BaseException:
+            self._prompts.forget()
             self.forget()
             raise
 
@@ -246,12 +172,7 @@ class DecoderStages:
         self._prefill = Prefill(prompt, asks)
 
     def _start_decoding(self, kwargs: dict[str, Any], cache: Any, past: int) -> None:
-        ids = self._watching.arguments.get("input_ids")
-        if ids is not None and ids.shape[1] > 1 and torch.isin(ids, ids.new_tensor(self.family.placeholder_ids)).any():
-            raise PruningError(
-                "An image came with a cache that holds the text before it, and would be read unpruned. Generate from "
-                "the whole text again, with all of its images and without past_key_values."
-            )
+        self._prompts.refuse_images()
         if not self._kept and cache.get_seq_length(self.stages[-1]) == past:  # its prefill was not shortened
             return
         rows = kwargs["inputs_embeds"] if kwargs.get("input_ids") is None else kwargs["input_ids"]
@@ -322,31 +243,3 @@ class DecoderStages:
         """What entered a layer, before rows left there; what left the last one counts as one more."""
         begun = bisect_left(self.stages, layer)
         return hidden if begun == 0 or hidden is None else self._kept[begun - 1].restore(hidden)
-
-
-def of_columns(values: Tensor, rows: Shortened) -> Tensor:
-    """Values of a prompt's columns that are left: [..., 1 or R, L, D] -> [..., R, n, D]."""
-    values = values.expand(*values.shape[:-3], len(rows.order), *values.shape[-2:])
-    return values.gather(-2, rows.order[..., None].expand(*values.shape[:-2], -1, values.shape[-1]))
-
-
-def layer_mask(mask: Tensor | None, rows: Shortened, later: int, flash: bool) -> Tensor | None:
-    """A layer's mask over what is left of a prompt and over `later` columns after it, none at prefill.
-
-    Args:
-        mask: over all columns, [1 or R, h, Q, L + later], or [R, L + later] of flash attention; None: causal.
-    """
-    length, valid = rows.mask.shape[1], pad(rows.valid, (0, later), value=True)
-    if flash:  # never None: gaps in position ids would be read as several packed sequences
-        after = rows.mask.new_ones(len(valid), later) if mask is None else mask[:, length:]
-        return torch.cat([rows.short_mask, after], 1)
-    if mask is None and bool(valid.all()):
-        return None
-    if mask is None:  # a decoding step without a mask is of one row
-        mask = torch.ones(1, 1, 1 if later else length, length + later, dtype=torch.bool, device=valid.device)
-        mask = mask if later else mask.tril()
-    if not later:
-        return on_both_axes(mask, rows)
-    mask = mask.expand(len(valid), -1, -1, -1)
-    before = mask[..., :length].gather(3, rows.order[:, None, None].expand(-1, *mask.shape[1:3], -1))
-    return hide(torch.cat([before, mask[..., length:]], 3), ~valid[:, None, None])
