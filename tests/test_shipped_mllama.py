@@ -10,7 +10,7 @@ import torch
 from transformers import AutoModelForImageTextToText, AutoProcessor, MllamaForConditionalGeneration
 
 import catp_lightning.data
-from catp_lightning import VQAModule
+from catp_lightning import PruningPolicy, VQAModule, prune
 from catp_lightning.data.scenes import digit_pool, draw_scene, write_scenes
 from catp_lightning.data.vqa import VQADataModule, VQASplit
 
@@ -98,6 +98,27 @@ def test_it_answers_at_least_nine_in_ten_questions_about_digits_it_never_saw(tmp
     data = VQADataModule(str(FOLDER), test=split, prompt=PROMPT, batch_size=50)
     (figures,) = L.Trainer(**TRAINER).test(VQAModule(str(FOLDER)), data, verbose=False)
     assert figures["test/vqa_accuracy"] >= 0.9
+
+
+def test_at_keep_1_it_stores_the_tiles_an_image_has_and_answers_as_before(
+    model: MllamaForConditionalGeneration,
+) -> None:
+    processor, rng = AutoProcessor.from_pretrained(FOLDER), np.random.default_rng(5)
+    for grid, (high, wide) in TILES.items():
+        images = [[np.stack([draw_scene(rng, digit_pool("test"), *grid).image] * 3, -1)] for _ in range(3)]
+        texts = [
+            PROMPT.format(question) for question in ("Is there a 3?", "How many digits are there?", "Is there a 5?")
+        ]
+        inputs = processor(images=images, text=texts, padding=True, return_tensors="pt")
+        plain = model.generate(**inputs, return_dict_in_generate=True, output_logits=True)
+        with prune(model, PruningPolicy(keep=1.0)) as pruning:
+            output = model.generate(**inputs, return_dict_in_generate=True, output_logits=True)
+        for layer in model.config.text_config.cross_attention_layers:
+            full, held = plain.past_key_values.layers[layer], output.past_key_values.layers[layer]
+            assert held.keys.nbytes * 4 == full.keys.nbytes * high * wide and held.values.nbytes == held.keys.nbytes
+        assert torch.equal(output.sequences, plain.sequences) and pruning.keep.sum(1).tolist() == [high * wide * 37] * 3
+        for mine, theirs in zip(output.logits, plain.logits, strict=True):
+            torch.testing.assert_close(mine, theirs, rtol=0, atol=1e-5 * theirs.abs().max().item())
 
 
 def test_its_own_generate_is_greedy_and_stops_after_the_answer(model: MllamaForConditionalGeneration) -> None:
