@@ -20,7 +20,7 @@ from transformers.cache_utils import DynamicLayer
 
 from catp_lightning.dropping.image_rows import Prefill, Stored
 from catp_lightning.dropping.prompt import Prompt, refuse_static
-from catp_lightning.dropping.watching import Watching, replaced
+from catp_lightning.dropping.watching import Watching
 from catp_lightning.errors import PruningError
 from catp_lightning.families.mllama import Mllama, Sight, attention_of
 
@@ -87,21 +87,12 @@ class CrossAttentionRows:
         with ExitStack() as undo:
             undo.callback(self._reset)
             undo.enter_context(self._watching.watching())
-            undo.enter_context(replaced(self.family.model, "generate", self._generate))
             undo.callback(decoder.register_forward_pre_hook(self._enter, with_kwargs=True).remove)
             undo.callback(decoder.register_forward_hook(self._leave, always_call=True).remove)
             for module in self.family.cross_attention:
                 undo.callback(module.register_forward_pre_hook(self._before, with_kwargs=True).remove)
                 undo.callback(module.register_forward_hook(self._after, with_kwargs=True).remove)
             yield
-
-    def _generate(self, generate: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        given = (kwargs.get("inputs_embeds"), kwargs.get("input_ids"), kwargs.get("inputs"), *args[:1])
-        before, self._length = self._length, next((part.shape[1] for part in given if isinstance(part, Tensor)), None)
-        try:
-            return generate(*args, **kwargs)
-        finally:
-            self._length = before
 
     @contextmanager
     def _forgetting(self) -> Iterator[None]:
@@ -130,6 +121,7 @@ class CrossAttentionRows:
                     "An image came with a cache that holds image rows already, and cannot be added to it. Generate "
                     "from the whole text again, with all of its images and without past_key_values."
                 )
+            self._length = self._watching.prompt_length(sight.real.shape[1])
             self._prefill = Prefill(sight, states.reshape(len(sight.real), -1, states.shape[-1]))
             self._changes = self._prefill.changes if bool(self._prefill.tokens.any()) else {}
 

@@ -21,7 +21,7 @@ from catp_lightning.dropping.masks import layer_mask, of_columns, window
 from catp_lightning.dropping.prompt import Shortened, refuse_static
 from catp_lightning.dropping.prompts import Prompts
 from catp_lightning.dropping.stage_prompt import Prefill, StagePrompt
-from catp_lightning.dropping.watching import Watching, replaced
+from catp_lightning.dropping.watching import Watching
 from catp_lightning.errors import PruningError
 from catp_lightning.families.base import Family
 
@@ -62,7 +62,6 @@ class DecoderStages:
         self._refuse(compact)
         self._prompts, self._labels = Prompts(family), Labels(family.model)
         self._watching = Watching(family.model, family.model)
-        self._length: int | None = None  # of the prompt of the `generate` that is running; 0 before its prefill
         self._kept: list[Shortened] = []  # by the prefill that decoding steps belong to; none: nothing was dropped
         self._cache: weakref.ref[Any] | None = None  # that it filled
         self._reset()
@@ -111,7 +110,6 @@ class DecoderStages:
             undo.callback(self._reset)
             for watching in (self._prompts, self._labels, self._watching):
                 undo.enter_context(watching.watching())
-            undo.enter_context(replaced(self.family.model, "generate", self._generate))
             undo.enter_context(observe_attention(decoder, observed))
             undo.callback(decoder.register_forward_pre_hook(self._enter, with_kwargs=True).remove)
             undo.callback(decoder.register_forward_hook(self._leave, always_call=True).remove)
@@ -120,13 +118,6 @@ class DecoderStages:
                 before = partial(self._before, stage, list(inspect.signature(layer.forward).parameters))
                 undo.callback(layer.register_forward_pre_hook(before, with_kwargs=True).remove)
             yield
-
-    def _generate(self, generate: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        before, self._length = self._length, 0
-        try:
-            return generate(*args, **kwargs)
-        finally:
-            self._length = before
 
     @contextmanager
     def _forgetting(self) -> Iterator[None]:
@@ -163,10 +154,10 @@ class DecoderStages:
                 f"{type(self.family.model).__name__} adds features to all visual tokens after each of its first "
                 f"{added} layers, and tokens are to leave at layer {self.stages[0]}: choose layers from {added} on."
             )
-        self._length = prompt.ids.shape[1] if self._length == 0 else self._length
+        length = self._watching.prompt_length(prompt.ids.shape[1])
         asks, labels = prompt.mask[:: prompt.beams] != 0, self._watching.arguments.get("labels")
-        if self._length is not None:
-            asks[:, self._length :] = False
+        if length is not None:
+            asks[:, length:] = False
         if labels is not None:
             asks[:, -labels.shape[1] :] &= (labels.to(asks.device) != -100).cumsum(1) == 0
         self._prefill = Prefill(prompt, asks)

@@ -28,6 +28,7 @@ class Watching:
         self.arguments: Mapping[str, Any] = {}
         self.samples: int | None = None
         self._generating: Mapping[str, Any] | None = None
+        self._length: int | None = None
         self._names = list(inspect.signature(outer.forward).parameters)
 
     @contextmanager
@@ -47,6 +48,16 @@ class Watching:
         """How many of `rows` belong to each sample."""
         return rows // self.samples if self.samples and rows % self.samples == 0 else 1
 
+    def prompt_length(self, columns: int) -> int | None:
+        """Of the running `generate`, where a call has so many columns; what it has generated counts for nothing.
+
+        None outside of `generate`: where a prompt ends and its answer begins is not known there.
+        """
+        if self._generating is None:
+            return None
+        self._length = columns if self._length is None else self._length  # its first call has the prompt alone
+        return self._length
+
     def _call(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self.arguments = {**dict(zip(self._names, args, strict=False)), **kwargs}
 
@@ -55,12 +66,12 @@ class Watching:
 
     def _generate(self, generate: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         prompt = kwargs.get("input_ids", args[0] if args else kwargs.get("inputs"))
-        before = self.samples, self._generating
-        self.samples, self._generating = len(prompt) if isinstance(prompt, Tensor) else None, kwargs
+        before = self.samples, self._generating, self._length
+        self.samples, self._generating, self._length = len(prompt) if isinstance(prompt, Tensor) else None, kwargs, None
         try:
             return generate(*args, **kwargs)
         finally:
-            self.samples, self._generating = before
+            self.samples, self._generating, self._length = before
 
 
 @contextmanager
