@@ -1,6 +1,7 @@
 """Collects, from one forward of the vision part, the signals that scorers and selectors need."""
 
-from collections.abc import Callable, Iterator, Mapping
+import weakref
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -9,6 +10,7 @@ from transformers import PreTrainedModel
 
 from catp_lightning.attention import Reduction, observe_attention
 from catp_lightning.dropping import Prompt
+from catp_lightning.dropping.watching import Call
 from catp_lightning.errors import PruningError
 from catp_lightning.families import Family
 from catp_lightning.observation import BY_LAYER, Needs, Observation, Signal, Values
@@ -31,7 +33,7 @@ class Observer:
         self.sites = list(_sites(family, needs))
         self.at_entry = family.at_entry & needs.keys()
         self.values: Values = {}
-        self._last: tuple[Mapping[str, Any], Values] | None = None  # what was taken last, and for which call
+        self._taken: weakref.WeakKeyDictionary[Call, Values] = weakref.WeakKeyDictionary()
 
     @contextmanager
     def watching(self) -> Iterator[None]:
@@ -47,7 +49,6 @@ class Observer:
                     output = self.family.output_site(signal)
                     hook = output.module.register_forward_hook(self._reading(key, output.read), with_kwargs=True)
                     undo.callback(hook.remove)
-            undo.callback(setattr, self, "_last", None)
             for owner, modules in attention.items():
                 undo.enter_context(observe_attention(owner, modules))
             yield
@@ -55,19 +56,18 @@ class Observer:
     def forget(self) -> None:
         """Throw away what was seen: the call it belonged to has failed."""
         self.values.clear()
-        self._last = None
+        self._taken.clear()
 
     def take(self, prompt: Prompt) -> Observation:
         """The signals of the last forward of the vision part, and of the prompt; they are handed over once."""
         values, self.values = self.values, {}
-        if not values and self._last is not None and self._last[0] is prompt.arguments:
-            values = self._last[1]  # a step without a cache: generate runs the vision part once for all steps
+        values = values or self._taken.get(prompt.arguments, {})  # a step without a cache: generate sees images once
         if len(values) < len(self.sites):
             raise PruningError(
                 "The language model was called without the vision part being run in the same call, so its tokens "
                 "cannot be scored. Pass pixel_values, not precomputed image features; or use keep=1.0."
             )
-        self._last = (prompt.arguments, values)
+        self._taken[prompt.arguments] = values
         return self.family.observation(values, self.at_entry, prompt)
 
     def _storing(self, key: Signal | tuple[Signal, int]) -> Callable[[Tensor], None]:

@@ -17,6 +17,7 @@ from catp_lightning.observation import Signal, join
 from catp_lightning.observing import Observer
 from catp_lightning.overlap import has_images
 from catp_lightning.policy import PruningPolicy
+from catp_lightning.selectors import Selector
 
 Choose = Callable[[Tensor], Tensor]
 """Which visual tokens exist, bool [B, T] -> which of them stay, bool [B, T]."""
@@ -52,6 +53,8 @@ class Pruning:
         wanted = join([*needs, {Signal.FINGERPRINT: None}] if self._known else needs)
         stages = () if self._everything and choose is None else self._scorer.stages(family.depth)
         self._stages = len(stages)
+        if stages and scored:
+            _refuse_at_stages(policy, self._selector)
         self._observer = Observer(family, {} if stages else wanted)
         within = scored and not wanted.keys().isdisjoint(WITHIN)
         compact = policy.positions == "compact"
@@ -100,6 +103,17 @@ class Pruning:
         elif prompt.stage + 1 == self._stages:
             self.choices.append((self.keep, prompt.visual.sum(1)))
         return self.keep
+
+
+def _refuse_at_stages(policy: PruningPolicy, selector: Selector) -> None:
+    """Raise PolicyError where tokens leave inside the decoder and a selector needs what is seen before it."""
+    per = policy.selector_args.get("per", "sample")
+    if per != "sample" or not selector.needs.keys() <= {Signal.LAST_ROW}:
+        raise PolicyError(
+            f"scorer {policy.scorer!r} drops tokens inside the decoder, where a budget is of the whole sample and "
+            f"tokens are chosen by score alone: leave selector and selector_args out (selector is {policy.selector!r}, "
+            f"selector_args {dict(policy.selector_args)})."
+        )
 
 
 @contextmanager

@@ -1,5 +1,6 @@
 """The matrix: every family holds every invariant of docs/design.md. What a family lacks is said in its row."""
 
+import copy
 import functools
 from collections.abc import Callable, Iterator, Sequence
 from itertools import pairwise
@@ -407,6 +408,21 @@ def test_an_image_that_comes_with_a_cache_of_text_is_refused(row: Row) -> None:
     with prune(model, EVERYTHING, choose=uneven()), pytest.raises(PruningError, match="An image came with a cache"):
         model(**{**inputs, "attention_mask": mask}, past_key_values=cache)
     assert state(model) == before
+
+
+@pytest.mark.parametrize("row", [row for row in ROWS if row.name in ("Llava", "Blip2-OPT", "InternVL")], ids=repr)
+def test_a_copy_of_a_pruned_cache_is_known_and_one_of_text_goes_on_after_another_prompt(row: Row) -> None:
+    model, inputs = row.model(), row.inputs()
+    stepper = row.model().language_model if row.name == "Blip2-OPT" else row.model()
+    token, text = torch.full((len(inputs["input_ids"]), 1), 5), torch.full((2, 6), 5)
+    with prune(model, EVERYTHING, choose=uneven()):
+        of_text = stepper(input_ids=text, use_cache=True).past_key_values
+        output = model(**inputs, use_cache=True)
+        copied = copy.deepcopy(getattr(output, "language_model_outputs", output).past_key_values)
+        stepper(input_ids=text[:, :1], past_key_values=of_text)  # its prompt was not the last
+        stepper(input_ids=text, use_cache=True)
+        with pytest.raises(PruningError, match="not filled by the last pruned prompt"):
+            stepper(input_ids=token, past_key_values=copied)
 
 
 @pytest.mark.parametrize("row", [row for row in ROWS if row.name in ("Blip2-OPT", "InstructBlip")], ids=repr)

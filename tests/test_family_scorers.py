@@ -1,18 +1,21 @@
 """Scorers on the families that show their signals: what is observed, and a choice that belongs to each sample alone."""
 
+import inspect
 import math
+import weakref
 from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
+import transformers as hf
 from torch import Tensor
 
-from catp_lightning import PruningError, PruningPolicy, prune
+from catp_lightning import PolicyError, PruningError, PruningPolicy, prune
 from catp_lightning.families import find_family
 from catp_lightning.scorers import SCORERS
-from tests.families import ROWS
-from tests.oracles import IMAGE, VIDEO
+from tests.families import GATED, ROWS, TOWER, Row, clip, llava_onevision, pictures, prompts, video, with_counts
+from tests.oracles import IMAGE, VIDEO, Decoder
 
 BY_NAME = {row.name: row for row in ROWS}
 RULES: list[tuple[str, dict[str, Any]]] = [
@@ -143,6 +146,84 @@ def test_fastervlm_scores_are_the_vision_towers_attention(name: str) -> None:
     first = pixels[0, :1]  # of a single image, the whole picture comes first and is not resampled
     received = tower(first, output_attentions=True).attentions[layer].mean(2).sum(1)[0]
     torch.testing.assert_close(pruning.scores[0, : len(received)], received, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize(("tower", "tokens"), [("clip", 10), ("siglip", 8)])
+def test_scores_belong_to_the_patches_that_are_tokens(tower: str, tokens: int) -> None:
+    """LLaVA may take a tower's [CLS] for a token, and may leave out the first patch of a tower that has none."""
+    full = tower == "clip"
+    vision = clip() if full else hf.SiglipVisionConfig(**TOWER, vision_use_head=False)
+    strategy = "full" if full else "default"
+
+    def make() -> hf.PreTrainedModel:
+        return hf.LlavaForConditionalGeneration(
+            hf.LlavaConfig(
+                vision_config=vision,
+                text_config=hf.LlamaConfig(**GATED),
+                image_token_index=IMAGE,
+                vision_feature_select_strategy=strategy,
+            )
+        )
+
+    row = Row(f"{tower} {strategy}", make, lambda: prompts(pictures(tokens)), Decoder())
+    model, inputs = row.model(torch.float32, "eager"), row.inputs(dtype=torch.float32)
+    with prune(model, PruningPolicy(scorer="fastervlm", keep=0.3)) as pruning:
+        model(**inputs)
+    maps = model.model.vision_tower(inputs["pixel_values"], output_attentions=True).attentions[-2]
+    paid = maps[:, :, 0].sum(1) if full else maps.mean(2).sum(1)[:, 1:]
+    if full:
+        paid[:, 0] = 0
+        assert pruning.keep[:, 0].all(), "[CLS] stands for no patch and always stays"
+    torch.testing.assert_close(pruning.scores[pruning.scores.isfinite()], paid.flatten(), rtol=0, atol=1e-6)
+
+
+def test_the_newline_of_a_video_of_one_frame_stays() -> None:
+    row = Row("one frame", llava_onevision, lambda: prompts([[video(5, 1, 24, 0)]]), Decoder(), with_counts)
+    with prune(row.model(), PruningPolicy(scorer="position", keep=0.3)) as pruning:
+        row.model()(**row.inputs())
+    assert pruning.keep.tolist() == [[True, True, False, False, True]]  # ceil(0.3 * 4), and the newline
+
+
+def test_the_record_is_of_the_last_prefill_even_where_it_has_no_image() -> None:
+    for name in ("Llava", "Mllama"):
+        row = BY_NAME[name]
+        with prune(row.model(), PruningPolicy(scorer="l2-norm", keep=0.5)) as pruning:
+            row.model()(**row.inputs())
+            assert pruning.keep.any()
+            row.model()(input_ids=torch.full((1, 6), 5), attention_mask=torch.ones(1, 6, dtype=torch.long))
+            assert len(pruning.keep) == 1 and not pruning.keep.any() and len(pruning.choices) == 2
+
+
+def test_nothing_of_a_call_is_held_after_it() -> None:
+    row = BY_NAME["Llava"]
+    model, inputs = row.model(), row.inputs()
+    with prune(model, PruningPolicy(scorer="fastervlm", keep=0.5)):
+        for call in (lambda pixels: model(**{**inputs, "pixel_values": pixels}),):
+            pixels = inputs["pixel_values"].clone()
+            held = weakref.ref(pixels)
+            call(pixels)
+            del pixels
+            assert held() is None
+
+
+@pytest.mark.parametrize(
+    "rule", [{"selector_args": {"per": "crop"}}, {"selector": "union"}, {"selector": "dpp"}], ids=str
+)
+def test_inside_the_decoder_a_selector_that_needs_more_is_refused(rule: dict[str, Any]) -> None:
+    model = BY_NAME["Llava"].model()
+    with pytest.raises(PolicyError, match="drops tokens inside the decoder"):
+        prune(model, PruningPolicy(scorer="fastv", **rule)).__enter__()
+
+
+def test_features_without_pixels_are_refused_with_what_to_do() -> None:
+    row = BY_NAME["Llava"]
+    model, inputs = row.model(), row.inputs()
+    features = model.model.get_image_features(inputs["pixel_values"], return_dict=True)
+    inputs = {name: value for name, value in inputs.items() if name != "pixel_values"}
+    if "mm_encoder_outputs" not in inspect.signature(model.forward).parameters:
+        pytest.skip("this version of transformers takes no features from outside")
+    with prune(model, PruningPolicy(scorer="stride")), pytest.raises(PruningError, match="brought no pixel_values"):
+        model(**inputs, mm_encoder_outputs={"image": features})
 
 
 def test_fastv_drops_from_its_layer_on_and_the_cache_says_so() -> None:

@@ -63,7 +63,9 @@ class Replay:
         answers = Answer(ids, self.answers.valid[index], len(ids), self.answers.row[index])
         old = self.prompt
         prompt = DecoderPrompt.of(
-            {}, 1, old.ids[index], old.visual[index], old.embeds[index], old.mask[index], old.positions[index]
+            old.arguments,
+            1,
+            *(part[index] for part in (old.ids, old.visual, old.embeds, old.mask, old.positions)),
         )
         return replace(self, prompt=prompt, answers=answers)
 

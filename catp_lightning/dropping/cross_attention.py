@@ -50,7 +50,6 @@ class CrossAttentionRows:
         choose: from a prompt, which of its `tokens` stay, bool [B, T]; called after the first cross-attention layer of
             each prefill in which text sees an image.
         forget: called when a prompt is refused: what was observed for it must not serve another.
-        rows_per_sample: how many rows of the model's tensors, given all, a sample has; None: as `generate` expanded it.
         observe: whether prompts have `attention`.
 
     Attributes:
@@ -65,13 +64,11 @@ class CrossAttentionRows:
         family: Mllama,
         choose: Callable[[CrossAttended], Tensor],
         forget: Callable[[], None] = lambda: None,
-        rows_per_sample: Callable[[int], int] | None = None,
         observe: bool = False,
     ) -> None:
         self.family, self.choose, self.forget, self.observe = family, choose, forget, observe
         self.active = True
         self._watching = Watching(family.model, family.model)
-        self._beams = rows_per_sample or self._watching.beams
         self._reset()
 
     def _reset(self) -> None:
@@ -109,7 +106,15 @@ class CrossAttentionRows:
         cache, states = kwargs.get("past_key_values"), kwargs.get("cross_attention_states")
         held = _image_rows(cache, self.family.cross_attention[0].layer_idx)
         if states is None and held == 0:  # text alone
+            if cache is None or cache.get_seq_length() == 0:
+                text = kwargs["inputs_embeds"] if kwargs.get("input_ids") is None else kwargs["input_ids"]
+                self._record_nothing(text.new_zeros(len(text), 0, dtype=torch.bool), text.new_zeros(len(text), 0, 0))
             return
+        if getattr(self.family.decoder, "gradient_checkpointing", False) and self.family.decoder.training:
+            raise PruningError(
+                "Rows cannot leave while gradients are checkpointed: layers run a second time, after the call. Use "
+                "model.gradient_checkpointing_disable(), or put the model in evaluation mode."
+            )
         with self._forgetting():
             _refuse_other(cache)
             sight = Sight.of(kwargs, self.family.rows_per_tile)
@@ -123,7 +128,15 @@ class CrossAttentionRows:
                 )
             self._length = self._watching.prompt_length(sight.real.shape[1])
             self._prefill = Prefill(sight, states.reshape(len(sight.real), -1, states.shape[-1]))
-            self._changes = self._prefill.changes if bool(self._prefill.tokens.any()) else {}
+            if bool(self._prefill.tokens.any()):
+                self._changes = self._prefill.changes
+            else:
+                self._record_nothing(self._prefill.tokens, self._prefill.states)
+
+    def _record_nothing(self, tokens: Tensor, states: Tensor) -> None:
+        """Of a prompt whose text sees no image: there is nothing to choose from, and the record says so."""
+        beams = self._watching.beams(len(tokens))
+        self.choose(CrossAttended(tokens[::beams], self._watching.arguments, beams, states[::beams], None))
 
     def _decode(self, cache: Any, held: int, sight: Sight) -> dict[str, Any]:
         if self._stored is None or not self._stored.is_in(cache, held, len(sight.real)):
@@ -150,7 +163,7 @@ class CrossAttentionRows:
         return (read, *output[1:])
 
     def _narrow(self, prefill: Prefill, module: nn.Module, kwargs: dict[str, Any]) -> None:
-        beams = self._beams(len(prefill.tokens))
+        beams = self._watching.beams(len(prefill.tokens))
         tokens, states = prefill.tokens[::beams], prefill.states[::beams]
         attention = self._attention(prefill, module, kwargs, beams) if self.observe else None
         keep = self.choose(CrossAttended(tokens, self._watching.arguments, beams, states, attention)) & tokens

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from catp_lightning.dropping.labels import Labels
 from catp_lightning.dropping.masks import decoding_masks, prefill_masks, two_dimensional
-from catp_lightning.dropping.prompt import DecoderPrompt, Shortened, refuse_static, shortened
+from catp_lightning.dropping.prompt import DecoderPrompt, Shortened, is_short, mark_short, refuse_static, shortened
 from catp_lightning.dropping.prompts import Prompts
 from catp_lightning.errors import PruningError
 from catp_lightning.families.base import Family
@@ -43,7 +43,7 @@ class DecoderEntry:
         self._prompts, self._labels = Prompts(family), Labels(family.model)
         self._prompt: Shortened | None = None  # of the prefill that later decoding steps belong to
         self._now: Shortened | None = None  # of the prefill that is running
-        self._short: weakref.WeakSet[Any] = weakref.WeakSet()  # caches that hold shortened prompts
+        self._filling = False  # whether the call that is running is a prefill
 
     @property
     def labels_left_out(self) -> int:
@@ -74,14 +74,12 @@ class DecoderEntry:
     def _changed(self, kwargs: dict[str, Any]) -> dict[str, Any]:
         cache = kwargs.get("past_key_values")
         refuse_static(cache)
-        self._prompts.inside, self._now = True, None
         past = 0 if cache is None else cache.get_seq_length()
+        self._prompts.inside, self._now, self._filling = True, None, past == 0
         return self._prefill(kwargs) if past == 0 else self._decode(kwargs, past)
 
     def _prefill(self, kwargs: dict[str, Any]) -> dict[str, Any]:
         self._prompt = None
-        if kwargs.get("past_key_values") is not None:
-            self._short.discard(kwargs["past_key_values"])  # it was emptied
         prompt = self._prompts.take(kwargs)
         if prompt is None:  # text alone
             return kwargs
@@ -108,7 +106,8 @@ class DecoderEntry:
     def _decode(self, kwargs: dict[str, Any], past: int) -> dict[str, Any]:
         self._prompts.refuse_images()
         prompt, cache = self._prompt, kwargs["past_key_values"]
-        if prompt is None and cache not in self._short:  # its prefill was not shortened
+        short = is_short(cache)
+        if short is False or (short is None and prompt is None):  # its prefill was not shortened
             return kwargs
         rows = kwargs["inputs_embeds"] if kwargs.get("input_ids") is None else kwargs["input_ids"]
         batch, new = rows.shape[:2]
@@ -133,15 +132,15 @@ class DecoderEntry:
     def _leave(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
         self._prompts.inside = False
         prompt, self._now = self._now, None
-        if prompt is None or output is None:
+        if output is None or not self._filling:
             return output
-        if isinstance(output, tuple):
-            cache = kwargs.get("past_key_values")
-            output = (prompt.restore(output[0]), *output[1:])
-        else:
-            cache = output.get("past_key_values")
-            output.last_hidden_state = prompt.restore(output.last_hidden_state)
+        cache = kwargs.get("past_key_values") if isinstance(output, tuple) else output.get("past_key_values")
         if cache is not None:
-            prompt.cache = weakref.ref(cache)
-            self._short.add(cache)
+            mark_short(cache, prompt is not None)
+        if prompt is None:
+            return output
+        prompt.cache = None if cache is None else weakref.ref(cache)
+        if isinstance(output, tuple):
+            return (prompt.restore(output[0]), *output[1:])
+        output.last_hidden_state = prompt.restore(output.last_hidden_state)
         return output

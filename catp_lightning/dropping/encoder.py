@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from catp_lightning.dropping.masks import two_dimensional
-from catp_lightning.dropping.prompt import DecoderPrompt, Shortened, shortened
+from catp_lightning.dropping.prompt import DecoderPrompt, Shortened, is_short, mark_short, shortened
 from catp_lightning.dropping.prompts import Prompts
 from catp_lightning.errors import PruningError
 from catp_lightning.families.base import Family
@@ -131,14 +131,14 @@ class EncoderEntry:
         """Raise PruningError where a cache in use belongs to another prompt than the last, if either was pruned."""
         if cache is None or cache.get_seq_length() == 0:
             return
-        filled_by = self._caches.get(cache)
-        if filled_by is not self._prompt:
+        if self._caches.get(cache) is not self._prompt or (self._prompt is None and is_short(cache)):
             raise PruningError(NOT_OF_THIS_PROMPT.format("This cache was"))
 
     def _filled(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         cache = None if isinstance(output, tuple) else output.get("past_key_values")
         if self.active and self._prompt is not None and cache is not None:
             self._caches[cache] = self._prompt
+            mark_short(cache, True)
 
     def _restore(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         ran_encoder = kwargs.get("encoder_outputs") is None

@@ -1,13 +1,13 @@
 """A prompt as it reaches the language model, and what is left of it once visual tokens are dropped."""
 
 import weakref
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from catp_lightning.dropping.watching import Call
 from catp_lightning.errors import PruningError
 
 
@@ -22,7 +22,7 @@ class Prompt:
     """
 
     tokens: Tensor
-    arguments: Mapping[str, Any]
+    arguments: Call
     beams: int
 
 
@@ -47,7 +47,7 @@ class DecoderPrompt(Prompt):
     @classmethod
     def of(
         cls,
-        arguments: Mapping[str, Any],
+        arguments: Call,
         beams: int,
         ids: Tensor,
         visual: Tensor,
@@ -147,6 +147,19 @@ def shortened(keep: Tensor, mask: Tensor) -> Shortened:
     most = int(keep.sum(1).max())
     order = (~keep).long().argsort(dim=1, stable=True)[:, :most].sort(1).values
     return Shortened(order, keep.gather(1, order), mask)
+
+
+SHORT = "_catp_short"  # on caches, and on their copies
+
+
+def mark_short(cache: Any, short: bool) -> None:
+    """Say of a cache whether it holds a shortened prompt."""
+    setattr(cache, SHORT, short)
+
+
+def is_short(cache: Any) -> bool | None:
+    """Whether a cache holds a shortened prompt; None where it was filled out of sight."""
+    return getattr(cache, SHORT, None)
 
 
 def refuse_static(cache: Any) -> None:

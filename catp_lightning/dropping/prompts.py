@@ -89,7 +89,7 @@ class Prompts:
             )
         ids = ids[:: self._watching.beams(len(ids))].to(embeds.device)
         mask = self.mask(kwargs)
-        if isinstance(mask, Tensor) and mask.shape[0] != rows:
+        if isinstance(mask, Tensor) and mask.dim() == 2 and rows % len(mask) == 0:
             mask = mask.repeat_interleave(rows // len(mask), 0)
         mask = two_dimensional(mask, rows, length, embeds.device)
         positions = kwargs.get("position_ids")

@@ -1,12 +1,19 @@
 """What the model itself was called with: seen before its own code turns it into something else."""
 
 import inspect
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
 from torch import Tensor, nn
 from transformers import PreTrainedModel
+
+
+class Call(dict[str, Any]):
+    """Arguments of one call, by name. It stands for the call: what is known of it is kept as long as it lasts."""
+
+    __hash__ = object.__hash__  # type: ignore[assignment]
+    __eq__ = object.__eq__
 
 
 class Watching:
@@ -25,9 +32,9 @@ class Watching:
 
     def __init__(self, model: PreTrainedModel, outer: nn.Module) -> None:
         self.model, self.outer = model, outer
-        self.arguments: Mapping[str, Any] = {}
+        self.arguments = Call()
         self.samples: int | None = None
-        self._generating: Mapping[str, Any] | None = None
+        self._generating: Call | None = None
         self._length: int | None = None
         self._names = list(inspect.signature(outer.forward).parameters)
 
@@ -41,7 +48,7 @@ class Watching:
             yield
 
     @property
-    def given(self) -> Mapping[str, Any]:
+    def given(self) -> Call:
         return self.arguments if self._generating is None else self._generating
 
     def beams(self, rows: int) -> int:
@@ -59,15 +66,16 @@ class Watching:
         return self._length
 
     def _call(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        self.arguments = {**dict(zip(self._names, args, strict=False)), **kwargs}
+        self.arguments = Call({**dict(zip(self._names, args, strict=False)), **kwargs})
 
     def _called(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        self.arguments = {}  # they are not held longer than the call lasts
+        self.arguments = Call()  # they are not held longer than the call lasts
 
     def _generate(self, generate: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         prompt = kwargs.get("input_ids", args[0] if args else kwargs.get("inputs"))
         before = self.samples, self._generating, self._length
-        self.samples, self._generating, self._length = len(prompt) if isinstance(prompt, Tensor) else None, kwargs, None
+        self.samples = len(prompt) if isinstance(prompt, Tensor) else None
+        self._generating, self._length = Call(kwargs), None
         try:
             return generate(*args, **kwargs)
         finally:

@@ -88,8 +88,15 @@ class Layout:
 
     def tokens(self, values: list[Tensor]) -> Tensor:
         """Values of each image's tokens, in the order of features, each [..., tokens] -> [I, ..., T]."""
+        found = [value.shape[-1] for value in values]
+        expected = [self.images[row].tokens for row in self.order.argsort().tolist()]
+        if found != expected:
+            raise PruningError(
+                f"The vision part showed images of {found} tokens; the prompts have {expected}. This model selects or "
+                "pools patches in a way that is not known: choose a scorer that reads no attention of the vision tower."
+            )
         padded = [torch.nn.functional.pad(value, (0, self.exists.shape[1] - value.shape[-1])) for value in values]
-        return torch.stack(padded)[self.order.to(values[0].device)]
+        return torch.stack(padded).to(self.exists.device)[self.order]
 
     def fingerprints(self) -> Tensor:
         """A checksum of each image's pixels: int64 [I]."""

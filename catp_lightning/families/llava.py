@@ -1,10 +1,12 @@
 """The LLaVA family: CLIP or SigLIP patches, projected one by one; some cut an image into crops, some read videos."""
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 from transformers import PreTrainedModel
 from transformers.models.llava_next.modeling_llava_next import image_size_to_num_patches
 
@@ -74,21 +76,37 @@ class Llava(Placeholder):
             return found
         if self.kind in CUT:
             return {**found, int(self.model.config.image_token_id): self._cut_images(prompt)}
-        sized = self.model.config.vision_config.model_type == "pixtral"
-        return {**found, **(sized_images if sized else equal_images)(self.model, prompt, counts)}
+        if self.model.config.vision_config.model_type == "pixtral":
+            return {**found, **sized_images(self.model, prompt, counts)}
+        own = equal_images(self.model, prompt, counts)
+        if self._has_class and self._full:  # [CLS] is one of the tokens
+            own = {
+                id_: [replace(one, always=torch.arange(one.tokens) == 0) for one in all_] for id_, all_ in own.items()
+            }
+        return {**found, **own}
+
+    @property
+    def _has_class(self) -> bool:
+        return self.model.config.vision_config.model_type in WITH_CLASS
+
+    @property
+    def _full(self) -> bool:
+        """Whether the tower's first row, [CLS] where it has one, is a token too."""
+        return getattr(self.model.config, "vision_feature_select_strategy", "default") == "full"
 
     def _videos(self, prompt: "DecoderPrompt") -> dict[int, list[Image]]:
         videos = prompt.arguments.get("pixel_values_videos")
         if videos is None:
             return {}
         token = int(self.model.config.video_token_id)
-        last, frames = int((prompt.ids == token).sum()) // len(videos), videos.shape[1]
-        each, newline = divmod(last, frames)
+        tokens, frames = int((prompt.ids == token).sum()) // len(videos), videos.shape[1]
+        newline = int(self.kind == "llava_onevision")  # ends a video
+        each = (tokens - newline) // frames
         always = None
         if self.kind == "video_llava":  # each frame begins with its [CLS]
             always = torch.arange(each) == 0
         plain = [Image(each, frame, always) for video in videos for frame in video]
-        if newline:  # LLaVA-OneVision ends a video with one
+        if newline:
             closing = torch.arange(each + newline) >= each
             for end in range(frames - 1, len(plain), frames):
                 plain[end] = Image(each + newline, plain[end].pixels, closing)
@@ -101,12 +119,12 @@ class Llava(Placeholder):
             own = [image[:count] for image, count in zip(pixels, crops, strict=True)]
         else:
             own = list(pixels.split(crops))
-        numbers = [torch.arange(count).float()[:, None, None].expand(-1, self._patches(), 1) for count in crops]
-        number = self._packed([n + 1 for n in numbers], prompt.arguments)
-        patch = self._packed([torch.ones_like(n) for n in numbers], prompt.arguments)
+        of_crop = [torch.eye(count, max(crops))[:, None].expand(-1, self._patches(), -1) for count in crops]
         return [
-            Image(len(n), image, always=p[:, 0] < 0.5, crops=(n[:, 0].round().long() - 1).clamp(min=0))
-            for n, p, image in zip(number, patch, own, strict=True)
+            Image(
+                len(share), image, always=share.sum(1) < 0.5, crops=share.argmax(1)
+            )  # resampled: of the crop with most
+            for share, image in zip(self._packed(of_crop, prompt.arguments), own, strict=True)
         ]
 
     def _patches(self) -> int:
@@ -141,6 +159,10 @@ class Llava(Placeholder):
     def _of_images(self, value: Tensor, arguments: Mapping[str, Any]) -> list[Tensor]:
         """Attention [P, H, N] of pictures, the crops of images, as their tokens lie: [H, tokens] for each image."""
         crops = self._crop_counts(arguments) if self.kind in CUT else [1] * len(arguments["pixel_values"])
+        if self._has_class and self._full:  # [CLS] always stays
+            value = pad(value, (1, 0))
+        elif not self._has_class and not self._full:  # the first patch is left out as if it were a [CLS]
+            value = value[..., 1:]
         beams = len(value) // sum(crops)  # older versions of generate expand pixels for beams, image by image
         pictures = value.split([count for count in crops for _ in range(beams)])[::beams]
         if self.kind not in CUT:

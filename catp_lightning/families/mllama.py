@@ -165,6 +165,11 @@ class Mllama(Family):
             )
         if Signal.OUTPUTS in wanted:
             found[Signal.OUTPUTS] = prompt.states.unflatten(1, by_image).flatten(0, 1)[images].detach()
+        if Signal.FINGERPRINT in wanted and prompt.arguments.get("pixel_values") is None:
+            raise PruningError(
+                "The call brought no pixel_values, so images cannot be told apart. Pass them, not precomputed "
+                "cross_attention_states; or choose a scorer that draws nothing from the image (l2-norm, trimmed-llama)."
+            )
         if Signal.FINGERPRINT in wanted:
             found[Signal.FINGERPRINT] = fingerprint(
                 prompt.arguments["pixel_values"][:: prompt.beams].flatten(0, 1)[images]

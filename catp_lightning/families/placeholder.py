@@ -34,6 +34,7 @@ KNOWN_INPUTS = {
     *("output_attentions", "output_hidden_states", "return_dict", "cache_position"),
     *("visual_pos_masks", "deepstack_visual_embeds"),  # shortened below
 }
+SIZES = ("image_sizes", "image_grid_thw", "video_grid_thw", "spatial_shapes", "image_grid_hws")
 KNOWN_LAYERS = {"full_attention", "sliding_attention"}
 
 
@@ -147,11 +148,25 @@ class Placeholder(Family):
 
     def images(self, prompt: "DecoderPrompt", counts: Mapping[int, int]) -> dict[int, list[Image]]:
         """Images and frames by placeholder id, in the order of their features; counts: placeholders by id."""
-        return IMAGES.get(self.model.config.model_type, equal_images)(self.model, prompt, counts)
+        kind = self.model.config.model_type
+        sizes = sorted(name for name in SIZES if prompt.arguments.get(name) is not None)
+        if kind not in self.types and sizes:
+            raise PruningError(
+                f"{type(self.model).__name__} reads images of different sizes ({', '.join(sizes)}), and how it "
+                "makes tokens of them is not known, so they cannot be scored. Choose the tokens yourself: "
+                "prune(..., choose=...)."
+            )
+        return IMAGES.get(kind, equal_images)(self.model, prompt, counts)
 
     def observation(self, values: Values, wanted: frozenset[Signal], prompt: "Prompt") -> Observation:
         prompt = cast("DecoderPrompt", prompt)
         counts = {token: int((prompt.ids == token).sum()) for token in self.placeholder_ids}
+        if not any(name.startswith("pixel_values") for name, value in prompt.arguments.items() if value is not None):
+            raise PruningError(
+                "The prompt has image tokens, but the call brought no pixel_values, so it is not known which token is "
+                "of which image. Pass pixel_values, not precomputed image features, and call the model's own generate "
+                "or forward inside the context, not a copy of the method that was taken before; or use keep=1.0."
+            )
         images: dict[int, list[Image]] = {token: [] for token, count in counts.items() if count} | self.images(
             prompt, counts
         )
