@@ -126,25 +126,29 @@ def generated(family: Family, output: Any, named: dict[str, Any]) -> Answer:
 def predicted(family: Family, output: Any, named: dict[str, Any]) -> Answer:
     """The most likely token after the prompt: after the last real column, or where `labels` begin."""
     logits, ids = output.logits, named["input_ids"]
-    if family.model.config.is_encoder_decoder:  # rows are the decoder's: the answer begins at the first, or goes on
+    if family.model.config.is_encoder_decoder:  # rows are the decoder's: the answer begins with the first, or goes on
         given = named.get("decoder_input_ids")
         row = torch.full((len(ids),), 0 if given is None else given.shape[1] - 1, device=logits.device)
-        best = logits.gather(1, row[:, None, None].expand(-1, 1, logits.shape[-1])).argmax(-1)
-        return Answer(best, torch.ones_like(best, dtype=torch.bool), len(ids), row)
-    if logits.shape[1] != ids.shape[1]:
-        raise PruningError(
-            f"The step asked for {logits.shape[1]} rows of logits of {ids.shape[1]}, so it is not known which one "
-            "answers. Call the model without logits_to_keep, or generate."
-        )
+        return _most_likely(logits, row, 0)
     columns = torch.arange(ids.shape[1], device=logits.device)
     mask, labels = named.get("attention_mask"), named.get("labels")
     real = torch.ones_like(ids, dtype=torch.bool) if mask is None else mask.bool()
     if labels is not None:
         answers = torch.nn.functional.pad(labels != -100, (ids.shape[1] - labels.shape[1], 0))
         real = real & (answers.cumsum(1) == 0)
-    row = (real * columns).amax(1)
-    best = logits.gather(1, row[:, None, None].expand(-1, 1, logits.shape[-1])).argmax(-1)
-    return Answer(best, torch.ones_like(best, dtype=torch.bool), len(ids), row)
+    row, left_out = (real * columns).amax(1), ids.shape[1] - logits.shape[1]  # logits_to_keep: of the last rows
+    if bool((row < left_out).any()):
+        raise PruningError(
+            f"The answer follows row {int(row.min())} of the prompt, and the step asked for the last {logits.shape[1]} "
+            "rows of logits. Call the model without logits_to_keep, or generate."
+        )
+    return _most_likely(logits, row, left_out)
+
+
+def _most_likely(logits: Tensor, row: Tensor, left_out: int) -> Answer:
+    """The most likely token after row int64 [B], where logits [B, R, V] lack the first `left_out` rows."""
+    best = logits.gather(1, (row - left_out)[:, None, None].expand(-1, 1, logits.shape[-1])).argmax(-1)
+    return Answer(best, torch.ones_like(best, dtype=torch.bool), len(row), row)
 
 
 @dataclass

@@ -12,6 +12,7 @@ import transformers as hf
 from torch import Tensor
 
 from catp_lightning import PolicyError, PruningError, PruningPolicy, prune
+from catp_lightning.answers import compare_with_unpruned
 from catp_lightning.families import find_family
 from catp_lightning.scorers import SCORERS
 from tests.families import GATED, ROWS, TOWER, Row, clip, llava_onevision, pictures, prompts, video, with_counts
@@ -213,6 +214,24 @@ def test_inside_the_decoder_a_selector_that_needs_more_is_refused(rule: dict[str
     model = BY_NAME["Llava"].model()
     with pytest.raises(PolicyError, match="drops tokens inside the decoder"):
         prune(model, PruningPolicy(scorer="fastv", **rule)).__enter__()
+
+
+@pytest.mark.parametrize(("name", "short"), [("Blip2-T5", False), ("Llava", False), ("Llava", True), ("Mllama", False)])
+def test_answers_of_a_forward_step_are_compared_with_the_unpruned_models(name: str, short: bool) -> None:
+    row = BY_NAME[name]
+    model, inputs = row.model(), row.inputs()
+    labels = row.oracle.labels(inputs) if name == "Blip2-T5" else None
+    settings = {"labels": labels} if labels is not None else {"logits_to_keep": 1} if short else {}
+    place = 0 if name == "Blip2-T5" else -1
+    unpruned = model(**inputs, **settings).logits[:, place].argmax(-1)
+    with prune(model, PruningPolicy(scorer="stride", keep=0.2)) as pruning:
+        pruned = model(**inputs, **settings).logits[:, place].argmax(-1)
+        with compare_with_unpruned(pruning) as comparison:
+            model(**inputs, **settings)
+            if short:
+                with pytest.raises(PruningError, match="asked for the last 1 rows of logits"):
+                    model(**{**inputs, "attention_mask": inputs["attention_mask"].flip(1)}, **settings)
+    assert comparison.same[0].tolist() == (pruned == unpruned).tolist()
 
 
 def test_features_without_pixels_are_refused_with_what_to_do() -> None:

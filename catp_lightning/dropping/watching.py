@@ -32,7 +32,7 @@ class Watching:
 
     def __init__(self, model: PreTrainedModel, outer: nn.Module) -> None:
         self.model, self.outer = model, outer
-        self.arguments = Call()
+        self._calls: list[Call] = []  # those that are running; a hook may call the model again
         self.samples: int | None = None
         self._generating: Call | None = None
         self._length: int | None = None
@@ -42,10 +42,15 @@ class Watching:
     def watching(self) -> Iterator[None]:
         """Hooks are in place only while inside."""
         with ExitStack() as undo:
+            undo.callback(self._calls.clear)
             undo.callback(self.outer.register_forward_pre_hook(self._call, with_kwargs=True).remove)
             undo.callback(self.outer.register_forward_hook(self._called, always_call=True).remove)
             undo.enter_context(replaced(self.model, "generate", self._generate))
             yield
+
+    @property
+    def arguments(self) -> Call:
+        return self._calls[-1] if self._calls else Call()
 
     @property
     def given(self) -> Call:
@@ -66,10 +71,10 @@ class Watching:
         return self._length
 
     def _call(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        self.arguments = Call({**dict(zip(self._names, args, strict=False)), **kwargs})
+        self._calls.append(Call({**dict(zip(self._names, args, strict=False)), **kwargs}))
 
     def _called(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        self.arguments = Call()  # they are not held longer than the call lasts
+        del self._calls[-1:]  # arguments are not held longer than the call lasts
 
     def _generate(self, generate: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         prompt = kwargs.get("input_ids", args[0] if args else kwargs.get("inputs"))
