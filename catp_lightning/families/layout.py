@@ -37,13 +37,11 @@ class Layout:
 
     Attributes:
         images: one for each row below.
-        order: int64 [I], for each its place in the order of the vision part's features.
         exists, always: bool [I, T].
         crops: int64 [I, T], or None.
     """
 
     images: Sequence[Image]
-    order: Tensor
     exists: Tensor
     always: Tensor
     crops: Tensor | None
@@ -66,8 +64,7 @@ class Layout:
                 )
             starts = torch.tensor([0, *(image.tokens for image in own)]).cumsum(0)[:-1].tolist()
             found += zip(columns[starts].tolist() if own else [], own, strict=True)
-        order = sorted(range(len(found)), key=lambda n: found[n][0])
-        ordered, device = [found[n][1] for n in order], ids.device
+        ordered, device = [image for _, image in sorted(found, key=lambda one: one[0])], ids.device
         widest = max((image.tokens for image in ordered), default=0)
         exists = torch.zeros(len(ordered), widest, dtype=torch.bool, device=device)
         always, crops = torch.zeros_like(exists), torch.zeros(exists.shape, dtype=torch.long, device=device)
@@ -78,7 +75,7 @@ class Layout:
             if image.crops is not None:
                 crops[row, : image.tokens] = image.crops.to(device)
         cut = any(image.crops is not None for image in ordered)
-        return cls(ordered, torch.tensor(order, device=device), exists, always, crops if cut else None)
+        return cls(ordered, exists, always, crops if cut else None)
 
     def padded(self, flat: Tensor) -> Tensor:
         """Values of all visual tokens in the order of placeholders, [N, ...] -> [I, T, ...]."""
@@ -87,16 +84,16 @@ class Layout:
         return found
 
     def tokens(self, values: list[Tensor]) -> Tensor:
-        """Values of each image's tokens, in the order of features, each [..., tokens] -> [I, ..., T]."""
+        """Values of each image's tokens, each [..., tokens] -> [I, ..., T]."""
         found = [value.shape[-1] for value in values]
-        expected = [self.images[row].tokens for row in self.order.argsort().tolist()]
+        expected = [image.tokens for image in self.images]
         if found != expected:
             raise PruningError(
                 f"The vision part showed images of {found} tokens; the prompts have {expected}. This model selects or "
                 "pools patches in a way that is not known: choose a scorer that reads no attention of the vision tower."
             )
         padded = [torch.nn.functional.pad(value, (0, self.exists.shape[1] - value.shape[-1])) for value in values]
-        return torch.stack(padded).to(self.exists.device)[self.order]
+        return torch.stack(padded).to(self.exists.device)
 
     def fingerprints(self) -> Tensor:
         """A checksum of each image's pixels: int64 [I]."""
