@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from catp_lightning.dropping.watching import replaced
 from catp_lightning.errors import PruningError
 from catp_lightning.families import Family
 from catp_lightning.pruning import Pruning
@@ -57,7 +58,6 @@ def listening(
         PruningError: answers are sampled, so that two runs of the very same model differ.
     """
     model = family.model
-    generate: Callable[..., Any] = model.generate  # type: ignore[assignment]  # of the generating classes only
     forward: Callable[..., Any] = model.forward
     state = {"inside": False, "prompt": False}
 
@@ -71,7 +71,7 @@ def listening(
     def again(call: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         return quietly(call, args, {key: value for key, value in kwargs.items() if key != "past_key_values"})
 
-    def listened_generate(*args: Any, **kwargs: Any) -> Any:
+    def listened_generate(generate: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         if state["inside"]:
             return generate(*args, **kwargs)
         named = _named(generate, args, kwargs)
@@ -97,11 +97,7 @@ def listening(
     with ExitStack() as undo:
         undo.callback(model.register_forward_pre_hook(before_forward, with_kwargs=True).remove)
         undo.callback(model.register_forward_hook(after_forward, with_kwargs=True).remove)
-        own = model.__dict__.get("generate")  # somebody else's, who set it on this very model
-        if own is not None:
-            undo.callback(model.__dict__.__setitem__, "generate", own)
-        undo.callback(model.__dict__.pop, "generate")
-        model.__dict__["generate"] = listened_generate
+        undo.enter_context(replaced(model, "generate", listened_generate))
         yield
 
 

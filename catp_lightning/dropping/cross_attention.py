@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from transformers.cache_utils import DynamicLayer
 
 from catp_lightning.dropping.image_rows import Prefill, Stored
-from catp_lightning.dropping.prompt import Prompt, refuse_static
+from catp_lightning.dropping.prompt import Prompt, foreign_cache, forgetting, refuse_static
 from catp_lightning.dropping.watching import Watching
 from catp_lightning.errors import PruningError
 from catp_lightning.families.mllama import Mllama, Sight, attention_of
@@ -91,14 +91,6 @@ class CrossAttentionRows:
                 undo.callback(module.register_forward_hook(self._after, with_kwargs=True).remove)
             yield
 
-    @contextmanager
-    def _forgetting(self) -> Iterator[None]:
-        try:
-            yield
-        except BaseException:
-            self.forget()
-            raise
-
     def _enter(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self._prefill, self._changes = None, {}
         if not self.active:
@@ -115,7 +107,7 @@ class CrossAttentionRows:
                 "Rows cannot leave while gradients are checkpointed: layers run a second time, after the call. Use "
                 "model.gradient_checkpointing_disable(), or put the model in evaluation mode."
             )
-        with self._forgetting():
+        with forgetting(self.forget):
             _refuse_other(cache)
             sight = Sight.of(kwargs, self.family.rows_per_tile)
             if states is None:
@@ -140,10 +132,7 @@ class CrossAttentionRows:
 
     def _decode(self, cache: Any, held: int, sight: Sight) -> dict[str, Any]:
         if self._stored is None or not self._stored.is_in(cache, held, len(sight.real)):
-            raise PruningError(
-                "This cache was not filled by the last pruned prompt, or was changed since: it cannot be decoded from. "
-                "Generate from the prompt again, and without assisted or prompt-lookup decoding."
-            )
+            raise foreign_cache()
         return self._stored.changes(sight)
 
     def _before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -155,7 +144,7 @@ class CrossAttentionRows:
             return None
         read, used = prefill.repaired(module, kwargs["hidden_states"], output[0]), prefill.rows
         if self._changes and module is self.family.cross_attention[0]:
-            with self._forgetting():
+            with forgetting(self.forget):
                 self._narrow(prefill, module, kwargs)
             read = self._without_dropped(module, kwargs["hidden_states"], read)
         if cache is not None:

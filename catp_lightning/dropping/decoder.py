@@ -14,7 +14,16 @@ from torch import Tensor, nn
 
 from catp_lightning.dropping.labels import Labels
 from catp_lightning.dropping.masks import decoding_masks, prefill_masks, two_dimensional
-from catp_lightning.dropping.prompt import DecoderPrompt, Shortened, is_short, mark_short, refuse_static, shortened
+from catp_lightning.dropping.prompt import (
+    DecoderPrompt,
+    Shortened,
+    foreign_cache,
+    forgetting,
+    is_short,
+    mark_short,
+    refuse_static,
+    shortened,
+)
 from catp_lightning.dropping.prompts import Prompts
 from catp_lightning.errors import PruningError
 from catp_lightning.families.base import Family
@@ -64,12 +73,8 @@ class DecoderEntry:
     def _enter(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if not self.active:
             return None
-        try:
+        with forgetting(self._prompts.forget, self.forget):
             return (), self._changed({**dict(zip(self.parameters, args, strict=False)), **kwargs})
-        except BaseException:
-            self._prompts.forget()
-            self.forget()
-            raise
 
     def _changed(self, kwargs: dict[str, Any]) -> dict[str, Any]:
         cache = kwargs.get("past_key_values")
@@ -113,10 +118,7 @@ class DecoderEntry:
         batch, new = rows.shape[:2]
         own = prompt.cache() if prompt is not None and prompt.cache is not None else None
         if prompt is None or own is not cache or batch % len(prompt.order):
-            raise PruningError(
-                "This cache was not filled by the last pruned prompt, or was changed since: it cannot be decoded from. "
-                "Generate from the prompt again, and without assisted or prompt-lookup decoding."
-            )
+            raise foreign_cache()
         full_length = prompt.mask.shape[1] + past - prompt.order.shape[1] + new
         mask = two_dimensional(self._prompts.mask(kwargs), batch, full_length, rows.device)
         prompt = prompt.repeated(batch)

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from catp_lightning.dropping.masks import two_dimensional
-from catp_lightning.dropping.prompt import DecoderPrompt, Shortened, is_short, mark_short, shortened
+from catp_lightning.dropping.prompt import DecoderPrompt, Shortened, forgetting, is_short, mark_short, shortened
 from catp_lightning.dropping.prompts import Prompts
 from catp_lightning.errors import PruningError
 from catp_lightning.families.base import Family
@@ -69,15 +69,11 @@ class EncoderEntry:
         self._prompt = self._handed_out = None
         if not self.active:
             return None
-        try:
+        with forgetting(self._prompts.forget, self.forget):
             prompt = self._prompts.take(kwargs)
             if prompt is None:  # text alone
                 return None
             short = shortened(prompt.columns(self.choose(prompt)), prompt.mask)
-        except BaseException:
-            self._prompts.forget()
-            self.forget()
-            raise
         if short.whole:
             return None
         self._prompt = short

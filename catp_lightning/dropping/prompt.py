@@ -1,6 +1,8 @@
 """A prompt as it reaches the language model, and what is left of it once visual tokens are dropped."""
 
 import weakref
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -160,6 +162,25 @@ def mark_short(cache: Any, short: bool) -> None:
 def is_short(cache: Any) -> bool | None:
     """Whether a cache holds a shortened prompt; None where it was filled out of sight."""
     return getattr(cache, SHORT, None)
+
+
+def foreign_cache() -> PruningError:
+    """Of a cache that another prompt than the last one filled."""
+    return PruningError(
+        "This cache was not filled by the last pruned prompt, or was changed since: it cannot be decoded from. "
+        "Generate from the prompt again, and without assisted or prompt-lookup decoding."
+    )
+
+
+@contextmanager
+def forgetting(*forget: Callable[[], None]) -> Iterator[None]:
+    """Where what is done inside fails, what was seen of the call is forgotten: it must not serve another."""
+    try:
+        yield
+    except BaseException:
+        for each in forget:
+            each()
+        raise
 
 
 def refuse_static(cache: Any) -> None:

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from catp_lightning.attention import SUPPORTED, observe_attention
 from catp_lightning.dropping.labels import Labels
 from catp_lightning.dropping.masks import layer_mask, of_columns, window
-from catp_lightning.dropping.prompt import Shortened, refuse_static
+from catp_lightning.dropping.prompt import Shortened, foreign_cache, forgetting, refuse_static
 from catp_lightning.dropping.prompts import Prompts
 from catp_lightning.dropping.stage_prompt import Prefill, StagePrompt
 from catp_lightning.dropping.watching import Watching
@@ -119,15 +119,6 @@ class DecoderStages:
                 undo.callback(layer.register_forward_pre_hook(before, with_kwargs=True).remove)
             yield
 
-    @contextmanager
-    def _forgetting(self) -> Iterator[None]:
-        try:
-            yield
-        except BaseException:
-            self._prompts.forget()
-            self.forget()
-            raise
-
     def _enter(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self._reset()
         if not self.active:
@@ -135,7 +126,7 @@ class DecoderStages:
         kwargs = {**dict(zip(self.parameters, args, strict=False)), **kwargs}
         cache = kwargs.get("past_key_values")
         self._prompts.inside = True
-        with self._forgetting():
+        with forgetting(self._prompts.forget, self.forget):
             refuse_static(cache)
             past = 0 if cache is None else cache.get_seq_length()
             if past == 0:
@@ -171,10 +162,7 @@ class DecoderStages:
         held = [(kept, cache.get_seq_length(at)) for at, kept in zip(self.stages, self._kept, strict=False)]
         later = {past - kept.mask.shape[1] for kept, _ in held} | {n - kept.order.shape[1] for kept, n in held}
         if own is not cache or len(later) != 1 or min(later) < 0 or len(rows) % len(self._kept[0].order):
-            raise PruningError(
-                "This cache was not filled by the last pruned prompt, or was changed since: it cannot be decoded from. "
-                "Generate from the prompt again, and without assisted or prompt-lookup decoding."
-            )
+            raise foreign_cache()
         self._later = later.pop() + rows.shape[1]
 
     def _last_row(self, query: Tensor, key: Tensor, mask: Tensor | None, scaling: float) -> Tensor:
@@ -191,7 +179,7 @@ class DecoderStages:
     ) -> Any:
         first = {}
         if stage is not None and (self._prefill is not None or self._later):
-            with self._forgetting():
+            with forgetting(self._prompts.forget, self.forget):
                 first = self._begin(stage, {**dict(zip(names, args, strict=False)), **kwargs})
         changes = {**self._changes, **first}
         return tuple(changes.pop(name, value) for name, value in zip(names, args, strict=False)), {**kwargs, **changes}

@@ -9,7 +9,19 @@ from catp_lightning.scorers.base import AttentionScorer
 
 
 @dataclass(frozen=True)
-class FastV(AttentionScorer):
+class LastRow(AttentionScorer):
+    """Attention of the prompt's last row in the layer before a stage: the score of both methods below."""
+
+    @property
+    def needs(self) -> Needs:
+        return {Signal.LAST_ROW: None}
+
+    def votes(self, seen: Observation) -> Tensor:
+        return seen.by_layer(Signal.LAST_ROW)
+
+
+@dataclass(frozen=True)
+class FastV(LastRow):
     """Attention that the last row of the prompt pays a visual token in the layer before `layer`, where tokens leave.
 
     The budget is of all visual tokens of a sample. Every sample has a choice of its own, and padding is masked; the
@@ -31,16 +43,9 @@ class FastV(AttentionScorer):
     def stages(self, depth: int) -> tuple[int, ...]:
         return (self.layer,)
 
-    @property
-    def needs(self) -> Needs:
-        return {Signal.LAST_ROW: None}
-
-    def votes(self, seen: Observation) -> Tensor:
-        return seen.by_layer(Signal.LAST_ROW)
-
 
 @dataclass(frozen=True)
-class PyramidDrop(AttentionScorer):
+class PyramidDrop(LastRow):
     """PyramidDrop (2410.17247, section 3): FastV's score anew at several layers, each dropping the same share.
 
     The budget is what is left after the last stage. The paper's share, one half at each quarter of the depth, is
@@ -60,10 +65,3 @@ class PyramidDrop(AttentionScorer):
     def stages(self, depth: int) -> tuple[int, ...]:
         quarters = tuple(sorted({max(1, depth * quarter // 4) for quarter in (1, 2, 3)}))
         return quarters if self.stages_at is None else self.stages_at
-
-    @property
-    def needs(self) -> Needs:
-        return {Signal.LAST_ROW: None}
-
-    def votes(self, seen: Observation) -> Tensor:
-        return seen.by_layer(Signal.LAST_ROW)
