@@ -32,6 +32,7 @@ from catp_lightning import CrossAttentionCalibration, PruningPolicy, VQAModule
 from catp_lightning.calibration.recorder import Recorder
 from catp_lightning.calibration.sets import token_ranks
 from catp_lightning.comparison import Comparison, Result, figure, markdown, markdown_table
+from catp_lightning.counts import keep_count
 from catp_lightning.data import shipped
 from catp_lightning.data.vqa import VQADataModule
 from catp_lightning.demo import CALIBRATED, QUIET, RULES, fixed_rules, predict, quiet, scenes_split
@@ -41,7 +42,6 @@ from catp_lightning.files import write_json, write_text
 from catp_lightning.locations import budget_file_name
 from catp_lightning.observation import join
 from catp_lightning.overlap import decode_images
-from catp_lightning.selectors import keep_count
 
 BUDGETS = (0.5, 0.25, 0.125, 0.0625)
 BATCH = 64

@@ -1,19 +1,35 @@
 """From what was observed to which tokens stay: pure tensors, shared by pruning and calibration."""
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from catp_lightning.counts import keep_count
 from catp_lightning.errors import PruningError
 from catp_lightning.observation import Observation
 from catp_lightning.scorers import Scorer
-from catp_lightning.selectors import Selector, keep_count, without_autocast
+from catp_lightning.selectors import Selector, without_autocast
 
 
-def choose_tokens(
-    scores: Tensor, selector: Selector, keep: int | float, seen: Observation, visual: Tensor
-) -> tuple[Tensor, Tensor]:
+@dataclass(frozen=True)
+class Choice:
+    """Which visual tokens stay.
+
+    Attributes:
+        keep: bool [B, T].
+        scores: float [B, T], what they were ranked by; -inf where a sample has no token.
+        carrier: int64 [B, T], whose row carries each token: itself, another that stays, or -1 for none; None: nothing
+            is merged.
+    """
+
+    keep: Tensor
+    scores: Tensor
+    carrier: Tensor | None = None
+
+
+def choose_tokens(scores: Tensor, selector: Selector, keep: int | float, seen: Observation, visual: Tensor) -> Choice:
     """Which visual tokens stay.
 
     Args:
@@ -22,20 +38,43 @@ def choose_tokens(
         keep: the budget, of each image or of the whole sample as the selector's `per` says.
         seen: what the selector compares tokens by.
         visual: bool [B, T], which visual tokens each sample has.
-
-    Returns:
-        keep, bool [B, T], and the scores in the samples' order, float [B, T], -inf where a sample has no token.
     """
     vectors = selector.vectors(seen)
     by_sample = placed(scores, seen.exists, visual, -torch.inf)
     if selector.per == "sample":
         free = placed(seen.free, seen.exists, visual, False)
         vectors = None if vectors is None else placed(vectors, seen.exists, visual, 0.0)
-        return selector.select(by_sample, free, _budget(keep, free), vectors) | (visual & ~free), by_sample
+        kept, carrier = _select(selector, by_sample, free, keep, vectors)
+        kept = kept | (visual & ~free)
+        return Choice(kept, by_sample, None if carrier is None else carrier.where(free, _themselves(kept)))
     kept = seen.exists & ~seen.free
+    carrier = _themselves(kept)
     for part in _parts(seen, selector.per):
-        kept = kept | selector.select(scores, part, _budget(keep, part), vectors)
-    return placed(kept, seen.exists, visual, False), by_sample
+        own, carried = _select(selector, scores, part, keep, vectors)
+        kept = kept | own
+        carrier = carrier if carried is None else carried.where(part, carrier)
+    found = placed(kept, seen.exists, visual, False)
+    return Choice(found, by_sample, _of_samples(carrier, seen.exists, visual) if selector.merges else None)
+
+
+def _select(
+    selector: Selector, scores: Tensor, free: Tensor, keep: int | float, vectors: Tensor | None
+) -> tuple[Tensor, Tensor | None]:
+    kept = selector.select(scores, free, _budget(keep, free), vectors)
+    return kept, selector.carriers(kept, scores, free, vectors) if selector.merges else None
+
+
+def _themselves(kept: Tensor) -> Tensor:
+    """Tokens that carry none but themselves: bool [R, T] -> int64 [R, T]."""
+    return torch.arange(kept.shape[1], device=kept.device).expand_as(kept).masked_fill(~kept, -1)
+
+
+def _of_samples(carrier: Tensor, exists: Tensor, visual: Tensor) -> Tensor:
+    """From places in an image, int64 [I, T'], to places in a sample, int64 [B, T]."""
+    numbers = (exists.flatten().cumsum(0) - 1).view_as(exists)  # of all visual tokens, in the order of placeholders
+    placed_numbers = placed(numbers.gather(1, carrier.clamp(min=0)), exists, visual, 0)
+    first = visual.sum(1).cumsum(0) - visual.sum(1)
+    return (placed_numbers - first[:, None]).masked_fill(placed(carrier, exists, visual, -1) < 0, -1)
 
 
 def _parts(seen: Observation, per: str) -> Iterator[Tensor]:
@@ -74,17 +113,6 @@ def _counts(images: Tensor) -> str:
 
 def _budget(keep: int | float, visual: Tensor) -> Tensor:
     return torch.tensor([keep_count(keep, count) for count in visual.sum(1).tolist()], device=visual.device)
-
-
-def stage_counts(keep: int | float, tokens: Tensor, part: float) -> Tensor:
-    """How many of each sample's `tokens`, int64 [B], stay after `part` of the stages; each drops as large a share.
-
-    >>> stage_counts(0.125, torch.tensor([64]), 1 / 3), stage_counts(8, torch.tensor([64]), 1.0)
-    (tensor([32]), tensor([8]))
-    """
-    last = [keep_count(keep, count) / max(1, count) for count in tokens.tolist()]
-    counts = [keep_count(share**part, count) for share, count in zip(last, tokens.tolist(), strict=True)]
-    return torch.tensor(counts, device=tokens.device)
 
 
 def placed(values: Tensor, exists: Tensor, visual: Tensor, fill: float | bool) -> Tensor:

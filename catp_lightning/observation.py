@@ -9,7 +9,11 @@ from torch import Tensor
 
 
 class Signal(Enum):
-    """Something to observe. I images or frames, H heads, T tokens of an image, N patches (with [CLS]), D features."""
+    """Something to observe. I images or frames, H heads, T tokens of an image, N patches (with [CLS]), D features.
+
+    The prompt's text rows, R of them, are those after the sample's first visual token, all where none is after it. The
+    answer is no prompt: neither what follows the first label nor what has been generated.
+    """
 
     CROSS_ATTENTION = "cross-attention maps, by layer: [I, H, T, N], each row sums to 1"
     SELF_ATTENTION = "self-attention a token receives, summed over query rows, by layer: [I, H, T]"
@@ -17,8 +21,14 @@ class Signal(Enum):
     VISION_ATTENTION = (
         "attention a token's patches get in the vision tower, by layer: from [CLS], or received: [I, H, T]"
     )
+    VISION_KEYS = "key vectors of a token's patches in the vision tower, mean over heads, by layer: [I, D, T]"
     TEXT_ATTENTION = "attention a token gets from the text in a cross-attention layer of the language model: [I, H, T]"
     LAST_ROW = "attention a token gets from the prompt's last row in a layer of the decoder: [I, H, T]"
+    TEXT_ROWS = "attention a token gets from each text row of the prompt in a layer of the decoder: [I, H, R, T]"
+    HIDDEN = "the token as it enters the decoder layer where tokens leave: [I, T, D]"
+    READ = "the token as the language model reads it: [I, T, D]"
+    TEXT = "the prompt's text rows as the language model reads them, those in `Observation.text`: [I, R, D]"
+    GUIDE = "attention a token gets in a guide model from the prompt's text and the answer, by layer: [I, H, T]"
     OUTPUTS = "the token as it leaves the vision part: [I, T, D]"
     FINGERPRINT = "a checksum of the image's pixels: int64 [I]"
 
@@ -30,8 +40,13 @@ BY_LAYER = frozenset(
         Signal.VISION_ATTENTION,
         Signal.TEXT_ATTENTION,
         Signal.LAST_ROW,
+        Signal.TEXT_ROWS,
+        Signal.VISION_KEYS,
+        Signal.GUIDE,
     }
 )
+STAGED = frozenset({Signal.LAST_ROW, Signal.TEXT_ROWS, Signal.HIDDEN, Signal.READ, Signal.TEXT})
+"""What can be observed where tokens leave inside a decoder; layers are those that have run, -1 the last of them."""
 
 Needs = Mapping[Signal, tuple[int, ...] | None]
 """Which signals a method reads and, where a signal has layers, which: None for all, negative counts from the last."""
@@ -58,6 +73,7 @@ class Observation:
         values: the tensors observed, by signal, or by signal and layer.
         always: bool [I, T], tokens that stand for no patch (a line's end, a frame's [CLS]): they always stay.
         crops: int64 [I, T], the crop of its image a token is of; None where images are not cut.
+        text: bool [I, R], which rows of `Signal.TEXT` and `Signal.TEXT_ROWS` exist; None where neither was observed.
     """
 
     exists: Tensor
@@ -65,6 +81,7 @@ class Observation:
     values: dict[Signal | tuple[Signal, int], Tensor] = field(default_factory=dict)
     always: Tensor | None = None
     crops: Tensor | None = None
+    text: Tensor | None = None
 
     @classmethod
     def of_equal(cls, images: int, tokens: int, layers: Mapping[Signal, int], values: "Values") -> "Observation":
@@ -89,8 +106,8 @@ class Observation:
     def of_images(self, index: Tensor) -> "Observation":
         """The same signals of some of the images: bool [I]."""
         values = {key: value[index] for key, value in self.values.items()}
-        always, crops = (None if part is None else part[index] for part in (self.always, self.crops))
-        return Observation(self.exists[index], self.layers, values, always, crops)
+        more = (None if part is None else part[index] for part in (self.always, self.crops, self.text))
+        return Observation(self.exists[index], self.layers, values, *more)
 
     def __getitem__(self, signal: Signal) -> Tensor:
         """A signal without layers."""

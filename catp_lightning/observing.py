@@ -16,8 +16,16 @@ from catp_lightning.families import Family
 from catp_lightning.observation import BY_LAYER, Needs, Observation, Signal, Values
 
 ATTENTION = frozenset(
-    {Signal.CROSS_ATTENTION, Signal.SELF_ATTENTION, Signal.VISION_ATTENTION, Signal.LAST_ROW, Signal.IMAGE_RECEIVED}
+    {
+        Signal.CROSS_ATTENTION,
+        Signal.SELF_ATTENTION,
+        Signal.VISION_ATTENTION,
+        Signal.VISION_KEYS,
+        Signal.IMAGE_RECEIVED,
+    }
 )
+
+Looks = list[tuple[Reduction, Callable[[Tensor], None]]]
 
 
 class Observer:
@@ -38,19 +46,20 @@ class Observer:
     @contextmanager
     def watching(self) -> Iterator[None]:
         """Attention is observed and hooks are in place only while inside."""
-        attention: dict[PreTrainedModel, dict[nn.Module, tuple[Reduction, Callable[[Tensor], None]]]] = {}
+        attention: dict[PreTrainedModel, dict[nn.Module, Looks]] = {}
         with ExitStack() as undo:
             for signal, layer in self.sites:
                 key = (signal, layer) if signal in BY_LAYER else signal
                 if signal in ATTENTION:
                     site = self.family.attention_site(signal, layer)
-                    attention.setdefault(site.owner, {})[site.module] = (site.reduction, self._storing(key))
+                    looks = attention.setdefault(site.owner, {}).setdefault(site.module, [])
+                    looks.append((site.reduction, self._storing(key)))
                 else:
                     output = self.family.output_site(signal)
                     hook = output.module.register_forward_hook(self._reading(key, output.read), with_kwargs=True)
                     undo.callback(hook.remove)
             for owner, modules in attention.items():
-                undo.enter_context(observe_attention(owner, modules))
+                undo.enter_context(observe_attention(owner, {module: _all(x) for module, x in modules.items()}))
             yield
 
     def forget(self) -> None:
@@ -83,6 +92,16 @@ class Observer:
                 self.values[key] = read(args, kwargs, output).detach()
 
         return hook
+
+
+def _all(looks: Looks) -> tuple[Callable[..., Any], Callable[[Any], None]]:
+    """Several looks at one module's attention, as one."""
+
+    def store(values: list[Tensor]) -> None:
+        for (_, storing), value in zip(looks, values, strict=True):
+            storing(value)
+
+    return lambda *attention: [reduction(*attention) for reduction, _ in looks], store
 
 
 def _sites(family: Family, needs: Needs) -> Iterator[tuple[Signal, int]]:

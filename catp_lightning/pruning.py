@@ -9,11 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from catp_lightning.choosing import choose_tokens, placed, score_tokens, stage_counts
+from catp_lightning.choosing import Choice, choose_tokens, placed, score_tokens
 from catp_lightning.dropping import Prompt, StagePrompt, entry
 from catp_lightning.errors import PolicyError, PruningError
 from catp_lightning.families import Family, find_family
-from catp_lightning.observation import Signal, join
+from catp_lightning.observation import STAGED, Needs, Signal, join
 from catp_lightning.observing import Observer
 from catp_lightning.overlap import has_images
 from catp_lightning.policy import PruningPolicy
@@ -23,7 +23,6 @@ Choose = Callable[[Tensor], Tensor]
 """Which visual tokens exist, bool [B, T] -> which of them stay, bool [B, T]."""
 
 MARK = "_catp_pruning"
-WITHIN = {Signal.TEXT_ATTENTION, Signal.LAST_ROW}  # observed inside the language model, as far as it has run
 
 
 class Pruning:
@@ -33,6 +32,8 @@ class Pruning:
         keep: bool [B, T] of the last prefill, None before the first: which visual tokens stayed, in placeholder
             order. B is the batch before beams are expanded, T the longest sample's count; False beyond a sample's own.
         scores: float [B, T], what they were ranked by; -inf beyond a sample's own, None where nothing was scored.
+        carrier: int64 [B, T], for each visual token the one whose row carries it: itself where it stays, or one that
+            stays and now is the mean of all it carries, or -1 where it is lost; None where nothing is merged.
         choices: (keep bool [B, T], counts int64 [B]) of each prefill since it was last cleared, at most 1,024.
         images: fingerprints, int64 [I], of each prefill since it was last cleared, at most 1,024: only where the policy
             says which images it was calibrated on and something is scored, for `OverlapCheck`.
@@ -42,6 +43,7 @@ class Pruning:
         self.family, self.policy = family, policy
         self.keep: Tensor | None = None
         self.scores: Tensor | None = None
+        self.carrier: Tensor | None = None
         self.choices: deque[tuple[Tensor, Tensor]] = deque(maxlen=1024)
         self.images: deque[Tensor] = deque(maxlen=1024)
         self._given = choose
@@ -54,11 +56,12 @@ class Pruning:
         stages = () if self._everything and choose is None else self._scorer.stages(family.depth)
         self._stages = len(stages)
         if stages and scored:
-            _refuse_at_stages(policy, self._selector)
+            _refuse_at_stages(policy, self._selector, wanted)
+        if self._selector.merges and scored:
+            _refuse_merging(policy, family)
         self._observer = Observer(family, {} if stages else wanted)
-        within = scored and not wanted.keys().isdisjoint(WITHIN)
         compact = policy.positions == "compact"
-        self._entry = entry(family, self._choose, compact, self._observer.forget, stages, within)
+        self._entry = entry(family, self._choose, compact, self._observer.forget, stages, wanted, lambda: self.carrier)
 
     @property
     def labels_left_out(self) -> int:
@@ -82,37 +85,56 @@ class Pruning:
     def _choose(self, prompt: Prompt) -> Tensor:
         """Visual tokens of a prompt that stay: bool [B, T]."""
         visual = prompt.tokens
+        self.scores = self.carrier = None
         if self._given is not None:
-            self.keep, self.scores = self._given(visual) & visual, None
+            self.keep = self._given(visual) & visual
         elif self._everything or not visual.any():
-            self.keep, self.scores = visual, None
-        elif isinstance(prompt, StagePrompt):
-            seen = prompt.observation()
-            scores = score_tokens(self._scorer, seen, visual)
-            counts = stage_counts(self.policy.keep, prompt.visual.sum(1), (prompt.stage + 1) / self._stages)
-            self.scores = placed(scores, seen.exists, visual, -torch.inf)
-            self.keep = self._selector.select(self.scores, visual, counts, self._selector.vectors(seen))
+            self.keep = visual
         else:
-            seen = self._observer.take(prompt)
-            if self._known:
-                self.images.append(seen[Signal.FINGERPRINT])
-            scores = score_tokens(self._scorer, seen, visual)
-            self.keep, self.scores = choose_tokens(scores, self._selector, self.policy.keep, seen, visual)
+            choice = self._at_stage(prompt) if isinstance(prompt, StagePrompt) else self._at_entry(prompt)
+            self.keep, self.scores, self.carrier = choice.keep, choice.scores, choice.carrier
         if not isinstance(prompt, StagePrompt):
             self.choices.append((self.keep, visual.sum(1)))
         elif prompt.stage + 1 == self._stages:
             self.choices.append((self.keep, prompt.visual.sum(1)))
         return self.keep
 
+    def _at_entry(self, prompt: Prompt) -> Choice:
+        seen = self._observer.take(prompt)
+        if self._known:
+            self.images.append(seen[Signal.FINGERPRINT])
+        scores = score_tokens(self._scorer, seen, prompt.tokens)
+        return choose_tokens(scores, self._selector, self.policy.keep, seen, prompt.tokens)
 
-def _refuse_at_stages(policy: PruningPolicy, selector: Selector) -> None:
-    """Raise PolicyError where tokens leave inside the decoder and a selector needs what is seen before it."""
+    def _at_stage(self, prompt: StagePrompt) -> Choice:
+        seen, visual = prompt.observation(), prompt.tokens
+        scores = placed(score_tokens(self._scorer, seen, visual), seen.exists, visual, -torch.inf)
+        before = prompt.visual.sum(1)
+        counts = self._scorer.stage_counts(self.policy.keep, before, prompt.stage, self._stages, seen)
+        vectors = self._selector.vectors(seen)
+        keep = self._selector.select(scores, visual, counts.minimum(visual.sum(1)), vectors)
+        carrier = self._selector.carriers(keep, scores, visual, vectors) if self._selector.merges else None
+        return Choice(keep, scores, carrier)
+
+
+def _refuse_at_stages(policy: PruningPolicy, selector: Selector, wanted: Needs) -> None:
+    """Raise PolicyError where tokens leave inside the decoder and what is needed is seen before it."""
     per = policy.selector_args.get("per", "sample")
-    if per != "sample" or not selector.needs.keys() <= {Signal.LAST_ROW}:
+    if per != "sample" or not (wanted.keys() - {Signal.FINGERPRINT}) <= STAGED:
         raise PolicyError(
             f"scorer {policy.scorer!r} drops tokens inside the decoder, where a budget is of the whole sample and "
-            f"tokens are chosen by score alone: leave selector and selector_args out (selector is {policy.selector!r}, "
-            f"selector_args {dict(policy.selector_args)})."
+            f"only the decoder's own rows are seen: leave selector and selector_args out (selector is "
+            f"{policy.selector!r}, selector_args {dict(policy.selector_args)})."
+        )
+
+
+def _refuse_merging(policy: PruningPolicy, family: Family) -> None:
+    """Raise PruningError where no decoder reads visual tokens as rows of its own."""
+    if family.reads != "decoder":
+        raise PruningError(
+            f"The policy's {policy.selector or policy.scorer!r} merges tokens, which is exact where a decoder reads "
+            f"them as rows; {type(family.model).__name__} reads them by {family.reads}. Choose another selector; "
+            "docs/methods.md lists them."
         )
 
 

@@ -8,8 +8,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
+from catp_lightning.counts import keep_count
 from catp_lightning.observation import Observation, Signal
-from catp_lightning.selectors import SELECTORS, keep_count
+from catp_lightning.selectors import SELECTORS
 from catp_lightning.selectors.dpp import DPP, cosine_similarity, greedy_ranks
 from catp_lightning.selectors.top_k import TopK
 

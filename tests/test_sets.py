@@ -21,9 +21,9 @@ from catp_lightning.calibration.sets import pair_rows, token_ranks
 from catp_lightning.calibration.split import FOLDS
 from catp_lightning.calibration.statistics import FoldSums, ProbeSums
 from catp_lightning.choosing import choose_tokens, score_tokens
+from catp_lightning.counts import keep_count
 from catp_lightning.families import Family, find_family
 from catp_lightning.observation import Observation, Signal
-from catp_lightning.selectors import keep_count
 from tests.models import random_blip2
 
 COLUMNS = Columns(layers=2, heads=4, slots=8)
@@ -124,7 +124,7 @@ def test_all_rules_together_keep_what_each_keeps_by_itself(
         for keep in budgets:
             expected = visual  # nothing to choose from
             if visual.any():
-                expected, _ = choose_tokens(scores, rule.build_selector(), keep, seen, visual)
+                expected = choose_tokens(scores, rule.build_selector(), keep, seen, visual).keep
             assert torch.equal(rank < keep_count(keep, 8), expected), (candidate.name, keep)
 
 
@@ -137,7 +137,7 @@ def test_autocast_changes_no_rank(candidates: list[Candidate]) -> None:
         assert torch.equal(token_ranks(rules, seen, visual, 4), plain)
         rule = PRUNED.policy(4)
         scores = score_tokens(rule.build_scorer(), seen, visual)
-        alone, _ = choose_tokens(scores, rule.build_selector(), 4, seen, visual)
+        alone = choose_tokens(scores, rule.build_selector(), 4, seen, visual).keep
     assert torch.equal(alone, token_ranks([rule], seen, visual, 4)[0] < 4), "and pruning chooses what was measured"
 
 

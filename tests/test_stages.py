@@ -52,6 +52,9 @@ makes_positions = pytest.mark.parametrize("row", [row for row in MODELS if not r
 every_stage = pytest.mark.parametrize("stages", STAGES, ids=str)
 
 
+LAST_ROW = {Signal.LAST_ROW: (-1,)}
+
+
 @pytest.fixture(autouse=True)
 def _no_grad() -> Iterator[None]:
     with torch.no_grad():
@@ -117,7 +120,7 @@ class MostAttended:
 def stages_of(
     model: PreTrainedModel, stages: tuple[int, ...], choose: Callable[[StagePrompt], Tensor], observe: bool = False
 ) -> DecoderStages:
-    return DecoderStages(find_family(model), choose, False, lambda: None, stages, observe)
+    return DecoderStages(find_family(model), choose, False, lambda: None, stages, LAST_ROW if observe else {})
 
 
 def chosen(inputs: Inputs, row: Row, stages: tuple[int, ...], samples: list[int] | None = None) -> list[Tensor]:
@@ -435,8 +438,9 @@ def small_prefill(mask: Tensor) -> Prefill:
     visual = torch.zeros(2, 7, dtype=torch.bool)
     visual[0, 2:6], visual[1, 2:4] = True, True
     rows, positions = of_rows(mask, 4), torch.arange(7).expand(4, -1)
-    prompt = DecoderPrompt.of({}, 2, visual.long(), visual, torch.zeros(4, 7, 8), rows, positions)
-    return Prefill(prompt, (torch.arange(7) < 6) & mask.bool())  # the last column is not the one that asks
+    asks = (torch.arange(7) < 6) & mask.bool()  # the last column is not the one that asks
+    prompt = DecoderPrompt.of({}, 2, visual.long(), visual, torch.zeros(4, 7, 8), rows, positions, asks)
+    return Prefill(prompt, {})
 
 
 @pytest.mark.parametrize("pads", [NO_PADS, PADS], ids=["no pads", "pads"])
@@ -474,7 +478,7 @@ def test_scorers_see_the_tokens_that_are_still_there_as_one_image_a_sample() -> 
         model(**inputs)
     seen = choose.seen[1].observation()
     assert torch.equal(seen.exists, choose.keeps[0])
-    assert torch.equal(seen.by_layer(Signal.LAST_ROW)[:, 0], choose.seen[1].attention)
+    assert torch.equal(seen.by_layer(Signal.LAST_ROW, (-1,))[:, 0], choose.seen[1].attention)
 
 
 @every_model
@@ -553,7 +557,7 @@ def test_the_model_is_what_it_was_after_return_and_after_exceptions(row: Row) ->
         assert state(model) != before
         pruned = model(**inputs).logits
     assert state(model) == before
-    failing = DecoderStages(find_family(model), fail, False, lambda: refused.append(1), (1, 3), True)
+    failing = DecoderStages(find_family(model), fail, False, lambda: refused.append(1), (1, 3), LAST_ROW)
     with pytest.raises(PlantedError), failing.dropping():
         model(**inputs)
     assert refused and state(model) == before

@@ -4,7 +4,9 @@
 
 Two stages, as LLaVA itself is trained on a finished CLIP: the vision tower learns to read, its patches which digit they
 show and its [CLS] which digits are there at all; then the tower is left alone: projector and language model learn to
-answer questions. Heads used on the way are thrown away.
+answer questions. Heads used on the way are thrown away. In half of the scenes of the second stage patches are left out
+at random, as FLIP (arXiv 2212.00794) trains CLIP: without it the model counts digits by the share of attention that
+falls on ink, and an answer depends on how much background there is.
 """
 
 from pathlib import Path
@@ -160,7 +162,21 @@ class TowerHeads(nn.Module):
         return loss, right, ((named > 0) == (there > 0)).all(-1).float().mean().item()
 
 
-def answer_loss(model: LlavaForConditionalGeneration, pixels: Tensor, ids: Tensor, labels: Tensor) -> Tensor:
+def leave_out(cells: Tensor) -> Tensor:
+    """Which patches the language model sees, int64 [B, SIDE * SIDE]: all, or a random share that shows every digit.
+
+    cells [B, CELLS, CELLS], 0 for nothing. Each digit keeps at least one of its four patches.
+    """
+    share = torch.rand(len(cells), 1, 1) * (torch.rand(len(cells), 1, 1) < 0.5)
+    seen = torch.rand(len(cells), SIDE, SIDE) >= share
+    one = F.one_hot(torch.randint(4, cells.shape), 4).bool() & (cells > 0)[..., None]
+    one = one.unflatten(-1, (2, 2)).transpose(2, 3).flatten(3, 4).flatten(1, 2)
+    return (seen | one).flatten(1).long()
+
+
+def answer_loss(
+    model: LlavaForConditionalGeneration, pixels: Tensor, seen: Tensor, ids: Tensor, labels: Tensor
+) -> Tensor:
     """Beginning and image tokens of a scene see only themselves, so its questions share their keys and values."""
     language_model, pad = model.model.language_model, model.config.text_config.pad_token_id
     with torch.no_grad():
@@ -170,15 +186,16 @@ def answer_loss(model: LlavaForConditionalGeneration, pixels: Tensor, ids: Tenso
     bos = embed(torch.full((len(image), 1), model.config.text_config.bos_token_id))
     cache, each = DynamicCache(config=language_model.config), len(ids) // len(image)
     start = torch.cat([bos, image], 1)
-    language_model(inputs_embeds=start, past_key_values=cache, use_cache=True)
+    seen = F.pad(seen, (1, 0), value=1)
+    language_model(inputs_embeds=start, attention_mask=seen, past_key_values=cache, use_cache=True)
     cache.batch_repeat_interleave(each)
     # Padding stands before the first token in the processor's batches and here between image and text; counted without
-    # it, positions are the same.
-    mask = torch.cat([torch.ones(len(ids), start.shape[1], dtype=torch.long), (ids != pad).long()], 1)
+    # it, positions are the same. Patches left out count: what stays keeps its position.
+    text = (ids != pad).long()
     hidden = language_model(
         inputs_embeds=embed(ids),
-        attention_mask=mask,
-        position_ids=(mask.cumsum(1) - 1)[:, start.shape[1] :],
+        attention_mask=torch.cat([seen.repeat_interleave(each, 0), text], 1),
+        position_ids=start.shape[1] + text.cumsum(1) - 1,
         past_key_values=cache,
         use_cache=True,
     ).last_hidden_state
@@ -218,8 +235,8 @@ def train(output: Path, log_path: Path, tower_steps: int, steps: int) -> None:
         return loss
 
     def answer(step: int) -> Tensor:
-        pixels, _ = batches.scenes(32, CELLS, CELLS)
-        loss = answer_loss(model, pixels, *batches.questions())
+        pixels, cells = batches.scenes(32, CELLS, CELLS)
+        loss = answer_loss(model, pixels, leave_out(cells), *batches.questions())
         if step % 100 == 0 or step == steps:
             log.note(stage="answers", step=step, loss=round(loss.item(), 4))
         return loss

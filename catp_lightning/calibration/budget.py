@@ -13,9 +13,9 @@ from dataclasses import dataclass
 
 from scipy.stats import beta
 
+from catp_lightning.counts import keep_count
 from catp_lightning.errors import PolicyError
 from catp_lightning.policy import check_keep
-from catp_lightning.selectors import keep_count
 
 # Two steps for each halving, whole numbers of 32, 64 and 576 tokens. A finer grid would save little (the budget above
 # the first failure keeps at most 1.5 times as many tokens), and each step is one more that bad luck can stop at.

@@ -9,10 +9,10 @@ from torch import Tensor
 
 from catp_lightning.calibration.budget import Promise, Walk, walk
 from catp_lightning.calibration.candidates import Candidate
+from catp_lightning.counts import keep_count
 from catp_lightning.metrics import wilson_interval
 from catp_lightning.overlap import encode_images
 from catp_lightning.policy import PruningPolicy
-from catp_lightning.selectors import keep_count
 
 
 @dataclass(frozen=True)

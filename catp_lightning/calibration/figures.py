@@ -11,8 +11,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, NullLocator
 
+from catp_lightning.counts import keep_count
 from catp_lightning.policy import PruningPolicy
-from catp_lightning.selectors import keep_count
 
 CONTROLS = {"random": "s", "stride": "^", "l2-norm": "v", "diversity of outputs": "D"}
 """Candidates that the retention curve compares with, and their markers."""

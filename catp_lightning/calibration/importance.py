@@ -13,6 +13,7 @@ from torch import Tensor
 
 from catp_lightning.calibration.replay import Replay
 from catp_lightning.choosing import placed
+from catp_lightning.counts import keep_count
 from catp_lightning.dropping import visual_tokens
 from catp_lightning.families import Family
 from catp_lightning.fingerprint import mix, uniform
@@ -20,7 +21,7 @@ from catp_lightning.observation import Observation, Signal
 from catp_lightning.scorers import AttentionScorer
 from catp_lightning.scorers.cross_attention import CrossAttention
 from catp_lightning.scorers.region_attention import RegionAttention
-from catp_lightning.selectors import keep_count, without_autocast
+from catp_lightning.selectors import without_autocast
 
 PROBES = 24
 """Random subsets of each sample at each size."""

@@ -65,7 +65,7 @@ class Replay:
         prompt = DecoderPrompt.of(
             old.arguments,
             1,
-            *(part[index] for part in (old.ids, old.visual, old.embeds, old.mask, old.positions)),
+            *(part[index] for part in (old.ids, old.visual, old.embeds, old.mask, old.positions, old.asks)),
         )
         return replace(self, prompt=prompt, answers=answers)
 

@@ -21,11 +21,12 @@ from catp_lightning.calibration.statistics import (
     ProbeSums,
     RankCorrelation,
 )
+from catp_lightning.counts import keep_count
 from catp_lightning.dropping import visual_tokens
 from catp_lightning.families import Family
 from catp_lightning.fingerprint import mix
 from catp_lightning.observation import Observation, Signal
-from catp_lightning.selectors import keep_count, without_autocast
+from catp_lightning.selectors import without_autocast
 
 PAIRS = 40
 """Slots whose pairs are learned too, at most: the sums grow with the fourth power of their number."""

@@ -9,10 +9,11 @@ from catp_lightning.dropping.cross_attention import CrossAttentionRows
 from catp_lightning.dropping.decoder import DecoderEntry
 from catp_lightning.dropping.encoder import EncoderEntry
 from catp_lightning.dropping.prompt import DecoderPrompt, Prompt, Shortened, columns_kept, shortened, visual_tokens
-from catp_lightning.dropping.stages import DecoderStages, StagePrompt
+from catp_lightning.dropping.stages import NOTHING, DecoderStages, StagePrompt
 from catp_lightning.errors import PruningError
 from catp_lightning.families.base import Family
 from catp_lightning.families.mllama import Mllama
+from catp_lightning.observation import Needs, Signal
 
 Entry = DecoderEntry | DecoderStages | EncoderEntry | CrossAttentionRows
 
@@ -23,13 +24,14 @@ def entry(
     compact: bool,
     forget: Callable[[], None],
     stages: tuple[int, ...] = (),
-    observe: bool = False,
+    needs: Needs = NOTHING,
+    carried: Callable[[], Tensor | None] = lambda: None,
 ) -> Entry:
     """Where visual tokens leave a model of this family; arguments as `DecoderEntry`.
 
     Args:
         stages: decoder layers at whose entry they leave; none: before the first.
-        observe: whether prompts show the attention of the language model's own layers.
+        needs: what scorers and selectors read: of it prompts show what is seen inside the language model.
 
     Raises:
         PruningError: stages are asked for where no decoder reads visual tokens as rows of its own.
@@ -41,12 +43,12 @@ def entry(
             "them."
         )
     if stages:
-        return DecoderStages(family, choose, compact, forget, stages, observe)
+        return DecoderStages(family, choose, compact, forget, stages, needs, carried)
     if isinstance(family, Mllama):
-        return CrossAttentionRows(family, choose, forget, observe=observe)
+        return CrossAttentionRows(family, choose, forget, observe=Signal.TEXT_ATTENTION in needs)
     if family.reads == "encoder":
         return EncoderEntry(family, choose, compact, forget)
-    return DecoderEntry(family, choose, compact, forget)
+    return DecoderEntry(family, choose, compact, forget, carried)
 
 
 __all__ = [

@@ -21,6 +21,7 @@ from catp_lightning.dropping.prompt import (
     forgetting,
     is_short,
     mark_short,
+    merged,
     refuse_static,
     shortened,
 )
@@ -37,6 +38,7 @@ class DecoderEntry:
         choose: from a prompt, which of its visual tokens stay, bool [B, T]; text always does.
         compact: number the kept rows anew instead of leaving them their position ids.
         forget: called when a prompt is refused: what was observed for it must not serve another.
+        carried: from which token each token's row is carried on after a choice, int64 [B, T]; None: nothing is merged.
     """
 
     def __init__(
@@ -45,8 +47,10 @@ class DecoderEntry:
         choose: Callable[[DecoderPrompt], Tensor],
         compact: bool = False,
         forget: Callable[[], None] = lambda: None,
+        carried: Callable[[], Tensor | None] = lambda: None,
     ) -> None:
         self.family, self.choose, self.compact, self.forget = family, choose, compact, forget
+        self.carried = carried
         self.parameters = list(inspect.signature(family.decoder.forward).parameters)
         self.active = True
         self._prompts, self._labels = Prompts(family), Labels(family.model)
@@ -99,7 +103,10 @@ class DecoderEntry:
             )
         self._prompt = self._now = short
         self._labels.leave_out(keep)
-        config, embeds = self.family.decoder_config, prompt.embeds
+        config, embeds, carrier = self.family.decoder_config, prompt.embeds, self.carried()
+        if carrier is not None:
+            embeds = merged(embeds, prompt.visual, carrier)
+            kwargs = {**kwargs, **self.family.merge_extras(kwargs, prompt.visual, carrier)}
         return {
             **kwargs,
             **self.family.shorten_extras(kwargs, short),

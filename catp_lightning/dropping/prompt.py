@@ -38,6 +38,7 @@ class DecoderPrompt(Prompt):
         embeds: float [R, L, D].
         mask: int64 [R, L].
         positions: int64 [R, L], or [3 or 4, R, L] where an image's rows have coordinates.
+        asks: bool [B, L], rows of the prompt itself: neither padding, nor from the first label on, nor generated.
     """
 
     ids: Tensor
@@ -45,6 +46,7 @@ class DecoderPrompt(Prompt):
     embeds: Tensor
     mask: Tensor
     positions: Tensor
+    asks: Tensor
 
     @classmethod
     def of(
@@ -56,9 +58,27 @@ class DecoderPrompt(Prompt):
         embeds: Tensor,
         mask: Tensor,
         positions: Tensor,
+        asks: Tensor,
     ) -> "DecoderPrompt":
         """The prompt whose tokens are where `visual` says."""
-        return cls(visual_tokens(visual), arguments, beams, ids, visual, embeds, mask, positions)
+        return cls(visual_tokens(visual), arguments, beams, ids, visual, embeds, mask, positions, asks)
+
+    def text_columns(self) -> tuple[Tensor, Tensor]:
+        """Columns of the text rows that scorers read: int64 [B, R] and which of them exist, bool [B, R].
+
+        Those after the first visual token, which can see it; all where none is after it.
+        """
+        own = self.asks & ~self.visual
+        after = own & (self.visual.cumsum(1) > 0)
+        own = after | (own & ~after.any(1, keepdim=True))
+        most = int(own.sum(1).max())
+        return (~own).long().argsort(dim=1, stable=True)[:, :most], own.long().sort(1, descending=True)[0][:, :most] > 0
+
+    def text(self) -> tuple[Tensor, Tensor]:
+        """Those rows: float [B, R, D], zeros beyond a sample's own, and which exist, bool [B, R]."""
+        columns, exists = self.text_columns()
+        embeds = self.embeds[:: self.beams].detach()
+        return embeds.gather(1, columns[..., None].expand(-1, -1, embeds.shape[-1])) * exists[..., None], exists
 
     def columns(self, keep: Tensor) -> Tensor:
         """Columns that stay, text always: bool [B, T] of its visual tokens -> bool [R, L].
@@ -149,6 +169,43 @@ def shortened(keep: Tensor, mask: Tensor) -> Shortened:
     most = int(keep.sum(1).max())
     order = (~keep).long().argsort(dim=1, stable=True)[:, :most].sort(1).values
     return Shortened(order, keep.gather(1, order), mask)
+
+
+def merged(rows: Tensor, visual: Tensor, carrier: Tensor) -> Tensor:
+    """Rows in which a visual token that carries others is the mean of all it carries, itself among them.
+
+    Args:
+        rows: float [R, L, D]; R is B times the beams, which lie next to each other.
+        visual: bool [B, L], the visual tokens among them.
+        carrier: int64 [B, T], for each visual token the one whose row carries it: itself, or one that stays; -1: none.
+    """
+    beams = len(rows) // len(visual)
+    visual, carrier = visual.repeat_interleave(beams, 0), carrier.repeat_interleave(beams, 0)
+    own = visual_tokens(visual)
+    values = rows.new_zeros(*own.shape, rows.shape[-1])
+    values[own] = rows[visual]
+    rows = rows.clone()
+    rows[visual] = group_means(values, carrier[:, : own.shape[1]].masked_fill(~own, -1))[own]
+    return rows
+
+
+def group_means(values: Tensor, carrier: Tensor) -> Tensor:
+    """The mean of each group in the place of the token that carries it; others as they were.
+
+    Args:
+        values: float [B, T, D].
+        carrier: int64 [B, T], the token that carries each; -1: none.
+
+    >>> group_means(torch.tensor([[[1.0], [4.0], [3.0], [9.0]]]), torch.tensor([[0, 1, 0, -1]]))[0, :, 0]
+    tensor([2., 4., 3., 9.])
+    """
+    wide = values.to(torch.promote_types(values.dtype, torch.float32))
+    joins = (carrier >= 0).to(wide.dtype)
+    index = carrier.clamp(min=0)
+    total = torch.zeros_like(wide).scatter_add(1, index[..., None].expand_as(wide), wide * joins[..., None])
+    count = torch.zeros_like(joins).scatter_add(1, index, joins)
+    leads = (carrier == torch.arange(carrier.shape[1], device=carrier.device)) & (count > 1)
+    return torch.where(leads[..., None], total / count.clamp(min=1)[..., None], wide).to(values.dtype)
 
 
 SHORT = "_catp_short"  # on caches, and on their copies

@@ -27,13 +27,17 @@ class Prompts:
     def __init__(self, family: Family) -> None:
         self.family, self.inside = family, False
         self._watching = Watching(family.model, family.outer or family.model)
+        # Labels are seen at the outermost model only.
+        self._calls = self._watching if family.outer is None else Watching(family.model, family.model)
         self._ids: Tensor | None = None
 
     @contextmanager
     def watching(self) -> Iterator[None]:
         with ExitStack() as undo:
             undo.enter_context(self._watching.watching())
-            if self.family.outer is None:
+            if self.family.outer is not None:
+                undo.enter_context(self._calls.watching())
+            else:
                 embeddings = self.family.model.get_input_embeddings()
                 undo.callback(embeddings.register_forward_pre_hook(self._see_ids).remove)
             yield
@@ -96,4 +100,14 @@ class Prompts:
         positions = self.family.positions(mask) if positions is None else positions.to(embeds.device)
         positions = positions.expand(*positions.shape[:-2], rows, length)
         beams = rows // len(ids)
-        return DecoderPrompt.of(self._watching.given, beams, ids, self._visual(ids), embeds, mask, positions)
+        asks = self._asks(mask[::beams] != 0)
+        return DecoderPrompt.of(self._watching.given, beams, ids, self._visual(ids), embeds, mask, positions, asks)
+
+    def _asks(self, real: Tensor) -> Tensor:
+        """Of rows that are no padding, bool [B, L], those of the prompt itself."""
+        length, labels = self._calls.prompt_length(real.shape[1]), self._calls.arguments.get("labels")
+        if length is not None:
+            real[:, length:] = False
+        if labels is not None and self.family.reads == "decoder":  # an encoder reads no answer
+            real[:, -labels.shape[1] :] &= (labels.to(real.device) != -100).cumsum(1) == 0
+        return real

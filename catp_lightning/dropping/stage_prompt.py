@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 
 from catp_lightning.attention import attention_map
-from catp_lightning.dropping.prompt import DecoderPrompt, Shortened, shortened, visual_tokens
-from catp_lightning.observation import Observation, Signal, Values
+from catp_lightning.dropping.prompt import DecoderPrompt, Shortened, merged, shortened, visual_tokens
+from catp_lightning.observation import Needs, Observation, Signal, Values
 
 
 @dataclass(frozen=True)
@@ -17,19 +17,25 @@ class StagePrompt(DecoderPrompt):
     Attributes:
         tokens: bool [B, T], the visual tokens that are still there; T counts those of the full prompt.
         stage: number of the stage, 0 for the first.
-        attention: float32 or float64 [B, H, T], what the prompt's last real row that is still there pays each visual
-            token in the layer before; 0 where there is none. With labels it is the last row before the first label
-            (the first row, if none is before it); what `generate` has generated does not count. None where it was not
-            asked for.
+        layer: the layer that is about to run.
+        values: what was asked for, float32 or float64 where it is attention; 0 for a token that was not there.
+            `LAST_ROW` is of the prompt's last real row that is still there. With labels it is the last row before the
+            first label (the first row, if none is before it); what `generate` has generated does not count.
     """
 
     stage: int
-    attention: Tensor | None
+    layer: int
+    values: Values
+
+    @property
+    def attention(self) -> Tensor | None:
+        """`LAST_ROW` of the layer before: [B, H, T]; None where it was not asked for."""
+        return self.values.get((Signal.LAST_ROW, self.layer - 1))
 
     def observation(self) -> Observation:
         """What scorers see: the tokens that are still there, as one image a sample."""
-        values: Values = {} if self.attention is None else {(Signal.LAST_ROW, 0): self.attention}
-        return Observation(self.tokens, {Signal.LAST_ROW: 1}, values)
+        layers = {Signal.LAST_ROW: self.layer, Signal.TEXT_ROWS: self.layer}
+        return Observation(self.tokens, layers, self.values, text=self.text_columns()[1])
 
 
 class Prefill:
@@ -37,21 +43,28 @@ class Prefill:
 
     Attributes:
         prompt: as it entered the decoder.
-        asks: bool [B, L], rows of which the last one's attention counts.
         tokens: bool [B, T], the visual tokens that are still there.
         rows: what is left of the prompt.
         kept: the same after each stage so far.
-        attention: as `StagePrompt`'s.
+        values: what was seen so far, as `StagePrompt`'s.
     """
 
-    def __init__(self, prompt: DecoderPrompt, asks: Tensor) -> None:
-        self.prompt, self.asks, self.tokens = prompt, asks, prompt.tokens
+    def __init__(self, prompt: DecoderPrompt, needs: Needs) -> None:
+        self.prompt, self.needs, self.tokens = prompt, needs, prompt.tokens
         self.rows = shortened(torch.ones_like(prompt.mask, dtype=torch.bool), prompt.mask)
         self.kept: list[Shortened] = []
-        self.attention: Tensor | None = None
+        self.values: Values = {}
+        if Signal.READ in needs:
+            self.values[Signal.READ] = self._visual(prompt.embeds[:: prompt.beams].detach())
+        if Signal.TEXT in needs:
+            self.values[Signal.TEXT] = prompt.text()[0]
 
-    def at(self, stage: int) -> StagePrompt:
-        return StagePrompt(**{**vars(self.prompt), "tokens": self.tokens}, stage=stage, attention=self.attention)
+    def at(self, stage: int, layer: int, hidden: Tensor) -> StagePrompt:
+        """The prompt at a stage, whose rows [R, n, D] are about to enter a layer."""
+        values = dict(self.values)
+        if Signal.HIDDEN in self.needs:
+            values[Signal.HIDDEN] = self._visual(self.rows.restore(hidden.detach())[:: self.prompt.beams])
+        return StagePrompt(**{**vars(self.prompt), "tokens": self.tokens}, stage=stage, layer=layer, values=values)
 
     def narrow(self, keep: Tensor) -> Shortened:
         """Of the visual tokens only `keep`, bool [B, T], stay. Returns what stays of the rows there were before."""
@@ -61,22 +74,52 @@ class Prefill:
         self.kept.append(self.rows)
         return stays
 
+    def merged(self, hidden: Tensor, carrier: Tensor) -> Tensor:
+        """Rows [R, n, D] before they are narrowed, in which those that carry others are means: int64 [B, T]."""
+        return self.rows.shorten(merged(self.rows.restore(hidden), self.prompt.visual, carrier))
+
+    def look(self, layer: int, query: Tensor, key: Tensor, mask: Tensor | None, scaling: float) -> Tensor:
+        """Note what rows of a layer pay the visual tokens: an `attention.Reduction` over R rows."""
+        if (Signal.LAST_ROW, layer) not in self.values and Signal.LAST_ROW in self.needs:
+            self.values[Signal.LAST_ROW, layer] = self.last_row(query, key, mask, scaling)
+        if (Signal.TEXT_ROWS, layer) not in self.values and Signal.TEXT_ROWS in self.needs:
+            columns, exists = self.prompt.text_columns()
+            order = self.rows.order[:: self.prompt.beams]
+            place = torch.arange(order.shape[1], device=order.device).expand_as(order)
+            at = torch.zeros_like(self.prompt.ids).scatter(1, order, place).gather(1, columns)
+            self.values[Signal.TEXT_ROWS, layer] = self._paid(at, exists, query, key, mask, scaling)
+        return query.new_empty(0)
+
     def last_row(self, query: Tensor, key: Tensor, mask: Tensor | None, scaling: float) -> Tensor:
-        """What one row of each sample pays the visual tokens, [B, H, T]: an `attention.Reduction` over R rows."""
-        beams, rows = self.prompt.beams, self.rows
-        order, real = rows.order[::beams], rows.short_mask[::beams]
-        asks = self.asks.gather(1, order) & rows.valid[::beams]
+        """What the row that answers pays the visual tokens: [B, H, T]."""
+        order, real = (part[:: self.prompt.beams] for part in (self.rows.order, self.rows.short_mask))
+        asks = self.prompt.asks.gather(1, order) & self.rows.valid[:: self.prompt.beams]
         last = asks.shape[1] - 1 - asks.flip(1).long().argmax(1)
-        at = last.where(asks.any(1), real.argmax(1))
-        each = torch.arange(len(at), device=at.device)
+        at = last.where(asks.any(1), real.argmax(1))[:, None]
+        return self._paid(at, torch.ones_like(at, dtype=torch.bool), query, key, mask, scaling)[:, :, 0]
+
+    def _paid(
+        self, at: Tensor, exists: Tensor, query: Tensor, key: Tensor, mask: Tensor | None, scaling: float
+    ) -> Tensor:
+        """What some rows of each sample pay the visual tokens: int64 [B, r], bool [B, r] -> [B, H, r, T]."""
+        beams, heads, few = self.prompt.beams, key.shape[1], at.shape[1]
+        order = self.rows.order[::beams]
+        each = torch.arange(len(at), device=at.device)[:, None]
         if mask is not None and mask.dim() == 4:
-            seen = mask.expand(len(query), -1, -1, -1)[::beams][each, :, at][:, :, None]
+            seen = mask.expand(len(query), -1, -1, -1)[::beams].transpose(1, 2)[each, at].transpose(1, 2)
         else:  # flash attention's, or none
-            causal = torch.arange(order.shape[1], device=at.device) <= at[:, None]
-            seen = (causal if mask is None else causal & mask[::beams].bool())[:, None, None]
-        row = query[::beams][each, :, at].unflatten(1, (key.shape[1], -1))  # heads that share a key are its queries
-        paid = attention_map(row, key[::beams], seen, scaling).flatten(1, 2)
-        columns = paid.new_zeros(*paid.shape[:2], self.asks.shape[1]).scatter(2, order[:, None].expand_as(paid), paid)
-        found = paid.new_zeros(*self.tokens.shape, paid.shape[1])
-        found[visual_tokens(self.prompt.visual)] = columns.transpose(1, 2)[self.prompt.visual]
-        return found.transpose(1, 2)
+            causal = torch.arange(order.shape[1], device=at.device) <= at[..., None]
+            seen = (causal if mask is None else causal & mask[::beams, None].bool())[:, None]
+        rows = query[::beams].transpose(1, 2)[each, at].transpose(1, 2)
+        shared = rows.unflatten(1, (heads, -1))  # heads that share a key are its queries
+        seen = seen.expand(-1, heads, -1, -1)[:, :, None].expand(-1, -1, shared.shape[2], -1, -1).flatten(2, 3)
+        paid = attention_map(shared.flatten(2, 3), key[::beams], seen, scaling).unflatten(2, (-1, few)).flatten(1, 2)
+        columns = paid.new_zeros(*paid.shape[:3], self.prompt.mask.shape[1])
+        columns = columns.scatter(3, order[:, None, None].expand_as(paid), paid) * exists[:, None, :, None]
+        return self._visual(columns.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
+
+    def _visual(self, columns: Tensor) -> Tensor:
+        """Values of the prompt's columns, for its visual tokens: [B, L, ...] -> [B, T, ...]."""
+        found = columns.new_zeros(*self.tokens.shape, *columns.shape[2:])
+        found[visual_tokens(self.prompt.visual)] = columns[self.prompt.visual]
+        return found

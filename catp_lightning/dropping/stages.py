@@ -21,9 +21,11 @@ from catp_lightning.dropping.masks import layer_mask, of_columns, window
 from catp_lightning.dropping.prompt import Shortened, foreign_cache, forgetting, refuse_static
 from catp_lightning.dropping.prompts import Prompts
 from catp_lightning.dropping.stage_prompt import Prefill, StagePrompt
-from catp_lightning.dropping.watching import Watching
 from catp_lightning.errors import PruningError
 from catp_lightning.families.base import Family
+from catp_lightning.observation import BY_LAYER, Needs
+
+NOTHING: Needs = {}
 
 
 class DecoderStages:
@@ -37,7 +39,8 @@ class DecoderStages:
         compact: must be False, the layers before the first stage have used the position ids.
         forget: called when a prompt is refused: what was observed for it must not serve another.
         stages: layers at whose entry rows leave, ascending, each at least 1 and less than the number of layers.
-        observe: whether prompts have `attention`.
+        needs: the signals that prompts have, of `observation.STAGED`.
+        carried: from which token each token's row is carried on after a choice, int64 [B, T]; None: nothing is merged.
 
     Attributes:
         active: False: the model runs unpruned.
@@ -53,15 +56,16 @@ class DecoderStages:
         compact: bool,
         forget: Callable[[], None],
         stages: tuple[int, ...],
-        observe: bool = False,
+        needs: Needs = NOTHING,
+        carried: Callable[[], Tensor | None] = lambda: None,
     ) -> None:
-        self.family, self.choose, self.forget = family, choose, forget
-        self.stages, self.observe, self.active = stages, observe, True
+        self.family, self.choose, self.forget, self.carried = family, choose, forget, carried
+        self.stages, self.needs, self.active = stages, needs, True
         self.layers: list[Any] = list(family.decoder.get_submodule("layers").children())
         self.parameters = list(inspect.signature(family.decoder.forward).parameters)
         self._refuse(compact)
         self._prompts, self._labels = Prompts(family), Labels(family.model)
-        self._watching = Watching(family.model, family.model)
+        self._looked_at = sorted({layer for at in stages for layer in self._layers_read(at)})
         self._kept: list[Shortened] = []  # by the prefill that decoding steps belong to; none: nothing was dropped
         self._cache: weakref.ref[Any] | None = None  # that it filled
         self._reset()
@@ -70,6 +74,21 @@ class DecoderStages:
         self._prefill: Prefill | None = None  # that is running
         self._later = 0  # columns after the prompt, while a decoding step is running
         self._changes: dict[str, Any] = {}  # arguments of the layers of the stage that is running
+
+    def _layers_read(self, stage: int) -> Iterator[int]:
+        """Layers whose attention is read at a stage.
+
+        Raises:
+            PruningError: one that has not run by then.
+        """
+        for signal in self.needs.keys() & BY_LAYER:
+            for layer in self.needs[signal] or range(stage):
+                if not -stage <= layer < stage:
+                    raise PruningError(
+                        f"The policy reads layer {layer} of the decoder where tokens leave at layer {stage}: by then "
+                        f"layers 0 to {stage - 1} have run. Name one of those, or -1 for the last of them."
+                    )
+                yield layer % stage
 
     def _refuse(self, compact: bool) -> None:
         name, depth, config = type(self.family.decoder).__name__, len(self.layers), self.family.decoder_config
@@ -105,10 +124,10 @@ class DecoderStages:
     def dropping(self) -> Iterator[None]:
         """Hooks are in place only while inside."""
         decoder: Any = self.family.decoder
-        observed = {self.layers[at - 1].self_attn: (self._last_row, self._see) for at in self.stages if self.observe}
+        observed = {self.layers[at].self_attn: (partial(self._look, at), _nothing) for at in self._looked_at}
         with ExitStack() as undo:
             undo.callback(self._reset)
-            for watching in (self._prompts, self._labels, self._watching):
+            for watching in (self._prompts, self._labels):
                 undo.enter_context(watching.watching())
             undo.enter_context(observe_attention(decoder, observed))
             undo.callback(decoder.register_forward_pre_hook(self._enter, with_kwargs=True).remove)
@@ -145,13 +164,7 @@ class DecoderStages:
                 f"{type(self.family.model).__name__} adds features to all visual tokens after each of its first "
                 f"{added} layers, and tokens are to leave at layer {self.stages[0]}: choose layers from {added} on."
             )
-        length = self._watching.prompt_length(prompt.ids.shape[1])
-        asks, labels = prompt.mask[:: prompt.beams] != 0, self._watching.arguments.get("labels")
-        if length is not None:
-            asks[:, length:] = False
-        if labels is not None:
-            asks[:, -labels.shape[1] :] &= (labels.to(asks.device) != -100).cumsum(1) == 0
-        self._prefill = Prefill(prompt, asks)
+        self._prefill = Prefill(prompt, self.needs)
 
     def _start_decoding(self, kwargs: dict[str, Any], cache: Any, past: int) -> None:
         self._prompts.refuse_images()
@@ -165,14 +178,10 @@ class DecoderStages:
             raise foreign_cache()
         self._later = later.pop() + rows.shape[1]
 
-    def _last_row(self, query: Tensor, key: Tensor, mask: Tensor | None, scaling: float) -> Tensor:
+    def _look(self, layer: int, query: Tensor, key: Tensor, mask: Tensor | None, scaling: float) -> Tensor:
         if self._prefill is None:  # a decoding step chooses nothing
             return query.new_empty(0)
-        return self._prefill.last_row(query, key, mask, scaling)
-
-    def _see(self, attention: Tensor) -> None:
-        if self._prefill is not None:
-            self._prefill.attention = attention
+        return self._prefill.look(layer, query, key, mask, scaling)
 
     def _before(
         self, stage: int | None, names: list[str], module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -190,7 +199,10 @@ class DecoderStages:
         if prefill is None:
             rows = self._kept[stage].repeated(len(hidden))
         else:
-            hidden = prefill.narrow(self.choose(prefill.at(stage))).shorten(hidden)
+            keep = self.choose(prefill.at(stage, self.stages[stage], hidden))
+            carrier = self.carried()
+            hidden = hidden if carrier is None else prefill.merged(hidden, carrier)
+            hidden = prefill.narrow(keep).shorten(hidden)
             rows = prefill.rows
             if stage + 1 == len(self.stages):
                 self._labels.leave_out(prefill.prompt.columns(prefill.tokens))
@@ -222,3 +234,7 @@ class DecoderStages:
         """What entered a layer, before rows left there; what left the last one counts as one more."""
         begun = bisect_left(self.stages, layer)
         return hidden if begun == 0 or hidden is None else self._kept[begun - 1].restore(hidden)
+
+
+def _nothing(value: Tensor) -> None:
+    """What was looked at is kept by the prefill."""

@@ -120,6 +120,10 @@ class Family(ABC):
         """Other inputs of the decoder that have a row for each column of the prompt, shortened like it."""
         return {}
 
+    def merge_extras(self, kwargs: Mapping[str, Any], visual: Tensor, carrier: Tensor) -> dict[str, Any]:
+        """The same inputs where visual tokens are merged: bool [B, L], int64 [B, T]."""
+        return {}
+
     @abstractmethod
     def layers(self) -> Mapping[Signal, int]:
         """How many layers each by-layer signal has here; one that is not named does not exist here."""

@@ -1,7 +1,8 @@
 """BLIP-2 and its relatives: the language model reads Q-Former query tokens."""
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -19,7 +20,7 @@ from catp_lightning.fingerprint import fingerprint
 from catp_lightning.observation import Observation, Signal, Values
 
 if TYPE_CHECKING:
-    from catp_lightning.dropping.prompt import Prompt
+    from catp_lightning.dropping.prompt import DecoderPrompt, Prompt
 
 LANGUAGE_MODELS = {"opt": "decoder", "llama": "decoder", "t5": "encoder"}
 
@@ -95,7 +96,11 @@ class Blip2(Family):
 
     @property
     def signals(self) -> frozenset[Signal]:
-        return frozenset({Signal.IMAGE_RECEIVED, Signal.OUTPUTS, Signal.FINGERPRINT})
+        return frozenset({Signal.IMAGE_RECEIVED, Signal.OUTPUTS, Signal.FINGERPRINT}) | self.at_entry
+
+    @property
+    def at_entry(self) -> frozenset[Signal]:
+        return frozenset({Signal.READ, Signal.TEXT})
 
     def attention_site(self, signal: Signal, layer: int) -> AttentionSite:
         qformer = self.model.qformer
@@ -118,8 +123,17 @@ class Blip2(Family):
         return OutputSite(self.model.vision_model, _pixels)
 
     def observation(self, values: Values, wanted: frozenset[Signal], prompt: "Prompt") -> Observation:
-        images = next(iter(values.values())).shape[0]
-        return Observation.of_equal(images, self.tokens_per_image, self.layers(), values)
+        prompt = cast("DecoderPrompt", prompt)
+        sample = prompt.visual.nonzero()[:: self.tokens_per_image, 0]  # of each image
+        values, text = dict(values), None
+        if Signal.READ in wanted:
+            read = prompt.embeds[:: prompt.beams][prompt.visual].detach()
+            values[Signal.READ] = read.unflatten(0, (-1, self.tokens_per_image))
+        if Signal.TEXT in wanted:
+            values[Signal.TEXT], text = (part[sample] for part in prompt.text())
+        images = next((len(value) for value in values.values()), len(sample))
+        seen = Observation.of_equal(images, self.tokens_per_image, self.layers(), values)
+        return replace(seen, text=text)
 
     def _cross_attention(self) -> list[nn.Module]:
         return [

@@ -83,6 +83,11 @@ class Layout:
         found[self.exists] = flat
         return found
 
+    def samples(self, visual: Tensor) -> Tensor:
+        """The sample each image belongs to: bool [B, L] -> int64 [I]."""
+        first = self.exists.sum(1).cumsum(0) - self.exists.sum(1)
+        return visual.nonzero()[first, 0]
+
     def tokens(self, values: list[Tensor]) -> Tensor:
         """Values of each image's tokens, each [..., tokens] -> [I, ..., T]."""
         found = [value.shape[-1] for value in values]

@@ -52,7 +52,8 @@ class Llava(Placeholder):
         return str(self.model.config.model_type)
 
     def layers(self) -> Mapping[Signal, int]:
-        return {Signal.VISION_ATTENTION: self._blocks()} if self._blocks() else {}
+        blocks = self._blocks()
+        return {Signal.VISION_ATTENTION: blocks, Signal.VISION_KEYS: blocks} if blocks else {}
 
     def _blocks(self) -> int:
         """How many blocks of the tower lead to the features: 0 where their attention cannot be told by patch."""
@@ -67,7 +68,10 @@ class Llava(Placeholder):
     def attention_site(self, signal: Signal, layer: int) -> AttentionSite:
         tower: Any = self.model.model.vision_tower
         encoder = getattr(tower, "vision_model", tower).encoder
-        reduction = _from_class if tower.config.model_type in WITH_CLASS else _received
+        with_class = tower.config.model_type in WITH_CLASS
+        attention = _from_class if with_class else _received
+        keys = _keys_without_class if with_class else _keys
+        reduction = keys if signal is Signal.VISION_KEYS else attention
         return AttentionSite(tower, encoder.layers[layer].self_attn, reduction)
 
     def images(self, prompt: "DecoderPrompt", counts: Mapping[int, int]) -> dict[int, list[Image]]:
@@ -178,3 +182,13 @@ def _from_class(query: Tensor, key: Tensor, mask: Tensor | None, scaling: float)
 def _received(query: Tensor, key: Tensor, mask: Tensor | None, scaling: float) -> Tensor:
     """What each patch receives, on average over rows: [B, H, N]."""
     return attention_received(query, key, mask, scaling) / query.shape[2]
+
+
+def _keys(query: Tensor, key: Tensor, mask: Tensor | None, scaling: float) -> Tensor:
+    """Key vectors of the patches, mean over heads: [B, D, N]."""
+    return key.mean(1).transpose(1, 2)
+
+
+def _keys_without_class(query: Tensor, key: Tensor, mask: Tensor | None, scaling: float) -> Tensor:
+    """The same where the first row is [CLS]."""
+    return _keys(query, key, mask, scaling)[..., 1:]

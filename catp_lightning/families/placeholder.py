@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from catp_lightning.dropping.masks import window
+from catp_lightning.dropping.prompt import group_means, visual_tokens
 from catp_lightning.errors import PruningError
 from catp_lightning.families.base import AttentionSite, Family, OutputSite
 from catp_lightning.families.layout import IMAGES, Image, Layout, equal_images
@@ -129,6 +130,22 @@ class Placeholder(Family):
             "deepstack_visual_embeds": [embeds[index] for embeds in kwargs["deepstack_visual_embeds"]],
         }
 
+    def merge_extras(self, kwargs: Mapping[str, Any], visual: Tensor, carrier: Tensor) -> dict[str, Any]:
+        features = kwargs.get("deepstack_visual_embeds")
+        if features is None:
+            return {}
+        own = visual_tokens(visual)
+
+        def means(flat: Tensor) -> Tensor:
+            """Of features [N, D] in the order of placeholders, beams after beams."""
+            beams = len(flat) // int(own.sum())
+            rows = own.repeat_interleave(beams, 0)
+            values = flat.new_zeros(*rows.shape, flat.shape[-1])
+            values[rows] = flat
+            return group_means(values, carrier.repeat_interleave(beams, 0))[rows]
+
+        return {"deepstack_visual_embeds": [means(flat) for flat in features]}
+
     def layers(self) -> Mapping[Signal, int]:
         return {}
 
@@ -138,7 +155,7 @@ class Placeholder(Family):
 
     @property
     def at_entry(self) -> frozenset[Signal]:
-        return frozenset({Signal.OUTPUTS, Signal.FINGERPRINT})
+        return frozenset({Signal.OUTPUTS, Signal.READ, Signal.TEXT, Signal.FINGERPRINT})
 
     def attention_site(self, signal: Signal, layer: int) -> AttentionSite:
         raise NotImplementedError(signal)
@@ -172,11 +189,15 @@ class Placeholder(Family):
         )
         layout = Layout.of(images, prompt.ids, prompt.visual)
         found: Values = {key: layout.tokens(value) for key, value in self.on_tokens(values, prompt).items()}
-        if Signal.OUTPUTS in wanted:
-            found[Signal.OUTPUTS] = layout.padded(prompt.embeds[:: prompt.beams][prompt.visual].detach())
+        for signal in wanted & {Signal.OUTPUTS, Signal.READ}:  # features are projected before they are one to a token
+            found[signal] = layout.padded(prompt.embeds[:: prompt.beams][prompt.visual].detach())
+        text = None
+        if Signal.TEXT in wanted:
+            samples = layout.samples(prompt.visual)
+            found[Signal.TEXT], text = (part[samples] for part in prompt.text())
         if Signal.FINGERPRINT in wanted:
             found[Signal.FINGERPRINT] = layout.fingerprints()
-        return Observation(layout.exists, self.layers(), found, layout.always, layout.crops)
+        return Observation(layout.exists, self.layers(), found, layout.always, layout.crops, text)
 
     def on_tokens(self, values: Values, prompt: "DecoderPrompt") -> dict[Any, list[Tensor]]:
         """What was observed of patches, for the tokens of each image in the order of features: [..., tokens]."""

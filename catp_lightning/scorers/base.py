@@ -8,6 +8,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from catp_lightning.counts import even_counts
 from catp_lightning.observation import Needs, Observation
 
 
@@ -31,6 +32,17 @@ class Scorer(ABC):
     def stages(self, depth: int) -> tuple[int, ...]:
         """Layers of a decoder of `depth` layers at whose entry tokens are scored and leave; none: before the first."""
         return ()
+
+    def stage_counts(self, keep: int | float, tokens: Tensor, stage: int, stages: int, seen: Observation) -> Tensor:
+        """How many of each sample's `tokens`, int64 [B], stay after a stage; each stage drops as large a share.
+
+        Args:
+            keep: the budget, of what is left after the last stage.
+            tokens: how many the sample had before the first.
+            stage: number of the stage, 0 for the first of `stages`.
+            seen: what is observed there.
+        """
+        return even_counts(keep, tokens, (stage + 1) / stages)
 
     @abstractmethod
     def score(self, seen: Observation) -> Tensor:

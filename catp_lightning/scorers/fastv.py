@@ -10,14 +10,20 @@ from catp_lightning.scorers.base import AttentionScorer
 
 @dataclass(frozen=True)
 class LastRow(AttentionScorer):
-    """Attention of the prompt's last row in the layer before a stage: the score of both methods below."""
+    """Attention of the prompt's last row in layers that have run: the score of both methods below.
+
+    Attributes:
+        layers: decoder layers, counted from 0, or from -1 for the one before the layer where tokens leave.
+    """
+
+    layers: tuple[int, ...] | None = (-1,)
 
     @property
     def needs(self) -> Needs:
-        return {Signal.LAST_ROW: None}
+        return {Signal.LAST_ROW: self.layers}
 
     def votes(self, seen: Observation) -> Tensor:
-        return seen.by_layer(Signal.LAST_ROW)
+        return seen.by_layer(Signal.LAST_ROW, self.layers)
 
 
 @dataclass(frozen=True)
@@ -37,8 +43,11 @@ class FastV(LastRow):
         super().__post_init__()
         if self.layer < 1:
             raise ValueError(f"layer is {self.layer}; tokens are scored in the layer before it, so it is at least 1.")
-        if self.layers is not None:
-            raise ValueError(f"layers is {list(self.layers)}; fastv reads the layer before `layer`: set that instead.")
+        if any(not -self.layer <= read < self.layer for read in self.layers or ()):
+            raise ValueError(
+                f"layers is {list(self.layers or ())}; where tokens leave at layer {self.layer} those before it have "
+                f"run: name layers from 0 to {self.layer - 1}, or -1 for the last of them."
+            )
 
     def stages(self, depth: int) -> tuple[int, ...]:
         return (self.layer,)
@@ -59,8 +68,8 @@ class PyramidDrop(LastRow):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.layers is not None:
-            raise ValueError(f"layers is {list(self.layers)}; pyramiddrop reads the layers before `stages_at`.")
+        if self.layers != (-1,):
+            raise ValueError(f"layers is {self.layers}; pyramiddrop reads the layer before each stage: leave it out.")
 
     def stages(self, depth: int) -> tuple[int, ...]:
         quarters = tuple(sorted({max(1, depth * quarter // 4) for quarter in (1, 2, 3)}))

@@ -1,9 +1,7 @@
 """What every selector is: scores and a budget in, the tokens to keep out."""
 
-import math
-from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -12,13 +10,18 @@ from catp_lightning.observation import Needs, Observation
 
 
 @dataclass(frozen=True)
-class Selector(ABC):
+class Selector:
     """Chooses which tokens of each row stay; a row is an image, or all images of a sample.
 
     Attributes:
         per: what the budget is for: each "image" or frame of a video; each "crop" or tile (the image where it is not
             cut); or all of a "sample".
+        nested: whether a smaller budget keeps a subset of a larger one; those that do write `ranks`, others `select`.
+        merges: whether kept tokens carry dropped ones: those write `carriers` too.
     """
+
+    nested: ClassVar[bool] = True
+    merges: ClassVar[bool] = False
 
     per: Literal["image", "crop", "sample"] = "image"
 
@@ -31,7 +34,6 @@ class Selector(ABC):
         """What tokens are compared by, if they are: float [I, T, F]."""
         return None
 
-    @abstractmethod
     def ranks(self, scores: Tensor, visual: Tensor, most: int, vectors: Tensor | None) -> Tensor:
         """The order in which tokens join the set, so that a smaller budget keeps a subset of a larger one.
 
@@ -44,6 +46,7 @@ class Selector(ABC):
         Returns:
             int64 [R, T]: 0 for the first token that joins, 1 for the next; `most` or more for those that stay out.
         """
+        raise NotImplementedError(f"{type(self).__name__} chooses anew at every budget.")
 
     def select(self, scores: Tensor, visual: Tensor, counts: Tensor, vectors: Tensor | None) -> Tensor:
         """Which tokens stay; arguments as `ranks`.
@@ -56,15 +59,16 @@ class Selector(ABC):
         """
         return self.ranks(scores, visual, int(counts.max()), vectors) < counts[:, None]
 
+    def carriers(self, keep: Tensor, scores: Tensor, visual: Tensor, vectors: Tensor | None) -> Tensor:
+        """Which token's row carries each token on, as the mean of all it carries; other arguments as `ranks`.
 
-def keep_count(keep: int | float, tokens: int) -> int:
-    """How many of `tokens` a budget keeps: a share is rounded up; at least 1, at most all.
+        Args:
+            keep: bool [R, T], what `select` chose.
 
-    >>> keep_count(0.25, 32), keep_count(0.1, 30), keep_count(100, 32), keep_count(0.001, 32)
-    (8, 3, 32, 1)
-    """
-    wanted = keep if isinstance(keep, int) else math.ceil(keep * tokens - 1e-9)  # 0.07 * 100 is 7.000000000000001
-    return min(tokens, max(1, wanted))
+        Returns:
+            int64 [R, T]: itself for a token that stays, one that stays for a token it carries, -1 for one that is lost.
+        """
+        raise NotImplementedError(f"{type(self).__name__} merges nothing.")
 
 
 def without_autocast(like: Tensor) -> torch.autocast:

@@ -1,0 +1,27 @@
+"""How many tokens a budget keeps."""
+
+import math
+
+import torch
+from torch import Tensor
+
+
+def keep_count(keep: int | float, tokens: int) -> int:
+    """How many of `tokens` a budget keeps: a share is rounded up; at least 1, at most all.
+
+    >>> keep_count(0.25, 32), keep_count(0.1, 30), keep_count(100, 32), keep_count(0.001, 32)
+    (8, 3, 32, 1)
+    """
+    wanted = keep if isinstance(keep, int) else math.ceil(keep * tokens - 1e-9)  # 0.07 * 100 is 7.000000000000001
+    return min(tokens, max(1, wanted))
+
+
+def even_counts(keep: int | float, tokens: Tensor, part: float) -> Tensor:
+    """How many of each sample's `tokens`, int64 [B], stay after `part` of the stages.
+
+    >>> even_counts(0.125, torch.tensor([64]), 1 / 3), even_counts(8, torch.tensor([64]), 1.0)
+    (tensor([32]), tensor([8]))
+    """
+    last = [keep_count(keep, count) / max(1, count) for count in tokens.tolist()]
+    counts = [keep_count(share**part, count) for share, count in zip(last, tokens.tolist(), strict=True)]
+    return torch.tensor(counts, device=tokens.device)
