@@ -29,6 +29,7 @@ from rich.progress import track
 from scipy.stats import t as student
 
 from catp_lightning import CrossAttentionCalibration, PruningPolicy, VQAModule
+from catp_lightning.calibration.plan import Plan
 from catp_lightning.calibration.recorder import Recorder
 from catp_lightning.calibration.sets import token_ranks
 from catp_lightning.comparison import Comparison, Result, figure, markdown, markdown_table
@@ -36,7 +37,6 @@ from catp_lightning.counts import keep_count
 from catp_lightning.data import shipped
 from catp_lightning.data.vqa import VQADataModule
 from catp_lightning.demo import CALIBRATED, QUIET, RULES, fixed_rules, predict, quiet, scenes_split
-from catp_lightning.dropping import visual_tokens
 from catp_lightning.families import find_family
 from catp_lightning.files import write_json, write_text
 from catp_lightning.locations import budget_file_name
@@ -82,16 +82,16 @@ def replayed(module: VQAModule, batches: Iterable[Any], policies: Sequence[Pruni
     """Every policy's answers; vision once a batch, and what policies share is scored once."""
     rules, rule_of = _rules(policies)
     methods = [method for rule in rules for method in (rule.build_scorer(), rule.build_selector())]
-    recorder = Recorder(find_family(module), join(method.needs for method in methods))
+    recorder = Recorder(Plan.of(find_family(module)), join(method.needs for method in methods))
     found, answers, images = [], [], []
     with recorder.recording():
         for batch in batches:
             answers += module.answer(batch)
             images += batch["image_ids"].tolist()
             with recorder.recorded() as pairs:
-                ((replay, seen),) = pairs
+                ((replay, seen, _),) = pairs
                 counts = torch.tensor([keep_count(policy.keep, seen.tokens) for policy in policies])
-                ranks = token_ranks(rules, seen, visual_tokens(replay.visual), int(counts.max()))
+                ranks = token_ranks(rules, seen, replay.tokens, int(counts.max()))
                 same = torch.empty(len(policies), ranks.shape[1], dtype=torch.bool)
                 for count in counts.unique():  # together they would all be as long as the longest
                     same[counts == count] = replay.compare(ranks[rule_of[counts == count]] < count)[1]

@@ -27,6 +27,7 @@ from rich.table import Table
 
 from benchmarks.observed_attention import BORDA, MEAN_LOG, SDPA, SHAPES, interleaved, ratios, vision_cases
 from catp_lightning import CrossAttentionCalibration
+from catp_lightning.calibration.plan import Plan
 from catp_lightning.calibration.recorder import Recorder
 from catp_lightning.callbacks.context import LoopContext, Stage
 from catp_lightning.data import shipped
@@ -55,7 +56,7 @@ class Votes(LoopContext):
 
     @contextmanager
     def loop_context(self, trainer: Trainer, pl_module: LightningModule, stage: Stage) -> Iterator[None]:
-        self.recorder = Recorder(find_family(pl_module), self.scorer.needs)
+        self.recorder = Recorder(Plan.of(find_family(pl_module)), self.scorer.needs)
         with self.recorder.recording():
             yield
 

@@ -15,6 +15,7 @@ from PIL import Image
 from rich.progress import track
 from transformers import AutoProcessor
 
+from catp_lightning.calibration.plan import Plan
 from catp_lightning.calibration.recorder import Recorder
 from catp_lightning.data import shipped
 from catp_lightning.data.scenes import EMPTY, GRID, digit_pool, draw_scene
@@ -44,7 +45,10 @@ def main() -> None:
     folder = str(shipped("digits_blip2"))
     module, processor = VQAModule(folder).eval(), AutoProcessor.from_pretrained(folder)
     processor.tokenizer.padding_side = "left"
-    recorder, tokens = Recorder(find_family(module), {Signal.FINGERPRINT: None}), module.model.config.num_query_tokens
+    recorder, tokens = (
+        Recorder(Plan.of(find_family(module)), {Signal.FINGERPRINT: None}),
+        module.model.config.num_query_tokens,
+    )
     pairs = torch.tensor(list(combinations(range(tokens), 2)))
     keep = torch.zeros(len(pairs), tokens, dtype=torch.bool).scatter_(1, pairs, True)
     rng, pool, best, mean = np.random.default_rng(5), digit_pool("test"), [], []
@@ -55,7 +59,7 @@ def main() -> None:
         inputs = processor(images=[[picture]] * len(text), text=text, padding=True, return_tensors="pt")
         with torch.no_grad(), recorder.recording():
             module.model.generate(**inputs)
-            with recorder.recorded() as [(replay, _)]:
+            with recorder.recorded() as [(replay, _, _)]:
                 _, same = replay.compare(keep[:, None].expand(-1, len(text), -1))
         kept = same.double().numpy() @ weights(scene.grid)
         best.append(kept.max())

@@ -69,14 +69,21 @@ def observe_attention(
         yield
         return
     original = model.config._attn_implementation or "eager"
-    name = _registered(original)
+    name = _registered(original.removeprefix(PREFIX))  # observed already: a replay runs inside a recording
     with ExitStack() as undo:
         undo.callback(model.set_attn_implementation, original)
         model.set_attn_implementation(name)
         for module, observed in modules.items():
-            undo.callback(module.__dict__.pop, OBSERVER, None)
+            undo.callback(_restore, module, module.__dict__.get(OBSERVER))
             module.__dict__[OBSERVER] = observed
         yield
+
+
+def _restore(module: nn.Module, before: Any) -> None:
+    if before is None:
+        del module.__dict__[OBSERVER]
+    else:
+        module.__dict__[OBSERVER] = before
 
 
 def _registered(original: str) -> str:

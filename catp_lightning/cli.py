@@ -14,6 +14,7 @@ from jsonargparse import ArgumentError, auto_cli
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from catp_lightning.commands import Calibrate, Predict, Test, Validate
+from catp_lightning.data import GRIDS, shipped
 from catp_lightning.data.scenes import Split, write_scenes
 from catp_lightning.errors import DataError, PolicyError, PruningError
 
@@ -22,6 +23,7 @@ SUMMARIES = {
     "validate": "Print the metrics of the validation split, pruned by a policy or not at all.",
     "test": "Print the metrics of the test split, pruned by a policy or not at all.",
     "predict": "Write the answers to the prediction split as JSON Lines, pruned by a policy or not at all.",
+    "sweep": "Compare any list of methods on the shipped models or on yours: one table and one plot.",
     "scenes": "Write digit scenes with questions, the data of digits_blip2.yaml: folders calibration/ and test/.",
     "demo": "Calibrate the shipped model on digit scenes and compare every method at three budgets.",
 }
@@ -34,9 +36,11 @@ examples:
   catp test --config digits_blip2.yaml --policy policies --keep 0.25 --compare true
   catp predict --config digits_blip2.yaml --policy policies --keep 0.25 --output answers.jsonl
   catp validate --config mine.yaml --model my_package.MyModule --data my_package.MyDataModule
+  catp sweep --scorers '[fastervlm, fastv, stride, random]' --keep '[0.5, 0.25]' --output runs/sweep
 
 `catp COMMAND --help` explains a command's options, `catp COMMAND --print_config` prints them as YAML for --config.
-A configuration file that is not found is looked for among those shipped: digits_blip2.yaml, blip2_opt_vqav2.yaml.
+A configuration file that is not found is looked for among those shipped: blip2_opt_vqav2.yaml,
+digits_blip2.yaml, digits_llava.yaml, digits_mllama.yaml.
 With CATP_TRACEBACK=1 in the environment an error shows its traceback.
 """
 
@@ -91,7 +95,11 @@ def _version() -> str:
 
 
 def write_splits(
-    output: str = "data/digits", questions: int = 1000, calibration_questions: int = 512, seed: int = 0
+    output: str = "data/digits",
+    questions: int = 1000,
+    calibration_questions: int = 512,
+    seed: int = 0,
+    model: str = "digits_blip2",
 ) -> None:
     """Write digit scenes of the calibration and the test split; no digit is in both.
 
@@ -100,10 +108,14 @@ def write_splits(
         questions: how many questions the test split has.
         calibration_questions: how many questions the calibration split has.
         seed: of the scenes and questions.
+        model: the shipped model that the scenes are for: digits_blip2, digits_llava or digits_mllama.
     """
+    shipped(model)  # raises where it is none
     counts: dict[Split, int] = {"calibration": calibration_questions, "test": questions}
     for split, count in counts.items():
-        print(f"{count} questions in {write_scenes(os.path.join(output, split), split, count, seed)}")
+        print(
+            f"{count} questions in {write_scenes(os.path.join(output, split), split, count, seed, grids=GRIDS[model])}"
+        )
 
 
 def _run_function(name: str, function: Callable[..., None], args: list[str]) -> None:
@@ -124,11 +136,18 @@ def _demo(args: list[str]) -> None:
     _run_function("demo", run_demo, args)
 
 
+def _sweep(args: list[str]) -> None:
+    from catp_lightning.sweep.command import sweep
+
+    sweep(args, SUMMARIES["sweep"])
+
+
 COMMANDS: dict[str, Callable[[list[str]], None]] = {
     "calibrate": lambda args: Calibrate(args, SUMMARIES["calibrate"]).run(),
     "validate": lambda args: Validate(args, SUMMARIES["validate"]).run(),
     "test": lambda args: Test(args, SUMMARIES["test"]).run(),
     "predict": lambda args: Predict(args, SUMMARIES["predict"]).run(),
+    "sweep": _sweep,
     "scenes": lambda args: _run_function("scenes", write_splits, args),
     "demo": _demo,
 }

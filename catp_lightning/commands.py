@@ -164,8 +164,8 @@ class Calibrate(Command):
             config.output, config.keep, max_disagreement=config.max_disagreement, confidence=config.confidence
         )
         path = self.calibration.path
-        _require_writable(path, self.calibration.several or not path.suffix)
-        _require_writable(report_folder(path), folder=True)
+        require_writable(path, self.calibration.several or not path.suffix)
+        require_writable(report_folder(path), folder=True)
         return [self.calibration]
 
     def after_instantiate_classes(self) -> None:
@@ -216,7 +216,7 @@ class Predict(Validate):
             )
         if output is None:
             return super().callbacks()
-        _require_writable(Path(output), folder=False)
+        require_writable(Path(output), folder=False)
         return [*super().callbacks(), AnswerWriter(output)]
 
 
@@ -242,7 +242,7 @@ def _set_up_calibration(setup: Any, stage: str) -> None:
     setup("calibration")
 
 
-def _require_writable(path: Path, folder: bool) -> None:
+def require_writable(path: Path, folder: bool) -> None:
     """Raise OSError now where a file could not be written after the work."""
     if path.exists() and path.is_dir() != folder:
         kind, wanted = ("a folder", "a file") if path.is_dir() else ("a file", "a folder")

@@ -29,6 +29,7 @@ class Result:
         score: float [N], VQA accuracy of each question, in [0, 1]; None where it was not measured.
         same: float [N], 1 where the answer is the unpruned model's.
         tokens: mean visual tokens kept.
+        tokens_per_layer: mean visual tokens that a layer of the decoder reads; None: as many as are kept.
     """
 
     method: str
@@ -36,6 +37,7 @@ class Result:
     score: np.ndarray | None
     same: np.ndarray
     tokens: float
+    tokens_per_layer: float | None = None
 
 
 @dataclass
@@ -54,27 +56,24 @@ class Comparison:
 
     def rows(self) -> list[dict[str, Any]]:
         """A row for each method and budget: means, 95% bootstrap intervals, how far the reference is ahead, paired."""
-        merged: dict[tuple[str, int | float | None], list[Result]] = {}
+        merged: dict[tuple[str, str], list[Result]] = {}
         for result in self.results:
-            merged.setdefault((result.method, result.keep), []).append(result)
+            merged.setdefault((result.method, repr(result.keep)), []).append(result)  # 1 and 1.0 are two budgets
         means = {key: _mean(several) for key, several in merged.items()}
         weights = self._resamples()
-        return [self._row(key, means, weights) for key in means]
+        return [self._row(mean, means, weights) for mean in means.values()]
 
-    def _row(
-        self,
-        key: tuple[str, int | float | None],
-        means: Mapping[Any, tuple[np.ndarray | None, np.ndarray, float]],
-        weights: np.ndarray,
-    ) -> dict[str, Any]:
-        (method, keep), (score, same, tokens) = key, means[key]
-        row: dict[str, Any] = {"method": method, "keep": keep, "tokens": tokens}
+    def _row(self, mean: Result, means: Mapping[tuple[str, str], Result], weights: np.ndarray) -> dict[str, Any]:
+        score, same = mean.score, mean.same
+        row: dict[str, Any] = {"method": mean.method, "keep": mean.keep, "tokens": mean.tokens}
+        if mean.tokens_per_layer is not None:
+            row["tokens_per_layer"] = mean.tokens_per_layer
         if score is not None:
             row |= {"accuracy": float(score.mean()), "accuracy_interval": _interval(weights @ score)}
         row |= {"agreement": float(same.mean()), "agreement_interval": _interval(weights @ same)}
-        reference = means.get((self.reference, keep))
-        if reference is not None and method != self.reference:
-            difference = reference[1] - same
+        reference = means.get((self.reference, repr(mean.keep)))
+        if reference is not None and mean.method != self.reference:
+            difference = reference.same - same
             row["reference_ahead"] = float(difference.mean())
             row["reference_ahead_interval"] = _interval(weights @ difference)
         return row
@@ -88,11 +87,18 @@ class Comparison:
         return weights / weights.sum(1, keepdims=True)
 
 
-def _mean(several: Sequence[Result]) -> tuple[np.ndarray | None, np.ndarray, float]:
-    """Of a method's seeds, question by question: score, same, and tokens."""
+def _mean(several: Sequence[Result]) -> Result:
+    """Of a method's seeds, question by question."""
     scores = [result.score for result in several if result.score is not None]
-    same, tokens = np.mean([r.same for r in several], 0), float(np.mean([r.tokens for r in several]))
-    return np.mean(scores, 0) if scores else None, same, tokens
+    per_layer = [result.tokens_per_layer for result in several if result.tokens_per_layer is not None]
+    return Result(
+        several[0].method,
+        several[0].keep,
+        np.mean(scores, 0) if scores else None,
+        np.mean([result.same for result in several], 0),
+        float(np.mean([result.tokens for result in several])),
+        float(np.mean(per_layer)) if per_layer else None,
+    )
 
 
 def _interval(values: np.ndarray) -> list[float]:

@@ -16,6 +16,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from torch.utils.data import DataLoader
 
 from catp_lightning.calibration.candidates import Candidate, default_candidates
+from catp_lightning.calibration.plan import Plan
 from catp_lightning.callbacks import CrossAttentionCalibration, TokenPruning
 from catp_lightning.comparison import Comparison, Result, console_tables, save_comparison
 from catp_lightning.data import shipped
@@ -117,7 +118,7 @@ def compare(module: VQAModule, data: VQADataModule, policies: list[PruningPolicy
 
 def fixed_rules(module: VQAModule, shown: Mapping[str, str]) -> Iterator[tuple[str, Candidate]]:
     """Fixed rules by the names a table shows: random, once for each seed, those of `shown`, and each layer of CATP."""
-    rules = {candidate.name: candidate for candidate in default_candidates(find_family(module))}
+    rules = {candidate.name: candidate for candidate in default_candidates(Plan.of(find_family(module)))}
     for seed in RANDOM_SEEDS:
         yield f"random ({len(RANDOM_SEEDS)} seeds)", Candidate("random", "random", {"seed": seed})
     for name, title in shown.items():

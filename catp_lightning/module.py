@@ -10,6 +10,7 @@ from lightning.pytorch import LightningModule
 from lightning.pytorch.core.hooks import CheckpointHooks, DataHooks, ModelHooks
 from lightning.pytorch.core.mixins.hparams_mixin import HyperparametersMixin
 from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
+from torch import nn
 
 from catp_lightning.callbacks.token_pruning import load_policy, warn_where_monitored
 from catp_lightning.errors import PolicyError, PruningError
@@ -53,6 +54,7 @@ class PrunedModule(LightningModule):
         policy: a `PruningPolicy`, or a path or address for `PruningPolicy.load`, read when a stage is set up.
         keep: the budget, as in `TokenPruning`.
         model: the name of the submodule to prune, where `inner` holds several supported models.
+        guide: the smaller model that the scorer `sgl` asks for, as in `TokenPruning`; no submodule of the wrapper.
 
     Raises:
         TypeError: `inner` is not a `lightning.pytorch.LightningModule`.
@@ -71,6 +73,7 @@ class PrunedModule(LightningModule):
         *,
         keep: int | float | None = None,
         model: str | None = None,
+        guide: nn.Module | None = None,
     ) -> None:
         super().__init__()
         if not isinstance(inner, LightningModule):
@@ -79,6 +82,7 @@ class PrunedModule(LightningModule):
                 f"{type(inner).__name__}. For a Hugging Face model alone use `with prune(model, policy):`."
             )
         self.policy, self.keep, self.pruned_model = policy, keep, model
+        self.__dict__["pruning_guide"] = guide  # no submodule: neither trained nor saved with the module inside
         self._loaded: PruningPolicy | None = None
         self._overlap: OverlapCheck | None = None  # of the loop that runs
         self.inner = inner  # last: from here on attributes are looked up on it too
@@ -112,7 +116,9 @@ class PrunedModule(LightningModule):
     def _pruned(self, step: Callable[..., Any]) -> Callable[..., Any]:
         @functools.wraps(step)
         def pruned_step(*args: Any, **kwargs: Any) -> Any:
-            with prune(self.inner, self._current_policy(), model=self.pruned_model) as pruning:
+            with prune(
+                self.inner, self._current_policy(), model=self.pruned_model, guide=self.pruning_guide
+            ) as pruning:
                 output = step(*args, **kwargs)
             if (overlap := self._current_overlap()) is not None:
                 overlap.see(pruning.images)
@@ -173,6 +179,7 @@ class PrunedModule(LightningModule):
         policy: str | Path | PruningPolicy | None = None,
         keep: int | float | None = None,
         model: str | None = None,
+        guide: nn.Module | None = None,
         map_location: Any = None,
         strict: bool | None = None,
         weights_only: bool | None = None,
@@ -185,6 +192,7 @@ class PrunedModule(LightningModule):
             policy: None: the one in the checkpoint.
             keep: as in the constructor.
             model: as in the constructor.
+            guide: as in the constructor.
             map_location: as in `torch.load`.
             strict: whether the names of the parameters must match; None: as `inner` says.
             weights_only: as in `torch.load`.
@@ -200,7 +208,7 @@ class PrunedModule(LightningModule):
                     f"{cls.__name__}.load_from_checkpoint(path, inner=module, policy=...)."
                 )
             policy = PruningPolicy.from_dict(checkpoint[POLICY_KEY])
-        wrapper = cls(inner, policy, keep=keep, model=model)
+        wrapper = cls(inner, policy, keep=keep, model=model, guide=guide)
         wrapper.configure_model()
         wrapper.on_load_checkpoint(checkpoint)
         wrapper.load_state_dict(checkpoint["state_dict"], strict=wrapper.strict_loading if strict is None else strict)

@@ -36,7 +36,7 @@ class PruningPolicy:
     Attributes:
         scorer: the method that ranks tokens; it brings its own default selector.
         scorer_args: arguments of the scorer, checked against its typed fields.
-        selector: "top-k", "dpp" or "union"; None: the scorer's own.
+        selector: name of the selector, "top-k" or "dpp" for example; None: the scorer's own.
         selector_args: arguments of the selector, checked alike; `per` says what the budget is for.
         keep: a share, float in (0, 1], or a number of tokens, int >= 1; rounded up, at least 1, at most all.
         positions: "original" leaves every token its position id; "compact" numbers the kept ones anew.

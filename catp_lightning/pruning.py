@@ -10,14 +10,15 @@ import torch
 from torch import Tensor, nn
 
 from catp_lightning.choosing import Choice, choose_tokens, placed, score_tokens
-from catp_lightning.dropping import Prompt, StagePrompt, entry
+from catp_lightning.dropping import DecoderPrompt, DecoderStages, Prompt, StagePrompt, entry
 from catp_lightning.errors import PolicyError, PruningError
 from catp_lightning.families import Family, find_family
-from catp_lightning.observation import STAGED, Needs, Signal, join
+from catp_lightning.guide import Guide, refuse_without_rows
+from catp_lightning.observation import STAGED, Needs, Observation, Signal, join
 from catp_lightning.observing import Observer
 from catp_lightning.overlap import has_images
 from catp_lightning.policy import PruningPolicy
-from catp_lightning.selectors import Selector
+from catp_lightning.selectors import Selector, without_autocast
 
 Choose = Callable[[Tensor], Tensor]
 """Which visual tokens exist, bool [B, T] -> which of them stay, bool [B, T]."""
@@ -35,16 +36,22 @@ class Pruning:
         carrier: int64 [B, T], for each visual token the one whose row carries it: itself where it stays, or one that
             stays and now is the mean of all it carries, or -1 where it is lost; None where nothing is merged.
         choices: (keep bool [B, T], counts int64 [B]) of each prefill since it was last cleared, at most 1,024.
+        tokens_per_layer: float [B] for each of `choices`: how many visual tokens a layer of the decoder reads, the mean
+            over its layers; more than stay where they leave inside it.
+        leave_at: the decoder layers at whose entry tokens leave; none: before the first.
         images: fingerprints, int64 [I], of each prefill since it was last cleared, at most 1,024: only where the policy
             says which images it was calibrated on and something is scored, for `OverlapCheck`.
     """
 
-    def __init__(self, family: Family, policy: PruningPolicy, choose: Choose | None = None) -> None:
+    def __init__(
+        self, family: Family, policy: PruningPolicy, choose: Choose | None = None, guide: nn.Module | None = None
+    ) -> None:
         self.family, self.policy = family, policy
         self.keep: Tensor | None = None
         self.scores: Tensor | None = None
         self.carrier: Tensor | None = None
         self.choices: deque[tuple[Tensor, Tensor]] = deque(maxlen=1024)
+        self.tokens_per_layer: deque[Tensor] = deque(maxlen=1024)
         self.images: deque[Tensor] = deque(maxlen=1024)
         self._given = choose
         self._everything = policy.keep == 1.0 and isinstance(policy.keep, float)
@@ -54,14 +61,40 @@ class Pruning:
         needs = [self._scorer.needs, self._selector.needs] if scored else []
         wanted = join([*needs, {Signal.FINGERPRINT: None}] if self._known else needs)
         stages = () if self._everything and choose is None else self._scorer.stages(family.depth)
-        self._stages = len(stages)
+        self.leave_at, self._read = stages, torch.zeros(0)
         if stages and scored:
             _refuse_at_stages(policy, self._selector, wanted)
         if self._selector.merges and scored:
             _refuse_merging(policy, family)
+        self._guide = self._guided(guide, wanted) if Signal.GUIDE in wanted else None
+        wanted.pop(Signal.GUIDE, None)
         self._observer = Observer(family, {} if stages else wanted)
         compact = policy.positions == "compact"
-        self._entry = entry(family, self._choose, compact, self._observer.forget, stages, wanted, lambda: self.carrier)
+        self._entry = entry(family, self._choose, compact, self._forget, stages, wanted, lambda: self.carrier)
+
+    def _guided(self, guide: nn.Module | None, wanted: Needs) -> Guide:
+        refuse_without_rows(self.family)
+        if guide is None:
+            raise PruningError(
+                f"The policy's scorer {self.policy.scorer!r} ranks tokens by the attention of a smaller model of the "
+                "same kind: give it, prune(model, policy, guide=small_model). TokenPruning and PrunedModule take it "
+                "too."
+            )
+        answer_tokens = getattr(self._scorer, "answer_tokens", 1)  # how far the guide answers is the method's to say
+        found = Guide(guide, self.family, wanted[Signal.GUIDE], answer_tokens)
+        refuse_unprunable(guide, found.family)
+        return found
+
+    def _forget(self) -> None:
+        self._observer.forget()
+        if self._guide is not None:
+            self._guide.forget()
+
+    @property
+    def stages(self) -> DecoderStages:
+        """What drops tokens inside the decoder, where the policy's scorer does so."""
+        assert isinstance(self._entry, DecoderStages)
+        return self._entry
 
     @property
     def labels_left_out(self) -> int:
@@ -93,14 +126,26 @@ class Pruning:
         else:
             choice = self._at_stage(prompt) if isinstance(prompt, StagePrompt) else self._at_entry(prompt)
             self.keep, self.scores, self.carrier = choice.keep, choice.scores, choice.carrier
-        if not isinstance(prompt, StagePrompt):
-            self.choices.append((self.keep, visual.sum(1)))
-        elif prompt.stage + 1 == self._stages:
-            self.choices.append((self.keep, prompt.visual.sum(1)))
+        self._note(prompt, self.keep)
         return self.keep
+
+    def _note(self, prompt: Prompt, keep: Tensor) -> None:
+        """Count what a prefill keeps, once it has come to its last stage."""
+        if not isinstance(prompt, StagePrompt):
+            self.choices.append((keep, prompt.tokens.sum(1)))
+            self.tokens_per_layer.append(keep.sum(1).float())
+            return
+        counts, stage, depth = prompt.visual.sum(1), prompt.stage, self.family.depth
+        before = counts * self.leave_at[0] if stage == 0 else self._read
+        self._read = before + keep.sum(1) * ((*self.leave_at, depth)[stage + 1] - self.leave_at[stage])
+        if stage + 1 == len(self.leave_at):
+            self.choices.append((keep, counts))
+            self.tokens_per_layer.append(self._read / depth)
 
     def _at_entry(self, prompt: Prompt) -> Choice:
         seen = self._observer.take(prompt)
+        if self._guide is not None and isinstance(prompt, DecoderPrompt):
+            seen = self._guide.add(seen, prompt)
         if self._known:
             self.images.append(seen[Signal.FINGERPRINT])
         scores = score_tokens(self._scorer, seen, prompt.tokens)
@@ -110,7 +155,12 @@ class Pruning:
         seen, visual = prompt.observation(), prompt.tokens
         scores = placed(score_tokens(self._scorer, seen, visual), seen.exists, visual, -torch.inf)
         before = prompt.visual.sum(1)
-        counts = self._scorer.stage_counts(self.policy.keep, before, prompt.stage, self._stages, seen)
+        with without_autocast(visual):
+            return self._chosen_at(prompt, seen, scores, before)
+
+    def _chosen_at(self, prompt: StagePrompt, seen: Observation, scores: Tensor, before: Tensor) -> Choice:
+        visual = prompt.tokens
+        counts = self._scorer.stage_counts(self.policy.keep, before, prompt.stage, len(self.leave_at), seen)
         vectors = self._selector.vectors(seen)
         keep = self._selector.select(scores, visual, counts.minimum(visual.sum(1)), vectors)
         carrier = self._selector.carriers(keep, scores, visual, vectors) if self._selector.merges else None
@@ -140,7 +190,12 @@ def _refuse_merging(policy: PruningPolicy, family: Family) -> None:
 
 @contextmanager
 def prune(
-    module: nn.Module, policy: PruningPolicy, *, model: str | None = None, choose: Choose | None = None
+    module: nn.Module,
+    policy: PruningPolicy,
+    *,
+    model: str | None = None,
+    choose: Choose | None = None,
+    guide: nn.Module | None = None,
 ) -> Iterator[Pruning]:
     """While inside, the model reads only the visual tokens that the policy keeps; afterwards it is what it was.
 
@@ -149,6 +204,8 @@ def prune(
         policy: what to keep.
         model: which model, where `module` holds several: its attribute path.
         choose: decides instead of the policy's scorer, from bool [B, T] which visual tokens exist to which stay.
+        guide: a smaller model of the same kind, tokeniser and grid of visual tokens, or a module that holds one. Only
+            the scorer `sgl` asks for it: it is run on every prompt, unpruned, on the device it is on.
 
     Yields:
         A record: `.keep` and `.scores` of the last prefill.
@@ -166,7 +223,7 @@ def prune(
     family = find_family(module, model)
     check_model(policy, family)
     refuse_unprunable(module, family)
-    pruning = Pruning(family, policy, choose)
+    pruning = Pruning(family, policy, choose, guide)
     family.model.__dict__[MARK] = pruning
     try:
         with pruning.applied():

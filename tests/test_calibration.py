@@ -15,6 +15,7 @@ from catp_lightning import PolicyError, PruningError, PruningPolicy, prune
 from catp_lightning.answers import compare_with_unpruned
 from catp_lightning.calibration import split
 from catp_lightning.calibration.candidates import default_candidates
+from catp_lightning.calibration.plan import Plan
 from catp_lightning.calibration.replay import agreement, divergence
 from catp_lightning.calibration.split import FOLDS, fold_of, part_of, round_bounds, round_of
 from catp_lightning.calibration.statistics import CandidateSums, FirstQuestions, ImageSet, ProbeSums, RankCorrelation
@@ -84,7 +85,7 @@ def test_the_figures_are_what_running_each_candidate_pruned_gives(tmp_path: Path
     """Agreement comes from teacher-forced replays; generating again under the policy must say the same."""
     module, batches = Module(dtype=torch.float64), data(48, 12, torch.float64)
     policy = calibrate(module, batches, tmp_path / "p.json", keep=7).policies[0]
-    candidates = {candidate.name: candidate for candidate in default_candidates(find_family(module))}
+    candidates = {candidate.name: candidate for candidate in default_candidates(Plan.of(find_family(module)))}
     rates = set()
     for name in (
         "catp",

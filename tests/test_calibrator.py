@@ -18,6 +18,7 @@ from catp_lightning.calibration.budget import Promise
 from catp_lightning.calibration.calibrator import Calibrator
 from catp_lightning.calibration.candidates import Candidate, fitted_candidates
 from catp_lightning.calibration.fitting import fit, fit_without
+from catp_lightning.calibration.plan import Plan
 from catp_lightning.calibration.recorder import Recorder
 from catp_lightning.calibration.sets import token_ranks
 from catp_lightning.calibration.split import FOLDS, fold_of, part_of, round_bounds, round_of
@@ -65,7 +66,7 @@ def highest_norm(outputs: Tensor) -> Tensor:
 
 def recorded(module: Module, batches: list[Batch], needs: Calibrator) -> list[Samples]:
     family = find_family(module)
-    recorder, found = Recorder(family, needs.needs), []
+    recorder, found = Recorder(Plan.of(family), needs.needs), []
     with torch.no_grad(), recorder.recording():
         for batch in batches:
             module.predict_step(batch, 0)
@@ -78,7 +79,7 @@ def finished(
     module: Module, batches: list[Batch], keep: list[int | float], promise: Promise | None = None
 ) -> Calibrator:
     """A calibrator that went through all its stages, without a trainer."""
-    calibrator = Calibrator(find_family(module), keep, promise)
+    calibrator = Calibrator(Plan.of(find_family(module)), keep, promise)
     samples = recorded(module, batches, calibrator)
     with torch.no_grad():
         while True:
@@ -138,8 +139,10 @@ def test_each_image_is_answered_by_the_candidates_of_its_fold() -> None:
     orders = [torch.randperm(8, generator=torch.Generator().manual_seed(fold)).tolist() for fold in range(FOLDS)]
     shared = Candidate("shared", "l2-norm")
     by_fold = [[Candidate("own", "position", {"weights": [float(x) for x in order]}), shared] for order in orders]
-    competition = Competition("", by_fold, [3, 5], [[0, 1], [0]], lambda images: part_of(images) == 0, None)
-    samples = recorded(module, batches, Calibrator(find_family(module), [0.5]))
+    competition = Competition(
+        "", Plan.of(find_family(module)), by_fold, [3, 5], [[0, 1], [0]], lambda images: part_of(images) == 0, None
+    )
+    samples = recorded(module, batches, Calibrator(Plan.of(find_family(module)), [0.5]))
     with torch.no_grad():
         for some in samples:
             competition.see(some)
@@ -157,15 +160,18 @@ def test_each_image_is_answered_by_the_candidates_of_its_fold() -> None:
 
 def test_a_calibration_cross_fits_and_saves_what_was_fitted_on_all_folds() -> None:
     calibrator = finished(Planted(slot_3), data(64, 32, torch.float64), [2])
-    probing, family = calibrator._probing, calibrator.family
+    probing, plan = calibrator._probing, calibrator.plan
     assert probing.pairs is not None
     sums, pairs, columns = probing.sums.compute(), probing.pairs.compute(), probing.columns
     fitted = fit(sums, pairs, columns)
-    whole = fitted_candidates(family, fitted)
+    whole = fitted_candidates(plan, fitted)
     assert calibrator.candidates[-len(whole) :] == whole
     first = calibrator._rounds[0].rules
     for fold in range(FOLDS):
-        own = [one.policy(1.0) for one in fitted_candidates(family, fit_without(fold, sums, pairs, columns, fitted))]
+        own = [
+            one.policy(1.0)
+            for one in fitted_candidates(plan, fit_without(fold, sums, pairs, columns, fitted))
+        ]
         assert first[fold][-len(own) :] == own
         assert own != [one.policy(1.0) for one in whole], "a fold's rules are not those of all"
     policy = calibrator.policies()[0]

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from catp_lightning import PruningPolicy, prune
 from catp_lightning.calibration import importance
 from catp_lightning.calibration.calibrator import Calibrator
-from catp_lightning.calibration.importance import VOTERS, WORST, Columns, head_votes, probe, random_subset, sizes
+from catp_lightning.calibration.importance import WORST, Columns, head_votes, probe, random_subset, sizes
+from catp_lightning.calibration.plan import VOTERS, Plan
 from catp_lightning.calibration.recorder import Recorder
 from catp_lightning.calibration.replay import _distinct
 from catp_lightning.calibration.split import fold_of, part_of
@@ -63,10 +64,10 @@ def forward(net: Net, batch: Batch) -> Any:
 
 def record(net: Net, call: Call, batch: Batch) -> tuple[Any, Samples]:
     family = find_family(net)
-    recorder = Recorder(family, Calibrator(family, [0.5]).needs)
+    recorder = Recorder(Plan.of(family), Calibrator(Plan.of(family), [0.5]).needs)
     with recorder.recording():
         output = call(net, batch)
-        with recorder.recorded() as ((replay, seen),):
+        with recorder.recorded() as ((replay, seen, _),):
             return output, Samples.of(replay, seen)
 
 
@@ -115,7 +116,7 @@ def subsets(samples: Samples, size: float, number: int) -> Tensor:
 
 def slow_rows(samples: Samples, keep: Tensor) -> Tensor:
     """A probe's row by loops over kept tokens, voters, layers and heads."""
-    columns = Columns.of(samples.replay.family)
+    columns = Columns.of(Plan.of(samples.replay.family))
     votes = {name: voter.votes(samples.seen).double() for name, voter in VOTERS.items()}
     rows = torch.zeros(*keep.shape[:2], columns.total, dtype=torch.float64)
     starts = (samples.visual.sum(1).cumsum(0) - samples.visual.sum(1)) // columns.slots
@@ -123,8 +124,8 @@ def slow_rows(samples: Samples, keep: Tensor) -> Tensor:
         image, slot = int(starts[b]) + t // columns.slots, t % columns.slots
         column = 0
         for name in VOTERS:
-            for layer in range(columns.layers):
-                for head in range(columns.heads):
+            for layer in range(2):
+                for head in range(4):
                     assert columns.of_voter(name)[layer][head] == column
                     rows[p, b, column] += votes[name][image, layer, head, slot]
                     column += 1
@@ -163,9 +164,9 @@ def test_a_probe_is_what_the_model_pruned_to_that_subset_says_of_its_own_answer(
     gains = []
     with torch.no_grad():
         output, samples = record(net, call, batch)
-        votes = head_votes(samples.seen, samples.visual)
+        votes = head_votes(VOTERS.values(), samples.seen, samples.visual)
         found = [
-            probe(samples.replay, votes, samples.images, size / 8, number)
+            probe(samples.replay, votes, samples.images, size / 8, number, 8)
             for number, size in enumerate(sizes([0.5, 3], 8))
         ]
         assert calls.counts == [1, 1], "vision runs once a batch, however many subsets are probed"
@@ -195,7 +196,7 @@ def test_after_padding_on_the_right_the_first_token_comes_from_where_generate_ta
         output, samples = record(model(), with_logits, mixed([1, 2, 0, 1, 2], right=True))
         for rows in ([0, 1, 2, 3, 4], [1, 2, 4], [3]):
             replay = samples.replay.of_samples(torch.tensor(rows))
-            first = replay.log_probabilities(visual_tokens(replay.visual))[:, 0].float()
+            first = replay.log_probabilities(replay.tokens)[:, 0].float()
             torch.testing.assert_close(first, output.logits[0][rows].log_softmax(-1), atol=1e-5, rtol=0)
 
 
@@ -207,7 +208,9 @@ def test_the_gains_of_lost_answers_are_cut_off(monkeypatch: pytest.MonkeyPatch) 
         _, samples = record(net, greedy, batch)
         keep = subsets(samples, 1 / 8, 0)
         whole = samples.replay.answer_log_probability(keep)
-        found = probe(samples.replay, head_votes(samples.seen, samples.visual), samples.images, 1 / 8, 0).gain
+        found = probe(
+            samples.replay, head_votes(VOTERS.values(), samples.seen, samples.visual), samples.images, 1 / 8, 0, 8
+        ).gain
     assert whole.min() < WORST - 1 and torch.equal(found, whole.clamp(min=WORST))
 
 
@@ -216,8 +219,8 @@ def test_inference_mode_changes_nothing_and_half_precision_little(monkeypatch: p
 
     def probed(net: Net, dtype: torch.dtype) -> tuple[Samples, Any]:
         _, samples = record(net, greedy, mixed([1, 2, 1], dtype))
-        votes = head_votes(samples.seen, samples.visual)
-        return samples, probe(samples.replay, votes, samples.images, 0.5, 0)
+        votes = head_votes(VOTERS.values(), samples.seen, samples.visual)
+        return samples, probe(samples.replay, votes, samples.images, 0.5, 0, 8)
 
     with torch.no_grad():
         _, plain = probed(model(torch.float32), torch.float32)
@@ -241,7 +244,7 @@ def test_one_set_of_probes_serves_all_budgets_and_only_the_learning_part(monkeyp
     with torch.no_grad():
         _, samples = record(net, forward, mixed([1] * 30))
         family = find_family(net)
-        probing = Probing(family, [0.5, 0.25], part_of, None)
+        probing = Probing(Plan.of(family), [0.5, 0.25], part_of, None)
         probing.see(samples)
         here = samples.where(part_of(samples.images) == 0)
         assert 15 < len(here.images) < 30
@@ -288,8 +291,8 @@ def test_probes_of_a_sample_do_not_depend_on_batch_or_padding(monkeypatch: pytes
         found = []
         for some in (batch, alone):
             _, samples = record(net, greedy, some)
-            votes = head_votes(samples.seen, samples.visual)
-            found.append(probe(samples.replay, votes, samples.images, 0.5, 1))
+            votes = head_votes(VOTERS.values(), samples.seen, samples.visual)
+            found.append(probe(samples.replay, votes, samples.images, 0.5, 1, 8))
     together, one = found
     torch.testing.assert_close(together.rows[:, :1], one.rows, atol=1e-10, rtol=0)
     torch.testing.assert_close(together.gain[:, :1], one.gain, atol=1e-10, rtol=0)

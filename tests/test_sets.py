@@ -16,7 +16,8 @@ from catp_lightning.calibration import sets
 from catp_lightning.calibration.candidates import Candidate, default_candidates, fitted_candidates
 from catp_lightning.calibration.fitting import Fitted, fit, fit_without, rounded
 from catp_lightning.calibration.heads import fit_heads
-from catp_lightning.calibration.importance import VOTERS, Columns, random_subset
+from catp_lightning.calibration.importance import Columns, random_subset
+from catp_lightning.calibration.plan import VOTERS, Plan
 from catp_lightning.calibration.sets import pair_rows, token_ranks
 from catp_lightning.calibration.split import FOLDS
 from catp_lightning.calibration.statistics import FoldSums, ProbeSums
@@ -26,14 +27,14 @@ from catp_lightning.families import Family, find_family
 from catp_lightning.observation import Observation, Signal
 from tests.models import random_blip2
 
-COLUMNS = Columns(layers=2, heads=4, slots=8)
+COLUMNS = Columns(dict.fromkeys(VOTERS, ((0, 1), 4)), 8)
 CHANGED = 2  # the fold that is planted with other sums
 
 
 @pytest.fixture(scope="module")
 def family() -> Family:
     found = find_family(random_blip2()[0])
-    assert Columns.of(found) == COLUMNS
+    assert Columns.of(Plan.of(found)) == COLUMNS
     return found
 
 
@@ -68,7 +69,7 @@ def planted() -> Any:
 def candidates(family: Family, planted: Any) -> list[Candidate]:
     fitted = fit(planted[0], planted[1], COLUMNS)
     assert all(found.selected for found in fitted.voters.values()), "every kind of candidate is there"
-    return [*default_candidates(family), *fitted_candidates(family, fitted)]
+    return [*default_candidates(Plan.of(family)), *fitted_candidates(Plan.of(family), fitted)]
 
 
 def signals(images: int, seed: int, levels: int | None, dtype: torch.dtype) -> Observation:
@@ -82,13 +83,16 @@ def signals(images: int, seed: int, levels: int | None, dtype: torch.dtype) -> O
     values: dict[Signal | tuple[Signal, int], Tensor] = {
         Signal.IMAGE_RECEIVED: draw(images, 5),
         Signal.OUTPUTS: draw(images, 8, 6) - 0.5,
+        Signal.READ: draw(images, 8, 6) - 0.5,
+        Signal.TEXT: draw(images, 3, 6) - 0.5,
         Signal.FINGERPRINT: torch.randint(-(2**62), 2**62, (images,), generator=generator),
     }
     for layer in range(4):
         maps = draw(images, 4, 8, 5)
         values[Signal.CROSS_ATTENTION, layer] = maps / maps.sum(-1, keepdim=True)
         values[Signal.SELF_ATTENTION, layer] = draw(images, 4, 8)
-    return Observation.of_equal(images, 8, {Signal.CROSS_ATTENTION: 2, Signal.SELF_ATTENTION: 4}, values)
+    seen = Observation.of_equal(images, 8, {Signal.CROSS_ATTENTION: 2, Signal.SELF_ATTENTION: 4}, values)
+    return replace(seen, text=torch.ones(images, 3, dtype=torch.bool))
 
 
 @settings(max_examples=12)
@@ -172,9 +176,9 @@ def test_the_rules_for_a_fold_never_saw_it_and_the_final_ones_saw_all(family: Fa
     fitted = fit(sums, pairs, COLUMNS)
 
     def rules(sums: FoldSums, pairs: FoldSums, fold: int) -> list[Candidate]:
-        return fitted_candidates(family, fit_without(fold, sums, pairs, COLUMNS, fitted))
+        return fitted_candidates(Plan.of(family), fit_without(fold, sums, pairs, COLUMNS, fitted))
 
-    names = [candidate.name for candidate in fitted_candidates(family, fitted)]
+    names = [candidate.name for candidate in fitted_candidates(Plan.of(family), fitted)]
     for fold in range(FOLDS):
         before, after = rules(sums, pairs, fold), rules(changed(sums), changed(pairs), fold)
         assert [candidate.name for candidate in before] == [candidate.name for candidate in after] == names
@@ -199,7 +203,7 @@ def test_nothing_that_can_be_learned_is_found_in_constant_answers(family: Family
     sums, pairs = (replace(part, moment=0 * part.moment, squares=0 * part.squares) for part in planted[:2])
     fitted = fit(sums, pairs, COLUMNS)
     assert fitted.slots == [0.0] * 8 and not any(found.selected for found in fitted.voters.values())
-    names = {candidate.name for candidate in fitted_candidates(family, fitted)}
+    names = {candidate.name for candidate in fitted_candidates(Plan.of(family), fitted)}
     assert not any("heads" in name for name in names)
     nothing = ProbeSums(COLUMNS.total).compute()  # a model with one visual token: there is nothing to probe
     assert fit(nothing, None, COLUMNS).greedy is None
@@ -209,7 +213,7 @@ def test_nothing_that_can_be_learned_is_found_in_constant_answers(family: Family
 def quadratic_sums(value: np.ndarray, sizes: Sequence[int], samples: int = 120) -> tuple[FoldSums, FoldSums]:
     """Probes of a set function x' V x, with a little noise."""
     slots = len(value)
-    columns = Columns(2, 4, slots)
+    columns = Columns(COLUMNS.voters, slots)
     sums, pairs = ProbeSums(columns.total), ProbeSums(slots * (slots + 1) // 2)
     visual, fold = torch.ones(samples, slots, dtype=torch.bool), torch.arange(samples) % FOLDS
     for size in sizes:
@@ -242,7 +246,7 @@ def test_the_fixed_set_is_the_greedy_set_of_the_planted_quadratic() -> None:
     value[2, 7] = value[7, 2] = 1.3 / 2
     value[4, 6] = value[6, 4] = -0.9 / 2
     sums, pairs = quadratic_sums(value, (4, 2, 1))
-    fitted = fit(sums, pairs, Columns(2, 4, 8))
+    fitted = fit(sums, pairs, COLUMNS)
     assert fitted.greedy is not None and sorted(fitted.greedy) == list(range(1, 9))
     assert order_of(fitted.greedy)[:5] == brute_force(value, 5) == [1, 6, 2, 7, 4]  # no probe kept more than four
     assert {1, 5} <= set(order_of(fitted.slots)[:3]), "each slot by itself: both of the redundant two"
@@ -254,7 +258,7 @@ def test_the_fixed_set_is_nearly_as_good_as_the_best_greedy_one_of_any_quadratic
     generator = np.random.default_rng(seed)
     value = generator.normal(size=(8, 8)) / 3
     value = (value + value.T) / 2 + np.diag(generator.normal(size=8))
-    greedy = fit(*quadratic_sums(value, (4, 2, 1), 60), Columns(2, 4, 8)).greedy
+    greedy = fit(*quadratic_sums(value, (4, 2, 1), 60), COLUMNS).greedy
     assert greedy is not None
     for size in (1, 2, 3, 4):
         found, best = [order[:size] for order in (order_of(greedy), brute_force(value, 8))]

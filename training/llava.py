@@ -259,5 +259,5 @@ def train(output: Path, log_path: Path, tower_steps: int, steps: int) -> None:
 
 
 if __name__ == "__main__":
-    a = arguments(__doc__, "llava", tower_steps=1200, steps=1200)
+    a = arguments(__doc__, "llava", tower_steps=1200, steps=2200)
     train(a.output, a.log, a.tower_steps, a.steps)

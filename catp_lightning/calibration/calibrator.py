@@ -18,10 +18,10 @@ from catp_lightning.calibration.budget import Promise
 from catp_lightning.calibration.candidates import Candidate, default_candidates, fitted_candidates
 from catp_lightning.calibration.evidence import Findings
 from catp_lightning.calibration.fitting import Fitted, fit, fit_without
+from catp_lightning.calibration.plan import Plan
 from catp_lightning.calibration.split import CHECKED, FOLDS, PROMISED, part_of, round_bounds, round_of
 from catp_lightning.calibration.stages import Check, Competition, Probing, Samples, Stage
 from catp_lightning.errors import PolicyError
-from catp_lightning.families import Family
 from catp_lightning.observation import Needs, Signal, join
 from catp_lightning.policy import PruningPolicy, check_keep
 
@@ -32,7 +32,7 @@ class Calibrator:
     """Give `see` every batch of the split, call `finish`, and start over as long as it says that there is more.
 
     Args:
-        family: of the model that is calibrated.
+        plan: what may be chosen among, for a family.
         budgets: shares or numbers of tokens, each with a choice of its own.
         promise: what the chosen budget is to keep; the budgets are then in descending order.
         device: where the sums are kept.
@@ -46,7 +46,7 @@ class Calibrator:
 
     def __init__(
         self,
-        family: Family,
+        plan: Plan,
         budgets: Sequence[int | float],
         promise: Promise | None = None,
         device: torch.device | None = None,
@@ -55,9 +55,9 @@ class Calibrator:
             check_keep(keep)
         if not budgets or len({(type(keep), keep) for keep in budgets}) < len(budgets):
             raise PolicyError(f"keep is {list(budgets)}; give one budget or several different ones.")
-        self.family, self.budgets, self.promise, self.device = family, tuple(budgets), promise, device
+        self.plan, self.budgets, self.promise, self.device = plan, tuple(budgets), promise, device
         self._part_of = partial(part_of, checked=CHECKED if promise is None else PROMISED)
-        self._probing = Probing(family, budgets, self._part_of, device)
+        self._probing = Probing(plan, budgets, self._part_of, device)
         self.stage: Stage = self._probing
         self.candidates: list[Candidate] = []
         self._bounds: list[float] = []
@@ -66,14 +66,16 @@ class Calibrator:
 
     @property
     def needs(self) -> Needs:
-        """The signals all candidates read together."""
-        rules = [candidate.policy(1.0) for candidate in self._candidates(Fitted([0.0] * self._slots))]
-        needs = [need for rule in rules for need in (rule.build_scorer().needs, rule.build_selector().needs)]
-        return join([{Signal.FINGERPRINT: None}, *needs])
-
-    @property
-    def _slots(self) -> int:
-        return self.family.tokens_per_image
+        """The signals that are read before the decoder, by all candidates together."""
+        depth = self.plan.family.depth
+        methods = [
+            (rule.build_scorer(), rule.build_selector())
+            for candidate in self._candidates(Fitted([0.0] * self.plan.slots))
+            for rule in (candidate.policy(1.0),)
+        ]
+        entering = [(scorer, selector) for scorer, selector in methods if not scorer.stages(depth)]
+        needs = [method.needs for both in entering for method in both]
+        return join([{Signal.FINGERPRINT: None}, self.plan.needs, *needs])
 
     def see(self, samples: Samples) -> None:
         """Add a batch to the current stage."""
@@ -118,7 +120,7 @@ class Calibrator:
         self._reduced: list[dict[str, np.ndarray]] = []
 
     def _candidates(self, fitted: Fitted) -> list[Candidate]:
-        return [*default_candidates(self.family), *fitted_candidates(self.family, fitted)]
+        return [*default_candidates(self.plan), *fitted_candidates(self.plan, fitted)]
 
     def _next_round(self) -> None:
         number, rounds = len(self._rounds), len(self._bounds)
@@ -127,7 +129,9 @@ class Calibrator:
         most = max(map(len, self.alive))
         title = f"round {number + 1} of {rounds}, {most} candidates"
         belongs = partial(self._in_round, number)
-        self._rounds.append(Competition(title, self._cross_fitted, self.budgets, self.alive, belongs, self.device))
+        self._rounds.append(
+            Competition(title, self.plan, self._cross_fitted, self.budgets, self.alive, belongs, self.device)
+        )
         self.stage = self._rounds[-1]
 
     def _in_round(self, number: int, images: Tensor) -> Tensor:
@@ -138,7 +142,7 @@ class Calibrator:
         self.chosen = [self._ranking(budget)[0] for budget in range(len(self.budgets))]
         references = [n for n, candidate in enumerate(self.candidates) if candidate.reference]
         alive = [[first, *(n for n in references if n != first)] for first in self.chosen]
-        self._check = Check(self.candidates, self.budgets, alive, self._checks, self.device)
+        self._check = Check(self.plan, self.candidates, self.budgets, alive, self._checks, self.device)
         self.stage = self._check
 
     def _checks(self, images: Tensor) -> Tensor:
@@ -165,8 +169,8 @@ class Calibrator:
         """A policy for each budget; with a promise one, at the smallest budget that keeps it."""
         assert self._check is not None
         return Findings(
-            model=self.family.describe(),
-            tokens=self._slots,
+            model=self.plan.family.describe(),
+            tokens=self._probing.tokens.compute(),
             budgets=self.budgets,
             promise=self.promise,
             candidates=self.candidates,

@@ -1,11 +1,12 @@
 """What a calibration compares: rules by name, each a scorer and a selector."""
 
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from catp_lightning.calibration.fitting import Fitted
-from catp_lightning.calibration.importance import VOTERS
+from catp_lightning.calibration.fitting import Fitted, VoterFit
+from catp_lightning.calibration.plan import VOTERS, Plan, why_not
 from catp_lightning.families import Family
 from catp_lightning.observation import Signal
 from catp_lightning.policy import PruningPolicy
@@ -17,6 +18,12 @@ STRENGTHS = (0.5, 1.5)
 
 FITTED_STRENGTHS = (0.25, 0.5, 1.0)
 """Of fitted relevance, whose sign is known."""
+
+
+COMPARED = 1024
+"""Tokens of an image up to which sets are chosen by similarity: a kernel of each candidate has the square of it."""
+
+WEIGHTS = ("layers", "head_weights", "slot_weights")
 
 
 @dataclass(frozen=True)
@@ -41,64 +48,165 @@ class Candidate:
         return PruningPolicy(self.scorer, self.scorer_args, self.selector, self.selector_args, keep)
 
 
-def default_candidates(family: Family) -> list[Candidate]:
-    """Every rule and every cross-attention layer by itself, and sets of several kinds and strengths.
+@dataclass(frozen=True)
+class Exit(Candidate):
+    """All visual tokens leave at one layer (2405.05803): a budget is the share of layers that read them, rounded up.
 
-    The first cross-attention layer is `catp layer 0`, the last has the highest number.
+    Attributes:
+        depth: how many layers the decoder has.
     """
+
+    depth: int = 2
+
+    def policy(self, keep: int | float) -> PruningPolicy:
+        layer = max(1, min(self.depth - 1, math.ceil(keep * self.depth - 1e-9))) if isinstance(keep, float) else 1
+        return PruningPolicy(self.scorer, {**self.scorer_args, "layer": layer}, self.selector, self.selector_args, keep)
+
+
+def default_candidates(plan: Plan) -> list[Candidate]:
+    """Every rule that drops before the decoder, every layer by itself, and sets of several kinds and strengths.
+
+    What drops inside the decoder leaves its first layers all tokens: at the same budget it reads more, and is no rival.
+    Nor is `trimmed-llama` with its own selector, which keeps more than the budget.
+    """
+    if plan.method is not None:
+        return list(_of_method(plan, plan.method))
+    found = []
+    for name, cls in SCORERS.items():
+        rule = Candidate(name, name, control=cls.control, reference=cls.control)
+        if name == "trimmed-llama":
+            rule = Candidate(f"{name}, top-k", name, selector="top-k")
+        if not cls().stages(plan.family.depth) and why_not(plan.family, rule.policy(0.5)) is None:
+            found.append(rule)
+    if Signal.CROSS_ATTENTION in plan.family.layers():
+        return found + list(_of_qformer(plan.family))
+    for name in plan.voters:
+        layers = plan.voting(name)
+        single = [_top_k(f"{name} layer {n}", name, {"layers": [n]}, reference=True) for n in layers]
+        found += single if len(layers) > 1 else []
+    return found + list(_of_outputs(plan))
+
+
+def _of_qformer(family: Family) -> Iterator[Candidate]:
+    """The first cross-attention layer is `catp layer 0`, the last has the highest number."""
     layers = range(family.layers()[Signal.CROSS_ATTENTION])
-    found = [
-        Candidate(name, name, control=cls.control, reference=cls.control)
-        for name, cls in SCORERS.items()
-        if family.shows(cls().needs)
-    ]
     for name in ("catp", *VOTERS):
-        found += [Candidate(f"{name} layer {n}", name, {"layers": [n]}, reference=name == "catp") for n in layers]
-    found.append(Candidate("catp weighted by image token", "catp", {"image_weight": "received"}))
+        yield from (Candidate(f"{name} layer {n}", name, {"layers": [n]}, reference=name == "catp") for n in layers)
+    yield Candidate("catp weighted by image token", "catp", {"image_weight": "received"})
     for similarity in ("cross-attention", "outputs"):
         for scorer in ("catp", "cross-attention", "region-attention", "self-attention"):
-            for strength in sorted(sign * size for sign in (1, -1) for size in STRENGTHS):
-                args = {"similarity": similarity, "relevance": strength}
-                name = f"dpp of {similarity}, {scorer} x {strength:+g}"
-                found.append(Candidate(name, scorer, selector="dpp", selector_args=args))
-        found.append(_diversity(similarity, {"similarity": similarity}, control=True))
+            yield from _both_signs(scorer, similarity)
+        yield _diversity(similarity, {"similarity": similarity}, control=True)
     # Maps of chosen layers are a finding; all of them, or the tokens themselves, are the plain control.
-    found.append(_diversity("regions", {"similarity": "regions"}))
-    return found + [_diversity(f"cross-attention layer {n}", {"layers": [n]}) for n in layers]
+    yield _diversity("regions", {"similarity": "regions"})
+    yield from (_diversity(f"cross-attention layer {n}", {"layers": [n]}) for n in layers)
 
 
-def fitted_candidates(family: Family, fitted: Fitted) -> list[Candidate]:
+def _both_signs(scorer: str, similarity: str) -> Iterator[Candidate]:
+    for strength in sorted(sign * size for sign in (1, -1) for size in STRENGTHS):
+        args = {"similarity": similarity, "relevance": strength}
+        yield Candidate(f"dpp of {similarity}, {scorer} x {strength:+g}", scorer, {}, "dpp", args)
+
+
+def _of_outputs(plan: Plan) -> Iterator[Candidate]:
+    """Sets of tokens whose features are unlike each other."""
+    if _similar(plan):
+        for name in plan.voters:
+            yield from _both_signs(name, "outputs")
+        yield _diversity("outputs", {"similarity": "outputs"}, control=True)
+
+
+def _similar(plan: Plan) -> bool:
+    """Whether tokens are few enough to be compared with each other, for every candidate."""
+    return plan.layer == 0 and (plan.family.most_tokens or COMPARED + 1) <= COMPARED
+
+
+def _of_method(plan: Plan, method: PruningPolicy) -> Iterator[Candidate]:
+    """One method: as it is given, every layer by itself; at the decoder's entry beside the controls."""
+    args, more = dict(method.scorer_args), (method.selector, method.selector_args)
+    if method.scorer == "visual-exit":
+        yield Exit("visual-exit", method.scorer, args, *more, depth=plan.family.depth)
+        return
+    yield Candidate(method.scorer, method.scorer, args, *more, control=SCORERS[method.scorer].control)
+    for name in plan.voters:
+        layers = plan.voting(name)
+        plain = {key: value for key, value in args.items() if key not in WEIGHTS}
+        single = [Candidate(f"{name} layer {n}", name, {**plain, "layers": [n]}, *more, reference=True) for n in layers]
+        yield from single if len(layers) > 1 else []
+    if plan.layer == 0:
+        for name, cls in SCORERS.items():
+            rule = Candidate(name, name, control=True, reference=True)
+            if cls.control and name != method.scorer and why_not(plan.family, rule.policy(0.5)) is None:
+                yield rule
+
+
+def fitted_candidates(plan: Plan, fitted: Fitted) -> list[Candidate]:
     """What probes found to be relevant, by itself, and with diversity of several kinds and strengths."""
+    if plan.method is not None:
+        return list(_of_method_fitted(plan, plan.method, fitted))
     found = []
     if fitted.greedy is not None:
         found.append(Candidate("fixed set", "position", {"weights": fitted.greedy}))
-    several = dict(_similarities(family, fitted))
-    found += _sets("slots", "position", {"weights": fitted.slots}, several)
+    several = dict(_similarities(plan, fitted))
+    if fitted.slots:
+        found += _sets("slots", "position", {"weights": fitted.slots}, several)
     for name, voter in fitted.voters.items():
         if voter.selected:
-            heads = {"layers": list(voter.layers), "head_weights": voter.head_weights(family.shape()["heads"])}
-            both = {**heads, "slot_weights": voter.slot_weights}
-            plain = {kind: several[kind] for kind in ("outputs", "cross-attention")}
+            heads = {**_scale(plan, name), **_weights(plan, name, voter)}
+            plain = {kind: args for kind, args in several.items() if kind in ("outputs", "cross-attention")}
             found += _sets(f"{name} heads", name, heads, plain)
-            found += _sets(f"{name} heads and slots", name, both, several)
+            if fitted.slots:
+                both = {**heads, "slot_weights": voter.slot_weights}
+                found += _sets(f"{name} heads and slots", name, both, several)
     return found
+
+
+def _of_method_fitted(plan: Plan, method: PruningPolicy, fitted: Fitted) -> Iterator[Candidate]:
+    plain = {key: value for key, value in method.scorer_args.items() if key not in WEIGHTS}
+    for name, voter in fitted.voters.items():
+        if voter.selected:
+            args = {**plain, **_scale(plan, name), **_weights(plan, name, voter)}
+            yield Candidate(f"{name} heads", name, args, method.selector, method.selector_args)
+            if fitted.slots:
+                both = {**args, "slot_weights": voter.slot_weights}
+                yield Candidate(f"{name} heads and slots", name, both, method.selector, method.selector_args)
+
+
+def _scale(plan: Plan, name: str) -> dict[str, Any]:
+    """What the votes were when their weights were fitted."""
+    scale = getattr(plan.voters[name], "scale", None)
+    return {} if scale is None else {"scale": scale}
+
+
+def _weights(plan: Plan, name: str, voter: VoterFit) -> dict[str, Any]:
+    return {"layers": list(voter.layers), "head_weights": voter.head_weights(plan.heads(name))}
 
 
 def _sets(
     name: str, scorer: str, scorer_args: Mapping[str, Any], similarities: Mapping[str, dict[str, Any]]
 ) -> Iterator[Candidate]:
     """One relevance, by itself and beside each similarity."""
-    yield Candidate(name, scorer, scorer_args)
+    yield _top_k(name, scorer, scorer_args)
     for kind, args in similarities.items():
         for strength in FITTED_STRENGTHS:
             selector_args = {**args, "relevance": strength}
             yield Candidate(f"dpp of {kind}, {name} x {strength:g}", scorer, scorer_args, "dpp", selector_args)
 
 
-def _similarities(family: Family, fitted: Fitted) -> Iterator[tuple[str, dict[str, Any]]]:
+def _top_k(name: str, scorer: str, scorer_args: Mapping[str, Any], reference: bool = False) -> Candidate:
+    """By score alone, whatever the scorer's own selector."""
+    selector = None if SCORERS[scorer].selector == "top-k" else "top-k"
+    return Candidate(name, scorer, scorer_args, selector, reference=reference)
+
+
+def _similarities(plan: Plan, fitted: Fitted) -> Iterator[tuple[str, dict[str, Any]]]:
     """Name and arguments of the selector."""
-    layers = range(family.layers()[Signal.CROSS_ATTENTION])
+    if not _similar(plan):
+        return
     yield "outputs", {"similarity": "outputs"}
+    if Signal.CROSS_ATTENTION not in plan.family.layers():
+        return
+    layers = range(plan.family.layers()[Signal.CROSS_ATTENTION])
     yield "cross-attention", {}
     yield "regions", {"similarity": "regions"}
     yield from ((f"cross-attention layer {layer}", {"layers": [layer]}) for layer in layers)

@@ -21,7 +21,7 @@ class Findings:
 
     Attributes:
         model: what the policies are made for, a family's `describe`.
-        tokens: visual tokens of an image.
+        tokens: mean visual tokens of an image.
         budgets: in the user's order; in descending order with a promise.
         candidates: all of them, in one order.
         chosen: for each budget, which candidate.
@@ -35,7 +35,7 @@ class Findings:
     """
 
     model: Mapping[str, Any]
-    tokens: int
+    tokens: float
     budgets: Sequence[int | float]
     promise: Promise | None
     candidates: Sequence[Candidate]
@@ -81,6 +81,7 @@ class Findings:
     def _common(self) -> dict[str, Any]:
         return {
             "samples": dict(self.parts),
+            "tokens": round(self.tokens, 1),
             "images": encode_images(self.images),
             "retention": [self._retention(budget) for budget in range(len(self.budgets))],
             "fitted": dict(self.fitted),
@@ -94,7 +95,7 @@ class Findings:
         chosen = self.candidates[self.chosen[budget]]
         return {
             "keep": self.budgets[budget],
-            "tokens": keep_count(self.budgets[budget], self.tokens),
+            "tokens": keep_count(self.budgets[budget], round(self.tokens)),
             "chosen": chosen.name,
             "control": chosen.control,
             "agreement": figures["agreement"],

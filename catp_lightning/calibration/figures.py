@@ -91,9 +91,11 @@ def head_figure(policies: Sequence[PruningPolicy]) -> Figure | None:
     return figure
 
 
-def slot_figure(policies: Sequence[PruningPolicy]) -> Figure:
+def slot_figure(policies: Sequence[PruningPolicy]) -> Figure | None:
     """What each slot, a place among an image's visual tokens, is worth to the answer, whatever the image shows."""
     worth = np.array(policies[0].evidence["fitted"]["slots"])
+    if not len(worth):
+        return None
     figure, axes = _figure(8, 3.2)
     low, high = (matplotlib.colormaps["RdBu_r"](place) for place in (0.12, 0.88))
     axes.bar(range(len(worth)), worth, color=[high if value > 0 else low for value in worth], width=0.85, zorder=2)
@@ -127,8 +129,8 @@ def png(figure: Figure) -> bytes:
 
 
 def visual_tokens(policy: PruningPolicy) -> int:
-    """How many visual tokens an image has in the model that the policy was made for."""
-    return int((policy.model or {})["visual_tokens"])
+    """How many visual tokens an image has, on average where images differ."""
+    return round(policy.evidence["tokens"])
 
 
 def voters(policy: PruningPolicy) -> dict[str, Mapping[str, Any]]:

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from catp_lightning.calibration.heads import HeadFit, fit_heads
-from catp_lightning.calibration.importance import VOTERS, Columns
+from catp_lightning.calibration.importance import Columns
 from catp_lightning.calibration.layers import LayerChoice, choose_layers
 from catp_lightning.calibration.statistics import FoldSums
 
@@ -50,7 +50,7 @@ class Fitted:
         voters: by name.
     """
 
-    slots: list[float]
+    slots: list[float] = field(default_factory=list)
     greedy: list[float] | None = None
     voters: Mapping[str, VoterFit] = field(default_factory=dict)
 
@@ -58,7 +58,7 @@ class Fitted:
         """For the policy: plain numbers."""
         return {
             "slots": self.slots,
-            **{name: _evidence(found, columns) for name, found in self.voters.items()},
+            **{name: _evidence(found, columns.voters[name][1]) for name, found in self.voters.items()},
         }
 
 
@@ -71,8 +71,13 @@ def fit(sums: FoldSums, pairs: FoldSums | None, columns: Columns) -> Fitted:
         columns: of a probe's row.
     """
     slots, voters = columns.of_slots, {}
-    for name in VOTERS:
+    for name, (layers_read, _) in columns.voters.items():
         choice = choose_layers(sums, columns.of_voter(name), slots)
+        choice = replace(
+            choice,
+            layers=tuple(layers_read[place] for place in choice.layers),
+            steps=tuple((layers_read[step[0]], *step[1:]) for step in choice.steps),
+        )
         layers = tuple(sorted(choice.layers))
         found = fit_heads(sums, columns.of_heads(name, layers), slots) if layers else None
         voters[name] = VoterFit(choice, layers, found, found is not None and found.selected)
@@ -93,6 +98,8 @@ def fit_without(fold: int, sums: FoldSums, pairs: FoldSums | None, columns: Colu
 
 def _slots(sums: FoldSums, columns: Columns) -> list[float]:
     """What each slot is worth by itself: ridge regression on the slots alone."""
+    if not columns.slots:
+        return []
     own = sums.columns(columns.of_slots)
     gram, moment = own.gram.sum(0), own.moment.sum(0)
     ridge = 0.01 * max(1e-12, gram.diagonal().mean())
@@ -125,7 +132,7 @@ def rounded(values: np.ndarray) -> list[float]:
     return [float(f"{value:.4g}") for value in values]
 
 
-def _evidence(found: VoterFit, columns: Columns) -> dict[str, Any]:
+def _evidence(found: VoterFit, heads: int) -> dict[str, Any]:
     steps = [{"layer": s[0], "explained": float(s[1]), "error": float(s[2])} for s in found.choice.steps]
     shown: dict[str, Any] = {
         "layers": list(found.layers),
@@ -134,8 +141,8 @@ def _evidence(found: VoterFit, columns: Columns) -> dict[str, Any]:
     }
     if found.fit is not None:
         shown |= {
-            "head_weights": found.head_weights(columns.heads),
-            "head_stability": found.fit.stability.reshape(len(found.layers), columns.heads).tolist(),
+            "head_weights": found.head_weights(heads),
+            "head_stability": found.fit.stability.reshape(len(found.layers), heads).tolist(),
             "explained": float(found.fit.explained),
             "explained_error": float(found.fit.explained_error),
             "strength": float(found.fit.strength),

@@ -5,22 +5,19 @@ unpruned answer is measured under each. A probe's row says what was kept: the su
 attention head, and how many tokens of each slot there were. A regression on these rows is linear in the head weights.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from catp_lightning.calibration.plan import Plan
 from catp_lightning.calibration.replay import Replay
 from catp_lightning.choosing import placed
 from catp_lightning.counts import keep_count
-from catp_lightning.dropping import visual_tokens
-from catp_lightning.families import Family
 from catp_lightning.fingerprint import mix, uniform
-from catp_lightning.observation import Observation, Signal
+from catp_lightning.observation import Observation
 from catp_lightning.scorers import AttentionScorer
-from catp_lightning.scorers.cross_attention import CrossAttention
-from catp_lightning.scorers.region_attention import RegionAttention
 from catp_lightning.selectors import without_autocast
 
 PROBES = 24
@@ -31,48 +28,58 @@ SMALL = (0.25, 0.125, 0.0625)
 
 WORST = -3.0  # mean log-probability; below (5%) an answer is lost, and how far it is lost says nothing but noise
 
-VOTERS: dict[str, AttentionScorer] = {"cross-attention": CrossAttention(), "region-attention": RegionAttention()}
-"""Scorers whose head weights are fitted, by name."""
-
 
 @dataclass(frozen=True)
 class Columns:
-    """Where things stand in a probe's row: first the heads of each voter, layer by layer, then the slots."""
+    """Where things stand in a probe's row: first the heads of each voter, layer by layer, then the slots.
 
-    layers: int
-    heads: int
+    Attributes:
+        voters: by name, the layers that vote and how many heads each has.
+        slots: places of an image's tokens; 0 where they mean nothing by themselves.
+    """
+
+    voters: Mapping[str, tuple[tuple[int, ...], int]]
     slots: int
 
     @classmethod
-    def of(cls, family: Family) -> "Columns":
-        return cls(family.layers()[Signal.CROSS_ATTENTION], family.shape()["heads"], family.tokens_per_image)
+    def of(cls, plan: Plan) -> "Columns":
+        return cls({name: (tuple(plan.voting(name)), plan.heads(name)) for name in plan.voters}, plan.slots)
 
     @property
     def total(self) -> int:
-        return len(VOTERS) * self.layers * self.heads + self.slots
+        return sum(len(layers) * heads for layers, heads in self.voters.values()) + self.slots
 
     def of_voter(self, name: str) -> list[list[int]]:
-        """The columns of a voter's heads, a list for each layer."""
-        start = list(VOTERS).index(name) * self.layers * self.heads
-        return [[start + layer * self.heads + head for head in range(self.heads)] for layer in range(self.layers)]
+        """The columns of a voter's heads, a list for each of its layers."""
+        before = list(self.voters)[: list(self.voters).index(name)]
+        start = sum(len(self.voters[other][0]) * self.voters[other][1] for other in before)
+        layers, heads = self.voters[name]
+        return [[start + place * heads + head for head in range(heads)] for place in range(len(layers))]
 
     def of_heads(self, name: str, layers: Sequence[int]) -> list[int]:
         """The columns of a voter's heads in some layers."""
-        return [column for layer in layers for column in self.of_voter(name)[layer]]
+        places = [self.voters[name][0].index(layer) for layer in layers]
+        return [column for place in places for column in self.of_voter(name)[place]]
 
     @property
     def of_slots(self) -> list[int]:
         return list(range(self.total - self.slots, self.total))
 
 
-def sizes(budgets: Sequence[int | float], tokens: int) -> list[int]:
-    """How many tokens probes keep, largest first: every budget, and some smaller sizes, never everything.
+def sizes(budgets: Sequence[int | float], tokens: int | None) -> list[float]:
+    """Shares of tokens that probes keep, largest first: every budget, and some smaller sizes, never everything.
 
-    >>> sizes([0.5], 32), sizes([0.5, 3], 32)
-    ([16, 8, 4, 2], [16, 8, 4, 3, 2])
+    Args:
+        budgets: to be chosen for.
+        tokens: of each image; None: images differ, and budgets in tokens are not probed themselves.
+
+    >>> sizes([0.5], 32), sizes([0.5, 3], 32), sizes([0.4, 3], None)
+    ([0.5, 0.25, 0.125, 0.0625], [0.5, 0.25, 0.125, 0.09375, 0.0625], [0.4, 0.25, 0.125, 0.0625])
     """
+    if tokens is None:
+        return sorted({keep for keep in (*budgets, *SMALL) if isinstance(keep, float)} - {1.0}, reverse=True)
     wanted = {keep_count(keep, tokens) for keep in (*budgets, *SMALL)} - {tokens}
-    return sorted(wanted, reverse=True)
+    return [count / tokens for count in sorted(wanted, reverse=True)]
 
 
 @dataclass(frozen=True)
@@ -90,7 +97,7 @@ class Probes:
     gain: Tensor
 
 
-def probe(replay: Replay, votes: Tensor, images: Tensor, size: float, number: int) -> Probes:
+def probe(replay: Replay, votes: Tensor, images: Tensor, size: float, number: int, per: int = 0) -> Probes:
     """Measure `PROBES` random subsets of each sample.
 
     Args:
@@ -99,22 +106,23 @@ def probe(replay: Replay, votes: Tensor, images: Tensor, size: float, number: in
         images: int64 [B], fingerprints: with the question they seed the draws, so that batches and ranks do not matter.
         size: share of each image's tokens to keep, on average over several images.
         number: of the size, so that sizes draw apart.
+        per: slots of an image; 0: none are told apart.
     """
-    visual = visual_tokens(replay.visual)
+    visual = replay.tokens
     counts = (visual.sum(1) * size).round().long().clamp(min=1)
     seeds = images ^ replay.questions
     keep = torch.stack([random_subset(seeds, visual, counts, PROBES * number + n) for n in range(PROBES)])
-    tokens = replay.family.tokens_per_image
-    slots = keep.unflatten(2, (-1, tokens)).sum(2).to(votes.dtype)
+    slots = keep.unflatten(2, (-1, per)).sum(2).to(votes.dtype) if per else votes.new_zeros(*keep.shape[:2], 0)
     with without_autocast(votes):
         rows = torch.cat([torch.einsum("pbt,btv->pbv", keep.to(votes.dtype), votes), slots], 2)
     return Probes(rows, slots, replay.answer_log_probability(keep).clamp(min=WORST))
 
 
-def head_votes(seen: Observation, visual: Tensor) -> Tensor:
+def head_votes(voters: Iterable[AttentionScorer], seen: Observation, visual: Tensor) -> Tensor:
     """What every voter's heads say of each visual token, in float32 at least: bool [B, T] -> float [B, T, V]."""
     with without_autocast(visual):
-        votes = torch.cat([voter.votes(seen).flatten(1, 2).transpose(1, 2) for voter in VOTERS.values()], 2)
+        all_ = [voter.votes(seen).flatten(1, 2).transpose(1, 2) for voter in voters]
+    votes = torch.cat(all_, 2) if all_ else torch.zeros(*seen.exists.shape, 0, device=visual.device)
     return placed(votes.to(torch.promote_types(votes.dtype, torch.float32)), seen.exists, visual, 0.0)
 
 

@@ -6,51 +6,50 @@ from contextlib import contextmanager
 from torch import Tensor
 
 from catp_lightning.answers import Answer, listening
+from catp_lightning.calibration.decoder_replay import DecoderReplay
+from catp_lightning.calibration.plan import Plan
 from catp_lightning.calibration.replay import Replay
-from catp_lightning.dropping import DecoderEntry, DecoderPrompt
+from catp_lightning.calibration.rows_replay import RowsReplay
+from catp_lightning.dropping import CrossAttended, DecoderPrompt, Prompt, StagePrompt, entry
 from catp_lightning.errors import PruningError
-from catp_lightning.families import Family
 from catp_lightning.observation import Needs, Observation, Signal
 from catp_lightning.observing import Observer
 
-
-def refuse_unreplayable(family: Family) -> None:
-    """Raise PruningError where a recorded prompt cannot be answered again exactly, or shows no cross-attention maps."""
-    replayed = family.language_model.config.model_type == "opt"
-    if Signal.CROSS_ATTENTION not in family.layers() or not replayed:
-        raise PruningError(
-            f"CrossAttentionCalibration reads the Q-Former of a BLIP-2 or InstructBLIP whose language model is OPT; "
-            f"{type(family.model).__name__} with {type(family.decoder).__name__} has none of that kind. Prune it by a "
-            "fixed rule, PruningPolicy(scorer=...); docs/families.md says which scorers it shows signals for."
-        )
+Recorded = tuple[Replay, Observation, Observation | None]
 
 
 class Recorder:
-    """Prompts at the entry of the language model, what their images showed, and the model's answers.
+    """Prompts where tokens would leave, what their images showed, and the model's answers.
 
     Args:
-        family: of the model.
-        needs: the signals to observe.
+        plan: what is calibrated, of which family.
+        needs: the signals to observe before the decoder.
     """
 
-    def __init__(self, family: Family, needs: Needs) -> None:
-        self.family = family
-        self._observer = Observer(family, needs)
-        self._entry = DecoderEntry(family, self._record, forget=self._observer.forget)
-        self._prompts: list[tuple[DecoderPrompt, Observation]] = []
+    def __init__(self, plan: Plan, needs: Needs) -> None:
+        self.plan = plan
+        self._observer = Observer(plan.family, needs)
+        inside: Needs = plan.needs_inside | ({Signal.TEXT_ATTENTION: None} if Signal.TEXT_ATTENTION in needs else {})
+        stages = (plan.layer,) if plan.layer else ()
+        self._entry = entry(plan.family, self._record, False, self._observer.forget, stages, inside)
+        self._prompts: list[tuple[Prompt, Observation | None]] = []  # None: it has no image
         self._answers: list[Answer] = []
 
     @contextmanager
     def recording(self) -> Iterator[None]:
-        with self._observer.watching(), self._entry.dropping(), listening(self.family, self._answers.append):
+        with (
+            self._observer.watching(),
+            self._entry.dropping(),
+            listening(self.plan.family, self._answers.append),
+        ):
             yield
 
-    def _record(self, prompt: DecoderPrompt) -> Tensor:
-        self._prompts.append((prompt, self._observer.take(prompt)))
+    def _record(self, prompt: Prompt) -> Tensor:
+        self._prompts.append((prompt, self._observer.take(prompt) if prompt.tokens.any() else None))
         return prompt.tokens  # nothing is dropped: answers stay the usual ones
 
     @contextmanager
-    def recorded(self) -> Iterator[list[tuple[Replay, Observation]]]:
+    def recorded(self) -> Iterator[list[Recorded]]:
         """What was recorded since last time; nothing is while inside, so that it can be replayed.
 
         Raises:
@@ -67,6 +66,14 @@ class Recorder:
         self._entry.active = self._observer.active = False
         try:
             pairs = zip(prompts, answers, strict=True)
-            yield [(Replay.of(self.family, prompt, answer), seen) for (prompt, seen), answer in pairs]
+            yield [self._recorded(prompt, seen, answer) for (prompt, seen), answer in pairs if seen is not None]
         finally:
             self._entry.active = self._observer.active = True
+
+    def _recorded(self, prompt: Prompt, seen: Observation, answer: Answer) -> Recorded:
+        family = self.plan.family
+        if isinstance(prompt, CrossAttended):
+            return RowsReplay.of(family, prompt, answer), seen, None
+        assert isinstance(prompt, DecoderPrompt)
+        inside = prompt.observation() if isinstance(prompt, StagePrompt) else None
+        return DecoderReplay.of(family, prompt, answer, self.plan.layer), seen, inside

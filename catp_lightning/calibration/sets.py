@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from catp_lightning.choosing import placed, score_tokens
+from catp_lightning.counts import keep_count
 from catp_lightning.observation import Observation
 from catp_lightning.policy import PruningPolicy
 from catp_lightning.scorers import Scorer
@@ -40,39 +41,57 @@ def method_ranks(rules: Sequence[Method], seen: Observation, visual: Tensor, mos
 
     Returns:
         int64 [C, B, T]: 0 for the first of an image's tokens to join; `most` or more for one that stays out or is none.
+        Tokens that always stay are none of these.
     """
     scores: dict[Scorer, Tensor] = {}
     similarities: dict[Selector, Tensor] = {}
     ranks: list[Tensor] = []
     kernels: dict[int, Tensor] = {}
+    free = seen.free
     for number, (scorer, selector) in enumerate(rules):
         if scorer not in scores:
             scores[scorer] = score_tokens(scorer, seen, visual)
-        exists = torch.ones_like(scores[scorer], dtype=torch.bool)
         if not isinstance(selector, DPP):
-            ranks.append(selector.ranks(scores[scorer], exists, most, selector.vectors(seen)))
+            ranks.append(selector.ranks(scores[scorer], free, most, selector.vectors(seen)))
             continue
         kind = replace(selector, relevance=0.0)
         if kind not in similarities:
             similarities[kind] = cosine_similarity(selector.vectors(seen))
-        kernels[number] = selector.kernel(scores[scorer], exists, similarities[kind])
-        ranks.append(exists)  # its place: kernels of many candidates are solved together
+        kernels[number] = selector.kernel(scores[scorer], free, similarities[kind])
+        ranks.append(free)  # its place: kernels of many candidates are solved together
         if len(kernels) * kernels[number].numel() >= KERNELS:
-            _solve(kernels, ranks, most)
-    _solve(kernels, ranks, most)
+            _solve(kernels, ranks, free, most)
+    _solve(kernels, ranks, free, most)
     return placed(torch.stack(ranks, 2), seen.exists, visual, most).permute(2, 0, 1)
 
 
-def _solve(kernels: dict[int, Tensor], ranks: list[Tensor], most: int) -> None:
+def _solve(kernels: dict[int, Tensor], ranks: list[Tensor], free: Tensor, most: int) -> None:
     """Replace the places of these candidates in `ranks` by their solutions."""
     if not kernels:
         return
     together = torch.cat(list(kernels.values()))
-    exists = torch.ones(together.shape[:2], dtype=torch.bool, device=together.device)
-    solved = greedy_ranks(together, exists, most).chunk(len(kernels))
+    solved = greedy_ranks(together, free.repeat(len(kernels), 1), most).chunk(len(kernels))
     for number, found in zip(kernels, solved, strict=True):
         ranks[number] = found
     kernels.clear()
+
+
+def is_nested(method: Method) -> bool:
+    """Whether one ranking of each image's tokens says what a method keeps at every budget."""
+    selector = method[1]
+    return selector.nested and not selector.merges and selector.per == "image"
+
+
+def limits(keep: int | float, seen: Observation, visual: Tensor) -> Tensor:
+    """How many tokens the image of each visual token keeps: int64 [B, T], 0 where there is none."""
+    counts = [keep_count(keep, count) for count in seen.free.sum(1).tolist()]
+    own = torch.tensor(counts, device=visual.device)[:, None].expand(seen.exists.shape)
+    return placed(own, seen.exists, visual, 0)
+
+
+def always(seen: Observation, visual: Tensor) -> Tensor:
+    """Visual tokens that stay whatever the budget: bool [B, T]."""
+    return placed(seen.exists & ~seen.free, seen.exists, visual, False)
 
 
 def pair_rows(slots: Tensor) -> Tensor:

@@ -208,6 +208,25 @@ class PartCounts(Sums):
         return dict(zip(PARTS, self.counts.tolist(), strict=True))
 
 
+class TokenCounts(Sums):
+    """How many visual tokens images have."""
+
+    total: Tensor
+
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.add_state("total", torch.zeros(2, dtype=torch.int64), dist_reduce_fx="sum")
+
+    def update(self, counts: Tensor) -> None:
+        """Add int64 [I], the tokens of each image."""
+        self.total += torch.stack([counts.sum(), counts.new_tensor(len(counts))])
+
+    def compute(self) -> float:
+        """The mean over all processes' images."""
+        tokens, images = self.total.tolist()
+        return float(tokens / max(1, images))
+
+
 class FirstQuestions(Sums):
     """One question of each image, whichever process met it: the one whose fingerprint is smallest.
 

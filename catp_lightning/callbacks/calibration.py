@@ -1,7 +1,7 @@
 """`CrossAttentionCalibration`: a policy measured on a calibration split, during `trainer.predict`."""
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from importlib.metadata import version
@@ -16,7 +16,8 @@ from tqdm import tqdm
 
 from catp_lightning.calibration.budget import GRID, Promise, descending
 from catp_lightning.calibration.calibrator import Calibrator
-from catp_lightning.calibration.recorder import Recorder, refuse_unreplayable
+from catp_lightning.calibration.plan import Plan
+from catp_lightning.calibration.recorder import Recorder
 from catp_lightning.calibration.report import report, report_folder
 from catp_lightning.calibration.resume import Partial, batch_fingerprints, model_fingerprint
 from catp_lightning.calibration.stages import Competition, Samples
@@ -26,6 +27,8 @@ from catp_lightning.families import Family, find_family
 from catp_lightning.locations import budget_file_name
 from catp_lightning.policy import Budget, PruningPolicy, check_keep
 from catp_lightning.pruning import refuse_unprunable
+
+MANY = 2**20  # tokens; where images differ in their number shares are put in order, and then numbers of tokens
 
 
 @dataclass
@@ -63,6 +66,11 @@ class CrossAttentionCalibration(LoopContext):
             which the answers to at most this share of new images change, in (0, 1). One policy is saved.
         confidence: of that promise, in (0, 1).
         model: the name of the submodule to calibrate, where the module holds several supported models.
+        scorer: the one method to calibrate, its layers and head weights; None: every rule that drops before the
+            decoder competes. A method that drops inside the decoder is calibrated only by its name: its first layers
+            read all tokens, so that at the same budget it is no rival of the others.
+        scorer_args: its arguments: of "fastv" the layer where tokens leave, {"layer": 2}.
+        selector: its selector; None: its own.
 
     Attributes:
         policies: the policies of the last run, in the order of `keep`; with a promise one.
@@ -86,6 +94,9 @@ class CrossAttentionCalibration(LoopContext):
         max_disagreement: float | None = None,
         confidence: float = 0.95,
         model: str | None = None,
+        scorer: str | None = None,
+        scorer_args: Mapping[str, Any] | None = None,
+        selector: str | None = None,
     ) -> None:
         super().__init__(("predict",))
         self.path, self.model = Path(path), model
@@ -98,6 +109,9 @@ class CrossAttentionCalibration(LoopContext):
             check_keep(budget)
         if self.several and self.path.suffix:
             raise PolicyError(f"path is {str(path)!r}, a file, but several budgets are asked for: give a folder.")
+        if scorer is None and (scorer_args or selector):
+            raise PolicyError("scorer_args and selector are those of a scorer: name it, scorer='fastv' for example.")
+        self.method = None if scorer is None else PruningPolicy(scorer, scorer_args or {}, selector)
         self.policies: list[PruningPolicy] = []
         self.summary: list[str] = []
         self._run: _Run | None = None
@@ -106,10 +120,11 @@ class CrossAttentionCalibration(LoopContext):
     def loop_context(self, trainer: Trainer, pl_module: LightningModule, stage: Stage) -> Iterator[None]:
         family = find_family(pl_module, self.model)
         refuse_unprunable(pl_module, family)
-        refuse_unreplayable(family)
-        budgets = self.budgets if self.promise is None else tuple(descending(self.budgets, family.tokens_per_image))
-        calibrator = Calibrator(family, budgets, self.promise, pl_module.device)
-        recorder = Recorder(family, calibrator.needs)
+        plan = Plan.of(family, self.method)
+        tokens = family.tokens_per_image or MANY
+        budgets = self.budgets if self.promise is None else tuple(descending(self.budgets, tokens))
+        calibrator = Calibrator(plan, budgets, self.promise, pl_module.device)
+        recorder = Recorder(plan, calibrator.needs)
         self._run = _Run(calibrator, recorder, self._partial(trainer, family))
         self._run.taken_over = done = self._begin(self._run)
         again = f" {done} batches of an interrupted calibration are taken over." if done else ""
@@ -128,6 +143,7 @@ class CrossAttentionCalibration(LoopContext):
             "promise": None if self.promise is None else [self.promise.max_disagreement, self.promise.confidence],
             "process": f"{trainer.global_rank} of {trainer.world_size}",
             "precision": trainer.precision,
+            "method": None if self.method is None else self.method.to_dict(),
             "batches": [str(number) for number in trainer.num_predict_batches],  # "inf" of a loader without a length
             "model": model_fingerprint(family.model),
         }

@@ -10,6 +10,8 @@ from typing import Any
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint, EarlyStopping
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+from torch import nn
+from torchmetrics import MeanMetric
 
 from catp_lightning.answers import Comparison, compare_with_unpruned
 from catp_lightning.callbacks.calibration import CrossAttentionCalibration
@@ -30,11 +32,15 @@ class _Loop:
     comparison: Comparison | None
     agreement: Agreement
     overlap: OverlapCheck | None
+    per_layer: MeanMetric
 
     def read_batch(self) -> None:
         for keep, counts in self.pruning.choices:
             self.tokens.update(keep, counts)
         self.pruning.choices.clear()
+        for tokens in self.pruning.tokens_per_layer:
+            self.per_layer.update(tokens)
+        self.pruning.tokens_per_layer.clear()
         if self.overlap is not None:
             self.overlap.see(self.pruning.images)
         self.pruning.images.clear()
@@ -52,6 +58,10 @@ class _Loop:
                 "your module use another model, name it: TokenPruning(..., model=...)."
             )
             return {}
+        if self.pruning.leave_at:
+            per_layer = float(self.per_layer.compute())
+            if not math.isclose(per_layer, figures["catp/tokens_kept"], rel_tol=1e-6):
+                figures["catp/tokens_per_layer"] = per_layer
         if self.comparison is not None:
             figures["catp/agreement"] = float(self.agreement.compute())
         if self.overlap is not None:
@@ -62,7 +72,8 @@ class _Loop:
 class TokenPruning(LoopContext):
     """Prunes visual tokens in the validation, test and predict loops; training is never touched.
 
-    Logs, once an epoch, `catp/tokens_kept` (mean visual tokens kept a sample) and `catp/keep_share` (in (0, 1]); in
+    Logs, once an epoch, `catp/tokens_kept` (mean visual tokens kept a sample) and `catp/keep_share` (in (0, 1]), and
+    where tokens leave inside the decoder `catp/tokens_per_layer`, the mean over its layers of how many each reads; in
     predict, where Lightning forbids `log`, straight to the trainer's loggers, and where there are none to the console.
     The model is restored after each loop and after any exception. Where the split shares images with the one that the
     policy was calibrated on, a warning at the end of each epoch says how many.
@@ -75,6 +86,7 @@ class TokenPruning(LoopContext):
         compare: run the unpruned model on each batch as well and log `catp/agreement`, the share of equal answers.
         sanity_check: whether to prune in the sanity check before fit.
         model: the name of the submodule to prune, where the module holds several supported models.
+        guide: the smaller model that the scorer `sgl` asks for, as in `prune`; it stays on the device it is on.
 
     Attributes:
         figures: what was logged at the end of the last epoch.
@@ -101,11 +113,12 @@ class TokenPruning(LoopContext):
         compare: bool = False,
         sanity_check: bool = False,
         model: str | None = None,
+        guide: nn.Module | None = None,
     ) -> None:
         super().__init__(stages, sanity_check)
         if keep is not None:
             check_keep(keep)
-        self.policy, self.keep, self.compare, self.model = policy, keep, compare, model
+        self.policy, self.keep, self.compare, self.model, self.guide = policy, keep, compare, model, guide
         self.figures: dict[str, float] = {}
         self._loaded: PruningPolicy | None = None
         self._loop: _Loop | None = None
@@ -126,11 +139,12 @@ class TokenPruning(LoopContext):
     def loop_context(self, trainer: Trainer, pl_module: LightningModule, stage: Stage) -> Iterator[None]:
         policy = self._loaded or load_policy(self.policy, self.keep)
         with ExitStack() as stack:
-            pruning = stack.enter_context(prune(pl_module, policy, model=self.model))
+            pruning = stack.enter_context(prune(pl_module, policy, model=self.model, guide=self.guide))
             comparison = stack.enter_context(compare_with_unpruned(pruning)) if self.compare else None
             device = pl_module.device  # a metric outside the module is not moved by Lightning
             tokens, agreement = TokensKept().to(device), Agreement().to(device)
-            self._loop = _Loop(pruning, tokens, comparison, agreement, overlap_check(policy, device))
+            per_layer = MeanMetric().to(device)
+            self._loop = _Loop(pruning, tokens, comparison, agreement, overlap_check(policy, device), per_layer)
             try:
                 yield
             finally:

@@ -6,14 +6,25 @@ from catp_lightning.errors import DataError
 
 SHIPPED = ("digits_blip2", "digits_llava", "digits_mllama")
 
+GRIDS = {
+    "digits_blip2": ((4, 4),),
+    "digits_llava": ((6, 6),),
+    "digits_mllama": ((3, 3), (3, 6), (6, 3), (6, 6)),  # of 1, 2, 2 and 4 tiles
+}
+"""For each shipped model the scenes it knows: `grids` of `write_scenes`."""
+
+PROMPTS = {
+    "digits_blip2": "Question: {} Short answer:",
+    "digits_llava": "<image> Question: {} Short answer:",
+    "digits_mllama": "<|image|>Question: {} Short answer:",
+}
+"""For each shipped model the prompt it was trained with: `prompt` of `VQADataModule`."""
+
 
 def shipped(name: str) -> Path:
-    """The folder of a model that comes with the package, with its processor. All answer questions about digit scenes.
+    """The folder of a model that comes with the package, with its processor: one of `SHIPPED`.
 
-    - digits_blip2: 4 x 4 cells, `write_scenes` without `grids`; prompt "Question: {} Short answer:".
-    - digits_llava: `grids=((6, 6),)`; prompt "<image> Question: {} Short answer:".
-    - digits_mllama: `grids=((3, 3), (3, 6), (6, 3), (6, 6))`, of 1, 2, 2 and 4 tiles; prompt
-      "<|image|>Question: {} Short answer:".
+    All answer questions about digit scenes, on the grids of `GRIDS` and in the prompts of `PROMPTS`.
 
     Raises:
         DataError: no model of that name is shipped.

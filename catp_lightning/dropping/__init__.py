@@ -5,10 +5,18 @@ from typing import Any
 
 from torch import Tensor
 
-from catp_lightning.dropping.cross_attention import CrossAttentionRows
+from catp_lightning.dropping.cross_attention import CrossAttended, CrossAttentionRows
 from catp_lightning.dropping.decoder import DecoderEntry
 from catp_lightning.dropping.encoder import EncoderEntry
-from catp_lightning.dropping.prompt import DecoderPrompt, Prompt, Shortened, columns_kept, shortened, visual_tokens
+from catp_lightning.dropping.prompt import (
+    DecoderPrompt,
+    Prompt,
+    Shortened,
+    columns_kept,
+    merged,
+    shortened,
+    visual_tokens,
+)
 from catp_lightning.dropping.stages import NOTHING, DecoderStages, StagePrompt
 from catp_lightning.errors import PruningError
 from catp_lightning.families.base import Family
@@ -52,8 +60,11 @@ def entry(
 
 
 __all__ = [
+    "CrossAttended",
+    "CrossAttentionRows",
     "DecoderEntry",
     "DecoderPrompt",
+    "DecoderStages",
     "EncoderEntry",
     "Entry",
     "Prompt",
@@ -61,6 +72,7 @@ __all__ = [
     "StagePrompt",
     "columns_kept",
     "entry",
+    "merged",
     "shortened",
     "visual_tokens",
 ]

@@ -9,7 +9,7 @@ A text row that sees no image is left unmasked by the model and attends to all o
 reads is computed from the full states, in prefill. No text row leaves.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -36,10 +36,12 @@ class CrossAttended(Prompt):
         attention: float32 or float64 [B, H, T], what each head of the first cross-attention layer pays a row, summed
             over the prompt's text rows that see an image; 0 where `tokens` is False. Text from the first label on is
             no prompt; where it is all that sees an image, its first row counts. None where it was not asked for.
+        given: what the text model was called with, by name, without its cache.
     """
 
     states: Tensor
     attention: Tensor | None
+    given: Mapping[str, Any]
 
 
 class CrossAttentionRows:
@@ -54,10 +56,12 @@ class CrossAttentionRows:
 
     Attributes:
         active: False: the model runs unpruned.
+        prompt_length: columns of a prompt that is called together with its answer, as if that had been generated.
         labels_left_out: always 0, no text row leaves.
     """
 
     labels_left_out = 0
+    prompt_length: int | None = None
 
     def __init__(
         self,
@@ -72,6 +76,7 @@ class CrossAttentionRows:
         self._reset()
 
     def _reset(self) -> None:
+        self._given: Mapping[str, Any] = {}  # arguments of the call that is running
         self._prefill: Prefill | None = None  # that is running
         self._changes: dict[str, Any] = {}  # arguments of the cross-attention layers in the call that is running
         self._length: int | None = None  # of the prompt of the `generate` that is running
@@ -95,6 +100,7 @@ class CrossAttentionRows:
         self._prefill, self._changes = None, {}
         if not self.active:
             return
+        self._given = {name: value for name, value in kwargs.items() if name != "past_key_values"}
         cache, states = kwargs.get("past_key_values"), kwargs.get("cross_attention_states")
         held = _image_rows(cache, self.family.cross_attention[0].layer_idx)
         if states is None and held == 0:  # text alone
@@ -118,7 +124,7 @@ class CrossAttentionRows:
                     "An image came with a cache that holds image rows already, and cannot be added to it. Generate "
                     "from the whole text again, with all of its images and without past_key_values."
                 )
-            self._length = self._watching.prompt_length(sight.real.shape[1])
+            self._length = self.prompt_length or self._watching.prompt_length(sight.real.shape[1])
             self._prefill = Prefill(sight, states.reshape(len(sight.real), -1, states.shape[-1]))
             if bool(self._prefill.tokens.any()):
                 self._changes = self._prefill.changes
@@ -128,7 +134,7 @@ class CrossAttentionRows:
     def _record_nothing(self, tokens: Tensor, states: Tensor) -> None:
         """Of a prompt whose text sees no image: there is nothing to choose from, and the record says so."""
         beams = self._watching.beams(len(tokens))
-        self.choose(CrossAttended(tokens[::beams], self._watching.arguments, beams, states[::beams], None))
+        self.choose(CrossAttended(tokens[::beams], self._watching.arguments, beams, states[::beams], None, self._given))
 
     def _decode(self, cache: Any, held: int, sight: Sight) -> dict[str, Any]:
         if self._stored is None or not self._stored.is_in(cache, held, len(sight.real)):
@@ -155,7 +161,8 @@ class CrossAttentionRows:
         beams = self._watching.beams(len(prefill.tokens))
         tokens, states = prefill.tokens[::beams], prefill.states[::beams]
         attention = self._attention(prefill, module, kwargs, beams) if self.observe else None
-        keep = self.choose(CrossAttended(tokens, self._watching.arguments, beams, states, attention)) & tokens
+        prompt = CrossAttended(tokens, self._watching.arguments, beams, states, attention, self._given)
+        keep = self.choose(prompt) & tokens
         if not torch.equal(keep, tokens):
             prefill.narrow(keep.repeat_interleave(beams, 0))
             self._changes = prefill.changes
@@ -185,7 +192,7 @@ class CrossAttentionRows:
         return paid.new_zeros(*paid.shape[:2], prefill.tokens.shape[1]).scatter(2, order, paid)
 
     def _leave(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        prefill, self._prefill, self._changes = self._prefill, None, {}
+        prefill, self._prefill, self._changes, self._given = self._prefill, None, {}, {}
         if prefill is not None and output is not None:
             self._stored = prefill.stored
 

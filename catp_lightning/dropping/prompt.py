@@ -202,7 +202,8 @@ def group_means(values: Tensor, carrier: Tensor) -> Tensor:
     wide = values.to(torch.promote_types(values.dtype, torch.float32))
     joins = (carrier >= 0).to(wide.dtype)
     index = carrier.clamp(min=0)
-    total = torch.zeros_like(wide).scatter_add(1, index[..., None].expand_as(wide), wide * joins[..., None])
+    joining = wide.masked_fill(carrier[..., None] < 0, 0)  # a product would carry on what is not finite
+    total = torch.zeros_like(wide).scatter_add(1, index[..., None].expand_as(wide), joining)
     count = torch.zeros_like(joins).scatter_add(1, index, joins)
     leads = (carrier == torch.arange(carrier.shape[1], device=carrier.device)) & (count > 1)
     return torch.where(leads[..., None], total / count.clamp(min=1)[..., None], wide).to(values.dtype)

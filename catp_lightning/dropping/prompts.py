@@ -22,7 +22,10 @@ class Prompts:
 
     Attributes:
         inside: whether the decoder is running; what its embedding layer sees then is no prompt.
+        given: a prompt that is known already, whatever the decoder is called with: it is answered again.
     """
+
+    given: DecoderPrompt | None = None
 
     def __init__(self, family: Family) -> None:
         self.family, self.inside = family, False
@@ -78,6 +81,8 @@ class Prompts:
         Raises:
             PruningError: its ids are not known.
         """
+        if self.given is not None:
+            return self.given
         ids, self._ids = self._ids, None
         if self.family.outer is not None:
             ids = self._watching.arguments.get("input_ids")

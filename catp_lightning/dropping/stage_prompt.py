@@ -7,6 +7,7 @@ from torch import Tensor
 
 from catp_lightning.attention import attention_map
 from catp_lightning.dropping.prompt import DecoderPrompt, Shortened, merged, shortened, visual_tokens
+from catp_lightning.errors import PruningError
 from catp_lightning.observation import Needs, Observation, Signal, Values
 
 
@@ -67,9 +68,20 @@ class Prefill:
         return StagePrompt(**{**vars(self.prompt), "tokens": self.tokens}, stage=stage, layer=layer, values=values)
 
     def narrow(self, keep: Tensor) -> Shortened:
-        """Of the visual tokens only `keep`, bool [B, T], stay. Returns what stays of the rows there were before."""
+        """Of the visual tokens only `keep`, bool [B, T], stay. Returns what stays of the rows there were before.
+
+        Raises:
+            PruningError: nothing of a sample is left.
+        """
         self.tokens, before = keep & self.tokens, self.rows
         stays = shortened(self.prompt.columns(self.tokens).gather(1, before.order), before.short_mask)
+        emptied = before.short_mask.any(1) & ~stays.short_mask.any(1)
+        if bool(emptied.any()):
+            raise PruningError(
+                f"All tokens of sample {int(emptied.nonzero()[0]) // self.prompt.beams} are visual and all of them "
+                "leave: no row is left to answer from. Give the sample a prompt with text, or choose a scorer that "
+                "keeps some."
+            )
         self.rows = Shortened(before.order.gather(1, stays.order), stays.valid, before.mask)
         self.kept.append(self.rows)
         return stays
@@ -115,7 +127,8 @@ class Prefill:
         seen = seen.expand(-1, heads, -1, -1)[:, :, None].expand(-1, -1, shared.shape[2], -1, -1).flatten(2, 3)
         paid = attention_map(shared.flatten(2, 3), key[::beams], seen, scaling).unflatten(2, (-1, few)).flatten(1, 2)
         columns = paid.new_zeros(*paid.shape[:3], self.prompt.mask.shape[1])
-        columns = columns.scatter(3, order[:, None, None].expand_as(paid), paid) * exists[:, None, :, None]
+        columns = columns.scatter(3, order[:, None, None].expand_as(paid), paid)
+        columns = columns.masked_fill(~exists[:, None, :, None], 0.0)  # a row of padding sees nothing: it is NaN
         return self._visual(columns.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
 
     def _visual(self, columns: Tensor) -> Tensor:

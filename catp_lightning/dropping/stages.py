@@ -15,10 +15,10 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from catp_lightning.attention import SUPPORTED, observe_attention
+from catp_lightning.attention import PREFIX, SUPPORTED, observe_attention
 from catp_lightning.dropping.labels import Labels
 from catp_lightning.dropping.masks import layer_mask, of_columns, window
-from catp_lightning.dropping.prompt import Shortened, foreign_cache, forgetting, refuse_static
+from catp_lightning.dropping.prompt import DecoderPrompt, Shortened, foreign_cache, forgetting, refuse_static
 from catp_lightning.dropping.prompts import Prompts
 from catp_lightning.dropping.stage_prompt import Prefill, StagePrompt
 from catp_lightning.errors import PruningError
@@ -109,7 +109,7 @@ class DecoderStages:
                 "caches hold cannot be told where layers cache different numbers of rows. Choose a scorer that drops "
                 "tokens before the decoder, or a checkpoint without such layers."
             )
-        if config._attn_implementation not in SUPPORTED:
+        if str(config._attn_implementation).removeprefix(PREFIX) not in SUPPORTED:
             raise PruningError(
                 f"{name} has attn_implementation={config._attn_implementation!r}, whose masks cannot be shortened. "
                 f"Load the model with one of {', '.join(SUPPORTED)}."
@@ -121,12 +121,14 @@ class DecoderStages:
         return self._labels.left_out
 
     @contextmanager
-    def dropping(self) -> Iterator[None]:
-        """Hooks are in place only while inside."""
+    def dropping(self, prompt: DecoderPrompt | None = None) -> Iterator[None]:
+        """Hooks are in place only while inside; with a prompt, the decoder is called on it again."""
         decoder: Any = self.family.decoder
         observed = {self.layers[at].self_attn: (partial(self._look, at), _nothing) for at in self._looked_at}
         with ExitStack() as undo:
             undo.callback(self._reset)
+            undo.callback(setattr, self._prompts, "given", None)
+            self._prompts.given = prompt
             for watching in (self._prompts, self._labels):
                 undo.enter_context(watching.watching())
             undo.enter_context(observe_attention(decoder, observed))

@@ -11,7 +11,6 @@ from torch import Tensor, nn
 from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel
 
 from catp_lightning.attention import Reduction
-from catp_lightning.errors import PruningError
 from catp_lightning.observation import Observation, Signal, Values
 
 if TYPE_CHECKING:
@@ -78,9 +77,23 @@ class Family(ABC):
         """The stack of decoder layers, at whose entry tokens are dropped."""
 
     @property
-    def tokens_per_image(self) -> int:
+    def tokens_per_image(self) -> int | None:
         """Visual tokens of each image, where all have as many."""
-        raise PruningError(f"Images of {type(self.model).__name__} differ in their number of visual tokens.")
+        return None
+
+    @property
+    def most_tokens(self) -> int | None:
+        """Visual tokens of the largest image; None: not known."""
+        return self.tokens_per_image
+
+    @property
+    def replayable(self) -> bool:
+        """Whether a recorded prompt can be answered again exactly, as calibration does."""
+        return False
+
+    def heads(self, signal: Signal) -> int:
+        """How many attention heads a by-layer signal has."""
+        return int(self.decoder_config.num_attention_heads)
 
     @property
     def outer(self) -> nn.Module | None:

@@ -76,6 +76,14 @@ class Blip2(Family):
         return int(self.model.config.num_query_tokens)
 
     @property
+    def replayable(self) -> bool:
+        return self.reads == "decoder"
+
+    def heads(self, signal: Signal) -> int:
+        config = self.model.qformer.config if signal in self.layers() else self.decoder_config
+        return int(config.num_attention_heads)
+
+    @property
     def decoder(self) -> nn.Module:
         return self.model.language_model.get_decoder()
 

@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 from transformers.models.llava_next.modeling_llava_next import image_size_to_num_patches
 
 from catp_lightning.attention import attention_map, attention_received
+from catp_lightning.dropping.masks import window
 from catp_lightning.errors import PruningError
 from catp_lightning.families.base import AttentionSite
 from catp_lightning.families.layout import Image, equal_images, pictures, sized_images
@@ -50,6 +51,29 @@ class Llava(Placeholder):
     @property
     def kind(self) -> str:
         return str(self.model.config.model_type)
+
+    @property
+    def replayable(self) -> bool:
+        return window(self.decoder_config) is None
+
+    @property
+    def tokens_per_image(self) -> int | None:
+        if self.kind not in ("llava", "vipllava") or self.model.config.vision_config.model_type == "pixtral":
+            return None
+        return self._patches() + int(self._has_class and self._full)
+
+    @property
+    def most_tokens(self) -> int | None:
+        pinpoints = getattr(self.model.config, "image_grid_pinpoints", None)
+        if self.kind not in CUT or not pinpoints:
+            return self.tokens_per_image
+        side = self.model.config.vision_config.image_size
+        crops = max(-(-height // side) * -(-width // side) for height, width in pinpoints)
+        return (crops + 1) * self._patches()
+
+    def heads(self, signal: Signal) -> int:
+        config = self.model.config.vision_config if signal in self.layers() else self.decoder_config
+        return int(config.num_attention_heads)
 
     def layers(self) -> Mapping[Signal, int]:
         blocks = self._blocks()
@@ -185,8 +209,8 @@ def _received(query: Tensor, key: Tensor, mask: Tensor | None, scaling: float) -
 
 
 def _keys(query: Tensor, key: Tensor, mask: Tensor | None, scaling: float) -> Tensor:
-    """Key vectors of the patches, mean over heads: [B, D, N]."""
-    return key.mean(1).transpose(1, 2)
+    """Key vectors of the patches, mean over heads, in float32 at least: [B, D, N]."""
+    return key.to(torch.promote_types(key.dtype, torch.float32)).mean(1).transpose(1, 2)
 
 
 def _keys_without_class(query: Tensor, key: Tensor, mask: Tensor | None, scaling: float) -> Tensor:

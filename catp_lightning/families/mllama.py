@@ -136,6 +136,14 @@ class Mllama(Family):
         """[CLS] and patches."""
         return int(self.model.model.vision_model.num_patches)
 
+    @property
+    def replayable(self) -> bool:
+        return True
+
+    @property
+    def most_tokens(self) -> int:
+        return self.tiles * self.rows_per_tile
+
     def layers(self) -> Mapping[Signal, int]:
         return {Signal.TEXT_ATTENTION: 1}
 

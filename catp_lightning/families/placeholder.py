@@ -35,6 +35,8 @@ KNOWN_INPUTS = {
     *("output_attentions", "output_hidden_states", "return_dict", "cache_position"),
     *("visual_pos_masks", "deepstack_visual_embeds"),  # shortened below
 }
+# Their decoders are causal, and position ids count columns: a recorded prompt is all there is to know.
+REPLAYABLE = {"idefics3", "internvl", "smolvlm"}
 SIZES = ("image_sizes", "image_grid_thw", "video_grid_thw", "spatial_shapes", "image_grid_hws")
 KNOWN_LAYERS = {"full_attention", "sliding_attention"}
 
@@ -90,6 +92,10 @@ class Placeholder(Family):
                 "decoder takes nothing unknown, so it should be; compare a few answers at keep=1.0 and with a mask.",
                 stacklevel=2,
             )
+
+    @property
+    def replayable(self) -> bool:
+        return self.model.config.model_type in REPLAYABLE and window(self.decoder_config) is None
 
     def shape(self) -> Mapping[str, int]:
         config = self.decoder_config

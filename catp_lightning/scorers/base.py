@@ -3,7 +3,7 @@
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -86,6 +86,39 @@ class AttentionScorer(Scorer):
             return None
         like = next(value for value in seen.values.values() if value.is_floating_point())
         return torch.tensor(self.head_weights, dtype=like.dtype, device=like.device)
+
+
+@dataclass(frozen=True)
+class PaidAttention(AttentionScorer):
+    """Votes that are attention a token is paid: as it is, or on the scale on which calibration fits head weights.
+
+    Attributes:
+        scale: "attention", probabilities; or "log", their logarithm, standardised over the tokens of an image.
+    """
+
+    scale: Literal["attention", "log"] = "attention"
+
+    @abstractmethod
+    def attention(self, seen: Observation) -> Tensor:
+        """What each head pays each token: float [I, L, H, T]."""
+
+    def votes(self, seen: Observation) -> Tensor:
+        attention = self.attention(seen)
+        return attention if self.scale == "attention" else standardised_log(attention, seen.free)
+
+
+def standardised_log(attention: Tensor, free: Tensor) -> Tensor:
+    """Logarithms with mean 0 and standard deviation 1 over an image's tokens: [I, L, H, T], bool [I, T] -> same.
+
+    Where `free` is False they are 0; equal ones are 0 too. Attention below 1e-20 counts as that.
+
+    >>> standardised_log(torch.tensor([[[[1.0, 10.0, 0.0]]]]), torch.tensor([[True, True, False]])).flatten().abs().round()
+    tensor([1., 1., 0.])
+    """
+    there = free[:, None, None].to(attention.dtype)
+    logs, count = attention.clamp(min=1e-20).log() * there, there.sum(-1, keepdim=True).clamp(min=1)
+    centred = (logs - logs.sum(-1, keepdim=True) / count) * there
+    return centred / (centred.square().sum(-1, keepdim=True) / count).sqrt().clamp(min=1e-6)
 
 
 def slot_scores(weights: Sequence[float], like: Tensor) -> Tensor:

@@ -5,11 +5,11 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from catp_lightning.observation import Needs, Observation, Signal
-from catp_lightning.scorers.base import AttentionScorer
+from catp_lightning.scorers.base import PaidAttention
 
 
 @dataclass(frozen=True)
-class FasterVLM(AttentionScorer):
+class FasterVLM(PaidAttention):
     """Attention that [CLS] pays the patch, over heads, in the layer whose output the language model reads.
 
     A tower without [CLS] (SigLIP) has no such row: there it is the attention a patch receives on average, which is
@@ -22,5 +22,5 @@ class FasterVLM(AttentionScorer):
     def needs(self) -> Needs:
         return {Signal.VISION_ATTENTION: self.layers}
 
-    def votes(self, seen: Observation) -> Tensor:
+    def attention(self, seen: Observation) -> Tensor:
         return seen.by_layer(Signal.VISION_ATTENTION, self.layers)

@@ -5,11 +5,11 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from catp_lightning.observation import Needs, Observation, Signal
-from catp_lightning.scorers.base import AttentionScorer
+from catp_lightning.scorers.base import PaidAttention
 
 
 @dataclass(frozen=True)
-class LastRow(AttentionScorer):
+class LastRow(PaidAttention):
     """Attention of the prompt's last row in layers that have run: the score of both methods below.
 
     Attributes:
@@ -22,7 +22,7 @@ class LastRow(AttentionScorer):
     def needs(self) -> Needs:
         return {Signal.LAST_ROW: self.layers}
 
-    def votes(self, seen: Observation) -> Tensor:
+    def attention(self, seen: Observation) -> Tensor:
         return seen.by_layer(Signal.LAST_ROW, self.layers)
 
 

@@ -6,11 +6,11 @@ from typing import ClassVar
 from torch import Tensor
 
 from catp_lightning.observation import Needs, Observation, Signal
-from catp_lightning.scorers.base import AttentionScorer
+from catp_lightning.scorers.base import PaidAttention
 
 
 @dataclass(frozen=True)
-class TrimmedLlama(AttentionScorer):
+class TrimmedLlama(PaidAttention):
     """Attention that a row of the image gets from the text, summed over text rows and heads.
 
     Its selector keeps what any head ranks high; with `top-k` the sum over heads decides. The sum over text rows is
@@ -23,5 +23,5 @@ class TrimmedLlama(AttentionScorer):
     def needs(self) -> Needs:
         return {Signal.TEXT_ATTENTION: self.layers}
 
-    def votes(self, seen: Observation) -> Tensor:
+    def attention(self, seen: Observation) -> Tensor:
         return seen.by_layer(Signal.TEXT_ATTENTION, self.layers)

@@ -1,10 +1,28 @@
 """Selectors by the name a policy calls them."""
 
 from catp_lightning.selectors.base import Selector, without_autocast
+from catp_lightning.selectors.conditional_dpp import ConditionalDPP
+from catp_lightning.selectors.context_merge import ContextMerge
+from catp_lightning.selectors.dart import DART
 from catp_lightning.selectors.dpp import DPP
+from catp_lightning.selectors.max_min import MaxMin
+from catp_lightning.selectors.pool import Pool
+from catp_lightning.selectors.prune_similar import PruneSimilar
+from catp_lightning.selectors.recycle import Recycle
 from catp_lightning.selectors.top_k import TopK
 from catp_lightning.selectors.union import Union
 
-SELECTORS: dict[str, type[Selector]] = {"top-k": TopK, "dpp": DPP, "union": Union}
+SELECTORS: dict[str, type[Selector]] = {
+    "top-k": TopK,
+    "dpp": DPP,
+    "union": Union,
+    "dart": DART,
+    "recycle": Recycle,
+    "prune-similar": PruneSimilar,
+    "context-merge": ContextMerge,
+    "max-min": MaxMin,
+    "conditional-dpp": ConditionalDPP,
+    "pool": Pool,
+}
 
 __all__ = ["SELECTORS", "Selector", "without_autocast"]

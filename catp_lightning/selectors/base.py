@@ -77,6 +77,10 @@ def without_autocast(like: Tensor) -> torch.autocast:
 
 
 def ranked(scores: Tensor, visual: Tensor) -> Tensor:
-    """Rank of each token, 0 the highest: [R, T] -> int64 [R, T]. The lowest index wins a tie; NaN ranks last."""
-    order = scores.masked_fill(~visual | scores.isnan(), -torch.inf).argsort(dim=1, descending=True, stable=True)
-    return order.argsort(1)
+    """Rank of each token, 0 the highest: [R, T] -> int64 [R, T]. The lowest index wins a tie; NaN ranks last.
+
+    Tokens that are not there rank after all that are.
+    """
+    order = scores.masked_fill(scores.isnan(), -torch.inf).argsort(dim=1, descending=True, stable=True)
+    there = visual.gather(1, order).long().argsort(dim=1, descending=True, stable=True)
+    return order.gather(1, there).argsort(1)

@@ -1,0 +1,114 @@
+"""Replays of prompts that a decoder reads: recorded at its entry, answered again through the language model."""
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from catp_lightning.answers import Answer
+from catp_lightning.calibration.replay import (
+    Replay,
+    answering_rows,
+    first_answers,
+    picked,
+    some_answers,
+    text_fingerprint,
+)
+from catp_lightning.dropping import DecoderPrompt, DecoderStages, columns_kept, merged, shortened
+from catp_lightning.families import Family
+from catp_lightning.pruning import Pruning
+
+
+@dataclass(frozen=True)
+class DecoderReplay(Replay):
+    """Prompts at the entry of the decoder.
+
+    Attributes:
+        prompt: as the decoder received it, without beams: B rows.
+        layer: the layer at whose entry tokens leave; 0: before the first.
+    """
+
+    prompt: DecoderPrompt
+    layer: int = 0
+
+    @classmethod
+    def of(cls, family: Family, prompt: DecoderPrompt, answers: Answer, layer: int = 0) -> "DecoderReplay":
+        """Of beams, or of several answers to a prompt, the first is replayed."""
+        beams = prompt.beams
+        vocabulary = family.language_model.config.get_text_config().vocab_size
+        answers, rows = first_answers(answers, len(prompt.visual), vocabulary)
+        of_rows = (part[::beams] for part in (prompt.embeds, prompt.mask, prompt.positions))
+        plain = DecoderPrompt.of(prompt.arguments, 1, prompt.ids, prompt.visual, *of_rows, prompt.asks)
+        return cls(family, answers, rows, plain, layer)
+
+    @property
+    def tokens(self) -> Tensor:
+        return self.prompt.tokens
+
+    @property
+    def lengths(self) -> Tensor:
+        return (self.prompt.mask == 1).sum(1)
+
+    @property
+    def questions(self) -> Tensor:
+        return text_fingerprint(self.prompt.ids, (self.prompt.mask == 1) & ~self.prompt.visual)
+
+    def of_samples(self, index: Tensor) -> "DecoderReplay":
+        old = self.prompt
+        parts = (old.ids, old.visual, old.embeds, old.mask, old.positions, old.asks)
+        prompt = DecoderPrompt.of(old.arguments, 1, *(part[index] for part in parts))
+        return replace(self, prompt=prompt, answers=some_answers(self.answers, index))
+
+    def log_probabilities(self, keep: Tensor, carrier: Tensor | None = None) -> Tensor:
+        keep = keep[:, : self.tokens.shape[1]]  # some samples of a batch, the longest of which has more
+        if self.layer:
+            stages = DecoderStages(self.family, lambda prompt: keep, False, lambda: None, (self.layer,))
+            return self._through(stages)
+        prompt = self.prompt
+        embeds = prompt.embeds if carrier is None else merged(prompt.embeds, prompt.visual, carrier)
+        # Padding is read by nobody; but after padding on the right, generate predicts the first token from it.
+        read = (prompt.mask == 1).scatter(1, self.answers.row[:, None], True)
+        short = shortened(columns_kept(prompt.visual, keep) & read, prompt.mask)
+        # The column that predicts the first token has moved by the columns that are gone before it; fillers are not.
+        first = (short.order <= self.answers.row[:, None]).sum(1, keepdim=True) - 1
+        return self._answer(short.shorten(embeds), short.short_mask, short.shorten(prompt.positions), first)
+
+    def pruned_log_probabilities(self, pruning: Pruning) -> Tensor:
+        return self._through(pruning.stages)
+
+    def _through(self, stages: DecoderStages) -> Tensor:
+        """The whole prompt and its answer, of which tokens leave inside the decoder."""
+        prompt, ahead = self.prompt, torch.ones_like(self.answers.ids[:, :-1])
+        nothing = torch.zeros_like(ahead, dtype=torch.bool)
+        forced = replace(
+            prompt,
+            ids=torch.cat([prompt.ids, self.answers.ids[:, :-1]], 1),
+            visual=torch.cat([prompt.visual, nothing], 1),
+            asks=torch.cat([prompt.asks, nothing], 1),
+            mask=torch.cat([prompt.mask, ahead], 1),
+            positions=torch.cat([prompt.positions, self._later()], 1),
+            embeds=torch.cat([prompt.embeds, self._forced()], 1),
+        )
+        with stages.dropping(forced):
+            return self._answer(prompt.embeds, prompt.mask, prompt.positions, self.answers.row[:, None])
+
+    def _answer(self, embeds: Tensor, mask: Tensor, positions: Tensor, first: Tensor) -> Tensor:
+        """Log-probabilities along the answer after rows [B, n, D], whose `first` [B, 1] predicts its first token."""
+        needed, place = answering_rows(self.answers, first, embeds.shape[1])
+        logits = self.family.language_model(
+            inputs_embeds=torch.cat([embeds, self._forced()], 1),
+            attention_mask=torch.cat([mask, torch.ones_like(self.answers.ids[:, :-1])], 1),
+            position_ids=torch.cat([positions, self._later()], 1),
+            logits_to_keep=needed,
+            use_cache=False,
+        ).logits
+        return picked(logits, place)
+
+    def _forced(self) -> Tensor:
+        """The answer's tokens but the last, as the decoder reads them."""
+        return self.family.model.get_input_embeddings()(self.answers.ids[:, :-1]).to(self.prompt.embeds.dtype)
+
+    def _later(self) -> Tensor:
+        """Position ids of the answer, which go on where those of the prompt end: int64 [B, A - 1]."""
+        steps = torch.arange(1, self.answers.ids.shape[1], device=self.prompt.positions.device)
+        return self.prompt.positions.amax(1, keepdim=True) + steps

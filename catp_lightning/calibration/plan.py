@@ -1,0 +1,129 @@
+"""What a calibration may choose among: everything that drops before the decoder, or one method's own settings."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, fields, replace
+
+from catp_lightning.errors import PolicyError, PruningError
+from catp_lightning.families import Family
+from catp_lightning.observation import BY_LAYER, Needs, Signal, join
+from catp_lightning.policy import PruningPolicy
+from catp_lightning.scorers import AttentionScorer, Scorer
+from catp_lightning.scorers.cross_attention import CrossAttention
+from catp_lightning.scorers.fastervlm import FasterVLM
+from catp_lightning.scorers.region_attention import RegionAttention
+from catp_lightning.scorers.trimmed_llama import TrimmedLlama
+
+VOTERS: dict[str, AttentionScorer] = {"cross-attention": CrossAttention(), "region-attention": RegionAttention()}
+"""Scorers of a Q-Former whose head weights are fitted, by name."""
+
+OF_OTHERS: dict[str, AttentionScorer] = {
+    "fastervlm": FasterVLM(layers=None, scale="log"),
+    "trimmed-llama": TrimmedLlama(scale="log"),
+}
+"""The same of models without one."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is fitted, and where tokens are dropped while it is.
+
+    Attributes:
+        family: of the model.
+        method: the one method that is calibrated; None: all that drop before the decoder compete.
+        voters: scorers whose head weights are fitted, by name, with all the layers they may read.
+        layer: the decoder layer at whose entry tokens leave; 0: before the first.
+    """
+
+    family: Family
+    voters: Mapping[str, AttentionScorer]
+    method: PruningPolicy | None = None
+    layer: int = 0
+
+    @classmethod
+    def of(cls, family: Family, method: PruningPolicy | None = None) -> "Plan":
+        """
+        Raises:
+            PruningError: the model's prompts cannot be answered again, or the method does not run on it.
+            PolicyError: the method has nothing to calibrate.
+        """
+        if not family.replayable:
+            raise PruningError(
+                f"Calibration answers recorded prompts again, which is exact on BLIP-2 and InstructBLIP with a decoder "
+                f"as language model, on the LLaVA family, Llama-3.2-Vision, InternVL, SmolVLM and Idefics 3; "
+                f"{type(family.model).__name__} with {type(family.decoder).__name__} is none of them. Prune it by a "
+                "fixed rule, PruningPolicy(scorer=...); docs/families.md says which scorers it shows signals for."
+            )
+        if method is not None:
+            return cls._of_method(family, method)
+        both = {**VOTERS, **OF_OTHERS}
+        return cls(family, {name: scorer for name, scorer in both.items() if family.shows(scorer.needs)})
+
+    @classmethod
+    def _of_method(cls, family: Family, method: PruningPolicy) -> "Plan":
+        refusal = why_not(family, method)
+        if refusal is not None:
+            raise PruningError(f"{method.scorer!r} cannot be calibrated here. {refusal}")
+        scorer = method.build_scorer()
+        stages = scorer.stages(family.depth)
+        voter = everything_it_reads(family, scorer, stages)
+        return cls(family, {} if voter is None else {method.scorer: voter}, method, stages[0] if stages else 0)
+
+    @property
+    def slots(self) -> int:
+        """Places of an image's tokens that mean something whatever the image shows: those of a Q-Former's queries."""
+        own = Signal.CROSS_ATTENTION in self.family.layers() and self.layer == 0
+        return (self.family.tokens_per_image or 0) if own else 0
+
+    def voting(self, name: str) -> list[int]:
+        """The layers of a voter."""
+        layers = self.voters[name].layers
+        return list(range(self.family.layers()[_signal(self.voters[name])]) if layers is None else layers)
+
+    def heads(self, name: str) -> int:
+        """How many heads each layer of a voter has."""
+        return self.family.heads(_signal(self.voters[name]))
+
+    @property
+    def needs(self) -> Needs:
+        """What voters read before the decoder."""
+        return {} if self.layer else join(voter.needs for voter in self.voters.values())
+
+    @property
+    def needs_inside(self) -> dict[Signal, tuple[int, ...] | None]:
+        """What they read inside of it."""
+        return join(voter.needs for voter in self.voters.values()) if self.layer else {}
+
+
+def everything_it_reads(family: Family, scorer: Scorer, stages: tuple[int, ...]) -> AttentionScorer | None:
+    """An attention scorer without weights that reads every layer it can; None where there is nothing to weigh.
+
+    Heads of a method with several stages are others at every stage: weights of one say nothing about the next.
+    """
+    if not isinstance(scorer, AttentionScorer) or len(stages) > 1:
+        return None
+    signal = _signal(scorer)
+    count = stages[0] if stages else family.layers()[signal]
+    if stages and scorer.needs.keys() != {Signal.LAST_ROW}:
+        return None
+    layers = {"layers": tuple(range(count)), "head_weights": None, "slot_weights": None}
+    has_scale = any(field.name == "scale" for field in fields(scorer))
+    try:
+        return replace(scorer, **layers, **({"scale": "log"} if has_scale else {}))  # type: ignore[arg-type]
+    except ValueError:  # its layers are not free
+        return None
+
+
+def _signal(scorer: Scorer) -> Signal:
+    """What its heads are of."""
+    return next(signal for signal in scorer.needs if signal in BY_LAYER and signal is not Signal.VISION_KEYS)
+
+
+def why_not(family: Family, policy: PruningPolicy) -> str | None:
+    """Why a policy cannot prune this model; None: it can."""
+    from catp_lightning.pruning import Pruning
+
+    try:
+        Pruning(family, policy)
+    except (PruningError, PolicyError) as error:
+        return str(error)
+    return None

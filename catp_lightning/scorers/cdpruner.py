@@ -1,0 +1,47 @@
+"""CDPruner: how near a token is to the words of the prompt (2506.10967, section 3.3)."""
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from catp_lightning.observation import Needs, Observation, Signal
+from catp_lightning.scorers.base import Scorer
+
+CONSTANT = 1e-6
+"""Relevances that differ by less are equal: rounding must not be stretched to the whole of 0 to 1."""
+
+
+@dataclass(frozen=True)
+class CDPruner(Scorer):
+    """Cosine of the token and the mean of the prompt's text, from 0 for the image's least to 1 for its highest.
+
+    Its selector, `conditional-dpp`, adds diversity. The authors compare in the space of CLIP's text encoder, which
+    Hugging Face's LLaVA does not have: here both are as the language model reads them. Their code takes the negative
+    of the cosine, the paper the cosine itself, as here. Without text, or where all are equally relevant, all are 1.
+    """
+
+    selector: ClassVar[str] = "conditional-dpp"
+
+    @property
+    def needs(self) -> Needs:
+        return {Signal.READ: None, Signal.TEXT: None}
+
+    def score(self, seen: Observation) -> Tensor:
+        assert seen.text is not None  # it comes with Signal.TEXT
+        read, words = (_wide(seen[signal]) for signal in (Signal.READ, Signal.TEXT))
+        own = seen.text.to(words.dtype)
+        text = (words * own[..., None]).sum(1) / own.sum(1, keepdim=True).clamp(min=1)
+        relevance = F.cosine_similarity(read, text[:, None], dim=-1)
+        free = seen.free & ~relevance.isnan()
+        least = relevance.masked_fill(~free, torch.inf).amin(1, keepdim=True)
+        most = relevance.masked_fill(~free, -torch.inf).amax(1, keepdim=True)
+        tells = most - least > CONSTANT  # without text all are 0
+        scaled = torch.where(tells, (relevance - least) / (most - least).where(tells, 1), 1)
+        return scaled.clamp(0, 1).masked_fill(relevance.isnan(), torch.nan)
+
+
+def _wide(value: Tensor) -> Tensor:
+    return value.to(torch.promote_types(value.dtype, torch.float32))

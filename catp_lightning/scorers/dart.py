@@ -1,0 +1,40 @@
+"""DART: inside the decoder, keep the visual tokens least like a few pivots (2502.11494, section 4)."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from catp_lightning.observation import Needs, Observation, Signal
+from catp_lightning.scorers.base import Scorer
+
+
+@dataclass(frozen=True)
+class DART(Scorer):
+    """The L1 norm of the row that enters `layer` says which tokens are pivots; the selector `dart` does the rest.
+
+    The budget is of all visual tokens of a sample. The authors' code takes the norm of the keys of the layer before and
+    has four pivots in the text besides; here pivots are visual.
+
+    Attributes:
+        layer: the decoder layer at whose entry tokens leave, from 1.
+    """
+
+    selector = "dart"
+
+    layer: int = 2
+
+    def __post_init__(self) -> None:
+        if self.layer < 1:
+            raise ValueError(f"layer is {self.layer}; tokens leave inside the decoder, so it is at least 1.")
+
+    @property
+    def needs(self) -> Needs:
+        return {Signal.HIDDEN: None}
+
+    def stages(self, depth: int) -> tuple[int, ...]:
+        return (self.layer,)
+
+    def score(self, seen: Observation) -> Tensor:
+        hidden = seen[Signal.HIDDEN]
+        return hidden.to(torch.promote_types(hidden.dtype, torch.float32)).abs().sum(-1)

@@ -1,0 +1,28 @@
+"""Downsampling: the image at a lower resolution, a control."""
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from catp_lightning.observation import Needs, Observation, Signal
+from catp_lightning.scorers.base import Scorer
+
+
+@dataclass(frozen=True)
+class Downsample(Scorer):
+    """All tokens are equal: its selector, `pool`, keeps the mean of each cell of a coarser grid.
+
+    Of the vision tower's attention nothing is used: a family that shows it has tokens that are patches, line by line.
+    """
+
+    selector: ClassVar[str] = "pool"
+    control: ClassVar[bool] = True
+
+    @property
+    def needs(self) -> Needs:
+        return {Signal.VISION_ATTENTION: (-1,)}
+
+    def score(self, seen: Observation) -> Tensor:
+        return torch.zeros(seen.exists.shape, device=seen.exists.device)

@@ -1,0 +1,38 @@
+"""SGL: a small model of the same kind says where the large one should look (2412.03324, small VLM-guided pruning)."""
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from catp_lightning.observation import Needs, Observation, Signal
+from catp_lightning.scorers.base import PaidAttention
+
+
+@dataclass(frozen=True)
+class SGL(PaidAttention):
+    """Attention that a visual token gets in a guide model, summed over its layers, its heads and rows of text.
+
+    The rows are the prompt's text after the sample's first visual token, and what the guide generates, greedily, up to
+    the end of its answer; the last token it generates has no row. `prune(model, policy, guide=small_model)` runs the
+    guide once for each prompt. Tokens leave before the large model's decoder; the paper has them leave inside it, after
+    a few layers. The authors' code reads one sample at a time, and of its text only what follows the last visual token.
+
+    Attributes:
+        layers: of the guide, counted from 0, or from -1 for the last; None: all, as in the paper.
+        answer_tokens: how many tokens the guide generates at most, at least 1; whatever the large model is asked for,
+            so that a prompt has one choice.
+    """
+
+    answer_tokens: int = 16
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.answer_tokens < 1:
+            raise ValueError(f"answer_tokens is {self.answer_tokens}; the guide generates at least 1 token.")
+
+    @property
+    def needs(self) -> Needs:
+        return {Signal.GUIDE: self.layers}
+
+    def attention(self, seen: Observation) -> Tensor:
+        return seen.by_layer(Signal.GUIDE, self.layers)

@@ -1,0 +1,126 @@
+"""SparseVLM: text rows that are about the image rate its tokens inside the decoder (2410.04417, section 3)."""
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from catp_lightning.counts import keep_count
+from catp_lightning.observation import Needs, Observation, Signal
+from catp_lightning.scorers.base import AttentionScorer
+
+DEPTH, LAYERS = 32, (2, 6, 15)
+TOKENS, LISTS = 576, ((66, 30, 17), (303, 110, 36), (300, 200, 110))
+"""Of LLaVA-1.5-7B: how many visual tokens stay after each of those layers, for each of the paper's budgets."""
+
+
+@dataclass(frozen=True)
+class SparseVLM(AttentionScorer):
+    """Mean attention that the raters pay a visual token in the layer before each of several stages.
+
+    Raters are the text rows more relevant to the image than the average text row, chosen once from what the language
+    model reads: relevance is the softmax over text rows of a visual token's products with them, mean over the visual
+    tokens. Where all are equally relevant, all are raters. The budget is what is left of a sample's tokens after the
+    last stage, those that carry recycled ones included. The authors' code scores in layers 2, 6 and 15 of 32 and drops
+    after them (`stages_at=[3, 7, 16]`), and adds recycled tokens to its budgets.
+
+    `schedule="budget"` keeps the numbers of the paper's lists at its budgets of 110, 36 and 17 of 576; of other budgets
+    the logarithms of shares are interpolated (below the least extrapolated in proportion), and, where there are other
+    than three stages, between those too. `schedule="rank"` drops at each stage
+    `scale` * (tokens - rank), the rank that of the raters' attention [raters, tokens], mean over heads, and
+    never goes below the budget: it may end above it.
+
+    Attributes:
+        layers: decoder layers whose attention is read, counted from 0, or from -1 for the one before each stage.
+        schedule: how many stay after each stage.
+        scale: of the rank schedule, above 0; 1 keeps as many tokens as the rank.
+        stages_at: the decoder layers at whose entry tokens leave; None: layers 2, 6 and 15 of 32, in proportion.
+    """
+
+    selector = "recycle"
+
+    layers: tuple[int, ...] | None = (-1,)
+    schedule: Literal["budget", "rank"] = "budget"
+    scale: float = 1.0
+    stages_at: tuple[int, ...] | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.scale <= 0:
+            raise ValueError(f"scale is {self.scale}; a share of the tokens beyond the rank is dropped: above 0.")
+
+    @property
+    def needs(self) -> Needs:
+        return {Signal.TEXT_ROWS: self.layers, Signal.TEXT: None, Signal.READ: None}
+
+    def stages(self, depth: int) -> tuple[int, ...]:
+        if self.stages_at is not None:
+            return self.stages_at
+        return tuple(sorted({max(1, round(depth * layer / DEPTH)) for layer in LAYERS}))
+
+    def stage_counts(self, keep: int | float, tokens: Tensor, stage: int, stages: int, seen: Observation) -> Tensor:
+        if self.schedule == "budget":
+            counts = [_scheduled(keep, count, (stage + 1) / stages) for count in tokens.tolist()]
+            return torch.tensor(counts, device=tokens.device)
+        least = torch.tensor([keep_count(keep, count) for count in tokens.tolist()], device=tokens.device)
+        left = seen.exists.sum(1)
+        dropped = [math.floor(self.scale * beyond + 1e-9) for beyond in (left - self._ranks(seen)).tolist()]
+        return (left - torch.tensor(dropped, device=tokens.device)).maximum(least)
+
+    def votes(self, seen: Observation) -> Tensor:
+        paid, count = self._rated(seen)
+        return paid.sum(3) / count.clamp(min=1)[:, None, None, None]
+
+    def _rated(self, seen: Observation) -> tuple[Tensor, Tensor]:
+        """What raters pay the tokens that are still there, 0 elsewhere: float [I, L, H, R, T]; how many rate: [I]."""
+        assert seen.text is not None  # observed with the rows themselves
+        chosen = raters(seen[Signal.READ], seen[Signal.TEXT], seen.text)
+        rated = chosen[:, None, None, :, None] & seen.exists[:, None, None, None]
+        return seen.by_layer(Signal.TEXT_ROWS, self.layers).masked_fill(~rated, 0.0), chosen.sum(1)
+
+    def _ranks(self, seen: Observation) -> Tensor:
+        """The rank of each sample's attention, raters by tokens: int64 [I]."""
+        paid, count = self._rated(seen)
+        rated = paid.mean((1, 2)).nan_to_num().cpu().double()  # few numbers, and not every device has double
+        values = torch.linalg.svdvals(rated)  # padding with zeros adds zeros
+        larger = count.maximum(seen.exists.sum(1)).cpu()
+        least = values.amax(1) * larger * torch.finfo(paid.dtype).eps
+        return (values > least[:, None]).sum(1).to(paid.device)
+
+
+def raters(read: Tensor, text: Tensor, exists: Tensor) -> Tensor:
+    """Text rows that are more relevant to the visual tokens than the average text row.
+
+    Args:
+        read: float [B, T, D], visual tokens as the language model reads them, zeros beyond a sample's own.
+        text: float [B, R, D], text rows alike.
+        exists: bool [B, R], which of those there are.
+
+    Returns:
+        bool [B, R]; all of a sample's rows where none exceeds the average by more than rounding.
+    """
+    dtype = torch.promote_types(read.dtype, torch.float32)
+    with torch.autocast(read.device.type, enabled=False):
+        products = read.to(dtype) @ text.to(dtype).transpose(1, 2)
+    shares = products.masked_fill(~exists[:, None], -torch.inf).softmax(-1).nan_to_num()  # NaN: a sample without text
+    own = read.ne(0).any(-1)
+    relevance = (shares * own[..., None]).sum(1) / own.sum(1, keepdim=True).clamp(min=1)
+    above = exists & (
+        relevance * exists.sum(1, keepdim=True) > 1 + 1e-5
+    )  # a softmax over R rows: their average is 1 / R
+    return above | (exists & ~above.any(1, keepdim=True))
+
+
+def _scheduled(keep: int | float, tokens: int, part: float) -> int:
+    """How many of `tokens` stay after `part` of the stages."""
+    last = keep_count(keep, tokens) / max(1, tokens)
+    if last in (0, 1):
+        return tokens
+    budgets = np.log([*(counts[-1] / TOKENS for counts in LISTS), 1])
+    at, listed = np.log(last), max(np.log(last), budgets[0])
+    early = [np.interp(listed, budgets, np.log([*(c[n] / TOKENS for c in LISTS), 1])) for n in (0, 1)]
+    logs = [0, *(value * at / listed for value in early), at]
+    return keep_count(float(np.exp(np.interp(part * 3, range(4), logs))), tokens)

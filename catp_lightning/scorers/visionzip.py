@@ -1,0 +1,17 @@
+"""VisionZip: tokens that [CLS] attends to, and means of the rest (2412.04467, section 3)."""
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from catp_lightning.scorers.fastervlm import FasterVLM
+
+
+@dataclass(frozen=True)
+class VisionZip(FasterVLM):
+    """FasterVLM's score finds the dominant tokens; its selector, `context-merge`, merges the others.
+
+    Tokens are merged as the language model reads them; the authors merge before the projector, and count [CLS] itself
+    among the dominant tokens.
+    """
+
+    selector: ClassVar[str] = "context-merge"

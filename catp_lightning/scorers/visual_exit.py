@@ -1,0 +1,44 @@
+"""Visual exit: all visual tokens leave at one layer of the decoder (VTW 2405.05803, section 3; DyVTE 2411.19628)."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from catp_lightning.observation import Needs, Observation, Signal
+from catp_lightning.scorers.base import Scorer
+
+
+@dataclass(frozen=True)
+class VisualExit(Scorer):
+    """From `layer` on there are no visual tokens; up to there nothing is pruned.
+
+    Nothing is ranked: `keep` is ignored and all scores are 0. keep 1.0 is the unpruned model as for every scorer, so
+    give any other. Both papers choose the layer: VTW the first whose answers on a calibration set diverge little from
+    the full model's, DyVTE by a small network for each input; here the policy names it, the same for all samples.
+
+    Attributes:
+        layer: the decoder layer at whose entry visual tokens leave, from 1; None: half of the depth.
+    """
+
+    layer: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.layer is not None and self.layer < 1:
+            raise ValueError(
+                f"layer is {self.layer}; the first layer reads visual tokens, so it is at least 1, or None."
+            )
+
+    @property
+    def needs(self) -> Needs:
+        return {Signal.HIDDEN: None}  # what exists only where tokens can leave inside a decoder
+
+    def stages(self, depth: int) -> tuple[int, ...]:
+        return (max(1, depth // 2) if self.layer is None else self.layer,)
+
+    def stage_counts(self, keep: int | float, tokens: Tensor, stage: int, stages: int, seen: Observation) -> Tensor:
+        """None: int64 [B] zeros, whatever `keep` is."""
+        return torch.zeros_like(tokens)
+
+    def score(self, seen: Observation) -> Tensor:
+        return torch.zeros(seen.exists.shape, device=seen.exists.device)  # of equal scores none stays either

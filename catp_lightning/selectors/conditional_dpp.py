@@ -1,0 +1,31 @@
+"""A determinantal point process conditioned on relevance (CDPruner, 2506.10967, section 3.3)."""
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from catp_lightning.observation import Needs, Observation, Signal
+from catp_lightning.selectors.base import Selector
+from catp_lightning.selectors.dpp import cosine_similarity, greedy_ranks
+
+
+@dataclass(frozen=True)
+class ConditionalDPP(Selector):
+    """Greedy MAP of a k-DPP with kernel diag(r) S diag(r): r is the score, S the cosine similarity of the tokens.
+
+    Tokens are compared as they leave the vision part. Scores are relevances from 0 up: what is lower, or not a number,
+    counts as 0.
+    """
+
+    @property
+    def needs(self) -> Needs:
+        return {Signal.OUTPUTS: None}
+
+    def vectors(self, seen: Observation) -> Tensor:
+        return seen[Signal.OUTPUTS]
+
+    def ranks(self, scores: Tensor, visual: Tensor, most: int, vectors: Tensor | None) -> Tensor:
+        assert vectors is not None  # `vectors` above always gives some
+        similarity = cosine_similarity(vectors)
+        relevance = scores.nan_to_num(0.0, 0.0, 0.0).clamp(min=0).to(similarity.dtype)
+        return greedy_ranks(similarity * relevance[:, :, None] * relevance[:, None], visual, most)

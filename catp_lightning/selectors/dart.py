@@ -1,0 +1,56 @@
+"""Tokens least like a few pivots (DART, 2502.11494, section 4)."""
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from catp_lightning.observation import Needs, Observation, Signal
+from catp_lightning.selectors.base import Selector, ranked
+
+
+@dataclass(frozen=True)
+class DART(Selector):
+    """The tokens with the highest scores are pivots; each in turn takes its share of the tokens least similar to it.
+
+    Similarity is the cosine of the rows that enter the layer where tokens leave. All pivots stay; the budget beyond
+    them is dealt to them evenly, what is left over to those that score highest. With a budget of `pivots` or fewer the
+    pivots are all that stays. Of equal similarities the lowest index is taken, a token whose similarity is NaN last.
+    The authors' code takes pivots in the order of a set, normalises rows with the model's last norm before it compares
+    them, and rounds the shares, so that its number of tokens is near the budget; here it is the budget.
+
+    Attributes:
+        pivots: how many, at least 1; the authors' code has four visual ones.
+    """
+
+    nested: ClassVar[bool] = False  # another budget deals other shares
+
+    pivots: int = 4
+
+    def __post_init__(self) -> None:
+        if self.pivots < 1:
+            raise ValueError(f"pivots is {self.pivots}; tokens are compared with at least 1.")
+
+    @property
+    def needs(self) -> Needs:
+        return {Signal.HIDDEN: None}
+
+    def vectors(self, seen: Observation) -> Tensor:
+        hidden = seen[Signal.HIDDEN]
+        return hidden.to(torch.promote_types(hidden.dtype, torch.float32))
+
+    def select(self, scores: Tensor, visual: Tensor, counts: Tensor, vectors: Tensor | None) -> Tensor:
+        assert vectors is not None
+        least = torch.finfo(scores.dtype).min  # of NaN, and still before tokens that do not exist
+        order = ranked(scores.nan_to_num(least), visual)
+        pivots = counts.clamp(max=self.pivots)
+        share, more = (counts - pivots) // pivots.clamp(min=1), (counts - pivots) % pivots.clamp(min=1)
+        keep = (order < pivots[:, None]) & visual
+        directions = torch.nn.functional.normalize(vectors, dim=-1)
+        for turn in range(int(pivots.max())):
+            pivot = directions[torch.arange(len(order), device=order.device), (order == turn).int().argmax(1)]
+            likeness = (directions * pivot[:, None]).sum(-1)  # not a product of matrices: equal rows must stay equal
+            takes = (share + (turn < more)).where(turn < pivots, 0)
+            keep = keep | (ranked((-likeness).nan_to_num(least), visual & ~keep) < takes[:, None])
+        return keep

@@ -1,0 +1,43 @@
+"""Tokens as far from each other as can be, found greedily (DivPrune, 2503.02175)."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from catp_lightning.observation import Needs, Observation, Signal
+from catp_lightning.selectors.base import Selector
+from catp_lightning.selectors.similarity import rounded_similarity
+
+
+@dataclass(frozen=True)
+class MaxMin(Selector):
+    """Each step adds the token whose nearest in the set is farthest away; distance is 1 - cosine (algorithm 1).
+
+    Scores do not count. The first is the token whose nearest other is farthest away. Of equal distances the lowest
+    index wins; a token that is not a number comes last.
+    """
+
+    @property
+    def needs(self) -> Needs:
+        return {Signal.OUTPUTS: None}
+
+    def vectors(self, seen: Observation) -> Tensor:
+        return seen[Signal.OUTPUTS]
+
+    def ranks(self, scores: Tensor, visual: Tensor, most: int, vectors: Tensor | None) -> Tensor:
+        assert vectors is not None  # `vectors` above always gives some
+        sound = visual & ~vectors.isnan().any(-1)
+        distance = 1 - rounded_similarity(vectors)
+        others = sound[:, None] & ~torch.eye(visual.shape[1], dtype=torch.bool, device=visual.device)
+        nearest = distance.masked_fill(~others, torch.inf).amin(2)
+        ranks = torch.full(visual.shape, most, device=visual.device)
+        rows = torch.arange(len(visual), device=visual.device)
+        for step in range(most):
+            open_ = nearest.masked_fill(~sound, -1).masked_fill(~visual | (ranks < most), -torch.inf)
+            best = open_.argmax(1)
+            there = open_[rows, best] > -torch.inf
+            ranks[rows, best] = torch.where(there, step, ranks[rows, best])
+            reach = distance[rows, best]
+            nearest = reach if step == 0 else nearest.minimum(reach)
+        return ranks

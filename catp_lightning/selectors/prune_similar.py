@@ -1,0 +1,75 @@
+"""The most relevant tokens, and of the others those that are unlike each other (VisPruner, 2412.01818v2)."""
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from catp_lightning.observation import Needs, Observation, Signal
+from catp_lightning.selectors.base import Selector, ranked
+from catp_lightning.selectors.similarity import rounded_similarity
+
+AT_A_TIME = 8
+"""Tokens dropped in a round, as in the authors' code."""
+
+
+@dataclass(frozen=True)
+class PruneSimilar(Selector):
+    """A share of the budget goes to the highest scores, the rest to what is left once similar tokens are dropped.
+
+    The tokens left, highest score first, are dealt to two sides in turn. Of the first side those most similar to their
+    nearest on the second (cosine of the tokens as they leave the vision part) are dropped, 8 at a time; what stays of
+    it, most similar first, and then the second side are dealt anew, until the budget is met. Of equal similarity
+    the one that came first stays. A round never drops more than is wanted, nor than half of the tokens left: there, and
+    at odd numbers of tokens left, the authors' code fails. It rounds the share down as here, but to 0 at a budget of 1.
+    Tokens whose features are not numbers stay only where the budget exceeds all others.
+
+    Attributes:
+        important: the share of the budget that goes to the highest scores, at least one token unless it is 0.
+    """
+
+    nested: ClassVar[bool] = False
+
+    important: float = 0.5
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.important <= 1:
+            raise ValueError(f"important is {self.important}; it is a share of the budget, from 0 to 1.")
+
+    @property
+    def needs(self) -> Needs:
+        return {Signal.OUTPUTS: None}
+
+    def vectors(self, seen: Observation) -> Tensor:
+        return seen[Signal.OUTPUTS]
+
+    def select(self, scores: Tensor, visual: Tensor, counts: Tensor, vectors: Tensor | None) -> Tensor:
+        assert vectors is not None  # `vectors` above always gives some
+        sound = visual & ~vectors.isnan().any(-1)
+        last = (~sound).long() + (~visual).long()
+        order = (ranked(scores, visual) + last * visual.shape[1]).argsort(1)
+        keep = torch.zeros_like(visual)
+        sizes = torch.stack([sound.sum(1).maximum(counts), counts], 1)
+        for size in sizes.unique(dim=0):  # rows alike are worked on together
+            rows = (sizes == size).all(1).nonzero()[:, 0]
+            tokens, count = (int(number) for number in size)
+            chosen = self._chosen(order[rows, :tokens], count, vectors[rows])
+            keep[rows[:, None], chosen] = True
+        return keep
+
+    def _chosen(self, order: Tensor, count: int, vectors: Tensor) -> Tensor:
+        """Tokens of rows that have as many: int64 [R, n], highest score first -> int64 [R, count]."""
+        top = min(count, max(int(count * self.important), int(self.important > 0)))
+        important, left = order[:, :top], order[:, top:]
+        if top == count:
+            return important
+        similarity = rounded_similarity(vectors)
+        each = torch.arange(len(order), device=order.device)[:, None]
+        while left.shape[1] > count - top:
+            first, second = left[:, ::2], left[:, 1::2]
+            drop = min(AT_A_TIME, left.shape[1] - (count - top), left.shape[1] // 2)
+            nearest = similarity[each[..., None], first[..., None], second[:, None]].amax(2)
+            stays = nearest.argsort(dim=1, stable=True)[:, : first.shape[1] - drop].flip(1)
+            left = torch.cat([first.gather(1, stays), second], 1)
+        return torch.cat([important, left], 1)

@@ -1,0 +1,104 @@
+"""The highest scores, and means of clusters of the next ones (SparseVLM, 2410.04417, section 3)."""
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from catp_lightning.observation import Needs, Observation, Signal
+from catp_lightning.selectors.base import Selector, ranked
+
+
+@dataclass(frozen=True)
+class Recycle(Selector):
+    """Keeps the highest scores; of what is dropped, the 30% that score highest live on as the means of clusters.
+
+    n recycled tokens make n // 10 + 1 clusters. The token at a cluster's centre stays in its place and carries the
+    mean; it counts in the budget, half of which at most are such tokens: with a budget of one nothing is recycled.
+    Clusters are found by density peaks on the rows that enter the layer where tokens leave: a token's density is exp of
+    minus the mean squared distance to its k nearest, k the number of clusters; centres have the highest density times
+    distance to the nearest denser token (the largest distance of all, where none is denser), and the others join the
+    nearest centre. Of equals the lowest index wins.
+
+    The authors' code adds the new tokens to the budget and puts them after all that stay, recycles a token more where
+    30% is a whole number, counts a token among its own nearest, and draws noise to break ties.
+    """
+
+    nested: ClassVar[bool] = False  # a larger budget leaves fewer to recycle
+    merges: ClassVar[bool] = True
+
+    @property
+    def needs(self) -> Needs:
+        return {Signal.HIDDEN: None}
+
+    def vectors(self, seen: Observation) -> Tensor:
+        hidden = seen[Signal.HIDDEN]
+        return hidden.to(torch.promote_types(hidden.dtype, torch.float32))
+
+    def select(self, scores: Tensor, visual: Tensor, counts: Tensor, vectors: Tensor | None) -> Tensor:
+        carrier = self._carried(scores, visual, counts, vectors)
+        return carrier == torch.arange(carrier.shape[1], device=carrier.device)
+
+    def carriers(self, keep: Tensor, scores: Tensor, visual: Tensor, vectors: Tensor | None) -> Tensor:
+        return self._carried(scores, visual, keep.sum(1), vectors)
+
+    def _carried(self, scores: Tensor, visual: Tensor, counts: Tensor, vectors: Tensor | None) -> Tensor:
+        """Which token carries each token on within a budget: int64 [R, T], -1 for those that are lost."""
+        assert vectors is not None
+        carrier = torch.full_like(visual, -1, dtype=torch.int64)
+        least = torch.finfo(scores.dtype).min  # of NaN, and still before tokens that do not exist
+        order = ranked(scores.nan_to_num(least), visual).argsort(1)
+        for row, (budget, tokens) in enumerate(zip(counts.tolist(), visual.sum(1).tolist(), strict=True)):
+            kept, recycled, clusters = split(budget, tokens)
+            best, next_ones = order[row, :kept], order[row, kept : kept + recycled].sort().values
+            carrier[row, best] = best
+            if clusters:
+                carrier[row, next_ones] = next_ones[nearest_centres(vectors[row, next_ones], clusters)]
+        return carrier
+
+
+def split(budget: int, tokens: int) -> tuple[int, int, int]:
+    """How many tokens are kept, how many recycled, and into how many clusters; kept and clusters are the budget.
+
+    >>> split(60, 200), split(1, 9), split(9, 9)
+    ((55, 44, 5), (1, 0, 0), (9, 0, 0))
+    """
+    if budget >= tokens:
+        return tokens, 0, 0
+    clusters = next(n for n in range(budget + 1) if n == budget // 2 or n >= _clusters(tokens - budget + n))
+    return budget - clusters, _recycled(tokens - budget + clusters) if clusters else 0, clusters
+
+
+def _recycled(dropped: int) -> int:
+    return -(-3 * dropped // 10)  # 30%, rounded up
+
+
+def _clusters(dropped: int) -> int:
+    return _recycled(dropped) // 10 + 1
+
+
+def nearest_centres(vectors: Tensor, clusters: int) -> Tensor:
+    """Density-peak clustering: the centre each token belongs to, itself for a centre.
+
+    Args:
+        vectors: float [n, D].
+        clusters: how many, from 1 to n.
+
+    Returns:
+        int64 [n], places among the n.
+    """
+    count, size = vectors.shape
+    # Distances through a product of matrices would tell equal rows apart.
+    apart = torch.cdist(vectors, vectors, compute_mode="donot_use_mm_for_euclid_dist") / size**0.5
+    apart = apart.masked_fill(apart.isnan(), torch.inf)
+    place = torch.arange(count, device=vectors.device)
+    itself = place[:, None] == place
+    neighbours = apart.masked_fill(itself, torch.inf).sort(1).values[:, : min(clusters, max(1, count - 1))]
+    density = -neighbours.square().mean(1)  # its logarithm: exp would round that of far tokens to 0
+    denser = (density > density[:, None]) | ((density == density[:, None]) & (place < place[:, None]))
+    distance = apart.masked_fill(~denser, torch.inf).amin(1)
+    distance = distance.where(denser.any(1), apart.max())
+    is_centre = ranked((density + distance.log())[None], torch.ones_like(itself[:1]))[0] < clusters
+    centres = is_centre.nonzero()[:, 0]
+    return place.where(is_centre, centres[apart[:, centres].argmin(1)])

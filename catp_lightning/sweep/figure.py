@@ -1,0 +1,99 @@
+"""The plot of a sweep: accuracy over visual tokens, a panel for each model."""
+
+import itertools
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from catp_lightning.comparison import MEASURES, Measure
+from catp_lightning.sweep.table import ModelTable, Row
+
+GREYS = ("black", "dimgrey", "grey", "darkgrey")
+SHADES = (
+    *("royalblue", "darkorange", "forestgreen", "blueviolet", "saddlebrown", "orchid", "olive", "darkturquoise"),
+    *("navy", "goldenrod", "mediumseagreen", "indigo", "tan", "steelblue", "yellowgreen", "hotpink"),
+)
+"""Without red, which is the reference's, and grey, the controls'."""
+MARKERS = "osD^v<>ph*PXd"
+CAPTION = "Grey, dashed, hollow: controls.  Dash-dotted: tokens leave inside the decoder, whose first layers read more."
+
+
+def figure(tables: Sequence[ModelTable]) -> Figure:
+    """Accuracy over tokens kept, agreement where the data has no right answers.
+
+    The reference is thick and crimson, controls are grey and dashed, methods that drop tokens inside the decoder, whose
+    first layers read more, are dash-dotted, and the unpruned model is the dotted line. One method looks the same in
+    every panel; its place in the legend is its mean at the smallest budgets.
+    """
+    looks = _looks(tables)
+    drawing = Figure(figsize=(1.5 + 6.5 * len(tables), max(5.5, 1.5 + 0.22 * len(looks))), layout="constrained")
+    for axes, table in zip(drawing.subplots(1, len(tables), squeeze=False)[0], tables, strict=True):
+        _panel(axes, table, looks)
+    handles: dict[str, Any] = {}
+    for axes in drawing.axes:
+        handles |= {label: handle for handle, label in zip(*axes.get_legend_handles_labels(), strict=True)}
+    order = sorted(handles, key=lambda title: -_height(tables, title))
+    drawing.legend([handles[title] for title in order], order, loc="outside right center", fontsize=9)
+    drawing.supxlabel(CAPTION, fontsize=9)
+    return drawing
+
+
+def _panel(axes: Axes, table: ModelTable, looks: Mapping[str, Mapping[str, Any]]) -> None:
+    measure: Measure = "accuracy" if table.measured else "agreement"
+    full, *rows = table.rows
+    axes.axhline(full[measure], color="black", linestyle=":", label=full["method"])
+    for title in dict.fromkeys(row["method"] for row in rows):
+        found = (row for row in rows if row["method"] == title)
+        points = sorted((_place(row), row[measure], *row[f"{measure}_interval"]) for row in found)
+        tokens, value, low, high = zip(*points, strict=True)
+        look: dict[str, Any] = dict(looks[title])
+        if title == table.reference:
+            look |= {"linewidth": 3, "color": "crimson", "linestyle": "-", "zorder": 3}
+            look |= {"marker": "o", "markerfacecolor": "crimson"}
+            axes.fill_between(tokens, low, high, color="crimson", alpha=0.1)
+        axes.plot(tokens, value, label=title, **look)
+    axes.set_xscale("log", base=2)
+    budgets = {row["keep"]: row["tokens"] for row in rows if row["method"] == table.reference}
+    axes.set_xticks(list(budgets.values()), [f"{tokens:.3g}" for tokens in budgets.values()])
+    axes.minorticks_off()
+    axes.grid(alpha=0.25)
+    lowest = min(row[measure] for row in rows)
+    axes.set(title=table.name, xlabel="visual tokens kept of a sample", ylabel=MEASURES[measure])
+    axes.set_ylim(max(0.0, lowest - 0.03), min(1.02, max(row[measure] for row in table.rows) + 0.03))
+
+
+def _place(row: Row) -> float:
+    """Tokens kept; where none is, there is no such place on the axis: what a layer reads, the mean over all."""
+    return float(row["tokens"] or row["tokens_per_layer"])
+
+
+def _looks(tables: Sequence[ModelTable]) -> dict[str, dict[str, Any]]:
+    """Colour, marker and line of each method, in any panel."""
+    titles = dict.fromkeys(row["method"] for table in tables for row in table.rows[1:])
+    inside = {row["method"] for table in tables for row in table.rows if "tokens_per_layer" in row}
+    controls = {row["method"] for table in tables for row in table.rows if row["control"]}
+    references = {table.reference for table in tables}
+    methods = [title for title in titles if title not in controls | references]
+    found: dict[str, dict[str, Any]] = {}
+    for title, shade, marker in zip(methods, itertools.cycle(SHADES), itertools.cycle(MARKERS), strict=False):
+        style = "-." if title in inside else "-"
+        found[title] = {"color": shade, "marker": marker, "linestyle": style, "linewidth": 1.4}
+    plain = sorted(controls | references)
+    for title, grey, marker in zip(plain, itertools.cycle(GREYS), itertools.cycle(MARKERS), strict=False):
+        hollow = {"markerfacecolor": "white", "linestyle": "--", "linewidth": 1.2}
+        found[title] = {"color": grey, "marker": marker, **hollow}
+    return {title: {**look, "markersize": 6} for title, look in found.items()}
+
+
+def _height(tables: Sequence[ModelTable], title: str) -> float:
+    """A method's mean at each table's smallest budget; the unpruned model stands above all."""
+    last = []
+    for table in tables:
+        measure = "accuracy_share" if table.measured else "agreement"
+        rows = [row for row in table.rows if row["method"] == title]
+        if rows and rows[0]["keep"] is None:
+            return 2.0
+        last += [min(rows, key=lambda row: row["tokens"])[measure]] if rows else []
+    return sum(last) / len(last)

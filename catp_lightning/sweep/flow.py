@@ -1,0 +1,237 @@
+"""The jobs of one model, those of an earlier run taken over, and the table they make."""
+
+import copy
+import json
+import shutil
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from lightning.pytorch import LightningModule
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from torch.utils.data import DataLoader
+
+from catp_lightning.calibration.resume import model_fingerprint
+from catp_lightning.callbacks import CrossAttentionCalibration
+from catp_lightning.comparison import Comparison, Result
+from catp_lightning.errors import PolicyError, PruningError
+from catp_lightning.families import Family, find_family
+from catp_lightning.files import write_json, write_text
+from catp_lightning.locations import budget_file_name
+from catp_lightning.metrics import vqa_score
+from catp_lightning.policy import PruningPolicy
+from catp_lightning.sweep.figure import figure
+from catp_lightning.sweep.jobs import Jobs, Outcome, data_fingerprint, versions
+from catp_lightning.sweep.methods import CALIBRATED, Job, rules
+from catp_lightning.sweep.table import ModelTable
+
+FULL = "no pruning"
+
+
+@dataclass(frozen=True)
+class Reading:
+    """A model, what it is asked, and how it answers.
+
+    Attributes:
+        module: holds the model; its prediction step returns answers.
+        test: gives a loader of the compared questions.
+        calibration: gives one of the calibration split; None: there is none.
+        predict: `trainer.predict` on a loader, with a callback or without one.
+        device: that the model runs on.
+        settings: what answers depend on beside weights, data and policy; JSON types.
+    """
+
+    module: LightningModule
+    test: Callable[[], Any]
+    calibration: Callable[[], Any] | None
+    predict: Callable[[Any, Any], Sequence[Any]]
+    device: torch.device
+    settings: Mapping[str, Any]
+
+
+def sweep_model(
+    reading: Reading,
+    names: Sequence[str],
+    budgets: Sequence[int | float],
+    layers: bool,
+    reference: str | None,
+    output: Path,
+) -> ModelTable:
+    """Compare methods on one model; what an earlier run has finished is not done again.
+
+    Args:
+        reading: the model and its questions.
+        names: methods, of `SCORERS` and `CALIBRATED`.
+        budgets: at which each is compared.
+        layers: whether attention scorers are asked layer by layer as well.
+        reference: the method that others are compared with; None: `CALIBRATED`, or the first.
+        output: gets a folder named as the model: `table.md`, `table.json`, `accuracy.png`, `jobs` and `policies`.
+
+    Raises:
+        PolicyError: the reference is not among the methods, or none of them makes sense on the model.
+    """
+    family, console = find_family(reading.module), Console()
+    found, notes = rules([name for name in names if name != CALIBRATED], family, layers)
+    titles = [rule.title for rule in found] + [CALIBRATED] * (CALIBRATED in names)
+    _check_reference(reference, titles, notes, family)
+    name = Path(str(family.describe()["name"])).name or family.name
+    folder, batches = output / name, list(reading.test())
+    settings = {**reading.settings, "versions": versions(), "weights": model_fingerprint(family.model)}
+    loader: DataLoader[Any] = DataLoader(batches, batch_size=None)  # type: ignore[arg-type]  # a list is enough
+    everything = {**settings, "data": data_fingerprint(batches)}
+    runner = Jobs(folder / "jobs", partial(reading.predict, loader), everything, _guide(family, reading.device))
+    full = runner.finished(None) or runner.run(None)
+    jobs = [
+        Job(rule.title, rule.name, rule.policy(keep), rule.control, rule.guided) for rule in found for keep in budgets
+    ]
+    if CALIBRATED in names:
+        policies = calibrated(reading, budgets, settings, folder / "policies", console)
+        if isinstance(policies, str):
+            notes[CALIBRATED] = policies
+        else:
+            jobs = [Job(CALIBRATED, CALIBRATED, policy) for policy in policies] + jobs
+    outcomes = dict(_outcomes(jobs, runner, notes, f"{name}:", console))
+    if not outcomes:
+        raise PolicyError(f"None of {', '.join(names)} makes sense on {name}: {next(iter(notes.values()))}")
+    table = _table(name, full, outcomes, batches, _reference(reference, outcomes, notes), notes)
+    write_text(folder / "table.md", table.markdown())
+    write_json(folder / "table.json", table.to_json(), indent=2)
+    figure([table]).savefig(folder / "accuracy.png", dpi=120)
+    console.print(f"{name}: [bold]{folder}[/bold]: table.md, table.json, accuracy.png")
+    return table
+
+
+def _outcomes(
+    jobs: Sequence[Job], runner: Jobs, notes: dict[str, str], name: str, console: Console
+) -> Iterator[tuple[Job, Outcome]]:
+    """What each job gave; one that the model refuses when it runs becomes a note."""
+    done = {job: outcome for job in jobs if (outcome := runner.finished(job)) is not None}
+    if done:
+        console.print(f"{name} {len(done)} of {len(jobs)} jobs were finished by an earlier run.")
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=console) as progress:
+        task = progress.add_task(name, total=len(jobs), completed=len(done))
+        for job in jobs:
+            if job not in done:
+                progress.update(task, description=f"{name} {job.name}, keep {job.policy.keep}")
+                try:
+                    done[job] = runner.run(job)
+                except (PruningError, PolicyError) as error:
+                    notes[f"{job.title}, keep {job.policy.keep}"] = str(error)
+                progress.advance(task)
+            if job in done:
+                yield job, done[job]
+        progress.update(task, description=f"{name} compared")
+
+
+def calibrated(
+    reading: Reading, budgets: Sequence[int | float], settings: Mapping[str, Any], folder: Path, console: Console
+) -> list[PruningPolicy] | str:
+    """A policy for each budget, those of an earlier run where nothing has changed; or why there is none."""
+    if reading.calibration is None:
+        return "The data has no calibration split."
+    loader, file = reading.calibration(), folder / "settings.json"
+    now = {**settings, "data": data_fingerprint(loader), "keep": [repr(keep) for keep in budgets]}
+    now = json.loads(json.dumps(now))  # as it comes back from a file
+    try:
+        before = json.loads(file.read_text(encoding="utf-8"))
+        if before["settings"] != now:
+            raise ValueError("made with others")
+        if before["refused"] is not None:
+            return str(before["refused"])
+    except (OSError, ValueError, KeyError, TypeError):
+        shutil.rmtree(folder, ignore_errors=True)
+        write_json(file, {"settings": now, "refused": None}, indent=1)
+    files = [folder / budget_file_name(keep) for keep in budgets]
+    if not all(policy.is_file() for policy in files):
+        console.print("Calibrating.")
+        try:
+            reading.predict(loader, CrossAttentionCalibration(folder, keep=list(budgets)))
+        except (PruningError, PolicyError) as error:
+            write_json(file, {"settings": now, "refused": str(error)}, indent=1)
+            return str(error)
+    return [PruningPolicy.load(policy) for policy in files]
+
+
+def _table(
+    name: str,
+    full: Outcome,
+    outcomes: Mapping[Job, Outcome],
+    batches: Sequence[Any],
+    reference: str,
+    notes: Mapping[str, str],
+) -> ModelTable:
+    images = _images(full, batches)
+    every = max(outcome.visual_tokens or 0.0 for outcome in outcomes.values())
+    comparison = Comparison(images, reference, [_result(FULL, None, full, full, every, batches)])
+    for job, outcome in outcomes.items():
+        assert outcome.tokens_kept is not None
+        comparison.results.append(_result(job.title, job.policy.keep, outcome, full, outcome.tokens_kept, batches))
+    controls = {job.title for job in outcomes if job.control}
+    rows = [{**row, "control": row["method"] in controls} for row in comparison.rows()]
+    if "accuracy" in rows[0] and rows[0]["accuracy"] > 0:
+        for row in rows:
+            row["accuracy_share"] = row["accuracy"] / rows[0]["accuracy"]
+    about = f"{len(images)} questions about {len(set(images))} images."
+    return ModelTable(name, about, reference, rows, notes)
+
+
+def _result(
+    title: str, keep: int | float | None, outcome: Outcome, full: Outcome, tokens: float, batches: Sequence[Any]
+) -> Result:
+    truth = _column(batches, "answers")
+    same = [float(one == other) for one, other in zip(outcome.answers, full.answers, strict=True)]
+    score = None
+    if len(truth) == len(outcome.answers):
+        score = np.array([vqa_score(one, ten) / 30 for one, ten in zip(outcome.answers, truth, strict=True)])
+    return Result(title, keep, score, np.array(same), tokens, outcome.tokens_per_layer)
+
+
+def _images(full: Outcome, batches: Sequence[Any]) -> list[int]:
+    """The image of each question; where the data does not say, each question is about one of its own."""
+    images = _column(batches, "image_ids")
+    return images if len(images) == len(full.answers) else list(range(len(full.answers)))
+
+
+def _column(batches: Sequence[Any], key: str) -> list[Any]:
+    values = [batch.get(key, []) if isinstance(batch, Mapping) else [] for batch in batches]
+    return [item for value in values for item in (value.tolist() if hasattr(value, "tolist") else value)]
+
+
+def _guide(family: Family, device: torch.device) -> Callable[[], Any]:
+    """For methods that ask another model: a copy of the same one, made once, when it is needed."""
+    copies: list[Any] = []
+
+    def guide() -> Any:
+        if not copies:
+            own: Any = copy.deepcopy(family.model)
+            copies.append(own.to(device))
+        return copies[0]
+
+    return guide
+
+
+def _named(title: str) -> str:
+    """A title without what it says in brackets: `random` for `random (3 seeds)`."""
+    return title.partition(" (")[0]
+
+
+def _check_reference(reference: str | None, titles: Sequence[str], notes: Mapping[str, str], family: Family) -> None:
+    known = {*titles, *map(_named, titles), *notes}
+    if reference is not None and reference not in known:
+        raise PolicyError(
+            f"The reference {reference!r} is none of the methods that are compared on {type(family.model).__name__}: "
+            f"{', '.join(dict.fromkeys(titles))}."
+        )
+
+
+def _reference(wanted: str | None, outcomes: Mapping[Job, Outcome], notes: Mapping[str, str]) -> str:
+    """The title of the reference; where the one asked for is not in the table, `CALIBRATED` or the first one."""
+    titles = list(dict.fromkeys(job.title for job in outcomes))
+    chosen = [title for title in titles if wanted in (title, _named(title))]
+    return (chosen or [title for title in titles if title == CALIBRATED] or titles)[0]

@@ -1,0 +1,126 @@
+"""Which methods a sweep compares on a model, and why some make no sense there."""
+
+import difflib
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from copy import deepcopy
+from dataclasses import dataclass, field, fields
+from typing import Any
+
+from catp_lightning.errors import PolicyError, PruningError
+from catp_lightning.families import Family
+from catp_lightning.observation import BY_LAYER, Signal
+from catp_lightning.policy import PruningPolicy
+from catp_lightning.pruning import Pruning
+from catp_lightning.scorers import SCORERS, AttentionScorer
+
+ALL, CALIBRATED = "all", "calibrated"
+RANDOM_SEEDS = (0, 1, 2)
+GUIDED = "{} (guided by the model itself)"
+
+
+@dataclass(frozen=True)
+class Rule:
+    """A method without its budget.
+
+    Attributes:
+        title: its name in tables; several rules of one title are averaged.
+        name: unique.
+        control: whether it is a control that a real method must beat.
+        guided: whether another model's attention is read; here it is the model's own.
+    """
+
+    title: str
+    name: str
+    scorer: str
+    args: Mapping[str, Any] = field(default_factory=dict)
+    control: bool = False
+    guided: bool = False
+
+    def policy(self, keep: int | float) -> PruningPolicy:
+        return PruningPolicy(self.scorer, self.args, keep=keep)
+
+
+@dataclass(frozen=True, eq=False)
+class Job:
+    """One method at one budget: title and name as a rule's, and what is pruned by."""
+
+    title: str
+    name: str
+    policy: PruningPolicy
+    control: bool = False
+    guided: bool = False
+
+    @property
+    def file_name(self) -> str:
+        return f"{re.sub(r'[^a-z0-9]+', '-', self.name.lower()).strip('-')}-keep-{self.policy.keep!r}.json"
+
+
+def check_names(names: Sequence[str]) -> None:
+    """Raise PolicyError where a name is none of a method."""
+    known = [*SCORERS, CALIBRATED, ALL]
+    for name in names:
+        if name not in known:
+            near = difflib.get_close_matches(name, known, n=1)
+            hint = f" Did you mean {near[0]!r}?" if near else ""
+            raise PolicyError(f"There is no scorer {name!r}; known are {', '.join(sorted(known))}.{hint}")
+    if not names:
+        raise PolicyError(f"No scorer is named; known are {', '.join(sorted(known))}.")
+
+
+def named(names: Sequence[str]) -> list[str]:
+    """The names, each once, with `ALL` spelled out."""
+    spelled = [own for name in names for own in ([*SCORERS, CALIBRATED] if name == ALL else [name])]
+    return list(dict.fromkeys(spelled))
+
+
+def rules(names: Sequence[str], family: Family, layers: bool) -> tuple[list[Rule], dict[str, str]]:
+    """The rules of some scorers that make sense on a model, and for each of the others the reason why not.
+
+    Args:
+        names: of `SCORERS`.
+        family: of the model.
+        layers: whether every attention scorer is also asked layer by layer.
+    """
+    found, refused = [], {}
+    for name in names:
+        for rule in _of_scorer(name, family, layers):
+            try:
+                _try(rule, family)
+                found.append(rule)
+            except (PruningError, PolicyError) as error:
+                refused[rule.title] = str(error)
+    return found, refused
+
+
+def _of_scorer(name: str, family: Family, layers: bool) -> Iterator[Rule]:
+    scorer = SCORERS[name]
+    if name == "random":
+        title = f"random ({len(RANDOM_SEEDS)} seeds)"
+        yield from (Rule(title, f"random seed {n}", name, {"seed": n}, control=True) for n in RANDOM_SEEDS)
+        return
+    guided = Signal.GUIDE in scorer().needs
+    yield Rule(GUIDED.format(name) if guided else name, name, name, control=scorer.control, guided=guided)
+    if layers:
+        for args in _single_layers(scorer(), family):
+            title = f"{name} layer {next(iter(args.values()))}".replace("[", "").replace("]", "")
+            yield Rule(title, title, name, args, scorer.control, guided)
+
+
+def _single_layers(scorer: Any, family: Family) -> Iterator[dict[str, Any]]:
+    """Arguments for each layer a scorer could ask alone; none where it asks no attention, or there is no choice."""
+    if scorer.stages(family.depth):  # `layer` is where tokens leave, and the one before it is asked
+        if any(part.name == "layer" for part in fields(scorer)):
+            yield from ({"layer": n} for n in range(1, family.depth))
+        return
+    if not isinstance(scorer, AttentionScorer):
+        return
+    counts = [count for signal, count in family.layers().items() if signal in BY_LAYER & scorer.needs.keys()]
+    if len(counts) == 1 and counts[0] > 1:
+        yield from ({"layers": [n]} for n in range(counts[0]))
+
+
+def _try(rule: Rule, family: Family) -> None:
+    """Raise PruningError or PolicyError where the model cannot be pruned by a rule; the model is not touched."""
+    guide = deepcopy(family.model) if rule.guided else None
+    Pruning(family, rule.policy(0.5), guide=guide)
