@@ -24,7 +24,7 @@ SUMMARIES = {
     "test": "Print the metrics of the test split, pruned by a policy or not at all.",
     "predict": "Write the answers to the prediction split as JSON Lines, pruned by a policy or not at all.",
     "sweep": "Compare any list of methods on the shipped models or on yours: one table and one plot.",
-    "scenes": "Write digit scenes with questions, the data of digits_blip2.yaml: folders calibration/ and test/.",
+    "scenes": "Write digit scenes with questions, the data of a shipped model: folders calibration/ and test/.",
     "demo": "Calibrate the shipped model on digit scenes and compare every method at three budgets.",
 }
 

@@ -168,10 +168,7 @@ def test_a_calibration_cross_fits_and_saves_what_was_fitted_on_all_folds() -> No
     assert calibrator.candidates[-len(whole) :] == whole
     first = calibrator._rounds[0].rules
     for fold in range(FOLDS):
-        own = [
-            one.policy(1.0)
-            for one in fitted_candidates(plan, fit_without(fold, sums, pairs, columns, fitted))
-        ]
+        own = [one.policy(1.0) for one in fitted_candidates(plan, fit_without(fold, sums, pairs, columns, fitted))]
         assert first[fold][-len(own) :] == own
         assert own != [one.policy(1.0) for one in whole], "a fold's rules are not those of all"
     policy = calibrator.policies()[0]
@@ -221,7 +218,7 @@ def test_in_each_round_the_best_quarter_by_all_divergence_so_far_goes_on(monkeyp
         assert rows[0] == row
         checked = {row["name"] for row in rows if row["check"]}
         references = {candidate.name for candidate in calibrator.candidates if candidate.reference}
-        assert checked == references | {names[ranking[0]]} and len(references) == 8
+        assert checked == references | {names[ranking[0]]} and len(references) == 9
     assert differ, "the last round alone would have chosen others, or this proves nothing"
     everything = calibrator.policies()[2]
     assert everything.evidence["chosen"] == min(names), "where all are equal, the name decides"

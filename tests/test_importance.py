@@ -166,14 +166,14 @@ def test_a_probe_is_what_the_model_pruned_to_that_subset_says_of_its_own_answer(
         output, samples = record(net, call, batch)
         votes = head_votes(VOTERS.values(), samples.seen, samples.visual)
         found = [
-            probe(samples.replay, votes, samples.images, size / 8, number, 8)
+            probe(samples.replay, votes, samples.images, size, number, 8)
             for number, size in enumerate(sizes([0.5, 3], 8))
         ]
         assert calls.counts == [1, 1], "vision runs once a batch, however many subsets are probed"
         explicit = Explicit(net, batch, output)
         for number, (size, probes) in enumerate(zip(sizes([0.5, 3], 8), found, strict=True)):
-            keep = subsets(samples, size / 8, number)
-            assert keep[:, :4].sum(2).tolist() == [[size, 2 * size, 0, size]] * 3
+            keep, count = subsets(samples, size, number), round(8 * size)
+            assert keep[:, :4].sum(2).tolist() == [[count, 2 * count, 0, count]] * 3
             expected = torch.stack([explicit.gain(kept) for kept in keep])
             torch.testing.assert_close(probes.gain, expected, atol=1e-10, rtol=0)
             rows = slow_rows(samples, keep)
@@ -239,7 +239,8 @@ def test_inference_mode_changes_nothing_and_half_precision_little(monkeypatch: p
 
 def test_one_set_of_probes_serves_all_budgets_and_only_the_learning_part(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(importance, "PROBES", 2)
-    assert sizes([0.5, 0.25, 1.0], 8) == [4, 2, 1] and sizes([3, 7, 100], 8) == [7, 3, 2, 1] and sizes([0.5], 1) == []
+    assert sizes([0.5, 0.25, 1.0], 8) == [4 / 8, 2 / 8, 1 / 8] and sizes([0.5], 1) == []
+    assert sizes([3, 7, 100], 8) == [7 / 8, 3 / 8, 2 / 8, 1 / 8]
     net = model()
     with torch.no_grad():
         _, samples = record(net, forward, mixed([1] * 30))

@@ -432,7 +432,7 @@ def test_labels_give_the_loss_of_the_masked_run_and_none_is_left_out() -> None:
     labels = inputs["input_ids"].where(inputs["attention_mask"].bool(), -100)
     with dropping(model, uneven) as rows:
         loss = model(**inputs, labels=labels).loss
-    keep = uneven(CrossAttended(seen(inputs), {}, 1, labels, None))
+    keep = uneven(CrossAttended(seen(inputs), {}, 1, labels, None, {}))
     with masking(model, keep):
         assert abs(model(**inputs, labels=labels).loss - loss) < 1e-10
     assert abs(model(**inputs, labels=labels).loss - loss) > 1e-3

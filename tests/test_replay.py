@@ -169,5 +169,5 @@ def test_a_method_that_does_not_run_here_cannot_be_calibrated_here() -> None:
     for method, why in (("catp", "cross-attention"), ("trimmed-llama", "text-attention")):
         with pytest.raises(PruningError, match=f"'{method}' cannot be calibrated here.*{why}"):
             Plan.of(family, PruningPolicy(method, keep=0.5))
-    with pytest.raises(PolicyError, match="no scorer 'fastw'.*'fastv'"):
+    with pytest.raises(PolicyError, match=r"no scorer 'fastw'.*'fastv'"):
         Plan.of(family, PruningPolicy("fastw"))

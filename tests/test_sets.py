@@ -152,7 +152,7 @@ def test_candidates_have_names_of_their_own_and_controls_are_known(candidates: l
     names = [candidate.name for candidate in candidates]
     assert len(set(names)) == len(names)
     assert {candidate.name for candidate in candidates if candidate.control} == {
-        "l2-norm", "position", "stride", "random", "diversity of outputs", "diversity of cross-attention",
+        "l2-norm", "position", "stride", "random", "divprune", "diversity of outputs", "diversity of cross-attention",
     }  # fmt: skip
     references = {candidate.name for candidate in candidates if candidate.reference and not candidate.control}
     assert references == {"catp layer 0", "catp layer 1"}

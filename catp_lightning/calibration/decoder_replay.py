@@ -37,8 +37,10 @@ class DecoderReplay(Replay):
         beams = prompt.beams
         vocabulary = family.language_model.config.get_text_config().vocab_size
         answers, rows = first_answers(answers, len(prompt.visual), vocabulary)
-        of_rows = (part[::beams] for part in (prompt.embeds, prompt.mask, prompt.positions))
-        plain = DecoderPrompt.of(prompt.arguments, 1, prompt.ids, prompt.visual, *of_rows, prompt.asks)
+        embeds, mask, positions = (part[::beams] for part in (prompt.embeds, prompt.mask, prompt.positions))
+        plain = DecoderPrompt.of(
+            prompt.arguments, 1, prompt.ids, prompt.visual, embeds, mask, positions, prompt.asks
+        )  # a prompt inside the decoder is one too
         return cls(family, answers, rows, plain, layer)
 
     @property

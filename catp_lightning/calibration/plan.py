@@ -65,7 +65,7 @@ class Plan:
             raise PruningError(f"{method.scorer!r} cannot be calibrated here. {refusal}")
         scorer = method.build_scorer()
         stages = scorer.stages(family.depth)
-        voter = everything_it_reads(family, scorer, stages)
+        voter = everything_it_reads(family, scorer, method.selector, stages)
         return cls(family, {} if voter is None else {method.scorer: voter}, method, stages[0] if stages else 0)
 
     @property
@@ -94,12 +94,16 @@ class Plan:
         return join(voter.needs for voter in self.voters.values()) if self.layer else {}
 
 
-def everything_it_reads(family: Family, scorer: Scorer, stages: tuple[int, ...]) -> AttentionScorer | None:
+def everything_it_reads(
+    family: Family, scorer: Scorer, selector: str | None, stages: tuple[int, ...]
+) -> AttentionScorer | None:
     """An attention scorer without weights that reads every layer it can; None where there is nothing to weigh.
 
     Heads of a method with several stages are others at every stage: weights of one say nothing about the next.
     """
     if not isinstance(scorer, AttentionScorer) or len(stages) > 1:
+        return None
+    if scorer.selector == "union" and selector in (None, "union"):  # each head picks by itself
         return None
     signal = _signal(scorer)
     count = stages[0] if stages else family.layers()[signal]

@@ -132,7 +132,7 @@ class Replay(ABC):
     def _chunks(self, samples: Tensor, keep: Tensor) -> Iterator[tuple[Tensor, "Replay", Tensor]]:
         """Some rows at a time, int64 [M] and bool [M, T], and which; equally long ones together: padding costs time."""
         length = self.lengths[samples] + keep.sum(1)
-        for index in length.argsort(stable=True).split(self.rows):
+        for index in length.argsort(stable=True).split(self.rows) if len(samples) else ():
             yield index, self.of_samples(samples[index]), keep[index]
 
 

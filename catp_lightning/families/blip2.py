@@ -131,6 +131,8 @@ class Blip2(Family):
         return OutputSite(self.model.vision_model, _pixels)
 
     def observation(self, values: Values, wanted: frozenset[Signal], prompt: "Prompt") -> Observation:
+        if not wanted and values:
+            return Observation.of_equal(len(next(iter(values.values()))), self.tokens_per_image, self.layers(), values)
         prompt = cast("DecoderPrompt", prompt)
         sample = prompt.visual.nonzero()[:: self.tokens_per_image, 0]  # of each image
         values, text = dict(values), None

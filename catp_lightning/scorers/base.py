@@ -112,7 +112,8 @@ def standardised_log(attention: Tensor, free: Tensor) -> Tensor:
 
     Where `free` is False they are 0; equal ones are 0 too. Attention below 1e-20 counts as that.
 
-    >>> standardised_log(torch.tensor([[[[1.0, 10.0, 0.0]]]]), torch.tensor([[True, True, False]])).flatten().abs().round()
+    >>> there = torch.tensor([[True, True, False]])
+    >>> standardised_log(torch.tensor([[[[1.0, 10.0, 0.0]]]]), there).flatten().abs().round()
     tensor([1., 1., 0.])
     """
     there = free[:, None, None].to(attention.dtype)

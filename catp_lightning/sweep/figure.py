@@ -17,7 +17,10 @@ SHADES = (
 )
 """Without red, which is the reference's, and grey, the controls'."""
 MARKERS = "osD^v<>ph*PXd"
-CAPTION = "Grey, dashed, hollow: controls.  Dash-dotted: tokens leave inside the decoder, whose first layers read more."
+CAPTION = (
+    "Grey, dashed, hollow: controls. Dash-dotted: tokens leave inside the decoder, whose first layers read more;\n"
+    "where none stays, the place is how many a layer reads, the mean over all."
+)
 
 
 def figure(tables: Sequence[ModelTable]) -> Figure:
@@ -91,7 +94,7 @@ def _height(tables: Sequence[ModelTable], title: str) -> float:
     """A method's mean at each table's smallest budget; the unpruned model stands above all."""
     last = []
     for table in tables:
-        measure = "accuracy_share" if table.measured else "agreement"
+        measure = "accuracy" if table.measured else "agreement"
         rows = [row for row in table.rows if row["method"] == title]
         if rows and rows[0]["keep"] is None:
             return 2.0

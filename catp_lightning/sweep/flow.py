@@ -25,9 +25,10 @@ from catp_lightning.files import write_json, write_text
 from catp_lightning.locations import budget_file_name
 from catp_lightning.metrics import vqa_score
 from catp_lightning.policy import PruningPolicy
+from catp_lightning.scorers import SCORERS
 from catp_lightning.sweep.figure import figure
 from catp_lightning.sweep.jobs import Jobs, Outcome, data_fingerprint, versions
-from catp_lightning.sweep.methods import CALIBRATED, Job, rules
+from catp_lightning.sweep.methods import CALIBRATED, Job, is_calibrated, rules
 from catp_lightning.sweep.table import ModelTable
 
 FULL = "no pruning"
@@ -76,8 +77,9 @@ def sweep_model(
         PolicyError: the reference is not among the methods, or none of them makes sense on the model.
     """
     family, console = find_family(reading.module), Console()
-    found, notes = rules([name for name in names if name != CALIBRATED], family, layers)
-    titles = [rule.title for rule in found] + [CALIBRATED] * (CALIBRATED in names)
+    found, notes = rules([name for name in names if not is_calibrated(name)], family, layers)
+    calibrations = [name for name in names if is_calibrated(name)]
+    titles = [rule.title for rule in found] + calibrations
     _check_reference(reference, titles, notes, family)
     name = Path(str(family.describe()["name"])).name or family.name
     folder, batches = output / name, list(reading.test())
@@ -89,12 +91,13 @@ def sweep_model(
     jobs = [
         Job(rule.title, rule.name, rule.policy(keep), rule.control, rule.guided) for rule in found for keep in budgets
     ]
-    if CALIBRATED in names:
-        policies = calibrated(reading, budgets, settings, folder / "policies", console)
+    for title in reversed(calibrations):
+        place = folder / "policies" / title.replace(" ", "-")
+        policies = calibrated(reading, title.partition(" ")[2], budgets, settings, place, console)
         if isinstance(policies, str):
-            notes[CALIBRATED] = policies
+            notes[title] = policies
         else:
-            jobs = [Job(CALIBRATED, CALIBRATED, policy) for policy in policies] + jobs
+            jobs = [Job(title, title, policy) for policy in policies] + jobs
     outcomes = dict(_outcomes(jobs, runner, notes, f"{name}:", console))
     if not outcomes:
         raise PolicyError(f"None of {', '.join(names)} makes sense on {name}: {next(iter(notes.values()))}")
@@ -130,9 +133,17 @@ def _outcomes(
 
 
 def calibrated(
-    reading: Reading, budgets: Sequence[int | float], settings: Mapping[str, Any], folder: Path, console: Console
+    reading: Reading,
+    scorer: str,
+    budgets: Sequence[int | float],
+    settings: Mapping[str, Any],
+    folder: Path,
+    console: Console,
 ) -> list[PruningPolicy] | str:
-    """A policy for each budget, those of an earlier run where nothing has changed; or why there is none."""
+    """A policy for each budget, those of an earlier run where nothing has changed; or why there is none.
+
+    `scorer` is the one method that is calibrated; empty: everything competes.
+    """
     if reading.calibration is None:
         return "The data has no calibration split."
     loader, file = reading.calibration(), folder / "settings.json"
@@ -149,9 +160,14 @@ def calibrated(
         write_json(file, {"settings": now, "refused": None}, indent=1)
     files = [folder / budget_file_name(keep) for keep in budgets]
     if not all(policy.is_file() for policy in files):
-        console.print("Calibrating.")
+        console.print(f"Calibrating{scorer and ' ' + scorer}.")
+        # The union over heads keeps more than its budget, whatever the heads weigh.
+        selector = "top-k" if scorer and SCORERS[scorer].selector == "union" else None
         try:
-            reading.predict(loader, CrossAttentionCalibration(folder, keep=list(budgets)))
+            calibration = CrossAttentionCalibration(
+                folder, keep=list(budgets), scorer=scorer or None, selector=selector
+            )
+            reading.predict(loader, calibration)
         except (PruningError, PolicyError) as error:
             write_json(file, {"settings": now, "refused": str(error)}, indent=1)
             return str(error)
@@ -174,9 +190,8 @@ def _table(
         comparison.results.append(_result(job.title, job.policy.keep, outcome, full, outcome.tokens_kept, batches))
     controls = {job.title for job in outcomes if job.control}
     rows = [{**row, "control": row["method"] in controls} for row in comparison.rows()]
-    if "accuracy" in rows[0] and rows[0]["accuracy"] > 0:
-        for row in rows:
-            row["accuracy_share"] = row["accuracy"] / rows[0]["accuracy"]
+    if (best := rows[0].get("accuracy")) is not None:
+        rows = [{**row, "accuracy_share": row["accuracy"] / best if best else None} for row in rows]
     about = f"{len(images)} questions about {len(set(images))} images."
     return ModelTable(name, about, reference, rows, notes)
 

@@ -15,6 +15,8 @@ from catp_lightning.pruning import Pruning
 from catp_lightning.scorers import SCORERS, AttentionScorer
 
 ALL, CALIBRATED = "all", "calibrated"
+IMPROVED = ("fastervlm", "fastv", "trimmed-llama")
+"""Methods whose own layers and head weights `all` calibrates, beside the free choice."""
 RANDOM_SEEDS = (0, 1, 2)
 GUIDED = "{} (guided by the model itself)"
 
@@ -58,20 +60,27 @@ class Job:
 
 def check_names(names: Sequence[str]) -> None:
     """Raise PolicyError where a name is none of a method."""
-    known = [*SCORERS, CALIBRATED, ALL]
+    shown = ", ".join(sorted([*SCORERS, CALIBRATED, ALL]))
+    known = [*SCORERS, CALIBRATED, *(f"{CALIBRATED} {name}" for name in SCORERS), ALL]
     for name in names:
         if name not in known:
             near = difflib.get_close_matches(name, known, n=1)
             hint = f" Did you mean {near[0]!r}?" if near else ""
-            raise PolicyError(f"There is no scorer {name!r}; known are {', '.join(sorted(known))}.{hint}")
+            raise PolicyError(f"There is no scorer {name!r}; known are {shown}.{hint}")
     if not names:
-        raise PolicyError(f"No scorer is named; known are {', '.join(sorted(known))}.")
+        raise PolicyError(f"No scorer is named; known are {shown}.")
 
 
 def named(names: Sequence[str]) -> list[str]:
     """The names, each once, with `ALL` spelled out."""
-    spelled = [own for name in names for own in ([*SCORERS, CALIBRATED] if name == ALL else [name])]
+    every = [*SCORERS, CALIBRATED, *(f"{CALIBRATED} {name}" for name in IMPROVED)]
+    spelled = [own for name in names for own in (every if name == ALL else [name])]
     return list(dict.fromkeys(spelled))
+
+
+def is_calibrated(name: str) -> bool:
+    """Whether a name asks for a calibration: of everything, or of one method, `calibrated fastv`."""
+    return name.partition(" ")[0] == CALIBRATED
 
 
 def rules(names: Sequence[str], family: Family, layers: bool) -> tuple[list[Rule], dict[str, str]]:
@@ -82,15 +91,16 @@ def rules(names: Sequence[str], family: Family, layers: bool) -> tuple[list[Rule
         family: of the model.
         layers: whether every attention scorer is also asked layer by layer.
     """
-    found, refused = [], {}
+    found: list[Rule] = []
+    refused: dict[str, tuple[str, str]] = {}
     for name in names:
         for rule in _of_scorer(name, family, layers):
             try:
                 _try(rule, family)
                 found.append(rule)
             except (PruningError, PolicyError) as error:
-                refused[rule.title] = str(error)
-    return found, refused
+                refused.setdefault(name, (rule.title, str(error)))  # of its layers one reason is enough
+    return found, dict(refused.values())
 
 
 def _of_scorer(name: str, family: Family, layers: bool) -> Iterator[Rule]:

@@ -24,7 +24,7 @@ class ModelTable:
         name: of the model.
         about: what was asked, in a line.
         reference: the title of the method that the others are compared with.
-        rows: of `Comparison.rows`, with `control`, and `accuracy_share` where accuracy was measured.
+        rows: of `Comparison.rows`, with `control`, and `accuracy_share` where accuracy was measured; None: of 0.
         notes: by title, why a method is not in the table.
     """
 
@@ -124,8 +124,9 @@ def combined(tables: Sequence[ModelTable]) -> str:
 
 
 def share(row: Row) -> str:
-    """Accuracy, or agreement, in percent of the unpruned model's."""
-    return f"{100 * row.get('accuracy_share', row['agreement']):.1f}"
+    """Accuracy, or agreement, in percent of the unpruned model's; of an accuracy of 0 there is none."""
+    value = row.get("accuracy_share", row["agreement"])
+    return "-" if value is None else f"{100 * value:.1f}"
 
 
 def _interval(row: Row, name: str, sign: str = "") -> str:
