@@ -65,7 +65,7 @@ class Pruning:
         if stages and scored:
             _refuse_at_stages(policy, self._selector, wanted)
         if self._selector.merges and scored:
-            _refuse_merging(policy, family)
+            _refuse_merging(policy, self._selector, family)
         self._guide = self._guided(guide, wanted) if Signal.GUIDE in wanted else None
         wanted.pop(Signal.GUIDE, None)
         self._observer = Observer(family, {} if stages else wanted)
@@ -178,8 +178,14 @@ def _refuse_at_stages(policy: PruningPolicy, selector: Selector, wanted: Needs) 
         )
 
 
-def _refuse_merging(policy: PruningPolicy, family: Family) -> None:
-    """Raise PruningError where no decoder reads visual tokens as rows of its own."""
+def _refuse_merging(policy: PruningPolicy, selector: Selector, family: Family) -> None:
+    """Raise PruningError where no decoder reads visual tokens as rows, or they have no grid to be averaged on."""
+    if selector.needs_grid and not family.has_grid:
+        raise PruningError(
+            f"The policy's {policy.selector or policy.scorer!r} averages tokens over a square grid, and those of "
+            f"{type(family.model).__name__} are none: they are queries, or of several crops, or have line ends or a "
+            "[CLS] among them. Use it on a LLaVA-1.5, or choose another control: stride works on every model."
+        )
     if family.reads != "decoder":
         raise PruningError(
             f"The policy's {policy.selector or policy.scorer!r} merges tokens, which is exact where a decoder reads "

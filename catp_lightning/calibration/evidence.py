@@ -1,7 +1,7 @@
 """What a calibration found, as a policy records it: plain numbers."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -68,15 +68,7 @@ class Findings:
             **common,
             "candidates": self._rows(budget),
         }
-        return PruningPolicy(
-            scorer=chosen.scorer,
-            scorer_args=chosen.scorer_args,
-            selector=chosen.selector,
-            selector_args=chosen.selector_args,
-            keep=self.budgets[budget],
-            model=self.model,
-            evidence=evidence,
-        )
+        return replace(chosen.policy(self.budgets[budget]), model=self.model, evidence=evidence)
 
     def _common(self) -> dict[str, Any]:
         return {

@@ -97,7 +97,15 @@ class Probes:
     gain: Tensor
 
 
-def probe(replay: Replay, votes: Tensor, images: Tensor, size: float, number: int, per: int = 0) -> Probes:
+def probe(
+    replay: Replay,
+    votes: Tensor,
+    images: Tensor,
+    size: float,
+    number: int,
+    per: int = 0,
+    owner: Tensor | None = None,
+) -> Probes:
     """Measure `PROBES` random subsets of each sample.
 
     Args:
@@ -107,11 +115,12 @@ def probe(replay: Replay, votes: Tensor, images: Tensor, size: float, number: in
         size: share of each image's tokens to keep, on average over several images.
         number: of the size, so that sizes draw apart.
         per: slots of an image; 0: none are told apart.
+        owner: as in `random_subset`.
     """
     visual = replay.tokens
     counts = (visual.sum(1) * size).round().long().clamp(min=1)
     seeds = images ^ replay.questions
-    keep = torch.stack([random_subset(seeds, visual, counts, PROBES * number + n) for n in range(PROBES)])
+    keep = torch.stack([random_subset(seeds, visual, counts, PROBES * number + n, owner) for n in range(PROBES)])
     slots = keep.unflatten(2, (-1, per)).sum(2).to(votes.dtype) if per else votes.new_zeros(*keep.shape[:2], 0)
     with without_autocast(votes):
         rows = torch.cat([torch.einsum("pbt,btv->pbv", keep.to(votes.dtype), votes), slots], 2)
@@ -126,7 +135,7 @@ def head_votes(voters: Iterable[AttentionScorer], seen: Observation, visual: Ten
     return placed(votes.to(torch.promote_types(votes.dtype, torch.float32)), seen.exists, visual, 0.0)
 
 
-def random_subset(seeds: Tensor, visual: Tensor, counts: Tensor, number: int) -> Tensor:
+def random_subset(seeds: Tensor, visual: Tensor, counts: Tensor, number: int, owner: Tensor | None = None) -> Tensor:
     """The `number`-th random subset of each sample.
 
     Args:
@@ -134,9 +143,16 @@ def random_subset(seeds: Tensor, visual: Tensor, counts: Tensor, number: int) ->
         visual: bool [B, T], which visual tokens it has.
         counts: int64 [B], how many to keep.
         number: of the subset.
+        owner: int64 [B, T], a number for the image of each token: one token of each is kept in any case; None: images
+            may lose all.
 
     Returns:
         bool [B, T].
     """
     draws = uniform(mix(seeds + mix(torch.tensor(number, device=seeds.device))), visual.shape[1])
-    return draws.masked_fill(~visual, 2).argsort(1).argsort(1) < counts[:, None]
+    draws = draws.masked_fill(~visual, 2)
+    kept = draws.argsort(1).argsort(1) < counts[:, None]
+    if owner is not None:
+        least = draws.new_full((int(owner.max()) + 1,), 2).scatter_reduce(0, owner[visual], draws[visual], "amin")
+        kept = kept | (visual & (draws == least[owner]))
+    return kept

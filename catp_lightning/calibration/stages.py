@@ -23,7 +23,7 @@ from catp_lightning.calibration.statistics import (
     RankCorrelation,
     TokenCounts,
 )
-from catp_lightning.choosing import Choice, choose_tokens, score_tokens
+from catp_lightning.choosing import Choice, choose_tokens, placed, score_tokens
 from catp_lightning.fingerprint import mix
 from catp_lightning.observation import Observation, Signal
 from catp_lightning.policy import PruningPolicy
@@ -150,9 +150,13 @@ class Probing:
     def _probe(self, samples: Samples) -> None:
         seen = samples.seen if samples.inside is None else samples.inside
         votes = head_votes(self.plan.voters.values(), seen, samples.visual)
-        fold = fold_of(samples.images)
+        fold, owner = fold_of(samples.images), None
+        if self.plan.family.reads == "cross-attention":  # text must not be left without a row of its image
+            exists = samples.seen.exists
+            images = torch.arange(len(exists), device=exists.device)[:, None].expand(exists.shape)
+            owner = placed(images, exists, samples.visual, 0)
         for number, size in enumerate(self.sizes):
-            found = probe(samples.replay, votes, samples.images, size, number, self.columns.slots)
+            found = probe(samples.replay, votes, samples.images, size, number, self.columns.slots, owner)
             self.sums.update(fold, found.rows, found.gain)
             if self.pairs is not None:
                 self.pairs.update(fold, pair_rows(found.slots), found.gain)
@@ -221,6 +225,12 @@ class Competition:
     def _compare(self, samples: Samples, fold: int) -> list[Tensor]:
         """Of samples of one fold, where candidates that are chosen anew differ between folds."""
         visual, found, order = samples.visual, [], []
+        if not visual.any():  # there is nothing to prune: every answer is the unpruned one
+            same = [torch.ones(len(alive), len(visual), dtype=torch.bool, device=visual.device) for alive in self.alive]
+            for budget, agreed in enumerate(same):
+                numbers = torch.tensor(self.alive[budget], device=visual.device)
+                self.sums.update(budget, numbers, torch.zeros_like(agreed, dtype=torch.float64), agreed)
+            return same
         allowed = [limits(keep, samples.seen, visual) for keep in self.budgets]
         ranks = self._ranks(samples, max(1, *(int(limit.max()) for limit in allowed)))
         stay = always(samples.seen, visual)

@@ -87,6 +87,11 @@ class Family(ABC):
         return self.tokens_per_image
 
     @property
+    def has_grid(self) -> bool:
+        """Whether an image's tokens are the patches of one square, line by line."""
+        return False
+
+    @property
     def replayable(self) -> bool:
         """Whether a recorded prompt can be answered again exactly, as calibration does."""
         return False

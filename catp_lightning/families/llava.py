@@ -63,6 +63,10 @@ class Llava(Placeholder):
         return self._patches() + int(self._has_class and self._full)
 
     @property
+    def has_grid(self) -> bool:
+        return self.tokens_per_image == self._patches()
+
+    @property
     def most_tokens(self) -> int | None:
         pinpoints = getattr(self.model.config, "image_grid_pinpoints", None)
         if self.kind not in CUT or not pinpoints:

@@ -18,10 +18,12 @@ class Selector:
             cut); or all of a "sample".
         nested: whether a smaller budget keeps a subset of a larger one; those that do write `ranks`, others `select`.
         merges: whether kept tokens carry dropped ones: those write `carriers` too.
+        needs_grid: whether tokens must be the patches of one square image, line by line.
     """
 
     nested: ClassVar[bool] = True
     merges: ClassVar[bool] = False
+    needs_grid: ClassVar[bool] = False
 
     per: Literal["image", "crop", "sample"] = "image"
 

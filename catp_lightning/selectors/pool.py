@@ -27,6 +27,7 @@ class Pool(Selector):
 
     nested: ClassVar[bool] = False
     merges: ClassVar[bool] = True
+    needs_grid: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         if self.per != "image":
