@@ -153,6 +153,11 @@ class Calibrate(Command):
         )
         parser.add_argument("--max_disagreement", type=float | None, help=help_)
         parser.add_argument("--confidence", type=float, default=CONFIDENCE, help="Of that promise.")
+        help_ = "The one method whose layers and head weights are calibrated; without it rules compete."
+        parser.add_argument("--scorer", type=str | None, help=help_)
+        help_ = "Its arguments: '{layer: 2}' is where fastv drops."
+        parser.add_argument("--scorer_args", type=dict[str, Any] | None, help=help_)
+        parser.add_argument("--selector", type=str | None, help="Its selector, instead of its own.")
         help_ = "Where the policy goes: a file, or a folder, which several budgets need. The report goes beside it."
         parser.add_argument("--output", type=str, default="policy", help=help_)
 
@@ -161,7 +166,13 @@ class Calibrate(Command):
         if config.max_disagreement is None and config.confidence != CONFIDENCE:
             raise ArgumentError(None, "--confidence is that of a promise: give --max_disagreement as well.")
         self.calibration = CrossAttentionCalibration(
-            config.output, config.keep, max_disagreement=config.max_disagreement, confidence=config.confidence
+            config.output,
+            config.keep,
+            max_disagreement=config.max_disagreement,
+            confidence=config.confidence,
+            scorer=config.scorer,
+            scorer_args=config.scorer_args,
+            selector=config.selector,
         )
         path = self.calibration.path
         require_writable(path, self.calibration.several or not path.suffix)

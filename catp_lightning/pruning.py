@@ -1,29 +1,26 @@
 """prune(model, policy): the context in which a model reads fewer visual tokens."""
 
-import warnings
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from catp_lightning.choosing import Choice, choose_tokens, placed, score_tokens
 from catp_lightning.dropping import DecoderPrompt, DecoderStages, Prompt, StagePrompt, entry
-from catp_lightning.errors import PolicyError, PruningError
+from catp_lightning.errors import PruningError
 from catp_lightning.families import Family, find_family
 from catp_lightning.guide import Guide, refuse_without_rows
-from catp_lightning.observation import STAGED, Needs, Observation, Signal, join
+from catp_lightning.observation import Needs, Observation, Signal, join
 from catp_lightning.observing import Observer
 from catp_lightning.overlap import has_images
 from catp_lightning.policy import PruningPolicy
-from catp_lightning.selectors import Selector, without_autocast
+from catp_lightning.refusals import MARK, check_model, refuse_at_stages, refuse_merging, refuse_unprunable
+from catp_lightning.selectors import without_autocast
 
 Choose = Callable[[Tensor], Tensor]
 """Which visual tokens exist, bool [B, T] -> which of them stay, bool [B, T]."""
-
-MARK = "_catp_pruning"
 
 
 class Pruning:
@@ -34,7 +31,8 @@ class Pruning:
             order. B is the batch before beams are expanded, T the longest sample's count; False beyond a sample's own.
         scores: float [B, T], what they were ranked by; -inf beyond a sample's own, None where nothing was scored.
         carrier: int64 [B, T], for each visual token the one whose row carries it: itself where it stays, or one that
-            stays and now is the mean of all it carries, or -1 where it is lost; None where nothing is merged.
+            stays and now is the mean of all it carries, or -1 where it is lost; None where nothing is merged. Of
+            several stages it is the last one's: what was lost or carried before is -1.
         choices: (keep bool [B, T], counts int64 [B]) of each prefill since it was last cleared, at most 1,024.
         tokens_per_layer: float [B] for each of `choices`: how many visual tokens a layer of the decoder reads, the mean
             over its layers; more than stay where they leave inside it.
@@ -63,12 +61,13 @@ class Pruning:
         stages = () if self._everything and choose is None else self._scorer.stages(family.depth)
         self.leave_at, self._read = stages, torch.zeros(0)
         if stages and scored:
-            _refuse_at_stages(policy, self._selector, wanted)
+            refuse_at_stages(policy, self._selector, wanted)
         if self._selector.merges and scored:
-            _refuse_merging(policy, self._selector, family)
+            refuse_merging(policy, self._selector, family)
         self._guide = self._guided(guide, wanted) if Signal.GUIDE in wanted else None
         wanted.pop(Signal.GUIDE, None)
-        self._observer = Observer(family, {} if stages else wanted)
+        first: Needs = {Signal.FINGERPRINT: None} if self._known else {}
+        self._observer = Observer(family, first if stages else wanted)
         compact = policy.positions == "compact"
         self._entry = entry(family, self._choose, compact, self._forget, stages, wanted, lambda: self.carrier)
 
@@ -153,6 +152,8 @@ class Pruning:
 
     def _at_stage(self, prompt: StagePrompt) -> Choice:
         seen, visual = prompt.observation(), prompt.tokens
+        if self._known and prompt.stage == 0:
+            self.images.append(self._observer.take(prompt)[Signal.FINGERPRINT])
         scores = placed(score_tokens(self._scorer, seen, visual), seen.exists, visual, -torch.inf)
         before = prompt.visual.sum(1)
         with without_autocast(visual):
@@ -165,33 +166,6 @@ class Pruning:
         keep = self._selector.select(scores, visual, counts.minimum(visual.sum(1)), vectors)
         carrier = self._selector.carriers(keep, scores, visual, vectors) if self._selector.merges else None
         return Choice(keep, scores, carrier)
-
-
-def _refuse_at_stages(policy: PruningPolicy, selector: Selector, wanted: Needs) -> None:
-    """Raise PolicyError where tokens leave inside the decoder and what is needed is seen before it."""
-    per = policy.selector_args.get("per", "sample")
-    if per != "sample" or not (wanted.keys() - {Signal.FINGERPRINT}) <= STAGED:
-        raise PolicyError(
-            f"scorer {policy.scorer!r} drops tokens inside the decoder, where a budget is of the whole sample and "
-            f"only the decoder's own rows are seen: leave selector and selector_args out (selector is "
-            f"{policy.selector!r}, selector_args {dict(policy.selector_args)})."
-        )
-
-
-def _refuse_merging(policy: PruningPolicy, selector: Selector, family: Family) -> None:
-    """Raise PruningError where no decoder reads visual tokens as rows, or they have no grid to be averaged on."""
-    if selector.needs_grid and not family.has_grid:
-        raise PruningError(
-            f"The policy's {policy.selector or policy.scorer!r} averages tokens over a square grid, and those of "
-            f"{type(family.model).__name__} are none: they are queries, or of several crops, or have line ends or a "
-            "[CLS] among them. Use it on a LLaVA-1.5, or choose another control: stride works on every model."
-        )
-    if family.reads != "decoder":
-        raise PruningError(
-            f"The policy's {policy.selector or policy.scorer!r} merges tokens, which is exact where a decoder reads "
-            f"them as rows; {type(family.model).__name__} reads them by {family.reads}. Choose another selector; "
-            "docs/methods.md lists them."
-        )
 
 
 @contextmanager
@@ -236,39 +210,3 @@ def prune(
             yield pruning
     finally:
         del family.model.__dict__[MARK]
-
-
-def check_model(policy: PruningPolicy, family: Family) -> None:
-    """Raise PolicyError where a policy was made for another architecture; warn where it was for another checkpoint."""
-    if policy.model is None:
-        return
-    made_for, here = dict(policy.model), family.describe()
-    names = made_for.pop("name", ""), here.pop("name", "")
-    if made_for != here:
-        raise PolicyError(
-            f"The policy was made for {_described(made_for)}; this model is {_described(here)}. "
-            "Calibrate again with CrossAttentionCalibration, or load the model it was made for."
-        )
-    if all(names) and names[0] != names[1]:
-        warnings.warn(
-            f"The policy was made for the checkpoint {names[0]!r} and is used on {names[1]!r} of the same shape: "
-            "what it promises was measured on the first.",
-            stacklevel=4,
-        )
-
-
-def _described(model: Mapping[str, Any]) -> str:
-    shape = [f"{value} {key.replace('_', ' ')}" for key, value in model.items() if key != "type"]
-    return f"{model.get('type', 'a model')} with {', '.join(shape)}" if shape else str(model.get("type", "unknown"))
-
-
-def refuse_unprunable(module: nn.Module, family: Family) -> None:
-    """Raise PruningError where a model is being pruned already, or was compiled before."""
-    if MARK in family.model.__dict__:
-        raise PruningError("This model is being pruned already: leave that context first, prune does not nest.")
-    parts = (*module.modules(), *family.model.modules())
-    if any(hasattr(part, "_orig_mod") or getattr(part, "_compiled_call_impl", None) is not None for part in parts):
-        raise PruningError(
-            "The model was compiled before pruning and would ignore it. Enter prune first and compile inside, "
-            "or prune the module that was compiled."
-        )

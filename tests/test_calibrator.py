@@ -17,12 +17,13 @@ from catp_lightning.calibration import split
 from catp_lightning.calibration.budget import Promise
 from catp_lightning.calibration.calibrator import Calibrator
 from catp_lightning.calibration.candidates import Candidate, fitted_candidates
+from catp_lightning.calibration.competition import Competition
 from catp_lightning.calibration.fitting import fit, fit_without
 from catp_lightning.calibration.plan import Plan
 from catp_lightning.calibration.recorder import Recorder
 from catp_lightning.calibration.sets import token_ranks
 from catp_lightning.calibration.split import FOLDS, fold_of, part_of, round_bounds, round_of
-from catp_lightning.calibration.stages import Competition, Samples
+from catp_lightning.calibration.stages import Samples
 from catp_lightning.callbacks import CrossAttentionCalibration
 from catp_lightning.families import find_family
 from catp_lightning.fingerprint import fingerprint

@@ -148,9 +148,9 @@ def test_one_method_is_calibrated_by_its_name(
 ) -> None:
     row, selector = BY_NAME[name], "top-k" if method == "trimmed-llama" else None
     policy = calibrate(row, tmp_path / "policy.json", monkeypatch, scorer=method, selector=selector)
-    allowed = {method, *(control for control, cls in SCORERS.items() if cls.control)}
-    assert policy.scorer in allowed
-    assert {row["name"].split()[0] for row in policy.evidence["candidates"]} <= allowed
+    controls = {control for control, cls in SCORERS.items() if cls.control}
+    assert policy.scorer == method, "controls compete, but are not what was asked for"
+    assert {row["name"].split()[0] for row in policy.evidence["candidates"]} <= {method, *controls}
     checked = row_of(policy, policy.evidence["chosen"])["check"]["agreement"]
     assert checked == pytest.approx(agreement(row, policy)[1], abs=1e-12)
 

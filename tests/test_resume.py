@@ -26,10 +26,10 @@ from torchmetrics import Metric
 
 from catp_lightning import PolicyError
 from catp_lightning.calibration import resume, split
+from catp_lightning.calibration.competition import Competition
 from catp_lightning.calibration.replay import Replay
 from catp_lightning.calibration.resume import Partial, model_fingerprint
 from catp_lightning.calibration.split import part_of
-from catp_lightning.calibration.stages import Competition
 from catp_lightning.calibration.statistics import FirstQuestions, ImageSet, PartCounts, ProbeSums
 from catp_lightning.callbacks import calibration
 from catp_lightning.callbacks.calibration import CrossAttentionCalibration

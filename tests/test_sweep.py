@@ -351,7 +351,7 @@ def test_attention_scorers_are_asked_layer_by_layer_where_that_is_wished() -> No
     assert refused_.keys() == {"catp"}
     args = {rule.title: rule.args for rule in found if "layer" in rule.title}
     assert args == {
-        **{f"fastv layer {n}": {"layer": n} for n in (1, 2, 3)},
+        **{f"fastv at layer {n}": {"layer": n} for n in (1, 2, 3)},
         **{f"fastervlm layer {n}": {"layers": [n]} for n in (0, 1, 2)},
     }
 

@@ -16,11 +16,12 @@ from torch import Tensor
 
 from catp_lightning.calibration.budget import Promise
 from catp_lightning.calibration.candidates import Candidate, default_candidates, fitted_candidates
+from catp_lightning.calibration.competition import Check, Competition
 from catp_lightning.calibration.evidence import Findings
 from catp_lightning.calibration.fitting import Fitted, fit, fit_without
 from catp_lightning.calibration.plan import Plan
 from catp_lightning.calibration.split import CHECKED, FOLDS, PROMISED, part_of, round_bounds, round_of
-from catp_lightning.calibration.stages import Check, Competition, Probing, Samples, Stage
+from catp_lightning.calibration.stages import Probing, Samples, Stage
 from catp_lightning.errors import PolicyError
 from catp_lightning.observation import Needs, Signal, join
 from catp_lightning.policy import PruningPolicy, check_keep
@@ -108,7 +109,8 @@ class Calibrator:
             )
         if self.promise is not None:
             self.promise.check_images(int((self._part_of(self.images) == 1).sum()))
-        self.correlations = {name: metric.compute() for name, metric in probing.correlations.items()}
+        found = {name: metric.compute() for name, metric in probing.correlations.items()}
+        self.correlations = {name: matrix for name, matrix in found.items() if matrix.any()}
         sums, pairs = probing.sums.compute(), None if probing.pairs is None else probing.pairs.compute()
         self.fitted = fit(sums, pairs, probing.columns)
         self.candidates = self._candidates(self.fitted)
@@ -139,7 +141,7 @@ class Calibrator:
 
     def _freeze(self) -> None:
         """The choice is made; what follows only measures it."""
-        self.chosen = [self._ranking(budget)[0] for budget in range(len(self.budgets))]
+        self.chosen = [self._eligible(self._ranking(budget)) for budget in range(len(self.budgets))]
         references = [n for n, candidate in enumerate(self.candidates) if candidate.reference]
         alive = [[first, *(n for n in references if n != first)] for first in self.chosen]
         self._check = Check(self.plan, self.candidates, self.budgets, alive, self._checks, self.device)
@@ -152,7 +154,11 @@ class Calibrator:
         if not self._reduced[-1]["count"].any():  # no image fell in that round
             return self.alive[budget]
         ranking = self._ranking(budget)
-        return sorted(ranking[: math.ceil(len(ranking) / SURVIVORS)])
+        return sorted({*ranking[: math.ceil(len(ranking) / SURVIVORS)], self._eligible(ranking)})
+
+    def _eligible(self, ranking: Sequence[int]) -> int:
+        """The first that may be chosen."""
+        return next(number for number in ranking if self.candidates[number].eligible)
 
     def _ranking(self, budget: int) -> list[int]:
         """Who is left, the smallest mean divergence so far first; who is equal to nine digits, by name."""

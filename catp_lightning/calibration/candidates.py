@@ -23,6 +23,9 @@ FITTED_STRENGTHS = (0.25, 0.5, 1.0)
 COMPARED = 1024
 """Tokens of an image up to which sets are chosen by similarity: a kernel of each candidate has the square of it."""
 
+COMPARING = ("max-min", "conditional-dpp", "prune-similar", "context-merge")
+"""Selectors that do the same."""
+
 WEIGHTS = ("layers", "head_weights", "slot_weights")
 
 
@@ -34,6 +37,7 @@ class Candidate:
         name: unique, and what breaks a tie.
         control: whether it is a control that a finding has to beat: it looks at no attention, or at diversity alone.
         reference: whether it is checked beside the chosen policy, however it does: controls, each layer of CATP.
+        eligible: whether it may be chosen; where one method is calibrated, controls only compete.
     """
 
     name: str
@@ -43,6 +47,7 @@ class Candidate:
     selector_args: Mapping[str, Any] = field(default_factory=dict)
     control: bool = False
     reference: bool = False
+    eligible: bool = True
 
     def policy(self, keep: int | float) -> PruningPolicy:
         return PruningPolicy(self.scorer, self.scorer_args, self.selector, self.selector_args, keep)
@@ -59,7 +64,7 @@ class Exit(Candidate):
     depth: int = 2
 
     def policy(self, keep: int | float) -> PruningPolicy:
-        layer = max(1, min(self.depth - 1, math.ceil(keep * self.depth - 1e-9))) if isinstance(keep, float) else 1
+        layer = max(1, min(self.depth - 1, math.ceil(keep * self.depth - 1e-9)))
         return PruningPolicy(self.scorer, {**self.scorer_args, "layer": layer}, self.selector, self.selector_args, keep)
 
 
@@ -72,11 +77,13 @@ def default_candidates(plan: Plan) -> list[Candidate]:
     if plan.method is not None:
         return list(_of_method(plan, plan.method))
     found = []
-    for name, cls in SCORERS.items():
+    for name, cls in SCORERS.usable():
         rule = Candidate(name, name, control=cls.control, reference=cls.control)
         if name == "trimmed-llama":
             rule = Candidate(f"{name}, top-k", name, selector="top-k")
-        if not cls().stages(plan.family.depth) and why_not(plan.family, rule.policy(0.5)) is None:
+        if cls.selector in COMPARING and not _similar(plan):
+            continue
+        if not cls().stages(plan.family.depth) and why_not(plan.family, rule) is None:
             found.append(rule)
     if Signal.CROSS_ATTENTION in plan.family.layers():
         return found + list(_of_qformer(plan.family))
@@ -111,8 +118,14 @@ def _both_signs(scorer: str, similarity: str) -> Iterator[Candidate]:
 def _of_outputs(plan: Plan) -> Iterator[Candidate]:
     """Sets of tokens whose features are unlike each other."""
     if _similar(plan):
-        for name in plan.voters:
+        for name in (*plan.voters, "l2-norm"):
             yield from _both_signs(name, "outputs")
+        for name in plan.voters:
+            layers = plan.voting(name)
+            for n in layers if len(layers) > 1 else []:
+                args = {"similarity": "outputs", "relevance": STRENGTHS[0]}
+                title = f"dpp of outputs, {name} layer {n} x {STRENGTHS[0]:+g}"
+                yield Candidate(title, name, {"layers": [n]}, "dpp", args)
         yield _diversity("outputs", {"similarity": "outputs"}, control=True)
 
 
@@ -134,9 +147,9 @@ def _of_method(plan: Plan, method: PruningPolicy) -> Iterator[Candidate]:
         single = [Candidate(f"{name} layer {n}", name, {**plain, "layers": [n]}, *more, reference=True) for n in layers]
         yield from single if len(layers) > 1 else []
     if plan.layer == 0:
-        for name, cls in SCORERS.items():
-            rule = Candidate(name, name, control=True, reference=True)
-            if cls.control and name != method.scorer and why_not(plan.family, rule.policy(0.5)) is None:
+        for name, cls in SCORERS.usable():
+            rule = Candidate(name, name, control=True, reference=True, eligible=False)
+            if cls.control and name != method.scorer and why_not(plan.family, rule) is None:
                 yield rule
 
 

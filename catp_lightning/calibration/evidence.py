@@ -87,7 +87,7 @@ class Findings:
         chosen = self.candidates[self.chosen[budget]]
         return {
             "keep": self.budgets[budget],
-            "tokens": keep_count(self.budgets[budget], round(self.tokens)),
+            "tokens": 0 if chosen.scorer == "visual-exit" else keep_count(self.budgets[budget], round(self.tokens)),
             "chosen": chosen.name,
             "control": chosen.control,
             "agreement": figures["agreement"],

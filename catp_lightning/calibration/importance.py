@@ -105,6 +105,7 @@ def probe(
     number: int,
     per: int = 0,
     owner: Tensor | None = None,
+    stay: Tensor | None = None,
 ) -> Probes:
     """Measure `PROBES` random subsets of each sample.
 
@@ -116,11 +117,13 @@ def probe(
         number: of the size, so that sizes draw apart.
         per: slots of an image; 0: none are told apart.
         owner: as in `random_subset`.
+        stay: bool [B, T], tokens that stay whatever the budget; None: none.
     """
-    visual = replay.tokens
+    visual = replay.tokens if stay is None else replay.tokens & ~stay
     counts = (visual.sum(1) * size).round().long().clamp(min=1)
     seeds = images ^ replay.questions
     keep = torch.stack([random_subset(seeds, visual, counts, PROBES * number + n, owner) for n in range(PROBES)])
+    keep = keep if stay is None else keep | stay
     slots = keep.unflatten(2, (-1, per)).sum(2).to(votes.dtype) if per else votes.new_zeros(*keep.shape[:2], 0)
     with without_autocast(votes):
         rows = torch.cat([torch.einsum("pbt,btv->pbv", keep.to(votes.dtype), votes), slots], 2)

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
+from typing import Protocol
 
 from catp_lightning.errors import PolicyError, PruningError
 from catp_lightning.families import Family
@@ -21,6 +22,9 @@ OF_OTHERS: dict[str, AttentionScorer] = {
     "trimmed-llama": TrimmedLlama(scale="log"),
 }
 """The same of models without one."""
+
+
+OF_HEADS = BY_LAYER - {Signal.VISION_KEYS}
 
 
 @dataclass(frozen=True)
@@ -60,7 +64,9 @@ class Plan:
 
     @classmethod
     def _of_method(cls, family: Family, method: PruningPolicy) -> "Plan":
-        refusal = why_not(family, method)
+        refusal = why_not(family, method.with_keep(0.5))
+        if Signal.GUIDE in method.build_scorer().needs:
+            refusal = "It asks another model, a guide, which calibration does not run."
         if refusal is not None:
             raise PruningError(f"{method.scorer!r} cannot be calibrated here. {refusal}")
         scorer = method.build_scorer()
@@ -72,6 +78,7 @@ class Plan:
     def slots(self) -> int:
         """Places of an image's tokens that mean something whatever the image shows: those of a Q-Former's queries."""
         own = Signal.CROSS_ATTENTION in self.family.layers() and self.layer == 0
+        own = own and (self.method is None or bool(self.voters))  # by themselves they are no setting of a method
         return (self.family.tokens_per_image or 0) if own else 0
 
     def voting(self, name: str) -> list[int]:
@@ -105,6 +112,8 @@ def everything_it_reads(
         return None
     if scorer.selector == "union" and selector in (None, "union"):  # each head picks by itself
         return None
+    if scorer.needs.keys().isdisjoint(OF_HEADS):
+        return None
     signal = _signal(scorer)
     count = stages[0] if stages else family.layers()[signal]
     if stages and scorer.needs.keys() != {Signal.LAST_ROW}:
@@ -119,15 +128,22 @@ def everything_it_reads(
 
 def _signal(scorer: Scorer) -> Signal:
     """What its heads are of."""
-    return next(signal for signal in scorer.needs if signal in BY_LAYER and signal is not Signal.VISION_KEYS)
+    return next(signal for signal in scorer.needs if signal in OF_HEADS)
 
 
-def why_not(family: Family, policy: PruningPolicy) -> str | None:
-    """Why a policy cannot prune this model; None: it can."""
+class Rule(Protocol):
+    """A policy without its budget."""
+
+    def policy(self, keep: int | float) -> PruningPolicy:
+        """The policy at a budget."""
+
+
+def why_not(family: Family, rule: PruningPolicy | Rule) -> str | None:
+    """Why a policy, or a rule at any budget, cannot prune this model; None: it can."""
     from catp_lightning.pruning import Pruning
 
     try:
-        Pruning(family, policy)
+        Pruning(family, rule if isinstance(rule, PruningPolicy) else rule.policy(0.5))
     except (PruningError, PolicyError) as error:
         return str(error)
     return None

@@ -8,28 +8,22 @@ import torch
 from torch import Tensor
 from torchmetrics import Metric
 
-from catp_lightning.calibration.candidates import Candidate
-from catp_lightning.calibration.importance import WORST, Columns, head_votes, probe, sizes
+from catp_lightning.calibration.importance import Columns, head_votes, probe, sizes
 from catp_lightning.calibration.plan import Plan
-from catp_lightning.calibration.replay import Replay, Ways
-from catp_lightning.calibration.sets import always, is_nested, limits, method_ranks, methods, pair_rows
+from catp_lightning.calibration.replay import Replay
+from catp_lightning.calibration.sets import always, pair_rows
 from catp_lightning.calibration.split import fold_of
 from catp_lightning.calibration.statistics import (
-    CandidateSums,
-    FirstQuestions,
     ImageSet,
     PartCounts,
     ProbeSums,
     RankCorrelation,
     TokenCounts,
 )
-from catp_lightning.choosing import Choice, choose_tokens, placed, score_tokens
+from catp_lightning.choosing import placed
 from catp_lightning.fingerprint import mix
 from catp_lightning.observation import Observation, Signal
-from catp_lightning.policy import PruningPolicy
-from catp_lightning.pruning import Pruning
-from catp_lightning.scorers import Scorer
-from catp_lightning.selectors import Selector, without_autocast
+from catp_lightning.selectors import without_autocast
 
 PAIRS = 40
 """Slots whose pairs are learned too, at most: the sums grow with the fourth power of their number."""
@@ -151,153 +145,14 @@ class Probing:
         seen = samples.seen if samples.inside is None else samples.inside
         votes = head_votes(self.plan.voters.values(), seen, samples.visual)
         fold, owner = fold_of(samples.images), None
+        stay = always(samples.seen, samples.visual) if samples.inside is None else None
+        stay = stay if stay is not None and bool(stay.any()) else None
         if self.plan.family.reads == "cross-attention":  # text must not be left without a row of its image
             exists = samples.seen.exists
             images = torch.arange(len(exists), device=exists.device)[:, None].expand(exists.shape)
             owner = placed(images, exists, samples.visual, 0)
         for number, size in enumerate(self.sizes):
-            found = probe(samples.replay, votes, samples.images, size, number, self.columns.slots, owner)
+            found = probe(samples.replay, votes, samples.images, size, number, self.columns.slots, owner, stay)
             self.sums.update(fold, found.rows, found.gain)
             if self.pairs is not None:
                 self.pairs.update(fold, pair_rows(found.slots), found.gain)
-
-
-class Competition:
-    """Candidates answer the samples of one round, or of the checking part.
-
-    Args:
-        title: what people are told.
-        plan: of the calibration.
-        candidates: by fold: what is fitted was fitted without the fold it is measured on. Or one list for all folds.
-        budgets: at each of which some candidates compete.
-        alive: their numbers, for each budget.
-        belongs: which samples this is for.
-        device: where the sums are kept.
-    """
-
-    def __init__(
-        self,
-        title: str,
-        plan: Plan,
-        candidates: Sequence[Sequence[Candidate]],
-        budgets: Sequence[int | float],
-        alive: Sequence[Sequence[int]],
-        belongs: Belongs,
-        device: torch.device | None,
-    ) -> None:
-        self.title, self.plan, self.budgets, self.alive, self.belongs = title, plan, budgets, alive, belongs
-        self.running = sorted(set().union(*alive))
-        self.rules = [[of_fold[number].policy(1.0) for number in self.running] for of_fold in candidates]
-        self._policies = [
-            [[of_fold[number].policy(keep) for number in self.running] for keep in budgets] for of_fold in candidates
-        ]
-        places = range(len(self.running))
-        first = self.rules[0]
-        shared = [n for n in places if all(of_fold[n] == first[n] for of_fold in self.rules)]
-        entering = [n for n in places if not first[n].build_scorer().stages(plan.family.depth)]
-        ranked = [n for n in entering if is_nested(_method(first[n]))]
-        self._inside = [n for n in places if n not in entering]
-        self._anew = [n for n in entering if n not in ranked]
-        self._by_fold = any(n not in shared for n in (*self._anew, *self._inside))
-        self._shared = [n for n in ranked if n in shared]
-        self._own = [n for n in ranked if n not in shared]
-        self._of_all = methods([first[n] for n in self._shared])
-        self._of_fold = [methods([of_fold[n] for n in self._own]) for of_fold in self.rules]
-        self.sums = CandidateSums(len(budgets), len(candidates[0])).to(device)
-        self.metrics: dict[str, Metric] = {"candidates": self.sums}
-
-    def see(self, samples: Samples) -> None:
-        chosen = self.belongs(samples.images)
-        if chosen.any():
-            self.compare(samples.where(chosen))
-
-    def compare(self, samples: Samples) -> list[Tensor]:
-        """Whether each candidate's answer is the unpruned one: bool [N, B] for each budget, N alive there."""
-        if not self._by_fold:
-            return self._compare(samples, 0)
-        fold = fold_of(samples.images)
-        same = [torch.empty(len(alive), len(fold), dtype=torch.bool, device=fold.device) for alive in self.alive]
-        for number in fold.unique().tolist():
-            for budget, agreed in enumerate(self._compare(samples.where(fold == number), number)):
-                same[budget][:, fold == number] = agreed
-        return same
-
-    def _compare(self, samples: Samples, fold: int) -> list[Tensor]:
-        """Of samples of one fold, where candidates that are chosen anew differ between folds."""
-        visual, found, order = samples.visual, [], []
-        if not visual.any():  # there is nothing to prune: every answer is the unpruned one
-            same = [torch.ones(len(alive), len(visual), dtype=torch.bool, device=visual.device) for alive in self.alive]
-            for budget, agreed in enumerate(same):
-                numbers = torch.tensor(self.alive[budget], device=visual.device)
-                self.sums.update(budget, numbers, torch.zeros_like(agreed, dtype=torch.float64), agreed)
-            return same
-        allowed = [limits(keep, samples.seen, visual) for keep in self.budgets]
-        ranks = self._ranks(samples, max(1, *(int(limit.max()) for limit in allowed)))
-        stay = always(samples.seen, visual)
-        for budget, (limit, alive) in enumerate(zip(allowed, self.alive, strict=True)):
-            running = [self.running.index(number) for number in alive]
-            ranked = [place for place in running if place in self._shared or place in self._own]
-            others = [place for place in running if place not in ranked]
-            policies = self._policies[fold][budget]
-            chosen = [self._other(samples, policies[place], place in self._inside) for place in others]
-            found.append(Ways((ranks[ranked] < limit) | stay, chosen))
-            order.append(torch.tensor([[*ranked, *others].index(place) for place in running], device=ranks.device))
-        same = []
-        compared = samples.replay.compare_each(found)
-        for budget, (diverged, agreed) in enumerate(compared):
-            numbers, place = torch.tensor(self.alive[budget], device=ranks.device), order[budget]
-            self.sums.update(budget, numbers, diverged[place].clamp(max=-WORST), agreed[place])
-            same.append(agreed[place])
-        return same
-
-    def _other(self, samples: Samples, policy: PruningPolicy, inside: bool) -> Choice | Pruning:
-        """A candidate that chooses anew at each budget, or inside the decoder."""
-        if inside:
-            return Pruning(self.plan.family, policy)
-        scorer, selector = _method(policy)
-        scores = score_tokens(scorer, samples.seen, samples.visual)
-        return choose_tokens(scores, selector, policy.keep, samples.seen, samples.visual)
-
-    def _ranks(self, samples: Samples, most: int) -> Tensor:
-        """The order in which each candidate's tokens join its set: int64 [N, B, T]."""
-        visual, fold = samples.visual, fold_of(samples.images)
-        ranks = torch.full((len(self.running), *visual.shape), most, device=visual.device)
-        if self._shared:
-            ranks[self._shared] = method_ranks(self._of_all, samples.seen, visual, most)
-        for number in fold.unique().tolist() if self._own else []:
-            here = samples.where(fold == number)
-            found = method_ranks(self._of_fold[number], here.seen, here.visual, most)
-            rows = (fold == number).nonzero()[:, 0]
-            ranks[torch.tensor(self._own)[:, None], rows, : found.shape[2]] = found
-        return ranks
-
-
-def _method(policy: PruningPolicy) -> tuple[Scorer, Selector]:
-    return policy.build_scorer(), policy.build_selector()
-
-
-class Check(Competition):
-    """Frozen policies, beside the references, on samples that nothing was decided on.
-
-    The first candidate alive at a budget is the policy's; its answers are kept for one question of each image.
-    """
-
-    def __init__(
-        self,
-        plan: Plan,
-        candidates: Sequence[Candidate],
-        budgets: Sequence[int | float],
-        alive: Sequence[Sequence[int]],
-        belongs: Belongs,
-        device: torch.device | None,
-    ) -> None:
-        super().__init__("checking the chosen policies", plan, [candidates], budgets, alive, belongs, device)
-        self.first = FirstQuestions(len(budgets)).to(device)
-        nothing = torch.empty(0, dtype=torch.int64, device=device)  # a process may have no batch
-        self.first.update(nothing, nothing, nothing.expand(len(budgets), 0))
-        self.metrics["first questions"] = self.first
-
-    def compare(self, samples: Samples) -> list[Tensor]:
-        same = super().compare(samples)
-        self.first.update(samples.images, samples.replay.questions, torch.stack([agreed[0] for agreed in same]))
-        return same

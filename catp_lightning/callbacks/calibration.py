@@ -16,17 +16,18 @@ from tqdm import tqdm
 
 from catp_lightning.calibration.budget import GRID, Promise, descending
 from catp_lightning.calibration.calibrator import Calibrator
+from catp_lightning.calibration.competition import Competition
 from catp_lightning.calibration.plan import Plan
 from catp_lightning.calibration.recorder import Recorder
 from catp_lightning.calibration.report import report, report_folder
 from catp_lightning.calibration.resume import Partial, batch_fingerprints, model_fingerprint
-from catp_lightning.calibration.stages import Competition, Samples
+from catp_lightning.calibration.stages import Samples
 from catp_lightning.callbacks.context import LoopContext, Stage
 from catp_lightning.errors import PolicyError, PruningError
 from catp_lightning.families import Family, find_family
 from catp_lightning.locations import budget_file_name
 from catp_lightning.policy import Budget, PruningPolicy, check_keep
-from catp_lightning.pruning import refuse_unprunable
+from catp_lightning.refusals import refuse_unprunable
 
 MANY = 2**20  # tokens; where images differ in their number shares are put in order, and then numbers of tokens
 
@@ -112,6 +113,8 @@ class CrossAttentionCalibration(LoopContext):
         if scorer is None and (scorer_args or selector):
             raise PolicyError("scorer_args and selector are those of a scorer: name it, scorer='fastv' for example.")
         self.method = None if scorer is None else PruningPolicy(scorer, scorer_args or {}, selector)
+        if scorer == "visual-exit":
+            _check_exit(self.budgets, scorer_args or {})
         self.policies: list[PruningPolicy] = []
         self.summary: list[str] = []
         self._run: _Run | None = None
@@ -232,6 +235,16 @@ class CrossAttentionCalibration(LoopContext):
 
     def __getstate__(self) -> dict[str, Any]:
         return {**super().__getstate__(), "_run": None}
+
+
+def _check_exit(budgets: Sequence[int | float], args: Mapping[str, Any]) -> None:
+    """Raise PolicyError where a calibration of visual exit is told what it is to find, or gets budgets of tokens."""
+    if "layer" in args or not all(isinstance(keep, float) for keep in budgets):
+        raise PolicyError(
+            f"visual-exit is calibrated with keep {list(budgets)} and scorer_args {dict(args)}: its budgets are shares "
+            "of the decoder's layers that read visual tokens, floats in (0, 1], and give the layer; leave `layer` out. "
+            "max_disagreement finds the first layer at which they may leave."
+        )
 
 
 def _batches_again(trainer: Trainer) -> Iterator[tuple[Any, ...]]:

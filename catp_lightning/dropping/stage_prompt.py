@@ -125,7 +125,11 @@ class Prefill:
         rows = query[::beams].transpose(1, 2)[each, at].transpose(1, 2)
         shared = rows.unflatten(1, (heads, -1))  # heads that share a key are its queries
         seen = seen.expand(-1, heads, -1, -1)[:, :, None].expand(-1, -1, shared.shape[2], -1, -1).flatten(2, 3)
-        paid = attention_map(shared.flatten(2, 3), key[::beams], seen, scaling).unflatten(2, (-1, few)).flatten(1, 2)
+        paid = (
+            attention_map(shared.flatten(2, 3), key[::beams], seen, scaling)
+            .unflatten(2, (shared.shape[2], few))
+            .flatten(1, 2)
+        )
         columns = paid.new_zeros(*paid.shape[:3], self.prompt.mask.shape[1])
         columns = columns.scatter(3, order[:, None, None].expand_as(paid), paid)
         columns = columns.masked_fill(~exists[:, None, :, None], 0.0)  # a row of padding sees nothing: it is NaN

@@ -60,6 +60,8 @@ class Llava(Placeholder):
     def tokens_per_image(self) -> int | None:
         if self.kind not in ("llava", "vipllava") or self.model.config.vision_config.model_type == "pixtral":
             return None
+        if not self._has_class and not self._full:  # the model leaves out the first patch as if it were a [CLS]
+            return self._patches() - 1
         return self._patches() + int(self._has_class and self._full)
 
     @property

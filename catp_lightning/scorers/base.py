@@ -77,15 +77,13 @@ class AttentionScorer(Scorer):
         """One number a head: float [I, L, H, T]."""
 
     def score(self, seen: Observation) -> Tensor:
-        scores = weigh(self.votes(seen), self.weights(seen))
+        votes = self.votes(seen)
+        scores = weigh(votes, self.weights(votes))
         return scores if self.slot_weights is None else scores + slot_scores(self.slot_weights, scores)
 
-    def weights(self, seen: Observation) -> Tensor | None:
-        """`head_weights` as a tensor [L, H] on the observation's device."""
-        if self.head_weights is None:
-            return None
-        like = next(value for value in seen.values.values() if value.is_floating_point())
-        return torch.tensor(self.head_weights, dtype=like.dtype, device=like.device)
+    def weights(self, votes: Tensor) -> Tensor | None:
+        """`head_weights` as a tensor [L, H] like the votes."""
+        return None if self.head_weights is None else torch.tensor(self.head_weights).to(votes)
 
 
 @dataclass(frozen=True)

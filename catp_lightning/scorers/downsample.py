@@ -6,7 +6,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from catp_lightning.observation import Needs, Observation, Signal
+from catp_lightning.observation import Needs, Observation
 from catp_lightning.scorers.base import Scorer
 
 
@@ -22,7 +22,7 @@ class Downsample(Scorer):
 
     @property
     def needs(self) -> Needs:
-        return {Signal.VISION_ATTENTION: (-1,)}
+        return {}
 
     def score(self, seen: Observation) -> Tensor:
         return torch.zeros(seen.exists.shape, device=seen.exists.device)

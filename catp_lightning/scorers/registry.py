@@ -59,6 +59,16 @@ class Registry(Mapping[str, type[Scorer]]):
         yield from self._own
         yield from others
 
+    def usable(self) -> Iterator[tuple[str, type[Scorer]]]:
+        """Names and scorers, without those of other packages that do not work; each of these warns."""
+        for name in self:
+            try:
+                scorer = self[name]
+            except PolicyError as error:
+                warnings.warn(f"{error} It is left out.", stacklevel=2)
+                continue
+            yield name, scorer
+
     def __len__(self) -> int:
         return len(self._own) + len(self._others)
 

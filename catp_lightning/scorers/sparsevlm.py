@@ -84,6 +84,8 @@ class SparseVLM(AttentionScorer):
     def _ranks(self, seen: Observation) -> Tensor:
         """The rank of each sample's attention, raters by tokens: int64 [I]."""
         paid, count = self._rated(seen)
+        if not paid.shape[3]:  # prompts without text
+            return torch.zeros_like(count)
         rated = paid.mean((1, 2)).nan_to_num().cpu().double()  # few numbers, and not every device has double
         values = torch.linalg.svdvals(rated)  # padding with zeros adds zeros
         larger = count.maximum(seen.exists.sum(1)).cpu()

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from catp_lightning.errors import PruningError
-from catp_lightning.observation import Needs, Observation, Signal
+from catp_lightning.observation import Observation
 from catp_lightning.selectors.base import Selector
 
 
@@ -32,11 +32,6 @@ class Pool(Selector):
     def __post_init__(self) -> None:
         if self.per != "image":
             raise ValueError(f'per is {self.per!r}; means over the cells of an image\'s grid are for each "image".')
-
-    @property
-    def needs(self) -> Needs:
-        """The tower's attention is not read: a family that shows it has tokens that are patches, line by line."""
-        return {Signal.VISION_ATTENTION: (-1,)}
 
     def vectors(self, seen: Observation) -> Tensor:
         """Line and column of each token: float [I, T, 2], 0 where there is none."""

@@ -67,6 +67,10 @@ class Sweep(Command):
         check_names(listed(config.scorers))
         require_writable(Path(config.output), folder=True)
         self.settings = json.loads(json.dumps(config.model.as_dict(), default=str))
+        if config.trainer.limit_predict_batches not in (None, 1.0):
+            raise ArgumentError(
+                None, "A sweep answers every question of its data: give fewer of them, not limit_predict_batches."
+            )
         if config.trainer.devices == "auto":
             config.trainer.devices = 1
         return []

@@ -58,7 +58,7 @@ def _panel(axes: Axes, table: ModelTable, looks: Mapping[str, Mapping[str, Any]]
             axes.fill_between(tokens, low, high, color="crimson", alpha=0.1)
         axes.plot(tokens, value, label=title, **look)
     axes.set_xscale("log", base=2)
-    budgets = {row["keep"]: row["tokens"] for row in rows if row["method"] == table.reference}
+    budgets = {repr(row["keep"]): row["tokens"] for row in rows if row["method"] == table.reference}
     axes.set_xticks(list(budgets.values()), [f"{tokens:.3g}" for tokens in budgets.values()])
     axes.minorticks_off()
     axes.grid(alpha=0.25)

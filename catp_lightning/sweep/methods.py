@@ -3,12 +3,12 @@
 import difflib
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from copy import deepcopy
 from dataclasses import dataclass, field, fields
 from typing import Any
 
 from catp_lightning.errors import PolicyError, PruningError
 from catp_lightning.families import Family
+from catp_lightning.guide import refuse_without_rows
 from catp_lightning.observation import BY_LAYER, Signal
 from catp_lightning.policy import PruningPolicy
 from catp_lightning.pruning import Pruning
@@ -94,7 +94,12 @@ def rules(names: Sequence[str], family: Family, layers: bool) -> tuple[list[Rule
     found: list[Rule] = []
     refused: dict[str, tuple[str, str]] = {}
     for name in names:
-        for rule in _of_scorer(name, family, layers):
+        try:
+            several = list(_of_scorer(name, family, layers))
+        except PolicyError as error:  # of another package, and broken
+            refused[name] = (name, str(error))
+            continue
+        for rule in several:
             try:
                 _try(rule, family)
                 found.append(rule)
@@ -113,7 +118,8 @@ def _of_scorer(name: str, family: Family, layers: bool) -> Iterator[Rule]:
     yield Rule(GUIDED.format(name) if guided else name, name, name, control=scorer.control, guided=guided)
     if layers:
         for args in _single_layers(scorer(), family):
-            title = f"{name} layer {next(iter(args.values()))}".replace("[", "").replace("]", "")
+            at = "at layer" if "layer" in args else "layer"  # where tokens leave, or which layer is asked
+            title = f"{name} {at} {next(iter(args.values()))}".replace("[", "").replace("]", "")
             yield Rule(title, title, name, args, scorer.control, guided)
 
 
@@ -132,5 +138,7 @@ def _single_layers(scorer: Any, family: Family) -> Iterator[dict[str, Any]]:
 
 def _try(rule: Rule, family: Family) -> None:
     """Raise PruningError or PolicyError where the model cannot be pruned by a rule; the model is not touched."""
-    guide = deepcopy(family.model) if rule.guided else None
-    Pruning(family, rule.policy(0.5), guide=guide)
+    if rule.guided:  # by a copy of the model, which is not made to ask
+        refuse_without_rows(family)
+        return
+    Pruning(family, rule.policy(0.5))
