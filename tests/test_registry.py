@@ -178,7 +178,7 @@ def test_what_contributing_says_about_a_package_outside_works_word_for_word(tmp_
 
 def test_the_five_steps_inside_name_what_is_there() -> None:
     told = section("Add a method in five steps")
-    assert "one line in `SCORERS`, `catp_lightning/scorers/__init__.py`" in told
+    assert "one line in `_OWN`" in told and "`catp_lightning/scorers/__init__.py`" in told
     (example,) = re.findall(r"```python\n(.*?)```", told, flags=re.DOTALL)
     names = "from dataclasses import dataclass\nfrom torch import Tensor\nfrom catp_lightning.scorers import Scorer\n"
     names += "from catp_lightning.observation import Needs, Observation, Signal\n"
