@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Sequence
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -9,7 +10,7 @@ from unittest.mock import patch
 import lightning as L
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from catp_lightning import CrossAttentionCalibration, PolicyError, PruningError, PruningPolicy, prune
@@ -70,10 +71,10 @@ def calibrate(row: Row, path: Path, monkeypatch: pytest.MonkeyPatch, **options: 
 
 
 @torch.no_grad()
-def agreement(row: Row, policy: PruningPolicy) -> tuple[float, float]:
+def agreement(row: Row, policy: PruningPolicy, guide: nn.Module | None = None) -> tuple[float, float]:
     """Share of answers as the unpruned model's when it really is pruned, on the learning part and on the other."""
     same, model = [], row.model()
-    with prune(model, policy) as pruning, compare_with_unpruned(pruning) as comparison:
+    with prune(model, policy, guide=guide) as pruning, compare_with_unpruned(pruning) as comparison:
         for batch in data(row):
             model.generate(**batch, **SETTINGS)
             same.append(comparison.same.pop())
@@ -168,6 +169,31 @@ def test_a_method_inside_the_decoder_is_calibrated_where_it_drops(
     if method == "visual-exit":
         depth = find_family(row.model()).depth
         assert policy.scorer_args == {"layer": math.ceil(KEEP * depth)}, "a budget is the share of layers that read"
+
+
+def hooks(model: nn.Module) -> list[int]:
+    return [len(module._forward_hooks) + len(module._forward_pre_hooks) for module in model.modules()]
+
+
+def test_a_guide_is_asked_while_its_layers_and_heads_are_calibrated(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    row = BY_NAME["Llava"]
+    guide = deepcopy(row.model())
+    with torch.random.fork_rng(), torch.no_grad():
+        torch.manual_seed(3)
+        for weight in guide.parameters():
+            weight.add_(0.3 * weight.std(correction=0) * torch.randn_like(weight))
+    guide.generate(**row.inputs(), **SETTINGS)  # transformers sets hooks of its own, which stay
+    before = hooks(guide)
+    policy = calibrate(row, tmp_path / "policy.json", monkeypatch, scorer="sgl", guide=guide)
+    names = [row["name"] for row in policy.evidence["candidates"]]
+    assert policy.scorer == "sgl" and {"sgl", "sgl layer 0", "sgl layer 1"} <= set(names)
+    for name in (policy.evidence["chosen"], "sgl layer 1"):
+        args = {"layers": [1]} if name == "sgl layer 1" else policy.scorer_args
+        checked = row_of(policy, name)["check"]["agreement"]
+        assert checked == pytest.approx(agreement(row, PruningPolicy("sgl", args, keep=KEEP), guide)[1], abs=1e-12)
+    assert hooks(guide) == before
 
 
 def test_a_method_that_needs_what_calibration_cannot_give_is_refused(tmp_path: Path) -> None:

@@ -4,8 +4,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 from typing import Protocol
 
+from torch import nn
+
 from catp_lightning.errors import PolicyError, PruningError
 from catp_lightning.families import Family
+from catp_lightning.guide import Guide
 from catp_lightning.observation import BY_LAYER, Needs, Signal, join
 from catp_lightning.policy import PruningPolicy
 from catp_lightning.scorers import AttentionScorer, Scorer
@@ -36,15 +39,17 @@ class Plan:
         method: the one method that is calibrated; None: all that drop before the decoder compete.
         voters: scorers whose head weights are fitted, by name, with all the layers they may read.
         layer: the decoder layer at whose entry tokens leave; 0: before the first.
+        guide: the model that the method asks; None: none.
     """
 
     family: Family
     voters: Mapping[str, AttentionScorer]
     method: PruningPolicy | None = None
     layer: int = 0
+    guide: Guide | None = None
 
     @classmethod
-    def of(cls, family: Family, method: PruningPolicy | None = None) -> "Plan":
+    def of(cls, family: Family, method: PruningPolicy | None = None, guide: nn.Module | None = None) -> "Plan":
         """
         Raises:
             PruningError: the model's prompts cannot be answered again, or the method does not run on it.
@@ -58,21 +63,22 @@ class Plan:
                 "fixed rule, PruningPolicy(scorer=...); docs/families.md says which scorers it shows signals for."
             )
         if method is not None:
-            return cls._of_method(family, method)
+            return cls._of_method(family, method, guide)
         both = {**VOTERS, **OF_OTHERS}
         return cls(family, {name: scorer for name, scorer in both.items() if family.shows(scorer.needs)})
 
     @classmethod
-    def _of_method(cls, family: Family, method: PruningPolicy) -> "Plan":
-        refusal = why_not(family, method.with_keep(0.5))
-        if Signal.GUIDE in method.build_scorer().needs:
-            refusal = "It asks another model, a guide, which calibration does not run."
+    def _of_method(cls, family: Family, method: PruningPolicy, guide: nn.Module | None) -> "Plan":
+        refusal = why_not(family, method.with_keep(0.5), guide)
         if refusal is not None:
             raise PruningError(f"{method.scorer!r} cannot be calibrated here. {refusal}")
-        scorer = method.build_scorer()
+        scorer, asked = method.build_scorer(), None
+        if guide is not None and Signal.GUIDE in scorer.needs:
+            asked = Guide(guide, family, None, getattr(scorer, "answer_tokens", 1))
         stages = scorer.stages(family.depth)
-        voter = everything_it_reads(family, scorer, method.selector, stages)
-        return cls(family, {} if voter is None else {method.scorer: voter}, method, stages[0] if stages else 0)
+        plain = cls(family, {}, method, stages[0] if stages else 0, asked)
+        voter = everything_it_reads(plain, scorer, method.selector, stages)
+        return plain if voter is None else replace(plain, voters={method.scorer: voter})
 
     @property
     def slots(self) -> int:
@@ -84,11 +90,16 @@ class Plan:
     def voting(self, name: str) -> list[int]:
         """The layers of a voter."""
         layers = self.voters[name].layers
-        return list(range(self.family.layers()[_signal(self.voters[name])]) if layers is None else layers)
+        return list(range(self.count(_signal(self.voters[name]))) if layers is None else layers)
+
+    def count(self, signal: Signal) -> int:
+        """How many layers a signal has before the decoder."""
+        return self.guide.depth if signal is Signal.GUIDE and self.guide is not None else self.family.layers()[signal]
 
     def heads(self, name: str) -> int:
         """How many heads each layer of a voter has."""
-        return self.family.heads(_signal(self.voters[name]))
+        signal = _signal(self.voters[name])
+        return (self.guide.family if signal is Signal.GUIDE and self.guide else self.family).heads(signal)
 
     @property
     def needs(self) -> Needs:
@@ -102,7 +113,7 @@ class Plan:
 
 
 def everything_it_reads(
-    family: Family, scorer: Scorer, selector: str | None, stages: tuple[int, ...]
+    plan: Plan, scorer: Scorer, selector: str | None, stages: tuple[int, ...]
 ) -> AttentionScorer | None:
     """An attention scorer without weights that reads every layer it can; None where there is nothing to weigh.
 
@@ -115,7 +126,7 @@ def everything_it_reads(
     if scorer.needs.keys().isdisjoint(OF_HEADS):
         return None
     signal = _signal(scorer)
-    count = stages[0] if stages else family.layers()[signal]
+    count = stages[0] if stages else plan.count(signal)
     if stages and scorer.needs.keys() != {Signal.LAST_ROW}:
         return None
     layers = {"layers": tuple(range(count)), "head_weights": None, "slot_weights": None}
@@ -138,12 +149,12 @@ class Rule(Protocol):
         """The policy at a budget."""
 
 
-def why_not(family: Family, rule: PruningPolicy | Rule) -> str | None:
+def why_not(family: Family, rule: PruningPolicy | Rule, guide: nn.Module | None = None) -> str | None:
     """Why a policy, or a rule at any budget, cannot prune this model; None: it can."""
     from catp_lightning.pruning import Pruning
 
     try:
-        Pruning(family, rule if isinstance(rule, PruningPolicy) else rule.policy(0.5))
+        Pruning(family, rule if isinstance(rule, PruningPolicy) else rule.policy(0.5), guide=guide)
     except (PruningError, PolicyError) as error:
         return str(error)
     return None

@@ -28,10 +28,12 @@ class Recorder:
 
     def __init__(self, plan: Plan, needs: Needs) -> None:
         self.plan = plan
-        self._observer = Observer(plan.family, needs)
+        self._observer = Observer(
+            plan.family, {key: layers for key, layers in needs.items() if key is not Signal.GUIDE}
+        )
         inside: Needs = plan.needs_inside | ({Signal.TEXT_ATTENTION: None} if Signal.TEXT_ATTENTION in needs else {})
         stages = (plan.layer,) if plan.layer else ()
-        self._entry = entry(plan.family, self._record, False, self._observer.forget, stages, inside)
+        self._entry = entry(plan.family, self._record, False, self._forget, stages, inside)
         self._prompts: list[tuple[Prompt, Observation | None]] = []  # None: it has no image
         self._answers: list[Answer] = []
 
@@ -44,8 +46,16 @@ class Recorder:
         ):
             yield
 
+    def _forget(self) -> None:
+        self._observer.forget()
+        if self.plan.guide is not None:
+            self.plan.guide.forget()
+
     def _record(self, prompt: Prompt) -> Tensor:
-        self._prompts.append((prompt, self._observer.take(prompt) if prompt.tokens.any() else None))
+        seen = self._observer.take(prompt) if prompt.tokens.any() else None
+        if seen is not None and self.plan.guide is not None and isinstance(prompt, DecoderPrompt):
+            seen = self.plan.guide.add(seen, prompt)
+        self._prompts.append((prompt, seen))
         return prompt.tokens  # nothing is dropped: answers stay the usual ones
 
     @contextmanager

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info
+from torch import nn
 from tqdm import tqdm
 
 from catp_lightning.calibration.budget import GRID, Promise, descending
@@ -72,6 +73,7 @@ class CrossAttentionCalibration(LoopContext):
             read all tokens, so that at the same budget it is no rival of the others.
         scorer_args: its arguments: of "fastv" the layer where tokens leave, {"layer": 2}.
         selector: its selector; None: its own.
+        guide: the smaller model that the scorer "sgl" asks, or a module that holds one, on its device.
 
     Attributes:
         policies: the policies of the last run, in the order of `keep`; with a promise one.
@@ -98,6 +100,7 @@ class CrossAttentionCalibration(LoopContext):
         scorer: str | None = None,
         scorer_args: Mapping[str, Any] | None = None,
         selector: str | None = None,
+        guide: nn.Module | None = None,
     ) -> None:
         super().__init__(("predict",))
         self.path, self.model = Path(path), model
@@ -110,8 +113,11 @@ class CrossAttentionCalibration(LoopContext):
             check_keep(budget)
         if self.several and self.path.suffix:
             raise PolicyError(f"path is {str(path)!r}, a file, but several budgets are asked for: give a folder.")
-        if scorer is None and (scorer_args or selector):
-            raise PolicyError("scorer_args and selector are those of a scorer: name it, scorer='fastv' for example.")
+        if scorer is None and (scorer_args or selector or guide is not None):
+            raise PolicyError(
+                "scorer_args, selector and guide are those of a scorer: name it, scorer='fastv' for example."
+            )
+        self.guide = guide
         self.method = None if scorer is None else PruningPolicy(scorer, scorer_args or {}, selector)
         if scorer == "visual-exit":
             _check_exit(self.budgets, scorer_args or {})
@@ -123,7 +129,7 @@ class CrossAttentionCalibration(LoopContext):
     def loop_context(self, trainer: Trainer, pl_module: LightningModule, stage: Stage) -> Iterator[None]:
         family = find_family(pl_module, self.model)
         refuse_unprunable(pl_module, family)
-        plan = Plan.of(family, self.method)
+        plan = Plan.of(family, self.method, self.guide)
         tokens = family.tokens_per_image or MANY
         budgets = self.budgets if self.promise is None else tuple(descending(self.budgets, tokens))
         calibrator = Calibrator(plan, budgets, self.promise, pl_module.device)
@@ -147,6 +153,7 @@ class CrossAttentionCalibration(LoopContext):
             "process": f"{trainer.global_rank} of {trainer.world_size}",
             "precision": trainer.precision,
             "method": None if self.method is None else self.method.to_dict(),
+            "guide": None if self.guide is None else model_fingerprint(self.guide),
             "batches": [str(number) for number in trainer.num_predict_batches],  # "inf" of a loader without a length
             "model": model_fingerprint(family.model),
         }
