@@ -8,6 +8,7 @@ from typing import Any
 from unittest.mock import patch
 
 import lightning as L
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -16,7 +17,10 @@ from torch.utils.data import DataLoader
 from catp_lightning import CrossAttentionCalibration, PolicyError, PruningError, PruningPolicy, prune
 from catp_lightning.answers import compare_with_unpruned
 from catp_lightning.calibration import importance
-from catp_lightning.calibration.candidates import Candidate, default_candidates
+from catp_lightning.calibration.candidates import Candidate, default_candidates, fitted_candidates
+from catp_lightning.calibration.fitting import Fitted, VoterFit
+from catp_lightning.calibration.heads import HeadFit
+from catp_lightning.calibration.layers import LayerChoice
 from catp_lightning.calibration.plan import Plan
 from catp_lightning.calibration.split import part_of
 from catp_lightning.families import find_family
@@ -169,6 +173,33 @@ def test_a_method_inside_the_decoder_is_calibrated_where_it_drops(
     if method == "visual-exit":
         depth = find_family(row.model()).depth
         assert policy.scorer_args == {"layer": math.ceil(KEEP * depth)}, "a budget is the share of layers that read"
+
+
+@pytest.mark.parametrize(
+    ("name", "method", "args"),
+    [("Llava", None, {}), ("Mllama", None, {}), ("Llava", "fastervlm", {}), ("Llava", "fastv", {"layer": 2})],
+)
+def test_fitted_weights_are_the_same_votes_that_were_fitted(
+    name: str, method: str | None, args: dict[str, Any]
+) -> None:
+    family = find_family(BY_NAME[name].model())
+    plan = Plan.of(family, None if method is None else PruningPolicy(method, args))
+    ((voter, scorer),) = plan.voters.items()
+    layers, heads = (plan.voting(voter)[-1],), plan.heads(voter)
+    weights = np.linspace(-1, 2, heads)
+    fit = HeadFit(weights, np.zeros(0), 0.1, 0.0, 0.5, np.ones(heads))
+    found = VoterFit(LayerChoice(layers, (), (1.0,)), layers, fit, True)
+    candidates = fitted_candidates(plan, Fitted([], None, {voter: found}))
+    policy = next(candidate for candidate in candidates if candidate.name == f"{voter} heads").policy(KEEP)
+    signal = next(iter(scorer.needs))
+    paid = torch.rand(3, heads, 6, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    exists = torch.arange(6) < torch.tensor([6, 4, 6])[:, None]
+    count = plan.layer or family.layers()[signal]
+    seen = Observation(exists, {signal: count}, {(signal, layer): paid for layer in range(count)})
+    votes = scorer.votes(seen)[:, -1]
+    expected = (votes * torch.tensor(fit.weights)[:, None]).sum(1)
+    torch.testing.assert_close(policy.build_scorer().score(seen)[exists], expected[exists], rtol=0, atol=1e-3)
+    assert not torch.allclose(votes, paid, atol=0.1), "on the scale of the fit"
 
 
 def hooks(model: nn.Module) -> list[int]:

@@ -12,7 +12,8 @@ from catp_lightning import PolicyError, PruningError, PruningPolicy, prune
 from catp_lightning.calibration.plan import Plan
 from catp_lightning.calibration.recorder import Recorder
 from catp_lightning.calibration.replay import Replay, Ways
-from catp_lightning.calibration.stages import Samples
+from catp_lightning.calibration.stages import Probing, Samples
+from catp_lightning.choosing import placed
 from catp_lightning.families import find_family
 from catp_lightning.observation import Observation, Signal
 from catp_lightning.pruning import Pruning
@@ -171,3 +172,31 @@ def test_a_method_that_does_not_run_here_cannot_be_calibrated_here() -> None:
             Plan.of(family, PruningPolicy(method, keep=0.5))
     with pytest.raises(PolicyError, match=r"no scorer 'fastw'.*'fastv'"):
         Plan.of(family, PruningPolicy("fastw"))
+
+
+@pytest.mark.parametrize("name", ["LlavaNext", "Mllama"])
+def test_probes_drop_what_pruning_may_drop_and_nothing_else(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    row, kept = BY_NAME[name], []
+
+    def noting(replay: Replay, keep: Tensor) -> Tensor:
+        kept.append(keep)
+        return torch.zeros(keep.shape[:2], dtype=torch.float64)
+
+    monkeypatch.setattr(Replay, "answer_log_probability", noting)
+    inputs = row.inputs()
+    replay, seen, inside, _ = recorded(row, inputs)
+    samples = Samples.of(replay, seen, inside)
+    plan = Plan.of(find_family(row.model()))
+    probing = Probing(plan, [0.25, 1.0], torch.zeros_like, None)
+    probing.see(samples)
+    stay = placed(seen.exists & ~seen.free, seen.exists, samples.visual, False)
+    free = samples.visual & ~stay
+    assert stay.any() == (name == "LlavaNext") and probing.sizes[0] == 0.25
+    assert kept[0][:, stay].all() and not kept[0][:, ~samples.visual].any()
+    if name == "LlavaNext":
+        expected = [max(1, round(0.25 * count)) for count in free.sum(1).tolist()]
+        assert (kept[0] & free).sum(2).tolist() == [expected] * len(kept[0])
+        return
+    ends = seen.exists.sum(1).cumsum(0).tolist()
+    flat = kept[-1][:, samples.visual]  # of the smallest size, image after image
+    assert all(flat[:, start:end].any(1).all() for start, end in zip([0, *ends], ends, strict=False))

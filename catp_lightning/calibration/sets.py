@@ -79,7 +79,7 @@ def _solve(kernels: dict[int, Tensor], ranks: list[Tensor], free: Tensor, most: 
 def is_nested(method: Method) -> bool:
     """Whether one ranking of each image's tokens says what a method keeps at every budget."""
     selector = method[1]
-    return selector.nested and not selector.merges and selector.per == "image"
+    return selector.nested and selector.per == "image"
 
 
 def limits(keep: int | float, seen: Observation, visual: Tensor) -> Tensor:
