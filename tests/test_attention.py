@@ -133,3 +133,16 @@ def test_the_observer_sits_on_the_module_only_inside() -> None:
         assert model.qformer.config._attn_implementation == "catp_sdpa"
     assert not any("_catp_observer" in part.__dict__ for part in parts)
     assert model.qformer.config._attn_implementation == "sdpa"
+
+
+def test_an_observation_inside_another_leaves_the_outer_one_in_place() -> None:
+    """A replay observes the layers that the recording around it observes."""
+    model, inputs = random_blip2()
+    module, outer, inner = model.qformer.encoder.layer[0].crossattention.attention, [], []
+    with observe_attention(model.qformer, {module: (attention_map, outer.append)}):
+        with observe_attention(model.qformer, {module: (attention_map, inner.append)}):
+            model(**inputs)
+        assert (len(outer), len(inner)) == (0, 1)
+        model(**inputs)
+        assert (len(outer), len(inner)) == (1, 1)
+    assert "_catp_observer" not in module.__dict__ and model.qformer.config._attn_implementation == "sdpa"
