@@ -25,6 +25,7 @@ from catp_lightning.module import PrunedModule
 from catp_lightning.overlap import OverlapCheck, decode_images, encode_images
 from catp_lightning.policy import PruningPolicy
 from catp_lightning.pruning import prune
+from tests.families import ROWS
 from tests.models import random_inputs
 from tests.test_token_pruning import HALF, Answering, same, trainer, two_images
 
@@ -288,3 +289,16 @@ def test_two_processes_name_together_the_number_one_would_name(tmp_path: Path) -
     done = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True, timeout=120, check=False)
     assert done.returncode == 0, done.stderr
     assert re.findall("This split contains (.*?) images that", done.stderr) == ["5 of the 11"] * 4
+
+
+@pytest.mark.parametrize("scorer", ["fastervlm", "fastv"])
+def test_images_are_seen_before_the_decoder_and_inside_it(scorer: str) -> None:
+    row = next(row for row in ROWS if row.name == "Llava")
+    model, inputs = row.model(), row.inputs()
+    args = {"layer": 1} if scorer == "fastv" else {}
+    known = {"images": encode_images(torch.tensor([1, 2, 3]))}
+    with torch.no_grad(), prune(model, PruningPolicy(scorer, args, keep=0.5, evidence=known)) as pruning:
+        model(**inputs)
+        model.generate(**inputs, max_new_tokens=2, do_sample=False)
+    assert len(pruning.images) == 2, "once a prompt"
+    assert all(torch.equal(images, fingerprint(inputs["pixel_values"])) for images in pruning.images)

@@ -11,6 +11,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from catp_lightning import PruningPolicy, prune
+from catp_lightning.families import find_family
 from catp_lightning.observation import Needs, Observation, Signal
 from catp_lightning.scorers import Scorer
 from tests.families import GATED, ROWS, TOWER, Image, Row, Sample, clip, pictures, prompts, siglip
@@ -358,3 +359,23 @@ def test_keys_of_half_precision_are_averaged_in_single() -> None:
     assert found.dtype == torch.float32
     exact(found, keys, atol=1e-6)
     assert not torch.equal(found, found.bfloat16().float()), "rounding would make ties of near keys"
+
+
+@pytest.mark.parametrize(
+    ("vision", "strategy", "tokens", "grid"),
+    [
+        ("clip", "default", 9, True),
+        ("clip", "full", 10, False),
+        ("siglip", "full", 9, True),
+        ("siglip", "default", 8, False),
+    ],
+)
+def test_a_family_knows_how_many_tokens_an_image_has_and_whether_they_are_a_square(
+    vision: str, strategy: str, tokens: int, grid: bool
+) -> None:
+    row = llava(clip() if vision == "clip" else siglip(), strategy, tokens)
+    family = find_family(row.model())
+    with prune(row.model(), PruningPolicy("stride", keep=0.5)) as pruning:
+        row.model()(**row.inputs([0]))
+    assert pruning.choices[0][1].tolist() == [tokens] == [family.tokens_per_image]
+    assert family.has_grid == grid
