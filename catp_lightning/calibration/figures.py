@@ -54,7 +54,7 @@ def retention_figure(policies: Sequence[PruningPolicy]) -> Figure:
 
 
 def layer_figure(policies: Sequence[PruningPolicy]) -> Figure | None:
-    """Agreement when one cross-attention layer votes alone; figure 5 of 2404.08567, for the user's own model."""
+    """Agreement when one layer votes alone; figure 5 of 2404.08567, for the user's own model and method."""
     alone = [(policy, found) for policy in policies if (found := _layers_alone(policy))]
     if not alone:
         return None
@@ -68,7 +68,7 @@ def layer_figure(policies: Sequence[PruningPolicy]) -> Figure | None:
         label = "chosen policy" if number + 1 == len(alone) else None  # once in the legend
         axes.axhline(chosen, color=shade, linestyle="--", linewidth=1, label=label)
     axes.xaxis.set_major_locator(MaxNLocator(WRITTEN, integer=True))
-    axes.set(xlabel="cross-attention layer that votes alone, 0 the first", ylabel=AGREEMENT, ylim=(0, 1.02))
+    axes.set(xlabel="layer that votes alone, 0 the first", ylabel=AGREEMENT, ylim=(0, 1.02))
     figure.legend(loc="outside upper center", ncols=5, frameon=False)
     return figure
 
@@ -117,7 +117,7 @@ def correlation_figure(policies: Sequence[PruningPolicy]) -> Figure | None:
     for axes, (name, matrix) in zip(figure.subplots(1, len(found), squeeze=False)[0], found.items(), strict=True):
         _heatmap(figure, axes, matrix, 1.0, "rank correlation", ".2f")
         axes.yaxis.set_major_locator(MaxNLocator(WRITTEN, integer=True))
-        axes.set(title=name, xlabel="cross-attention layer", ylabel="cross-attention layer")
+        axes.set(title=name, xlabel="layer", ylabel="layer")
     return figure
 
 
@@ -147,9 +147,10 @@ def checked(policy: PruningPolicy, name: str) -> tuple[float, ...]:
 
 
 def _layers_alone(policy: PruningPolicy) -> dict[float, tuple[float, ...]]:
-    """Agreement and its interval of each layer of CATP by itself."""
-    rows = ((re.fullmatch(r"catp layer (\d+)", row["name"]), row) for row in policy.evidence["candidates"])
-    figures = {int(match[1]): row["check"] or row["choose"] for match, row in rows if match}
+    """Agreement and its interval of each layer by itself: of CATP, or of the method whose layers were asked."""
+    rows = [(re.fullmatch(r"([\w-]+) layer (\d+)", row["name"]), row) for row in policy.evidence["candidates"]]
+    methods = sorted({match[1] for match, _ in rows if match}, key=lambda name: (name != "catp", name))
+    figures = {int(match[2]): row["check"] or row["choose"] for match, row in rows if match and match[1] == methods[0]}
     return {layer: (found["agreement"], *found["interval"]) for layer, found in figures.items()}
 
 

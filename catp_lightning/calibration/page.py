@@ -18,8 +18,8 @@ CAPTIONS = {
         "intervals, thin lines are controls, and higher is better."
     ),
     "layers": (
-        "Each cross-attention layer by itself: the same share when CATP reads that layer alone, at each budget; dashed "
-        "is the chosen policy. Where the points lie apart, it matters which layer is read."
+        "Each layer by itself: the same share when CATP, or the method whose layers were asked, reads that one alone, "
+        "at each budget; dashed is the chosen policy. Where the points lie apart, it matters which layer is read."
     ),
     "heads": (
         "Weights of the heads of the chosen layers: red heads vote for tokens that help the answer, blue heads for "
@@ -169,7 +169,7 @@ def _candidates(policy: PruningPolicy) -> str:
     return (
         f"## Candidates at keep {policy.keep}\n\n{markdown_table(header, rows)}\n"
         f"{rest}; the figures of all {len(everyone)} are in the policy's evidence. Candidates that left early "
-        "answered fewer samples and stand below those that stayed; controls and each layer of CATP are checked however "
+        "answered fewer samples and stand below those that stayed; controls and single layers are checked however "
         "they do. Divergence, which decides, is the mean over answer "
         "tokens of KL(unpruned || pruned) in nats, with its standard error."
     )
