@@ -66,7 +66,7 @@ def policies(tmp_path_factory: pytest.TempPathFactory) -> list[PruningPolicy]:
 @pytest.fixture(scope="module")
 def promised(tmp_path_factory: pytest.TempPathFactory) -> list[PruningPolicy]:
     file = tmp_path_factory.mktemp("promised") / "policy.json"
-    return calibrated(file, keep=[7, 6, 4, 1], max_disagreement=0.5, confidence=0.5)
+    return calibrated(file, keep=[7, 6, 4, 1], max_disagreement=0.6, confidence=0.5)
 
 
 @pytest.fixture(scope="module")
@@ -275,16 +275,16 @@ def test_a_promise_that_holds_is_said_with_its_steps(promised, tmp_path):
         + ", the smallest budget that keeps the promise"
     )
     images = promise["images"]
-    said = f"at most 0.5 of new images disagree, with confidence 0.5 ({holding[-1]['disagreed']} of {images} did)"
+    said = f"at most 0.6 of new images disagree, with confidence 0.5 ({holding[-1]['disagreed']} of {images} did)"
     assert lines[1].endswith(said) and lines[1].count("tokens") == 1
-    assert f"With confidence 0.5, the policy at keep {policy.keep} answers at most 0.5 of new images" in page
+    assert f"With confidence 0.5, the policy at keep {policy.keep} answers at most 0.6 of new images" in page
     assert f"tested on {images} images that nothing was decided on" in page
     for row, step in zip(tables(page, "The promise"), promise["steps"], strict=True):
         answers = ["yes" if step[name] else "no" for name in ("tested", "holds")]
         assert row == [str(step["keep"]), f"{step['disagreed']} of {images}", f"{step['bound']:.2%}", *answers]
     assert len(tables(page, "Budgets")) == 4
     (axes,) = retention_figure(promised).axes
-    assert lines_of(axes)["promised: 50.0%"][1] == [0.5, 0.5]
+    assert lines_of(axes)["promised: 40.0%"][1] == [0.4, 0.4]
     tokens, agreed = lines_of(axes)["stride"]  # measured at the budget of the policy alone: a point, no line
     assert list(tokens) == [policy.keep]
     assert agreed[0] == next(r["check"]["agreement"] for r in policy.evidence["candidates"] if r["name"] == "stride")
