@@ -197,23 +197,26 @@ def test_several_models_make_one_table_and_one_plot_more(tmp_path: Path) -> None
 
 @pytest.mark.slow
 def test_calibrated_is_measured_once_and_is_the_reference(tmp_path: Path, capsys) -> None:
-    args = ["--models", "digits_blip2", "--scorers", "self-attention,calibrated", "--keep", "0.125"]
+    scorers = "self-attention,calibrated,calibrated self-attention"
+    args = ["--models", "digits_blip2", "--scorers", scorers, "--keep", "0.125"]
     sweep(tmp_path, *args, "--questions", "40", "--calibration_questions", "64")
     found = table(tmp_path)
+    own = PruningPolicy.load(tmp_path / "digits_blip2/policies/calibrated-self-attention")
+    assert own.scorer == "self-attention" and ("calibrated self-attention", "0.125") in found
     assert (
         "reference_ahead" in found["self-attention", "0.125"] and "reference_ahead" not in found["calibrated", "0.125"]
     )
     ratio = found["calibrated", "0.125"]["accuracy"] / found["self-attention", "0.125"]["accuracy"]
     assert f" | {ratio:.2f} |" in (tmp_path / "digits_blip2/table.md").read_text()
-    policy = PruningPolicy.load(tmp_path / "digits_blip2/policies/keep-0.125.json")
+    policy = PruningPolicy.load(tmp_path / "digits_blip2/policies/calibrated/keep-0.125.json")
     assert policy.keep == 0.125 and policy.evidence["chosen"]
-    written = (tmp_path / "digits_blip2/policies/keep-0.125.json").stat().st_mtime_ns
+    written = (tmp_path / "digits_blip2/policies/calibrated/keep-0.125.json").stat().st_mtime_ns
     assert "Calibrating." in capsys.readouterr().out
     sweep(tmp_path, *args, "--questions", "48", "--calibration_questions", "64")  # other questions, the same policy
     assert "Calibrating." not in capsys.readouterr().out
-    assert (tmp_path / "digits_blip2/policies/keep-0.125.json").stat().st_mtime_ns == written
+    assert (tmp_path / "digits_blip2/policies/calibrated/keep-0.125.json").stat().st_mtime_ns == written
     sweep(tmp_path, *args, "--questions", "48", "--calibration_questions", "72")
-    assert (tmp_path / "digits_blip2/policies/keep-0.125.json").stat().st_mtime_ns > written
+    assert (tmp_path / "digits_blip2/policies/calibrated/keep-0.125.json").stat().st_mtime_ns > written
 
 
 def test_a_calibration_that_is_refused_is_a_note(tmp_path: Path) -> None:
