@@ -517,10 +517,12 @@ def test_a_sample_of_nothing_but_an_image_is_refused_with_what_to_do(beams: int)
     ids = torch.tensor([[5, 8, 13, *[IMAGE] * 9, 6], [0, 0, 0, 0, *[IMAGE] * 9]])
     inputs = {**inputs, "input_ids": ids, "attention_mask": (ids != 0).long()}
     with prune(model, EXIT):
+        with pytest.raises(PruningError, match=r"prompt of sample 1 ends in an image.*Put text after the image"):
+            generate(LLAMA, model, inputs, num_beams=beams)
         with pytest.raises(
             PruningError, match=r"tokens of sample 1 are visual and all of them leave.*prompt with text"
         ):
-            generate(LLAMA, model, inputs, num_beams=beams)
+            model(**inputs)
         model(**LLAMA.inputs([0]))  # the next call is pruned like any other
 
 

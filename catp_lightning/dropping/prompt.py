@@ -3,7 +3,7 @@
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -39,6 +39,7 @@ class DecoderPrompt(Prompt):
         mask: int64 [R, L].
         positions: int64 [R, L], or [3 or 4, R, L] where an image's rows have coordinates.
         asks: bool [B, L], rows of the prompt itself: neither padding, nor from the first label on, nor generated.
+        generating: whether `generate` predicts an answer from its last row.
     """
 
     ids: Tensor
@@ -47,6 +48,7 @@ class DecoderPrompt(Prompt):
     mask: Tensor
     positions: Tensor
     asks: Tensor
+    generating: bool = field(default=False, kw_only=True)
 
     @classmethod
     def of(
@@ -62,6 +64,16 @@ class DecoderPrompt(Prompt):
     ) -> "DecoderPrompt":
         """The prompt whose tokens are where `visual` says."""
         return cls(visual_tokens(visual), arguments, beams, ids, visual, embeds, mask, positions, asks)
+
+    def _refuse_end(self, columns: Tensor) -> None:
+        """Raise PruningError where the last row of a prompt does not stay: what is generated would follow nothing."""
+        last = self.asks.shape[1] - 1 - self.asks.flip(1).long().argmax(1, keepdim=True)
+        gone = ~columns.gather(1, last)[:, 0] & self.asks.any(1)
+        if bool(gone.any()):
+            raise PruningError(
+                f"The prompt of sample {int(gone.nonzero()[0])} ends in an image whose last token is dropped: "
+                "an answer would be predicted from nothing. Put text after the image, as chat templates do."
+            )
 
     def text_columns(self) -> tuple[Tensor, Tensor]:
         """Columns of the text rows that scorers read: int64 [B, R] and which of them exist, bool [B, R].
@@ -85,8 +97,14 @@ class DecoderPrompt(Prompt):
 
         Where a token leaves, padding on the left leaves too, or the longest prompt would decide for all. Its last
         column stays: a label may be predicted from it.
+
+        Raises:
+            PruningError: the row that an answer is generated from is gone.
         """
-        columns = columns_kept(self.visual, keep).repeat_interleave(self.beams, 0)
+        own = columns_kept(self.visual, keep)
+        if self.generating:
+            self._refuse_end(own)
+        columns = own.repeat_interleave(self.beams, 0)
         if bool(columns.all()):
             return columns
         begun = (self.mask.cumsum(1) > 0)[:, 1:]

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -106,7 +107,9 @@ class Prompts:
         positions = positions.expand(*positions.shape[:-2], rows, length)
         beams = rows // len(ids)
         asks = self._asks(mask[::beams] != 0)
-        return DecoderPrompt.of(self._watching.given, beams, ids, self._visual(ids), embeds, mask, positions, asks)
+        prompt = DecoderPrompt.of(self._watching.given, beams, ids, self._visual(ids), embeds, mask, positions, asks)
+        generating = self.family.reads == "decoder" and self._calls.prompt_length(asks.shape[1]) is not None
+        return replace(prompt, generating=generating)
 
     def _asks(self, real: Tensor) -> Tensor:
         """Of rows that are no padding, bool [B, L], those of the prompt itself."""
