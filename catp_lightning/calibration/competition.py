@@ -13,10 +13,7 @@ from catp_lightning.calibration.replay import Ways
 from catp_lightning.calibration.sets import always, is_nested, limits, method_ranks, methods
 from catp_lightning.calibration.split import fold_of
 from catp_lightning.calibration.stages import Belongs, Samples
-from catp_lightning.calibration.statistics import (
-    CandidateSums,
-    FirstQuestions,
-)
+from catp_lightning.calibration.statistics import CandidateSums, FirstQuestions
 from catp_lightning.choosing import Choice, choose_tokens, score_tokens
 from catp_lightning.policy import PruningPolicy
 from catp_lightning.pruning import Pruning
@@ -49,18 +46,21 @@ class Competition:
     ) -> None:
         self.title, self.plan, self.budgets, self.alive, self.belongs = title, plan, budgets, alive, belongs
         self.running = sorted(set().union(*alive))
-        self.rules = [[of_fold[number].policy(1.0) for number in self.running] for of_fold in candidates]
-        self._policies = [
-            [[of_fold[number].policy(keep) for number in self.running] for keep in budgets] for of_fold in candidates
+        several = [[of_fold[number] for number in self.running] for of_fold in candidates]
+        first = [candidate.policy(1.0) for candidate in several[0]]
+        self.rules = [
+            [rule if one == same else one.policy(1.0) for one, same, rule in zip(own, several[0], first, strict=True)]
+            for own in several
         ]
         places = range(len(self.running))
-        first = self.rules[0]
-        shared = [n for n in places if all(of_fold[n] == first[n] for of_fold in self.rules)]
+        shared = [n for n in places if all(rules[n] is first[n] for rules in self.rules)]
         entering = [n for n in places if not first[n].build_scorer().stages(plan.family.depth)]
         ranked = [n for n in entering if is_nested(_method(first[n]))]
         self._inside = [n for n in places if n not in entering]
         self._anew = [n for n in entering if n not in ranked]
-        self._by_fold = any(n not in shared for n in (*self._anew, *self._inside))
+        alone = [*self._anew, *self._inside]
+        self._policies = [[{n: own[n].policy(keep) for n in alone} for keep in budgets] for own in several]
+        self._by_fold = any(n not in shared for n in alone)
         self._shared = [n for n in ranked if n in shared]
         self._own = [n for n in ranked if n not in shared]
         self._of_all = methods([first[n] for n in self._shared])

@@ -73,44 +73,49 @@ class DecoderReplay(Replay):
         short = shortened(columns_kept(prompt.visual, keep) & read, prompt.mask)
         # The column that predicts the first token has moved by the columns that are gone before it; fillers are not.
         first = (short.order <= self.answers.row[:, None]).sum(1, keepdim=True) - 1
-        return self._answer(short.shorten(embeds), short.short_mask, short.shorten(prompt.positions), first)
+        rows = self._with_answer(short.shorten(embeds), short.short_mask, short.shorten(prompt.positions))
+        return self._answer(*rows, first)
 
     def pruned_log_probabilities(self, pruning: Pruning) -> Tensor:
         return self._through(pruning.stages)
 
     def _through(self, stages: DecoderStages) -> Tensor:
         """The whole prompt and its answer, of which tokens leave inside the decoder."""
-        prompt, ahead = self.prompt, torch.ones_like(self.answers.ids[:, :-1])
-        nothing = torch.zeros_like(ahead, dtype=torch.bool)
-        forced = replace(
+        prompt, forced = self.prompt, self.answers.ids[:, :-1]
+        nothing = torch.zeros_like(forced, dtype=torch.bool)
+        embeds, mask, positions = self._with_answer(prompt.embeds, prompt.mask, prompt.positions)
+        whole = replace(
             prompt,
-            ids=torch.cat([prompt.ids, self.answers.ids[:, :-1]], 1),
+            ids=torch.cat([prompt.ids, forced], 1),
             visual=torch.cat([prompt.visual, nothing], 1),
             asks=torch.cat([prompt.asks, nothing], 1),
-            mask=torch.cat([prompt.mask, ahead], 1),
-            positions=torch.cat([prompt.positions, self._later()], 1),
-            embeds=torch.cat([prompt.embeds, self._forced()], 1),
+            mask=mask,
+            positions=positions,
+            embeds=embeds,
         )
-        with stages.dropping(forced):
-            return self._answer(prompt.embeds, prompt.mask, prompt.positions, self.answers.row[:, None])
+        with stages.dropping(whole):
+            return self._answer(embeds, mask, positions, self.answers.row[:, None])
+
+    def _with_answer(self, embeds: Tensor, mask: Tensor, positions: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Rows [B, n, D], their mask and position ids [B, n], and after them the answer's tokens but the last."""
+        forced = self.answers.ids[:, :-1]
+        steps = torch.arange(1, forced.shape[1] + 1, device=positions.device)
+        later = self.prompt.positions.amax(1, keepdim=True) + steps  # from where those of the prompt end
+        read = self.family.model.get_input_embeddings()(forced).to(embeds.dtype)
+        return (
+            torch.cat([embeds, read], 1),
+            torch.cat([mask, torch.ones_like(forced)], 1),
+            torch.cat([positions, later], 1),
+        )
 
     def _answer(self, embeds: Tensor, mask: Tensor, positions: Tensor, first: Tensor) -> Tensor:
-        """Log-probabilities along the answer after rows [B, n, D], whose `first` [B, 1] predicts its first token."""
-        needed, place = answering_rows(self.answers, first, embeds.shape[1])
+        """Log-probabilities along the answer that ends rows [B, n, D]; row `first` [B, 1] predicts its first token."""
+        needed, place = answering_rows(self.answers, first, embeds.shape[1] - self.answers.ids.shape[1] + 1)
         logits = self.family.language_model(
-            inputs_embeds=torch.cat([embeds, self._forced()], 1),
-            attention_mask=torch.cat([mask, torch.ones_like(self.answers.ids[:, :-1])], 1),
-            position_ids=torch.cat([positions, self._later()], 1),
+            inputs_embeds=embeds,
+            attention_mask=mask,
+            position_ids=positions,
             logits_to_keep=needed,
             use_cache=False,
         ).logits
         return picked(logits, place)
-
-    def _forced(self) -> Tensor:
-        """The answer's tokens but the last, as the decoder reads them."""
-        return self.family.model.get_input_embeddings()(self.answers.ids[:, :-1]).to(self.prompt.embeds.dtype)
-
-    def _later(self) -> Tensor:
-        """Position ids of the answer, which go on where those of the prompt end: int64 [B, A - 1]."""
-        steps = torch.arange(1, self.answers.ids.shape[1], device=self.prompt.positions.device)
-        return self.prompt.positions.amax(1, keepdim=True) + steps

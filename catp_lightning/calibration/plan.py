@@ -53,7 +53,6 @@ class Plan:
         """
         Raises:
             PruningError: the model's prompts cannot be answered again, or the method does not run on it.
-            PolicyError: the method has nothing to calibrate.
         """
         if not family.replayable:
             raise PruningError(

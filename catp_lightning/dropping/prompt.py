@@ -199,12 +199,16 @@ def merged(rows: Tensor, visual: Tensor, carrier: Tensor) -> Tensor:
     """
     beams = len(rows) // len(visual)
     visual, carrier = visual.repeat_interleave(beams, 0), carrier.repeat_interleave(beams, 0)
-    own = visual_tokens(visual)
-    values = rows.new_zeros(*own.shape, rows.shape[-1])
-    values[own] = rows[visual]
     rows = rows.clone()
-    rows[visual] = group_means(values, carrier[:, : own.shape[1]].masked_fill(~own, -1))[own]
+    rows[visual] = merged_features(rows[visual], visual_tokens(visual), carrier)
     return rows
+
+
+def merged_features(flat: Tensor, tokens: Tensor, carrier: Tensor) -> Tensor:
+    """The same of the features of all visual tokens, float [N, D], one after the other: bool [R, T], int64 [R, T]."""
+    values = flat.new_zeros(*tokens.shape, flat.shape[-1])
+    values[tokens] = flat
+    return group_means(values, carrier[:, : tokens.shape[1]].masked_fill(~tokens, -1))[tokens]
 
 
 def group_means(values: Tensor, carrier: Tensor) -> Tensor:

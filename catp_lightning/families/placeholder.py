@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from catp_lightning.dropping.masks import window
-from catp_lightning.dropping.prompt import group_means, visual_tokens
+from catp_lightning.dropping.prompt import merged_features, visual_tokens
 from catp_lightning.errors import PruningError
 from catp_lightning.families.base import AttentionSite, Family, OutputSite
 from catp_lightning.families.layout import IMAGES, Image, Layout, equal_images
@@ -140,17 +140,9 @@ class Placeholder(Family):
         features = kwargs.get("deepstack_visual_embeds")
         if features is None:
             return {}
-        own = visual_tokens(visual)
-
-        def means(flat: Tensor) -> Tensor:
-            """Of features [N, D] in the order of placeholders, beams after beams."""
-            beams = len(flat) // int(own.sum())
-            rows = own.repeat_interleave(beams, 0)
-            values = flat.new_zeros(*rows.shape, flat.shape[-1])
-            values[rows] = flat
-            return group_means(values, carrier.repeat_interleave(beams, 0))[rows]
-
-        return {"deepstack_visual_embeds": [means(flat) for flat in features]}
+        beams = len(features[0]) // int(visual.sum())  # features lie in the order of placeholders, beams after beams
+        tokens, carrier = (part.repeat_interleave(beams, 0) for part in (visual_tokens(visual), carrier))
+        return {"deepstack_visual_embeds": [merged_features(flat, tokens, carrier) for flat in features]}
 
     def layers(self) -> Mapping[Signal, int]:
         return {}

@@ -12,10 +12,7 @@ from catp_lightning.scorers.base import Scorer
 
 @dataclass(frozen=True)
 class Downsample(Scorer):
-    """All tokens are equal: its selector, `pool`, keeps the mean of each cell of a coarser grid.
-
-    Of the vision tower's attention nothing is used: a family that shows it has tokens that are patches, line by line.
-    """
+    """All tokens are equal: its selector, `pool`, keeps the mean of each cell of a coarser grid."""
 
     selector: ClassVar[str] = "pool"
     control: ClassVar[bool] = True

@@ -6,7 +6,7 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
-from catp_lightning.observation import Needs, Observation
+from catp_lightning.observation import Needs, Observation, Signal
 
 
 @dataclass(frozen=True)
@@ -71,6 +71,25 @@ class Selector:
             int64 [R, T]: itself for a token that stays, one that stays for a token it carries, -1 for one that is lost.
         """
         raise NotImplementedError(f"{type(self).__name__} merges nothing.")
+
+
+@dataclass(frozen=True)
+class FeatureSelector(Selector):
+    """A selector that compares tokens by one of their features, in float32 at least.
+
+    Attributes:
+        compared: the signal, [I, T, D].
+    """
+
+    compared: ClassVar[Signal] = Signal.OUTPUTS
+
+    @property
+    def needs(self) -> Needs:
+        return {self.compared: None}
+
+    def vectors(self, seen: Observation) -> Tensor:
+        features = seen[self.compared]
+        return features.to(torch.promote_types(features.dtype, torch.float32))
 
 
 def without_autocast(like: Tensor) -> torch.autocast:

@@ -4,25 +4,17 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from catp_lightning.observation import Needs, Observation, Signal
-from catp_lightning.selectors.base import Selector
+from catp_lightning.selectors.base import FeatureSelector
 from catp_lightning.selectors.dpp import cosine_similarity, greedy_ranks
 
 
 @dataclass(frozen=True)
-class ConditionalDPP(Selector):
+class ConditionalDPP(FeatureSelector):
     """Greedy MAP of a k-DPP with kernel diag(r) S diag(r): r is the score, S the cosine similarity of the tokens.
 
     Tokens are compared as they leave the vision part. Scores are relevances from 0 up: what is lower, or not a number,
     counts as 0.
     """
-
-    @property
-    def needs(self) -> Needs:
-        return {Signal.OUTPUTS: None}
-
-    def vectors(self, seen: Observation) -> Tensor:
-        return seen[Signal.OUTPUTS]
 
     def ranks(self, scores: Tensor, visual: Tensor, most: int, vectors: Tensor | None) -> Tensor:
         assert vectors is not None  # `vectors` above always gives some

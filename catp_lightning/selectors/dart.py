@@ -6,12 +6,12 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from catp_lightning.observation import Needs, Observation, Signal
-from catp_lightning.selectors.base import Selector, ranked
+from catp_lightning.observation import Signal
+from catp_lightning.selectors.base import FeatureSelector, ranked
 
 
 @dataclass(frozen=True)
-class DART(Selector):
+class DART(FeatureSelector):
     """The tokens with the highest scores are pivots; each in turn takes its share of the tokens least similar to it.
 
     Similarity is the cosine of the rows that enter the layer where tokens leave. All pivots stay; the budget beyond
@@ -25,6 +25,7 @@ class DART(Selector):
     """
 
     nested: ClassVar[bool] = False  # another budget deals other shares
+    compared: ClassVar[Signal] = Signal.HIDDEN
 
     pivots: int = 4
 
@@ -32,18 +33,9 @@ class DART(Selector):
         if self.pivots < 1:
             raise ValueError(f"pivots is {self.pivots}; tokens are compared with at least 1.")
 
-    @property
-    def needs(self) -> Needs:
-        return {Signal.HIDDEN: None}
-
-    def vectors(self, seen: Observation) -> Tensor:
-        hidden = seen[Signal.HIDDEN]
-        return hidden.to(torch.promote_types(hidden.dtype, torch.float32))
-
     def select(self, scores: Tensor, visual: Tensor, counts: Tensor, vectors: Tensor | None) -> Tensor:
         assert vectors is not None
-        least = torch.finfo(scores.dtype).min  # of NaN, and still before tokens that do not exist
-        order = ranked(scores.nan_to_num(least), visual)
+        order = ranked(scores, visual)
         pivots = counts.clamp(max=self.pivots)
         share, more = (counts - pivots) // pivots.clamp(min=1), (counts - pivots) % pivots.clamp(min=1)
         keep = (order < pivots[:, None]) & visual
@@ -52,5 +44,5 @@ class DART(Selector):
             pivot = directions[torch.arange(len(order), device=order.device), (order == turn).int().argmax(1)]
             likeness = (directions * pivot[:, None]).sum(-1)  # not a product of matrices: equal rows must stay equal
             takes = (share + (turn < more)).where(turn < pivots, 0)
-            keep = keep | (ranked((-likeness).nan_to_num(least), visual & ~keep) < takes[:, None])
+            keep = keep | (ranked(-likeness, visual & ~keep) < takes[:, None])
         return keep

@@ -5,25 +5,17 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from catp_lightning.observation import Needs, Observation, Signal
-from catp_lightning.selectors.base import Selector
+from catp_lightning.selectors.base import FeatureSelector
 from catp_lightning.selectors.similarity import rounded_similarity
 
 
 @dataclass(frozen=True)
-class MaxMin(Selector):
+class MaxMin(FeatureSelector):
     """Each step adds the token whose nearest in the set is farthest away; distance is 1 - cosine (algorithm 1).
 
     Scores do not count. The first is the token whose nearest other is farthest away. Of equal distances the lowest
     index wins; a token that is not a number comes last.
     """
-
-    @property
-    def needs(self) -> Needs:
-        return {Signal.OUTPUTS: None}
-
-    def vectors(self, seen: Observation) -> Tensor:
-        return seen[Signal.OUTPUTS]
 
     def ranks(self, scores: Tensor, visual: Tensor, most: int, vectors: Tensor | None) -> Tensor:
         assert vectors is not None  # `vectors` above always gives some

@@ -6,8 +6,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from catp_lightning.observation import Needs, Observation, Signal
-from catp_lightning.selectors.base import Selector, ranked
+from catp_lightning.selectors.base import FeatureSelector, ranked
 from catp_lightning.selectors.similarity import rounded_similarity
 
 AT_A_TIME = 8
@@ -15,7 +14,7 @@ AT_A_TIME = 8
 
 
 @dataclass(frozen=True)
-class PruneSimilar(Selector):
+class PruneSimilar(FeatureSelector):
     """A share of the budget goes to the highest scores, the rest to what is left once similar tokens are dropped.
 
     The tokens left, highest score first, are dealt to two sides in turn. Of the first side those most similar to their
@@ -36,13 +35,6 @@ class PruneSimilar(Selector):
     def __post_init__(self) -> None:
         if not 0 <= self.important <= 1:
             raise ValueError(f"important is {self.important}; it is a share of the budget, from 0 to 1.")
-
-    @property
-    def needs(self) -> Needs:
-        return {Signal.OUTPUTS: None}
-
-    def vectors(self, seen: Observation) -> Tensor:
-        return seen[Signal.OUTPUTS]
 
     def select(self, scores: Tensor, visual: Tensor, counts: Tensor, vectors: Tensor | None) -> Tensor:
         assert vectors is not None  # `vectors` above always gives some

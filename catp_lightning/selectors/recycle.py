@@ -6,12 +6,12 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from catp_lightning.observation import Needs, Observation, Signal
-from catp_lightning.selectors.base import Selector, ranked
+from catp_lightning.observation import Signal
+from catp_lightning.selectors.base import FeatureSelector, ranked
 
 
 @dataclass(frozen=True)
-class Recycle(Selector):
+class Recycle(FeatureSelector):
     """Keeps the highest scores; of what is dropped, the 30% that score highest live on as the means of clusters.
 
     n recycled tokens make n // 10 + 1 clusters. The token at a cluster's centre stays in its place and carries the
@@ -26,15 +26,8 @@ class Recycle(Selector):
     """
 
     nested: ClassVar[bool] = False  # a larger budget leaves fewer to recycle
+    compared: ClassVar[Signal] = Signal.HIDDEN
     merges: ClassVar[bool] = True
-
-    @property
-    def needs(self) -> Needs:
-        return {Signal.HIDDEN: None}
-
-    def vectors(self, seen: Observation) -> Tensor:
-        hidden = seen[Signal.HIDDEN]
-        return hidden.to(torch.promote_types(hidden.dtype, torch.float32))
 
     def select(self, scores: Tensor, visual: Tensor, counts: Tensor, vectors: Tensor | None) -> Tensor:
         carrier = self._carried(scores, visual, counts, vectors)
@@ -47,8 +40,7 @@ class Recycle(Selector):
         """Which token carries each token on within a budget: int64 [R, T], -1 for those that are lost."""
         assert vectors is not None
         carrier = torch.full_like(visual, -1, dtype=torch.int64)
-        least = torch.finfo(scores.dtype).min  # of NaN, and still before tokens that do not exist
-        order = ranked(scores.nan_to_num(least), visual).argsort(1)
+        order = ranked(scores, visual).argsort(1)
         for row, (budget, tokens) in enumerate(zip(counts.tolist(), visual.sum(1).tolist(), strict=True)):
             kept, recycled, clusters = split(budget, tokens)
             best, next_ones = order[row, :kept], order[row, kept : kept + recycled].sort().values
