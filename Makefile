@@ -2,6 +2,7 @@
 # make test         the fast tests and the doctests
 # make test-all     the slow tests too
 # make test-oldest  the fast tests with the oldest versions pyproject.toml allows, in .venv-oldest
+# make test-quantised  the tests of quantised models, in .venv-quantised: torchao and bitsandbytes are large and talkative
 # make lint         ruff and mypy; make format repairs what ruff can
 # make build        wheel and source archive in dist/
 # make clean        removes what tools left behind; results in runs/ and the environments stay
@@ -10,13 +11,15 @@
 
 PYTHON ?= python3
 WORKERS ?= 2
+CONSTRAINTS = constraints.txt
+EXTRAS = dev
 
 # One thread a worker: the test models are too small for more to help.
 PYTEST = OMP_NUM_THREADS=1 $(1)/bin/python -m pytest -q -n $(WORKERS) --dist worksteal
 
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
-.PHONY: help venv demo test test-all test-oldest lint format build clean
+.PHONY: help venv demo test test-all test-oldest test-quantised lint format build clean
 
 help:
 	@sed -n '/^# /s/^# //p;/^$$/q' Makefile
@@ -34,6 +37,9 @@ test-all: .venv/.installed
 
 test-oldest: .venv-oldest/.installed
 	$(call PYTEST,.venv-oldest)
+
+test-quantised: .venv-quantised/.installed
+	OMP_NUM_THREADS=1 .venv-quantised/bin/python -m pytest -q -m '' tests/test_quantised.py
 
 lint: .venv/.installed
 	.venv/bin/ruff check .
@@ -69,13 +75,13 @@ endef
 
 # The stamp is written last: an interrupted set-up starts again, and keeps what is installed already.
 # torch first and alone: a pinned version without local tag takes a CPU build where one is offered.
-.venv/.installed: CONSTRAINTS = constraints.txt
 .venv-oldest/.installed: CONSTRAINTS = constraints-oldest.txt
-.venv/.installed: constraints.txt
+.venv-quantised/.installed: EXTRAS = dev,quantised
+.venv/.installed .venv-quantised/.installed: constraints.txt
 .venv-oldest/.installed: constraints-oldest.txt
-.venv/.installed .venv-oldest/.installed: pyproject.toml setup.py
+.venv/.installed .venv-oldest/.installed .venv-quantised/.installed: pyproject.toml setup.py
 	@$(@D)/bin/python -m pip --version >/dev/null 2>&1 || { $(CREATE); }
 	$(@D)/bin/python -m pip install -c $(CONSTRAINTS) "$$(grep '^torch==' $(CONSTRAINTS))"
-	$(@D)/bin/python -m pip install -c $(CONSTRAINTS) -e '.[dev]'
+	$(@D)/bin/python -m pip install -c $(CONSTRAINTS) -e '.[$(EXTRAS)]'
 	@touch $@
 	@echo "$(@D) is ready."

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from catp_lightning.dropping.watching import replaced
 from catp_lightning.errors import PruningError
 from catp_lightning.families import Family
+from catp_lightning.hooks import hooked
 from catp_lightning.pruning import Pruning
 
 
@@ -45,7 +46,10 @@ def _padded(answer: Answer, width: int) -> Tensor:
 
 @contextmanager
 def listening(
-    family: Family, after: Callable[[Answer], None], before: Callable[[Callable[[], Answer]], None] | None = None
+    family: Family,
+    after: Callable[[Answer], None],
+    before: Callable[[Callable[[], Answer]], None] | None = None,
+    active: Callable[[], bool] = lambda: True,
 ) -> Iterator[None]:
     """While inside, `after` receives the answer of every top-level `generate` or forward of the model.
 
@@ -53,6 +57,7 @@ def listening(
         family: of the model.
         after: called with the answer.
         before: called first, with a function that makes the same call, with a cache of its own, and returns its answer.
+        active: whether a call that begins is heard.
 
     Raises:
         PruningError: answers are sampled, so that two runs of the very same model differ.
@@ -72,7 +77,7 @@ def listening(
         return quietly(call, args, {key: value for key, value in kwargs.items() if key != "past_key_values"})
 
     def listened_generate(generate: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        if state["inside"]:
+        if state["inside"] or not active():
             return generate(*args, **kwargs)
         named = _named(generate, args, kwargs)
         _refuse_sampling(family, kwargs)
@@ -85,6 +90,9 @@ def listening(
     def before_forward(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if state["inside"]:
             return
+        if not active():
+            state["prompt"] = False
+            return
         named = _named(forward, args, kwargs)
         state["prompt"] = _is_prompt(named)  # the call itself will fill the cache
         if before is not None and state["prompt"]:
@@ -95,8 +103,7 @@ def listening(
             after(predicted(family, output, _named(forward, args, kwargs)))
 
     with ExitStack() as undo:
-        undo.callback(model.register_forward_pre_hook(before_forward, with_kwargs=True).remove)
-        undo.callback(model.register_forward_hook(after_forward, with_kwargs=True).remove)
+        undo.enter_context(hooked(model, before_forward, after_forward))
         undo.enter_context(replaced(model, "generate", listened_generate))
         yield
 

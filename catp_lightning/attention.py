@@ -7,6 +7,7 @@ stays off.
 """
 
 import sys
+import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -18,6 +19,7 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from catp_lightning.errors import PruningError
+from catp_lightning.hooks import untraced
 
 Reduction = Callable[[Tensor, Tensor, Tensor | None, float], Tensor]
 """(query [B, H, Q, D], key [B, H, N, D], mask or None, scaling) -> whatever is kept of the attention."""
@@ -30,7 +32,8 @@ SUPPORTED = ("eager", "sdpa", "flash_attention_2", "flash_attention_3")
 def attention_map(query: Tensor, key: Tensor, mask: Tensor | None, scaling: float) -> Tensor:
     """The whole map, [B, H, Q, N], for cross-attention of few query tokens; in float32 at least."""
     dtype = torch.promote_types(query.dtype, torch.float32)
-    logits = query.to(dtype) @ key.to(dtype).transpose(-1, -2) * scaling
+    with torch.autocast(query.device.type, enabled=False):  # it would round to half precision, and ties would decide
+        logits = query.to(dtype) @ key.to(dtype).transpose(-1, -2) * scaling
     if mask is not None and mask.dim() == 2:  # flash attention's: which keys are real
         mask = mask[:, None, None].bool()
     if mask is not None:
@@ -68,20 +71,46 @@ def observe_attention(
     if not modules:
         yield
         return
-    original = model.config._attn_implementation or "eager"
-    name = _registered(original.removeprefix(PREFIX))  # observed already: a replay runs inside a recording
     with ExitStack() as undo:
-        undo.callback(model.set_attn_implementation, original)
-        model.set_attn_implementation(name)
+        undo.enter_context(_twin(model))
         for module, observed in modules.items():
             undo.callback(_restore, module, module.__dict__.get(OBSERVER))
             module.__dict__[OBSERVER] = observed
         yield
 
 
+@contextmanager
+def _twin(model: PreTrainedModel) -> Iterator[None]:
+    """While inside, a model attends by the observing twin of its implementation.
+
+    Its config says so, which models made from one config share: the last of them to leave, from whichever thread, puts
+    back what was there before the first. A replay that runs inside a recording is one of them too.
+    """
+    config: Any = model.config
+    own, mine = (config._attn_implementation or "eager").removeprefix(PREFIX), object()
+    name = _registered(own)
+    try:  # from here on: an interrupt may come at any line
+        with _LOCK:
+            _SWITCHED.setdefault(id(config), (own, set()))[1].add(mine)
+            model.set_attn_implementation(name)
+        yield
+    finally:
+        with _LOCK:
+            before, inside = _SWITCHED.get(id(config), (own, set()))
+            inside.discard(mine)
+            if not inside:
+                _SWITCHED.pop(id(config), None)
+                model.set_attn_implementation(before)
+
+
+_LOCK = threading.RLock()  # the collector may leave an abandoned context while one is being entered
+_SWITCHED: dict[int, tuple[str, set[object]]] = {}
+"""By id of a config while models of it are observed: its own implementation, and one thing for each context."""
+
+
 def _restore(module: nn.Module, before: Any) -> None:
     if before is None:
-        del module.__dict__[OBSERVER]
+        module.__dict__.pop(OBSERVER, None)
     else:
         module.__dict__[OBSERVER] = before
 
@@ -95,8 +124,9 @@ def _registered(original: str) -> str:
         )
     name = PREFIX + original
     if name not in ALL_ATTENTION_FUNCTIONS:
-        AttentionInterface.register(name, _observing(original))
+        # Masks first: who finds the one name in another thread must find the other.
         AttentionMaskInterface.register(name, ALL_MASK_ATTENTION_FUNCTIONS[original])
+        AttentionInterface.register(name, untraced(_observing(original)))
     return name
 
 
@@ -113,9 +143,16 @@ def _observing(original: str) -> Callable[..., Any]:
             reduction, observer = observed
             scaling = kwargs.get("scaling") or query.shape[-1] ** -0.5
             observer(reduction(query.detach(), key.detach(), attention_mask, scaling))
-        # Each modeling file has an eager function of its own: the model's output must stay the model's.
-        eager: Any = getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
-        own = ALL_ATTENTION_FUNCTIONS.get_interface(original, eager)
+        own = ALL_ATTENTION_FUNCTIONS.get_interface(original, _eager_of(type(module)))
         return own(module, query, key, value, attention_mask, **kwargs)
 
     return attention
+
+
+def _eager_of(kind: type) -> Any:
+    """The eager function of an attention class: each modeling file has one of its own, and the output must stay its.
+
+    The class may be derived from that file's: FSDP2 gives every module it shards a class of its own.
+    """
+    files = (sys.modules.get(cls.__module__) for cls in kind.__mro__)
+    return next(filter(None, (getattr(file, "eager_attention_forward", None) for file in files)), None)

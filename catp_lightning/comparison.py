@@ -11,7 +11,8 @@ import numpy as np
 from matplotlib.figure import Figure
 from rich.table import Table
 
-from catp_lightning.files import write_json, write_text
+from catp_lightning.calibration.figures import png
+from catp_lightning.files import write_bytes, write_json, write_text
 
 RESAMPLES = 2000
 
@@ -199,5 +200,5 @@ def save_comparison(comparison: Comparison, folder: Path, title: str) -> list[di
     rows = comparison.rows()
     write_text(folder / "table.md", f"# {title}\n\n{markdown(rows, comparison.reference)}")
     write_json(folder / "table.json", {"title": title, "reference": comparison.reference, "rows": rows}, indent=2)
-    figure(rows, comparison.reference).savefig(folder / "accuracy.png", dpi=120)
+    write_bytes(folder / "accuracy.png", png(figure(rows, comparison.reference), dpi=120))
     return rows

@@ -18,6 +18,7 @@ from catp_lightning.dropping import DecoderPrompt, visual_tokens
 from catp_lightning.errors import PruningError
 from catp_lightning.families import Family, find_family
 from catp_lightning.observation import Observation, Signal
+from catp_lightning.refusals import occupied
 from catp_lightning.selectors import without_autocast
 
 TYPES = ("token_type_ids", "mm_token_type_ids")  # a number for each column of the prompt
@@ -93,7 +94,7 @@ class Guide:
         sight = _Sight(visual.to(model.device), text.to(model.device), self.family.end_ids())
         modules = {module: (partial(sight.look, layer), _nothing) for layer, module in self._attentions.items()}
         decoder: Any = self.family.decoder
-        with _evaluating(model), observe_attention(decoder, modules):
+        with occupied(self.family), _evaluating(model), observe_attention(decoder, modules):
             try:
                 model.generate(
                     **{name: self._moved(value) for name, value in inputs.items()},

@@ -21,24 +21,29 @@ def locate(path: str | Path, keep: int | float | None) -> Path:
         return _in_folder(_from_wandb(text), keep)
     if text.startswith(HUB):
         return _in_folder(_from_hub(text), keep)
-    place = Path(path).expanduser()
-    if place.is_dir():
-        return _in_folder(place, keep)
-    if not place.is_file():
-        raise PolicyError(
-            f"There is no policy at {text!r}. Give a file, a folder, {WANDB}… or {HUB}…, or calibrate one first."
-        )
+    try:
+        place = Path(path).expanduser()
+        if place.is_dir():
+            return _in_folder(place, keep)
+        there = place.is_file()
+    except (OSError, RuntimeError) as error:  # a name that is too long, a folder closed to us, ~somebody
+        raise PolicyError(f"{text!r:.200} cannot be looked up: {error!s:.200}. {_WHERE}") from error
+    if not there:
+        raise PolicyError(f"There is no policy at {text!r:.200}. {_WHERE}")
     return place if keep is None else _checked(place, keep)
+
+
+_WHERE = f"Give a file, a folder, {WANDB}… or {HUB}…, or calibrate one first."
 
 
 def budget_file_name(keep: int | float) -> str:
     """File name of one budget in a folder of several: `keep-0.5.json` for a share, `keep-16.json` for tokens."""
-    return f"keep-{keep!r}.json"
+    return f"keep-{float(keep) if isinstance(keep, float) else keep!r}.json"  # not "np.float64(0.5)"
 
 
 def _in_folder(folder: Path, keep: int | float | None) -> Path:
     if keep is not None and (named := folder / budget_file_name(keep)).is_file():
-        return named
+        return _checked(named, keep)
     budgets = sorted(file for file in folder.glob("keep-*.json"))
     single = folder / POLICY
     if keep is None and single.is_file():
@@ -59,11 +64,11 @@ def _checked(file: Path, keep: int | float | None) -> Path:
     """A single policy, if it is for the budget asked for: what it promises was measured there."""
     try:
         own = json.loads(file.read_text(encoding="utf-8"))["keep"]
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return file  # reading it properly will say what is wrong
     if own != ({"tokens": keep} if isinstance(keep, int) else {"share": keep}):
         raise PolicyError(
-            f"{file} is for keep={own!r}, not {keep!r}. Calibrate for that budget, leave keep "
+            f"{file} is for keep={own!r:.200}, not {keep!r}. Calibrate for that budget, leave keep "
             "out, or load it and take policy.with_keep(…), unmeasured."
         )
     return file

@@ -9,16 +9,17 @@ import torch
 from lightning.pytorch import LightningModule
 from lightning.pytorch.core.hooks import CheckpointHooks, DataHooks, ModelHooks
 from lightning.pytorch.core.mixins.hparams_mixin import HyperparametersMixin
-from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
 from torch import nn
 
+from catp_lightning.callbacks.strategies import loop_was_skipped, refuse_sharded
 from catp_lightning.callbacks.token_pruning import load_policy, warn_where_monitored
-from catp_lightning.errors import PolicyError, PruningError
+from catp_lightning.checkpoints import POLICY_KEY, missing_policy, stored_policy, warn_where_another
+from catp_lightning.either import is_a
+from catp_lightning.errors import PolicyError
 from catp_lightning.overlap import OverlapCheck, overlap_check
 from catp_lightning.policy import PruningPolicy
 from catp_lightning.pruning import prune
 
-POLICY_KEY = "catp_policy"
 _STEPS = frozenset({"validation_step", "test_step", "predict_step"})
 _EPOCH_ENDS = frozenset({"on_validation_epoch_end", "on_test_epoch_end", "on_predict_epoch_end"})
 _STATE = frozenset(  # attributes that Lightning reads and writes on the root module directly
@@ -36,8 +37,23 @@ _HOOKS = frozenset(
     for name, value in vars(klass).items()
     if not name.startswith("_") and (callable(value) or isinstance(value, property))
 )
-_OWN = frozenset({"forward", "setup", "on_save_checkpoint", "load_from_checkpoint", "trainer", "fabric", "device_mesh"})
+_OWN = frozenset(
+    {
+        "forward",
+        "setup",
+        "on_save_checkpoint",
+        "on_load_checkpoint",
+        "load_from_checkpoint",
+        "trainer",
+        "fabric",
+        "device_mesh",
+    }
+)
 _INNER = (_HOOKS | _STATE | {"state_dict", "load_state_dict"}) - _OWN
+_SHARDED = (
+    " and could not save it under the names of the module inside. Use the callback with the module itself: "
+    "Trainer(callbacks=[TokenPruning(policy)])."
+)
 
 
 class PrunedModule(LightningModule):
@@ -51,25 +67,29 @@ class PrunedModule(LightningModule):
 
     Args:
         inner: the module around a supported Hugging Face model.
-        policy: a `PruningPolicy`, or a path or address for `PruningPolicy.load`, read when a stage is set up.
+        policy: a `PruningPolicy`, or a path or address for `PruningPolicy.load`, read when a stage is set up. None: the
+            one in the checkpoint that `ckpt_path=` names. One that is given wins over the checkpoint's, and a warning
+            says where they differ.
         keep: the budget, as in `TokenPruning`.
         model: the name of the submodule to prune, where `inner` holds several supported models.
         guide: the smaller model that the scorer `sgl` asks for, as in `TokenPruning`; no submodule of the wrapper.
 
     Raises:
         TypeError: `inner` is not a `lightning.pytorch.LightningModule`.
-        PolicyError: the policy cannot be read, or was made for another model.
+        PolicyError: the policy cannot be read, or was made for another model; in a step, none was given and no
+            checkpoint with one was loaded.
         PruningError: at setup under a strategy that shards the model; in a step, if the model cannot be pruned.
 
     Example::
 
         trainer.predict(PrunedModule(module, PruningPolicy(scorer="catp", keep=0.5)), loader)
+        trainer.test(PrunedModule(module), loader, ckpt_path="best")  # the policy in the checkpoint
     """
 
     def __init__(
         self,
         inner: LightningModule,
-        policy: str | Path | PruningPolicy,
+        policy: str | Path | PruningPolicy | None = None,
         *,
         keep: int | float | None = None,
         model: str | None = None,
@@ -77,13 +97,20 @@ class PrunedModule(LightningModule):
     ) -> None:
         super().__init__()
         if not isinstance(inner, LightningModule):
+            if is_a(inner, "LightningModule"):
+                raise TypeError(
+                    f"PrunedModule is a lightning.pytorch.LightningModule and {type(inner).__name__} one of "
+                    "pytorch_lightning; modules of the two packages do not mix. Import lightning.pytorch where "
+                    f"{type(inner).__name__} is defined, or prune it in its own Trainer: "
+                    "pytorch_lightning.Trainer(callbacks=[TokenPruning(policy)])."
+                )
             raise TypeError(
                 f"PrunedModule wraps a lightning.pytorch.LightningModule, not {type(inner).__module__}."
                 f"{type(inner).__name__}. For a Hugging Face model alone use `with prune(model, policy):`."
             )
         self.policy, self.keep, self.pruned_model = policy, keep, model
         self.__dict__["pruning_guide"] = guide  # no submodule: neither trained nor saved with the module inside
-        self._loaded: PruningPolicy | None = None
+        self._loaded: PruningPolicy | None = None  # in use: given, or from a checkpoint
         self._overlap: OverlapCheck | None = None  # of the loop that runs
         self.inner = inner  # last: from here on attributes are looked up on it too
 
@@ -95,6 +122,8 @@ class PrunedModule(LightningModule):
         value = getattr(inner, name)
         if name in _STEPS and callable(value):
             return self._pruned(value)
+        if name == "teardown":
+            return self._after_taking_part(value)
         return self._then_warning(value) if name in _EPOCH_ENDS else value
 
     def __getattr__(self, name: str) -> Any:
@@ -137,13 +166,26 @@ class PrunedModule(LightningModule):
 
         return _seen_as(hook, epoch_end)
 
+    def _after_taking_part(self, hook: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(hook)
+        def teardown(stage: str) -> Any:
+            if loop_was_skipped(self.trainer, stage) and (overlap := self._current_overlap()) is not None:
+                overlap.warn()
+            self._overlap = None
+            return hook(stage)
+
+        return _seen_as(hook, teardown)
+
     def _current_overlap(self) -> OverlapCheck | None:
         if self._overlap is None:  # the loop's first step
-            self._overlap = overlap_check(self._current_policy(), self.device)
+            device = self.device if self._trainer is None else self.trainer.strategy.root_device
+            self._overlap = overlap_check(self._current_policy(), device)
         return self._overlap
 
     def _current_policy(self) -> PruningPolicy:
         if self._loaded is None:  # a step called by hand, without a Trainer
+            if self.policy is None:
+                raise missing_policy("PrunedModule", 'PrunedModule(module, "policy.json")')
             self._loaded = load_policy(self.policy, self.keep)
         return self._loaded
 
@@ -154,21 +196,25 @@ class PrunedModule(LightningModule):
         return self.inner(*args, **kwargs)
 
     def setup(self, stage: str) -> None:
-        strategy = self.trainer.strategy
-        if isinstance(strategy, (FSDPStrategy, ModelParallelStrategy, DeepSpeedStrategy)):
-            raise PruningError(
-                f"PrunedModule cannot be used under {type(strategy).__name__}, which shards the model and could not "
-                "save it under the names of the module inside. Use the callback with the module itself: "
-                "Trainer(callbacks=[TokenPruning(policy)])."
-            )
+        refuse_sharded(self.trainer, "PrunedModule", _SHARDED)
         if stage == "fit" and self.trainer.enable_validation:
             warn_where_monitored(self.trainer, "PrunedModule")
-        self._loaded, self._overlap = load_policy(self.policy, self.keep), None
+        self._overlap = None
+        if self.policy is not None:  # otherwise the last checkpoint's stays, as its weights do
+            self._loaded = load_policy(self.policy, self.keep)
         self.inner.setup(stage)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         self.inner.on_save_checkpoint(checkpoint)
-        checkpoint[POLICY_KEY] = self._current_policy().to_dict()
+        if self.policy is not None or self._loaded is not None:
+            checkpoint[POLICY_KEY] = self._current_policy().to_dict()
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        if self.policy is not None:
+            warn_where_another("PrunedModule", self._current_policy(), checkpoint)
+        elif (stored := stored_policy(checkpoint)) is not None:
+            self._loaded = load_policy(stored, self.keep)
+        self.inner.on_load_checkpoint(checkpoint)
 
     @classmethod
     def load_from_checkpoint(  # type: ignore[override]
@@ -198,16 +244,14 @@ class PrunedModule(LightningModule):
             weights_only: as in `torch.load`.
 
         Raises:
-            PolicyError: `policy` is None and the checkpoint, written without the wrapper, holds none.
+            PolicyError: `policy` is None and the checkpoint holds none, or a damaged one.
         """
         checkpoint = torch.load(checkpoint_path, map_location=map_location, weights_only=weights_only)
-        if policy is None:
-            if POLICY_KEY not in checkpoint:
-                raise PolicyError(
-                    f"{checkpoint_path} holds no policy: it was written without PrunedModule. Give one: "
-                    f"{cls.__name__}.load_from_checkpoint(path, inner=module, policy=...)."
-                )
-            policy = PruningPolicy.from_dict(checkpoint[POLICY_KEY])
+        if policy is None and (policy := stored_policy(checkpoint)) is None:
+            raise PolicyError(
+                f"{checkpoint_path} holds no policy: it was written without PrunedModule. Give one: "
+                f"{cls.__name__}.load_from_checkpoint(path, inner=module, policy=...)."
+            )
         wrapper = cls(inner, policy, keep=keep, model=model, guide=guide)
         wrapper.configure_model()
         wrapper.on_load_checkpoint(checkpoint)

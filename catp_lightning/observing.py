@@ -13,6 +13,7 @@ from catp_lightning.dropping import Prompt
 from catp_lightning.dropping.watching import Call
 from catp_lightning.errors import PruningError
 from catp_lightning.families import Family
+from catp_lightning.hooks import hooked
 from catp_lightning.observation import BY_LAYER, Needs, Observation, Signal, Values
 
 ATTENTION = frozenset(
@@ -56,8 +57,7 @@ class Observer:
                     looks.append((site.reduction, self._storing(key)))
                 else:
                     output = self.family.output_site(signal)
-                    hook = output.module.register_forward_hook(self._reading(key, output.read), with_kwargs=True)
-                    undo.callback(hook.remove)
+                    undo.enter_context(hooked(output.module, after=self._reading(key, output.read)))
             for owner, modules in attention.items():
                 undo.enter_context(observe_attention(owner, {module: _all(x) for module, x in modules.items()}))
             yield

@@ -5,7 +5,7 @@ import json
 import math
 import warnings
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Self, TypeVar, get_args
 
@@ -16,6 +16,9 @@ from catp_lightning.selectors import SELECTORS, Selector
 from catp_lightning.typed import build
 
 FORMAT_VERSION = 1
+DEEPEST = 64
+"""Dictionaries and lists within each other that a policy holds at most; evidence has 5."""
+
 FILE_NAME = "policy.json"
 
 if TYPE_CHECKING:
@@ -32,6 +35,9 @@ Method = TypeVar("Method")
 @dataclass(frozen=True)
 class PruningPolicy:
     """Which visual tokens a model keeps, and why.
+
+    Dictionaries are copied, as JSON holds them: what is done to one afterwards changes no policy, and a policy that is
+    saved and loaded is the same.
 
     Attributes:
         scorer: the method that ranks tokens; it brings its own default selector.
@@ -66,13 +72,14 @@ class PruningPolicy:
     def __post_init__(self) -> None:
         check_keep(self.keep)
         if self.positions not in get_args(Positions):
-            raise PolicyError(f"positions is {self.positions!r}; allowed are {', '.join(get_args(Positions))}.")
-        for name in ("scorer_args", "selector_args", "evidence"):
-            _check_mapping(name, getattr(self, name))
-        if self.model is not None:
-            _check_mapping("model", self.model)
+            raise PolicyError(f"positions is {self.positions!r:.200}; allowed are {', '.join(get_args(Positions))}.")
+        if isinstance(self.keep, float):
+            object.__setattr__(self, "keep", float(self.keep))  # numpy's float64 is a float, and prints otherwise
+        for name in ("scorer_args", "selector_args", "evidence", "model"):
+            if name != "model" or self.model is not None:
+                object.__setattr__(self, name, _plain(name, getattr(self, name)))
         if type(self.format_version) is not int or self.format_version < 1:
-            raise PolicyError(f"format_version is {self.format_version!r}; it is a whole number from 1.")
+            raise PolicyError(f"format_version is {self.format_version!r:.200}; it is a whole number from 1.")
         self.build_scorer()
         self.build_selector()
 
@@ -87,9 +94,9 @@ class PruningPolicy:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON types; `keep` as {"share": 1.0} or {"tokens": 1}, which JSON's one kind of number would mix up."""
-        values = json.loads(json.dumps(asdict(self), allow_nan=False))
+        values = {part.name: getattr(self, part.name) for part in fields(self)}
         values["keep"] = {"tokens": self.keep} if isinstance(self.keep, int) else {"share": self.keep}
-        return dict(values)
+        return dict(json.loads(json.dumps(values, allow_nan=False)))
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Self:
@@ -98,11 +105,11 @@ class PruningPolicy:
         Raises:
             PolicyError: a value is wrong.
         """
-        values = dict(_check_mapping("a policy", values))
+        values = _plain("a policy", values, DEEPEST + 1)
         unknown = sorted(set(values) - {f.name for f in fields(cls)})
         if unknown:
             warnings.warn(
-                f"The policy has keys this version of catp-lightning does not know: {', '.join(map(str, unknown))}. "
+                f"The policy has keys this version of catp-lightning does not know: {', '.join(unknown):.200}. "
                 "They are ignored.",
                 stacklevel=2,
             )
@@ -111,7 +118,7 @@ class PruningPolicy:
             known["keep"] = _keep_from_json(known["keep"])
         if not isinstance(known.get("scorer", ""), str) or not isinstance(known.get("selector", ""), str | None):
             raise PolicyError(
-                f"scorer and selector are names, got {known.get('scorer')!r} and {known.get('selector')!r}."
+                f"scorer and selector are names, got {known.get('scorer')!r:.200} and {known.get('selector')!r:.200}."
             )
         return cls(**known)
 
@@ -159,7 +166,9 @@ def check_keep(keep: Any) -> None:
     """Raise PolicyError unless `keep` is a float in (0, 1] or an int >= 1."""
     allowed = "keep is a share, a float in (0, 1], or a number of tokens, an int of at least 1"
     if isinstance(keep, bool) or not isinstance(keep, int | float):
-        raise PolicyError(f"keep is {keep!r}; {allowed}.")
+        raise PolicyError(f"keep is {keep!r:.200}; {allowed}.")
+    if isinstance(keep, int) and keep.bit_length() > 63:
+        raise PolicyError(f"keep is a number of {keep.bit_length()} bits; {allowed}, and no model has 2**63 of them.")
     if isinstance(keep, int) and keep < 1:
         raise PolicyError(f"keep is {keep}; {allowed}.")
     if isinstance(keep, float) and not (math.isfinite(keep) and 0 < keep <= 1):
@@ -172,18 +181,18 @@ def check_keep(keep: Any) -> None:
 def _keep_from_json(value: Any) -> Any:
     if isinstance(value, Mapping) and len(value) == 1:
         (kind, number), *_ = value.items()
-        if kind == "share" and isinstance(number, int | float) and not isinstance(number, bool):
+        if kind == "share" and isinstance(number, int | float) and not isinstance(number, bool) and abs(number) < 2**63:
             return float(number)
         if kind == "tokens" and isinstance(number, int) and not isinstance(number, bool):
             return number
-    raise PolicyError(f'keep is {value!r}; in a file it is {{"share": 0.5}} or {{"tokens": 16}}.')
+    raise PolicyError(f'keep is {value!r:.200}; in a file it is {{"share": 0.5}} or {{"tokens": 16}}.')
 
 
 def _lookup(kind: str, name: Any, known: Mapping[str, type[Method]]) -> type[Method]:
     if not isinstance(name, str) or name not in known:
-        near = difflib.get_close_matches(str(name), known, n=1)
+        near = difflib.get_close_matches(str(name)[:100], known, n=1)
         hint = f" Did you mean {near[0]!r}?" if near else ""
-        raise PolicyError(f"There is no {kind} {name!r}; known are {', '.join(sorted(known))}.{hint}")
+        raise PolicyError(f"There is no {kind} {name!r:.200}; known are {', '.join(sorted(known))}.{hint}")
     return known[name]
 
 
@@ -191,14 +200,21 @@ def _method(kind: str, name: str, known: Mapping[str, type[Method]], args: Mappi
     return build(_lookup(kind, name, known), args, f"{kind} {name!r}")
 
 
-def _check_mapping(name: str, value: Any) -> Mapping[str, Any]:
+def _plain(name: str, value: Any, deepest: int = DEEPEST) -> dict[str, Any]:
+    """A copy of plain JSON types."""
     if not isinstance(value, Mapping) or not all(isinstance(key, str) for key in value):
         raise PolicyError(f"{name} must be a dictionary with names as keys, got {value!r:.200}.")
     try:
-        json.dumps(dict(value), allow_nan=False)
+        copy = dict(json.loads(json.dumps(dict(value), allow_nan=False)))
     except (TypeError, ValueError, RecursionError) as error:
-        raise PolicyError(f"{name} holds something JSON cannot: {error}.") from error
-    return value
+        raise PolicyError(f"{name} holds something JSON cannot: {error!s:.200}.") from error
+    level: list[Any] = [copy]
+    for _ in range(deepest):
+        inner = [item.values() if isinstance(item, dict) else item for item in level if isinstance(item, dict | list)]
+        level = [item for items in inner for item in items]
+    if level:
+        raise PolicyError(f"{name} is nested deeper than {deepest} levels. Leave what is there out.")
+    return copy
 
 
 def _no_constants(name: str) -> None:

@@ -1,8 +1,10 @@
 """prune(model, policy): the context in which a model reads fewer visual tokens."""
 
+import weakref
 from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -16,7 +18,14 @@ from catp_lightning.observation import Needs, Observation, Signal, join
 from catp_lightning.observing import Observer
 from catp_lightning.overlap import has_images
 from catp_lightning.policy import PruningPolicy
-from catp_lightning.refusals import MARK, check_model, refuse_at_stages, refuse_merging, refuse_unprunable
+from catp_lightning.refusals import (
+    check_model,
+    compiled_inside,
+    occupied,
+    refuse_at_stages,
+    refuse_merging,
+    refuse_unprunable,
+)
 from catp_lightning.selectors import without_autocast
 
 Choose = Callable[[Tensor], Tensor]
@@ -69,7 +78,9 @@ class Pruning:
         first: Needs = {Signal.FINGERPRINT: None} if self._known else {}
         self._observer = Observer(family, first if stages else wanted)
         compact = policy.positions == "compact"
-        self._entry = entry(family, self._choose, compact, self._forget, stages, wanted, lambda: self.carrier)
+        own: Pruning = weakref.proxy(self)  # no cycle: with the last reference to the model its memory is free
+        choose_of, forget = partial(Pruning._choose, own), partial(Pruning._forget, own)
+        self._entry = entry(family, choose_of, compact, forget, stages, wanted, lambda: own.carrier)
 
     def _guided(self, guide: nn.Module | None, wanted: Needs) -> Guide:
         refuse_without_rows(self.family)
@@ -111,8 +122,11 @@ class Pruning:
 
     @contextmanager
     def applied(self) -> Iterator[None]:
-        with self._observer.watching(), self._entry.dropping():
-            yield
+        try:
+            with self._observer.watching(), self._entry.dropping():
+                yield
+        finally:
+            self._forget()  # features and attention maps are large, and the record may be kept
 
     def _choose(self, prompt: Prompt) -> Tensor:
         """Visual tokens of a prompt that stay: bool [B, T]."""
@@ -204,9 +218,5 @@ def prune(
     check_model(policy, family)
     refuse_unprunable(module, family)
     pruning = Pruning(family, policy, choose, guide)
-    family.model.__dict__[MARK] = pruning
-    try:
-        with pruning.applied():
-            yield pruning
-    finally:
-        del family.model.__dict__[MARK]
+    with occupied(family), compiled_inside(module, family.model), pruning.applied():
+        yield pruning

@@ -1,7 +1,8 @@
 """What is refused before anything is pruned: a policy for another model, a rule that makes no sense here."""
 
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 from torch import nn
@@ -13,7 +14,17 @@ from catp_lightning.policy import PruningPolicy
 from catp_lightning.selectors import Selector
 
 MARK = "_catp_pruning"
-"""On a model while it is being pruned."""
+"""On a model while it is being pruned, calibrated, or asked as a guide."""
+
+
+class _Mark:
+    """What stands there: no copy of it is made, and so none of the model."""
+
+    def __reduce__(self) -> Any:
+        raise PruningError(
+            "A model that is being pruned or calibrated cannot be copied or pickled: what is hooked into it would be "
+            "part of the copy for good. Copy it before the context or after it; its state_dict can be taken inside."
+        )
 
 
 def check_model(policy: PruningPolicy, family: Family) -> None:
@@ -41,15 +52,71 @@ def _described(model: Mapping[str, Any]) -> str:
 
 
 def refuse_unprunable(module: nn.Module, family: Family) -> None:
-    """Raise PruningError where a model is being pruned already, or was compiled before."""
+    """Raise PruningError where a model is being pruned already, or it, or a step that calls it, was compiled before."""
     if MARK in family.model.__dict__:
-        raise PruningError("This model is being pruned already: leave that context first, prune does not nest.")
-    parts = (*module.modules(), *family.model.modules())
-    if any(hasattr(part, "_orig_mod") or getattr(part, "_compiled_call_impl", None) is not None for part in parts):
-        raise PruningError(
-            "The model was compiled before pruning and would ignore it. Enter prune first and compile inside, "
-            "or prune the module that was compiled."
-        )
+        raise _occupied(family)
+    for path, part in (*module.named_modules(), *family.model.named_modules()):
+        if (how := _compiled(part)) is not None:
+            raise PruningError(
+                f"{type(part).__name__}{path and f' {path!r}'} was compiled before pruning ({how}), and compiled code "
+                "may run past what is pruned. Hand over the module itself, not what torch.compile made of it, enter "
+                "prune first and compile inside. Under a Trainer compile in on_validation_start, on_test_start or "
+                "on_predict_start of your module, which run inside: self.model.compile(), for example, or of a part of "
+                "it; what is compiled in place there is no longer when the loop has ended. To train compiled and "
+                "validate pruned, compile the training step alone: "
+                "module.training_step = torch.compile(module.training_step)."
+            )
+
+
+_CALLED = ("forward", "generate", "validation_step", "test_step", "predict_step")
+
+
+def _compiled(part: nn.Module) -> str | None:
+    """How a module was compiled; None: it was not. Training steps may be, they run outside of every context."""
+    if hasattr(part, "_orig_mod"):
+        return "torch.compile(module)"
+    if getattr(part, "_compiled_call_impl", None) is not None:
+        return "module.compile()"
+    for name in _CALLED:
+        call = getattr(part, name, None)
+        if hasattr(call, "_torchdynamo_orig_callable") and not hasattr(call, "_torchdynamo_disable"):
+            return f"torch.compile(module.{name})"
+    return None
+
+
+@contextmanager
+def compiled_inside(*modules: nn.Module) -> Iterator[None]:
+    """At the end nothing in these modules is compiled in place any more: they are what they were."""
+    try:
+        yield
+    finally:
+        for part in {part for module in modules for part in module.modules()}:
+            if part.__dict__.get("_compiled_call_impl") is not None:
+                del part.__dict__["_compiled_call_impl"]
+
+
+@contextmanager
+def occupied(family: Family) -> Iterator[None]:
+    """While inside, no other context can have the model, in this thread or another.
+
+    Raises:
+        PruningError: one has it.
+    """
+    mark = _Mark()
+    try:  # from here on: an interrupt may come at any line
+        if family.model.__dict__.setdefault(MARK, mark) is not mark:  # in one step: threads may ask at the same time
+            raise _occupied(family)
+        yield
+    finally:
+        if family.model.__dict__.get(MARK) is mark:
+            del family.model.__dict__[MARK]
+
+
+def _occupied(family: Family) -> PruningError:
+    return PruningError(
+        f"This {type(family.model).__name__} is being pruned already, or calibrated, or asked as a guide: leave that "
+        "context first, prune does not nest. What runs at the same time needs a model of its own."
+    )
 
 
 def refuse_at_stages(policy: PruningPolicy, selector: Selector, wanted: Needs) -> None:

@@ -3,6 +3,7 @@
 import math
 import types
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import fields, is_dataclass
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
@@ -46,8 +47,9 @@ def _convert(value: Any, hint: Any, what: str) -> Any:
     elif hint is type(None) and value is None:
         return None
     elif hint is float and isinstance(value, int | float) and not isinstance(value, bool):
-        if math.isfinite(value):
-            return float(value)
+        with suppress(OverflowError):  # a whole number beyond all floats
+            if math.isfinite(value):
+                return float(value)
     elif hint in (int, bool, str) and type(value) is hint:
         return value
     raise PolicyError(f"{what} is {value!r:.200}; allowed is {_name(hint)}.")

@@ -68,7 +68,12 @@ class VQAModule(LightningModule):
         return self.model(**inputs)
 
     def answer(self, batch: VQABatch) -> list[str]:
-        """The generated answers, one a question, without the prompt and without spaces around them."""
+        """The generated answers, one a question, without the prompt and without spaces around them.
+
+        Raises:
+            DataError: a prompt with its answer is longer than the model has positions.
+        """
+        self._check_length(batch)
         dtype = self.model.dtype
         # A model loaded in half precision gets float32 pixels from the processor where the Trainer converts nothing.
         inputs = {
@@ -78,6 +83,18 @@ class VQAModule(LightningModule):
         if not self.model.config.is_encoder_decoder:  # whose output starts with the prompt
             output = output[:, inputs["input_ids"].shape[1] :]
         return [text.strip() for text in self.processor.batch_decode(output, skip_special_tokens=True)]
+
+    def _check_length(self, batch: VQABatch) -> None:
+        most = getattr(self.model.config.get_text_config(decoder=True), "max_position_embeddings", None)
+        if not isinstance(most, int) or self.model.config.is_encoder_decoder:
+            return
+        lengths, new = batch["inputs"]["attention_mask"].sum(1), int(self.generation["max_new_tokens"] or 1)
+        if int(lengths.max()) + new - 1 > most:  # the last token of an answer is not read
+            raise DataError(
+                f"The prompt of question {int(batch['question_ids'][lengths.argmax()])} has {int(lengths.max()):,} "
+                f"tokens, visual ones included, and up to {new} of an answer follow; the model has {most:,} positions. "
+                "Shorten the question, or leave it out of the questions file."
+            )
 
     def validation_step(self, batch: VQABatch, batch_idx: int) -> None:
         self._score("val", self.val_accuracy, batch)

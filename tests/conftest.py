@@ -12,6 +12,8 @@ import pytest
 import torch
 from hypothesis import settings
 
+collect_ignore = ["existing_project"]  # somebody else's project: test_existing_project.py runs a copy of it
+
 torch.set_num_threads(1)  # the same sums in the same order with any number of workers
 
 settings.register_profile("catp", deadline=None, derandomize=True)  # a busy machine is slow, not wrong

@@ -164,12 +164,15 @@ def test_a_calibration_cross_fits_and_saves_what_was_fitted_on_all_folds() -> No
     probing, plan = calibrator._probing, calibrator.plan
     assert probing.pairs is not None
     sums, pairs, columns = probing.sums.compute(), probing.pairs.compute(), probing.columns
-    fitted = fit(sums, pairs, columns)
+    fitted = fit(sums, pairs, columns, calibrator.ties)
     whole = fitted_candidates(plan, fitted)
     assert calibrator.candidates[-len(whole) :] == whole
     first = calibrator._rounds[0].rules
     for fold in range(FOLDS):
-        own = [one.policy(1.0) for one in fitted_candidates(plan, fit_without(fold, sums, pairs, columns, fitted))]
+        own = [
+            one.policy(1.0)
+            for one in fitted_candidates(plan, fit_without(fold, sums, pairs, columns, fitted, calibrator.ties))
+        ]
         assert first[fold][-len(own) :] == own
         assert own != [one.policy(1.0) for one in whole], "a fold's rules are not those of all"
     policy = calibrator.policies()[0]

@@ -1,6 +1,7 @@
 """Heads and layers found from sums alone, on probes of a planted model."""
 
 import warnings
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -9,14 +10,22 @@ import torch
 from sklearn.linear_model import Lasso, Ridge
 
 from catp_lightning.calibration.heads import GATE, STRENGTHS, describe_heads, fit_heads
-from catp_lightning.calibration.layers import choose_layers
+from catp_lightning.calibration.layers import LayerChoice, choose_layers
 from catp_lightning.calibration.statistics import FOLDS, FoldSums, ProbeSums
+from catp_lightning.calibration.ties import Ties
 
 HEADS, SLOTS, TOKENS, PROBES, BATCH = 16, 8, 16, 16, 40
+EXACT = Ties(0.0)
 LAYERS = [list(range(first, first + 4)) for first in range(0, HEADS, 4)]
 SLOT_COLUMNS = range(HEADS, HEADS + SLOTS)
 SLOT_WORTH = np.linspace(-1, 1, SLOTS)
 SAME_LAYER, OTHER_LAYER = {4: 1.0, 5: 0.6, 6: -0.8}, {4: 1.0, 5: 0.6, 11: -0.8}
+
+
+def found_layers(
+    sums: FoldSums, layers: Sequence[Sequence[int]], slots: Sequence[int] = (), ties: Ties = EXACT
+) -> LayerChoice:
+    return choose_layers(sums, layers, slots, ties)
 
 
 @dataclass(frozen=True)
@@ -104,7 +113,7 @@ def test_exactly_the_planted_heads_are_found_with_their_signs(planted, slots):
 def test_exactly_the_layers_of_the_planted_heads_are_chosen(planted, layers, slots):
     exact = 0
     for seed in range(20):
-        choice = choose_layers(draw(seed, planted, slot_worth=SLOT_WORTH if len(slots) else None).sums, LAYERS, slots)
+        choice = found_layers(draw(seed, planted, slot_worth=SLOT_WORTH if len(slots) else None).sums, LAYERS, slots)
         assert set(choice.layers) >= layers
         assert choice.layers[0] == 1  # 1.0 and 0.6 against 0.8
         assert choice.layers == tuple(layer for layer, _, _ in choice.steps)
@@ -117,7 +126,7 @@ def test_pure_noise_selects_nothing_and_says_so():
     draws = [draw(seed, {}).sums for seed in range(60)]
     fits = [fit_heads(sums, range(HEADS)) for sums in draws]
     assert sum(fit.selected for fit in fits) <= 4  # 3% of many more draws; at one standard error 7%
-    assert sum(bool(choose_layers(sums, LAYERS).layers) for sums in draws) <= 3
+    assert sum(bool(found_layers(sums, LAYERS).layers) for sums in draws) <= 3
     nothing = next(fit for fit in fits if not fit.selected)
     assert nothing.strength == 1 and nothing.explained == 0 and not nothing.weights.any()
     assert describe_heads(nothing).startswith("nothing: no head predicts the answers better than chance")
@@ -126,7 +135,7 @@ def test_pure_noise_selects_nothing_and_says_so():
 def test_noise_around_slots_that_matter_selects_no_head():
     draws = [draw(seed, {}, slot_worth=SLOT_WORTH).sums for seed in range(40)]
     assert sum(fit_heads(sums, range(HEADS), SLOT_COLUMNS).selected for sums in draws) <= 3
-    assert sum(bool(choose_layers(sums, LAYERS, SLOT_COLUMNS).layers) for sums in draws) <= 3
+    assert sum(bool(found_layers(sums, LAYERS, SLOT_COLUMNS).layers) for sums in draws) <= 3
 
 
 def test_a_head_that_only_follows_the_slots_is_selected_without_them_and_not_beside_them():
@@ -134,7 +143,7 @@ def test_a_head_that_only_follows_the_slots_is_selected_without_them_and_not_bes
     alone, beside = fit_heads(sums, range(HEADS)), fit_heads(sums, range(HEADS), SLOT_COLUMNS)
     assert {0, 5} <= set(np.flatnonzero(alone.weights))
     assert set(np.flatnonzero(beside.weights)) == {5}
-    assert set(choose_layers(sums, LAYERS, SLOT_COLUMNS).layers) == {1}
+    assert set(found_layers(sums, LAYERS, SLOT_COLUMNS).layers) == {1}
     # as many tokens are kept by each probe: only differences between slots can be known
     np.testing.assert_allclose(beside.slots - beside.slots.mean(), 3 * SLOT_WORTH, atol=0.25)
 
@@ -189,7 +198,7 @@ def test_the_explained_share_is_that_of_fits_on_the_rows_themselves(slots):
 
 def test_a_layers_step_is_the_share_that_fits_on_the_rows_explain():
     data = draw(1, OTHER_LAYER)
-    choice = choose_layers(data.sums, LAYERS)
+    choice = found_layers(data.sums, LAYERS)
     layer, share, error = choice.steps[0]
     x = data.rows[:, LAYERS[layer]] / data.rows[:, LAYERS[layer]].std(0)
     saved = np.zeros(FOLDS)
@@ -209,8 +218,8 @@ def test_a_layers_stability_is_how_often_the_others_choose_it_without_one_fold()
         sums = draw(seed, {4: 1.0, 11: -0.4}, noise=8.0).sums
         arrays = (sums.gram, sums.moment, sums.squares, sums.rows)
         without = [FoldSums(*(np.delete(array, fold, 0) for array in arrays)) for fold in range(FOLDS)]
-        found = [choose_layers(each, LAYERS).layers for each in without]
-        shares = choose_layers(sums, LAYERS).stability
+        found = [found_layers(each, LAYERS).layers for each in without]
+        shares = found_layers(sums, LAYERS).stability
         assert shares == tuple(sum(layer in one for one in found) / FOLDS for layer in range(4))
         seen |= set(shares)
     assert len(seen) > 2  # some layer was neither always nor never chosen, or counting would not show
@@ -238,14 +247,14 @@ def test_the_unit_of_a_column_changes_nothing_but_its_weight(column, factor):
     expected[column] /= factor
     np.testing.assert_allclose(after.weights, expected, rtol=1e-6, atol=1e-12)
     assert after.strength == before.strength
-    assert choose_layers(scaled(sums, column, factor), LAYERS).layers == choose_layers(sums, LAYERS).layers
+    assert found_layers(scaled(sums, column, factor), LAYERS).layers == found_layers(sums, LAYERS).layers
 
 
 def test_columns_come_in_the_callers_order():
     sums = draw(4, OTHER_LAYER).sums
     plain, turned = fit_heads(sums, range(HEADS)), fit_heads(sums, range(HEADS)[::-1])
     np.testing.assert_allclose(turned.weights[::-1], plain.weights, rtol=1e-9, atol=1e-12)
-    assert set(choose_layers(sums, LAYERS[::-1]).layers) == {3 - layer for layer in choose_layers(sums, LAYERS).layers}
+    assert set(found_layers(sums, LAYERS[::-1]).layers) == {3 - layer for layer in found_layers(sums, LAYERS).layers}
 
 
 @pytest.mark.parametrize("tiny", [0.0, 1e-16], ids=["zero", "rounding left of a constant"])
@@ -253,7 +262,7 @@ def test_a_column_without_variance_gets_no_weight(tiny):
     sums = scaled(draw(5, OTHER_LAYER).sums, 5, tiny)  # a planted one: what is left of it still correlates
     fit = fit_heads(sums, range(HEADS))
     assert fit.weights[5] == 0 and set(np.flatnonzero(fit.weights)) >= {4, 11}
-    assert np.isfinite(fit.weights).all() and set(choose_layers(sums, LAYERS).layers) == {1, 2}
+    assert np.isfinite(fit.weights).all() and set(found_layers(sums, LAYERS).layers) == {1, 2}
 
 
 def test_a_copy_of_a_head_shares_its_place_without_harm():
@@ -264,7 +273,7 @@ def test_a_copy_of_a_head_shares_its_place_without_harm():
         fit, single = fit_heads(sums, index), fit_heads(sums, range(HEADS))
     assert fit.weights[[4, 16, 17]].sum() == pytest.approx(single.weights[4], rel=0.02)
     assert fit.explained == pytest.approx(single.explained, rel=0.02)
-    assert choose_layers(sums, [*LAYERS, LAYERS[1]]).layers == (1,)
+    assert found_layers(sums, [*LAYERS, LAYERS[1]]).layers == (1,)
 
 
 def test_an_empty_fold_is_skipped_and_one_fold_alone_selects_nothing():
@@ -277,19 +286,19 @@ def test_an_empty_fold_is_skipped_and_one_fold_alone_selects_nothing():
 
     cut = FoldSums(sums.gram[:4], sums.moment[:4], sums.squares[:4], sums.rows[:4])
     assert fit_heads(only(4), range(HEADS)).explained == fit_heads(cut, range(HEADS)).explained > 0.3
-    assert choose_layers(only(4), LAYERS) == choose_layers(cut, LAYERS)
-    assert max(choose_layers(only(4), LAYERS).stability) == 1
+    assert found_layers(only(4), LAYERS) == found_layers(cut, LAYERS)
+    assert max(found_layers(only(4), LAYERS).stability) == 1
     for folds in (0, 1):
         fit = fit_heads(only(folds), range(HEADS), SLOT_COLUMNS)
         assert not fit.selected and fit.strength == 1 and np.isfinite(fit.slots).all()
-        assert choose_layers(only(folds), LAYERS, SLOT_COLUMNS).layers == ()
+        assert found_layers(only(folds), LAYERS, SLOT_COLUMNS).layers == ()
 
 
 def test_answers_that_never_change_select_nothing():
     sums = draw(8, OTHER_LAYER).sums
     same = replace(sums, moment=sums.moment * 0, squares=sums.squares * 0)
     assert not fit_heads(same, range(HEADS), SLOT_COLUMNS).selected
-    assert choose_layers(same, LAYERS, SLOT_COLUMNS).layers == ()
+    assert found_layers(same, LAYERS, SLOT_COLUMNS).layers == ()
 
 
 def test_the_report_counts_heads_and_gives_the_interval():
@@ -297,3 +306,13 @@ def test_the_report_counts_heads_and_gives_the_interval():
     fit = replace(fit, explained=0.0213, explained_error=0.0031)
     assert describe_heads(fit) == "3 of 16 heads, 2.1% of the variance ± 0.3%"
     assert fit.strength in STRENGTHS
+
+
+def test_layers_that_explain_equally_much_within_a_tie_go_by_their_number() -> None:
+    sums = draw(3, SAME_LAYER).sums  # layer 1; a copy of its heads stands first, weaker by less than a tie
+    twice = [4, 5, 6, 7, *range(4, HEADS)]
+    copied = sums.columns(twice)
+    copied.moment[:, :4] *= 1 - 1e-7
+    apart = found_layers(copied, LAYERS)
+    assert apart.layers[0] == 1, "exactly, the copy explains less"
+    assert found_layers(copied, LAYERS, (), Ties(1e-4)).layers[0] == 0

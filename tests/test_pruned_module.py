@@ -208,7 +208,7 @@ def test_every_hook_that_the_module_overrides_is_called_as_often_as_without_the_
 def test_a_hook_looks_overridden_exactly_if_the_module_overrides_it(inner: type[LightningModule]) -> None:
     module = inner()
     wrapper = PrunedModule(module, HALF)
-    own = {"setup", "on_save_checkpoint", "load_from_checkpoint"}  # the wrapper's, which call the module's
+    own = {"setup", "on_save_checkpoint", "on_load_checkpoint", "load_from_checkpoint"}  # these call the module's
     hooks = [name for name in HOOKS if name not in own]
     differ = [name for name in hooks if is_overridden(name, wrapper) != is_overridden(name, module)]
     assert differ == []

@@ -27,8 +27,9 @@ from torchmetrics import Metric
 from catp_lightning import PolicyError
 from catp_lightning.calibration import resume, split
 from catp_lightning.calibration.competition import Competition
+from catp_lightning.calibration.identity import model_fingerprint
 from catp_lightning.calibration.replay import Replay
-from catp_lightning.calibration.resume import Partial, model_fingerprint
+from catp_lightning.calibration.resume import Partial
 from catp_lightning.calibration.split import part_of
 from catp_lightning.calibration.statistics import FirstQuestions, ImageSet, PartCounts, ProbeSums
 from catp_lightning.callbacks import calibration

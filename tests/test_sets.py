@@ -21,6 +21,7 @@ from catp_lightning.calibration.plan import VOTERS, Plan
 from catp_lightning.calibration.sets import pair_rows, token_ranks
 from catp_lightning.calibration.split import FOLDS
 from catp_lightning.calibration.statistics import FoldSums, ProbeSums
+from catp_lightning.calibration.ties import Ties
 from catp_lightning.choosing import choose_tokens, score_tokens
 from catp_lightning.counts import keep_count
 from catp_lightning.families import Family, find_family
@@ -28,6 +29,7 @@ from catp_lightning.observation import Observation, Signal
 from tests.models import random_blip2
 
 COLUMNS = Columns(dict.fromkeys(VOTERS, ((0, 1), 4)), 8)
+TIES = Ties.under(torch.float64)
 CHANGED = 2  # the fold that is planted with other sums
 
 
@@ -67,7 +69,7 @@ def planted() -> Any:
 
 @pytest.fixture(scope="module")
 def candidates(family: Family, planted: Any) -> list[Candidate]:
-    fitted = fit(planted[0], planted[1], COLUMNS)
+    fitted = fit(planted[0], planted[1], COLUMNS, TIES)
     assert all(found.selected for found in fitted.voters.values()), "every kind of candidate is there"
     return [*default_candidates(Plan.of(family)), *fitted_candidates(Plan.of(family), fitted)]
 
@@ -173,10 +175,10 @@ def changed(sums: FoldSums, fold: int = CHANGED) -> FoldSums:
 
 def test_the_rules_for_a_fold_never_saw_it_and_the_final_ones_saw_all(family: Family, planted: Any) -> None:
     sums, pairs, *_ = planted
-    fitted = fit(sums, pairs, COLUMNS)
+    fitted = fit(sums, pairs, COLUMNS, TIES)
 
     def rules(sums: FoldSums, pairs: FoldSums, fold: int) -> list[Candidate]:
-        return fitted_candidates(Plan.of(family), fit_without(fold, sums, pairs, COLUMNS, fitted))
+        return fitted_candidates(Plan.of(family), fit_without(fold, sums, pairs, COLUMNS, fitted, TIES))
 
     names = [candidate.name for candidate in fitted_candidates(Plan.of(family), fitted)]
     for fold in range(FOLDS):
@@ -194,20 +196,20 @@ def test_what_a_slot_is_worth_is_scikit_learns_ridge_on_all_rows(planted: Any) -
     sums, pairs, rows, gain = planted
     own = rows[:, COLUMNS.of_slots].numpy()
     ridge = Ridge(alpha=0.01 * np.diag(own.T @ own).mean(), fit_intercept=False).fit(own, gain.numpy())
-    slots = fit(sums, pairs, COLUMNS).slots
+    slots = fit(sums, pairs, COLUMNS, TIES).slots
     assert slots == rounded(ridge.coef_)
     assert sorted(range(8), key=lambda slot: slots[slot])[-1] == 3 and sorted(slots)[-1] > 2 * sorted(slots)[-2]
 
 
 def test_nothing_that_can_be_learned_is_found_in_constant_answers(family: Family, planted: Any) -> None:
     sums, pairs = (replace(part, moment=0 * part.moment, squares=0 * part.squares) for part in planted[:2])
-    fitted = fit(sums, pairs, COLUMNS)
+    fitted = fit(sums, pairs, COLUMNS, TIES)
     assert fitted.slots == [0.0] * 8 and not any(found.selected for found in fitted.voters.values())
     names = {candidate.name for candidate in fitted_candidates(Plan.of(family), fitted)}
     assert not any("heads" in name for name in names)
     nothing = ProbeSums(COLUMNS.total).compute()  # a model with one visual token: there is nothing to probe
-    assert fit(nothing, None, COLUMNS).greedy is None
-    assert fit_without(0, nothing, None, COLUMNS, fitted).slots == [0.0] * 8
+    assert fit(nothing, None, COLUMNS, TIES).greedy is None
+    assert fit_without(0, nothing, None, COLUMNS, fitted, TIES).slots == [0.0] * 8
 
 
 def quadratic_sums(value: np.ndarray, sizes: Sequence[int], samples: int = 120) -> tuple[FoldSums, FoldSums]:
@@ -246,7 +248,7 @@ def test_the_fixed_set_is_the_greedy_set_of_the_planted_quadratic() -> None:
     value[2, 7] = value[7, 2] = 1.3 / 2
     value[4, 6] = value[6, 4] = -0.9 / 2
     sums, pairs = quadratic_sums(value, (4, 2, 1))
-    fitted = fit(sums, pairs, COLUMNS)
+    fitted = fit(sums, pairs, COLUMNS, TIES)
     assert fitted.greedy is not None and sorted(fitted.greedy) == list(range(1, 9))
     assert order_of(fitted.greedy)[:5] == brute_force(value, 5) == [1, 6, 2, 7, 4]  # no probe kept more than four
     assert {1, 5} <= set(order_of(fitted.slots)[:3]), "each slot by itself: both of the redundant two"
@@ -258,7 +260,7 @@ def test_the_fixed_set_is_nearly_as_good_as_the_best_greedy_one_of_any_quadratic
     generator = np.random.default_rng(seed)
     value = generator.normal(size=(8, 8)) / 3
     value = (value + value.T) / 2 + np.diag(generator.normal(size=8))
-    greedy = fit(*quadratic_sums(value, (4, 2, 1), 60), COLUMNS).greedy
+    greedy = fit(*quadratic_sums(value, (4, 2, 1), 60), COLUMNS, TIES).greedy
     assert greedy is not None
     for size in (1, 2, 3, 4):
         found, best = [order[:size] for order in (order_of(greedy), brute_force(value, 8))]

@@ -12,6 +12,7 @@ from functools import partial
 
 import numpy as np
 import torch
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
 from catp_lightning.calibration.budget import Promise
@@ -22,11 +23,15 @@ from catp_lightning.calibration.fitting import Fitted, fit, fit_without
 from catp_lightning.calibration.plan import Plan
 from catp_lightning.calibration.split import CHECKED, FOLDS, PROMISED, part_of, round_bounds, round_of
 from catp_lightning.calibration.stages import Probing, Samples, Stage
+from catp_lightning.calibration.ties import Ties
 from catp_lightning.errors import PolicyError
 from catp_lightning.observation import Needs, Signal, join
 from catp_lightning.policy import PruningPolicy, check_keep
 
 SURVIVORS = 4  # one in so many goes on to the next round
+
+NOTHING = 0.01
+"""Nats. Candidates that diverge less are told apart by no more than at this: of almost nothing all is rounding."""
 
 
 class Calibrator:
@@ -57,10 +62,12 @@ class Calibrator:
         if not budgets or len({(type(keep), keep) for keep in budgets}) < len(budgets):
             raise PolicyError(f"keep is {list(budgets)}; give one budget or several different ones.")
         self.plan, self.budgets, self.promise, self.device = plan, tuple(budgets), promise, device
+        self.ties = Ties.under(plan.family.model.dtype)
         self._part_of = partial(part_of, checked=CHECKED if promise is None else PROMISED)
         self._probing = Probing(plan, budgets, self._part_of, device)
         self.stage: Stage = self._probing
         self.candidates: list[Candidate] = []
+        self._unsound = torch.empty(0, dtype=torch.int64, device=device)
         self._bounds: list[float] = []
         self._rounds: list[Competition] = []
         self._check: Check | None = None
@@ -79,7 +86,9 @@ class Calibrator:
         return join([{Signal.FINGERPRINT: None}, self.plan.needs, *needs])
 
     def see(self, samples: Samples) -> None:
-        """Add a batch to the current stage."""
+        """Add a batch to the current stage, without the samples whose unpruned answer was found to be no number."""
+        if len(self._unsound):
+            samples = samples.where(~torch.isin(samples.keys, self._unsound))
         self.stage.see(samples)
 
     def finish(self) -> bool:
@@ -103,19 +112,28 @@ class Calibrator:
     def _fit(self) -> None:
         probing = self._probing
         self.images, self.parts = probing.images.compute(), probing.parts.compute()
+        self._unsound = probing.unsound.compute()
+        unsound = (
+            f" {len(self._unsound):,} samples were left out, to which the unpruned model's own answer is not a number "
+            "(NaN or infinite): look for damaged pixels, broken weights, or too low a precision."
+        )
         if not all(self.parts.values()):
             raise PolicyError(
                 f"Calibration needs samples in every part of its split, got {self.parts}: give some dozens of images."
+                f"{unsound if len(self._unsound) else ''}"
             )
+        if len(self._unsound):
+            rank_zero_warn(f"Calibration:{unsound}")
         if self.promise is not None:
             self.promise.check_images(int((self._part_of(self.images) == 1).sum()))
         found = {name: metric.compute() for name, metric in probing.correlations.items()}
         self.correlations = {name: matrix for name, matrix in found.items() if matrix.any()}
         sums, pairs = probing.sums.compute(), None if probing.pairs is None else probing.pairs.compute()
-        self.fitted = fit(sums, pairs, probing.columns)
+        self.fitted = fit(sums, pairs, probing.columns, self.ties)
         self.candidates = self._candidates(self.fitted)
         self._cross_fitted = [
-            self._candidates(fit_without(fold, sums, pairs, probing.columns, self.fitted)) for fold in range(FOLDS)
+            self._candidates(fit_without(fold, sums, pairs, probing.columns, self.fitted, self.ties))
+            for fold in range(FOLDS)
         ]
         self.alive = [list(range(len(self.candidates))) for _ in self.budgets]
         self._bounds = round_bounds(self.parts["learn"])
@@ -161,10 +179,11 @@ class Calibrator:
         return next(number for number in ranking if self.candidates[number].eligible)
 
     def _ranking(self, budget: int) -> list[int]:
-        """Who is left, the smallest mean divergence so far first; who is equal to nine digits, by name."""
+        """Who is left, the smallest mean divergence so far first; ties by name."""
         sums = self.choosing
         mean = sums["divergence"][budget] / np.maximum(1, sums["count"][budget])
-        return sorted(self.alive[budget], key=lambda n: (float(f"{mean[n]:.9g}"), self.candidates[n].name))
+        named = sorted(self.alive[budget], key=lambda n: self.candidates[n].name)
+        return [named[place] for place in self.ties.order([float(mean[n]) for n in named], NOTHING)]
 
     @property
     def choosing(self) -> dict[str, np.ndarray]:

@@ -108,7 +108,8 @@ class Competition:
         compared = samples.replay.compare_each(found)
         for budget, (diverged, agreed) in enumerate(compared):
             numbers, place = torch.tensor(self.alive[budget], device=ranks.device), order[budget]
-            self.sums.update(budget, numbers, diverged[place].clamp(max=-WORST), agreed[place])
+            lost = diverged[place].nan_to_num(nan=-WORST).clamp(max=-WORST)  # NaN: lost as well
+            self.sums.update(budget, numbers, lost, agreed[place])
             same.append(agreed[place])
         return same
 

@@ -121,10 +121,10 @@ def correlation_figure(policies: Sequence[PruningPolicy]) -> Figure | None:
     return figure
 
 
-def png(figure: Figure) -> bytes:
+def png(figure: Figure, dpi: int = 110) -> bytes:
     """The figure as a PNG file."""
     buffer = BytesIO()
-    figure.savefig(buffer, format="png", dpi=110)
+    figure.savefig(buffer, format="png", dpi=dpi)
     return buffer.getvalue()
 
 

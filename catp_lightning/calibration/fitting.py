@@ -10,6 +10,7 @@ from catp_lightning.calibration.heads import HeadFit, fit_heads
 from catp_lightning.calibration.importance import Columns
 from catp_lightning.calibration.layers import LayerChoice, choose_layers
 from catp_lightning.calibration.statistics import FoldSums
+from catp_lightning.calibration.ties import Ties
 
 
 @dataclass(frozen=True)
@@ -62,17 +63,18 @@ class Fitted:
         }
 
 
-def fit(sums: FoldSums, pairs: FoldSums | None, columns: Columns) -> Fitted:
+def fit(sums: FoldSums, pairs: FoldSums | None, columns: Columns, ties: Ties) -> Fitted:
     """Fit all that candidates are made of, from sums alone.
 
     Args:
         sums: over all processes, of `columns`.
         pairs: of pairs of slots, if those were measured.
         columns: of a probe's row.
+        ties: layers and sets this close are equally good.
     """
     slots, voters = columns.of_slots, {}
     for name, (layers_read, _) in columns.voters.items():
-        choice = choose_layers(sums, columns.of_voter(name), slots)
+        choice = choose_layers(sums, columns.of_voter(name), slots, ties)
         choice = replace(
             choice,
             layers=tuple(layers_read[place] for place in choice.layers),
@@ -81,10 +83,12 @@ def fit(sums: FoldSums, pairs: FoldSums | None, columns: Columns) -> Fitted:
         layers = tuple(sorted(choice.layers))
         found = fit_heads(sums, columns.of_heads(name, layers), slots) if layers else None
         voters[name] = VoterFit(choice, layers, found, found is not None and found.selected)
-    return Fitted(_slots(sums, columns), _greedy(pairs, columns), voters)
+    return Fitted(_slots(sums, columns), _greedy(pairs, columns, ties), voters)
 
 
-def fit_without(fold: int, sums: FoldSums, pairs: FoldSums | None, columns: Columns, like: Fitted) -> Fitted:
+def fit_without(
+    fold: int, sums: FoldSums, pairs: FoldSums | None, columns: Columns, like: Fitted, ties: Ties
+) -> Fitted:
     """The same without one fold, to be measured on it: what `like` selected, with weights that never saw the fold."""
     sums, pairs = sums.without(fold), None if pairs is None else pairs.without(fold)
     voters = {
@@ -93,7 +97,7 @@ def fit_without(fold: int, sums: FoldSums, pairs: FoldSums | None, columns: Colu
         else found
         for name, found in like.voters.items()
     }
-    return Fitted(_slots(sums, columns), _greedy(pairs, columns), voters)
+    return Fitted(_slots(sums, columns), _greedy(pairs, columns, ties), voters)
 
 
 def _slots(sums: FoldSums, columns: Columns) -> list[float]:
@@ -106,7 +110,7 @@ def _slots(sums: FoldSums, columns: Columns) -> list[float]:
     return rounded(np.linalg.solve(gram + ridge * np.eye(len(moment)), moment))
 
 
-def _greedy(pairs: FoldSums | None, columns: Columns) -> list[float] | None:
+def _greedy(pairs: FoldSums | None, columns: Columns, ties: Ties) -> list[float] | None:
     """Slots in the order in which they join a fixed set that keeps the answers best: a score for each.
 
     What a set gains is a quadratic function of who is in it, fitted to the probes: what each slot is worth by itself,
@@ -119,17 +123,20 @@ def _greedy(pairs: FoldSums | None, columns: Columns) -> list[float] | None:
     worth = np.zeros((columns.slots, columns.slots))
     worth[np.triu_indices(columns.slots)] = np.linalg.solve(gram + ridge * np.eye(len(moment)), moment)
     gain, together = worth.diagonal().copy(), np.triu(worth, 1) + np.triu(worth, 1).T
-    scores = np.zeros(columns.slots)
+    scores, scale, rest = np.zeros(columns.slots), float(np.abs(gain).max()), list(range(columns.slots))
     for step in range(columns.slots):
-        best = int(np.where(scores > 0, -np.inf, gain).argmax())
+        best = rest.pop(ties.order((-gain[rest]).tolist(), scale)[0])
         scores[best] = columns.slots - step
         gain = gain + together[best]
     return scores.tolist()
 
 
 def rounded(values: np.ndarray) -> list[float]:
-    """To four digits: what processes add up in another order must not change a policy."""
-    return [float(f"{value:.4g}") for value in values]
+    """To six digits: other batches and processes, which add in another order, find the same, or its neighbour.
+
+    With fewer digits neighbours would be too far apart: of four, by up to a thousandth.
+    """
+    return [float(f"{value:.6g}") for value in values]
 
 
 def _evidence(found: VoterFit, heads: int) -> dict[str, Any]:

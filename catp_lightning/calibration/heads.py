@@ -1,5 +1,6 @@
 """Which heads' votes tell what a kept token does for the answer, and how much: a signed sparse fit from sums alone."""
 
+import threading
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -154,13 +155,17 @@ def _strength(errors: np.ndarray, squares: np.ndarray) -> int:
     return chosen if share > GATE * error else 0
 
 
+_FILTERS = threading.Lock()
+"""Warning filters are the process's: two threads that change and restore them by turns would leave the changed ones."""
+
+
 def _path(gram: np.ndarray, moment: np.ndarray, rows: int, slots: int, top: float) -> np.ndarray:
     """Fits at every strength, the first without heads: float64 [A, S + H]."""
     from sklearn.exceptions import ConvergenceWarning  # here: importing it changes the environment of the process
     from sklearn.linear_model import lars_path_gram
 
     inner, outer = partial_out(gram, moment, slots)
-    with warnings.catch_warnings():
+    with _FILTERS, warnings.catch_warnings():
         warnings.simplefilter("ignore", ConvergenceWarning)  # of columns that repeat others it takes one, and says so
         penalties, _, path = lars_path_gram(  # in units of `top`: penalties are strengths
             outer / (rows * top),

@@ -89,7 +89,7 @@ class Probes:
     Attributes:
         rows: float [P, B, F], as `Columns` orders them.
         slots: float [P, B, T'], how many tokens of each slot were kept: the last columns of `rows`.
-        gain: float [P, B], mean log-probability of the unpruned answer's tokens.
+        gain: float [P, B], mean log-probability of the unpruned answer's tokens, -3 at least.
     """
 
     rows: Tensor
@@ -127,15 +127,20 @@ def probe(
     slots = keep.unflatten(2, (-1, per)).sum(2).to(votes.dtype) if per else votes.new_zeros(*keep.shape[:2], 0)
     with without_autocast(votes):
         rows = torch.cat([torch.einsum("pbt,btv->pbv", keep.to(votes.dtype), votes), slots], 2)
-    return Probes(rows, slots, replay.answer_log_probability(keep).clamp(min=WORST))
+    gain = replay.answer_log_probability(keep)
+    return Probes(rows, slots, gain.nan_to_num(nan=WORST).clamp(min=WORST))  # NaN: lost as well
 
 
 def head_votes(voters: Iterable[AttentionScorer], seen: Observation, visual: Tensor) -> Tensor:
-    """What every voter's heads say of each visual token, in float32 at least: bool [B, T] -> float [B, T, V]."""
+    """What every voter's heads say of each visual token, in float32 at least: bool [B, T] -> float [B, T, V].
+
+    A vote that is not a number counts as 0.
+    """
     with without_autocast(visual):
         all_ = [voter.votes(seen).flatten(1, 2).transpose(1, 2) for voter in voters]
     votes = torch.cat(all_, 2) if all_ else torch.zeros(*seen.exists.shape, 0, device=visual.device)
-    return placed(votes.to(torch.promote_types(votes.dtype, torch.float32)), seen.exists, visual, 0.0)
+    votes = votes.to(torch.promote_types(votes.dtype, torch.float32)).nan_to_num(0.0, 0.0, 0.0)
+    return placed(votes, seen.exists, visual, 0.0)
 
 
 def random_subset(seeds: Tensor, visual: Tensor, counts: Tensor, number: int, owner: Tensor | None = None) -> Tensor:

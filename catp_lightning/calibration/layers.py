@@ -7,6 +7,7 @@ import numpy as np
 
 from catp_lightning.calibration.heads import GATE, gain, left_out_errors, prepare, refit, training
 from catp_lightning.calibration.statistics import FoldSums
+from catp_lightning.calibration.ties import Ties
 
 Step = tuple[int, float, float]
 
@@ -28,25 +29,26 @@ class LayerChoice:
     stability: tuple[float, ...]
 
 
-def choose_layers(sums: FoldSums, layers: Sequence[Sequence[int]], slots: Sequence[int] = ()) -> LayerChoice:
+def choose_layers(sums: FoldSums, layers: Sequence[Sequence[int]], slots: Sequence[int], ties: Ties) -> LayerChoice:
     """Add the layer that lowers the out-of-fold error most, as long as that gain is above `GATE` standard errors.
 
     Args:
         sums: by fold; folds without rows are left out, and below two folds nothing is chosen.
         layers: columns of the heads of each layer.
         slots: columns of the slots, which are in every fit.
+        ties: layers whose errors are this close, as shares of the answers' variance, go by their number.
     """
     data, _ = prepare(sums, [head for heads in layers for head in heads], slots)
     ends = np.cumsum([len(heads) for heads in layers])
     groups = np.split(np.arange(ends[-1] if len(ends) else 0), ends[:-1])  # heads of each layer, as `prepare` put them
     folds = np.arange(len(data.rows))
-    steps = _forward(data, groups, len(slots))
-    found = [{step[0] for step in _forward(_some(data, folds != fold), groups, len(slots))} for fold in folds]
+    steps = _forward(data, groups, len(slots), ties)
+    found = [{step[0] for step in _forward(_some(data, folds != fold), groups, len(slots), ties)} for fold in folds]
     stability = tuple(sum(layer in one for one in found) / max(len(found), 1) for layer in range(len(layers)))
     return LayerChoice(tuple(step[0] for step in steps), steps, stability)
 
 
-def _forward(data: FoldSums, groups: Sequence[np.ndarray], slots: int) -> tuple[Step, ...]:
+def _forward(data: FoldSums, groups: Sequence[np.ndarray], slots: int, ties: Ties) -> tuple[Step, ...]:
     if len(data.rows) < 2 or not data.squares.any():
         return ()
     steps: list[Step] = []
@@ -54,7 +56,8 @@ def _forward(data: FoldSums, groups: Sequence[np.ndarray], slots: int) -> tuple[
     error = _errors(data, groups, slots, chosen)
     while rest := [layer for layer in range(len(groups)) if layer not in chosen]:
         trials = {layer: _errors(data, groups, slots, [*chosen, layer]) for layer in rest}
-        best = min(trials, key=lambda layer: float(trials[layer].sum()))
+        scale = float(data.squares.sum())
+        best = rest[ties.order([float(trials[layer].sum()) for layer in rest], scale)[0]]
         share, spread = gain(error - trials[best], data.squares)
         if share <= GATE * spread:
             break

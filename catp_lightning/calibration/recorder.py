@@ -24,6 +24,9 @@ class Recorder:
     Args:
         plan: what is calibrated, of which family.
         needs: the signals to observe before the decoder.
+
+    Attributes:
+        active: False: the model's calls are let past.
     """
 
     def __init__(self, plan: Plan, needs: Needs) -> None:
@@ -42,9 +45,17 @@ class Recorder:
         with (
             self._observer.watching(),
             self._entry.dropping(),
-            listening(self.plan.family, self._answers.append),
+            listening(self.plan.family, self._answers.append, active=lambda: self.active),
         ):
             yield
+
+    @property
+    def active(self) -> bool:
+        return self._entry.active
+
+    @active.setter
+    def active(self, active: bool) -> None:
+        self._entry.active = self._observer.active = active
 
     def _forget(self) -> None:
         self._observer.forget()
@@ -73,12 +84,12 @@ class Recorder:
                 f"The step sent {len(prompts)} prompts to the language model but got {len(answers)} answers from the "
                 "model's own generate or forward. Call those, not its language model's."
             )
-        self._entry.active = self._observer.active = False
+        before, self.active = self.active, False
         try:
             pairs = zip(prompts, answers, strict=True)
             yield [self._recorded(prompt, seen, answer) for (prompt, seen), answer in pairs if seen is not None]
         finally:
-            self._entry.active = self._observer.active = True
+            self.active = before
 
     def _recorded(self, prompt: Prompt, seen: Observation, answer: Answer) -> Recorded:
         family = self.plan.family

@@ -74,6 +74,15 @@ class Replay(ABC):
         """The same where a policy chooses inside the decoder."""
         raise NotImplementedError(f"{type(self.family.model).__name__} has no stages inside its decoder")
 
+    def sound(self) -> Tensor:
+        """Where the unpruned answer has a probability that is a number: bool [B]."""
+        some = [
+            self.of_samples(index)
+            for index in torch.arange(len(self.tokens), device=self.tokens.device).split(self.rows)
+        ]
+        found = [_mean_log_probability(part.log_probabilities(part.tokens), part.answers) for part in some]
+        return torch.cat(found).isfinite()
+
     def answer_log_probability(self, keep: Tensor) -> Tensor:
         """Mean log-probability of the answer's tokens when only `keep` is read: bool [P, B, T] -> float [P, B]."""
         samples = torch.arange(keep.shape[1], device=keep.device).repeat(len(keep))

@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from lightning.pytorch.loggers import Logger, WandbLogger
+from lightning.pytorch.loggers import Logger
 
 from catp_lightning.calibration.figures import (
     correlation_figure,
@@ -16,7 +16,9 @@ from catp_lightning.calibration.figures import (
     visual_tokens,
 )
 from catp_lightning.calibration.page import interval, page, percent
+from catp_lightning.either import is_a
 from catp_lightning.files import write_bytes, write_text
+from catp_lightning.loggers import tell
 from catp_lightning.policy import PruningPolicy
 
 COLUMNS = (
@@ -51,6 +53,7 @@ def report(
     loggers: Sequence[Logger],
     seconds: float,
     plain_seconds: float | None = None,
+    step: int = 0,
 ) -> list[str]:
     """Write `report.md` and its figures into `folder`, and log the same wherever the trainer logs.
 
@@ -61,6 +64,7 @@ def report(
         loggers: of the trainer.
         seconds: what the calibration took.
         plain_seconds: what the prediction alone took, if known.
+        step: of the trainer; loggers of people's own may ask for it.
 
     Returns:
         Three lines for the terminal: what was chosen, what it keeps, what it cost.
@@ -70,11 +74,14 @@ def report(
     images = {name: png(figure) for name, figure in drawn.items()}
     text = page(policies, lines, list(images))
     _write(folder, text, images)
-    for logger in loggers:
-        if isinstance(logger, WandbLogger):
+
+    def log(logger: Logger) -> None:
+        if is_a(logger, "WandbLogger"):
             _log_to_wandb(logger, policies, files, text, images)
         elif metrics := _metrics(policies):
-            logger.log_metrics(metrics)
+            logger.log_metrics(metrics, step=step)
+
+    tell(loggers, f"What the calibration found is in {folder}; it", log)
     return [f"catp: {name}: {line}" for name, line in lines.items()]
 
 
@@ -167,7 +174,7 @@ def _metrics(policies: Sequence[PruningPolicy]) -> dict[str, float]:
 
 
 def _log_to_wandb(
-    logger: WandbLogger,
+    logger: Any,
     policies: Sequence[PruningPolicy],
     files: Sequence[Path],
     text: str,
@@ -185,9 +192,13 @@ def _log_to_wandb(
         "chosen": {str(policy.keep): policy.evidence["chosen"] for policy in policies},
     }
     run = logger.experiment
-    run.config.update({"catp": config}, allow_val_change=True)
+    if run.disabled:  # its folder is a temporary one, which nobody removes
+        return
     place = Path(run.dir)
     _write(place / "report", text, images)
+    for policy, file in zip(policies, files, strict=True):
+        policy.save(place / file.name)  # beside the run: an offline artifact lies in a staging folder
+    run.config.update({"catp": config}, allow_val_change=True)
     shown: dict[str, Any] = dict(_metrics(policies))
     for policy in policies:
         if rows := candidate_rows(policy):
@@ -196,7 +207,6 @@ def _log_to_wandb(
         shown[f"catp/{name}"] = wandb.Image(str(place / "report" / f"{name}.png"))
     run.log(shown)  # one dictionary: each call is a step of its own
     artifact = wandb.Artifact("catp-policy", type="catp-policy", metadata=config)
-    for policy, file in zip(policies, files, strict=True):
+    for file in files:
         artifact.add_file(str(file))
-        policy.save(place / file.name)  # beside the run: an offline artifact lies in a staging folder
     run.log_artifact(artifact)

@@ -3,7 +3,8 @@
 import glob
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+import warnings
+from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,17 +13,13 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
-from torch import Tensor, nn
+from torch import Tensor
 from torchmetrics import Metric
 
-from catp_lightning.calibration.stages import Samples
 from catp_lightning.errors import PolicyError
 from catp_lightning.files import write_bytes
-from catp_lightning.fingerprint import mix
 
 EVERY = 8  # batches between two savings: more often would cost more than it spares
-
-SAMPLED = 1024  # values of each parameter whose place its fingerprint looks at as well
 
 ANEW = "or delete the file to start anew."
 
@@ -40,7 +37,8 @@ class Partial:
     """The sums of one process, stage by stage, and a fingerprint of each batch that went into them.
 
     Sums are those before they are reduced over processes, so that one that was ahead takes part in every reduction
-    once more, whatever the others still have to do. A process writes its own file and reads no other's.
+    once more, whatever the others still have to do. A process writes its own file and reads no other's. Where it cannot
+    be written, a warning says so once, and nothing else changes: an older file is still of the same batches.
 
     Args:
         path: of the file, which need not exist.
@@ -56,7 +54,7 @@ class Partial:
         self._stages: list[_Saved] = []
         self._stage = -1
         self._data: list[tuple[int, int]] = []
-        self._changed = False
+        self._changed = self._warned = False
         self._new_folder = not path.parent.exists()
         if path.is_file():
             self._load()
@@ -154,27 +152,38 @@ class Partial:
         tensors["data"] = torch.tensor(self._data, dtype=torch.int64).view(-1, 2)
         stages = [[saved.task, saved.batches] for saved in self._stages]
         metadata = {"settings": json.dumps(self.settings), "stages": json.dumps(stages)}
-        write_bytes(self.path, save(tensors, metadata=metadata))
-        self._changed = False
+        try:
+            write_bytes(self.path, save(tensors, metadata=metadata))
+            self._changed = False
+        except OSError as error:  # hours of work are not given up for a file that only spares them
+            if not self._warned:
+                warnings.warn(
+                    f"This part of the calibration could not be saved ({error}). It goes on, and will try again; "
+                    "interrupted before, it would start from what was saved last.",
+                    stacklevel=2,
+                )
+            self._warned = True
 
     def _load(self) -> None:
         try:
             with safe_open(self.path, framework="pt") as file:
                 metadata = file.metadata() or {}
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-            old, stages = dict(json.loads(metadata["settings"])), json.loads(metadata["stages"])
-            self._data = [(key, answers) for key, answers in tensors.pop("data").tolist()]
+            old, stages = json.loads(metadata["settings"]), json.loads(metadata["stages"])
+            if not isinstance(old, dict):
+                raise ValueError("settings should be a dictionary")
+            self._data = [(key, answers) for key, answers in tensors.pop("data").long().tolist()]
             self._stages = [_Saved(str(task), int(batches)) for task, batches in stages]
             for name, value in tensors.items():
                 stage, _, state = name.partition("/")
                 self._stages[int(stage)].tensors[state] = value
-        except (OSError, SafetensorError, ValueError, LookupError, TypeError) as error:
+        except (OSError, SafetensorError, ValueError, LookupError, TypeError, ArithmeticError, RecursionError) as error:
             raise PolicyError(
-                f"{self.path} cannot be read as part of a calibration ({type(error).__name__}: {error}). Delete it to "
-                "start anew."
+                f"{self.path} cannot be read as part of a calibration ({type(error).__name__}: {error!s:.200}). Delete "
+                "it to start anew."
             ) from error
         differing = [
-            f"{name} was {old.get(name)}, is {self.settings.get(name)}"
+            f"{name} was {old.get(name)!s:.200}, is {self.settings.get(name)}"
             for name in sorted({*old, *self.settings})
             if old.get(name) != self.settings.get(name)
         ]
@@ -216,40 +225,8 @@ class Partial:
         )
 
 
-def batch_fingerprints(batch: Sequence[Samples]) -> tuple[int, int]:
-    """Checksums of what a batch asks, its images and prompts, and of what the unpruned model answers."""
-    answers = [samples.replay.answers for samples in batch]
-    return _nonnegative(sum(samples.key for samples in batch)), _nonnegative(
-        sum(int(mix(mix(mix(a.ids) ^ a.valid.cumsum(1)) * a.valid).sum()) for a in answers)
-    )
-
-
-def model_fingerprint(model: nn.Module) -> str:
-    """A checksum of a model's names, shapes, dtypes and weights, the same on every device: 16 hex digits.
-
-    All bits of a parameter or buffer are summed, so that no single weight can change unseen; of 1,024 values evenly
-    spaced the places count too. Weights that are elsewhere, on the meta device, count by name and shape alone.
-    """
-    found = hashlib.sha256()
-    for name, value in sorted({**dict(model.named_parameters()), **dict(model.named_buffers())}.items()):
-        found.update(f"{name} {tuple(value.shape)} {value.dtype}\n".encode())
-        if value.is_meta or not value.numel():
-            continue
-        bits = value.detach().view(_INTEGERS[value.element_size()])
-        some = bits.flatten()[:: -(-value.numel() // SAMPLED)]
-        found.update(str([int(bits.sum(dtype=torch.int64)), *some.tolist()]).encode())
-    return found.hexdigest()[:16]
-
-
-_INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
-
-
 def _states(metrics: Mapping[str, Metric]) -> dict[str, Tensor | list[Tensor]]:
     """The states of several metrics, by the metric's name and their own."""
     return {
         f"{name}/{state}": value for name, metric in metrics.items() for state, value in metric.metric_state.items()
     }
-
-
-def _nonnegative(number: int) -> int:
-    return number % 2**63

@@ -12,9 +12,9 @@ from catp_lightning.observation import Observation
 from catp_lightning.policy import PruningPolicy
 from catp_lightning.scorers import Scorer
 from catp_lightning.selectors import Selector
-from catp_lightning.selectors.dpp import DPP, cosine_similarity, greedy_ranks
+from catp_lightning.selectors.dpp import DPP, exact_similarity, greedy_ranks
 
-KERNELS = 2**20  # elements of the kernels that are held at a time, 4 MiB in float32
+KERNELS = 2**20  # elements of the kernels that are held at a time, 8 MiB
 
 
 Method = tuple[Scorer, Selector]
@@ -56,7 +56,7 @@ def method_ranks(rules: Sequence[Method], seen: Observation, visual: Tensor, mos
             continue
         kind = replace(selector, relevance=0.0)
         if kind not in similarities:
-            similarities[kind] = cosine_similarity(selector.vectors(seen))
+            similarities[kind] = exact_similarity(selector.vectors(seen))
         kernels[number] = selector.kernel(scores[scorer], free, similarities[kind])
         ranks.append(free)  # its place: kernels of many candidates are solved together
         if len(kernels) * kernels[number].numel() >= KERNELS:

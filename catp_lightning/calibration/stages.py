@@ -70,9 +70,14 @@ class Samples:
         return self.replay.tokens
 
     @property
+    def keys(self) -> Tensor:
+        """A checksum of each sample's first image and question: int64 [B]."""
+        return mix(self.images ^ self.replay.questions)
+
+    @property
     def key(self) -> int:
         """A checksum of all images and questions, whatever their order."""
-        together = mix(self.images ^ self.replay.questions).sum() + mix(self.seen[Signal.FINGERPRINT]).sum()
+        together = self.keys.sum() + mix(self.seen[Signal.FINGERPRINT]).sum()
         return int(together)
 
 
@@ -111,13 +116,16 @@ class Probing:
         self.sizes = sizes(budgets, plan.family.tokens_per_image) if self.columns.total else []
         self.sums = ProbeSums(self.columns.total).to(device)
         self.images, self.parts = ImageSet().to(device), PartCounts().to(device)
-        self.tokens = TokenCounts().to(device)
-        self.images.update(torch.empty(0, dtype=torch.int64, device=device))  # a process may have no batch
+        self.tokens, self.unsound = TokenCounts().to(device), ImageSet().to(device)
+        nothing = torch.empty(0, dtype=torch.int64, device=device)  # a process may have no batch
+        self.images.update(nothing)
+        self.unsound.update(nothing)
         self.metrics: dict[str, Metric] = {
             "probes": self.sums,
             "images": self.images,
             "parts": self.parts,
             "tokens": self.tokens,
+            "unsound": self.unsound,
         }
         self.correlations = {
             name: RankCorrelation(len(layers)).to(device) for name, (layers, _) in self.columns.voters.items()
@@ -129,6 +137,13 @@ class Probing:
             self.metrics["pairs"] = self.pairs = ProbeSums(slots * (slots + 1) // 2).to(device)
 
     def see(self, samples: Samples) -> None:
+        # One NaN would make all sums NaN, and of what the model itself does not answer nothing can be learnt.
+        sound = samples.replay.sound()
+        self.unsound.update(samples.keys[~sound])
+        if sound.any():
+            self._measure(samples if bool(sound.all()) else samples.where(sound))
+
+    def _measure(self, samples: Samples) -> None:
         part = self.part_of(samples.images)
         self.parts.update(part)
         self.images.update(samples.seen[Signal.FINGERPRINT])

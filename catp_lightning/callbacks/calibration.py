@@ -5,32 +5,41 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from importlib.metadata import version
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.utilities import rank_zero_info
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import nn
 from tqdm import tqdm
 
 from catp_lightning.calibration.budget import GRID, Promise, descending
 from catp_lightning.calibration.calibrator import Calibrator
 from catp_lightning.calibration.competition import Competition
+from catp_lightning.calibration.identity import batch_fingerprints, model_fingerprint
 from catp_lightning.calibration.plan import Plan
 from catp_lightning.calibration.recorder import Recorder
-from catp_lightning.calibration.report import report, report_folder
-from catp_lightning.calibration.resume import Partial, batch_fingerprints, model_fingerprint
+from catp_lightning.calibration.report import PAGE, report, report_folder
+from catp_lightning.calibration.resume import Partial
 from catp_lightning.calibration.stages import Samples
 from catp_lightning.callbacks.context import LoopContext, Stage
+from catp_lightning.callbacks.steps import Step, batches_again, recorded_steps
+from catp_lightning.callbacks.strategies import on_first, refuse_sharded
 from catp_lightning.errors import PolicyError, PruningError
 from catp_lightning.families import Family, find_family
-from catp_lightning.locations import budget_file_name
+from catp_lightning.files import check_writable
+from catp_lightning.locations import POLICY, budget_file_name
 from catp_lightning.policy import Budget, PruningPolicy, check_keep
-from catp_lightning.refusals import refuse_unprunable
+from catp_lightning.refusals import compiled_inside, occupied, refuse_unprunable
 
 MANY = 2**20  # tokens; where images differ in their number shares are put in order, and then numbers of tokens
+
+_SHARDED = (
+    ": every forward of it waits for all processes, but each answers its own batches again, as often as those need. "
+    "Nor can a process that holds a part of the weights tell which model it is. Calibrate where the model is whole, "
+    "on one device or under DDP, and give the policy to TokenPruning under this strategy."
+)
 
 
 @dataclass
@@ -40,6 +49,7 @@ class _Run:
     calibrator: Calibrator
     recorder: Recorder
     partial: Partial
+    step: Step = field(init=False)
     batches: int = 0
     taken_over: int = 0
     replaying: float = 0.0  # seconds
@@ -81,7 +91,9 @@ class CrossAttentionCalibration(LoopContext):
     Raises:
         PolicyError: a budget is not allowed, a file is named for several budgets, the split has too few images, or an
             interrupted calibration at `path` had other settings, another model or other data.
-        PruningError: the model cannot be pruned, or its answers are sampled.
+        PruningError: the model cannot be pruned, or its answers are sampled; at setup, its weights are sharded.
+        OSError: at setup, `path` cannot be written; at the end, it cannot be any more. What was measured is then still
+            in the file beside it, and the same, started again, only saves.
 
     Example::
 
@@ -125,6 +137,12 @@ class CrossAttentionCalibration(LoopContext):
         self.summary: list[str] = []
         self._run: _Run | None = None
 
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        super().setup(trainer, pl_module, stage)
+        if stage == "predict":
+            refuse_sharded(trainer, "CrossAttentionCalibration", _SHARDED)
+            on_first(trainer, self._refuse_unwritable)
+
     @contextmanager
     def loop_context(self, trainer: Trainer, pl_module: LightningModule, stage: Stage) -> Iterator[None]:
         family = find_family(pl_module, self.model)
@@ -134,12 +152,18 @@ class CrossAttentionCalibration(LoopContext):
         budgets = self.budgets if self.promise is None else tuple(descending(self.budgets, tokens))
         calibrator = Calibrator(plan, budgets, self.promise, pl_module.device)
         recorder = Recorder(plan, calibrator.needs)
-        self._run = _Run(calibrator, recorder, self._partial(trainer, family))
-        self._run.taken_over = done = self._begin(self._run)
+        run = _Run(calibrator, recorder, self._partial(trainer, family))
+        run.taken_over = done = self._begin(run)
         again = f" {done} batches of an interrupted calibration are taken over." if done else ""
         rank_zero_info(f"catp: {calibrator.stage.title}, at {_listed(budgets)}.{again}")
         try:
-            with recorder.recording():
+            with (
+                occupied(family),
+                compiled_inside(pl_module, family.model),
+                recorder.recording(),
+                recorded_steps(trainer.strategy, recorder) as run.step,
+            ):
+                self._run = run
                 yield
         finally:
             self._run = None
@@ -195,16 +219,19 @@ class CrossAttentionCalibration(LoopContext):
             rank_zero_info(f"catp: {run.calibrator.stage.title}.")
             self._read_again(trainer, run, self._begin(run))
         self.policies = run.calibrator.policies()
-        if trainer.is_global_zero:
-            files = [self._save(policy) for policy in self.policies]
-            folder, seconds = report_folder(self.path), time.perf_counter() - run.started
-            self.summary = report(self.policies, files, folder, trainer.loggers, seconds, plain)
-            rank_zero_info(f"catp: saved to {self.path}, with a report in {folder}.")
-        trainer.strategy.barrier()
-        run.partial.delete()
+        if trainer.fast_dev_run:  # type: ignore[attr-defined]  # its policy must not replace one that was measured
+            rank_zero_info("catp: nothing is saved by a fast_dev_run.")
+        else:
+            on_first(trainer, lambda: self._save(trainer, run, plain))
+        run.partial.delete()  # not before all is written: what is started again then has nothing left to measure
+
+    def take_part(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self.on_predict_epoch_end(trainer, pl_module)
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         super().teardown(trainer, pl_module, stage)
+        if stage == "predict" and trainer.world_size == 1 and not any(trainer.num_predict_batches):
+            rank_zero_warn(f"CrossAttentionCalibration read no batch, so {self.path} was not written.")  # no loop ran
         for line in self.summary:  # as late as can be: progress bars write until the loop has ended
             rank_zero_info(line)
         self.summary = []
@@ -224,12 +251,12 @@ class CrossAttentionCalibration(LoopContext):
         if done == run.batches:
             return
         hidden = trainer.progress_bar_callback is None or not trainer.is_global_zero
-        batches = tqdm(_batches_again(trainer), total=run.batches, desc="catp", disable=hidden)
+        batches = tqdm(batches_again(trainer), total=run.batches, desc="catp", disable=hidden)
         seen = 0
         for number, arguments in enumerate(batches):
             seen += 1
             if number >= done:
-                trainer.strategy.predict_step(*arguments)
+                run.step(*arguments)
                 self._read_batch(trainer, run, number)
         if seen != run.batches:
             raise PruningError(
@@ -237,8 +264,22 @@ class CrossAttentionCalibration(LoopContext):
                 "reads its split several times: give a DataLoader over a data set, not an iterator that ends."
             )
 
-    def _save(self, policy: PruningPolicy) -> Path:
-        return policy.save(self.path / budget_file_name(policy.keep) if self.several else self.path)
+    def _save(self, trainer: Trainer, run: _Run, plain: float | None) -> None:
+        """The policies and their report."""
+        files = [policy.save(self._file(policy.keep)) for policy in self.policies]
+        folder, seconds = report_folder(self.path), time.perf_counter() - run.started
+        self.summary = report(self.policies, files, folder, trainer.loggers, seconds, plain, trainer.global_step)
+        rank_zero_info(f"catp: saved to {self.path}, with a report in {folder}.")
+
+    def _refuse_unwritable(self) -> None:
+        """Raise OSError where what is found could not be saved."""
+        for file in (*map(self._file, self.budgets), report_folder(self.path) / PAGE):
+            check_writable(file)
+
+    def _file(self, keep: int | float) -> Path:
+        if self.several:
+            return self.path / budget_file_name(keep)
+        return self.path if self.path.suffix else self.path / POLICY
 
     def __getstate__(self) -> dict[str, Any]:
         return {**super().__getstate__(), "_run": None}
@@ -252,18 +293,6 @@ def _check_exit(budgets: Sequence[int | float], args: Mapping[str, Any]) -> None
             "of the decoder's layers that read visual tokens, floats in (0, 1], and give the layer; leave `layer` out. "
             "max_disagreement finds the first layer at which they may leave."
         )
-
-
-def _batches_again(trainer: Trainer) -> Iterator[tuple[Any, ...]]:
-    """The arguments of `predict_step` for every batch of this process, prepared as the predict loop prepares them."""
-    loaders = trainer.predict_dataloaders
-    loaders = loaders if isinstance(loaders, list) else [loaders]
-    for index, (loader, most) in enumerate(zip(loaders, trainer.predict_loop.max_batches, strict=True)):
-        for number, batch in enumerate(islice(loader, most if isinstance(most, int) else None)):
-            converted = trainer.precision_plugin.convert_input(batch)
-            prepared = trainer.lightning_module._on_before_batch_transfer(converted, dataloader_idx=index)
-            moved = trainer.strategy.batch_to_device(prepared, dataloader_idx=index)
-            yield (moved, number, index) if len(loaders) > 1 else (moved, number)
 
 
 def _listed(budgets: Sequence[int | float]) -> str:

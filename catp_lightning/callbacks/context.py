@@ -1,18 +1,45 @@
 """A callback that is inside a context manager while evaluation loops run, and outside at every other time."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
-from contextlib import AbstractContextManager, ExitStack
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from typing import Any, Literal, get_args
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 
+from catp_lightning.callbacks.strategies import loop_was_skipped
+from catp_lightning.errors import PruningError
+
 Stage = Literal["validate", "test", "predict"]
 
 
+class _First(Callback):
+    """Calls `leave` when a run fails."""
+
+    def __init__(self, leave: Callable[[], None]) -> None:
+        self._leave = leave
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        self._leave()
+
+
+@contextmanager
+def _told_first(trainer: Trainer, leave: Callable[[], None]) -> Iterator[None]:
+    """While inside, `leave` is called before any other callback's `on_exception`: one that raises ends the calling."""
+    callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]  # Lightning does not declare it
+    first = _First(leave)
+    trainer.callbacks = [first, *callbacks]  # type: ignore[attr-defined]  # Lightning goes through the old list
+    try:
+        yield
+    finally:
+        left = [callback for callback in trainer.callbacks if callback is not first]  # type: ignore[attr-defined]
+        trainer.callbacks = left  # type: ignore[attr-defined]
+
+
 class LoopContext(Callback, ABC):
-    """Enters `loop_context` when an evaluation loop starts and always leaves it: at its end, or after any exception.
+    """Enters `loop_context` when an evaluation loop starts and always leaves it: at its end, or after any exception,
+    before any other callback hears of that.
 
     Args:
         stages: the loops to be active in; "validate" includes validation inside fit.
@@ -33,20 +60,45 @@ class LoopContext(Callback, ABC):
     def loop_context(self, trainer: Trainer, pl_module: LightningModule, stage: Stage) -> AbstractContextManager[Any]:
         """The context of one loop; entered outside inference mode, so that tensors made in it can be used later."""
 
+    @abstractmethod
+    def take_part(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """What all processes do at the end of an epoch, in one that had no batch; called inside `loop_context`."""
+
     def _enter(self, trainer: Trainer, pl_module: LightningModule, stage: Stage) -> None:
         if stage not in self.stages or (trainer.sanity_checking and not self.sanity_check):
             return
+        if self.__dict__.setdefault("_trainer", trainer) is not trainer:  # in one step: it may be in another thread
+            raise self._elsewhere()
         with ExitStack() as stack, torch.inference_mode(False):
+            stack.callback(self.__dict__.pop, "_trainer", None)
             stack.enter_context(self.loop_context(trainer, pl_module, stage))
+            stack.enter_context(_told_first(trainer, self._leave))
             self._entered = stack.pop_all()
 
     def _leave(self) -> None:
-        entered, self._entered = self._entered, None
-        if entered is not None:
-            entered.close()
+        if self._entered is not None:
+            self._entered.close()  # once more, where an interrupt came in between: what is undone is not undone again
+            self._entered = None
+
+    def _leave_loop_of(self, trainer: Trainer) -> None:
+        if trainer is self.__dict__.get("_trainer"):  # not where it was refused in another, whose loop goes on
+            self._leave()
+
+    def _elsewhere(self) -> PruningError:
+        """Of a loop of another trainer that is running: its end would be the end of both."""
+        name = type(self).__name__
+        return PruningError(
+            f"This {name} is at work in another Trainer, whose loop has not ended: give each Trainer that runs at the "
+            f"same time, or inside another's loop, a {name} of its own."
+        )
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        self._leave()  # of a run that died before it could leave
+        inside: Trainer | None = self.__dict__.get("_trainer")
+        if inside is not None and inside is not trainer and inside.state.status == "running":
+            raise self._elsewhere()
+        if inside is not None:
+            self._leave()  # of a run that died before it could leave
+            self.__dict__.pop("_trainer", None)  # or before it was inside
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._enter(trainer, pl_module, "validate")
@@ -58,20 +110,27 @@ class LoopContext(Callback, ABC):
         self._enter(trainer, pl_module, "predict")
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._leave()
+        self._leave_loop_of(trainer)
 
     def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._leave()
+        self._leave_loop_of(trainer)
 
     def on_predict_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._leave()
+        self._leave_loop_of(trainer)
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        self._leave()  # the only hook that Lightning calls when a loop raises
+        self._leave_loop_of(trainer)  # the only hook that Lightning calls when a loop raises
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        self._leave()  # after the Tuner's early exit
+        self._leave_loop_of(trainer)  # after the Tuner's early exit
+        if stage in self.stages and loop_was_skipped(trainer, stage):
+            self._enter(trainer, pl_module, stage)
+            try:
+                self.take_part(trainer, pl_module)
+            finally:
+                self._leave_loop_of(trainer)
 
     def __getstate__(self) -> dict[str, Any]:
         """A copy, for another process or by deepcopy, is outside: it must not leave what it never entered."""
-        return {**self.__dict__, "_entered": None}
+        others = ("log", "log_dict", "_trainer")  # Lightning puts the module's methods here, and with them the model
+        return {**{name: value for name, value in self.__dict__.items() if name not in others}, "_entered": None}

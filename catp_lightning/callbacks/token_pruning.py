@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.callbacks import Checkpoint, EarlyStopping
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import nn
 from torchmetrics import MeanMetric
@@ -16,7 +15,11 @@ from torchmetrics import MeanMetric
 from catp_lightning.answers import Comparison, compare_with_unpruned
 from catp_lightning.callbacks.calibration import CrossAttentionCalibration
 from catp_lightning.callbacks.context import LoopContext, Stage
+from catp_lightning.callbacks.strategies import refuse_deepspeed, refuse_without_validation
+from catp_lightning.checkpoints import POLICY_KEY, missing_policy, stored_policy, warn_where_another
+from catp_lightning.either import is_a
 from catp_lightning.errors import PruningError
+from catp_lightning.loggers import tell
 from catp_lightning.metrics import Agreement, TokensKept
 from catp_lightning.overlap import OverlapCheck, decode_images, has_images, overlap_check
 from catp_lightning.policy import Budget, PruningPolicy, check_keep
@@ -76,10 +79,13 @@ class TokenPruning(LoopContext):
     where tokens leave inside the decoder `catp/tokens_per_layer`, the mean over its layers of how many each reads; in
     predict, where Lightning forbids `log`, straight to the trainer's loggers, and where there are none to the console.
     The model is restored after each loop and after any exception. Where the split shares images with the one that the
-    policy was calibrated on, a warning at the end of each epoch says how many.
+    policy was calibrated on, a warning at the end of each epoch says how many. Checkpoints that are saved meanwhile
+    hold the policy, as plain JSON types under "catp_policy", and nothing else of the callback: they load without it.
 
     Args:
-        policy: a `PruningPolicy`, or a path or address for `PruningPolicy.load`, read when a stage is set up.
+        policy: a `PruningPolicy`, or a path or address for `PruningPolicy.load`, read when a stage is set up. None: the
+            one in the checkpoint that `ckpt_path=` names. One that is given wins over the checkpoint's, and a warning
+            says where they differ.
         keep: the budget, in place of the policy's own; of a folder with several budgets, the one to take. A float in
             (0, 1] is a share, an int >= 1 a number of tokens.
         stages: the loops to prune in; "validate" includes validation inside fit.
@@ -94,9 +100,9 @@ class TokenPruning(LoopContext):
     Raises:
         ValueError: an unknown stage.
         PolicyError: `keep` is not allowed; at setup, the policy cannot be read; at the start of the loop, it was made
-            for another model.
-        PruningError: at setup, `CrossAttentionCalibration` is in the same trainer and both would act in predict; at the
-            start of the loop, the model cannot be pruned.
+            for another model, or none was given and no checkpoint with one was loaded.
+        PruningError: at setup, `CrossAttentionCalibration` is in the same trainer and both would act in predict, or
+            DeepSpeed runs the model; at the start of the loop, the model cannot be pruned.
 
     Example::
 
@@ -106,7 +112,7 @@ class TokenPruning(LoopContext):
 
     def __init__(
         self,
-        policy: str | Path | PruningPolicy,
+        policy: str | Path | PruningPolicy | None = None,
         *,
         keep: Budget | None = None,
         stages: tuple[Stage, ...] = ("validate", "test", "predict"),
@@ -131,17 +137,42 @@ class TokenPruning(LoopContext):
             warn_where_monitored(trainer, "TokenPruning")
         elif stage not in self.stages:
             return
+        refuse_deepspeed(trainer, "TokenPruning")
         if stage == "predict":
             _refuse_beside_calibration(trainer)
-        self._loaded = load_policy(self.policy, self.keep)
+        if self.policy is not None:  # otherwise the last checkpoint's stays, as its weights do
+            self._loaded = load_policy(self.policy, self.keep)
+
+    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        if self._loaded is not None:  # under this callback's own key Lightning would ask for it wherever it is loaded
+            checkpoint[POLICY_KEY] = self._loaded.to_dict()
+
+    def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        if self.policy is None:
+            if (stored := stored_policy(checkpoint)) is not None:
+                self._loaded = load_policy(stored, self.keep)
+        elif self._loaded is not None:
+            warn_where_another("TokenPruning", self._loaded, checkpoint)
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if "validate" in self.stages and trainer.enable_validation:
+            self._current_policy()  # now, not after the first epoch
+            refuse_without_validation(trainer, "TokenPruning")
+
+    def _current_policy(self) -> PruningPolicy:
+        if self._loaded is None:
+            if self.policy is None:
+                raise missing_policy("TokenPruning", 'TokenPruning("policy.json")')
+            self._loaded = load_policy(self.policy, self.keep)
+        return self._loaded
 
     @contextmanager
     def loop_context(self, trainer: Trainer, pl_module: LightningModule, stage: Stage) -> Iterator[None]:
-        policy = self._loaded or load_policy(self.policy, self.keep)
+        policy = self._current_policy()
         with ExitStack() as stack:
             pruning = stack.enter_context(prune(pl_module, policy, model=self.model, guide=self.guide))
             comparison = stack.enter_context(compare_with_unpruned(pruning)) if self.compare else None
-            device = pl_module.device  # a metric outside the module is not moved by Lightning
+            device = trainer.strategy.root_device  # a metric outside the module is not moved by Lightning
             tokens, agreement = TokensKept().to(device), Agreement().to(device)
             per_layer = MeanMetric().to(device)
             self._loop = _Loop(pruning, tokens, comparison, agreement, overlap_check(policy, device), per_layer)
@@ -172,15 +203,21 @@ class TokenPruning(LoopContext):
     def _log(self, pl_module: LightningModule) -> None:
         if self._loop is not None:
             self.figures = self._loop.figures()
-            pl_module.log_dict(self.figures, sync_dist=True)  # equal on all processes: only spares a warning
+            # Equal on all processes: said to be synchronised, or Lightning warns, and of the first, or it would wait
+            # for those that have no batch.
+            pl_module.log_dict(self.figures, sync_dist=True, rank_zero_only=True)
 
     def on_predict_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self._loop is not None:
             self.figures = self._loop.figures()
-            for logger in trainer.loggers:
-                logger.log_metrics(self.figures, step=trainer.global_step)
+            said = ", ".join(f"{name} {value:.4g}" for name, value in self.figures.items())
+            tell(trainer.loggers, said, lambda logger: logger.log_metrics(self.figures, step=trainer.global_step))
             if not trainer.loggers:  # or nobody would see them
-                rank_zero_info(", ".join(f"{name} {value:.4g}" for name, value in self.figures.items()))
+                rank_zero_info(said)
+
+    def take_part(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if self._loop is not None:
+            self.figures = self._loop.figures()
 
     def __getstate__(self) -> dict[str, Any]:
         return {**super().__getstate__(), "_loop": None}
@@ -205,7 +242,7 @@ def warn_where_monitored(trainer: Trainer, name: str) -> None:
     watched = {
         f"{type(callback).__name__} (monitor={monitor!r})"
         for callback in _callbacks(trainer)
-        if isinstance(callback, (EarlyStopping, Checkpoint)) and (monitor := getattr(callback, "monitor", None))
+        if is_a(callback, "EarlyStopping", "Checkpoint") and (monitor := getattr(callback, "monitor", None))
     }
     if watched:
         rank_zero_warn(

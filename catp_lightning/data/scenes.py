@@ -7,6 +7,7 @@ for training, calibration and test: a model can be asked about digits that neith
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
+from io import BytesIO
 from pathlib import Path
 from typing import Literal
 
@@ -15,7 +16,7 @@ from PIL import Image
 from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
 
-from catp_lightning.files import write_json
+from catp_lightning.files import write_bytes, write_json
 
 Split = Literal["train", "calibration", "test"]
 
@@ -149,7 +150,9 @@ def write_scenes(
         if number % questions_per_image == 0:
             rounds = number // max(len(KINDS), questions_per_image)  # of all kinds of question: each grid gets them all
             scene = draw_scene(rng, pool, *grids[rounds % len(grids)])
-            Image.fromarray(scene.image).convert("RGB").save(folder / "images" / f"{image_id:012d}.png")
+            buffer = BytesIO()
+            Image.fromarray(scene.image).convert("RGB").save(buffer, format="png")
+            write_bytes(folder / "images" / f"{image_id:012d}.png", buffer.getvalue(), durable=False)
         question = ASK[KINDS[number % len(KINDS)]](rng, scene.grid)
         ids = {"image_id": image_id, "question_id": image_id * 100 + number % questions_per_image}
         asked.append({**ids, "question": question.text})

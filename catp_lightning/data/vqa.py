@@ -30,13 +30,29 @@ class VQABatch(TypedDict):
 
 def collate(examples: Sequence[VQAExample], processor: Any, prompt: str) -> VQABatch:
     """Examples to a batch; `prompt` holds `{}` where the question goes. Every image is a list of its own, the one form
-    that processors of one and of several images a sample both take."""
-    inputs = processor(
-        images=[[example["image"]] for example in examples],
-        text=[prompt.replace("{}", example["question"]) for example in examples],
-        padding=True,
-        return_tensors="pt",
-    )
+    that processors of one and of several images a sample both take.
+
+    Raises:
+        DataError: a question holds a token that stands for an image; the processor cannot take an image or a question;
+            the prompt lacks the image token that this model wants.
+    """
+    marks = _marks(processor)
+    for example in examples:
+        if found := [mark for mark in marks if mark in example["question"]]:
+            raise DataError(
+                f"Question {example['question_id']}, {example['question']!r:.200}, holds {found[0]!r}, which stands "
+                "for an image: the model would look for another one. Reword it, or leave it out of the questions file."
+            )
+    try:
+        inputs = _processed(examples, processor, prompt)
+    except Exception as error:  # every processor has its own types
+        raise DataError(_refused(examples, processor, prompt, error)) from error
+    token = getattr(processor, "image_token_id", None)
+    if isinstance(token, int) and bool((inputs["input_ids"] != token).all(1).any()):
+        raise DataError(
+            f"prompt={prompt!r} has no image token: this model reads images where {processor.image_token!r} stands. "
+            f"Put it in, as in '{processor.image_token} {prompt}'."
+        )
     batch = VQABatch(
         inputs=dict(inputs),
         question_ids=torch.tensor([example["question_id"] for example in examples]),
@@ -45,6 +61,36 @@ def collate(examples: Sequence[VQAExample], processor: Any, prompt: str) -> VQAB
     if "answers" in examples[0]:
         batch["answers"] = [example["answers"] for example in examples]
     return batch
+
+
+def _processed(examples: Sequence[VQAExample], processor: Any, prompt: str) -> Any:
+    return processor(
+        images=[[example["image"]] for example in examples],
+        text=[prompt.replace("{}", example["question"]) for example in examples],
+        padding=True,
+        return_tensors="pt",
+    )
+
+
+def _marks(processor: Any) -> list[str]:
+    """What a tokenizer reads as an image, or as the start or the end of one, whatever text it stands in."""
+    tokens = {name: str(value) for name, value in vars(processor).items() if name.endswith("token")}
+    return [token for name, token in tokens.items() if token and ("image" in name or "video" in name)]
+
+
+def _refused(examples: Sequence[VQAExample], processor: Any, prompt: str, error: Exception) -> str:
+    """Which question of a batch a processor cannot take."""
+    for example in examples:
+        try:
+            _processed([example], processor, prompt)
+        except Exception as own:
+            return (
+                f"{type(processor).__name__} cannot take question {example['question_id']}, "
+                f"{example['question']!r:.200}, and image {example['image_id']}, of {example['image'].size} pixels, in "
+                f"prompt={prompt!r:.200}: {type(own).__name__}: {own!s:.500}. Repair prompt, question or image."
+            )
+    numbers = ", ".join(str(example["question_id"]) for example in examples)
+    return f"{type(processor).__name__} takes questions {numbers} singly, but not together: {error!s:.500}."
 
 
 class VQADataModule(LightningDataModule):

@@ -6,13 +6,15 @@ question: https://visualqa.org/download.html. Digit scenes (`catp_lightning.data
 
 import json
 import os
+import warnings
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, NotRequired, TypedDict
 
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageOps
 from torch.utils.data import Dataset
 
 from catp_lightning.errors import DataError
@@ -42,7 +44,7 @@ class VQASplit:
     def __post_init__(self) -> None:
         try:
             distinct = self.image_name.format(image_id=1) != self.image_name.format(image_id=2)
-        except (ValueError, LookupError) as error:
+        except (ValueError, LookupError, AttributeError, TypeError) as error:
             raise DataError(f"image_name={self.image_name!r} cannot be filled in: {error!r}. {_NAME_HELP}") from error
         if not distinct:
             raise DataError(f"image_name={self.image_name!r} names one file for all images. {_NAME_HELP}")
@@ -52,7 +54,7 @@ _NAME_HELP = "Use the field image_id, as in 'COCO_val2014_{image_id:012d}.jpg' o
 
 
 class VQAExample(TypedDict):
-    """One question with its image, RGB, as it is read; `answers` only where the split has annotations."""
+    """One question with its image, RGB and upright; `answers` only where the split has annotations."""
 
     image: Image.Image
     question: str
@@ -70,6 +72,9 @@ class _Question(NamedTuple):
 class VQADataset(Dataset[VQAExample]):
     """The questions of a split, in the file's order; images are read when an item is.
 
+    Images are turned as their EXIF data says, of several frames the first is taken, transparency is ignored, and of 16
+    bits of grey the upper 8 are read.
+
     Args:
         split: where the files are.
         fraction: share of the questions to keep, in (0, 1]; at least one is kept.
@@ -77,7 +82,8 @@ class VQADataset(Dataset[VQAExample]):
 
     Raises:
         DataError: a file is missing, is not JSON, or not in VQAv2's layout; a question id is there twice; a chosen
-            question has no annotation or its image file is missing. Reading an item raises it for an unreadable image.
+            question has no annotation or its image file is missing. Reading an item raises it for an unreadable image,
+            and for one of more pixels than `PIL.Image.MAX_IMAGE_PIXELS`.
         ValueError: `fraction` is outside (0, 1].
     """
 
@@ -109,7 +115,10 @@ class VQADataset(Dataset[VQAExample]):
         needed = {self._image_path(question.image_id): question.question_id for question in self.questions}
         there: dict[Path, set[str]] = {}
         for folder in {path.parent for path in needed}:  # listed once: asking for 40,000 files singly is slow
-            there[folder] = set(os.listdir(folder)) if folder.is_dir() else set()
+            try:
+                there[folder] = set(os.listdir(folder)) if folder.is_dir() else set()
+            except OSError as error:  # closed to us, or of a name that is too long
+                raise DataError(f"The folder of images {str(folder)!r:.200} cannot be read: {error!s:.200}.") from error
         missing = [path for path in needed if path.name not in there[path.parent]]
         if missing:
             first = ", ".join(f"{path} (question {needed[path]})" for path in missing[:3])
@@ -122,13 +131,28 @@ class VQADataset(Dataset[VQAExample]):
     def _read_image(self, question_id: int, image_id: int) -> Image.Image:
         path = self._image_path(image_id)
         try:
-            with Image.open(path) as image:
-                return image.convert("RGB")
+            if not path.is_file():  # opening a pipe would wait for ever
+                raise OSError("it is no file")
+            with warnings.catch_warnings():
+                warnings.simplefilter("error", Image.DecompressionBombWarning)
+                with Image.open(path) as image:
+                    return _rgb(image)
         except Exception as error:  # damaged files make Pillow's decoders raise OSError, SyntaxError, zlib.error, ...
             raise DataError(
                 f"{path}, the image of question {question_id}, cannot be read: {error}. "
                 "Replace the file, or leave its questions out of the questions file."
             ) from error
+
+
+def _rgb(image: Image.Image) -> Image.Image:
+    image.load()  # damaged pixels are refused here: Pillow does not find them a second time
+    with suppress(Exception):  # damaged EXIF data turn nothing
+        image = ImageOps.exif_transpose(image)
+    if image.mode.startswith("I"):  # 16 bits of grey, which Pillow would cut off at 255
+        image = Image.fromarray((np.asarray(image).clip(0, 2**16 - 1) // 2**8).astype(np.uint8))
+    if image.mode == "F":
+        raise ValueError("its pixels are floating-point numbers, whose black and white are not known")
+    return image.convert("RGB")
 
 
 def check_fraction(fraction: float) -> None:
@@ -158,6 +182,10 @@ def _field(record: Any, name: str, kind: type, where: str) -> Any:
     value = record.get(name) if isinstance(record, dict) else None
     if not isinstance(value, kind) or isinstance(value, bool):
         raise DataError(f"{where} is not in VQAv2's layout: {name!r} must be {kind.__name__}, got {value!r:.80}.")
+    if isinstance(value, int) and not -(2**63) <= value < 2**63:
+        raise DataError(f"{where}: {name!r} is {value!r:.80}; an id is a whole number of 64 bits.")
+    if isinstance(value, str) and any("\ud800" <= sign <= "\udfff" for sign in value):
+        raise DataError(f"{where}: {name!r} is {value!r:.80}, which is no text: half a character is missing.")
     return value
 
 

@@ -23,6 +23,7 @@ from catp_lightning.dropping.prompt import Prompt, foreign_cache, forgetting, re
 from catp_lightning.dropping.watching import Watching
 from catp_lightning.errors import PruningError
 from catp_lightning.families.mllama import Mllama, Sight, attention_of
+from catp_lightning.hooks import hooked
 
 
 @dataclass(frozen=True)
@@ -89,11 +90,9 @@ class CrossAttentionRows:
         with ExitStack() as undo:
             undo.callback(self._reset)
             undo.enter_context(self._watching.watching())
-            undo.callback(decoder.register_forward_pre_hook(self._enter, with_kwargs=True).remove)
-            undo.callback(decoder.register_forward_hook(self._leave, always_call=True).remove)
+            undo.enter_context(hooked(decoder, self._enter, self._leave, always=True))
             for module in self.family.cross_attention:
-                undo.callback(module.register_forward_pre_hook(self._before, with_kwargs=True).remove)
-                undo.callback(module.register_forward_hook(self._after, with_kwargs=True).remove)
+                undo.enter_context(hooked(module, self._before, self._after))
             yield
 
     def _enter(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -191,7 +190,7 @@ class CrossAttentionRows:
         order = prefill.rows.order[::beams, None].expand_as(paid)
         return paid.new_zeros(*paid.shape[:2], prefill.tokens.shape[1]).scatter(2, order, paid)
 
-    def _leave(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+    def _leave(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         prefill, self._prefill, self._changes, self._given = self._prefill, None, {}, {}
         if prefill is not None and output is not None:
             self._stored = prefill.stored

@@ -28,6 +28,7 @@ from catp_lightning.dropping.prompt import (
 from catp_lightning.dropping.prompts import Prompts
 from catp_lightning.errors import PruningError
 from catp_lightning.families.base import Family
+from catp_lightning.hooks import hooked
 
 
 class DecoderEntry:
@@ -70,8 +71,7 @@ class DecoderEntry:
         with ExitStack() as undo:
             undo.enter_context(self._prompts.watching())
             undo.enter_context(self._labels.watching())
-            undo.callback(decoder.register_forward_pre_hook(self._enter, with_kwargs=True).remove)
-            undo.callback(decoder.register_forward_hook(self._leave, with_kwargs=True, always_call=True).remove)
+            undo.enter_context(hooked(decoder, self._enter, self._leave, always=True))
             yield
 
     def _enter(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

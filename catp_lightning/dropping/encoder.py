@@ -18,6 +18,7 @@ from catp_lightning.dropping.prompt import DecoderPrompt, Shortened, forgetting,
 from catp_lightning.dropping.prompts import Prompts
 from catp_lightning.errors import PruningError
 from catp_lightning.families.base import Family
+from catp_lightning.hooks import hooked
 
 NOT_OF_THIS_PROMPT = (
     "{} not filled by the last pruned prompt, or changed since: it cannot be decoded from. Generate from the prompt "
@@ -60,9 +61,9 @@ class EncoderEntry:
                 (self.encoder.block[0], self._biased),
                 (self.text_decoder, self._cross),
             ):
-                undo.callback(module.register_forward_pre_hook(hook, with_kwargs=True).remove)
-            undo.callback(self.text_decoder.register_forward_hook(self._filled, with_kwargs=True).remove)
-            undo.callback(self.family.language_model.register_forward_hook(self._restore, with_kwargs=True).remove)
+                undo.enter_context(hooked(module, hook))
+            undo.enter_context(hooked(self.text_decoder, after=self._filled))
+            undo.enter_context(hooked(self.family.language_model, after=self._restore))
             yield
 
     def _enter(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

@@ -6,6 +6,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from catp_lightning.hooks import hooked
+
 
 class Labels:
     """Takes labels out of a call's loss, on a copy.
@@ -20,11 +22,8 @@ class Labels:
 
     @contextmanager
     def watching(self) -> Iterator[None]:
-        hook = self.model.register_forward_pre_hook(self._see, with_kwargs=True)
-        try:
+        with hooked(self.model, self._see):
             yield
-        finally:
-            hook.remove()
 
     def _see(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         self._given, self.left_out = None, 0

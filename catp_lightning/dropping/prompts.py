@@ -13,6 +13,7 @@ from catp_lightning.dropping.prompt import DecoderPrompt
 from catp_lightning.dropping.watching import Watching
 from catp_lightning.errors import PruningError
 from catp_lightning.families.base import Family
+from catp_lightning.hooks import hooked
 
 
 class Prompts:
@@ -43,10 +44,10 @@ class Prompts:
                 undo.enter_context(self._calls.watching())
             else:
                 embeddings = self.family.model.get_input_embeddings()
-                undo.callback(embeddings.register_forward_pre_hook(self._see_ids).remove)
+                undo.enter_context(hooked(embeddings, self._see_ids))
             yield
 
-    def _see_ids(self, module: nn.Module, args: tuple[Any, ...]) -> None:
+    def _see_ids(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if not self.inside and args and args[0].dim() == 2:
             self._ids = args[0]
 

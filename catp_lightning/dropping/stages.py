@@ -23,6 +23,7 @@ from catp_lightning.dropping.prompts import Prompts
 from catp_lightning.dropping.stage_prompt import Prefill, StagePrompt
 from catp_lightning.errors import PruningError
 from catp_lightning.families.base import Family
+from catp_lightning.hooks import hooked
 from catp_lightning.observation import BY_LAYER, Needs
 
 NOTHING: Needs = {}
@@ -132,12 +133,11 @@ class DecoderStages:
             for watching in (self._prompts, self._labels):
                 undo.enter_context(watching.watching())
             undo.enter_context(observe_attention(decoder, observed))
-            undo.callback(decoder.register_forward_pre_hook(self._enter, with_kwargs=True).remove)
-            undo.callback(decoder.register_forward_hook(self._leave, always_call=True).remove)
+            undo.enter_context(hooked(decoder, self._enter, self._leave, always=True))
             for at, layer in enumerate(self.layers[self.stages[0] :], self.stages[0]):
                 stage = self.stages.index(at) if at in self.stages else None
                 before = partial(self._before, stage, list(inspect.signature(layer.forward).parameters))
-                undo.callback(layer.register_forward_pre_hook(before, with_kwargs=True).remove)
+                undo.enter_context(hooked(layer, before))
             yield
 
     def _enter(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -220,7 +220,7 @@ class DecoderStages:
             self._changes["position_embeddings"] = tuple(of_columns(x, rows) for x in given["position_embeddings"])
         return {"hidden_states": hidden}
 
-    def _leave(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+    def _leave(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         self._prompts.inside = False
         prefill = self._prefill
         self._reset()

@@ -8,6 +8,8 @@ from typing import Any
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from catp_lightning.hooks import hooked, untraced
+
 
 class Call(dict[str, Any]):
     """Arguments of one call, by name. It stands for the call: what is known of it is kept as long as it lasts."""
@@ -43,8 +45,7 @@ class Watching:
         """Hooks are in place only while inside."""
         with ExitStack() as undo:
             undo.callback(self._calls.clear)
-            undo.callback(self.outer.register_forward_pre_hook(self._call, with_kwargs=True).remove)
-            undo.callback(self.outer.register_forward_hook(self._called, always_call=True).remove)
+            undo.enter_context(hooked(self.outer, self._call, self._called, always=True))
             undo.enter_context(replaced(self.model, "generate", self._generate))
             yield
 
@@ -73,7 +74,7 @@ class Watching:
     def _call(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self._calls.append(Call({**dict(zip(self._names, args, strict=False)), **kwargs}))
 
-    def _called(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+    def _called(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         del self._calls[-1:]  # arguments are not held longer than the call lasts
 
     def _generate(self, generate: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
@@ -91,10 +92,11 @@ class Watching:
 def replaced(model: nn.Module, name: str, call: Callable[..., Any]) -> Iterator[None]:
     """While inside, `model.<name>(...)` is `call(original, ...)`; only this very object is touched."""
     original, own = getattr(model, name), model.__dict__.get(name)
-    model.__dict__[name] = lambda *args, **kwargs: call(original, *args, **kwargs)
-    try:
+    seen = untraced(call)
+    try:  # from here on: an interrupt may come at any line
+        model.__dict__[name] = lambda *args, **kwargs: seen(original, *args, **kwargs)
         yield
     finally:
-        del model.__dict__[name]
+        model.__dict__.pop(name, None)
         if own is not None:  # somebody else's, who set it on this very model
             model.__dict__[name] = own

@@ -118,7 +118,7 @@ class Placeholder(Family):
         if self.model.config.model_type == "paligemma":
             return super().positions(mask) + 1
         deltas = getattr(self.outer, "rope_deltas", None)
-        if deltas is None:
+        if deltas is None or len(mask) % len(deltas):  # those of an earlier batch: this one has no image
             return super().positions(mask)
         columns = (mask.cumsum(1) - 1).clamp(min=0) + deltas.repeat_interleave(len(mask) // len(deltas), 0)
         return columns.expand(3, -1, -1)

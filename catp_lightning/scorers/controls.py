@@ -71,10 +71,18 @@ class Stride(Scorer):
 
 @dataclass(frozen=True)
 class Random(Scorer):
-    """Random tokens, drawn from the seed and the image's pixels: batch, rank and decoding step do not matter."""
+    """Random tokens, drawn from the seed and the image's pixels: batch, rank and decoding step do not matter.
+
+    Attributes:
+        seed: of 64 bits, with its sign.
+    """
 
     control: ClassVar[bool] = True
     seed: int = 0
+
+    def __post_init__(self) -> None:
+        if not -(2**63) <= self.seed < 2**63:
+            raise ValueError(f"seed is {self.seed}; it is a whole number of 64 bits, from -2**63 to 2**63 - 1.")
 
     @property
     def needs(self) -> Needs:

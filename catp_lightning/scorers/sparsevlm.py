@@ -67,7 +67,8 @@ class SparseVLM(AttentionScorer):
             return torch.tensor(counts, device=tokens.device)
         least = torch.tensor([keep_count(keep, count) for count in tokens.tolist()], device=tokens.device)
         left = seen.exists.sum(1)
-        dropped = [math.floor(self.scale * beyond + 1e-9) for beyond in (left - self._ranks(seen)).tolist()]
+        beyond = (left - self._ranks(seen)).tolist()
+        dropped = [math.floor(min(self.scale * n + 1e-9, own)) for n, own in zip(beyond, left.tolist(), strict=True)]
         return (left - torch.tensor(dropped, device=tokens.device)).maximum(least)
 
     def votes(self, seen: Observation) -> Tensor:

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from catp_lightning.selectors.base import FeatureSelector
-from catp_lightning.selectors.dpp import cosine_similarity, greedy_ranks
+from catp_lightning.selectors.dpp import exact_similarity, greedy_ranks, most_in_a_kernel
 
 
 @dataclass(frozen=True)
@@ -18,6 +18,7 @@ class ConditionalDPP(FeatureSelector):
 
     def ranks(self, scores: Tensor, visual: Tensor, most: int, vectors: Tensor | None) -> Tensor:
         assert vectors is not None  # `vectors` above always gives some
-        similarity = cosine_similarity(vectors)
-        relevance = scores.nan_to_num(0.0, 0.0, 0.0).clamp(min=0).to(similarity.dtype)
+        similarity = exact_similarity(vectors)
+        relevance = scores.nan_to_num(0.0, 0.0, 0.0).to(similarity.dtype)
+        relevance = relevance.clamp(0, most_in_a_kernel(similarity.dtype))
         return greedy_ranks(similarity * relevance[:, :, None] * relevance[:, None], visual, most)

@@ -36,7 +36,7 @@ class DART(FeatureSelector):
     def select(self, scores: Tensor, visual: Tensor, counts: Tensor, vectors: Tensor | None) -> Tensor:
         assert vectors is not None
         order = ranked(scores, visual)
-        pivots = counts.clamp(max=self.pivots)
+        pivots = counts.clamp(max=min(self.pivots, visual.shape[1]))
         share, more = (counts - pivots) // pivots.clamp(min=1), (counts - pivots) % pivots.clamp(min=1)
         keep = (order < pivots[:, None]) & visual
         directions = torch.nn.functional.normalize(vectors, dim=-1)

@@ -1,5 +1,6 @@
 """Relevance with diversity: the most probable set of a determinantal point process, found greedily."""
 
+import math
 from dataclasses import dataclass
 from typing import Literal
 
@@ -10,6 +11,9 @@ from torch.nn import functional as F
 from catp_lightning.observation import Needs, Observation, Signal
 from catp_lightning.scorers.cross_attention import standardise
 from catp_lightning.selectors.base import Selector, without_autocast
+
+RIDGE = 1e-4
+"""Added to the diagonal: with more tokens than the kernel's rank the choice is still defined."""
 
 
 @dataclass(frozen=True)
@@ -48,22 +52,41 @@ class DPP(Selector):
 
     def ranks(self, scores: Tensor, visual: Tensor, most: int, vectors: Tensor | None) -> Tensor:
         assert vectors is not None  # `vectors` above always gives some
-        return greedy_ranks(self.kernel(scores, visual, cosine_similarity(vectors)), visual, most)
+        return greedy_ranks(self.kernel(scores, visual, exact_similarity(vectors)), visual, most)
 
     def kernel(self, scores: Tensor, visual: Tensor, similarity: Tensor) -> Tensor:
         """diag(q) S diag(q): float [R, T], bool [R, T], float [R, T, T] -> float [R, T, T]."""
         scores = torch.where(scores.isfinite(), scores, 0).to(similarity.dtype)
+        largest = most_in_a_kernel(similarity.dtype)  # beyond, squares would not be finite
+        scores = scores / (scores.abs().amax(1, keepdim=True) / largest).clamp(min=1)
         relevance = torch.zeros_like(scores)
         for count in visual.sum(1).unique().tolist():  # a row's own tokens are standardised among themselves
             own = visual & (visual.sum(1) == count)[:, None]
             relevance[own] = standardise(scores[own].view(-1, max(count, 1))).flatten()
-        quality = torch.exp(self.relevance * relevance / 2)
+        strength = max(-1e30, min(1e30, self.relevance))
+        logarithm = strength * relevance / 2
+        beyond = (logarithm.amax(1, keepdim=True) - math.log(largest)).clamp(min=0)
+        quality = torch.exp(logarithm - beyond)
         return similarity * quality[:, :, None] * quality[:, None]
 
 
-def cosine_similarity(vectors: Tensor) -> Tensor:
-    """Of all pairs of tokens, in float32 at least: [R, T, F] -> [R, T, T]."""
-    vectors = F.normalize(vectors.to(torch.promote_types(vectors.dtype, torch.float32)), dim=-1)
+def most_in_a_kernel(dtype: torch.dtype) -> float:
+    """The largest quality of a token: a kernel has its square, and that is squared again."""
+    return torch.finfo(dtype).max ** 0.25
+
+
+def exact_similarity(vectors: Tensor) -> Tensor:
+    """`cosine_similarity` for kernels, float64 [R, T, T]; on Apple's GPUs, which have no float64, float32.
+
+    What a token adds beyond the kernel's rank, at most the features' dimension, is next to nothing. In float32 it would
+    be rounding, and what differs by batch and device would choose.
+    """
+    return cosine_similarity(vectors, torch.float32 if vectors.device.type == "mps" else torch.float64)
+
+
+def cosine_similarity(vectors: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+    """Of all pairs of tokens, in `dtype` at least: [R, T, F] -> [R, T, T]."""
+    vectors = F.normalize(vectors.to(torch.promote_types(vectors.dtype, dtype)), dim=-1)
     with without_autocast(vectors):
         similarity = torch.nan_to_num(vectors @ vectors.transpose(1, 2))
     similarity.diagonal(dim1=1, dim2=2).fill_(1)  # exactly: or rounding, which differs by batch, breaks ties
@@ -74,18 +97,19 @@ def greedy_ranks(kernel: Tensor, visual: Tensor, most: int) -> Tensor:
     """Greedy maximum a posteriori set of a k-DPP: each step adds the token with the largest gain in log-determinant.
 
     Args:
-        kernel: float [R, T, T], symmetric, positive semi-definite.
+        kernel: float [R, T, T], symmetric, positive semi-definite, finite.
         visual: bool [R, T], tokens that may be chosen.
         most: number of steps.
 
     Returns:
         int64 [R, T], the step at which a token is added; `most` where it is not. Of equal gains the lowest index wins.
 
-    1709.05135, algorithm 1: a Cholesky factor grown by one column a step, O(T k) a step.
+    1709.05135, algorithm 1: a Cholesky factor grown by one column a step, O(T k) a step. In exact arithmetic no gain is
+    less than the ridge, and no entry of a column takes more than what is above it. Rounding knows no such bounds:
+    beyond the kernel's rank its errors would grow with each step until nothing is a number any more.
     """
     rows, size = torch.arange(len(kernel), device=kernel.device), kernel.shape[1]
-    # More tokens than rank: still defined.
-    kernel = kernel + 1e-4 * torch.eye(size, dtype=kernel.dtype, device=kernel.device)
+    kernel = kernel + RIDGE * torch.eye(size, dtype=kernel.dtype, device=kernel.device)
     gain = kernel.diagonal(dim1=1, dim2=2).clone()
     factors = kernel.new_zeros(len(kernel), most, size)
     ranks = torch.full(visual.shape, most, device=visual.device)
@@ -94,6 +118,8 @@ def greedy_ranks(kernel: Tensor, visual: Tensor, most: int) -> Tensor:
         ranks[rows, best] = torch.where(visual[rows, best], ranks[rows, best].clamp(max=step), most)
         with without_autocast(kernel):
             past = (factors[rows, :step, best][:, None] @ factors[:, :step])[:, 0]
-        factors[:, step] = (kernel[rows, best] - past) / gain[rows, best].clamp(min=1e-8).sqrt()[:, None]
-        gain = gain - factors[:, step] ** 2
+        most_taken = (gain - RIDGE).clamp(min=0).sqrt()
+        column = (kernel[rows, best] - past) / gain[rows, best].sqrt()[:, None]
+        factors[:, step] = column.clamp(-most_taken, most_taken)
+        gain = (gain - factors[:, step] ** 2).clamp(min=RIDGE)
     return ranks

@@ -13,6 +13,7 @@ from lightning.pytorch.utilities.model_helpers import is_overridden
 from rich.console import Console
 from torch.utils.data import DataLoader
 
+from catp_lightning.calibration.figures import png
 from catp_lightning.callbacks.context import Stage
 from catp_lightning.commands import Command, require_writable
 from catp_lightning.data import GRIDS, PROMPTS, SHIPPED, shipped
@@ -20,7 +21,7 @@ from catp_lightning.data.scenes import Split, write_scenes
 from catp_lightning.data.vqa import VQADataModule
 from catp_lightning.demo import quiet
 from catp_lightning.errors import PolicyError
-from catp_lightning.files import write_json, write_text
+from catp_lightning.files import write_bytes, write_json, write_text
 from catp_lightning.policy import Budget, check_keep
 from catp_lightning.sweep.figure import figure
 from catp_lightning.sweep.flow import Reading, sweep_model
@@ -166,7 +167,7 @@ def save_all(tables: Sequence[ModelTable], folder: Path) -> None:
     """One table and one plot of several models."""
     write_text(folder / "table.md", combined(tables))
     write_json(folder / "table.json", [table.to_json() for table in tables], indent=2)
-    figure(tables).savefig(folder / "accuracy.png", dpi=120)
+    write_bytes(folder / "accuracy.png", png(figure(tables), dpi=120))
     Console().print(f"All models: [bold]{folder}[/bold]: table.md, table.json, accuracy.png")
 
 

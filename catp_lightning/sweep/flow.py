@@ -16,12 +16,13 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from torch.utils.data import DataLoader
 
-from catp_lightning.calibration.resume import model_fingerprint
+from catp_lightning.calibration.figures import png
+from catp_lightning.calibration.identity import model_fingerprint
 from catp_lightning.callbacks import CrossAttentionCalibration
 from catp_lightning.comparison import Comparison, Result
 from catp_lightning.errors import PolicyError, PruningError
 from catp_lightning.families import Family, find_family
-from catp_lightning.files import write_json, write_text
+from catp_lightning.files import write_bytes, write_json, write_text
 from catp_lightning.locations import budget_file_name
 from catp_lightning.metrics import vqa_score
 from catp_lightning.policy import PruningPolicy
@@ -104,7 +105,7 @@ def sweep_model(
     table = _table(name, full, outcomes, batches, _reference(reference, outcomes, notes), notes)
     write_text(folder / "table.md", table.markdown())
     write_json(folder / "table.json", table.to_json(), indent=2)
-    figure([table]).savefig(folder / "accuracy.png", dpi=120)
+    write_bytes(folder / "accuracy.png", png(figure([table]), dpi=120))
     console.print(f"{name}: [bold]{folder}[/bold]: table.md, table.json, accuracy.png")
     return table
 

@@ -1,0 +1,46 @@
+"""Which numbers count as equal: other batches and processes compute and add in another order, and must decide alike."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+
+@dataclass(frozen=True)
+class Ties:
+    """Numbers this close are tied, and ties are broken by place: what is decided does not hang on rounding.
+
+    Attributes:
+        relative: the largest difference of tied numbers, as a share of their scale.
+    """
+
+    relative: float
+
+    @classmethod
+    def under(cls, dtype: torch.dtype) -> "Ties":
+        """Of a model that computes in `dtype`: some hundred times what the order of its batches changes.
+
+        >>> Ties.under(torch.float64), Ties.under(torch.float32)
+        (Ties(relative=1e-09), Ties(relative=0.0001))
+        """
+        return cls(1e-9 if dtype == torch.float64 else 1e-4)
+
+    def order(self, values: Sequence[float], scale: float) -> list[int]:
+        """Places, the smallest value first; whatever ties with the first of its group, in their own order.
+
+        Args:
+            values: what is compared.
+            scale: of the values; a group is led by its smallest, whose own size is its scale where that is larger.
+
+        >>> Ties(1e-4).order([0.30001, 0.1, 0.3, 0.2], scale=0.01)
+        [1, 3, 0, 2]
+        """
+        ascending = sorted(range(len(values)), key=lambda place: values[place])
+        groups: list[list[int]] = []
+        for place in ascending:
+            leader = values[groups[-1][0]] if groups else 0.0
+            if groups and values[place] - leader <= self.relative * max(abs(leader), scale):
+                groups[-1].append(place)
+            else:
+                groups.append([place])
+        return [place for group in groups for place in sorted(group)]

@@ -1,0 +1,14 @@
+"""Lightning comes as two packages, `lightning` and `pytorch_lightning`, with the same classes twice."""
+
+PACKAGES = ("lightning", "pytorch_lightning")
+
+
+def is_a(thing: object, *names: str) -> bool:
+    """Whether `thing` is an instance of a Lightning class of one of these names, in whichever package.
+
+    >>> from lightning.pytorch.callbacks import EarlyStopping
+    >>> is_a(EarlyStopping("loss"), "EarlyStopping", "Checkpoint"), is_a(print, "EarlyStopping")
+    (True, False)
+    """
+    classes = type(thing).__mro__
+    return any(cls.__name__ in names and cls.__module__.partition(".")[0] in PACKAGES for cls in classes)
