@@ -177,6 +177,8 @@ class PrunedModule(LightningModule):
         return _seen_as(hook, teardown)
 
     def _current_overlap(self) -> OverlapCheck | None:
+        if self._trainer is not None and self.trainer.world_size > 1 and self.trainer.state.fn == "fit":
+            return None  # counted over all processes: one that has nothing to validate would keep the others waiting
         if self._overlap is None:  # the loop's first step
             device = self.device if self._trainer is None else self.trainer.strategy.root_device
             self._overlap = overlap_check(self._current_policy(), device)
@@ -212,8 +214,9 @@ class PrunedModule(LightningModule):
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         if self.policy is not None:
             warn_where_another("PrunedModule", self._current_policy(), checkpoint)
-        elif (stored := stored_policy(checkpoint)) is not None:
-            self._loaded = load_policy(stored, self.keep)
+        else:
+            stored = stored_policy(checkpoint)
+            self._loaded = None if stored is None else load_policy(stored, self.keep)
         self.inner.on_load_checkpoint(checkpoint)
 
     @classmethod
@@ -247,6 +250,7 @@ class PrunedModule(LightningModule):
             PolicyError: `policy` is None and the checkpoint holds none, or a damaged one.
         """
         checkpoint = torch.load(checkpoint_path, map_location=map_location, weights_only=weights_only)
+        given = policy is not None
         if policy is None and (policy := stored_policy(checkpoint)) is None:
             raise PolicyError(
                 f"{checkpoint_path} holds no policy: it was written without PrunedModule. Give one: "
@@ -254,7 +258,7 @@ class PrunedModule(LightningModule):
             )
         wrapper = cls(inner, policy, keep=keep, model=model, guide=guide)
         wrapper.configure_model()
-        wrapper.on_load_checkpoint(checkpoint)
+        (wrapper if given else inner).on_load_checkpoint(checkpoint)
         wrapper.load_state_dict(checkpoint["state_dict"], strict=wrapper.strict_loading if strict is None else strict)
         return wrapper
 

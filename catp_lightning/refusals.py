@@ -55,8 +55,11 @@ def refuse_unprunable(module: nn.Module, family: Family) -> None:
     """Raise PruningError where a model is being pruned already, or it, or a step that calls it, was compiled before."""
     if MARK in family.model.__dict__:
         raise _occupied(family)
-    for path, part in (*module.named_modules(), *family.model.named_modules()):
-        if (how := _compiled(part)) is not None:
+    parts = {part: path for path, part in (*family.model.named_modules(), *module.named_modules())}
+    own = set(family.model.modules())
+    for part, path in parts.items():
+        # A part beside the model, a loss for example, may be compiled: nothing there is pruned.
+        if (how := _compiled(part)) is not None and (part in own or family.model in part.modules()):
             raise PruningError(
                 f"{type(part).__name__}{path and f' {path!r}'} was compiled before pruning ({how}), and compiled code "
                 "may run past what is pruned. Hand over the module itself, not what torch.compile made of it, enter "
@@ -78,7 +81,7 @@ def _compiled(part: nn.Module) -> str | None:
     if getattr(part, "_compiled_call_impl", None) is not None:
         return "module.compile()"
     for name in _CALLED:
-        call = getattr(part, name, None)
+        call = part.__dict__.get(name) or getattr(type(part), name, None)
         if hasattr(call, "_torchdynamo_orig_callable") and not hasattr(call, "_torchdynamo_disable"):
             return f"torch.compile(module.{name})"
     return None

@@ -71,7 +71,7 @@ class VQAModule(LightningModule):
         """The generated answers, one a question, without the prompt and without spaces around them.
 
         Raises:
-            DataError: a prompt with its answer is longer than the model has positions.
+            DataError: a prompt is longer than the model has positions.
         """
         self._check_length(batch)
         dtype = self.model.dtype
@@ -88,12 +88,12 @@ class VQAModule(LightningModule):
         most = getattr(self.model.config.get_text_config(decoder=True), "max_position_embeddings", None)
         if not isinstance(most, int) or self.model.config.is_encoder_decoder:
             return
-        lengths, new = batch["inputs"]["attention_mask"].sum(1), int(self.generation["max_new_tokens"] or 1)
-        if int(lengths.max()) + new - 1 > most:  # the last token of an answer is not read
+        lengths = batch["inputs"]["attention_mask"].sum(1)
+        if int(lengths.max()) > most:
             raise DataError(
                 f"The prompt of question {int(batch['question_ids'][lengths.argmax()])} has {int(lengths.max()):,} "
-                f"tokens, visual ones included, and up to {new} of an answer follow; the model has {most:,} positions. "
-                "Shorten the question, or leave it out of the questions file."
+                f"tokens, visual ones included; the model has {most:,} positions. Shorten the question, or leave it "
+                "out of the questions file."
             )
 
     def validation_step(self, batch: VQABatch, batch_idx: int) -> None:

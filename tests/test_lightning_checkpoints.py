@@ -78,6 +78,20 @@ def test_weights_and_policy_come_from_the_checkpoint_that_is_named(
     assert same(answers(module, tester, root, stage), found)  # weights stay in the module, and the policy with them
 
 
+@pytest.mark.parametrize("by", GETS)
+def test_a_checkpoint_without_a_policy_takes_away_that_of_the_one_before(
+    by: str, checkpoint: Callable[..., Path], tmp_path: Path
+) -> None:
+    content = torch.load(checkpoint(), weights_only=True)
+    del content["catp_policy"]
+    torch.save(content, tmp_path / "plain.ckpt")
+    module = Trained()
+    tester, root = run(by, None, module, enable_checkpointing=True)
+    answers(module, tester, root, "test", ckpt_path=str(checkpoint()), weights_only=True)
+    with pytest.raises(PolicyError, match="policy"):
+        tester.test(root, ckpt_path=str(tmp_path / "plain.ckpt"), weights_only=True)
+
+
 @pytest.mark.parametrize("name", ["best", "last"])
 @pytest.mark.parametrize("by", GETS)
 def test_a_trainer_that_has_trained_finds_its_best_and_its_last(by: str, name: str, tmp_path: Path) -> None:

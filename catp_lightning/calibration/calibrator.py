@@ -87,9 +87,9 @@ class Calibrator:
 
     def see(self, samples: Samples) -> None:
         """Add a batch to the current stage, without the samples whose unpruned answer was found to be no number."""
-        if len(self._unsound):
-            samples = samples.where(~torch.isin(samples.keys, self._unsound))
-        self.stage.see(samples)
+        sound = ~torch.isin(samples.keys, self._unsound)
+        if sound.any():
+            self.stage.see(samples if bool(sound.all()) else samples.where(sound))
 
     def finish(self) -> bool:
         """End the current stage, over all processes; every process must call. Whether there is another.

@@ -7,7 +7,7 @@ from torch import Tensor
 from torchmetrics import Metric
 
 from catp_lightning.calibration.candidates import Candidate
-from catp_lightning.calibration.importance import WORST
+from catp_lightning.calibration.importance import floored
 from catp_lightning.calibration.plan import Plan
 from catp_lightning.calibration.replay import Ways
 from catp_lightning.calibration.sets import always, is_nested, limits, method_ranks, methods
@@ -108,8 +108,7 @@ class Competition:
         compared = samples.replay.compare_each(found)
         for budget, (diverged, agreed) in enumerate(compared):
             numbers, place = torch.tensor(self.alive[budget], device=ranks.device), order[budget]
-            lost = diverged[place].nan_to_num(nan=-WORST).clamp(max=-WORST)  # NaN: lost as well
-            self.sums.update(budget, numbers, lost, agreed[place])
+            self.sums.update(budget, numbers, -floored(-diverged[place]), agreed[place])
             same.append(agreed[place])
         return same
 

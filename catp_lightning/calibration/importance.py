@@ -127,8 +127,12 @@ def probe(
     slots = keep.unflatten(2, (-1, per)).sum(2).to(votes.dtype) if per else votes.new_zeros(*keep.shape[:2], 0)
     with without_autocast(votes):
         rows = torch.cat([torch.einsum("pbt,btv->pbv", keep.to(votes.dtype), votes), slots], 2)
-    gain = replay.answer_log_probability(keep)
-    return Probes(rows, slots, gain.nan_to_num(nan=WORST).clamp(min=WORST))  # NaN: lost as well
+    return Probes(rows, slots, floored(replay.answer_log_probability(keep)))
+
+
+def floored(log_probability: Tensor) -> Tensor:
+    """`WORST` at least, and where it is not a number: lost as well."""
+    return log_probability.nan_to_num(nan=WORST).clamp(min=WORST)
 
 
 def head_votes(voters: Iterable[AttentionScorer], seen: Observation, visual: Tensor) -> Tensor:

@@ -12,7 +12,7 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import BasePredictionWriter
 from lightning.pytorch.utilities import CombinedLoader
 
-from catp_lightning.callbacks.strategies import loop_was_skipped, on_first
+from catp_lightning.callbacks.strategies import loop_was_skipped, on_all, on_first
 from catp_lightning.files import check_writable, write_text
 
 Place = tuple[int, ...]
@@ -53,16 +53,17 @@ class AnswerWriter(BasePredictionWriter):
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         super().setup(trainer, pl_module, stage)
-        if self.path.is_dir():
-            raise IsADirectoryError(f"{self.path} is a folder; AnswerWriter needs the name of a file in it.")
         self._answers = []
         if stage == "predict":
-            on_first(trainer, lambda: check_writable(self.path))  # now, not when all questions are answered
-        if stage == "predict" and trainer.world_size > 1:
-            if trainer.local_rank == 0:  # of every machine: they may not share the folder
-                for file in _rank_files(self.path):
-                    file.unlink(missing_ok=True)
-            trainer.strategy.barrier()
+            on_all(trainer, lambda: self._prepare(trainer))  # now, not when all questions are answered
+
+    def _prepare(self, trainer: Trainer) -> None:
+        if self.path.is_dir():
+            raise IsADirectoryError(f"{self.path} is a folder; AnswerWriter needs the name of a file in it.")
+        if trainer.local_rank == 0:  # of every machine: they may not share the folder
+            check_writable(self.path)
+            for file in _rank_files(self.path) if trainer.world_size > 1 else ():
+                file.unlink(missing_ok=True)
 
     def write_on_batch_end(
         self,
@@ -90,8 +91,8 @@ class AnswerWriter(BasePredictionWriter):
             return
         files = [self.path.with_name(_rank_name(self.path, str(rank))) for rank in range(trainer.world_size)]
         own = files[trainer.global_rank]
-        write_text(own, "".join(_line({"order": place, **answer}) for place, answer in self._answers))
-        trainer.strategy.barrier()
+        text = "".join(_line({"order": place, **answer}) for place, answer in self._answers)
+        on_all(trainer, lambda: write_text(own, text))
         on_first(trainer, lambda: self._merge(files))
         own.unlink()
 

@@ -38,15 +38,30 @@ def refuse_sharded(trainer: Trainer, name: str, why: str) -> None:
 
 def on_first(trainer: Trainer, write: Callable[[], object]) -> None:
     """The first process writes; where it cannot, all of them raise its error: none is left waiting for it."""
-    failed: OSError | None = None
+    failed: Exception | None = None
     if trainer.is_global_zero:
         try:
             write()
-        except OSError as error:
+        except Exception as error:
             failed = error
     failed = trainer.strategy.broadcast(failed)
     if failed is not None:
         raise failed
+
+
+def on_all(trainer: Trainer, write: Callable[[], object]) -> None:
+    """Every process writes; where one cannot, all of them raise: none is left waiting for it."""
+    failed: Exception | None = None
+    try:
+        write()
+    except Exception as error:
+        failed = error
+    raised = torch.tensor(float(failed is not None), device=trainer.strategy.root_device)
+    count = round(float(trainer.strategy.reduce(raised, reduce_op="sum")))
+    if failed is not None:
+        raise failed
+    if count:
+        raise OSError(f"{count} other processes of this run could not write; their own errors say why.")
 
 
 def loop_was_skipped(trainer: Trainer, stage: str) -> bool:
@@ -56,6 +71,9 @@ def loop_was_skipped(trainer: Trainer, stage: str) -> bool:
     called, and processes that had batches wait for it at the end of theirs.
     """
     if trainer.world_size == 1 or stage not in ("validate", "test", "predict"):
+        return False
+    limits = {"test": trainer.limit_test_batches, "predict": trainer.limit_predict_batches}
+    if limits.get(stage, trainer.limit_val_batches) == 0:  # nobody has any
         return False
     batches = {"test": trainer.num_test_batches, "predict": trainer.num_predict_batches}
     counts = batches.get(stage, trainer.num_val_batches)

@@ -79,8 +79,9 @@ class TokenPruning(LoopContext):
     where tokens leave inside the decoder `catp/tokens_per_layer`, the mean over its layers of how many each reads; in
     predict, where Lightning forbids `log`, straight to the trainer's loggers, and where there are none to the console.
     The model is restored after each loop and after any exception. Where the split shares images with the one that the
-    policy was calibrated on, a warning at the end of each epoch says how many. Checkpoints that are saved meanwhile
-    hold the policy, as plain JSON types under "catp_policy", and nothing else of the callback: they load without it.
+    policy was calibrated on, a warning at the end of each epoch says how many. Checkpoints of a fit
+    whose validation it prunes hold the policy, as plain JSON types under "catp_policy", and nothing else of the
+    callback: they load without it.
 
     Args:
         policy: a `PruningPolicy`, or a path or address for `PruningPolicy.load`, read when a stage is set up. None: the
@@ -149,8 +150,8 @@ class TokenPruning(LoopContext):
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         if self.policy is None:
-            if (stored := stored_policy(checkpoint)) is not None:
-                self._loaded = load_policy(stored, self.keep)
+            stored = stored_policy(checkpoint)
+            self._loaded = None if stored is None else load_policy(stored, self.keep)
         elif self._loaded is not None:
             warn_where_another("TokenPruning", self._loaded, checkpoint)
 

@@ -74,8 +74,8 @@ def _processed(examples: Sequence[VQAExample], processor: Any, prompt: str) -> A
 
 def _marks(processor: Any) -> list[str]:
     """What a tokenizer reads as an image, or as the start or the end of one, whatever text it stands in."""
-    tokens = {name: str(value) for name, value in vars(processor).items() if name.endswith("token")}
-    return [token for name, token in tokens.items() if token and ("image" in name or "video" in name)]
+    tokens = {name: value for name, value in vars(processor).items() if value and name.endswith("token")}
+    return [str(token) for name, token in tokens.items() if "image" in name or "video" in name]
 
 
 def _refused(examples: Sequence[VQAExample], processor: Any, prompt: str, error: Exception) -> str:

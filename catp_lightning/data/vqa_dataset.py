@@ -6,7 +6,6 @@ question: https://visualqa.org/download.html. Digit scenes (`catp_lightning.data
 
 import json
 import os
-import warnings
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -133,10 +132,11 @@ class VQADataset(Dataset[VQAExample]):
         try:
             if not path.is_file():  # opening a pipe would wait for ever
                 raise OSError("it is no file")
-            with warnings.catch_warnings():
-                warnings.simplefilter("error", Image.DecompressionBombWarning)
-                with Image.open(path) as image:
-                    return _rgb(image)
+            with Image.open(path) as image:
+                pixels, most = image.width * image.height, Image.MAX_IMAGE_PIXELS
+                if most is not None and pixels > most:  # Pillow warns, and refuses only twice as many
+                    raise OSError(f"it has {pixels:,} pixels, more than PIL.Image.MAX_IMAGE_PIXELS, {most:,}")
+                return _rgb(image)
         except Exception as error:  # damaged files make Pillow's decoders raise OSError, SyntaxError, zlib.error, ...
             raise DataError(
                 f"{path}, the image of question {question_id}, cannot be read: {error}. "
