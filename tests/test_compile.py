@@ -122,6 +122,7 @@ def test_a_loop_compiled_as_the_message_says_is_pruned_and_nothing_is_compiled_a
     assert same(unpruned(module), unpruned(plain))
 
 
+@pytest.mark.slow
 def test_training_steps_may_be_compiled_and_validation_beside_them_is_pruned() -> None:
     seen = []
     for compiled in (False, True):
@@ -276,7 +277,8 @@ def compiled_function(model: Any) -> Callable[..., Tensor]:
     return torch.compile(lambda **inputs: model(**inputs).logits, backend="eager")
 
 
-@pytest.mark.parametrize("kept", [held_wrapper, pytest.param(compiled_function, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("kept", [held_wrapper, compiled_function])
 def test_code_compiled_earlier_that_cannot_be_seen_runs_pruned_inside_and_unpruned_outside(
     kept: Callable[..., Any],
 ) -> None:
@@ -296,6 +298,7 @@ def test_code_compiled_earlier_that_cannot_be_seen_runs_pruned_inside_and_unprun
                 assert torch.equal(call(**inputs), expected[name]), name
 
 
+@pytest.mark.slow
 def test_layers_compiled_in_one_context_are_pruned_by_the_hooks_of_the_next() -> None:
     """The second policy drops inside the decoder: its hooks are on layers that the first one's code runs straight."""
     row = FAMILIES["Llava"]

@@ -129,7 +129,10 @@ def check_figures(row: Row, policy: PruningPolicy, candidates: Sequence[Candidat
     return found
 
 
-@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(name, marks=pytest.mark.slow) if name in ("InstructBlip", "LlavaNext") else name for name in METHODS],
+)
 def test_what_is_measured_of_every_rule_is_what_pruning_does(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -202,6 +202,7 @@ def test_a_thousand_contexts_leave_a_model_and_the_process_as_they_were(case: Ca
     assert_cycles_leave_nothing(case, 1000)
 
 
+@pytest.mark.slow
 def test_a_thousand_contexts_without_a_call_grow_nothing() -> None:
     (model, inputs), policy = random_blip2(), PruningPolicy(scorer="catp", keep=0.5)
     model(**inputs)

@@ -166,6 +166,7 @@ def finite(value: Any) -> bool:
     return not isinstance(value, float) or bool(torch.tensor(value).isfinite())
 
 
+@pytest.mark.slow
 def test_a_calibration_in_mixed_precision_measures_what_full_precision_measures(tmp_path: Path) -> None:
     half, full = (
         calibrated(tmp_path / name, Module(), data(24, 8), precision=name) for name in ("bf16-mixed", "32-true")

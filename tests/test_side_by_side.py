@@ -401,7 +401,8 @@ assert names == [["catp_sdpa"]] * 2, names
 """
 
 
-@pytest.mark.parametrize("slow", ["0.2", pytest.param("0", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("slow", ["0.2", "0"])
 def test_two_threads_that_prune_first_at_the_same_time_find_both_names_of_observed_attention(slow: str) -> None:
     root = Path(__file__).parents[1]
     environment = {**os.environ, "PYTHONPATH": str(root), "OMP_NUM_THREADS": "1"}
@@ -438,6 +439,7 @@ def test_one_callback_in_two_threads_is_refused_in_one_or_serves_both() -> None:
     assert not all(isinstance(one, Exception) for one in found)
 
 
+@pytest.mark.slow
 def test_calibrations_in_two_threads_find_what_they_find_alone(tmp_path: Path) -> None:
     batches = test_calibration.data(24, 12)
 

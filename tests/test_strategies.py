@@ -325,7 +325,8 @@ def test_a_process_without_a_batch_takes_part_in_a_calibration(tmp_path: Path, c
     assert same_decision(PruningPolicy.load(tmp_path / "policy.json"), calibrated)
 
 
-@pytest.mark.parametrize("strategy", ["ddp", pytest.param("ddp_spawn", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("strategy", ["ddp", "ddp_spawn"])
 def test_a_program_that_lightning_starts_several_times_fits_and_ends_with_the_error_of_one(
     tmp_path: Path, strategy: str
 ) -> None:
