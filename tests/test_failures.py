@@ -279,7 +279,12 @@ def every_place(runs: Runs, by_every_fault: bool) -> None:
     runs.places()  # it still runs, to its end
 
 
-@pytest.mark.parametrize(("kind", "stage"), KINDS)
+QUICK = (("callback", "predict"), ("callback", "validate"), ("wrapper", "predict"), ("calibration", "predict"))
+
+
+@pytest.mark.parametrize(
+    ("kind", "stage"), [pytest.param(*each, marks=() if each in QUICK else pytest.mark.slow) for each in KINDS]
+)
 def test_a_failure_in_any_hook_leaves_the_model_as_it_was(kind: str, stage: str, tmp_path: Path) -> None:
     every_place(Runs(kind, stage, tmp_path), by_every_fault=False)
 
