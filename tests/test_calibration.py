@@ -18,7 +18,7 @@ from catp_lightning.calibration.candidates import default_candidates
 from catp_lightning.calibration.plan import Plan
 from catp_lightning.calibration.replay import agreement, divergence
 from catp_lightning.calibration.split import FOLDS, fold_of, part_of, round_bounds, round_of
-from catp_lightning.calibration.statistics import CandidateSums, FirstQuestions, ImageSet, ProbeSums, RankCorrelation
+from catp_lightning.calibration.statistics import CandidateSums, DrawnQuestions, ImageSet, ProbeSums, RankCorrelation
 from catp_lightning.callbacks.calibration import CrossAttentionCalibration
 from catp_lightning.families import find_family
 from tests.models import GREEDY, random_blip2, random_inputs
@@ -247,7 +247,7 @@ def test_probe_sums_are_those_of_rows_centred_by_sample_whatever_the_batches() -
 def test_one_question_of_each_image_counts_whatever_the_order_and_the_batches() -> None:
     images, questions = torch.tensor([5, 7, 5, 9, 7, 5]), torch.tensor([3, 1, 2, 8, 4, 9])
     agreed = torch.tensor([[1, 1, 0, 1, 0, 1], [1, 0, 1, 1, 1, 1]]).bool()
-    one, many = FirstQuestions(2), FirstQuestions(2)
+    one, many = DrawnQuestions(2), DrawnQuestions(2)
     one.update(images, questions, agreed)
     for index in (5, 0, 4, 3, 2, 1):
         many.update(images[[index]], questions[[index]], agreed[:, [index]])

@@ -32,10 +32,10 @@ def test_a_promise_is_tested_on_one_question_of_each_image_of_the_checking_part(
     (policy,) = calibrator.policies()
     shown = policy.evidence["promise"]
     with torch.no_grad():
-        questions = torch.cat([some.replay.questions for some in recorded(module, batches, calibrator)])
+        draws = torch.cat([some.keys for some in recorded(module, batches, calibrator)])
     images = images_of(batches)
     checked = [image for image in images.unique().tolist() if part_of(torch.tensor([image]), 0.5).item()]
-    first = [min((images == image).nonzero()[:, 0].tolist(), key=lambda n: int(questions[n])) for image in checked]
+    first = [min((images == image).nonzero()[:, 0].tolist(), key=lambda n: int(draws[n])) for image in checked]
     assert shown["images"] == len(first) == len(set(first)) and policy.evidence["samples"]["check"] == 2 * len(first)
     assert {number < 70 for number in first} == {True, False}, "sometimes the first question, sometimes the second"
     holding = []

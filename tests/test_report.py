@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from catp_lightning import PruningPolicy
+from catp_lightning.calibration.controls import against
 from catp_lightning.calibration.figures import (
     CONTROLS,
     correlation_figure,
@@ -125,7 +126,10 @@ def test_three_lines_say_what_was_chosen_what_it_keeps_and_what_it_cost(policies
     for policy, point, tokens in zip(policies, policies[0].evidence["retention"], (6, 4, 2), strict=True):
         assert f"{policy.evidence['chosen']} at keep {policy.keep}" in lines[0]
         low, high = point["interval"]
-        assert f"{point['agreement']:.1%} ({low:.1%} to {high:.1%}) with {tokens} of 8 tokens" in lines[1]
+        assert (
+            f"{point['agreement']:.1%} ({low:.1%} to {high:.1%}) with {tokens} of 8 tokens, {against(point)}"
+            in lines[1]
+        )
     assert f"of {policies[0].evidence['samples']['check']} answers it was not chosen on" in lines[1]
     assert lines[2] == "catp: cost: 12.3 s for 48 samples, 6.2 times the prediction alone"
     assert write(policies, tmp_path)[0][2] == "catp: cost: 12.3 s for 48 samples"
@@ -153,7 +157,9 @@ def test_the_page_has_every_budget_and_the_best_candidates_with_all_controls(pol
     for row, point, total in zip(tables(page, "Budgets"), policies[0].evidence["retention"], (6, 4, 2), strict=True):
         assert row[0] == str(point["keep"]) and row[1] == f"{total} of 8" and row[2].startswith(point["chosen"])
         low, high = point["interval"]
-        assert row[3:] == [f"{point['agreement']:.1%}", f"{low:.1%} to {high:.1%}", str(samples["check"])]
+        assert row[3:6] == [f"{point['agreement']:.1%}", f"{low:.1%} to {high:.1%}", str(samples["check"])]
+        best = point["best_control"]
+        assert row[6].startswith(best["verdict"]) and f"{best['name']} ({best['difference']:+.1%}, " in row[6]
     for policy in policies:
         everyone = policy.evidence["candidates"]
         rows = tables(page, f"Candidates at keep {policy.keep}")

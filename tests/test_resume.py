@@ -31,7 +31,7 @@ from catp_lightning.calibration.identity import model_fingerprint
 from catp_lightning.calibration.replay import Replay
 from catp_lightning.calibration.resume import Partial
 from catp_lightning.calibration.split import part_of
-from catp_lightning.calibration.statistics import FirstQuestions, ImageSet, PartCounts, ProbeSums
+from catp_lightning.calibration.statistics import DrawnQuestions, ImageSet, PartCounts, ProbeSums
 from catp_lightning.callbacks import calibration
 from catp_lightning.callbacks.calibration import CrossAttentionCalibration
 from catp_lightning.fingerprint import fingerprint
@@ -494,7 +494,7 @@ def test_another_path_is_another_calibration(path: Path) -> None:
 
 
 def metrics() -> dict[str, Metric]:
-    return {"probes": ProbeSums(3, folds=2), "images": ImageSet(), "first": FirstQuestions(2), "parts": PartCounts()}
+    return {"probes": ProbeSums(3, folds=2), "images": ImageSet(), "first": DrawnQuestions(2), "parts": PartCounts()}
 
 
 def update(found: dict[str, Metric], number: int) -> None:

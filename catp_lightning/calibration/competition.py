@@ -13,7 +13,7 @@ from catp_lightning.calibration.replay import Ways
 from catp_lightning.calibration.sets import always, is_nested, limits, method_ranks, methods
 from catp_lightning.calibration.split import fold_of
 from catp_lightning.calibration.stages import Belongs, Samples
-from catp_lightning.calibration.statistics import CandidateSums, FirstQuestions
+from catp_lightning.calibration.statistics import CandidateSums, DrawnQuestions, ImageAgreement
 from catp_lightning.choosing import Choice, choose_tokens, score_tokens
 from catp_lightning.policy import PruningPolicy
 from catp_lightning.pruning import Pruning
@@ -144,7 +144,8 @@ def _method(policy: PruningPolicy) -> tuple[Scorer, Selector]:
 class Check(Competition):
     """Frozen policies, beside the references, on samples that nothing was decided on.
 
-    The first candidate alive at a budget is the policy's; its answers are kept for one question of each image.
+    The first candidate alive at a budget is the policy's. Its answers to one question of each image are what a promise
+    is tested on; the answers of all, image by image, are what it is compared with the references by.
     """
 
     def __init__(
@@ -157,12 +158,17 @@ class Check(Competition):
         device: torch.device | None,
     ) -> None:
         super().__init__("checking the chosen policies", plan, [candidates], budgets, alive, belongs, device)
-        self.first = FirstQuestions(len(budgets)).to(device)
+        self._most = max(map(len, alive))
+        self.drawn = DrawnQuestions(len(budgets)).to(device)
+        self.by_image = ImageAgreement(len(budgets), self._most).to(device)
         nothing = torch.empty(0, dtype=torch.int64, device=device)  # a process may have no batch
-        self.first.update(nothing, nothing, nothing.expand(len(budgets), 0))
-        self.metrics["first questions"] = self.first
+        self.drawn.update(nothing, nothing, nothing.expand(len(budgets), 0))
+        self.by_image.update(nothing, nothing.expand(len(budgets), self._most, 0))
+        self.metrics |= {"drawn questions": self.drawn, "by image": self.by_image}
 
     def compare(self, samples: Samples) -> list[Tensor]:
         same = super().compare(samples)
-        self.first.update(samples.images, samples.replay.questions, torch.stack([agreed[0] for agreed in same]))
+        self.drawn.update(samples.images, samples.keys, torch.stack([agreed[0] for agreed in same]))
+        padded = [torch.nn.functional.pad(agreed, (0, 0, 0, self._most - len(agreed))) for agreed in same]
+        self.by_image.update(samples.images, torch.stack(padded))
         return same

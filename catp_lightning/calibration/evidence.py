@@ -9,6 +9,7 @@ from torch import Tensor
 
 from catp_lightning.calibration.budget import Promise, Walk, walk
 from catp_lightning.calibration.candidates import Candidate
+from catp_lightning.calibration.controls import paired_difference, verdict
 from catp_lightning.counts import keep_count
 from catp_lightning.metrics import wilson_interval
 from catp_lightning.overlap import encode_images
@@ -27,7 +28,9 @@ class Findings:
         chosen: for each budget, which candidate.
         choosing: sums of the rounds, `divergence`, `squares`, `agreed` and `count`, each [K, C].
         checking: the same of the part that nothing was decided on.
-        first: how many images that part has, and on how many of them each budget's choice disagrees: one question each.
+        drawn: how many images that part has, and on how many of them each budget's choice disagrees: one question each.
+        alive: for each budget the candidates that were checked, the chosen one first.
+        by_image: of that part, questions of each image [I], and equal answers of those candidates [I, K, R].
         parts: samples in each part.
         images: int64, the fingerprints of all images.
         fitted: what the probes found.
@@ -42,7 +45,9 @@ class Findings:
     chosen: Sequence[int]
     choosing: Mapping[str, np.ndarray]
     checking: Mapping[str, np.ndarray]
-    first: tuple[int, list[int]]
+    drawn: tuple[int, list[int]]
+    alive: Sequence[Sequence[int]]
+    by_image: tuple[np.ndarray, np.ndarray]
     parts: Mapping[str, int]
     images: Tensor
     fitted: Mapping[str, Any]
@@ -53,8 +58,8 @@ class Findings:
         common = self._common()
         if self.promise is None:
             return [self._policy(budget, common) for budget in range(len(self.budgets))]
-        walked = walk(self.promise, self.first[1], self.first[0])
-        shown = {"promise": {**asdict(self.promise), "images": self.first[0], "steps": self._steps(walked)}}
+        walked = walk(self.promise, self.drawn[1], self.drawn[0])
+        shown = {"promise": {**asdict(self.promise), "images": self.drawn[0], "steps": self._steps(walked)}}
         if walked.chosen is not None:
             return [self._policy(walked.chosen, {**common, **shown})]
         evidence = {"chosen": "no pruning", "control": False, **common, **shown, "candidates": []}
@@ -92,6 +97,31 @@ class Findings:
             "control": chosen.control,
             "agreement": figures["agreement"],
             "interval": figures["interval"],
+            "best_control": self._best_control(budget),
+        }
+
+    def _best_control(self, budget: int) -> dict[str, Any] | None:
+        """The control that agreed most on the checking part, and how far the choice is ahead of it; None: none was.
+
+        The best of several controls on the very answers that are compared is a little lucky: a difference of 0 is
+        more than a draw for the choice.
+        """
+        questions, agreed = self.by_image
+        controls = {
+            place: self.candidates[number]
+            for place, number in enumerate(self.alive[budget])
+            if place and self.candidates[number].control
+        }
+        if not controls:
+            return None
+        best = max(controls, key=lambda place: (agreed[:, budget, place].sum(), -place))
+        difference, interval = paired_difference(questions, agreed[:, budget, 0], agreed[:, budget, best])
+        return {
+            "name": controls[best].name,
+            "agreement": float(agreed[:, budget, best].sum() / questions.sum()),
+            "difference": difference,
+            "interval": list(interval),
+            "verdict": verdict(interval),
         }
 
     def _rows(self, budget: int) -> list[dict[str, Any]]:

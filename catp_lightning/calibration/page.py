@@ -5,6 +5,7 @@ from typing import Any
 
 import numpy as np
 
+from catp_lightning.calibration.controls import against
 from catp_lightning.calibration.figures import visual_tokens, voters
 from catp_lightning.comparison import markdown_table
 from catp_lightning.policy import PruningPolicy
@@ -51,7 +52,9 @@ def page(policies: Sequence[PruningPolicy], lines: Mapping[str, str], figures: S
         f"# Calibration of {(policies[0].model or {})['type']}",
         "".join(f"- **{name.capitalize()}**: {text}\n" for name, text in lines.items()),
         f"## Budgets\n\n{_budgets(policies)}",
-        f"The split: {parts}. Intervals are Wilson's, of 95%.",
+        f"The split: {parts}. Intervals are Wilson's, of 95%. The last column is how far the choice is ahead of the "
+        "control that agreed most on the checked samples, paired by sample, with a 95% interval over images; *level* "
+        "where that contains 0.",
         *([_promise(policies[0])] if "promise" in evidence else []),
         *_figures(figures, ("retention", "layers")),
         "## What the probes found",
@@ -89,10 +92,12 @@ def _budgets(policies: Sequence[PruningPolicy]) -> str:
             percent(point["agreement"]),
             interval(point["interval"]),
             evidence["samples"]["check"],
+            against(point) or "-",
         ]
         for point in evidence["retention"]
     ]
-    return markdown_table(("keep", "visual tokens", "chosen", "agreement", "95% interval", "samples checked"), rows)
+    header = ("keep", "visual tokens", "chosen", "agreement", "95% interval", "samples checked", "and the best control")
+    return markdown_table(header, rows)
 
 
 def _promise(policy: PruningPolicy) -> str:
@@ -111,7 +116,8 @@ def _promise(policy: PruningPolicy) -> str:
     if any(step["holds"] for step in promise["steps"]):
         said = (
             f"With confidence {confidence:.4g}, the policy at keep {policy.keep} answers at most {most:.4g} of new "
-            "images (one question each, of the kind calibrated on) otherwise than the unpruned model."
+            "images otherwise than the unpruned model; of each image one question counts, drawn at random among those "
+            "asked about it."
         )
     else:
         said = (

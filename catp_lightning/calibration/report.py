@@ -6,6 +6,7 @@ from typing import Any
 
 from lightning.pytorch.loggers import Logger
 
+from catp_lightning.calibration.controls import against
 from catp_lightning.calibration.figures import (
     correlation_figure,
     head_figure,
@@ -128,6 +129,7 @@ def _keeps(policies: Sequence[PruningPolicy]) -> str:
     points = {repr(point["keep"]): point for point in evidence["retention"]}
     said = [
         f"{percent(point['agreement'])} ({interval(point['interval'])}) with {point['tokens']} of {total} tokens"
+        + (f", {compared}" if (compared := against(point)) else "")
         for policy in policies
         for point in [points[repr(policy.keep)]]
     ]

@@ -227,10 +227,12 @@ class TokenCounts(Sums):
         return float(tokens / max(1, images))
 
 
-class FirstQuestions(Sums):
-    """One question of each image, whichever process met it: the one whose fingerprint is smallest.
+class DrawnQuestions(Sums):
+    """One question of each image, drawn at random among those asked about it, whichever process met it.
 
-    Two questions about an image are no two independent samples.
+    A promise counts images: two questions about one image are no two independent samples. The draw is by a checksum of
+    image and question together, so that on every image each of its questions is as likely as the others, whatever the
+    text says; by a checksum of the text alone the same kind of question would be drawn on nearly every image.
 
     Args:
         budgets: number of budgets, K.
@@ -243,9 +245,15 @@ class FirstQuestions(Sums):
         self.budgets = budgets
         self.add_state("rows", [], dist_reduce_fx="cat")
 
-    def update(self, images: Tensor, questions: Tensor, agreed: Tensor) -> None:
-        """Add B samples: int64 [B] twice, and bool [K, B], whether the answer at each budget is the unpruned one."""
-        rows = torch.cat([images[:, None], questions[:, None], agreed.T.long()], 1)
+    def update(self, images: Tensor, draws: Tensor, agreed: Tensor) -> None:
+        """Add B samples.
+
+        Args:
+            images: int64 [B], checksums of images.
+            draws: int64 [B], checksums of image and question together; the smallest of an image is drawn.
+            agreed: bool [K, B], whether the answer at each budget is the unpruned one.
+        """
+        rows = torch.cat([images[:, None], draws[:, None], agreed.T.long()], 1)
         self.rows = [_first_of_each(torch.cat([*self.rows, rows]))]
 
     def compute(self) -> tuple[int, list[int]]:
@@ -262,3 +270,39 @@ def _first_of_each(rows: Tensor) -> Tensor:
     new = torch.ones(len(rows), dtype=torch.bool, device=rows.device)
     new[1:] = rows[1:, 0] != rows[:-1, 0]
     return rows[new]
+
+
+class ImageAgreement(Sums):
+    """Of each image, how many questions were asked about it and how many of them each candidate answered alike.
+
+    What candidates differ by is compared image by image, since answers to questions about one image hang together.
+
+    Args:
+        budgets: number of budgets, K.
+        candidates: number of candidates at each, R.
+    """
+
+    rows: list[Tensor]
+
+    def __init__(self, budgets: int, candidates: int, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.shape = (budgets, candidates)
+        self.add_state("rows", [], dist_reduce_fx="cat")
+
+    def update(self, images: Tensor, agreed: Tensor) -> None:
+        """Add B samples: int64 [B], checksums of images; bool [K, R, B], whether the answer is the unpruned one."""
+        ones = torch.ones_like(images)
+        rows = torch.cat([images[:, None], ones[:, None], agreed.flatten(0, 1).T.long()], 1)
+        self.rows = [_sum_of_each(torch.cat([*self.rows, rows]))]
+
+    def compute(self) -> tuple[np.ndarray, np.ndarray]:
+        """Over all processes: questions int64 [I] of each image, and of those the equal answers int64 [I, K, R]."""
+        rows = _sum_of_each(torch.cat(self.rows) if isinstance(self.rows, list) else self.rows).cpu().numpy()
+        return rows[:, 1], rows[:, 2:].reshape(-1, *self.shape)
+
+
+def _sum_of_each(rows: Tensor) -> Tensor:
+    """Add up rows with equal first column: int64 [N, C] -> [M, C], by the first column, ascending."""
+    first, place = rows[:, 0].unique(return_inverse=True)
+    sums = rows.new_zeros(len(first), rows.shape[1] - 1).index_add_(0, place, rows[:, 1:])
+    return torch.cat([first[:, None], sums], 1)

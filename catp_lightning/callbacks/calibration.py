@@ -17,6 +17,7 @@ from tqdm import tqdm
 from catp_lightning.calibration.budget import GRID, Promise, descending
 from catp_lightning.calibration.calibrator import Calibrator
 from catp_lightning.calibration.competition import Competition
+from catp_lightning.calibration.controls import doubts
 from catp_lightning.calibration.identity import batch_fingerprints, model_fingerprint
 from catp_lightning.calibration.plan import Plan
 from catp_lightning.calibration.recorder import Recorder
@@ -219,6 +220,8 @@ class CrossAttentionCalibration(LoopContext):
             rank_zero_info(f"catp: {run.calibrator.stage.title}.")
             self._read_again(trainer, run, self._begin(run))
         self.policies = run.calibrator.policies()
+        for doubt in doubts(self.policies):
+            rank_zero_warn(doubt)
         if trainer.fast_dev_run:  # type: ignore[attr-defined]  # its policy must not replace one that was measured
             rank_zero_info("catp: nothing is saved by a fast_dev_run.")
         else:

@@ -1,0 +1,193 @@
+"""Is a promise kept? Calibrations redrawn from real answers, with several questions an image.
+
+    python -m benchmarks.promise --output runs/promise
+
+Each shipped model answers four kinds of question about 1,000 images, unpruned and pruned at the budgets that a promise
+walks down by policies calibrated on other images. The four kinds disagree unequally. From these answers check parts are
+drawn anew, 2,000 times for each promise and number of images, with the package's own draw of a question and its own
+walk; a promise is broken where the budget it ends at disagrees on more of all questions than was promised. That may
+happen in 5% of calibrations. For comparison each image is also asked the question whose text has the smallest checksum,
+which asks some kinds far more often than others. An interrupted run goes on.
+"""
+
+import argparse
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from lightning.pytorch import Trainer
+from rich.console import Console
+from scipy.stats import binom
+
+from catp_lightning import CrossAttentionCalibration, PruningPolicy, VQAModule
+from catp_lightning.calibration.budget import GRID, Promise, walk
+from catp_lightning.calibration.statistics import DrawnQuestions
+from catp_lightning.comparison import markdown_table
+from catp_lightning.data import GRIDS, PROMPTS, SHIPPED, shipped
+from catp_lightning.data.scenes import KINDS, Split, write_scenes
+from catp_lightning.data.vqa import VQADataModule
+from catp_lightning.data.vqa_dataset import VQASplit
+from catp_lightning.demo import QUIET, predict, quiet
+from catp_lightning.files import write_json, write_text
+from catp_lightning.fingerprint import mix
+from catp_lightning.locations import budget_file_name
+
+IMAGES, CALIBRATION_QUESTIONS, BATCH = 1000, 512, 64
+PROMISES, CHECKED, REDRAWS, CONFIDENCE = (0.05, 0.09, 0.12), (150, 200, 400, 800), 2000, 0.95
+
+
+@dataclass(frozen=True)
+class Answered:
+    """What is known of a model's answers, of I images with Q questions each, at K budgets from the largest.
+
+    Attributes:
+        same: bool [I, Q, K], whether the pruned answer is the unpruned one.
+        texts: int64 [I, Q], a checksum of each question's text.
+    """
+
+    same: np.ndarray
+    texts: np.ndarray
+
+    @property
+    def disagreement(self) -> np.ndarray:
+        """Of a new image and a random question about it, at each budget: float [K]."""
+        return 1 - self.same.mean((0, 1))
+
+
+def drawn(answered: Answered, images: int, rng: np.random.Generator, by_text: bool = False) -> list[int]:
+    """How many of `images` new images disagree at each budget, one question each.
+
+    Args:
+        answered: images are drawn from it with replacement, each with a checksum of its own.
+        images: how many.
+        rng: of the draw.
+        by_text: ask each image the question whose text has the smallest checksum, not one drawn at random.
+    """
+    chosen = rng.integers(0, len(answered.same), images)
+    fingerprints = torch.from_numpy(rng.integers(-(2**63), 2**63 - 1, images)).repeat_interleave(len(KINDS))
+    texts = torch.from_numpy(answered.texts[chosen].reshape(-1))
+    agreed = torch.from_numpy(answered.same[chosen].reshape(len(texts), -1).T)
+    metric = DrawnQuestions(len(agreed))
+    metric.update(fingerprints, texts if by_text else mix(fingerprints ^ texts), agreed)
+    return metric.compute()[1]
+
+
+def broken(
+    answered: Answered, promise: Promise, images: int, redraws: int, seed: int = 0, by_text: bool = False
+) -> int:
+    """In how many of `redraws` calibrations the budget that is chosen disagrees on more than was promised."""
+    rng, truth, count = np.random.default_rng(seed), answered.disagreement, 0
+    for _ in range(redraws):
+        chosen = walk(promise, drawn(answered, images, rng, by_text), images).chosen
+        count += chosen is not None and truth[chosen] > promise.max_disagreement
+    return count
+
+
+def limit(redraws: int, confidence: float = CONFIDENCE) -> int:
+    """The most broken promises of `redraws` that chance explains, with 99.9%, if each is kept with `confidence`.
+
+    >>> limit(2000), limit(20)
+    (131, 5)
+    """
+    return int(binom.ppf(0.999, redraws, 1 - confidence))
+
+
+def split_of(model: str, folder: Path, split: Split, images: int, seed: int) -> VQASplit:
+    """Scenes with all four kinds of question about each image."""
+    place = write_scenes(folder, split, images * len(KINDS), seed, len(KINDS), GRIDS[model])
+    files = [str(place / name) for name in ("questions.json", "images", "annotations.json")]
+    return VQASplit(*files, image_name="{image_id:012d}.png")
+
+
+def answered_by(
+    module: VQAModule, model: str, split: VQASplit, policies: Sequence[PruningPolicy], console: Console
+) -> Answered:
+    """Real predictions, unpruned and by each policy."""
+    data = VQADataModule(str(shipped(model)), test=split, batch_size=BATCH, prompt=PROMPTS[model])
+    batches = list(data.test_dataloader())
+    full, _ = predict(module, batches, None)
+    same = []
+    for policy in policies:
+        answers, _ = predict(module, batches, policy)
+        same.append(np.equal(answers, full))
+        console.print(f"{model}, keep {policy.keep}: {1 - same[-1].mean():.3f} of the answers change", highlight=False)
+    asked = [record["question"] for record in json.loads(Path(split.questions).read_text())["questions"]]
+    texts = np.array([_checksum(text) for text in asked])
+    return Answered(np.stack(same, 1).reshape(-1, len(KINDS), len(policies)), texts.reshape(-1, len(KINDS)))
+
+
+def _checksum(text: str) -> int:
+    letters = torch.tensor([ord(letter) for letter in text], dtype=torch.int64)
+    return int(mix(mix(letters + mix(torch.arange(len(letters), dtype=torch.int64))).sum()[None])[0])
+
+
+def calibrated(module: VQAModule, model: str, folder: Path) -> list[PruningPolicy]:
+    """Policies at the budgets of a promise, from images of their own; those of an earlier run are taken over."""
+    files = [folder / "policies" / budget_file_name(keep) for keep in GRID]
+    if not all(file.is_file() for file in files):
+        split = split_of(model, folder / "calibration", "calibration", CALIBRATION_QUESTIONS // len(KINDS), 0)
+        data = VQADataModule(str(shipped(model)), calibration=split, batch_size=BATCH, prompt=PROMPTS[model])
+        callback = CrossAttentionCalibration(folder / "policies", keep=list(GRID))
+        trainer = Trainer(**QUIET, callbacks=[callback], enable_progress_bar=False)
+        trainer.predict(module, data.calibration_dataloader(), return_predictions=False)
+    return [PruningPolicy.load(file) for file in files]
+
+
+def of_model(model: str, folder: Path, console: Console) -> Answered:
+    """The answers of a model, or those that an earlier run has saved."""
+    file = folder / "answers.json"
+    if not file.is_file():
+        module = VQAModule(str(shipped(model)))
+        policies = calibrated(module, model, folder)
+        found = answered_by(module, model, split_of(model, folder / "test", "test", IMAGES, 0), policies, console)
+        write_json(file, {"same": found.same.astype(int).tolist(), "texts": found.texts.tolist()})
+    saved = json.loads(file.read_text())
+    return Answered(np.array(saved["same"], dtype=bool), np.array(saved["texts"]))
+
+
+def table(model: str, answered: Answered) -> tuple[str, list[dict[str, Any]]]:
+    """What each kind disagrees by, and how many promises are broken, as Markdown and as rows."""
+    by_kind = [[kind, *(f"{1 - value:.3f}" for value in answered.same[:, n].mean(0))] for n, kind in enumerate(KINDS)]
+    by_kind.append(["a random question", *(f"{value:.3f}" for value in answered.disagreement)])
+    rows = []
+    for most in PROMISES:
+        for images in CHECKED:
+            promise = Promise(most, CONFIDENCE)
+            counts = [broken(answered, promise, images, REDRAWS, by_text=by_text) for by_text in (False, True)]
+            rows.append({"promise": most, "images": images, "broken": counts[0], "by text": counts[1]})
+    shown = [
+        [f"{row['promise']:.0%}", row["images"], f"{row['broken'] / REDRAWS:.2%}", f"{row['by text'] / REDRAWS:.2%}"]
+        for row in rows
+    ]
+    head = ["promise", "check images", "broken, question drawn at random", "broken, question of the smallest text"]
+    text = (
+        f"## {model}\n\nDisagreement by kind of question and budget:\n\n"
+        + markdown_table(["kind", *(f"{keep:g}" for keep in GRID)], by_kind)
+        + f"\nBroken promises in {REDRAWS:,} calibrations; chance explains up to {limit(REDRAWS) / REDRAWS:.2%}:\n\n"
+        + markdown_table(head, shown)
+    )
+    return text, rows
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output", type=Path, default=Path("runs/promise"))
+    parser.add_argument("--models", nargs="+", choices=SHIPPED, default=SHIPPED)
+    arguments = parser.parse_args()
+    console, texts, found = Console(), [], {}
+    with quiet():
+        for model in arguments.models:
+            answered = of_model(model, arguments.output / model, console)
+            text, found[model] = table(model, answered)
+            texts.append(text)
+            console.print(text, highlight=False)
+    write_text(arguments.output / "promise.md", "\n".join(texts))
+    write_json(arguments.output / "promise.json", found, indent=2)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,100 @@
+"""How far a chosen policy is ahead of the best control, and when its evidence is too thin to rest on."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from scipy.stats import norm
+
+from catp_lightning.policy import PruningPolicy
+
+ENOUGH = 100
+"""Checked answers below which a policy is warned about: at an agreement of 90% the interval is then 12 points wide."""
+
+
+def paired_difference(
+    questions: np.ndarray, ours: np.ndarray, theirs: np.ndarray, confidence: float = 0.95
+) -> tuple[float, tuple[float, float]]:
+    """The difference of two shares measured on the same questions, with an interval over images.
+
+    The adjusted Wald interval for paired shares of Agresti and Min (2005, doi:10.1002/sim.1781), which adds half an
+    observation to each of the four cells, with images as clusters: answers to questions about one image hang together.
+
+    Args:
+        questions: int [I], how many questions were asked about each image.
+        ours: int [I], of how many the first gave the unpruned answer.
+        theirs: int [I], of how many the second did.
+        confidence: in (0, 1).
+
+    Returns:
+        The difference, first minus second, in [-1, 1], and the ends of its interval.
+
+    >>> asked = np.ones(100, dtype=int)
+    >>> difference, (low, high) = paired_difference(asked, asked, np.arange(100) >= 10)
+    >>> round(difference, 3), round(low, 3), round(high, 3)
+    (0.1, 0.036, 0.16)
+    """
+    count = int(questions.sum())
+    gained = ours.astype(float) - theirs.astype(float)
+    adjusted = gained.sum() / (count + 2)
+    variance = (((gained - adjusted * questions) ** 2).sum() + 1) / (count + 2) ** 2
+    reach = float(norm.ppf(0.5 + confidence / 2) * variance**0.5)
+    return float(gained.sum() / count), (max(-1.0, adjusted - reach), min(1.0, adjusted + reach))
+
+
+def verdict(interval: Sequence[float]) -> str:
+    """What an interval of a difference says: "ahead" above 0, "behind" below it, "level" where it contains 0.
+
+    >>> verdict((0.01, 0.05)), verdict((-0.01, 0.05)), verdict((-0.05, -0.01))
+    ('ahead', 'level', 'behind')
+    """
+    low, high = interval
+    return "ahead" if low > 0 else "behind" if high < 0 else "level"
+
+
+def against(point: Mapping[str, Any]) -> str:
+    """How a budget's choice compares with its best control, in words; "" where no control was checked."""
+    best = point["best_control"]
+    if best is None:
+        return ""
+    low, high = best["interval"]
+    preposition = "with" if best["verdict"] == "level" else "of" if best["verdict"] == "ahead" else ""
+    named = " ".join(filter(None, (best["verdict"], preposition, best["name"])))
+    return f"{named} ({best['difference']:+.1%}, {low:+.1%} to {high:+.1%})"
+
+
+def doubts(policies: Sequence[PruningPolicy]) -> Iterator[str]:
+    """What speaks against resting on these policies, one sentence each: few checked answers, or a better control."""
+    evidence = policies[0].evidence
+    checked = evidence["samples"]["check"]
+    kept = {repr(policy.keep) for policy in policies}
+    points = [point for point in evidence["retention"] if repr(point["keep"]) in kept]
+    if points and checked < ENOUGH:
+        said = "; ".join(
+            f"{point['agreement']:.0%} at keep {point['keep']} may be {point['interval'][0]:.0%} to "
+            f"{point['interval'][1]:.0%}"
+            for point in points
+        )
+        yield (
+            f"Calibration evidence is thin: agreement was checked on {checked} answers, fewer than {ENOUGH} ({said}). "
+            f"Calibrate on {-(-ENOUGH // max(1, checked))} times as many questions or more before you rest on it."
+        )
+    for point in points:
+        best = point["best_control"]
+        if best is not None and best["difference"] < 0:
+            behind = best["verdict"] == "behind"
+            yield (
+                f"Calibration evidence at keep {point['keep']}: the chosen policy ({point['chosen']}) is behind the "
+                f"control {best['name']} on the {checked} checked answers, by {-best['difference']:.1%} (95% interval "
+                f"of the difference {best['interval'][0]:+.1%} to {best['interval'][1]:+.1%}). "
+                + (
+                    "Use that control instead, or calibrate on more data."
+                    if behind
+                    else "The interval contains 0: they are level, and more data would tell them apart."
+                )
+            )
+        if point["agreement"] < 0.5:
+            yield (
+                f"Calibration evidence at keep {point['keep']}: only {point['agreement']:.0%} of the checked answers "
+                "are the unpruned model's. Take a larger budget."
+            )
