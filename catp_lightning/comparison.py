@@ -25,7 +25,8 @@ class Result:
     """One method at one budget, question by question.
 
     Attributes:
-        method: its name; several results of one name and budget (seeds) are averaged question by question.
+        method: its name; several results of one name and budget are draws of one method (seeds, or calibrations on
+            different data) and are averaged question by question.
         keep: the budget; None: unpruned.
         score: float [N], VQA accuracy of each question, in [0, 1]; None where it was not measured.
         same: float [N], 1 where the answer is the unpruned model's.
@@ -56,27 +57,37 @@ class Comparison:
     results: list[Result] = field(default_factory=list)
 
     def rows(self) -> list[dict[str, Any]]:
-        """A row for each method and budget: means, 95% bootstrap intervals, how far the reference is ahead, paired."""
+        """A row for each method and budget.
+
+        Means, 95% bootstrap intervals, and how far the reference is ahead in agreement, paired by question. Where a
+        method has several draws, intervals resample them as well as images, and `agreement_draws` (`accuracy_draws`)
+        has the mean of each.
+        """
         merged: dict[tuple[str, str], list[Result]] = {}
         for result in self.results:
             merged.setdefault((result.method, repr(result.keep)), []).append(result)  # 1 and 1.0 are two budgets
-        means = {key: _mean(several) for key, several in merged.items()}
         weights = self._resamples()
-        return [self._row(mean, means, weights) for mean in means.values()]
+        groups = {key: _Draws.of(several, weights, number) for number, (key, several) in enumerate(merged.items())}
+        return [self._row(draws, groups) for draws in groups.values()]
 
-    def _row(self, mean: Result, means: Mapping[tuple[str, str], Result], weights: np.ndarray) -> dict[str, Any]:
-        score, same = mean.score, mean.same
-        row: dict[str, Any] = {"method": mean.method, "keep": mean.keep, "tokens": mean.tokens}
-        if mean.tokens_per_layer is not None:
-            row["tokens_per_layer"] = mean.tokens_per_layer
-        if score is not None:
-            row |= {"accuracy": float(score.mean()), "accuracy_interval": _interval(weights @ score)}
-        row |= {"agreement": float(same.mean()), "agreement_interval": _interval(weights @ same)}
-        reference = means.get((self.reference, repr(mean.keep)))
+    def _row(self, draws: "_Draws", groups: Mapping[tuple[str, str], "_Draws"]) -> dict[str, Any]:
+        mean = draws.results[0]
+        row: dict[str, Any] = {"method": mean.method, "keep": mean.keep}
+        row["tokens"] = float(np.mean([result.tokens for result in draws.results]))
+        per_layer = [result.tokens_per_layer for result in draws.results if result.tokens_per_layer is not None]
+        if per_layer:
+            row["tokens_per_layer"] = float(np.mean(per_layer))
+        for measure, means, resampled in (
+            ("accuracy", draws.accuracy, draws.resampled_accuracy),
+            ("agreement", draws.agreement, draws.resampled_agreement),
+        ):
+            if means is not None and resampled is not None:
+                row |= {measure: float(np.mean(means)), f"{measure}_interval": _interval(resampled)}
+                row |= {f"{measure}_draws": means} if len(means) > 1 else {}
+        reference = groups.get((self.reference, repr(mean.keep)))
         if reference is not None and mean.method != self.reference:
-            difference = reference.same - same
-            row["reference_ahead"] = float(difference.mean())
-            row["reference_ahead_interval"] = _interval(weights @ difference)
+            row["reference_ahead"] = float(np.mean(reference.agreement) - np.mean(draws.agreement))
+            row["reference_ahead_interval"] = _interval(reference.resampled_agreement - draws.resampled_agreement)
         return row
 
     def _resamples(self) -> np.ndarray:
@@ -88,18 +99,51 @@ class Comparison:
         return weights / weights.sum(1, keepdims=True)
 
 
-def _mean(several: Sequence[Result]) -> Result:
-    """Of a method's seeds, question by question."""
-    scores = [result.score for result in several if result.score is not None]
-    per_layer = [result.tokens_per_layer for result in several if result.tokens_per_layer is not None]
-    return Result(
-        several[0].method,
-        several[0].keep,
-        np.mean(scores, 0) if scores else None,
-        np.mean([result.same for result in several], 0),
-        float(np.mean([result.tokens for result in several])),
-        float(np.mean(per_layer)) if per_layer else None,
-    )
+@dataclass(frozen=True)
+class _Draws:
+    """The draws of one method at one budget: the mean of each, and what resampling images and draws makes of them.
+
+    Attributes:
+        results: one for each draw.
+        agreement, accuracy: the mean of each draw; accuracy is None where it was not measured.
+        resampled_agreement, resampled_accuracy: float [RESAMPLES], means over draws.
+    """
+
+    results: Sequence[Result]
+    agreement: list[float]
+    resampled_agreement: np.ndarray
+    accuracy: list[float] | None
+    resampled_accuracy: np.ndarray | None
+
+    @classmethod
+    def of(cls, results: Sequence[Result], weights: np.ndarray, number: int) -> "_Draws":
+        """From the weights of questions in each resample, float [RESAMPLES, N]; `number` tells groups apart."""
+        shares = _draw_shares(len(results), number)
+
+        def resampled(values: Sequence[np.ndarray]) -> np.ndarray:
+            return np.asarray((shares * (weights @ np.stack(values, 1))).sum(1))
+
+        same = [result.same for result in results]
+        scores = [result.score for result in results if result.score is not None]
+        return cls(
+            results,
+            [float(one.mean()) for one in same],
+            resampled(same),
+            [float(one.mean()) for one in scores] if len(scores) == len(results) else None,
+            resampled(scores) if len(scores) == len(results) else None,
+        )
+
+
+def _draw_shares(draws: int, number: int) -> np.ndarray:
+    """The share of each draw in each resample: float [RESAMPLES, draws], rows sum to 1.
+
+    Deviations from equal shares are enlarged by sqrt(n / (n - 1)): a bootstrap of few draws understates their variance
+    by that much.
+    """
+    if draws == 1:
+        return np.ones((RESAMPLES, 1))
+    drawn = np.random.default_rng([1, number]).multinomial(draws, np.full(draws, 1 / draws), RESAMPLES) / draws
+    return np.asarray(1 / draws + (draws / (draws - 1)) ** 0.5 * (drawn - 1 / draws))
 
 
 def _interval(values: np.ndarray) -> list[float]:
@@ -150,7 +194,19 @@ def _columns(rows: Sequence[Mapping[str, Any]]) -> list[str]:
 def _cells(row: Mapping[str, Any]) -> list[str]:
     low, high = row["agreement_interval"]
     accuracy = [f"{row['accuracy']:.3f}"] if "accuracy" in row else []
-    return [*accuracy, f"{row['agreement']:.3f} ({low:.3f} to {high:.3f})", f"{row['tokens']:.0f}"]
+    agreement = f"{row['agreement']:.3f} ({low:.3f} to {high:.3f})"
+    draws = f"; draws {over_draws(row, 'agreement')}" if "agreement_draws" in row else ""
+    return [*accuracy, agreement + draws, f"{row['tokens']:.0f}"]
+
+
+def over_draws(row: Mapping[str, Any], measure: Measure) -> str:
+    """Standard deviation and range of a row's draws; "" where there is one.
+
+    >>> over_draws({"agreement_draws": [0.93, 0.95, 0.94]}, "agreement"), over_draws({}, "agreement")
+    ('± 0.010 (0.930 to 0.950)', '')
+    """
+    draws = row.get(f"{measure}_draws", [])
+    return f"± {np.std(draws, ddof=1):.3f} ({min(draws):.3f} to {max(draws):.3f})" if len(draws) > 1 else ""
 
 
 def _ahead(row: Mapping[str, Any]) -> str:

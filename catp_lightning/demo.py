@@ -42,6 +42,7 @@ RULES = {
     "l2-norm": "L2 norm",
     "self-attention": "self-attention",
     "catp": "CATP, all layers",
+    "catp weighted by image token": "CATP, image-token weights",
     "cross-attention": "mean log attention",
     "diversity of outputs": "diversity alone",
 }

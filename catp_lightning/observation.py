@@ -30,6 +30,7 @@ class Signal(Enum):
     TEXT = "the prompt's text rows as the language model reads them, those in `Observation.text`: [I, R, D]"
     GUIDE = "attention a token gets in a guide model from the prompt's text and the answer, by layer: [I, H, T]"
     OUTPUTS = "the token as it leaves the vision part: [I, T, D]"
+    PLACE = "part (crop, tile), row and column of a token's patch, -1 for a row where it is none: int64 [I, T, 3]"
     FINGERPRINT = "a checksum of the image's pixels: int64 [I]"
 
 

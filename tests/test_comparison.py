@@ -62,3 +62,29 @@ def test_the_files_hold_every_method_at_every_budget(tmp_path: Path) -> None:
     assert [line.split(" | ")[0] for line in lines[2:]] == ["| no pruning", "| random", "| ours"]
     assert all(line.count("|") == 8 for line in lines), "a name, and three figures at two budgets"
     assert len([line for line in ahead.splitlines() if line.startswith("| random")]) == 1
+
+
+def test_draws_of_a_method_widen_its_interval_by_how_far_they_differ() -> None:
+    images, questions = 400, 800
+    rng = np.random.default_rng(0)
+    draws = [(rng.random(questions) < share).astype(float) for share in (0.80, 0.88, 0.96)]
+    about = np.arange(questions) % images
+    (row,) = Comparison(about, "ours", [Result("ours", 0.5, None, same, 4.0) for same in draws]).rows()
+    means = [same.mean() for same in draws]
+    assert row["agreement_draws"] == pytest.approx(means) and row["agreement"] == pytest.approx(np.mean(means))
+    within = [Comparison(about, "ours", [Result("ours", 0.5, None, same, 4.0)]).rows()[0] for same in draws]
+    low, high = row["agreement_interval"]
+    assert "agreement_draws" not in within[0]
+    assert all(high - low > 1.5 * np.ptp(one["agreement_interval"]) for one in within), "images alone say less"
+    error = np.std(means, ddof=1) / 3**0.5
+    assert (high - low) / 2 == pytest.approx(1.96 * error, rel=0.35), "as of the mean of three draws"
+    assert "; draws ± 0.0" in markdown([{**row, "keep": 0.5}], "ours")
+
+
+def test_a_rival_is_paired_with_every_draw_of_the_reference() -> None:
+    rng = np.random.default_rng(1)
+    same = rng.integers(0, 2, 60).astype(float)
+    ours = [Result("ours", 0.5, None, same, 4.0) for _ in range(3)]
+    rows = Comparison(list(range(60)), "ours", [*ours, Result("rival", 0.5, None, same, 4.0)]).rows()
+    (rival,) = [row for row in rows if row["method"] == "rival"]
+    assert rival["reference_ahead_interval"] == pytest.approx([0.0, 0.0]), "equal answers differ in no resample"

@@ -27,7 +27,9 @@ def test_the_interval_of_a_paired_difference_covers_it_although_questions_of_an_
         _, (low, high) = paired_difference(questions, ours, theirs)
         covered += low <= 0.0 <= high  # 0.3 * 0.2 + 0.7 = 0.76: there is no difference
         single = np.ones(questions.sum(), dtype=int)  # as if each question had an image of its own
-        flat = [np.concatenate([np.arange(n) < k for n, k in zip(questions, each)]) for each in (ours, theirs)]
+        flat = [
+            np.concatenate([np.arange(n) < k for n, k in zip(questions, each, strict=True)]) for each in (ours, theirs)
+        ]
         _, (low, high) = paired_difference(single, *flat)
         naive += low <= 0.0 <= high
     assert covered >= 463, "95% of 500, and three standard errors fewer"

@@ -43,6 +43,22 @@ RULES: list[tuple[str, dict[str, Any]]] = [
     ("LlavaNext", {"scorer": "vispruner", "selector_args": {"per": "crop"}}),
     ("LlavaOnevision", {"scorer": "visionzip", "selector_args": {"per": "sample"}}),
     ("Llava", {"scorer": "downsample"}),
+    *(
+        (name, {"scorer": "grid"})
+        for name in (
+            "Llava",
+            "LlavaNext",
+            "LlavaOnevision",
+            "VideoLlava",
+            "Qwen2.5-VL",
+            "SmolVLM",
+            "Mistral3",
+            "InternVL",
+            "Mllama",
+        )
+    ),
+    ("LlavaNext", {"scorer": "grid", "selector_args": {"per": "crop"}}),
+    ("Mllama", {"scorer": "trimmed-llama", "selector_args": {"budget": "rows"}}),
     ("LlavaNext", {"scorer": "l2-norm", "selector": "dpp", "selector_args": {"similarity": "outputs"}}),
     ("InternVL", {"scorer": "stride", "selector_args": {"per": "crop"}}),
     ("InstructBlip", {"scorer": "catp"}),

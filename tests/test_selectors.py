@@ -101,6 +101,23 @@ def test_rows_of_different_length_keep_their_own_number(name: str) -> None:
     assert keep.sum(1).tolist() == [4, 2, 1] and not (keep & ~visual).any()
 
 
+def test_the_union_at_equal_rows_is_what_heads_pick_in_turn_until_the_budget_is_reached() -> None:
+    generator = torch.Generator().manual_seed(5)
+    heads, scores = torch.rand(6, 12, 3, generator=generator), torch.rand(6, 12, generator=generator)
+    visual = torch.rand(6, 12, generator=generator) < 0.8
+    for count in (1, 2, 5):
+        keep = SELECTORS["union"](budget="rows").select(scores, visual, torch.full((6,), count), heads)
+        assert (keep.sum(1) == count).all() and not (keep & ~visual).any()
+        for row in range(6):
+            there = visual[row].nonzero()[:, 0].tolist()
+            picked: list[int] = []
+            orders = [sorted(there, key=lambda token: -heads[row, token, head]) for head in range(3)]
+            for turn in range(len(there)):
+                new = {order[turn] for order in orders} - set(picked)
+                picked += sorted(new, key=lambda token: -scores[row, token])
+            assert set(keep[row].nonzero()[:, 0].tolist()) == set(picked[:count])
+
+
 def test_the_union_keeps_what_any_head_ranks_high_and_nothing_else() -> None:
     heads = torch.tensor([[[4.0, 3, 2, 1, 0], [0, 1, 2, 3, 4], [4, 3, 2, 1, 9]]]).transpose(1, 2)
     visual = torch.tensor([[True, True, True, True, False]])

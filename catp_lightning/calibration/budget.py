@@ -10,6 +10,7 @@ and images that are independent draws from what the model will see: one question
 import operator
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 from scipy.stats import beta
 
@@ -147,6 +148,7 @@ def walk(promise: Promise, disagreed: Sequence[int], images: int) -> Walk:
     return Walk(tuple(steps), passed - 1 if passed else None)
 
 
+@lru_cache(maxsize=4096)  # the inverse of the beta distribution takes longer than a small test does
 def upper_bound(disagreed: int, images: int, confidence: float) -> float:
     """Exact (Clopper-Pearson) one-sided upper bound of the share that disagrees, when `disagreed` of `images` do.
 

@@ -14,7 +14,7 @@ from matplotlib.ticker import MaxNLocator, NullLocator
 from catp_lightning.counts import keep_count
 from catp_lightning.policy import PruningPolicy
 
-CONTROLS = {"random": "s", "stride": "^", "l2-norm": "v", "diversity of outputs": "D"}
+CONTROLS = {"random": "s", "stride": "^", "grid": "P", "l2-norm": "v", "diversity of outputs": "D"}
 """Candidates that the retention curve compares with, and their markers."""
 
 AGREEMENT = "share of answers as the unpruned model's"

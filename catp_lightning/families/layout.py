@@ -1,5 +1,6 @@
 """Which placeholders belong to which image, for every way in which models cut, pad and pool images."""
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -23,12 +24,46 @@ class Image:
         pixels: its own, of any shape, without padding: they identify it.
         always: bool [tokens], those that stand for no patch and always stay; None: none.
         crops: int64 [tokens], the crop each is of; None where the image is not cut.
+        shape: rows and columns of its patches, of which the first may be left out; None: a square where their number
+            is one, of each crop.
     """
 
     tokens: int
     pixels: Tensor
     always: Tensor | None = None
     crops: Tensor | None = None
+    shape: tuple[int, int] | None = None
+
+    def places(self) -> Tensor:
+        """Part, row and column of each token's patch: int64 [tokens, 3], row and column -1 where it stands for none.
+
+        Crops are parts of their own; only where line ends stand among them do those beyond the first, the whole
+        image, make one picture together. Patches whose grid is not known are one line.
+        """
+        ends = torch.zeros(self.tokens, dtype=torch.bool) if self.always is None else self.always.cpu()
+        part = torch.zeros(self.tokens, dtype=torch.long) if self.crops is None else self.crops.cpu()
+        if stitched := bool((ends & (part.cummax(0).values > 0)).any()):
+            part = part.clamp(max=1)
+        found = torch.stack([part, torch.full_like(part, -1), torch.full_like(part, -1)], 1)
+        for number in part.unique().tolist():
+            own = (part == number) & ~ends
+            index = torch.arange(int(own.sum()))
+            if stitched and number:
+                row = ends.cumsum(0)[own]
+                row = row - row[:1]
+                column = index - (row[:, None] > row).sum(1)
+            else:
+                rows, columns = self.shape or _square(len(index))
+                place = index + rows * columns - len(index)
+                row, column = place // columns, place % columns
+            found[own, 1], found[own, 2] = row, column
+        return found
+
+
+def _square(patches: int) -> tuple[int, int]:
+    """Rows and columns of a square of patches, or of one line where their number is no square."""
+    side = math.isqrt(patches)
+    return (side, side) if side * side == patches else (1, max(1, patches))
 
 
 @dataclass(frozen=True)
@@ -100,6 +135,13 @@ class Layout:
         padded = [torch.nn.functional.pad(value, (0, self.exists.shape[1] - value.shape[-1])) for value in values]
         return torch.stack(padded).to(self.exists.device)
 
+    def places(self) -> Tensor:
+        """Where the patch of each token lies in its image: int64 [I, T, 3], as `Image.places`."""
+        found = [image.places() for image in self.images]
+        device, widest = self.exists.device, self.exists.shape[1]
+        padded = [torch.nn.functional.pad(places, (0, 0, 0, widest - len(places)), value=-1) for places in found]
+        return torch.stack(padded).to(device) if padded else torch.zeros(0, 0, 3, dtype=torch.long, device=device)
+
     def fingerprints(self) -> Tensor:
         """A checksum of each image's pixels: int64 [I]."""
         return torch.cat([fingerprint(image.pixels[None]) for image in self.images]).to(self.exists.device)
@@ -159,7 +201,11 @@ def sized_images(model: Any, prompt: "DecoderPrompt", counts: Mapping[int, int])
     side = model.config.vision_config.patch_size * getattr(model.config, "spatial_merge_size", 1)
     return {
         int(model.config.image_token_id): [
-            Image((height // side) * (width // side), picture[:, :height, :width])
+            Image(
+                (height // side) * (width // side),
+                picture[:, :height, :width],
+                shape=(height // side, width // side),
+            )
             for picture, (height, width) in zip(pixels, torch.as_tensor(sizes).tolist(), strict=True)
         ]
     }
@@ -168,7 +214,7 @@ def sized_images(model: Any, prompt: "DecoderPrompt", counts: Mapping[int, int])
 def gridded_images(model: Any, prompt: "DecoderPrompt", counts: Mapping[int, int]) -> Images:
     """Qwen-VL: patches of all images one after the other; `image_grid_thw` [I, 3] counts them. A frame is a t."""
     found: Images = {}
-    merged = model.config.vision_config.spatial_merge_size**2
+    side = model.config.vision_config.spatial_merge_size
     for token, pixels, grid in (
         (model.config.image_token_id, "pixel_values", "image_grid_thw"),
         (model.config.video_token_id, "pixel_values_videos", "video_grid_thw"),
@@ -176,9 +222,12 @@ def gridded_images(model: Any, prompt: "DecoderPrompt", counts: Mapping[int, int
         patches, grids = prompt.arguments.get(pixels), prompt.arguments.get(grid)
         if patches is None or grids is None:
             continue
-        areas = [height * width for frames, height, width in grids.tolist() for _ in range(frames)]
-        parts = patches.split(areas)
-        found[int(token)] = [Image(area // merged, part) for area, part in zip(areas, parts, strict=True)]
+        sides = [(height, width) for frames, height, width in grids.tolist() for _ in range(frames)]
+        parts = patches.split([height * width for height, width in sides])
+        found[int(token)] = [
+            Image(height * width // side**2, part, shape=(height // side, width // side))
+            for (height, width), part in zip(sides, parts, strict=True)
+        ]
     return found
 
 

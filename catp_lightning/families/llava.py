@@ -117,6 +117,9 @@ class Llava(Placeholder):
             own = {
                 id_: [replace(one, always=torch.arange(one.tokens) == 0) for one in all_] for id_, all_ in own.items()
             }
+        if self.tokens_per_image == self._patches() - 1:  # the first patch is left out
+            side = self._side()
+            own = {id_: [replace(one, shape=(side, side)) for one in all_] for id_, all_ in own.items()}
         return {**found, **own}
 
     @property
@@ -161,9 +164,12 @@ class Llava(Placeholder):
             for share, image in zip(self._packed(of_crop, prompt.arguments), own, strict=True)
         ]
 
-    def _patches(self) -> int:
+    def _side(self) -> int:
         vision = self.model.config.vision_config
-        return int(vision.image_size // vision.patch_size) ** 2
+        return int(vision.image_size // vision.patch_size)
+
+    def _patches(self) -> int:
+        return self._side() ** 2
 
     def _crop_counts(self, arguments: Mapping[str, Any]) -> list[int]:
         sizes, config, several = arguments["image_sizes"], self.model.config, arguments.get("batch_num_images")

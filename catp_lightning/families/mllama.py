@@ -1,5 +1,6 @@
 """Llama-3.2-Vision: some layers of the language model read image rows by cross-attention, from a cache of their own."""
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, cast
@@ -149,7 +150,7 @@ class Mllama(Family):
 
     @property
     def signals(self) -> frozenset[Signal]:
-        return frozenset({Signal.OUTPUTS, Signal.FINGERPRINT})
+        return frozenset({Signal.OUTPUTS, Signal.PLACE, Signal.FINGERPRINT})
 
     @property
     def at_entry(self) -> frozenset[Signal]:
@@ -183,7 +184,16 @@ class Mllama(Family):
                 prompt.arguments["pixel_values"][:: prompt.beams].flatten(0, 1)[images]
             )
         tile = torch.arange(self.tiles, device=exists.device).repeat_interleave(self.rows_per_tile)
+        if Signal.PLACE in wanted:
+            found[Signal.PLACE] = self._places(tile).expand(int(images.sum()), -1, -1)
         return Observation(exists[images], self.layers(), found, crops=tile.expand(int(images.sum()), -1))
+
+    def _places(self, tile: Tensor) -> Tensor:
+        """Tile, row and column of each of an image's rows, -1 for a [CLS]: int64 [T] -> [T, 3]."""
+        patch = torch.arange(len(tile), device=tile.device) % self.rows_per_tile - 1
+        side = math.isqrt(self.rows_per_tile - 1)
+        row = torch.where(patch < 0, -1, patch // side)
+        return torch.stack([tile, row, torch.where(patch < 0, -1, patch % side)], 1)
 
 
 def attention_of(module: Any, hidden: Tensor, states: Tensor, mask: Tensor) -> Tensor:

@@ -153,7 +153,7 @@ class Placeholder(Family):
 
     @property
     def at_entry(self) -> frozenset[Signal]:
-        return frozenset({Signal.OUTPUTS, Signal.READ, Signal.TEXT, Signal.FINGERPRINT})
+        return frozenset({Signal.OUTPUTS, Signal.READ, Signal.TEXT, Signal.PLACE, Signal.FINGERPRINT})
 
     def attention_site(self, signal: Signal, layer: int) -> AttentionSite:
         raise NotImplementedError(signal)
@@ -195,6 +195,8 @@ class Placeholder(Family):
             found[Signal.TEXT], text = (part[samples] for part in prompt.text())
         if Signal.FINGERPRINT in wanted:
             found[Signal.FINGERPRINT] = layout.fingerprints()
+        if Signal.PLACE in wanted:
+            found[Signal.PLACE] = layout.places()
         return Observation(layout.exists, self.layers(), found, layout.always, layout.crops, text)
 
     def on_tokens(self, values: Values, prompt: "DecoderPrompt") -> dict[Any, list[Tensor]]:

@@ -3,7 +3,7 @@
 from catp_lightning.scorers.base import AttentionScorer, Scorer
 from catp_lightning.scorers.catp import CATP
 from catp_lightning.scorers.cdpruner import CDPruner
-from catp_lightning.scorers.controls import L2Norm, Position, Random, Stride
+from catp_lightning.scorers.controls import Grid, L2Norm, Position, Random, Stride
 from catp_lightning.scorers.cross_attention import CrossAttention
 from catp_lightning.scorers.dart import DART
 from catp_lightning.scorers.divprune import DivPrune
@@ -42,6 +42,7 @@ _OWN: dict[str, type[Scorer]] = {
     "l2-norm": L2Norm,
     "position": Position,
     "stride": Stride,
+    "grid": Grid,
     "downsample": Downsample,
     "random": Random,
 }

@@ -19,10 +19,12 @@ class Scorer(ABC):
     Attributes:
         selector: name of the selector this method uses unless the policy names another.
         control: whether the method is a control that any real method must beat, and no finding of a calibration.
+        published: whether it is a rule that its authors publish as a method: a control may be one too.
     """
 
     selector: ClassVar[str] = "top-k"
     control: ClassVar[bool] = False
+    published: ClassVar[bool] = True
 
     @property
     @abstractmethod

@@ -16,6 +16,7 @@ class L2Norm(Scorer):
     """Euclidean norm of the token as it leaves the vision part; a baseline of 2404.08567."""
 
     control: ClassVar[bool] = True
+    published: ClassVar[bool] = False
 
     @property
     def needs(self) -> Needs:
@@ -35,6 +36,7 @@ class Position(Scorer):
     """
 
     control: ClassVar[bool] = True
+    published: ClassVar[bool] = False
     weights: tuple[float, ...] | None = None
 
     @property
@@ -48,13 +50,16 @@ class Position(Scorer):
 
 @dataclass(frozen=True)
 class Stride(Scorer):
-    """Evenly spaced tokens: every second at one half, every fourth at a quarter.
+    """Evenly spaced tokens in their order, line by line: every second at one half, every fourth at a quarter.
+
+    Where tokens are patches of an image `grid` spreads them evenly in both directions, and is the harder control.
 
     Tokens are ranked by their bit-reversed index (the van der Corput order), so that a smaller budget keeps a subset
     of a larger one, and every budget is spread as evenly as a nested order can be.
     """
 
     control: ClassVar[bool] = True
+    published: ClassVar[bool] = False
 
     @property
     def needs(self) -> Needs:
@@ -70,6 +75,22 @@ class Stride(Scorer):
 
 
 @dataclass(frozen=True)
+class Grid(Scorer):
+    """All tokens are equal: its selector, `grid`, keeps evenly spaced rows and columns of the image."""
+
+    selector: ClassVar[str] = "grid"
+    control: ClassVar[bool] = True
+    published: ClassVar[bool] = False
+
+    @property
+    def needs(self) -> Needs:
+        return {}
+
+    def score(self, seen: Observation) -> Tensor:
+        return torch.zeros(seen.exists.shape, dtype=torch.float32, device=seen.exists.device)
+
+
+@dataclass(frozen=True)
 class Random(Scorer):
     """Random tokens, drawn from the seed and the image's pixels: batch, rank and decoding step do not matter.
 
@@ -78,6 +99,7 @@ class Random(Scorer):
     """
 
     control: ClassVar[bool] = True
+    published: ClassVar[bool] = False
     seed: int = 0
 
     def __post_init__(self) -> None:

@@ -12,7 +12,10 @@ from catp_lightning.scorers.base import Scorer
 
 @dataclass(frozen=True)
 class DivPrune(Scorer):
-    """All tokens are equal: its selector, `max-min`, keeps those that lie far from each other (section 3, MMDP)."""
+    """All tokens are equal: its selector, `max-min`, keeps those that lie far from each other (section 3, MMDP).
+
+    A published rule, and a control too: it looks at no attention and no question.
+    """
 
     selector: ClassVar[str] = "max-min"
     control: ClassVar[bool] = True

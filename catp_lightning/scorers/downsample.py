@@ -16,6 +16,7 @@ class Downsample(Scorer):
 
     selector: ClassVar[str] = "pool"
     control: ClassVar[bool] = True
+    published: ClassVar[bool] = False
 
     @property
     def needs(self) -> Needs:

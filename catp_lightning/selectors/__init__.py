@@ -5,6 +5,7 @@ from catp_lightning.selectors.conditional_dpp import ConditionalDPP
 from catp_lightning.selectors.context_merge import ContextMerge
 from catp_lightning.selectors.dart import DART
 from catp_lightning.selectors.dpp import DPP
+from catp_lightning.selectors.grid import Grid
 from catp_lightning.selectors.max_min import MaxMin
 from catp_lightning.selectors.pool import Pool
 from catp_lightning.selectors.prune_similar import PruneSimilar
@@ -22,6 +23,7 @@ SELECTORS: dict[str, type[Selector]] = {
     "context-merge": ContextMerge,
     "max-min": MaxMin,
     "conditional-dpp": ConditionalDPP,
+    "grid": Grid,
     "pool": Pool,
 }
 

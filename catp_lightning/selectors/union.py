@@ -1,6 +1,7 @@
 """The union over heads of what each ranks high (Trimmed Llama, 2504.00557)."""
 
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -13,8 +14,13 @@ from catp_lightning.selectors.base import Selector, ranked
 class Union(Selector):
     """Each head of a cross-attention layer picks its share of rows; what any head picks stays.
 
-    The budget is each head's: the union is larger, and its size differs between images. Compare by tokens kept.
+    Attributes:
+        budget: whose the budget is. "head", as published: each head picks that many, so that the union is larger and
+            its size differs between images; compare by tokens kept. "rows": the union's own, for comparison at equal
+            rows: heads pick in turn until it is reached, and of rows of equal rank those with the higher score join.
     """
+
+    budget: Literal["head", "rows"] = "head"
 
     @property
     def needs(self) -> Needs:
@@ -25,6 +31,10 @@ class Union(Selector):
         return seen.by_layer(Signal.TEXT_ATTENTION).flatten(1, 2).transpose(1, 2)
 
     def ranks(self, scores: Tensor, visual: Tensor, most: int, vectors: Tensor | None) -> Tensor:
-        """The best rank that any head gives a token; several tokens share one."""
+        """The best rank that any head gives a token; several tokens share one where the budget is each head's."""
         assert vectors is not None  # `vectors` above always gives some
-        return torch.stack([ranked(head, visual) for head in vectors.unbind(2)]).amin(0)
+        best = torch.stack([ranked(head, visual) for head in vectors.unbind(2)]).amin(0)
+        if self.budget == "head":
+            return best
+        by_score = ranked(scores, visual)
+        return ranked(-(best * visual.shape[1] + by_score).double(), visual)

@@ -35,6 +35,8 @@ SCENES: dict[str, tuple[int, str]] = {
     "calibration_questions": (512, "Questions about the scenes that `calibrated` is measured on."),
     "seed": (0, "Of those scenes."),
 }
+DRAWS = 3
+"""Calibrations of a shipped model, each on questions of its own."""
 QUIET: dict[str, Any] = {"logger": False, "enable_model_summary": False, "enable_checkpointing": False}
 OWN = ("-h", "--help", "--print_config", "--model", "--model.model", "--model.class_path", "--model.init_args.model")
 SPLITS: tuple[Split, Split] = ("calibration", "test")
@@ -59,6 +61,9 @@ class Sweep(Command):
         parser.add_argument("--reference", type=str | None, help=help_)
         help_ = "Folder for the tables, the plots and every job's answers; the same command again goes on there."
         parser.add_argument("--output", type=str, default=OUTPUT, help=help_)
+        help_ = "Parts of the calibration split to calibrate on, each by itself: tables then show how far calibrations "
+        help_ += f"differ. Shipped models have {DRAWS}, each of --calibration_questions; by default others have 1."
+        parser.add_argument("--calibration_draws", type=int | None, help=help_)
         for name, (default, help_) in SCENES.items():
             parser.add_argument(f"--{name}", type=int, default=default, help=help_)
 
@@ -72,6 +77,8 @@ class Sweep(Command):
             raise ArgumentError(
                 None, "A sweep answers every question of its data: give fewer of them, not limit_predict_batches."
             )
+        if config.calibration_draws is not None and config.calibration_draws < 1:
+            raise ArgumentError(None, f"calibration_draws is {config.calibration_draws}; it is at least 1.")
         if config.trainer.devices == "auto":
             config.trainer.devices = 1
         return []
@@ -93,7 +100,13 @@ class Sweep(Command):
             first: Any = [next(iter(test()))]
             self._predict(DataLoader(first, batch_size=None), None, ckpt_path=self.config.ckpt_path)
         self.found = sweep_model(
-            reading, self.names, self.budgets, self.config.layers, self.config.reference, Path(self.config.output)
+            reading,
+            self.names,
+            self.budgets,
+            self.config.layers,
+            self.config.reference,
+            Path(self.config.output),
+            self.config.calibration_draws or 1,
         )
 
     def _predict(self, loader: Any, callback: Callback | None, **options: Any) -> Sequence[Any]:
@@ -159,7 +172,10 @@ def _scenes(output: Path, model: str, split: Split) -> Path:
 
 
 def _write_scenes(config: Any, model: str) -> None:
-    for split, count in zip(SPLITS, (config.calibration_questions, config.questions), strict=True):
+    if config.calibration_draws is None:
+        config.calibration_draws = DRAWS
+    counts = (config.calibration_questions * config.calibration_draws, config.questions)
+    for split, count in zip(SPLITS, counts, strict=True):
         write_scenes(_scenes(Path(config.output), model, split), split, count, config.seed, grids=GRIDS[model])
 
 

@@ -3,9 +3,10 @@
 import copy
 import json
 import shutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence, Sized
 from dataclasses import dataclass
 from functools import partial
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ import torch
 from lightning.pytorch import LightningModule
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Subset
 
 from catp_lightning.calibration.figures import png
 from catp_lightning.calibration.identity import model_fingerprint
@@ -63,6 +64,7 @@ def sweep_model(
     layers: bool,
     reference: str | None,
     output: Path,
+    draws: int = 1,
 ) -> ModelTable:
     """Compare methods on one model; what an earlier run has finished is not done again.
 
@@ -72,6 +74,7 @@ def sweep_model(
         budgets: at which each is compared.
         layers: whether attention scorers are asked layer by layer as well.
         reference: the method that others are compared with; None: `CALIBRATED`, or the first.
+        draws: parts of the calibration split to calibrate on, each by itself.
         output: gets a folder named as the model: `table.md`, `table.json`, `accuracy.png`, `jobs` and `policies`.
 
     Raises:
@@ -92,13 +95,18 @@ def sweep_model(
     jobs = [
         Job(rule.title, rule.name, rule.policy(keep), rule.control, rule.guided) for rule in found for keep in budgets
     ]
+    loaders = _calibration_draws(reading, draws)
     for title in reversed(calibrations):
-        place = folder / "policies" / title.replace(" ", "-")
-        policies = calibrated(reading, title.partition(" ")[2], budgets, settings, place, console)
-        if isinstance(policies, str):
-            notes[title] = policies
-        else:
-            jobs = [Job(title, title, policy) for policy in policies] + jobs
+        for number, loader in reversed(list(enumerate(loaders, 1))):
+            name_of_draw = title if number == 1 else f"{title} draw {number}"
+            place = folder / "policies" / name_of_draw.replace(" ", "-")
+            policies = calibrated(reading, loader, title.partition(" ")[2], budgets, settings, place, console)
+            if isinstance(policies, str):
+                notes[title] = policies
+            else:
+                jobs = [Job(title, name_of_draw, policy) for policy in policies] + jobs
+        if not loaders:
+            notes[title] = "The data has no calibration split."
     outcomes = dict(_outcomes(jobs, runner, notes, f"{name}:", console))
     if not outcomes:
         raise PolicyError(f"None of {', '.join(names)} makes sense on {name}: {next(iter(notes.values()))}")
@@ -133,8 +141,33 @@ def _outcomes(
         progress.update(task, description=f"{name} compared")
 
 
+def _calibration_draws(reading: Reading, draws: int) -> list[Any]:
+    """Loaders of `draws` parts of the calibration split that follow each other; none where there is no split.
+
+    Raises:
+        PolicyError: the split cannot be divided, or is too small to be.
+    """
+    if reading.calibration is None:
+        return []
+    loader = reading.calibration()
+    if draws == 1:
+        return [loader]
+    data = getattr(loader, "dataset", None)
+    if not isinstance(loader, DataLoader) or not isinstance(data, Sized) or len(data) < draws:
+        raise PolicyError(
+            f"calibration_draws is {draws}, but the calibration split cannot be divided into as many parts: that takes "
+            "a DataLoader over a data set with a length, of at least so many questions. Give calibration_draws=1."
+        )
+    ends = [len(data) * part // draws for part in range(draws + 1)]
+    return [
+        DataLoader(Subset(data, range(first, end)), batch_size=loader.batch_size, collate_fn=loader.collate_fn)  # type: ignore[arg-type]
+        for first, end in pairwise(ends)
+    ]
+
+
 def calibrated(
     reading: Reading,
+    loader: Any,
     scorer: str,
     budgets: Sequence[int | float],
     settings: Mapping[str, Any],
@@ -143,11 +176,9 @@ def calibrated(
 ) -> list[PruningPolicy] | str:
     """A policy for each budget, those of an earlier run where nothing has changed; or why there is none.
 
-    `scorer` is the one method that is calibrated; empty: everything competes.
+    `loader` gives the calibration data; `scorer` is the one method that is calibrated; empty: everything competes.
     """
-    if reading.calibration is None:
-        return "The data has no calibration split."
-    loader, file = reading.calibration(), folder / "settings.json"
+    file = folder / "settings.json"
     now = {**settings, "data": data_fingerprint(loader), "keep": [repr(keep) for keep in budgets]}
     now = json.loads(json.dumps(now))  # as it comes back from a file
     try:
@@ -189,8 +220,11 @@ def _table(
     for job, outcome in outcomes.items():
         assert outcome.tokens_kept is not None
         comparison.results.append(_result(job.title, job.policy.keep, outcome, full, outcome.tokens_kept, batches))
-    controls = {job.title for job in outcomes if job.control}
-    rows = [{**row, "control": row["method"] in controls} for row in comparison.rows()]
+    controls = {job.title: SCORERS[job.policy.scorer].published for job in outcomes if job.control}
+    rows = [
+        {**row, "control": row["method"] in controls, "published": controls.get(row["method"], False)}
+        for row in comparison.rows()
+    ]
     if (best := rows[0].get("accuracy")) is not None:
         rows = [{**row, "accuracy_share": row["accuracy"] / best if best else None} for row in rows]
     about = f"{len(images)} questions about {len(set(images))} images."

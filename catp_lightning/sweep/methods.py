@@ -18,6 +18,11 @@ ALL, CALIBRATED = "all", "calibrated"
 IMPROVED = ("fastervlm", "fastv", "trimmed-llama")
 """Methods whose own layers and head weights `all` calibrates, beside the free choice."""
 RANDOM_SEEDS = (0, 1, 2)
+SETTINGS: dict[str, tuple[tuple[str, dict[str, Any], dict[str, Any]], ...]] = {
+    "catp": (("catp weighted by image token", {"image_weight": "received"}, {}),),
+    "trimmed-llama": (("trimmed-llama at equal rows", {}, {"budget": "rows"}),),
+}
+"""Other published settings of a method that are compared too: title, arguments of the scorer and of the selector."""
 GUIDED = "{} (guided by the model itself)"
 
 
@@ -30,6 +35,7 @@ class Rule:
         name: unique.
         control: whether it is a control that a real method must beat.
         guided: whether another model's attention is read; here it is the model's own.
+        selector_args: of the method's own selector.
     """
 
     title: str
@@ -38,9 +44,10 @@ class Rule:
     args: Mapping[str, Any] = field(default_factory=dict)
     control: bool = False
     guided: bool = False
+    selector_args: Mapping[str, Any] = field(default_factory=dict)
 
     def policy(self, keep: int | float) -> PruningPolicy:
-        return PruningPolicy(self.scorer, self.args, keep=keep)
+        return PruningPolicy(self.scorer, self.args, selector_args=self.selector_args, keep=keep)
 
 
 @dataclass(frozen=True, eq=False)
@@ -116,6 +123,8 @@ def _of_scorer(name: str, family: Family, layers: bool) -> Iterator[Rule]:
         return
     guided = Signal.GUIDE in scorer().needs
     yield Rule(GUIDED.format(name) if guided else name, name, name, control=scorer.control, guided=guided)
+    for title, scorer_args, selector_args in SETTINGS.get(name, ()):
+        yield Rule(title, title, name, scorer_args, scorer.control, guided, selector_args)
     if layers:
         for args in _single_layers(scorer(), family):
             at = "at layer" if "layer" in args else "layer"  # where tokens leave, or which layer is asked

@@ -4,15 +4,16 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from catp_lightning.comparison import markdown_table
+from catp_lightning.comparison import markdown_table, over_draws
 
 Row = Mapping[str, Any]
 
 READING = """\
-Intervals are 95% and resample images. Agreement is with the answers of the unpruned model. Tokens are those that stay
-of a sample; where they leave inside the decoder the table adds how many a layer reads, the mean over its layers.
-*Ahead* is how far the reference is ahead in agreement, paired by question. The best method stands first. A method that
-does not beat the controls is not ahead.
+Intervals are 95% and resample images and, where a method has several draws (calibrations on different data, random
+seeds), those too; *over draws* is their standard deviation and range. Agreement is with the answers of the unpruned
+model. Tokens are those that stay of a sample; where they leave inside the decoder the table adds how many a layer
+reads, the mean over its layers. *Ahead* is how far the reference is ahead in agreement, paired by question. The best
+method stands first. A method that does not beat the controls is not ahead.
 """
 
 
@@ -24,7 +25,8 @@ class ModelTable:
         name: of the model.
         about: what was asked, in a line.
         reference: the title of the method that the others are compared with.
-        rows: of `Comparison.rows`, with `control`, and `accuracy_share` where accuracy was measured; None: of 0.
+        rows: of `Comparison.rows`, with `control`, `published` (whether a control is a published rule as well), and
+            `accuracy_share` where accuracy was measured; None: of 0.
         notes: by title, why a method is not in the table.
     """
 
@@ -69,17 +71,21 @@ class ModelTable:
         rows = self.at(keep)
         inside = any("tokens_per_layer" in row for row in rows)
         head = ["method", *(["accuracy (95%)", "% of unpruned"] if self.measured else []), "agreement (95%)", "tokens"]
-        head += [*(["tokens per layer"] if inside else []), "ahead (95%)"]
+        head += ["tokens per layer"] if inside else []
+        head += ["agreement over draws"] if any("agreement_draws" in row for row in self.rows) else []
+        head.append("ahead (95%)")
         return markdown_table(head, [self._cells(row, inside) for row in rows])
 
     def _cells(self, row: Row, inside: bool) -> list[str]:
         title = f"**{row['method']}**" if row["method"] == self.reference else row["method"]
-        cells = [f"{title} (control)" if row["control"] else title]
+        cells = [title + kind(row)]
         if self.measured:
             cells += [_interval(row, "accuracy"), share(row)]
         cells += [_interval(row, "agreement"), f"{row['tokens']:.1f}"]
         if inside:
             cells.append(f"{row.get('tokens_per_layer', row['tokens']):.1f}")
+        if any("agreement_draws" in row for row in self.rows):
+            cells.append(over_draws(row, "agreement"))
         return [*cells, _interval(row, "reference_ahead", "+") if "reference_ahead" in row else ""]
 
     def ratios(self) -> str:
@@ -107,10 +113,10 @@ def combined(tables: Sequence[ModelTable]) -> str:
     measured."""
     columns = [(table, keep) for table in tables for keep in table.budgets]
     methods = dict.fromkeys(row["method"] for table in tables for row in table.rows[1:])
-    controls = {row["method"] for table in tables for row in table.rows if row["control"]}
+    kinds = {row["method"]: kind(row) for table in tables for row in table.rows}
     lines = []
     for method in methods:
-        cells = [f"{method} (control)" if method in controls else method]
+        cells = [method + kinds[method]]
         for table, keep in columns:
             row = next((row for row in table.at(keep)[1:] if row["method"] == method), None)
             cells.append("-" if row is None else share(row))
@@ -121,6 +127,13 @@ def combined(tables: Sequence[ModelTable]) -> str:
         "ones); - where a method\nmakes no sense on a model. Intervals and reasons are in each model's own table.\n\n"
     )
     return about + markdown_table(head, lines)
+
+
+def kind(row: Row) -> str:
+    """What stands behind a method's name where it is a control."""
+    if not row["control"]:
+        return ""
+    return " (published, also a control)" if row["published"] else " (control)"
 
 
 def share(row: Row) -> str:

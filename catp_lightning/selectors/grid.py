@@ -1,0 +1,103 @@
+"""Evenly spaced rows and columns of an image: the two-dimensional control."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from itertools import groupby, pairwise
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from catp_lightning.observation import Needs, Observation, Signal
+from catp_lightning.selectors.base import Selector
+
+
+@dataclass(frozen=True)
+class Grid(Selector):
+    """Keeps evenly spaced patches of evenly spaced rows, as far apart down as across; scores do not count.
+
+    Of n patches in R rows of W, round(sqrt(n R / W)) rows are used, each at the middle of an equal share of the image,
+    and in each row evenly many patches, placed alike: at a quarter every second row and column. Crops and tiles each
+    get a share of the budget by their size. A token that is no patch, the [CLS] of a tile, comes last. Where the grid
+    of an image is not known, its tokens are one row.
+    """
+
+    nested: ClassVar[bool] = False
+
+    def __post_init__(self) -> None:
+        if self.per == "sample":
+            raise ValueError('per is "sample"; rows and columns are those of one image: "image" or "crop".')
+
+    @property
+    def needs(self) -> Needs:
+        return {Signal.PLACE: None}
+
+    def vectors(self, seen: Observation) -> Tensor:
+        """Part, row and column of each token: int64 [I, T, 3]."""
+        return seen[Signal.PLACE]
+
+    def select(self, scores: Tensor, visual: Tensor, counts: Tensor, vectors: Tensor | None) -> Tensor:
+        assert vectors is not None  # `vectors` above always gives some
+        parts_and_rows = vectors[..., :2].tolist()
+        keep = torch.zeros(visual.shape, dtype=torch.bool)
+        for image, (there, count) in enumerate(zip(visual.tolist(), counts.tolist(), strict=True)):
+            lines = [
+                tuple(place) if exists else None for place, exists in zip(parts_and_rows[image], there, strict=True)
+            ]
+            tokens = [token for token, line in enumerate(lines) if line is not None]
+            patches = [token for token in tokens if parts_and_rows[image][token][1] >= 0]
+            others = [token for token in tokens if parts_and_rows[image][token][1] < 0]
+            rows = [(line, len(list(same))) for line, same in groupby(lines[token] for token in patches)]
+            widths = tuple(
+                tuple(width for _, width in same) for _, same in groupby(rows, key=lambda row: row[0] and row[0][0])
+            )
+            chosen = spread(widths, min(count, len(patches)))
+            keep[image, [patches[place] for place in chosen] + others[: count - len(chosen)]] = True
+        return keep.to(visual.device)
+
+
+@lru_cache(maxsize=1024)
+def spread(widths: tuple[tuple[int, ...], ...], count: int) -> tuple[int, ...]:
+    """Places, ascending, of `count` evenly spaced patches.
+
+    Args:
+        widths: of each part of an image, how many patches each of its rows has.
+        count: at most all of them.
+
+    >>> spread(((4, 4, 4, 4),), 4), spread(((3, 3), (1,)), 7)
+    ((5, 7, 13, 15), (0, 1, 2, 3, 4, 5, 6))
+    """
+    found, first = [], 0
+    for rows, own in zip(widths, _shares([sum(rows) for rows in widths], count), strict=True):
+        starts = [first + sum(rows[:row]) for row in range(len(rows))]
+        chosen = _chosen_rows(rows, own)
+        for row, some in zip(chosen, _shares([rows[row] for row in chosen], own), strict=True):
+            found += [starts[row] + place for place in _middles(rows[row], some)]
+        first += sum(rows)
+    return tuple(found)
+
+
+def _chosen_rows(widths: Sequence[int], count: int) -> list[int]:
+    """The rows that `count` patches of a part are spread over; as many more as it takes to hold them all."""
+    if count == 0:
+        return []
+    several = max(1, min(len(widths), count, round((count * len(widths) ** 2 / sum(widths)) ** 0.5)))
+    while sum(widths[row] for row in _middles(len(widths), several)) < count:
+        several += 1
+    return _middles(len(widths), several)
+
+
+def _middles(length: int, count: int) -> list[int]:
+    """The middles of `count` equal shares of `length` places."""
+    return [(2 * share + 1) * length // (2 * count) for share in range(count)]
+
+
+def _shares(sizes: Sequence[int], count: int) -> list[int]:
+    """`count` dealt out by size, none getting more than its own."""
+    ends = [0]
+    for size in sizes:
+        ends.append(ends[-1] + size)
+    return (
+        [count * after // ends[-1] - count * before // ends[-1] for before, after in pairwise(ends)] if ends[-1] else []
+    )
