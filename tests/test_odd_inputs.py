@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import re
 import signal
 import warnings
 from collections.abc import Callable
@@ -230,7 +231,6 @@ QUESTIONS = {
     "emoji": "👩\u200d👩\u200d👧 how many \U0001f9ff?",
     "braces": "{} {0} {image} %s",
     "marks of other models": "what is <|image|> and [INST] here",
-    "end of the answer": "a </s> b <pad> c",
     "half a combined character": "e\u0301 \u0301",
 }
 
@@ -249,17 +249,22 @@ def test_odd_questions_are_answered_pruned_whatever_stands_beside_them(tmp_path:
 @pytest.mark.parametrize(
     ("name", "question"),
     [
+        *[(name, "is </s> here?") for name in ("digits_blip2", "digits_llava", "digits_mllama")],
         ("digits_blip2", "is <image> here?"),
         ("digits_llava", "is <image> here?"),
+        ("digits_llava", "is <pad> here?"),
+        ("digits_llava", "is <unk> here?"),
         ("digits_mllama", "is <|image|> here?"),
+        ("digits_mllama", "is <|begin_of_text|> here?"),
     ],
 )
-def test_a_question_that_holds_the_image_token_is_refused_by_its_number(
+def test_a_question_that_holds_a_special_token_is_refused_by_its_number(
     tmp_path: Path, name: str, question: str
 ) -> None:
     split = split_of(tmp_path, {"x": encoded(noise(64, 64))}, [QUESTION, question])
     loader = VQADataModule(str(shipped(name)), predict=split, prompt=PROMPTS[name])
-    with pytest.raises(DataError, match=r"Question 10, 'is <\|?image\|?> here\?', holds '<"):
+    mark = question.split()[1]
+    with pytest.raises(DataError, match=re.escape(f"Question 10, {question!r}, holds {mark!r}")):
         next(iter(loader.predict_dataloader()))
 
 
