@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from catp_lightning.dropping.watching import replaced
+from catp_lightning.endings import Endings, warned_of_chance
 from catp_lightning.errors import PruningError
 from catp_lightning.families import Family
 from catp_lightning.hooks import hooked
@@ -22,7 +23,7 @@ class Answer:
 
     Attributes:
         ids: int64 [R, A].
-        valid: bool [R, A], True up to and with the end-of-sequence token.
+        valid: bool [R, A], True up to and with the token that ended it.
         prompts: number of prompts, B; R is a multiple of it.
         row: int64 [B], the column of the prompt whose output predicts the first token.
     """
@@ -56,11 +57,12 @@ def listening(
     Args:
         family: of the model.
         after: called with the answer.
-        before: called first, with a function that makes the same call, with a cache of its own, and returns its answer.
+        before: called first, with a function that makes the same call, with a cache of its own and without the
+            caller's streamer, and returns its answer.
         active: whether a call that begins is heard.
 
     Raises:
-        PruningError: answers are sampled, so that two runs of the very same model differ.
+        PruningError: answers are sampled or end by the clock, so that two runs of the very same model differ.
     """
     model = family.model
     forward: Callable[..., Any] = model.forward
@@ -69,22 +71,25 @@ def listening(
     def quietly(call: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         state["inside"] = True
         try:
-            return call(*args, **kwargs)
+            with warned_of_chance(model):
+                return call(*args, **kwargs)
         finally:
             state["inside"] = False
 
-    def again(call: Callable[..., Any], args: Any, kwargs: Any) -> Any:
-        return quietly(call, args, {key: value for key, value in kwargs.items() if key != "past_key_values"})
+    def answered(generate: Callable[..., Any], args: Any, kwargs: Any, named: dict[str, Any]) -> tuple[Any, Answer]:
+        endings = Endings(family.language_model)
+        with endings.watched():
+            output = quietly(generate, args, kwargs)
+        return output, generated(endings, output, named)
 
     def listened_generate(generate: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         if state["inside"] or not active():
             return generate(*args, **kwargs)
         named = _named(generate, args, kwargs)
-        _refuse_sampling(family, kwargs)
         if before is not None:
-            before(lambda: generated(family, again(generate, args, kwargs), named))
-        output = quietly(generate, args, kwargs)
-        after(generated(family, output, named))
+            before(lambda: answered(generate, args, _again(kwargs), named)[1])
+        output, answer = answered(generate, args, kwargs, named)
+        after(answer)
         return output
 
     def before_forward(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -96,7 +101,7 @@ def listening(
         named = _named(forward, args, kwargs)
         state["prompt"] = _is_prompt(named)  # the call itself will fill the cache
         if before is not None and state["prompt"]:
-            before(lambda: predicted(family, again(model, args, kwargs), named))
+            before(lambda: predicted(family, quietly(model, args, _again(kwargs)), named))
 
     def after_forward(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         if not state["inside"] and state["prompt"]:
@@ -108,7 +113,7 @@ def listening(
         yield
 
 
-def generated(family: Family, output: Any, named: dict[str, Any]) -> Answer:
+def generated(endings: Endings, output: Any, named: dict[str, Any]) -> Answer:
     """The answer in what `generate` returned: sequences, with or without the prompt before them."""
     ids = output if isinstance(output, Tensor) else output.sequences
     prompt = named.get("input_ids")
@@ -121,8 +126,8 @@ def generated(family: Family, output: Any, named: dict[str, Any]) -> Answer:
     repeated = prompt.repeat_interleave(len(ids) // prompts, 0)
     if ids.shape[1] >= length and torch.equal(ids[:, :length], repeated):
         ids = ids[:, length:]
-    ends = torch.isin(ids, torch.tensor(family.end_ids(), device=ids.device, dtype=ids.dtype))
-    valid = ends.cumsum(1) - ends.long() == 0
+    valid = endings.valid(ids, prompts, named)
+    ids = ids.masked_fill(~valid, 0)  # what beams are filled up with may be no token
     return Answer(ids, valid, prompts, torch.full((prompts,), length - 1, device=ids.device))
 
 
@@ -169,7 +174,7 @@ def compare_with_unpruned(pruning: Pruning) -> Iterator[Comparison]:
         pruning: the record of the `prune` context this runs in; its model is listened to.
 
     Raises:
-        PruningError: a call samples its answers.
+        PruningError: a call samples its answers, or ends them by the clock.
     """
     comparison, unpruned = Comparison(), []
 
@@ -189,16 +194,11 @@ def _named(call: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, An
     return {**dict(zip(names, args, strict=False)), **kwargs}
 
 
+def _again(kwargs: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in kwargs.items() if name not in ("past_key_values", "streamer")}
+
+
 def _is_prompt(named: dict[str, Any]) -> bool:
     """A forward with ids and no filled cache; decoding steps of a loop of the user's own answer nothing new."""
     cache = named.get("past_key_values")
     return named.get("input_ids") is not None and (cache is None or cache.get_seq_length() == 0)
-
-
-def _refuse_sampling(family: Family, kwargs: dict[str, Any]) -> None:
-    config = kwargs.get("generation_config") or family.generation_config
-    if kwargs.get("do_sample", config.do_sample):
-        raise PruningError(
-            "Answers are sampled (do_sample=True): two runs of one model differ, so agreement means nothing. "
-            "Generate greedily or with beams for calibration and for compare=True."
-        )

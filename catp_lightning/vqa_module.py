@@ -71,9 +71,10 @@ class VQAModule(LightningModule):
         """The generated answers, one a question, without the prompt and without spaces around them.
 
         Raises:
-            DataError: a prompt is longer than the model has positions.
+            DataError: a prompt is longer than the model has positions, or has no place for its image.
         """
         self._check_length(batch)
+        self._check_image_tokens(batch)
         dtype = self.model.dtype
         # A model loaded in half precision gets float32 pixels from the processor where the Trainer converts nothing.
         inputs = {
@@ -94,6 +95,21 @@ class VQAModule(LightningModule):
                 f"The prompt of question {int(batch['question_ids'][lengths.argmax()])} has {int(lengths.max()):,} "
                 f"tokens, visual ones included; the model has {most:,} positions. Shorten the question, or leave it "
                 "out of the questions file."
+            )
+
+    def _check_image_tokens(self, batch: VQABatch) -> None:
+        """A model with query tokens puts them where the prompt says, and answers without them where it says nothing."""
+        each, token = (getattr(self.model.config, name, None) for name in ("num_query_tokens", "image_token_id"))
+        if each is None or token is None:
+            return
+        counts = (batch["inputs"]["input_ids"] == token).sum(1)
+        if bool((counts != each).any()):
+            row = int((counts != each).long().argmax())
+            raise DataError(
+                f"The prompt of question {int(batch['question_ids'][row])} has {int(counts[row])} image tokens (id "
+                f"{token}) where this {type(self.model).__name__} puts {each} query tokens of the image: it would "
+                f"answer without them. Set processor.num_query_tokens = {each} (processors saved before transformers "
+                "4.46 have none), save the processor, and name that one."
             )
 
     def validation_step(self, batch: VQABatch, batch_idx: int) -> None:

@@ -10,6 +10,7 @@ import torch
 from scipy.stats import spearmanr
 from torch import Tensor
 from torch.utils.data import DataLoader
+from transformers import GenerationConfig
 
 from catp_lightning import PolicyError, PruningError, PruningPolicy, prune
 from catp_lightning.answers import compare_with_unpruned
@@ -162,6 +163,20 @@ def test_what_follows_the_end_of_an_answer_counts_for_nothing() -> None:
     assert divergence(full, pruned, longer).item() == pytest.approx(expected.item())
 
 
+@pytest.mark.slow
+def test_an_answer_ended_by_its_call_calibrates_as_one_ended_by_the_config(tmp_path: Path) -> None:
+    """Answers are the same; whether pads that fill a batch up take part must not depend on who named their end."""
+    ends, chosen = list(range(3, 99, 4)), []
+    for where in ("config", "call"):
+        module = Module(
+            {"max_new_tokens": 6, "do_sample": False, **({"eos_token_id": ends} if where == "call" else {})}
+        )
+        module.net.language_model.generation_config.eos_token_id = ends if where == "config" else None
+        policy = calibrate(module, data(40, 8), tmp_path / f"{where}.json").policies[0]
+        chosen.append(policy.evidence["candidates"])
+    assert chosen[0] == chosen[1] and 0 < chosen[0][0]["choose"]["agreement"] < 1
+
+
 def test_the_policy_is_the_candidate_with_the_least_divergence_and_says_if_it_is_a_control(tmp_path: Path) -> None:
     callback = calibrate(Module(), data(32, 16), tmp_path, keep=[0.5, 0.25, 2])
     assert [policy.keep for policy in callback.policies] == [0.5, 0.25, 2]
@@ -300,6 +315,10 @@ def test_what_cannot_be_calibrated_is_refused_and_no_file_is_written(tmp_path: P
         calibrate(Module(), data(1, 1), tmp_path / "p.json")
     with pytest.raises(PruningError, match="do_sample=True"):
         calibrate(Module({**SHORT, "do_sample": True}), data(4, 4), tmp_path / "p.json")
+    sampling = Module({"generation_config": GenerationConfig(max_new_tokens=4)})
+    sampling.net.language_model.generation_config.do_sample = True  # as many checkpoints have it
+    with pytest.raises(PruningError, match="do_sample=True"):
+        calibrate(sampling, data(4, 4), tmp_path / "p.json")
     with pytest.raises(PolicyError, match="a file, but several budgets"):
         CrossAttentionCalibration("policy.json", keep=[0.5, 0.25])
     with pytest.raises(PolicyError, match=r"keep is 1\.5"):

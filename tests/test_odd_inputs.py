@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import re
 import signal
 import warnings
 from collections.abc import Callable
@@ -230,7 +231,6 @@ QUESTIONS = {
     "emoji": "👩\u200d👩\u200d👧 how many \U0001f9ff?",
     "braces": "{} {0} {image} %s",
     "marks of other models": "what is <|image|> and [INST] here",
-    "end of the answer": "a </s> b <pad> c",
     "half a combined character": "e\u0301 \u0301",
 }
 
@@ -246,6 +246,14 @@ def test_odd_questions_are_answered_pruned_whatever_stands_beside_them(tmp_path:
         assert together == alone and len(together) == len(QUESTIONS) + 1
 
 
+def refused_by_its_number(tmp_path: Path, name: str, question: str) -> None:
+    split = split_of(tmp_path, {"x": encoded(noise(64, 64))}, [QUESTION, question])
+    loader = VQADataModule(str(shipped(name)), predict=split, prompt=PROMPTS[name])
+    mark = question.split()[1]
+    with pytest.raises(DataError, match=re.escape(f"Question 10, {question!r}, holds {mark!r}")):
+        next(iter(loader.predict_dataloader()))
+
+
 @pytest.mark.parametrize(
     ("name", "question"),
     [
@@ -257,10 +265,22 @@ def test_odd_questions_are_answered_pruned_whatever_stands_beside_them(tmp_path:
 def test_a_question_that_holds_the_image_token_is_refused_by_its_number(
     tmp_path: Path, name: str, question: str
 ) -> None:
-    split = split_of(tmp_path, {"x": encoded(noise(64, 64))}, [QUESTION, question])
-    loader = VQADataModule(str(shipped(name)), predict=split, prompt=PROMPTS[name])
-    with pytest.raises(DataError, match=r"Question 10, 'is <\|?image\|?> here\?', holds '<"):
-        next(iter(loader.predict_dataloader()))
+    refused_by_its_number(tmp_path, name, question)
+
+
+@pytest.mark.parametrize(
+    ("name", "question"),
+    [
+        ("digits_blip2", "is </s> here?"),
+        ("digits_llava", "is <pad> here?"),
+        ("digits_llava", "is <unk> here?"),
+        ("digits_mllama", "is <|begin_of_text|> here?"),
+    ],
+)
+def test_a_question_that_holds_a_special_token_is_refused_by_its_number(
+    tmp_path: Path, name: str, question: str
+) -> None:
+    refused_by_its_number(tmp_path, name, question)
 
 
 def test_a_raw_batch_whose_placeholders_are_not_those_of_its_images_is_never_answered() -> None:

@@ -1,5 +1,6 @@
 """Nothing is silently unpruned, and whatever happens inside, the model is afterwards what it was."""
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -121,13 +122,24 @@ def test_calls_that_cannot_be_pruned_say_so() -> None:
             model(**{**inputs, "attention_mask": mask})
 
 
-def test_placeholders_that_do_not_match_the_images_are_refused() -> None:
-    """transformers would scatter the first sample's features into the second without a word."""
+def test_placeholders_that_do_not_match_the_images_are_refused_however_they_are_given() -> None:
+    """transformers would scatter the first sample's features into the second, or none at all, without a word."""
     model, inputs = random_blip2()
-    ids = inputs["input_ids"].clone()
-    ids[0, 6:8], ids[1, 8:10] = 5, 99
-    with prune(model, CATP), pytest.raises(PruningError, match=r"\[6, 10, 8\] placeholders.*sample 0"):
-        model(**{**inputs, "input_ids": ids})
+    ids, mask, pixels = inputs["input_ids"], inputs["attention_mask"], inputs["pixel_values"]
+    blind, one, moved = ids.masked_fill(ids == 99, 5), ids.clone(), ids.clone()
+    one[1] = blind[1]
+    moved[0, 6:8], moved[1, 8:10] = 5, 99
+    policies = (CATP, PruningPolicy("stride", keep=1.0), PruningPolicy("stride", keep=2))
+    for policy in policies:
+        with prune(model, policy), torch.no_grad():
+            for changed, counts in ((blind, [0, 0, 0]), (one, [8, 0, 8]), (moved, [6, 10, 8])):
+                says = rf"given 3 images .* {re.escape(str(counts))} placeholders"
+                with pytest.raises(PruningError, match=says):
+                    model(**{**inputs, "input_ids": changed})
+                with pytest.raises(PruningError, match=says):
+                    model.generate(pixels, changed, mask, max_new_tokens=2)
+            model.generate(pixels, ids, mask, max_new_tokens=2, num_beams=2)
+            model(**inputs)
 
 
 def test_a_compiled_model_is_refused() -> None:

@@ -1,4 +1,5 @@
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,7 @@ import torch
 from jsonargparse import ArgumentParser
 from PIL import Image
 
+from catp_lightning.data import PROMPTS, shipped
 from catp_lightning.data.vqa import VQADataModule, VQADataset, VQASplit
 from catp_lightning.errors import DataError
 from catp_lightning.vqa_module import VQAModule
@@ -298,3 +300,34 @@ def test_every_argument_can_come_from_yaml(tmp_path):
     made = parser.instantiate_classes(parser.parse_path(str(tmp_path / "config.yaml")))
     assert len(ids(made.data.val_dataloader())) == 2
     assert made.module.generation == {"max_new_tokens": 3, "do_sample": False}
+
+
+def without(folder: Path, name: str, *settings: str) -> str:
+    """A shipped model's processor as older versions saved it."""
+    shutil.copytree(shipped(name), folder)
+    path = folder / "processor_config.json"
+    kept = {key: value for key, value in json.loads(path.read_text()).items() if key not in settings}
+    path.write_text(json.dumps(kept))
+    return str(folder)
+
+
+@pytest.mark.parametrize(
+    ("name", "settings", "says"),
+    [
+        ("digits_blip2", ["num_query_tokens"], "Blip2Processor has no num_query_tokens, .*config.num_query_tokens"),
+        ("digits_llava", ["patch_size"], "LlavaProcessor has no patch_size, .*config.vision_config.patch_size"),
+        (
+            "digits_llava",
+            ["patch_size", "vision_feature_select_strategy"],
+            "LlavaProcessor has no patch_size and vision_feature_select_strategy, .*config.vision_config.patch_size",
+        ),
+    ],
+)
+def test_a_processor_that_cannot_place_an_image_is_refused_by_what_it_lacks(tmp_path, name, settings, says):
+    old, split = without(tmp_path / "old", name, *settings), scenes(tmp_path / "scenes", 2)
+    data = VQADataModule(old, val=split, prompt=PROMPTS[name])
+    with pytest.raises(DataError, match=says) as error:
+        next(iter(data.val_dataloader()))
+    assert "Question" not in str(error.value)
+    whole = VQADataModule(str(shipped(name)), val=split, prompt=PROMPTS[name])
+    assert len(next(iter(whole.val_dataloader()))["question_ids"]) == 2

@@ -10,7 +10,7 @@ from transformers import AutoModelForImageTextToText
 from catp_lightning.data.vqa import VQADataModule, VQASplit, collate
 from catp_lightning.errors import DataError
 from catp_lightning.vqa_module import VQAModule
-from tests.tiny_vqa import build_processor, opt_config, save_model, scenes, t5_config
+from tests.tiny_vqa import QUERIES, build_processor, opt_config, save_model, scenes, t5_config
 
 PROMPT = "Question: {} Short answer:"
 SHORT = {"max_new_tokens": 4}
@@ -173,3 +173,17 @@ def test_forward_is_the_models_own(tmp_path, folder):
     module = VQAModule(folder)
     inputs = next(iter(VQADataModule(folder, val=scenes(tmp_path, 2)).val_dataloader()))["inputs"]
     torch.testing.assert_close(module(**inputs).logits, module.model(**inputs).logits, atol=0, rtol=0)
+
+
+def test_prompts_without_their_images_tokens_are_refused_by_question(tmp_path, folder):
+    module = VQAModule(folder, generation=SHORT)
+    batch = next(iter(VQADataModule(folder, val=scenes(tmp_path, 4)).val_dataloader()))
+    module.answer(batch)
+    ids = batch["inputs"]["input_ids"]
+    for row, column in ((slice(None), slice(QUERIES)), (2, slice(QUERIES)), (2, 0)):
+        changed = ids.clone()
+        changed[row, column] = 7
+        blind = {**batch, "inputs": {**batch["inputs"], "input_ids": changed}}
+        first = int(batch["question_ids"][row if row == 2 else 0])
+        with pytest.raises(DataError, match=rf"question {first} has [03] image tokens .*num_query_tokens = {QUERIES}"):
+            module.answer(blind)

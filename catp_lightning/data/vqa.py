@@ -10,8 +10,17 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 from transformers import AutoProcessor
 
+from catp_lightning.data.marks import image_token_id, marks_in
 from catp_lightning.data.vqa_dataset import VQADataset, VQAExample, VQASplit, check_fraction
 from catp_lightning.errors import DataError
+
+SETTINGS = {
+    "num_query_tokens": "config.num_query_tokens",
+    "num_image_tokens": "config.vision_config: (image_size / patch_size) squared",
+    "patch_size": "config.vision_config.patch_size",
+    "vision_feature_select_strategy": "config.vision_feature_select_strategy",
+}
+"""What tells a processor how many tokens an image takes, and where the model's config has it."""
 
 
 class VQABatch(TypedDict):
@@ -33,25 +42,27 @@ def collate(examples: Sequence[VQAExample], processor: Any, prompt: str) -> VQAB
     that processors of one and of several images a sample both take.
 
     Raises:
-        DataError: a question holds a token that stands for an image; the processor cannot take an image or a question;
-            the prompt lacks the image token that this model wants.
+        DataError: a question holds text that the tokenizer does not read as text; the processor cannot take an image or
+            a question, or lacks a setting; the prompt lacks the image token that this model wants.
     """
-    marks = _marks(processor)
-    for example in examples:
-        if found := [mark for mark in marks if mark in example["question"]]:
+    marks = marks_in([example["question"] for example in examples], prompt, processor)
+    for example, found in zip(examples, marks, strict=True):
+        if found is not None:
             raise DataError(
-                f"Question {example['question_id']}, {example['question']!r:.200}, holds {found[0]!r}, which stands "
-                "for an image: the model would look for another one. Reword it, or leave it out of the questions file."
+                f"Question {example['question_id']}, {example['question']!r:.200}, holds {found!r}, which is read "
+                "as a special token (an image, the end of a text, padding), not as text: the model would be asked "
+                "something else. Reword it, or leave it out of the questions file."
             )
     try:
         inputs = _processed(examples, processor, prompt)
     except Exception as error:  # every processor has its own types
-        raise DataError(_refused(examples, processor, prompt, error)) from error
-    token = getattr(processor, "image_token_id", None)
-    if isinstance(token, int) and bool((inputs["input_ids"] != token).all(1).any()):
+        raise DataError(_incomplete(processor) or _refused(examples, processor, prompt, error)) from error
+    token = image_token_id(processor)
+    if token is not None and bool((inputs["input_ids"] != token).all(1).any()):
         raise DataError(
-            f"prompt={prompt!r} has no image token: this model reads images where {processor.image_token!r} stands. "
-            f"Put it in, as in '{processor.image_token} {prompt}'."
+            _incomplete(processor)
+            or f"prompt={prompt!r} has no image token: this model reads images where {processor.image_token!s} stands. "
+            f"Put it in, as in '{processor.image_token!s} {prompt}'."
         )
     batch = VQABatch(
         inputs=dict(inputs),
@@ -72,10 +83,18 @@ def _processed(examples: Sequence[VQAExample], processor: Any, prompt: str) -> A
     )
 
 
-def _marks(processor: Any) -> list[str]:
-    """What a tokenizer reads as an image, or as the start or the end of one, whatever text it stands in."""
-    tokens = {name: value for name, value in vars(processor).items() if value and name.endswith("token")}
-    return [str(token) for name, token in tokens.items() if "image" in name or "video" in name]
+def _incomplete(processor: Any) -> str | None:
+    """What a processor lacks to say where an image stands in a text; None: nothing that is known of."""
+    lacking = [name for name in SETTINGS if getattr(processor, name, 0) is None]
+    if not lacking:
+        return None
+    names = " and ".join(lacking)
+    return (
+        f"This {type(processor).__name__} has no {names}, so it does not know how many tokens an image takes in a "
+        "text, and the model would not read the image. Processors saved by older transformers lack it. Take it from "
+        f"the model's config ({', '.join(SETTINGS[name] for name in lacking)}), set it (processor.{lacking[0]} = ...), "
+        "save the processor (save_pretrained), and name that folder."
+    )
 
 
 def _refused(examples: Sequence[VQAExample], processor: Any, prompt: str, error: Exception) -> str:

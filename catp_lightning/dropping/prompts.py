@@ -81,7 +81,7 @@ class Prompts:
         """The prompt with which the decoder is called; None where it is called on text ids of its own.
 
         Raises:
-            PruningError: its ids are not known.
+            PruningError: its ids are not known, or images were given that it has no place for.
         """
         if self.given is not None:
             return self.given
@@ -106,9 +106,10 @@ class Prompts:
         positions = kwargs.get("position_ids")
         positions = self.family.positions(mask) if positions is None else positions.to(embeds.device)
         positions = positions.expand(*positions.shape[:-2], rows, length)
-        beams = rows // len(ids)
+        beams, visual = rows // len(ids), self._visual(ids)
+        self.family.check_images(visual, self._watching.given)
         asks = self._asks(mask[::beams] != 0)
-        prompt = DecoderPrompt.of(self._watching.given, beams, ids, self._visual(ids), embeds, mask, positions, asks)
+        prompt = DecoderPrompt.of(self._watching.given, beams, ids, visual, embeds, mask, positions, asks)
         generating = self.family.reads == "decoder" and self._calls.prompt_length(asks.shape[1]) is not None
         return replace(prompt, generating=generating)
 

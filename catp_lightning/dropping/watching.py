@@ -39,6 +39,8 @@ class Watching:
         self._generating: Call | None = None
         self._length: int | None = None
         self._names = list(inspect.signature(outer.forward).parameters)
+        kind: Any = type(model)
+        self._generates = list(inspect.signature(kind.generate).parameters)[1:]
 
     @contextmanager
     def watching(self) -> Iterator[None]:
@@ -81,7 +83,7 @@ class Watching:
         prompt = kwargs.get("input_ids", args[0] if args else kwargs.get("inputs"))
         before = self.samples, self._generating, self._length
         self.samples = len(prompt) if isinstance(prompt, Tensor) else None
-        self._generating, self._length = Call(kwargs), None
+        self._generating, self._length = Call({**dict(zip(self._generates, args, strict=False)), **kwargs}), None
         try:
             return generate(*args, **kwargs)
         finally:

@@ -142,6 +142,14 @@ class Family(ABC):
         """The same inputs where visual tokens are merged: bool [B, L], int64 [B, T]."""
         return {}
 
+    def check_images(self, visual: Tensor, given: Mapping[str, Any]) -> None:  # noqa: B027
+        """Raise PruningError where a prompt has no place for the images that were given, and the model says nothing.
+
+        Args:
+            visual: bool [B, L], the placeholders of a prompt.
+            given: what the model was called with, by name.
+        """
+
     @abstractmethod
     def layers(self) -> Mapping[Signal, int]:
         """How many layers each by-layer signal has here; one that is not named does not exist here."""

@@ -96,6 +96,21 @@ class Blip2(Family):
             return (mask.cumsum(1) * mask - 1).long()  # as OPTDecoder.forward
         return super().positions(mask)
 
+    def check_images(self, visual: Tensor, given: Mapping[str, Any]) -> None:
+        """Placeholders are filled in turn with what there is, and the model does not count them."""
+        pixels = given.get("pixel_values")
+        if pixels is None:
+            return
+        images = len(pixels) * (pixels.shape[1] if pixels.dim() == 5 else 1)
+        counts = visual.sum(1)
+        if bool((counts % self.tokens_per_image).any()) or int(counts.sum()) != images * self.tokens_per_image:
+            raise PruningError(
+                f"The model was given {images} images or frames of {self.tokens_per_image} visual tokens each, and its "
+                f"prompts have {counts.tolist()} placeholders (id {self.placeholder_ids[0]}): a sample would be "
+                "answered without its image, or with another's. Make ids with the model's processor; one saved before "
+                f"transformers 4.46 leaves them out, until processor.num_query_tokens = {self.tokens_per_image} is set."
+            )
+
     def layers(self) -> Mapping[Signal, int]:
         return {
             Signal.CROSS_ATTENTION: len(self._cross_attention()),
