@@ -21,6 +21,7 @@ from catp_lightning.calibration.controls import verdict
 from catp_lightning.comparison import markdown_table, over_draws
 from catp_lightning.locations import budget_file_name
 from catp_lightning.policy import PruningPolicy
+from catp_lightning.safe_text import Markdown
 from catp_lightning.sweep.table import kind
 
 Row = Mapping[str, Any]
@@ -42,7 +43,7 @@ def tables(table: Mapping[str, Any], folder: Path) -> str:
     figures, ahead = [], []
     for name in order:
         by_budget, last = methods[name], methods[name][budgets[-1]]
-        title = (f"**{name}**" if name == table["reference"] else name) + kind(last)
+        title = Markdown((f"**{name}**" if name == table["reference"] else name) + kind(last))
         cells = [_figure(by_budget[keep], usual[keep]) for keep in budgets]
         figures.append([title, *cells, *([f"{last.get('tokens_per_layer', last['tokens']):.0f}"] if inside else [])])
         if name != table["reference"]:

@@ -3,10 +3,9 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from lightning.pytorch.utilities import rank_zero_warn
-
 from catp_lightning.errors import PolicyError
 from catp_lightning.policy import PruningPolicy
+from catp_lightning.saying import rank_zero_warn
 
 POLICY_KEY = "catp_policy"
 _ABOUT = frozenset(

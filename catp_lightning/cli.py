@@ -17,6 +17,7 @@ from catp_lightning.commands import Calibrate, Predict, Test, Validate
 from catp_lightning.data import GRIDS, shipped
 from catp_lightning.data.scenes import Split, write_scenes
 from catp_lightning.errors import DataError, PolicyError, PruningError
+from catp_lightning.safe_text import one_line, printable
 
 SUMMARIES = {
     "calibrate": "Measure, on a calibration split, which visual tokens a model can do without, and save the policy.",
@@ -66,7 +67,8 @@ def main(args: Sequence[str] | None = None) -> None:
             raise
         usage = isinstance(error, ArgumentError)
         help_ = f"\n`catp {chosen.command} --help` lists the options." if usage else ""
-        print(f"\ncatp: error: {_message(error)}{help_}", file=sys.stderr)  # a progress bar leaves its line open
+        told = printable(f"\ncatp: error: {_message(error)}{help_}")  # a progress bar leaves its line open
+        print(told, file=sys.stderr)
         raise SystemExit(2 if usage else 1) from None
 
 
@@ -113,9 +115,8 @@ def write_splits(
     shipped(model)  # raises where it is none
     counts: dict[Split, int] = {"calibration": calibration_questions, "test": questions}
     for split, count in counts.items():
-        print(
-            f"{count} questions in {write_scenes(os.path.join(output, split), split, count, seed, grids=GRIDS[model])}"
-        )
+        place = write_scenes(os.path.join(output, split), split, count, seed, grids=GRIDS[model])
+        print(one_line(f"{count} questions in {place}"))
 
 
 def _run_function(name: str, function: Callable[..., None], args: list[str]) -> None:

@@ -13,6 +13,7 @@ from rich.table import Table
 
 from catp_lightning.calibration.figures import png
 from catp_lightning.files import write_bytes, write_json, write_text
+from catp_lightning.safe_text import figure_text, markdown_text, rich_text
 
 RESAMPLES = 2000
 
@@ -164,7 +165,7 @@ def markdown(rows: Sequence[Mapping[str, Any]], reference: str) -> str:
             ahead.append([method, *(_ahead(at[method, keep]) for keep in budgets)])
     return (
         markdown_table(["method", *head], figures)
-        + f"\nHow far *{reference}* is ahead in agreement, paired by question, 95% interval:\n\n"
+        + f"\nHow far *{markdown_text(reference)}* is ahead in agreement, paired by question, 95% interval:\n\n"
         + markdown_table(["method", *(f"keep {keep}" for keep in budgets)], ahead)
     )
 
@@ -176,7 +177,8 @@ def console_tables(rows: Sequence[Mapping[str, Any]], reference: str) -> list[Ta
         table = Table("method", *_columns(rows), title=f"keep {keep}", title_justify="left")
         for row in rows:
             if row["keep"] in (None, keep):
-                table.add_row(row["method"], *_cells(row), style="bold" if row["method"] == reference else None)
+                style = "bold" if row["method"] == reference else None
+                table.add_row(rich_text(row["method"]), *_cells(row), style=style)
         tables.append(table)
     return tables
 
@@ -215,14 +217,15 @@ def _ahead(row: Mapping[str, Any]) -> str:
 
 
 def markdown_table(header: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
-    """
+    """Cells are shown as they are, what is `Markdown` already excepted.
+
     >>> print(markdown_table(["keep", "tokens"], [["0.5", "16"]]), end="")
     | keep | tokens |
     | --- | --- |
     | 0.5 | 16 |
     """
     lines = [header, ["---"] * len(header), *rows]
-    return "".join(f"| {' | '.join(map(str, line))} |\n" for line in lines)
+    return "".join(f"| {' | '.join(map(markdown_text, line))} |\n" for line in lines)
 
 
 def figure(rows: Sequence[Mapping[str, Any]], reference: str, measure: Measure = "accuracy") -> Figure:
@@ -231,7 +234,7 @@ def figure(rows: Sequence[Mapping[str, Any]], reference: str, measure: Measure =
     axes = drawing.subplots()
     for row in rows:
         if row["keep"] is None:
-            axes.axhline(row[measure], color="black", linestyle=":", label=row["method"])
+            axes.axhline(row[measure], color="black", linestyle=":", label=figure_text(row["method"]))
     methods = list(dict.fromkeys(row["method"] for row in rows if row["keep"] is not None))
     shades = matplotlib.colormaps["viridis"](np.linspace(0, 0.95, len(methods)))
     for method, shade, marker in zip(methods, shades, itertools.cycle("os^vDPX<>*dp")):
@@ -239,10 +242,10 @@ def figure(rows: Sequence[Mapping[str, Any]], reference: str, measure: Measure =
         points = sorted((row["tokens"], row[measure], *row[f"{measure}_interval"]) for row in found)
         tokens, value, low, high = zip(*points, strict=True)
         if method == reference:
-            axes.plot(tokens, value, marker="o", linewidth=3, color="crimson", label=method)
+            axes.plot(tokens, value, marker="o", linewidth=3, color="crimson", label=figure_text(method))
             axes.fill_between(tokens, low, high, color="crimson", alpha=0.15)
         else:
-            axes.plot(tokens, value, marker=marker, linewidth=1.2, color=shade, label=method)
+            axes.plot(tokens, value, marker=marker, linewidth=1.2, color=shade, label=figure_text(method))
     axes.set_xscale("log", base=2)
     ticks = sorted({row["tokens"] for row in rows if row["keep"] is not None})
     axes.set_xticks(ticks, [f"{tick:.0f}" for tick in ticks])
@@ -254,7 +257,7 @@ def figure(rows: Sequence[Mapping[str, Any]], reference: str, measure: Measure =
 def save_comparison(comparison: Comparison, folder: Path, title: str) -> list[dict[str, Any]]:
     """Write `table.md`, `table.json` and `accuracy.png`; returns the rows."""
     rows = comparison.rows()
-    write_text(folder / "table.md", f"# {title}\n\n{markdown(rows, comparison.reference)}")
+    write_text(folder / "table.md", f"# {markdown_text(title)}\n\n{markdown(rows, comparison.reference)}")
     write_json(folder / "table.json", {"title": title, "reference": comparison.reference, "rows": rows}, indent=2)
     write_bytes(folder / "accuracy.png", png(figure(rows, comparison.reference), dpi=120))
     return rows

@@ -13,6 +13,7 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.loggers import WandbLogger
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.text import Text
 from torch.utils.data import DataLoader
 
 from catp_lightning.calibration.candidates import Candidate, default_candidates
@@ -25,6 +26,7 @@ from catp_lightning.data.vqa import VQABatch, VQADataModule, VQASplit
 from catp_lightning.families import find_family
 from catp_lightning.metrics import vqa_score
 from catp_lightning.policy import PruningPolicy
+from catp_lightning.safe_text import one_line, rich_text
 from catp_lightning.vqa_module import VQAModule
 
 BUDGETS = (0.5, 0.25, 0.125)
@@ -77,10 +79,13 @@ def run_demo(output: str = "runs/demo", questions: int = 1000, calibration_quest
     for table in console_tables(rows, comparison.reference):
         console.print(table)
     for policy in policies:
-        console.print(f"keep {policy.keep}: calibration chose [bold]{policy.evidence['chosen']}[/bold].")
+        console.print(f"keep {policy.keep}: calibration chose", rich_text(policy.evidence["chosen"], "bold"))
     console.print(
-        f"\nDone in {time.time() - start:.0f} s. Results are in [bold]{folder}[/bold]: table.md, table.json, "
-        "accuracy.png, policies/, and an offline Weights & Biases run in wandb/."
+        Text.assemble(
+            f"\nDone in {time.time() - start:.0f} s. Results are in ",
+            rich_text(folder, "bold"),
+            ": table.md, table.json, accuracy.png, policies/, and an offline Weights & Biases run in wandb/.",
+        )
     )
 
 
@@ -105,11 +110,11 @@ def compare(module: VQAModule, data: VQADataModule, policies: list[PruningPolicy
     comparison = Comparison(images, CALIBRATED, [_result("no pruning", None, full, full, every, batches)])
     jobs = [(name, policy) for name, rule in fixed_rules(module, RULES) for policy in map(rule.policy, BUDGETS)]
     jobs += [(CALIBRATED, policy) for policy in policies]
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    columns = (TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(*columns, console=console) as progress:
         task = progress.add_task("comparing", total=len(jobs))
         for name, policy in jobs:
-            progress.update(task, description=f"{name}, keep {policy.keep}")
+            progress.update(task, description=one_line(f"{name}, keep {policy.keep}"))
             answers, tokens = predict(module, batches, policy)
             comparison.results.append(_result(name, policy.keep, answers, full, tokens, batches))
             progress.advance(task)

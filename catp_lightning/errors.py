@@ -1,13 +1,27 @@
 """Errors a person can act on: what was wrong, the value, what is allowed, what to do next."""
 
+from catp_lightning.safe_text import one_line, printable
 
-class PolicyError(ValueError):
+
+class _Told(Exception):
+    """An error whose message is safe to show: it names what others wrote, and may reach a terminal from anywhere."""
+
+    def __init__(self, *args: object) -> None:
+        super().__init__(*(_told(arg) if isinstance(arg, str) else arg for arg in args))
+
+
+def _told(message: str) -> str:
+    """In one line; an error from a DataLoader's worker process is told with its traceback."""
+    return printable(message) if message.startswith("Caught ") else one_line(message)
+
+
+class PolicyError(_Told, ValueError):
     """A policy, or a file that should hold one, is wrong, damaged, or made for another model."""
 
 
-class DataError(ValueError):
+class DataError(_Told, ValueError):
     """A data set is incomplete or damaged: a file, an image or an id is missing or unreadable."""
 
 
-class PruningError(RuntimeError):
+class PruningError(_Told, RuntimeError):
     """A model, a call or an option cannot be pruned exactly; nothing is ever left unpruned in silence."""

@@ -3,7 +3,8 @@
 from collections.abc import Callable, Iterable
 
 from lightning.pytorch.loggers import Logger
-from lightning.pytorch.utilities import rank_zero_warn
+
+from catp_lightning.saying import rank_zero_warn
 
 
 def tell(loggers: Iterable[Logger], what: str, log: Callable[[Logger], None]) -> None:

@@ -6,13 +6,13 @@ from typing import Any
 
 import numpy as np
 import torch
-from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 from torchmetrics import Metric
 
 from catp_lightning.errors import PolicyError
 from catp_lightning.fingerprint import mix
 from catp_lightning.policy import PruningPolicy
+from catp_lightning.saying import rank_zero_warn
 
 MOST = 100_000
 """Fingerprints that a policy keeps, at most: 800 kB, 1.1 MB as text."""

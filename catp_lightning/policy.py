@@ -3,7 +3,6 @@
 import difflib
 import json
 import math
-import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal, Self, TypeVar, get_args
 
 from catp_lightning.errors import PolicyError
 from catp_lightning.files import write_json
+from catp_lightning.saying import warn
 from catp_lightning.scorers import SCORERS, Scorer
 from catp_lightning.selectors import SELECTORS, Selector
 from catp_lightning.typed import build
@@ -108,7 +108,7 @@ class PruningPolicy:
         values = _plain("a policy", values, DEEPEST + 1)
         unknown = sorted(set(values) - {f.name for f in fields(cls)})
         if unknown:
-            warnings.warn(
+            warn(
                 f"The policy has keys this version of catp-lightning does not know: {', '.join(unknown):.200}. "
                 "They are ignored.",
                 stacklevel=2,

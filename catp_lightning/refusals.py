@@ -1,6 +1,5 @@
 """What is refused before anything is pruned: a policy for another model, a rule that makes no sense here."""
 
-import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -11,6 +10,7 @@ from catp_lightning.errors import PolicyError, PruningError
 from catp_lightning.families import Family
 from catp_lightning.observation import STAGED, Needs, Signal
 from catp_lightning.policy import PruningPolicy
+from catp_lightning.saying import warn
 from catp_lightning.selectors import Selector
 
 MARK = "_catp_pruning"
@@ -39,7 +39,7 @@ def check_model(policy: PruningPolicy, family: Family) -> None:
             "Calibrate again with CrossAttentionCalibration, or load the model it was made for."
         )
     if all(names) and names[0] != names[1]:
-        warnings.warn(
+        warn(
             f"The policy was made for the checkpoint {names[0]!r} and is used on {names[1]!r} of the same shape: "
             "what it promises was measured on the first.",
             stacklevel=4,

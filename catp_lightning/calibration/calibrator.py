@@ -12,7 +12,6 @@ from functools import partial
 
 import numpy as np
 import torch
-from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
 from catp_lightning.calibration.budget import Promise
@@ -27,6 +26,7 @@ from catp_lightning.calibration.ties import Ties
 from catp_lightning.errors import PolicyError
 from catp_lightning.observation import Needs, Signal, join
 from catp_lightning.policy import PruningPolicy, check_keep
+from catp_lightning.saying import rank_zero_warn
 
 SURVIVORS = 4  # one in so many goes on to the next round
 

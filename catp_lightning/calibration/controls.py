@@ -7,6 +7,7 @@ import numpy as np
 from scipy.stats import norm
 
 from catp_lightning.policy import PruningPolicy
+from catp_lightning.safe_text import one_line
 
 ENOUGH = 100
 """Checked answers below which a policy is warned about: at an agreement of 90% the interval is then 12 points wide."""
@@ -84,8 +85,8 @@ def doubts(policies: Sequence[PruningPolicy]) -> Iterator[str]:
         if best is not None and best["difference"] < 0:
             behind = best["verdict"] == "behind"
             yield (
-                f"Calibration evidence at keep {point['keep']}: the chosen policy ({point['chosen']}) is behind the "
-                f"control {best['name']} on the {checked} checked answers, by {-best['difference']:.1%} (95% interval "
+                f"Calibration evidence at keep {point['keep']}: the chosen policy ({one_line(point['chosen'])}) is behind the "
+                f"control {one_line(best['name'])} on the {checked} checked answers, by {-best['difference']:.1%} (95% interval "
                 f"of the difference {best['interval'][0]:+.1%} to {best['interval'][1]:+.1%}). "
                 + (
                     "Use that control instead, or calibrate on more data."

@@ -1,6 +1,7 @@
 """The figures of a calibration, drawn from what its policies record; None where there is nothing to draw."""
 
 import re
+import warnings
 from collections.abc import Mapping, Sequence
 from io import BytesIO
 from typing import Any
@@ -9,10 +10,12 @@ import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.text import Text
 from matplotlib.ticker import MaxNLocator, NullLocator
 
 from catp_lightning.counts import keep_count
 from catp_lightning.policy import PruningPolicy
+from catp_lightning.safe_text import figure_text
 
 CONTROLS = {"random": "s", "stride": "^", "grid": "P", "l2-norm": "v", "diversity of outputs": "D"}
 """Candidates that the retention curve compares with, and their markers."""
@@ -40,7 +43,7 @@ def retention_figure(policies: Sequence[PruningPolicy]) -> Figure:
         if found:
             tokens, agreed = zip(*found, strict=True)
             style: dict[str, Any] = {"marker": marker, "markersize": 5, "linestyle": line, "linewidth": 1.2}
-            axes.plot(tokens, agreed, color=shade, label=name, **style)
+            axes.plot(tokens, agreed, color=shade, label=figure_text(name), **style)
     if "promise" in evidence:
         promised = 1 - evidence["promise"]["max_disagreement"]
         axes.axhline(promised, color="black", linestyle=":", label=f"promised: {promised:.1%}")
@@ -87,7 +90,7 @@ def head_figure(policies: Sequence[PruningPolicy]) -> Figure | None:
         weights = np.array(fit["head_weights"])
         _heatmap(figure, axes, weights, float(np.abs(weights).max()), "weight", ".2g")
         axes.set_yticks(range(len(weights)), [str(layer) for layer in fit["layers"]])
-        axes.set(title=name, xlabel="head", ylabel="layer")
+        axes.set(title=figure_text(name), xlabel="head", ylabel="layer")
     return figure
 
 
@@ -117,14 +120,21 @@ def correlation_figure(policies: Sequence[PruningPolicy]) -> Figure | None:
     for axes, (name, matrix) in zip(figure.subplots(1, len(found), squeeze=False)[0], found.items(), strict=True):
         _heatmap(figure, axes, matrix, 1.0, "rank correlation", ".2f")
         axes.yaxis.set_major_locator(MaxNLocator(WRITTEN, integer=True))
-        axes.set(title=name, xlabel="layer", ylabel="layer")
+        axes.set(title=figure_text(name), xlabel="layer", ylabel="layer")
     return figure
 
 
 def png(figure: Figure, dpi: int = 110) -> bytes:
-    """The figure as a PNG file."""
+    """The figure as a PNG file; "$" in a text of it begins no formula, and none is set by TeX."""
+    along = [axis for axes in figure.axes for axis in (axes.xaxis, axes.yaxis)]
+    numbers = {text for axis in along for text in axis.findobj(Text)} - {axis.label for axis in along}
+    for text in figure.findobj(Text):
+        text.set_usetex(False)
+        text.set_parse_math(text in numbers)  # along an axis: they may be powers
     buffer = BytesIO()
-    figure.savefig(buffer, format="png", dpi=dpi)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph .* missing from")  # of a name: a box stands there
+        figure.savefig(buffer, format="png", dpi=dpi)
     return buffer.getvalue()
 
 

@@ -9,6 +9,7 @@ from catp_lightning.calibration.controls import against
 from catp_lightning.calibration.figures import visual_tokens, voters
 from catp_lightning.comparison import markdown_table
 from catp_lightning.policy import PruningPolicy
+from catp_lightning.safe_text import markdown_text
 
 SHOWN = 20
 """Candidates in a budget's table, beside the controls."""
@@ -49,8 +50,8 @@ def page(policies: Sequence[PruningPolicy], lines: Mapping[str, str], figures: S
     evidence = policies[0].evidence
     parts = ", ".join(f"{count} samples to {part}" for part, count in evidence["samples"].items())
     sections = [
-        f"# Calibration of {(policies[0].model or {})['type']}",
-        "".join(f"- **{name.capitalize()}**: {text}\n" for name, text in lines.items()),
+        f"# Calibration of {markdown_text((policies[0].model or {})['type'])}",
+        "".join(f"- **{name.capitalize()}**: {markdown_text(text)}\n" for name, text in lines.items()),
         f"## Budgets\n\n{_budgets(policies)}",
         f"The split: {parts}. Intervals are Wilson's, of 95%. The last column is how far the choice is ahead of the "
         "control that agreed most on the checked samples, paired by sample, with a 95% interval over images; *level* "
@@ -60,7 +61,7 @@ def page(policies: Sequence[PruningPolicy], lines: Mapping[str, str], figures: S
         "## What the probes found",
         "Layers are found by forward selection, then heads by a signed sparse fit; shares are of the variance of the "
         "answers' log-probability, on images left out, ± a standard error.",
-        "".join(f"- {name}: {_found(fit)}\n" for name, fit in voters(policies[0]).items()),
+        "".join(f"- {markdown_text(name)}: {_found(fit)}\n" for name, fit in voters(policies[0]).items()),
         *_figures(figures, ("heads", "slots", "rank_correlation")),
         *(_candidates(policy) for policy in policies if policy.evidence["candidates"]),
     ]

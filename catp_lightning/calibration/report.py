@@ -21,6 +21,7 @@ from catp_lightning.either import is_a
 from catp_lightning.files import write_bytes, write_text
 from catp_lightning.loggers import tell
 from catp_lightning.policy import PruningPolicy
+from catp_lightning.safe_text import one_line
 
 COLUMNS = (
     "candidate",
@@ -102,7 +103,7 @@ def candidate_rows(policy: PruningPolicy) -> list[list[Any]]:
         choose, check = row["choose"], row["check"]
         checks = [check["divergence"], check["agreement"], *check["interval"]] if check else [None] * 4
         found = [choose["samples"], choose["divergence"], choose["agreement"]]
-        rows.append([row["name"], row["control"], *found, *checks])
+        rows.append([one_line(row["name"]), row["control"], *found, *checks])
     return rows
 
 

@@ -3,7 +3,6 @@
 import glob
 import hashlib
 import json
-import warnings
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -18,6 +17,7 @@ from torchmetrics import Metric
 
 from catp_lightning.errors import PolicyError
 from catp_lightning.files import write_bytes
+from catp_lightning.saying import warn
 
 EVERY = 8  # batches between two savings: more often would cost more than it spares
 
@@ -157,7 +157,7 @@ class Partial:
             self._changed = False
         except OSError as error:  # hours of work are not given up for a file that only spares them
             if not self._warned:
-                warnings.warn(
+                warn(
                     f"This part of the calibration could not be saved ({error}). It goes on, and will try again; "
                     "interrupted before, it would start from what was saved last.",
                     stacklevel=2,

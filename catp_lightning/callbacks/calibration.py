@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import nn
 from tqdm import tqdm
 
@@ -33,6 +32,7 @@ from catp_lightning.files import check_writable
 from catp_lightning.locations import POLICY, budget_file_name
 from catp_lightning.policy import Budget, PruningPolicy, check_keep
 from catp_lightning.refusals import compiled_inside, occupied, refuse_unprunable
+from catp_lightning.saying import rank_zero_info, rank_zero_warn
 
 MANY = 2**20  # tokens; where images differ in their number shares are put in order, and then numbers of tokens
 

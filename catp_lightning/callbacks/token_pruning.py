@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import nn
 from torchmetrics import MeanMetric
 
@@ -24,6 +23,7 @@ from catp_lightning.metrics import Agreement, TokensKept
 from catp_lightning.overlap import OverlapCheck, decode_images, has_images, overlap_check
 from catp_lightning.policy import Budget, PruningPolicy, check_keep
 from catp_lightning.pruning import Pruning, prune
+from catp_lightning.saying import rank_zero_info, rank_zero_warn
 
 
 @dataclass

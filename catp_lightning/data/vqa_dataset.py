@@ -6,16 +6,18 @@ question: https://visualqa.org/download.html. Digit scenes (`catp_lightning.data
 
 import json
 import os
-from collections.abc import Sequence
-from contextlib import suppress
+import re
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from string import Formatter
 from typing import Any, NamedTuple, NotRequired, TypedDict
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image
 from torch.utils.data import Dataset
 
+from catp_lightning.data.images import MAX_PIXELS, read_image
 from catp_lightning.errors import DataError
 
 ANSWERS = 10  # people asked about each question; the official accuracy is defined for ten
@@ -30,18 +32,29 @@ class VQASplit:
         images: the folder of the images.
         annotations: the annotations file; None where no answers are known, as in VQAv2's test split.
         image_name: name of an image's file in the folder; `{image_id}` stands for its id.
+        allow_outside: read images that lie outside the folder too, where links or `image_name` lead. A data set from
+            elsewhere could otherwise have any file of this machine read as an image.
+        max_pixels: an image may have; it takes 3 to 16 bytes a pixel to unpack one. `PIL.Image.MAX_IMAGE_PIXELS` holds
+            as well.
 
     Raises:
-        DataError: `image_name` is the same for every image.
+        DataError: `image_name` is the same for every image, or has other fields; `max_pixels` is below 1.
     """
 
     questions: str
     images: str
     annotations: str | None = None
     image_name: str = "COCO_val2014_{image_id:012d}.jpg"
+    allow_outside: bool = False
+    max_pixels: int = MAX_PIXELS
 
     def __post_init__(self) -> None:
+        if self.max_pixels < 1:
+            raise DataError(f"max_pixels is {self.max_pixels}; it is a number of pixels, at least 1.")
         try:
+            fields = [(name, spec or "") for _, name, spec, _ in Formatter().parse(self.image_name) if name is not None]
+            if any(name != "image_id" or re.search(r"[{}]|\d{4}", spec) for name, spec in fields):
+                raise ValueError("its one field is image_id, and a width has three digits at most")
             distinct = self.image_name.format(image_id=1) != self.image_name.format(image_id=2)
         except (ValueError, LookupError, AttributeError, TypeError) as error:
             raise DataError(f"image_name={self.image_name!r} cannot be filled in: {error!r}. {_NAME_HELP}") from error
@@ -71,8 +84,9 @@ class _Question(NamedTuple):
 class VQADataset(Dataset[VQAExample]):
     """The questions of a split, in the file's order; images are read when an item is.
 
-    Images are turned as their EXIF data says, of several frames the first is taken, transparency is ignored, and of 16
-    bits of grey the upper 8 are read.
+    Images are PNG, JPEG, WebP, GIF, BMP or TIFF by their content, whatever their names say. They are turned as their
+    EXIF data says, of several frames the first is taken, transparency is ignored, and of 16 bits of grey the upper 8
+    are read. Those of more than 2**24 pixels, more than any processor reads, are scaled down to that as they are read.
 
     Args:
         split: where the files are.
@@ -81,8 +95,9 @@ class VQADataset(Dataset[VQAExample]):
 
     Raises:
         DataError: a file is missing, is not JSON, or not in VQAv2's layout; a question id is there twice; a chosen
-            question has no annotation or its image file is missing. Reading an item raises it for an unreadable image,
-            and for one of more pixels than `PIL.Image.MAX_IMAGE_PIXELS`.
+            question has no annotation, or its image file is missing or outside the folder. Reading an item raises it
+            for an image that is unreadable, of another format or of more than `max_pixels`, or that would unpack to
+            more than its pixels.
         ValueError: `fraction` is outside (0, 1].
     """
 
@@ -110,33 +125,50 @@ class VQADataset(Dataset[VQAExample]):
     def _image_path(self, image_id: int) -> Path:
         return Path(self.split.images) / self.split.image_name.format(image_id=image_id)
 
+    def _inside(self, path: Path) -> bool:
+        """Whether a file lies in the folder of images, links followed; what cannot be followed is for its reader."""
+        if self.split.allow_outside:
+            return True
+        try:
+            return path.resolve().is_relative_to(Path(self.split.images).resolve())
+        except (OSError, RuntimeError, ValueError):  # a loop of links, for one
+            return True
+
     def _require_images(self) -> None:
         needed = {self._image_path(question.image_id): question.question_id for question in self.questions}
-        there: dict[Path, set[str]] = {}
+        inside, there = {}, {}
         for folder in {path.parent for path in needed}:  # listed once: asking for 40,000 files singly is slow
-            try:
-                there[folder] = set(os.listdir(folder)) if folder.is_dir() else set()
-            except OSError as error:  # closed to us, or of a name that is too long
-                raise DataError(f"The folder of images {str(folder)!r:.200} cannot be read: {error!s:.200}.") from error
+            inside[folder] = self._inside(folder)
+            there[folder] = _links_of(folder) if inside[folder] else {}
+        outside = [
+            path for path in needed
+            if not inside[path.parent] or (there[path.parent].get(path.name) and not self._inside(path))
+        ]  # fmt: skip
+        if outside:
+            raise DataError(
+                f"{len(outside)} of {len(needed)} image files of {self.split.questions} lie outside "
+                f"images={self.split.images!r}, where a link or image_name={self.split.image_name!r} leads: "
+                f"{self._first(outside, needed)}. Where that is meant, give the split allow_outside=True."
+            )
         missing = [path for path in needed if path.name not in there[path.parent]]
         if missing:
-            first = ", ".join(f"{path} (question {needed[path]})" for path in missing[:3])
             raise DataError(
-                f"{len(missing)} of {len(needed)} image files of {self.split.questions} are missing: {first}"
-                f"{', …' if len(missing) > 3 else ''}. Check images={self.split.images!r} and "
+                f"{len(missing)} of {len(needed)} image files of {self.split.questions} are missing: "
+                f"{self._first(missing, needed)}. Check images={self.split.images!r} and "
                 f"image_name={self.split.image_name!r}, or complete the folder."
             )
+
+    @staticmethod
+    def _first(paths: Sequence[Path], needed: Mapping[Path, int]) -> str:
+        first = ", ".join(f"{path} (question {needed[path]})" for path in paths[:3])
+        return f"{first}{', …' if len(paths) > 3 else ''}"
 
     def _read_image(self, question_id: int, image_id: int) -> Image.Image:
         path = self._image_path(image_id)
         try:
-            if not path.is_file():  # opening a pipe would wait for ever
-                raise OSError("it is no file")
-            with Image.open(path) as image:
-                pixels, most = image.width * image.height, Image.MAX_IMAGE_PIXELS
-                if most is not None and pixels > most:  # Pillow warns, and refuses only twice as many
-                    raise OSError(f"it has {pixels:,} pixels, more than PIL.Image.MAX_IMAGE_PIXELS, {most:,}")
-                return _rgb(image)
+            if not self._inside(path):
+                raise OSError("it lies outside the folder of images, and the split has allow_outside=False")
+            return read_image(path.resolve(strict=True), self.split.max_pixels)
         except Exception as error:  # damaged files make Pillow's decoders raise OSError, SyntaxError, zlib.error, ...
             raise DataError(
                 f"{path}, the image of question {question_id}, cannot be read: {error}. "
@@ -144,15 +176,15 @@ class VQADataset(Dataset[VQAExample]):
             ) from error
 
 
-def _rgb(image: Image.Image) -> Image.Image:
-    image.load()  # damaged pixels are refused here: Pillow does not find them a second time
-    with suppress(Exception):  # damaged EXIF data turn nothing
-        image = ImageOps.exif_transpose(image)
-    if image.mode.startswith("I"):  # 16 bits of grey, which Pillow would cut off at 255
-        image = Image.fromarray((np.asarray(image).clip(0, 2**16 - 1) // 2**8).astype(np.uint8))
-    if image.mode == "F":
-        raise ValueError("its pixels are floating-point numbers, whose black and white are not known")
-    return image.convert("RGB")
+def _links_of(folder: Path) -> dict[str, bool]:
+    """What lies in a folder, and whether it is a link; nothing where there is no such folder."""
+    try:
+        if not folder.is_dir():
+            return {}
+        with os.scandir(folder) as entries:
+            return {entry.name: entry.is_symlink() for entry in entries}
+    except OSError as error:  # closed to us, or of a name that is too long
+        raise DataError(f"The folder of images {str(folder)!r:.200} cannot be read: {error!s:.200}.") from error
 
 
 def check_fraction(fraction: float) -> None:

@@ -1,7 +1,6 @@
 """Any model whose text decoder reads visual tokens in the place of placeholder ids."""
 
 import inspect
-import warnings
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, cast
 
@@ -14,6 +13,7 @@ from catp_lightning.errors import PruningError
 from catp_lightning.families.base import AttentionSite, Family, OutputSite
 from catp_lightning.families.layout import IMAGES, Image, Layout, equal_images
 from catp_lightning.observation import Observation, Signal, Values
+from catp_lightning.saying import warn
 
 if TYPE_CHECKING:
     from catp_lightning.dropping.prompt import DecoderPrompt, Prompt, Shortened
@@ -87,7 +87,7 @@ class Placeholder(Family):
                 'left, not in those that were there. Load the model with attn_implementation="sdpa".'
             )
         if self.model.config.model_type not in self.types:
-            warnings.warn(
+            warn(
                 f"{type(self.model).__name__} is not among the models whose pruning was tested to be exact. Its "
                 "decoder takes nothing unknown, so it should be; compare a few answers at keep=1.0 and with a mask.",
                 stacklevel=2,

@@ -1,12 +1,12 @@
 """Names to scorers: those of this package, and those that other packages bring by an entry point."""
 
 import inspect
-import warnings
 from collections.abc import Iterator, Mapping
 from functools import cached_property
 from importlib.metadata import EntryPoint, entry_points
 
 from catp_lightning.errors import PolicyError
+from catp_lightning.saying import warn
 from catp_lightning.scorers.base import Scorer
 
 GROUP = "catp_lightning.scorers"
@@ -36,7 +36,7 @@ class Registry(Mapping[str, type[Scorer]]):
             others.setdefault(point.name, []).append(point)
         for name in sorted(others.keys() & self._own.keys()):
             packages = " and ".join(_package(point) for point in others.pop(name))
-            warnings.warn(
+            warn(
                 f"{packages} brings a scorer named {name!r}, which is the name of one of catp-lightning's own: that "
                 "one is used. Rename the entry point.",
                 stacklevel=3,
@@ -65,7 +65,7 @@ class Registry(Mapping[str, type[Scorer]]):
             try:
                 scorer = self[name]
             except PolicyError as error:
-                warnings.warn(f"{error} It is left out.", stacklevel=2)
+                warn(f"{error} It is left out.", stacklevel=2)
                 continue
             yield name, scorer
 

@@ -11,6 +11,7 @@ from jsonargparse import ArgumentError
 from lightning.pytorch import Callback, LightningDataModule, Trainer
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from rich.console import Console
+from rich.text import Text
 from torch.utils.data import DataLoader
 
 from catp_lightning.calibration.figures import png
@@ -23,6 +24,7 @@ from catp_lightning.demo import quiet
 from catp_lightning.errors import PolicyError
 from catp_lightning.files import write_bytes, write_json, write_text
 from catp_lightning.policy import Budget, check_keep
+from catp_lightning.safe_text import rich_text
 from catp_lightning.sweep.figure import figure
 from catp_lightning.sweep.flow import Reading, sweep_model
 from catp_lightning.sweep.methods import check_names, named
@@ -184,7 +186,8 @@ def save_all(tables: Sequence[ModelTable], folder: Path) -> None:
     write_text(folder / "table.md", combined(tables))
     write_json(folder / "table.json", [table.to_json() for table in tables], indent=2)
     write_bytes(folder / "accuracy.png", png(figure(tables), dpi=120))
-    Console().print(f"All models: [bold]{folder}[/bold]: table.md, table.json, accuracy.png")
+    where = rich_text(folder, "bold")
+    Console().print(Text.assemble("All models: ", where, ": table.md, table.json, accuracy.png"))
 
 
 def listed(value: Any) -> list[str]:

@@ -8,6 +8,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from catp_lightning.comparison import MEASURES, Measure
+from catp_lightning.safe_text import figure_text
 from catp_lightning.sweep.table import ModelTable, Row
 
 GREYS = ("black", "dimgrey", "grey", "darkgrey")
@@ -37,8 +38,9 @@ def figure(tables: Sequence[ModelTable]) -> Figure:
     handles: dict[str, Any] = {}
     for axes in drawing.axes:
         handles |= {label: handle for handle, label in zip(*axes.get_legend_handles_labels(), strict=True)}
-    order = sorted(handles, key=lambda title: -_height(tables, title))
-    drawing.legend([handles[title] for title in order], order, loc="outside right center", fontsize=9)
+    titles = {figure_text(row["method"]): row["method"] for table in tables for row in table.rows}
+    order = sorted(handles, key=lambda label: -_height(tables, titles[label]))
+    drawing.legend([handles[label] for label in order], order, loc="outside right center", fontsize=9)
     drawing.supxlabel(CAPTION, fontsize=9)
     return drawing
 
@@ -46,7 +48,7 @@ def figure(tables: Sequence[ModelTable]) -> Figure:
 def _panel(axes: Axes, table: ModelTable, looks: Mapping[str, Mapping[str, Any]]) -> None:
     measure: Measure = "accuracy" if table.measured else "agreement"
     full, *rows = table.rows
-    axes.axhline(full[measure], color="black", linestyle=":", label=full["method"])
+    axes.axhline(full[measure], color="black", linestyle=":", label=figure_text(full["method"]))
     for title in dict.fromkeys(row["method"] for row in rows):
         found = (row for row in rows if row["method"] == title)
         points = sorted((_place(row), row[measure], *row[f"{measure}_interval"]) for row in found)
@@ -56,14 +58,14 @@ def _panel(axes: Axes, table: ModelTable, looks: Mapping[str, Mapping[str, Any]]
             look |= {"linewidth": 3, "color": "crimson", "linestyle": "-", "zorder": 3}
             look |= {"marker": "o", "markerfacecolor": "crimson"}
             axes.fill_between(tokens, low, high, color="crimson", alpha=0.1)
-        axes.plot(tokens, value, label=title, **look)
+        axes.plot(tokens, value, label=figure_text(title), **look)
     axes.set_xscale("log", base=2)
     budgets = {repr(row["keep"]): row["tokens"] for row in rows if row["method"] == table.reference}
     axes.set_xticks(list(budgets.values()), [f"{tokens:.3g}" for tokens in budgets.values()])
     axes.minorticks_off()
     axes.grid(alpha=0.25)
     lowest = min(row[measure] for row in rows)
-    axes.set(title=table.name, xlabel="visual tokens kept of a sample", ylabel=MEASURES[measure])
+    axes.set(title=figure_text(table.name), xlabel="visual tokens kept of a sample", ylabel=MEASURES[measure])
     axes.set_ylim(max(0.0, lowest - 0.03), min(1.02, max(row[measure] for row in table.rows) + 0.03))
 
 

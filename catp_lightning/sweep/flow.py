@@ -15,6 +15,7 @@ import torch
 from lightning.pytorch import LightningModule
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.text import Text
 from torch.utils.data import DataLoader, Subset
 
 from catp_lightning.calibration.figures import png
@@ -27,6 +28,7 @@ from catp_lightning.files import write_bytes, write_json, write_text
 from catp_lightning.locations import budget_file_name
 from catp_lightning.metrics import vqa_score
 from catp_lightning.policy import PruningPolicy
+from catp_lightning.safe_text import one_line, rich_text
 from catp_lightning.scorers import SCORERS
 from catp_lightning.sweep.figure import figure
 from catp_lightning.sweep.jobs import Jobs, Outcome, data_fingerprint, versions
@@ -85,7 +87,8 @@ def sweep_model(
     calibrations = [name for name in names if is_calibrated(name)]
     titles = [rule.title for rule in found] + calibrations
     _check_reference(reference, titles, notes, family)
-    name = Path(str(family.describe()["name"])).name or family.name
+    name = Path(str(family.describe()["name"])).name
+    name = family.name if name in ("", "..") else name
     folder, batches = output / name, list(reading.test())
     settings = {**reading.settings, "versions": versions(), "weights": model_fingerprint(family.model)}
     loader: DataLoader[Any] = DataLoader(batches, batch_size=None)  # type: ignore[arg-type]  # a list is enough
@@ -114,7 +117,8 @@ def sweep_model(
     write_text(folder / "table.md", table.markdown())
     write_json(folder / "table.json", table.to_json(), indent=2)
     write_bytes(folder / "accuracy.png", png(figure([table]), dpi=120))
-    console.print(f"{name}: [bold]{folder}[/bold]: table.md, table.json, accuracy.png")
+    where = rich_text(folder, "bold")
+    console.print(Text.assemble(rich_text(f"{name}: "), where, ": table.md, table.json, accuracy.png"))
     return table
 
 
@@ -124,13 +128,13 @@ def _outcomes(
     """What each job gave; one that the model refuses when it runs becomes a note."""
     done = {job: outcome for job in jobs if (outcome := runner.finished(job)) is not None}
     if done:
-        console.print(f"{name} {len(done)} of {len(jobs)} jobs were finished by an earlier run.")
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+        console.print(rich_text(f"{name} {len(done)} of {len(jobs)} jobs were finished by an earlier run."))
+    columns = (TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(*columns, console=console) as progress:
-        task = progress.add_task(name, total=len(jobs), completed=len(done))
+        task = progress.add_task(one_line(name), total=len(jobs), completed=len(done))
         for job in jobs:
             if job not in done:
-                progress.update(task, description=f"{name} {job.name}, keep {job.policy.keep}")
+                progress.update(task, description=one_line(f"{name} {job.name}, keep {job.policy.keep}"))
                 try:
                     done[job] = runner.run(job)
                 except (PruningError, PolicyError) as error:
@@ -138,7 +142,7 @@ def _outcomes(
                 progress.advance(task)
             if job in done:
                 yield job, done[job]
-        progress.update(task, description=f"{name} compared")
+        progress.update(task, description=one_line(f"{name} compared"))
 
 
 def _calibration_draws(reading: Reading, draws: int) -> list[Any]:
@@ -192,7 +196,7 @@ def calibrated(
         write_json(file, {"settings": now, "refused": None}, indent=1)
     files = [folder / budget_file_name(keep) for keep in budgets]
     if not all(policy.is_file() for policy in files):
-        console.print(f"Calibrating{scorer and ' ' + scorer}.")
+        console.print(rich_text(f"Calibrating{scorer and ' ' + scorer}."))
         # The union over heads keeps more than its budget, whatever the heads weigh.
         selector = "top-k" if scorer and SCORERS[scorer].selector == "union" else None
         try:

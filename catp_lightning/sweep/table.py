@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from catp_lightning.comparison import markdown_table, over_draws
+from catp_lightning.safe_text import Markdown, markdown_text
 
 Row = Mapping[str, Any]
 
@@ -52,7 +53,8 @@ class ModelTable:
         return [self.rows[0], *sorted(rows, key=lambda row: -row[measure])]
 
     def markdown(self) -> str:
-        parts = [f"# {self.name}\n\n{self.about} The reference is *{self.reference}*.\n\n{READING}"]
+        head = f"# {markdown_text(self.name)}\n\n{markdown_text(self.about)}"
+        parts = [f"{head} The reference is *{markdown_text(self.reference)}*.\n\n{READING}"]
         parts += [f"## keep {keep}\n\n{self._of_budget(keep)}" for keep in self.budgets]
         if ratios := self.ratios():
             parts.append(f"## Calibrated over self-attention\n\n{ratios}")
@@ -65,7 +67,8 @@ class ModelTable:
         titles: dict[str, list[str]] = {}
         for title, why in self.notes.items():
             titles.setdefault(why, []).append(title)
-        return "".join(f"- {', '.join(several)}: {why}\n" for why, several in titles.items())
+        lines = (f"{', '.join(several)}: {why}" for why, several in titles.items())
+        return "".join(f"- {markdown_text(line)}\n" for line in lines)
 
     def _of_budget(self, keep: int | float) -> str:
         rows = self.at(keep)
@@ -77,8 +80,9 @@ class ModelTable:
         return markdown_table(head, [self._cells(row, inside) for row in rows])
 
     def _cells(self, row: Row, inside: bool) -> list[str]:
-        title = f"**{row['method']}**" if row["method"] == self.reference else row["method"]
-        cells = [title + kind(row)]
+        title = markdown_text(row["method"])
+        title = Markdown(f"**{title}**") if row["method"] == self.reference else title
+        cells: list[str] = [Markdown(f"{title}{kind(row)}")]
         if self.measured:
             cells += [_interval(row, "accuracy"), share(row)]
         cells += [_interval(row, "agreement"), f"{row['tokens']:.1f}"]

@@ -1,0 +1,151 @@
+"""Image files read as RGB, upright and of bounded size: a data set's files are foreign, and may be made to do harm."""
+
+import math
+import mmap
+import os
+import re
+import struct
+from contextlib import suppress
+from pathlib import Path
+from typing import BinaryIO
+
+import numpy as np
+from PIL import Image, ImageOps
+
+FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")
+"""What is read, told by a file's content. Pillow knows fifty more; for some it starts other programs."""
+
+MAX_PIXELS = 2**26
+"""Unpacked at most, unless a split says otherwise: 8192 x 8192, a photo of 64 megapixels, 192 MiB as RGB."""
+
+KEPT_PIXELS = 2**24
+"""Handed on at most, 48 MiB as RGB: no processor of transformers reads an image of more pixels than 4096 x 4096."""
+
+MAX_RATIO = 1000
+"""Of the sides: processors that scale the short side up to a fixed length would make gigabytes of a thinner image."""
+
+MAX_BYTES = 2**27
+"""Of a file. Metadata, which is read before a size is known, may be all of it."""
+
+MAX_SCANS = 100
+"""Of a JPEG: a scan of a hundred bytes has to be decoded over the whole image. Progressive ones have about ten."""
+
+MAX_PIECES = 2**16
+"""Strips or tiles of a TIFF, and numbers in any of its tags: Pillow makes a Python object of each."""
+
+
+def read_image(path: Path, max_pixels: int = MAX_PIXELS) -> Image.Image:
+    """The image in a file: RGB, upright as its EXIF data says, at most `KEPT_PIXELS` large, without metadata.
+
+    Of several frames the first is taken, transparency is ignored, and of 16 bits of grey the upper 8 are read. Images
+    above `KEPT_PIXELS` are scaled down to it with their aspect ratio; smaller ones keep every pixel.
+
+    Args:
+        path: of a regular file.
+        max_pixels: that are unpacked at most; `PIL.Image.MAX_IMAGE_PIXELS` holds as well where it is lower.
+
+    Raises:
+        Exception: of any type, for damaged files make Pillow's decoders raise OSError, SyntaxError, zlib.error and
+            more. What this function refuses is an OSError that says what is allowed.
+    """
+    if not path.is_file():  # opening a pipe would wait for ever
+        raise OSError("it is no file")
+    with open(path, "rb") as file:
+        if (size := os.fstat(file.fileno()).st_size) > MAX_BYTES:
+            raise OSError(f"it has {size:,} bytes, more than {MAX_BYTES:,}")
+        _check_scans(file)
+        _check_pieces(file)
+        try:
+            image = Image.open(file, formats=FORMATS)
+        except Image.UnidentifiedImageError as error:
+            raise OSError(f"it is none of {', '.join(FORMATS)}") from error
+        with image:
+            _check_size(image, max_pixels)
+            return _rgb(image)
+
+
+def _check_size(image: Image.Image, max_pixels: int) -> None:
+    """Of what is about to be unpacked."""
+    width, height = image.size
+    most = min(max_pixels, Image.MAX_IMAGE_PIXELS or max_pixels)  # Pillow itself refuses only twice as many
+    if width * height > most:
+        raise OSError(
+            f"it has {width * height:,} pixels, more than {most:,}, the lower of max_pixels and "
+            "PIL.Image.MAX_IMAGE_PIXELS; scale it down, or raise them where the file can be trusted"
+        )
+    if max(width, height) > MAX_RATIO * min(width, height):
+        raise OSError(f"it is {width} x {height} pixels; one side may be {MAX_RATIO} times the other at most")
+    tile = [getattr(image, "tag_v2", {}).get(tag, 1) for tag in (322, 323)]  # a TIFF's, unpacked whole
+    if not all(isinstance(side, int) for side in tile) or math.prod(tile) > most:
+        raise OSError(f"its tiles are of {' x '.join(map(str, tile))} pixels, more than {most:,}")
+
+
+_MARKER = re.compile(rb"\xff+[^\x00\xff\xd0-\xd7]")  # restart markers and stuffed bytes belong to a scan's data
+
+
+def _check_scans(file: BinaryIO) -> None:
+    """Count the scans of a JPEG; other files pass."""
+    head = file.read(3)
+    file.seek(0)
+    if head != b"\xff\xd8\xff":
+        return
+    with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
+        place, scans = 2, 0
+        while (found := _MARKER.search(content, place)) and (marker := found[0][-1]) != 0xD9:  # the image's end
+            scans += marker == 0xDA
+            if scans > MAX_SCANS:
+                raise OSError(f"it is a JPEG of more than {MAX_SCANS} scans")
+            place = found.end() + int.from_bytes(content[found.end() : found.end() + 2])
+
+
+_TIFF = (b"II*\0", b"II\0*", b"MM\0*", b"MM*\0", b"II+\0", b"MM\0+")  # two of them are wrong, and read by Pillow
+
+
+def _check_pieces(file: BinaryIO) -> None:
+    """Refuse a TIFF whose first directory has a tag of too many numbers; other files pass."""
+    head = file.read(4)
+    file.seek(0)
+    if head not in _TIFF:
+        return
+    order, big = "<" if head[:2] == b"II" else ">", b"+" in head
+    header, many, entry = (("4xI", "H", "HHI4x"), ("8xQ", "Q", "HHQ8x"))[big]
+    (place,) = _unpacked(file, order + header, 0)
+    (count,) = _unpacked(file, order + many, place)
+    for number in range(min(count, MAX_PIECES)):
+        start = place + struct.calcsize(order + many) + number * struct.calcsize(order + entry)
+        tag, kind, numbers = _unpacked(file, order + entry, start)
+        if numbers > MAX_PIECES and kind not in (1, 2, 6, 7):  # bytes and text stay what they are
+            raise OSError(f"it is a TIFF whose tag {tag} has {numbers:,} numbers, more than {MAX_PIECES:,}")
+    file.seek(0)
+
+
+def _unpacked(file: BinaryIO, layout: str, place: int) -> tuple[int, ...]:
+    file.seek(place)
+    return struct.unpack(layout, file.read(struct.calcsize(layout)))
+
+
+def _rgb(image: Image.Image) -> Image.Image:
+    image.load()  # damaged pixels are refused here: Pillow does not find them a second time
+    if image.mode == "F":
+        raise ValueError("its pixels are floating-point numbers, whose black and white are not known")
+    rgb = (_eight_bits(image) if image.mode.startswith("I") else image).convert("RGB")
+    pixels = rgb.width * rgb.height
+    if pixels > KEPT_PIXELS:
+        scale = math.sqrt(KEPT_PIXELS / pixels)
+        rgb = rgb.resize((int(rgb.width * scale), int(rgb.height * scale)), Image.Resampling.BICUBIC)
+    rgb.info = {key: value for key, value in image.info.items() if key in _TURNING}
+    with suppress(Exception):  # damaged EXIF data turn nothing
+        rgb = ImageOps.exif_transpose(rgb)
+    rgb.info = {}  # texts and profiles would be kept as long as the image
+    return rgb
+
+
+_TURNING = ("exif", "Raw profile type exif", "xmp", "XML:com.adobe.xmp")
+"""Where Pillow looks for how an image is to be turned."""
+
+
+def _eight_bits(image: Image.Image) -> Image.Image:
+    """Of 16 bits of grey, which Pillow would cut off at 255, the upper 8."""
+    values = np.asarray(image).clip(0, 2**16 - 1)
+    values >>= 8
+    return Image.fromarray(values.astype(np.uint8))
