@@ -83,11 +83,11 @@ def doubts(policies: Sequence[PruningPolicy]) -> Iterator[str]:
     for point in points:
         best = point["best_control"]
         if best is not None and best["difference"] < 0:
-            behind = best["verdict"] == "behind"
+            behind, chosen, control = best["verdict"] == "behind", one_line(point["chosen"]), one_line(best["name"])
             yield (
-                f"Calibration evidence at keep {point['keep']}: the chosen policy ({one_line(point['chosen'])}) is behind the "
-                f"control {one_line(best['name'])} on the {checked} checked answers, by {-best['difference']:.1%} (95% interval "
-                f"of the difference {best['interval'][0]:+.1%} to {best['interval'][1]:+.1%}). "
+                f"Calibration evidence at keep {point['keep']}: the chosen policy ({chosen}) is behind the control "
+                f"{control} on the {checked} checked answers, by {-best['difference']:.1%} (95% interval of the "
+                f"difference {best['interval'][0]:+.1%} to {best['interval'][1]:+.1%}). "
                 + (
                     "Use that control instead, or calibrate on more data."
                     if behind
