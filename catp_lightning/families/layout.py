@@ -152,7 +152,7 @@ def _joined(tiles: list[Image]) -> Image:
 
 
 def sized_images(model: Any, prompt: "DecoderPrompt", counts: Mapping[int, int]) -> Images:
-    """Mistral 3 and Pixtral: images of their own size, padded to the largest; `image_sizes` [I, 2] are in pixels."""
+    """Mistral 3, LightOnOCR, Pixtral: images of their own size, padded to the largest; `image_sizes` [I, 2] pixels."""
     pixels, sizes = pictures(prompt.arguments), prompt.arguments.get("image_sizes")
     if pixels is None or sizes is None:
         return {}
@@ -166,26 +166,42 @@ def sized_images(model: Any, prompt: "DecoderPrompt", counts: Mapping[int, int])
 
 
 def gridded_images(model: Any, prompt: "DecoderPrompt", counts: Mapping[int, int]) -> Images:
-    """Qwen-VL: patches of all images one after the other; `image_grid_thw` [I, 3] counts them. A frame is a t."""
+    """Qwen-VL: patches of all images one after the other; `image_grid_thw` [I, 3] counts them. A frame is a t.
+
+    A square of patches makes a token, of a side that the config gives or, in VideoLLaMA 3, `image_merge_sizes` [I]; its
+    `video_compression_mask`, bool for each token of all videos, says which of them the prompt has.
+    """
+    config, given = model.config, prompt.arguments
     found: Images = {}
-    merged = model.config.vision_config.spatial_merge_size**2
-    for token, pixels, grid in (
-        (model.config.image_token_id, "pixel_values", "image_grid_thw"),
-        (model.config.video_token_id, "pixel_values_videos", "video_grid_thw"),
-    ):
-        patches, grids = prompt.arguments.get(pixels), prompt.arguments.get(grid)
+    for kind, name in (("image", "pixel_values"), ("video", "pixel_values_videos")):
+        patches, grids = given.get(name), given.get(f"{kind}_grid_thw")
         if patches is None or grids is None:
             continue
-        areas = [height * width for frames, height, width in grids.tolist() for _ in range(frames)]
-        parts = patches.split(areas)
-        found[int(token)] = [Image(area // merged, part) for area, part in zip(areas, parts, strict=True)]
+        token = config.image_token_id if config.model_type in IMAGE_TOKEN_ONLY else getattr(config, f"{kind}_token_id")
+        sides = given.get(f"{kind}_merge_sizes")
+        sides = [config.vision_config.spatial_merge_size] * len(grids) if sides is None else sides.tolist()
+        frames = [
+            (height * width, height * width // side**2)
+            for (time, height, width), side in zip(grids.tolist(), sides, strict=True)
+            for _ in range(time)
+        ]
+        tokens, stays = [each for _, each in frames], given.get("video_compression_mask")
+        if kind == "video" and stays is not None:
+            tokens = [int(own.sum()) for own in stays.split(tokens)]
+        parts = patches.split([area for area, _ in frames])
+        # A frame that is like the one before may have no token left.
+        images = [Image(each, part) for each, part in zip(tokens, parts, strict=True) if each]
+        found[int(token)] = found.get(int(token), []) + images
     return found
 
 
+# In their prompts frames of videos stand as images do: the image token between its marks.
+IMAGE_TOKEN_ONLY = {"glm4v", "glm4v_moe", "glm46v", "glm_ocr"}
 IMAGES: dict[str, Reader] = {
     "internvl": tiled_images,
-    "mistral3": sized_images,
-    "qwen2_vl": gridded_images,
-    "qwen2_5_vl": gridded_images,
-    "qwen3_vl": gridded_images,
+    **dict.fromkeys(("lighton_ocr", "mistral3"), sized_images),
+    **dict.fromkeys(("qwen2_vl", "qwen2_5_vl", "qwen2_5_omni_thinker"), gridded_images),
+    **dict.fromkeys(("qwen3_vl", "qwen3_vl_moe", "qwen3_omni_moe_thinker"), gridded_images),
+    **dict.fromkeys(("cosmos3_edge", "cosmos3_omni", "exaone4_5", "hyperclovax_vision_v2"), gridded_images),
+    **dict.fromkeys(("minimax_m3_vl", "paddleocr_vl", "video_llama_3", *IMAGE_TOKEN_ONLY), gridded_images),
 }
