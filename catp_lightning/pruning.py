@@ -69,6 +69,8 @@ class Pruning:
         wanted = join([*needs, {Signal.FINGERPRINT: None}] if self._known else needs)
         stages = () if self._everything and choose is None else self._scorer.stages(family.depth)
         self.leave_at, self._read = stages, torch.zeros(0)
+        if scored or choose is not None:
+            family.check_use(scored and (self._known or not stages), stages, policy.positions == "compact")
         if stages and scored:
             refuse_at_stages(policy, self._selector, wanted)
         if self._selector.merges and scored:

@@ -183,6 +183,8 @@ class Row:
         samples: up to four; one without an image comes last.
         join: the tensors of a batch beside ids and mask.
         attention: the implementation its tests run under unless they name one.
+        rounding: how far logits of the unpruned model in float64 are apart, of their scale, where padding moves
+            positions: some models compute rotary angles, or the weights of experts, in float32.
         lacks: test function's name -> why this family does not have what it tests.
     """
 
@@ -192,6 +194,7 @@ class Row:
     oracle: Oracle
     join: Callable[[Sequence[Sample], Inputs], Inputs] = each_image
     attention: str = "sdpa"
+    rounding: float = 0.0
     lacks: Mapping[str, str] = field(default_factory=dict)
 
     def model(self, dtype: torch.dtype = torch.float64, attention: str | None = None) -> PreTrainedModel:
@@ -212,11 +215,12 @@ class Row:
         """Whether position ids have axes."""
         return isinstance(self.oracle, Decoder) and self.oracle.coordinates
 
-    def tolerance(self, dtype: torch.dtype = torch.float64, attention: str | None = None) -> float:
-        """How far logits may be apart, of their scale; eager attention takes its softmax in float32."""
+    def tolerance(self, dtype: torch.dtype = torch.float64, attention: str | None = None, moved: bool = False) -> float:
+        """How far logits may be apart, of their scale; eager attention takes its softmax in float32. `moved`: the same
+        tokens have other positions."""
         if dtype is torch.float32:
             return 2e-5
-        return 1e-10 if (attention or self.attention) == "sdpa" else 5e-6
+        return max(1e-10 if (attention or self.attention) == "sdpa" else 5e-6, self.rounding * moved)
 
     def __hash__(self) -> int:
         return hash(self.name)
@@ -455,16 +459,23 @@ def qwen3_vl() -> PreTrainedModel:
     return hf.Qwen3VLForConditionalGeneration(config)
 
 
-def grid(time: int, height: int, width: int, seed: int) -> Image:
-    """An image, or with more than one step in time a video, as rows of patches; four make a token."""
+def grid(time: int, height: int, width: int, seed: int, patch: tuple[int, ...] = (96,), side: int = 2) -> Image:
+    """An image, or with more than one step in time a video, as rows of patches; `side` squared make a token."""
     kind = ("pixel_values_videos", "video_grid_thw") if time > 1 else ("pixel_values", "image_grid_thw")
-    patches = random_numbers(time * height * width, 3 * 2 * 16, seed=seed)
+    patches = random_numbers(time * height * width, *patch, seed=seed)
     tensors = dict(zip(kind, (patches, torch.tensor([time, height, width])), strict=True))
-    return Image(time * height * width // 4, tensors, VIDEO if time > 1 else IMAGE)
+    return Image(time * height * width // side**2, tensors, VIDEO if time > 1 else IMAGE)
 
 
-def grids(last: Image) -> list[list[Image]]:
-    return [[grid(1, 4, 6, 0)], [grid(1, 4, 4, 1), grid(1, 6, 4, 2)], [last], []]
+def apart(video: Image) -> list[Image]:
+    """The frames of a video, with text between them: all tensors are the first one's."""
+    frames = int(video.tensors["video_grid_thw"][0])
+    own = [video.tensors, *({} for _ in range(frames - 1))]
+    return [Image(video.tokens // frames, tensors, video.placeholder) for tensors in own]
+
+
+def grids(*last: Image, patch: tuple[int, ...] = (96,)) -> list[list[Image]]:
+    return [[grid(1, 4, 6, 0, patch)], [grid(1, 4, 4, 1, patch), grid(1, 6, 4, 2, patch)], list(last), []]
 
 
 # --- Other models with placeholders

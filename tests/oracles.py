@@ -200,11 +200,13 @@ class Decoder(Oracle):
             return {kind: self._shortened(one, columns, config) for kind, one in mask.items()}
         if isinstance(mask, Tensor) and mask.dim() == 4:
             return mask[:, :, columns][..., columns]
-        window = getattr(config, "sliding_window", None)
-        if not window or getattr(config, "layer_types", None):
+        window, types = getattr(config, "sliding_window", None), getattr(config, "layer_types", None)
+        if not window or (types and "sliding_attention" not in types):
             return None if mask is None else mask[:, columns]
         distance = columns[:, None] - columns  # windows are counted in the columns of the full prompt
-        return ((distance >= 0) & (distance < window))[None, None]
+        masks = {"full_attention": distance >= 0, "sliding_attention": (distance >= 0) & (distance < window)}
+        masks = {kind: one[None, None] for kind, one in masks.items()}
+        return masks if types else masks["sliding_attention"]
 
     def loop(self, model: PreTrainedModel, inputs: Inputs, tokens: Tensor, with_positions: bool) -> Iterator[Tensor]:
         mask, steps = inputs["attention_mask"], model.get_submodule(self.stepper)

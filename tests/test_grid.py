@@ -160,7 +160,7 @@ def test_rows_and_columns_of_qwen_are_those_of_its_position_ids(name: str) -> No
 
 
 def test_a_square_that_lacks_its_first_patch_keeps_its_lines() -> None:
-    image = Image(8, torch.zeros(1), shape=(3, 3))
+    image = Image(8, torch.zeros(1), shape=(3, 3), patches=torch.arange(1, 9))
     assert image.places()[:, 1:].tolist() == [[place // 3, place % 3] for place in range(1, 9)]
     assert Image(6, torch.zeros(1)).places().tolist() == [[0, 0, place] for place in range(6)], "no square: one line"
 

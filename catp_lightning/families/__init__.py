@@ -7,6 +7,7 @@ from catp_lightning.errors import PruningError
 from catp_lightning.families.base import Family
 from catp_lightning.families.blip2 import Blip2, InstructBlip, InstructBlipVideo
 from catp_lightning.families.llava import Llava
+from catp_lightning.families.missing import no_model, refuse_other
 from catp_lightning.families.mllama import Mllama
 from catp_lightning.families.placeholder import Placeholder
 
@@ -23,22 +24,18 @@ def find_family(module: nn.Module, name: str | None = None) -> Family:
     Raises:
         PruningError: there is none, there are several and `name` chooses none of them, or it cannot be pruned.
     """
+    refuse_other(module)
     supported: dict[str, tuple[type[Family], PreTrainedModel]] = {}
     for path, part in module.named_modules():
         inside = any(not outer or path.startswith(f"{outer}.") for outer in supported)
         family = next((f for f in FAMILIES if isinstance(part, PreTrainedModel) and f.handles(part)), None)
         if family is not None and not inside:
             supported[path] = (family, part)
+    if not supported:
+        raise no_model(module, [name for family in FAMILIES for name in family.classes])
     listed = ", ".join(f"{path or 'itself'} ({type(part).__name__})" for path, (_, part) in supported.items())
     if name is not None and name not in supported:
-        raise PruningError(f"There is no supported model at {name!r}; there are: {listed or 'none'}.")
-    if not supported:
-        other = sorted({type(part).__name__ for part in module.modules() if isinstance(part, PreTrainedModel)})
-        raise PruningError(
-            f"{type(module).__name__} holds no model that can be pruned. Supported: "
-            f"{', '.join(name for family in FAMILIES for name in family.classes)}. "
-            f"Found: {', '.join(other) or 'no Hugging Face model at all'}."
-        )
+        raise PruningError(f"There is no supported model at {name!r}; there are: {listed}.")
     if name is None and len(supported) > 1:
         raise PruningError(f'{type(module).__name__} holds several models: {listed}. Choose one with model="<name>".')
     family, model = supported[name] if name is not None else next(iter(supported.values()))

@@ -62,6 +62,15 @@ class Family(ABC):
     def check(self) -> None:
         """Raise PruningError where this very model cannot be pruned exactly."""
 
+    def check_use(self, by_image: bool, stages: tuple[int, ...], compact: bool) -> None:  # noqa: B027 - none by default
+        """Raise PruningError where a policy asks for what is not possible here, before any prompt comes.
+
+        Args:
+            by_image: tokens are scored, and a budget is of each image.
+            stages: layers at whose entry tokens leave; none: before the first.
+            compact: the rows that stay are numbered anew.
+        """
+
     @abstractmethod
     def shape(self) -> Mapping[str, int]:
         """What a policy depends on: numbers of visual tokens, layers and heads."""

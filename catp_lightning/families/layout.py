@@ -24,8 +24,8 @@ class Image:
         pixels: its own, of any shape, without padding: they identify it.
         always: bool [tokens], those that stand for no patch and always stay; None: none.
         crops: int64 [tokens], the crop each is of; None where the image is not cut.
-        shape: rows and columns of its patches, of which the first may be left out; None: a square where their number
-            is one, of each crop.
+        shape: rows and columns of its patches; None: a square where their number is one, of each crop.
+        patches: int64 [tokens], which of these patches each token is, line by line; None: all, in their order.
     """
 
     tokens: int
@@ -33,6 +33,7 @@ class Image:
     always: Tensor | None = None
     crops: Tensor | None = None
     shape: tuple[int, int] | None = None
+    patches: Tensor | None = None
 
     def places(self) -> Tensor:
         """Part, row and column of each token's patch: int64 [tokens, 3], row and column -1 where it stands for none.
@@ -53,8 +54,8 @@ class Image:
                 row = row - row[:1]
                 column = index - (row[:, None] > row).sum(1)
             else:
-                rows, columns = self.shape or _square(len(index))
-                place = index + rows * columns - len(index)
+                columns = (self.shape or _square(len(index)))[1]
+                place = index if self.patches is None else self.patches.cpu()
                 row, column = place // columns, place % columns
             found[own, 1], found[own, 2] = row, column
         return found
@@ -194,7 +195,7 @@ def _joined(tiles: list[Image]) -> Image:
 
 
 def sized_images(model: Any, prompt: "DecoderPrompt", counts: Mapping[int, int]) -> Images:
-    """Mistral 3 and Pixtral: images of their own size, padded to the largest; `image_sizes` [I, 2] are in pixels."""
+    """Mistral 3, LightOnOCR, Pixtral: images of their own size, padded to the largest; `image_sizes` [I, 2] pixels."""
     pixels, sizes = pictures(prompt.arguments), prompt.arguments.get("image_sizes")
     if pixels is None or sizes is None:
         return {}
@@ -212,29 +213,46 @@ def sized_images(model: Any, prompt: "DecoderPrompt", counts: Mapping[int, int])
 
 
 def gridded_images(model: Any, prompt: "DecoderPrompt", counts: Mapping[int, int]) -> Images:
-    """Qwen-VL: patches of all images one after the other; `image_grid_thw` [I, 3] counts them. A frame is a t."""
+    """Qwen-VL: patches of all images one after the other; `image_grid_thw` [I, 3] counts them. A frame is a t.
+
+    A square of patches makes a token, of a side that the config gives or, in VideoLLaMA 3, `image_merge_sizes` [I]; its
+    `video_compression_mask`, bool for each token of all videos, says which of them the prompt has.
+    """
+    config, given = model.config, prompt.arguments
     found: Images = {}
-    side = model.config.vision_config.spatial_merge_size
-    for token, pixels, grid in (
-        (model.config.image_token_id, "pixel_values", "image_grid_thw"),
-        (model.config.video_token_id, "pixel_values_videos", "video_grid_thw"),
-    ):
-        patches, grids = prompt.arguments.get(pixels), prompt.arguments.get(grid)
-        if patches is None or grids is None:
+    for kind, name in (("image", "pixel_values"), ("video", "pixel_values_videos")):
+        pixels, grids = given.get(name), given.get(f"{kind}_grid_thw")
+        if pixels is None or grids is None:
             continue
-        sides = [(height, width) for frames, height, width in grids.tolist() for _ in range(frames)]
-        parts = patches.split([height * width for height, width in sides])
-        found[int(token)] = [
-            Image(height * width // side**2, part, shape=(height // side, width // side))
-            for (height, width), part in zip(sides, parts, strict=True)
+        token = config.image_token_id if config.model_type in IMAGE_TOKEN_ONLY else getattr(config, f"{kind}_token_id")
+        sides = given.get(f"{kind}_merge_sizes")
+        sides = [config.vision_config.spatial_merge_size] * len(grids) if sides is None else sides.tolist()
+        shapes = [
+            (height // side, width // side)
+            for (time, height, width), side in zip(grids.tolist(), sides, strict=True)
+            for _ in range(time)
         ]
+        areas = [height * width for time, height, width in grids.tolist() for _ in range(time)]
+        stays = given.get("video_compression_mask") if kind == "video" else None
+        patches: Sequence[Tensor | None] = [None] * len(shapes)
+        if stays is not None:
+            patches = [own.nonzero()[:, 0] for own in stays.split([rows * columns for rows, columns in shapes])]
+        images = [
+            Image(rows * columns if own is None else len(own), part, shape=(rows, columns), patches=own)
+            for (rows, columns), own, part in zip(shapes, patches, pixels.split(areas), strict=True)
+        ]
+        # A frame that is like the one before may have no token left.
+        found[int(token)] = found.get(int(token), []) + [image for image in images if image.tokens]
     return found
 
 
+# In their prompts frames of videos stand as images do: the image token between its marks.
+IMAGE_TOKEN_ONLY = {"glm4v", "glm4v_moe", "glm46v", "glm_ocr"}
 IMAGES: dict[str, Reader] = {
     "internvl": tiled_images,
-    "mistral3": sized_images,
-    "qwen2_vl": gridded_images,
-    "qwen2_5_vl": gridded_images,
-    "qwen3_vl": gridded_images,
+    **dict.fromkeys(("lighton_ocr", "mistral3"), sized_images),
+    **dict.fromkeys(("qwen2_vl", "qwen2_5_vl", "qwen2_5_omni_thinker"), gridded_images),
+    **dict.fromkeys(("qwen3_vl", "qwen3_vl_moe", "qwen3_omni_moe_thinker"), gridded_images),
+    **dict.fromkeys(("cosmos3_edge", "cosmos3_omni", "exaone4_5", "hyperclovax_vision_v2"), gridded_images),
+    **dict.fromkeys(("minimax_m3_vl", "paddleocr_vl", "video_llama_3", *IMAGE_TOKEN_ONLY), gridded_images),
 }

@@ -119,7 +119,8 @@ class Llava(Placeholder):
             }
         if self.tokens_per_image == self._patches() - 1:  # the first patch is left out
             side = self._side()
-            own = {id_: [replace(one, shape=(side, side)) for one in all_] for id_, all_ in own.items()}
+            rest = torch.arange(1, side**2)
+            own = {id_: [replace(one, shape=(side, side), patches=rest) for one in all_] for id_, all_ in own.items()}
         return {**found, **own}
 
     @property

@@ -12,6 +12,7 @@ from catp_lightning.dropping.prompt import merged_features, visual_tokens
 from catp_lightning.errors import PruningError
 from catp_lightning.families.base import AttentionSite, Family, OutputSite
 from catp_lightning.families.layout import IMAGES, Image, Layout, equal_images
+from catp_lightning.families.missing import lacks
 from catp_lightning.observation import Observation, Signal, Values
 from catp_lightning.saying import warn
 
@@ -20,24 +21,44 @@ if TYPE_CHECKING:
 
 # Shown to be exact by the tests. Others are pruned where nothing speaks against it, with a warning.
 TYPES = {
+    "cosmos3_edge": "Cosmos3EdgeForConditionalGeneration",
+    "cosmos3_omni": "Cosmos3OmniForConditionalGeneration",
+    "exaone4_5": "Exaone4_5_ForConditionalGeneration",
     "gemma3": "Gemma3ForConditionalGeneration",
+    "glm46v": "Glm46VForConditionalGeneration",
+    "glm4v": "Glm4vForConditionalGeneration",
+    "glm4v_moe": "Glm4vMoeForConditionalGeneration",
+    "glm_ocr": "GlmOcrForConditionalGeneration",
+    "hyperclovax_vision_v2": "HyperCLOVAXVisionV2ForConditionalGeneration",
     "idefics3": "Idefics3ForConditionalGeneration",
     "internvl": "InternVLForConditionalGeneration",
+    "lighton_ocr": "LightOnOcrForConditionalGeneration",
+    "minimax_m3_vl": "MiniMaxM3SparseForConditionalGeneration",
     "mistral3": "Mistral3ForConditionalGeneration",
+    "paddleocr_vl": "PaddleOCRVLForConditionalGeneration",
     "paligemma": "PaliGemmaForConditionalGeneration",
+    "qwen2_5_omni_thinker": "Qwen2_5OmniThinkerForConditionalGeneration",
     "qwen2_5_vl": "Qwen2_5_VLForConditionalGeneration",
     "qwen2_vl": "Qwen2VLForConditionalGeneration",
+    "qwen3_omni_moe_thinker": "Qwen3OmniMoeThinkerForConditionalGeneration",
     "qwen3_vl": "Qwen3VLForConditionalGeneration",
+    "qwen3_vl_moe": "Qwen3VLMoeForConditionalGeneration",
     "smolvlm": "SmolVLMForConditionalGeneration",
+    "video_llama_3": "VideoLlama3ForConditionalGeneration",
 }
 KNOWN_INPUTS = {
     *("input_ids", "inputs_embeds", "attention_mask", "position_ids", "past_key_values", "use_cache", "kwargs"),
     *("output_attentions", "output_hidden_states", "return_dict", "cache_position"),
     *("visual_pos_masks", "deepstack_visual_embeds"),  # shortened below
 }
+# What a model below the head may take beside a text model's inputs where each of its pictures has as many tokens.
+PICTURES = {
+    *("pixel_values", "high_res_pixel_values", "pixel_mask", "pixel_attention_mask", "mm_encoder_outputs"),
+    *("vision_feature_layer", "vision_feature_select_strategy", "interpolate_pos_encoding"),
+    *("token_type_ids", "mm_token_type_ids", "labels", "logits_to_keep", "output_router_logits"),
+}
 # Their decoders are causal, and position ids count columns: a recorded prompt is all there is to know.
 REPLAYABLE = {"idefics3", "internvl", "smolvlm"}
-SIZES = ("image_sizes", "image_grid_thw", "video_grid_thw", "spatial_shapes", "image_grid_hws")
 KNOWN_LAYERS = {"full_attention", "sliding_attention"}
 
 
@@ -56,11 +77,7 @@ class Placeholder(Family):
 
     @classmethod
     def handles(cls, model: PreTrainedModel) -> bool:
-        outer = getattr(model, "model", None)
-        if not isinstance(outer, PreTrainedModel) or not model.can_generate() or model.config.is_encoder_decoder:
-            return False
-        decoder: Any = outer.get_decoder()
-        return hasattr(model.config, "image_token_id") and decoder is not outer and hasattr(decoder, "layers")
+        return lacks(model) is None
 
     def check(self) -> None:
         if self.model.config.image_token_id is None:
@@ -86,12 +103,46 @@ class Placeholder(Family):
                 f"{type(self.decoder).__name__} has sliding windows, which flash attention counts in the rows that are "
                 'left, not in those that were there. Load the model with attn_implementation="sdpa".'
             )
+        if getattr(config, "output_router_logits", False):
+            raise PruningError(
+                f"{type(self.decoder).__name__} has output_router_logits=True: the loss of its router is computed of "
+                "every row of the prompt, and dropped rows have none. Set it to False in the text config."
+            )
         if self.model.config.model_type not in self.types:
+            sizes = self._unknown_sizes()
             warn(
                 f"{type(self.model).__name__} is not among the models whose pruning was tested to be exact. Its "
-                "decoder takes nothing unknown, so it should be; compare a few answers at keep=1.0 and with a mask.",
+                "decoder takes nothing unknown, so it should be; compare a few answers at keep=1.0 and with a mask."
+                f"{sizes and f' Its images take {sizes}, so most scorers are refused; choose= is not.'}",
                 stacklevel=2,
             )
+
+    def check_use(self, by_image: bool, stages: tuple[int, ...], compact: bool) -> None:
+        name = type(self.model).__name__
+        if by_image and (unknown := self._unknown_sizes()):
+            raise PruningError(
+                f"{name} also takes {unknown}: how it makes tokens of images is not known, so they cannot be scored. "
+                "Choose them yourself, prune(..., choose=...), or let them leave inside the decoder, where a budget "
+                "is of the whole sample: fastv, visual-exit."
+            )
+        vision = getattr(self.model.config, "vision_config", None)
+        added = len(getattr(vision, "deepstack_visual_indexes", None) or ())
+        if stages and stages[0] < added:
+            raise PruningError(
+                f"{name} adds features to all visual tokens after each of its first {added} layers, and tokens are to "
+                f"leave at layer {stages[0]}: choose layers from {added} on."
+            )
+        if compact and hasattr(self.outer, "get_rope_index"):
+            raise PruningError(
+                f'positions="compact" has no meaning in {name}: visual tokens have coordinates in their image, not '
+                'places in a row, and dropping them leaves no gap. Use positions="original".'
+            )
+
+    def _unknown_sizes(self) -> str:
+        """Inputs that may say how many tokens each image has, of a model nobody read; empty: all are known."""
+        if self.model.config.model_type in self.types:
+            return ""
+        return ", ".join(sorted(inspect.signature(self.outer.forward).parameters.keys() - KNOWN_INPUTS - PICTURES))
 
     @property
     def replayable(self) -> bool:
@@ -163,15 +214,7 @@ class Placeholder(Family):
 
     def images(self, prompt: "DecoderPrompt", counts: Mapping[int, int]) -> dict[int, list[Image]]:
         """Images and frames by placeholder id, in the order of their features; counts: placeholders by id."""
-        kind = self.model.config.model_type
-        sizes = sorted(name for name in SIZES if prompt.arguments.get(name) is not None)
-        if kind not in self.types and sizes:
-            raise PruningError(
-                f"{type(self.model).__name__} reads images of different sizes ({', '.join(sizes)}), and how it "
-                "makes tokens of them is not known, so they cannot be scored. Choose the tokens yourself: "
-                "prune(..., choose=...)."
-            )
-        return IMAGES.get(kind, equal_images)(self.model, prompt, counts)
+        return IMAGES.get(self.model.config.model_type, equal_images)(self.model, prompt, counts)
 
     def observation(self, values: Values, wanted: frozenset[Signal], prompt: "Prompt") -> Observation:
         prompt = cast("DecoderPrompt", prompt)
