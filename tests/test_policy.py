@@ -199,9 +199,7 @@ def test_policies_of_two_calibrations_in_a_folder_are_told_apart(tmp_path: Path)
             assert PruningPolicy.load(tmp_path, keep=keep).keep == keep
     (new,) = found_by("first", 0.5)
     new.save(tmp_path / "keep-0.5.json")
-    with pytest.warns(
-        UserWarning, match=r"calibrations: keep-0\.25\.json, which is used, .* keep-0\.5\.json, "
-    ):
+    with pytest.warns(UserWarning, match=r"calibrations: keep-0\.25\.json, which is used, .* keep-0\.5\.json, "):
         assert PruningPolicy.load(tmp_path, keep=0.25) == found_by("first", 0.5, 0.25)[1]
     with pytest.warns(UserWarning, match=r"different calibrations: keep-0\.5\.json, which is used, .*keep-0\.25"):
         assert PruningPolicy.load(tmp_path, keep=0.5) == new
