@@ -1,5 +1,7 @@
 """Calibrated visual-token pruning for vision-language models in PyTorch Lightning."""
 
+from importlib.metadata import PackageNotFoundError, version
+
 from catp_lightning.callbacks import AnswerWriter, CrossAttentionCalibration, TokenPruning
 from catp_lightning.errors import DataError, PolicyError, PruningError
 from catp_lightning.module import PrunedModule
@@ -20,3 +22,8 @@ __all__ = [
     "VQAModule",
     "prune",
 ]
+
+try:
+    __version__ = version("catp-lightning")
+except PackageNotFoundError:  # read from its sources, not installed
+    __version__ = "unknown"

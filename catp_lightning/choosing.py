@@ -7,9 +7,9 @@ import torch
 from torch import Tensor
 
 from catp_lightning.counts import keep_count
-from catp_lightning.errors import PruningError
+from catp_lightning.errors import PolicyError, PruningError
 from catp_lightning.observation import Observation
-from catp_lightning.scorers import Scorer
+from catp_lightning.scorers import SCORERS, Scorer
 from catp_lightning.selectors import Selector, without_autocast
 
 
@@ -61,6 +61,11 @@ def _select(
     selector: Selector, scores: Tensor, free: Tensor, keep: int | float, vectors: Tensor | None
 ) -> tuple[Tensor, Tensor | None]:
     kept = selector.select(scores, free, _budget(keep, free), vectors)
+    if (kept.dtype, kept.shape, kept.device) != (torch.bool, free.shape, free.device):
+        raise PruningError(
+            f"The selector {type(selector).__name__} gives {kept.dtype} of shape {tuple(kept.shape)} on {kept.device}; "
+            f"which tokens stay is bool of shape {tuple(free.shape)} on {free.device}."
+        )
     return kept, selector.carriers(kept, scores, free, vectors) if selector.merges else None
 
 
@@ -102,8 +107,38 @@ def score_tokens(scorer: Scorer, seen: Observation, visual: Tensor) -> Tensor:
             f"{own.tolist()} placeholders{wrong}: features would reach the wrong sample. Give each sample as many "
             "image tokens as its images need."
         )
-    with without_autocast(visual):
-        return scorer.score(seen)
+    try:
+        with without_autocast(visual):
+            scores = scorer.score(seen)
+    except Exception as error:
+        if SCORERS.is_own(scorer) or isinstance(error, torch.OutOfMemoryError | PolicyError | PruningError):
+            raise
+        raise PruningError(
+            f"The scorer {SCORERS.name_of(scorer)!r} ({type(scorer).__module__}) failed on {seen.images} images with "
+            f"{_counts(images)} visual tokens: {type(error).__name__}: {error!s:.500}. {_REPAIR}"
+        ) from error
+    _check_scores(scorer, scores, seen)
+    return scores.detach()
+
+
+def _check_scores(scorer: Scorer, scores: Tensor, seen: Observation) -> None:
+    """Raise PruningError where another package's scorer gives what would fail, or go unnoticed, further inside."""
+    expected = f"a tensor of real numbers of shape {tuple(seen.exists.shape)} on {seen.exists.device}"
+    if not isinstance(scores, Tensor):
+        found = f"a {type(scores).__name__}"
+    elif scores.shape != seen.exists.shape or scores.device != seen.exists.device:
+        found = f"one of shape {tuple(scores.shape)} on {scores.device}"
+    elif not scores.is_floating_point() or scores.layout != torch.strided:
+        found = f"one of {scores.dtype}, {scores.layout}"
+    else:
+        return
+    raise PruningError(
+        f"The scorer {SCORERS.name_of(scorer)!r} ({type(scorer).__module__}) gives {found}; scores are {expected}, a "
+        f"number for each token of each image. {_REPAIR}"
+    )
+
+
+_REPAIR = "Repair or uninstall the package that brings it; CONTRIBUTING.md says what a scorer is."
 
 
 def _counts(images: Tensor) -> str:

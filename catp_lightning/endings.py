@@ -4,7 +4,6 @@ What ends an answer, and whether it is sampled, is settled inside the call, from
 they name, the model's own, stop strings and criteria. It is read there, never worked out again beside it.
 """
 
-import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -15,6 +14,7 @@ from transformers import GenerationConfig, MaxTimeCriteria, PreTrainedModel, Sto
 
 from catp_lightning.dropping.watching import replaced
 from catp_lightning.errors import PruningError
+from catp_lightning.saying import warn
 
 
 class Endings:
@@ -135,7 +135,7 @@ def warned_of_chance(model: PreTrainedModel) -> Iterator[None]:
     before = _random_state(model)
     yield
     if any(not torch.equal(one, other) for one, other in zip(before, _random_state(model), strict=True)):
-        warnings.warn(
+        warn(
             f"Random numbers were drawn while the {type(model).__name__} answered, so two runs of it may differ, and "
             "agreement then means little: put it in evaluation mode, and decode without drawing.",
             stacklevel=2,

@@ -1,13 +1,56 @@
-"""Files are written whole or not at all."""
+"""Files are written whole or not at all, and only regular ones are read."""
 
 import errno
 import json
 import os
 import secrets
+import stat
 import tempfile
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
+
+
+def read_bytes(path: str | Path, most: int | None = None) -> bytes:
+    """The content of a regular file: a pipe would be waited for, and a device may have no end.
+
+    Args:
+        path: of the file, or a link to one.
+        most: bytes it may have; None: any number.
+
+    Raises:
+        OSError: it cannot be read, is no regular file, or is larger than `most`; nothing of it has then been read.
+    """
+    _require_regular(os.stat(path).st_mode, path)
+    with open(path, "rb", opener=_without_waiting) as file:  # it may have become a pipe since
+        found = os.fstat(file.fileno())
+        _require_regular(found.st_mode, path)
+        if most is None:
+            return file.read()
+        content = b"" if found.st_size > most else file.read(most + 1)  # it may be growing
+    if max(found.st_size, len(content)) > most:
+        raise OSError(errno.EFBIG, f"it is larger than {most:,} bytes, the most that is read here", str(path))
+    return content
+
+
+def _without_waiting(path: str, flags: int) -> int:
+    return os.open(path, flags | getattr(os, "O_NONBLOCK", 0))  # which Windows, without such pipes, lacks
+
+
+_KINDS = {
+    stat.S_IFDIR: "a folder",
+    stat.S_IFIFO: "a named pipe",
+    stat.S_IFSOCK: "a socket",
+    stat.S_IFCHR: "a device",
+    stat.S_IFBLK: "a device",
+}
+
+
+def _require_regular(mode: int, path: str | Path) -> None:
+    if not stat.S_ISREG(mode):
+        kind = _KINDS.get(stat.S_IFMT(mode), "something else")
+        raise OSError(errno.EINVAL, f"it is {kind}, not a regular file", str(path))
 
 
 def write_text(path: str | Path, text: str) -> Path:
@@ -18,17 +61,21 @@ def write_text(path: str | Path, text: str) -> Path:
 def write_bytes(path: str | Path, content: bytes, durable: bool = True) -> Path:
     """Write `content` to `path` atomically: a reader, or a run after a crash, sees the old file or the new one.
 
+    A file that is replaced keeps its permissions; where `path` is a link, it stays one, and what it leads to is
+    replaced.
+
     Args:
         path: its folder is made where it does not exist.
         content: of the file.
         durable: wait until it is on the disk, so that this holds after a power cut as well: some milliseconds a file.
 
     Raises:
-        OSError: the folder cannot be created or written, or the disk is full; an old file at `path` is then untouched.
+        OSError: the folder cannot be created or written, the disk is full, or `path` is a pipe or a device; an old file
+            at `path` is then untouched.
     """
     path = Path(path)
     try:
-        _write(path, content, durable)
+        _write(_target(path), content, durable)
     except OSError as error:
         raise _explained(error, path) from error
     return path
@@ -36,9 +83,15 @@ def write_bytes(path: str | Path, content: bytes, durable: bool = True) -> Path:
 
 def _write(path: Path, content: bytes, durable: bool) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
+    before = path.stat() if path.exists() else None
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}.tmp")
     try:
-        with open(temporary, "xb") as file:  # whom the umask allows may read it; mkstemp would let its owner alone
+        # Whom the umask allows may read a new file; one that is replaced nobody else than before, at no moment.
+        with open(temporary, "xb", opener=partial(os.open, mode=0o600 if before else 0o666)) as file:
+            if before is not None:
+                with suppress(OSError, AttributeError):  # not ours to give away, or Windows
+                    os.chown(temporary, before.st_uid, before.st_gid)
+                os.chmod(temporary, stat.S_IMODE(before.st_mode))
             file.write(content)
             file.flush()
             if durable:
@@ -50,6 +103,18 @@ def _write(path: Path, content: bytes, durable: bool) -> None:
         raise
 
 
+def _target(path: Path) -> Path:
+    """The file that is written for `path`, through links; raises OSError where it is there and no regular file."""
+    try:
+        mode = os.stat(path).st_mode
+    except FileNotFoundError:  # a link that leads nowhere yet as well
+        return Path(os.path.realpath(path)) if path.is_symlink() else path
+    if stat.S_ISDIR(mode):
+        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
+    _require_regular(mode, path)
+    return Path(os.path.realpath(path)) if path.is_symlink() else path
+
+
 def write_json(path: str | Path, value: Any, indent: int | None = None) -> Path:
     """`write_text` of strict JSON: NaN and infinity raise ValueError."""
     return write_text(path, json.dumps(value, indent=indent, allow_nan=False) + "\n")
@@ -59,13 +124,12 @@ def check_writable(path: str | Path) -> None:
     """Raise what `write_bytes` would: at the start of a run, not after its hours of work. Nothing is left behind.
 
     Raises:
-        OSError: `path` is a folder, its folder cannot be created or written, or the disk is full already.
+        OSError: `path` is a folder, a pipe or a device, its folder cannot be created or written, or the disk is full
+            already.
     """
     path = Path(path)
     try:
-        if path.is_dir():
-            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
-        folder = next(parent for parent in path.absolute().parents if os.path.lexists(parent))
+        folder = next(parent for parent in _target(path).absolute().parents if os.path.lexists(parent))
         with tempfile.TemporaryFile(dir=folder, buffering=0) as file:
             file.write(bytes(4096))  # of a full disk a name can still be had
     except OSError as error:
@@ -76,5 +140,6 @@ def _explained(error: OSError, path: Path) -> OSError:
     """The same kind of error, with the file that was meant and what to do."""
     if error.errno is None:
         return error
-    told = f"{os.strerror(error.errno)}, so nothing was written; free space, or give a path that can be written"
+    why = error.strerror or os.strerror(error.errno)
+    told = f"{why}, so nothing was written; free space, or give a path that can be written"
     return OSError(error.errno, told, str(path))  # this makes a PermissionError, or whichever it is

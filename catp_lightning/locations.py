@@ -1,39 +1,53 @@
 """Where policies are kept: files, folders, Weights & Biases artifacts, repositories of the Hugging Face hub."""
 
 import json
+import os
 import tempfile
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from itertools import islice
 from pathlib import Path
+from typing import Any
 
 from catp_lightning.errors import PolicyError
+from catp_lightning.files import read_bytes
+from catp_lightning.frozen import LARGEST
+from catp_lightning.saying import warn
 
 POLICY = "policy.json"
 WANDB, HUB = "wandb://", "hf://"
 
+_WHERE = f"Give a file, a folder, {WANDB}… or {HUB}…, or calibrate one first."
+_MOST = 100
+"""Policies of a folder that are compared with the one that is read, at most; a calibration writes about ten."""
 
-def locate(path: str | Path, keep: int | float | None) -> Path:
-    """The file a policy path means; remote ones are fetched.
+
+def find(path: str | Path, keep: int | float | None) -> tuple[str, Any]:
+    """What a policy path means: where it was found, and the JSON that stands there, which is read once.
 
     Raises:
-        PolicyError: nothing is there, or several budgets are and `keep` names none of them.
+        PolicyError: nothing is there, it is no JSON or for another budget, or several budgets are and `keep` names none
+            of them.
     """
     text = str(path)
     if text.startswith(WANDB):
-        return _in_folder(_from_wandb(text), keep)
+        with tempfile.TemporaryDirectory(prefix="catp-policy-", ignore_cleanup_errors=True) as folder:
+            return text, _in_remote(text, _from_wandb(text, folder), keep)
     if text.startswith(HUB):
-        return _in_folder(_from_hub(text), keep)
+        return text, _in_remote(text, _from_hub(text), keep)
     try:
         place = Path(path).expanduser()
-        if place.is_dir():
-            return _in_folder(place, keep)
-        there = place.is_file()
+        is_folder, there = place.is_dir(), place.is_file()
     except (OSError, RuntimeError) as error:  # a name that is too long, a folder closed to us, ~somebody
         raise PolicyError(f"{text!r:.200} cannot be looked up: {error!s:.200}. {_WHERE}") from error
-    if not there:
+    if is_folder:
+        place = _in_folder(place, keep)
+    elif not there:
         raise PolicyError(f"There is no policy at {text!r:.200}. {_WHERE}")
-    return place if keep is None else _checked(place, keep)
-
-
-_WHERE = f"Give a file, a folder, {WANDB}… or {HUB}…, or calibrate one first."
+    values = _checked(place, keep)
+    if is_folder:
+        _warn_where_mixed(place, values)
+    return str(place), values
 
 
 def budget_file_name(keep: int | float) -> str:
@@ -41,45 +55,118 @@ def budget_file_name(keep: int | float) -> str:
     return f"keep-{float(keep) if isinstance(keep, float) else keep!r}.json"  # not "np.float64(0.5)"
 
 
+def policies_beside(files: Sequence[Path]) -> list[Path]:
+    """Other policies in the folder of these, which loading it may give as well."""
+    return [file for file in islice(_policies(files[0].parent), _MOST) if file not in files]
+
+
+def _policies(folder: Path) -> Iterator[Path]:
+    if os.path.lexists(folder / POLICY):
+        yield folder / POLICY
+    yield from folder.glob("keep-*.json")
+
+
+def _in_remote(address: str, folder: Path, keep: int | float | None) -> Any:
+    try:
+        file = _in_folder(folder, keep)
+        values = _checked(file, keep)
+    except PolicyError as error:
+        raise PolicyError(f"{address}: {error}") from error
+    _warn_where_mixed(file, values)
+    return values
+
+
 def _in_folder(folder: Path, keep: int | float | None) -> Path:
-    if keep is not None and (named := folder / budget_file_name(keep)).is_file():
-        return _checked(named, keep)
-    budgets = sorted(file for file in folder.glob("keep-*.json"))
+    """The file of a folder that is meant."""
+    if keep is not None and os.path.lexists(named := folder / budget_file_name(keep)):
+        return named
+    budgets = sorted(folder.glob("keep-*.json"))
     single = folder / POLICY
-    if keep is None and single.is_file():
+    if (keep is None or not budgets) and os.path.lexists(single):
         return single
     if keep is None and len(budgets) == 1:
         return budgets[0]
-    there = ", ".join(file.stem.removeprefix("keep-") for file in budgets)
+    there = ", ".join(file.stem.removeprefix("keep-") for file in budgets[:_MOST])
     if not budgets:
-        if single.is_file():
-            return _checked(single, keep)
         raise PolicyError(f"There is no policy in {folder}: neither {POLICY} nor keep-….json. Calibrate one first.")
     if keep is None:
         raise PolicyError(f"{folder} holds policies for several budgets ({there}): name one with keep=….")
     raise PolicyError(f"{folder} holds no policy for keep={keep!r}; it has {there}.")
 
 
-def _checked(file: Path, keep: int | float | None) -> Path:
-    """A single policy, if it is for the budget asked for: what it promises was measured there."""
+def _checked(file: Path, keep: int | float | None) -> Any:
+    """The JSON of a policy file, if it is for the budget asked for: what it promises was measured there."""
     try:
-        own = json.loads(file.read_text(encoding="utf-8"))["keep"]
-    except (OSError, ValueError, KeyError, TypeError, RecursionError):
-        return file  # reading it properly will say what is wrong
-    if own != ({"tokens": keep} if isinstance(keep, int) else {"share": keep}):
+        values = _parsed(file)
+    except (OSError, ValueError, RecursionError) as error:
+        raise PolicyError(f"{file} cannot be read as a policy: {error}. Save it again, or calibrate again.") from error
+    own = values.get("keep", {"share": 0.5}) if isinstance(values, dict) else None
+    if keep is not None and own is not None and own != ({"tokens": keep} if isinstance(keep, int) else {"share": keep}):
         raise PolicyError(
             f"{file} is for keep={own!r:.200}, not {keep!r}. Calibrate for that budget, leave keep "
             "out, or load it and take policy.with_keep(…), unmeasured."
         )
-    return file
+    return values
 
 
-def _from_wandb(address: str) -> Path:
+def _parsed(file: Path) -> Any:
+    """The JSON of a regular file of at most 4 MiB; where a key stands twice the last counts, with a warning."""
+    twice: set[str] = set()
+
+    def pairs(found: list[tuple[str, Any]]) -> dict[str, Any]:
+        values = dict(found)
+        if len(values) < len(found):
+            twice.update(key for key, count in Counter(key for key, _ in found).items() if count > 1)
+        return values
+
+    text = read_bytes(file, LARGEST).decode()
+    values = json.loads(text, parse_constant=_no_constants, object_pairs_hook=pairs)
+    if twice:
+        warn(
+            f"{file} says more than once: {', '.join(map(repr, sorted(twice))):.200}. What stands last is used; "
+            "leave the others out, or save the policy again.",
+            stacklevel=5,
+        )
+    return values
+
+
+def _no_constants(name: str) -> None:
+    raise ValueError(f"{name} is not a number a policy may hold")
+
+
+def _warn_where_mixed(file: Path, values: Any) -> None:
+    """Warn where the folder of a policy holds some of another calibration too: they are no choice of budgets."""
+    own, others = _calibration(values), []
+    for other in policies_beside([file]):
+        try:
+            found = _calibration(json.loads(read_bytes(other, LARGEST)))
+        except (OSError, ValueError, RecursionError):  # it is not what was asked for
+            continue
+        if found is not None and own is not None and found != own:
+            others.append(other.name)
+    if others:
+        warn(
+            f"{file.parent} holds policies of different calibrations: {file.name}, which is used, was found by another "
+            f"than {', '.join(sorted(others)):.200}, on other data, another model or for other budgets. Delete what is "
+            "out of date, or give each calibration a folder of its own.",
+            stacklevel=4,
+        )
+
+
+def _calibration(values: Any) -> list[Any] | None:
+    """What all policies of one calibration have in common; None where there was none."""
+    evidence = values.get("evidence") if isinstance(values, dict) else None
+    if not isinstance(evidence, dict) or not evidence.get("retention"):
+        return None
+    return [values.get("model"), *(evidence.get(key) for key in ("samples", "images", "retention", "fitted"))]
+
+
+def _from_wandb(address: str, folder: str) -> Path:
     import wandb
 
     try:
         artifact = wandb.Api().artifact(address.removeprefix(WANDB), type="catp-policy")
-        return Path(artifact.download(tempfile.mkdtemp(prefix="catp-policy-")))
+        return Path(artifact.download(folder))
     except Exception as error:  # wandb raises many types, none of them documented
         raise PolicyError(
             f"{address} could not be fetched from Weights & Biases: {error}. "
@@ -90,10 +177,14 @@ def _from_wandb(address: str) -> Path:
 def _from_hub(address: str) -> Path:
     from huggingface_hub import snapshot_download
 
+    repository, pinned, revision = address.removeprefix(HUB).partition("@")
+    if pinned and not revision:
+        raise PolicyError(f"{address} names no revision after the @: give a branch, a tag or a commit, or no @.")
     try:
-        return Path(snapshot_download(address.removeprefix(HUB), allow_patterns=[POLICY, "keep-*.json"]))
+        patterns = [POLICY, "keep-*.json"]
+        return Path(snapshot_download(repository, revision=revision or None, allow_patterns=patterns))
     except Exception as error:
         raise PolicyError(
             f"{address} could not be fetched from the Hugging Face hub: {error}. "
-            "Check the name, the network and your token."
+            "Check the name, the revision, the network and your token."
         ) from error

@@ -19,6 +19,7 @@ from catp_lightning.errors import PolicyError
 from catp_lightning.overlap import OverlapCheck, overlap_check
 from catp_lightning.policy import PruningPolicy
 from catp_lightning.pruning import prune
+from catp_lightning.sources import Source, policy_or_path
 
 _STEPS = frozenset({"validation_step", "test_step", "predict_step"})
 _EPOCH_ENDS = frozenset({"on_validation_epoch_end", "on_test_epoch_end", "on_predict_epoch_end"})
@@ -67,9 +68,9 @@ class PrunedModule(LightningModule):
 
     Args:
         inner: the module around a supported Hugging Face model.
-        policy: a `PruningPolicy`, or a path or address for `PruningPolicy.load`, read when a stage is set up. None: the
-            one in the checkpoint that `ckpt_path=` names. One that is given wins over the checkpoint's, and a warning
-            says where they differ.
+        policy: a `PruningPolicy`, or a path or address for `PruningPolicy.load`, read when a stage is set up; in a
+            configuration file also the fields of one, {scorer: catp, keep: 0.25}. None: the one in the checkpoint that
+            `ckpt_path=` names. One that is given wins over the checkpoint's, and a warning says where they differ.
         keep: the budget, as in `TokenPruning`.
         model: the name of the submodule to prune, where `inner` holds several supported models.
         guide: the smaller model that the scorer `sgl` asks for, as in `TokenPruning`; no submodule of the wrapper.
@@ -89,7 +90,7 @@ class PrunedModule(LightningModule):
     def __init__(
         self,
         inner: LightningModule,
-        policy: str | Path | PruningPolicy | None = None,
+        policy: Source | None = None,
         *,
         keep: int | float | None = None,
         model: str | None = None,
@@ -108,7 +109,7 @@ class PrunedModule(LightningModule):
                 f"PrunedModule wraps a lightning.pytorch.LightningModule, not {type(inner).__module__}."
                 f"{type(inner).__name__}. For a Hugging Face model alone use `with prune(model, policy):`."
             )
-        self.policy, self.keep, self.pruned_model = policy, keep, model
+        self.policy, self.keep, self.pruned_model = policy_or_path(policy), keep, model
         self.__dict__["pruning_guide"] = guide  # no submodule: neither trained nor saved with the module inside
         self._loaded: PruningPolicy | None = None  # in use: given, or from a checkpoint
         self._overlap: OverlapCheck | None = None  # of the loop that runs
@@ -225,7 +226,7 @@ class PrunedModule(LightningModule):
         checkpoint_path: str | Path,
         *,
         inner: LightningModule,
-        policy: str | Path | PruningPolicy | None = None,
+        policy: Source | None = None,
         keep: int | float | None = None,
         model: str | None = None,
         guide: nn.Module | None = None,

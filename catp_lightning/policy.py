@@ -3,21 +3,22 @@
 import difflib
 import json
 import math
+import reprlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Self, TypeVar, get_args
 
 from catp_lightning.errors import PolicyError
-from catp_lightning.files import write_json
+from catp_lightning.files import write_text
+from catp_lightning.frozen import DEEPEST, LARGEST, check_size, frozen, too_large
+from catp_lightning.locations import find
 from catp_lightning.saying import warn
 from catp_lightning.scorers import SCORERS, Scorer
 from catp_lightning.selectors import SELECTORS, Selector
 from catp_lightning.typed import build
 
 FORMAT_VERSION = 1
-DEEPEST = 64
-"""Dictionaries and lists within each other that a policy holds at most; evidence has 5."""
 
 FILE_NAME = "policy.json"
 
@@ -36,8 +37,8 @@ Method = TypeVar("Method")
 class PruningPolicy:
     """Which visual tokens a model keeps, and why.
 
-    Dictionaries are copied, as JSON holds them: what is done to one afterwards changes no policy, and a policy that is
-    saved and loaded is the same.
+    Dictionaries are copied, as JSON holds them, and frozen with all they hold: what was checked stays what it was, and
+    a policy that is saved and loaded is the same. `to_dict` gives plain ones, which may be changed.
 
     Attributes:
         scorer: the method that ranks tokens; it brings its own default selector.
@@ -48,10 +49,10 @@ class PruningPolicy:
         positions: "original" leaves every token its position id; "compact" numbers the kept ones anew.
         model: what the policy was made for: type, name and shape; None: any model that has what the scorer reads.
         evidence: what a calibration found; not used when pruning.
-        format_version: of the file.
+        format_version: of the file; 1.
 
     Raises:
-        PolicyError: a field has the wrong type or a value that is not allowed.
+        PolicyError: a field has the wrong type or a value that is not allowed, or all of them are larger than 4 MiB.
 
     Example:
         >>> policy = PruningPolicy(scorer="catp", scorer_args={"layers": [0]}, keep=0.25)
@@ -63,7 +64,7 @@ class PruningPolicy:
     scorer_args: Mapping[str, Any] = field(default_factory=dict)
     selector: str | None = None
     selector_args: Mapping[str, Any] = field(default_factory=dict)
-    keep: int | float = 0.5
+    keep: Budget = 0.5
     positions: Positions = "original"
     model: Mapping[str, Any] | None = None
     evidence: Mapping[str, Any] = field(default_factory=dict)
@@ -77,9 +78,13 @@ class PruningPolicy:
             object.__setattr__(self, "keep", float(self.keep))  # numpy's float64 is a float, and prints otherwise
         for name in ("scorer_args", "selector_args", "evidence", "model"):
             if name != "model" or self.model is not None:
-                object.__setattr__(self, name, _plain(name, getattr(self, name)))
-        if type(self.format_version) is not int or self.format_version < 1:
-            raise PolicyError(f"format_version is {self.format_version!r:.200}; it is a whole number from 1.")
+                object.__setattr__(self, name, frozen(name, getattr(self, name)))
+        if type(self.format_version) is not int or not 1 <= self.format_version <= FORMAT_VERSION:
+            raise PolicyError(
+                f"format_version is {self.format_version!r:.200}; this version of catp-lightning has {FORMAT_VERSION}."
+            )
+        if len(json.dumps([self.scorer_args, self.selector_args, self.evidence, self.model])) > LARGEST - 1024:
+            raise PolicyError(too_large("This policy"))
         self.build_scorer()
         self.build_selector()
 
@@ -100,20 +105,31 @@ class PruningPolicy:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Self:
-        """The policy that `to_dict` described. Keys of a newer version warn and are left out.
+        """The policy that `to_dict` described. Keys and a format of a newer version warn, and are left out.
 
         Raises:
             PolicyError: a value is wrong.
         """
-        values = _plain("a policy", values, DEEPEST + 1)
-        unknown = sorted(set(values) - {f.name for f in fields(cls)})
+        if not isinstance(values, Mapping) or not all(isinstance(key, str) for key in values):
+            raise PolicyError(f"a policy must be a dictionary with names as keys, got {_SHORT.repr(values)}.")
+        check_size("a policy", values, DEEPEST + 1)
+        names = {f.name for f in fields(cls)}
+        unknown = sorted(set(values) - names)
         if unknown:
             warn(
                 f"The policy has keys this version of catp-lightning does not know: {', '.join(unknown):.200}. "
                 "They are ignored.",
                 stacklevel=2,
             )
-        known = {key: value for key, value in values.items() if key not in unknown}
+        known = {key: value for key, value in values.items() if key in names}
+        version = known.get("format_version", FORMAT_VERSION)
+        if type(version) is int and version > FORMAT_VERSION:
+            warn(
+                f"The policy has format_version {version!r:.50}, this version of catp-lightning reads up to "
+                f"{FORMAT_VERSION}: what its fields mean may have changed. Update catp-lightning, or calibrate again.",
+                stacklevel=2,
+            )
+            known["format_version"] = FORMAT_VERSION
         if "keep" in known:
             known["keep"] = _keep_from_json(known["keep"])
         if not isinstance(known.get("scorer", ""), str) or not isinstance(known.get("selector", ""), str | None):
@@ -122,15 +138,32 @@ class PruningPolicy:
             )
         return cls(**known)
 
+    def __repr__(self) -> str:
+        """Short, whatever was found out: what differs from the defaults, evidence and weights in a few words."""
+        shown = [f"scorer={self.scorer!r}", f"keep={self.keep!r}"]
+        for part in fields(self):
+            value = getattr(self, part.name)
+            if part.name in ("scorer", "keep", "format_version") or value in (None, {}, "original"):
+                continue
+            if part.name == "evidence":
+                chosen = f", chosen {_SHORT.repr(value['chosen'])}" if "chosen" in value else ""
+                shown.append(f"evidence=<{len(value)} entries{chosen}>")
+            else:
+                shown.append(f"{part.name}={_SHORT.repr(dict(value) if isinstance(value, dict) else value)}")
+        return f"{type(self).__name__}({', '.join(shown)})"
+
     def with_keep(self, keep: int | float) -> Self:
         """The same policy at another budget."""
         return replace(self, keep=keep)
 
     def save(self, path: str | Path) -> Path:
         """Write the policy as JSON, whole or not at all; a path without a suffix is a folder and gets `policy.json`."""
-        path = Path(path)
+        path, values = Path(path), self.to_dict()
         file = path if path.suffix else path / FILE_NAME
-        return write_json(file, self.to_dict(), indent=2)
+        text = json.dumps(values, indent=2, allow_nan=False)
+        if len(text) >= LARGEST:  # indented it could not be loaded
+            text = json.dumps(values, allow_nan=False)
+        return write_text(file, text + "\n")
 
     @classmethod
     def load(cls, path: str | Path, keep: int | float | None = None) -> Self:
@@ -138,28 +171,27 @@ class PruningPolicy:
 
         Args:
             path: a file; a folder with `policy.json` or one `keep-<value>.json` for each budget;
-                "wandb://entity/project/name:alias" for an artifact; "hf://user/repo" for a repository of the hub.
+                "wandb://entity/project/name:alias" for an artifact; "hf://user/repo" for a repository of the hub,
+                "hf://user/repo@revision" for a branch, tag or commit of it.
             keep: which budget of a folder that holds several; a single policy must be for it.
 
         Raises:
-            PolicyError: there is no such file, it is damaged, or it holds other budgets than `keep`, or several
-            and `keep` is None.
+            PolicyError: there is no such file, it is damaged, no regular file or larger than 4 MiB, or it holds other
+                budgets than `keep`, or several and `keep` is None.
         """
-        from catp_lightning.locations import locate
-
         if keep is not None:
             check_keep(keep)
-        file = locate(path, keep)
-        try:
-            values = json.loads(file.read_text(encoding="utf-8"), parse_constant=_no_constants)
-        except (OSError, UnicodeDecodeError, ValueError, RecursionError) as error:
-            raise PolicyError(
-                f"{file} cannot be read as a policy: {error}. Save it again, or calibrate again."
-            ) from error
+        file, values = find(path, keep)
         try:
             return cls.from_dict(values)
         except PolicyError as error:
             raise PolicyError(f"{file}: {error}") from error
+
+
+_SHORT = reprlib.Repr()
+_SHORT.maxstring = _SHORT.maxother = 40
+_SHORT.maxdict = _SHORT.maxlist = 4
+_SHORT.maxlevel = 3
 
 
 def check_keep(keep: Any) -> None:
@@ -198,24 +230,3 @@ def _lookup(kind: str, name: Any, known: Mapping[str, type[Method]]) -> type[Met
 
 def _method(kind: str, name: str, known: Mapping[str, type[Method]], args: Mapping[str, Any]) -> Method:
     return build(_lookup(kind, name, known), args, f"{kind} {name!r}")
-
-
-def _plain(name: str, value: Any, deepest: int = DEEPEST) -> dict[str, Any]:
-    """A copy of plain JSON types."""
-    if not isinstance(value, Mapping) or not all(isinstance(key, str) for key in value):
-        raise PolicyError(f"{name} must be a dictionary with names as keys, got {value!r:.200}.")
-    try:
-        copy = dict(json.loads(json.dumps(dict(value), allow_nan=False)))
-    except (TypeError, ValueError, RecursionError) as error:
-        raise PolicyError(f"{name} holds something JSON cannot: {error!s:.200}.") from error
-    level: list[Any] = [copy]
-    for _ in range(deepest):
-        inner = [item.values() if isinstance(item, dict) else item for item in level if isinstance(item, dict | list)]
-        level = [item for items in inner for item in items]
-    if level:
-        raise PolicyError(f"{name} is nested deeper than {deepest} levels. Leave what is there out.")
-    return copy
-
-
-def _no_constants(name: str) -> None:
-    raise ValueError(f"{name} is not a number a policy may hold")

@@ -84,6 +84,14 @@ class Pruning:
         choose_of, forget = partial(Pruning._choose, own), partial(Pruning._forget, own)
         self._entry = entry(family, choose_of, compact, forget, stages, wanted, lambda: own.carrier)
 
+    def __repr__(self) -> str:
+        """Short: the model, what is kept, and how much the last prefill kept."""
+        found = "nothing read yet"
+        if self.keep is not None:
+            found = f"{int(self.keep.sum()):,} visual tokens kept of a batch of {len(self.keep)}"
+        policy = f"scorer={self.policy.scorer!r}, keep={self.policy.keep!r}"
+        return f"Pruning({type(self.family.model).__name__}, {policy}: {found})"
+
     def _guided(self, guide: nn.Module | None, wanted: Needs) -> Guide:
         refuse_without_rows(self.family)
         if guide is None:

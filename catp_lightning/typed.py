@@ -2,7 +2,7 @@
 
 import math
 import types
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import fields, is_dataclass
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
@@ -10,6 +10,13 @@ from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_
 from catp_lightning.errors import PolicyError
 
 T = TypeVar("T")
+
+LAYERS, NUMBERS = 1024, 2**16
+"""Longest list of layers, or of rows of heads, and of real numbers, of which an image has one a token."""
+
+
+class TooLong(PolicyError):
+    """A list has more entries than any model has use for; of no type of a union is it right."""
 
 
 def build(cls: type[T], values: Mapping[str, Any], what: str) -> T:
@@ -37,13 +44,15 @@ def _convert(value: Any, hint: Any, what: str) -> Any:
         for option in options:
             try:
                 return _convert(value, option, what)
+            except TooLong:
+                raise
             except PolicyError:
                 continue
     elif origin is Literal:
         if value in options and type(value) in {type(option) for option in options}:
             return value
     elif origin is tuple and isinstance(value, list | tuple):
-        return tuple(_convert(item, options[0], what) for item in value)
+        return _converted_list(value, options[0], what)
     elif hint is type(None) and value is None:
         return None
     elif hint is float and isinstance(value, int | float) and not isinstance(value, bool):
@@ -53,6 +62,15 @@ def _convert(value: Any, hint: Any, what: str) -> Any:
     elif hint in (int, bool, str) and type(value) is hint:
         return value
     raise PolicyError(f"{what} is {value!r:.200}; allowed is {_name(hint)}.")
+
+
+def _converted_list(value: Sequence[Any], each: Any, what: str) -> tuple[Any, ...]:
+    most = NUMBERS if each is float else LAYERS
+    if len(value) > most:
+        raise TooLong(f"{what} has {len(value):,} entries; at most {most:,} are allowed.")
+    if each is float and set(map(type, value)) == {float} and all(map(math.isfinite, value)):
+        return tuple(value)  # at once: there may be thousands, at every use of a policy
+    return tuple(_convert(item, each, what) for item in value)
 
 
 def _name(hint: Any) -> str:

@@ -22,13 +22,13 @@ from safetensors.torch import load as tensors_of
 from catp_lightning import PolicyError, PrunedModule, PruningError, PruningPolicy, prune
 from catp_lightning.calibration.candidates import Candidate
 from catp_lightning.calibration.plan import why_not
-from catp_lightning.calibration.resume import Partial
+from catp_lightning.calibration.resume import Partial, _checksum
 from catp_lightning.calibration.statistics import PartCounts, TokenCounts
 from catp_lightning.callbacks import calibration
 from catp_lightning.callbacks.calibration import CrossAttentionCalibration
 from catp_lightning.callbacks.token_pruning import load_policy
 from catp_lightning.families import find_family
-from catp_lightning.policy import DEEPEST
+from catp_lightning.frozen import DEEPEST
 from catp_lightning.refusals import check_model
 from catp_lightning.scorers import SCORERS
 from catp_lightning.selectors import SELECTORS
@@ -271,7 +271,9 @@ def many(count: int, each: Callable[[int], bool]) -> int:
     """Run `each` on seeds; how many of them it took. None may take seconds, nor memory that is not given back."""
     before, taken = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, 0
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "The policy (has keys|was made for)")
+        warnings.filterwarnings(
+            "ignore", "The policy (has keys|has format_version|was made for)|.* says more than once"
+        )
         for seed in range(count):
             start = time.process_time()
             taken += each(seed)
@@ -348,7 +350,9 @@ def fuzz_partials(count: int, place: Path, canary: Path) -> None:
         if seed % 3 == 1:  # the JSON that stands in the header as text
             part = ("settings", "stages")[seed % 2]
             text = mutator.document(json.loads(header["__metadata__"][part])).decode("utf-8", "replace")
-            changed["__metadata__"][part] = text
+            told = {**changed["__metadata__"], part: text}
+            del told["checksum"]  # and made anew, or the text would not be looked at
+            changed["__metadata__"] = {**told, "checksum": _checksum(tensors_of(content), told)}
             found = json.dumps(changed).encode()
         else:
             found = mutator.document(changed)

@@ -3,6 +3,7 @@
 import json
 import os
 import stat
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -10,8 +11,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from catp_lightning import PolicyError, PruningPolicy
+from catp_lightning import PolicyError, PruningPolicy, locations
 from catp_lightning.files import write_text
+from catp_lightning.locations import budget_file_name
 from catp_lightning.scorers import SCORERS
 
 DPP = PruningPolicy(
@@ -113,8 +115,30 @@ def test_a_damaged_file_is_refused_by_name(tmp_path: Path, text: str, says: str)
 def test_unknown_newer_keys_warn_and_are_left_out(tmp_path: Path) -> None:
     file = DPP.save(tmp_path / "policy.json")
     file.write_text(json.dumps({**json.loads(file.read_text()), "temperature": 2, "format_version": 7}))
-    with pytest.warns(UserWarning, match="does not know: temperature"):
-        assert PruningPolicy.load(file).scorer_args == DPP.scorer_args
+    with (
+        pytest.warns(UserWarning, match="does not know: temperature"),
+        pytest.warns(UserWarning, match=r"has format_version 7, .* reads up to 1: .* Update catp-lightning"),
+    ):
+        loaded = PruningPolicy.load(file)
+    assert loaded == DPP, "what is saved again is of this version"
+    with pytest.raises(PolicyError, match=r"format_version is 2; this version of catp-lightning has 1"):
+        PruningPolicy(format_version=2)
+
+
+@pytest.mark.parametrize(
+    ("text", "keys", "keep"),
+    [
+        ('{"keep": {"share": 1}, "scorer": "catp", "keep": {"share": 0.1}, "scorer": "dart"}', "'keep', 'scorer'", 0.1),
+        ('{"keep": {"share": 0.9, "share": 0.2}}', "'share'", 0.2),
+        ('{"keep": {"tokens": 3}, "scorer_args": {"layers": [0], "layers": [1]}}', "'layers'", 3),
+        ('{"keep": {"tokens": 3}, "evidence": {"x": [{"a": 1, "a": 1}]}}', "'a'", 3),
+    ],
+)
+def test_a_key_that_stands_twice_is_told(tmp_path: Path, text: str, keys: str, keep: float) -> None:
+    file = tmp_path / "policy.json"
+    file.write_text(text)
+    with pytest.warns(UserWarning, match=f"policy.json says more than once: {keys}. What stands last is used"):
+        assert PruningPolicy.load(file).keep == keep
 
 
 def test_a_folder_of_several_budgets_is_asked_by_keep(tmp_path: Path) -> None:
@@ -130,6 +154,69 @@ def test_a_folder_of_several_budgets_is_asked_by_keep(tmp_path: Path) -> None:
     assert PruningPolicy.load(single, keep=0.25) == DPP
     with pytest.raises(PolicyError, match=r"is for keep=\{'share': 0\.25\}, not 1"):
         PruningPolicy.load(single, keep=1)
+
+
+def test_a_file_is_read_once_and_what_was_read_is_checked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A writer replaces the file as often as somebody opens it: what is used is what was asked for, or refused."""
+    file, real, opened = tmp_path / "keep-0.5.json", locations.read_bytes, []
+
+    def replacing(path: Path, most: int) -> bytes:
+        content = real(path, most)
+        opened.append(path)
+        DPP.with_keep(0.9).save(file)
+        return content
+
+    monkeypatch.setattr(locations, "read_bytes", replacing)
+    for place in (file, tmp_path):
+        DPP.with_keep(0.5).save(file)
+        assert PruningPolicy.load(place, keep=0.5).keep == 0.5
+        with pytest.raises(PolicyError, match=r"is for keep=\{'share': 0\.9\}, not 0\.5"):
+            PruningPolicy.load(place, keep=0.5)
+    assert opened == [file] * 4
+
+
+def test_a_file_without_a_budget_is_for_the_default_one(tmp_path: Path) -> None:
+    file = tmp_path / "policy.json"
+    file.write_text('{"scorer": "stride"}')
+    assert PruningPolicy.load(file, keep=0.5) == PruningPolicy("stride") == PruningPolicy.load(file)
+    with pytest.raises(PolicyError, match=r"is for keep=\{'share': 0\.5\}, not 0\.25"):
+        PruningPolicy.load(file, keep=0.25)
+
+
+def found_by(calibration: str, *budgets: float) -> list[PruningPolicy]:
+    """Policies as one calibration makes them: what they have in common is in the evidence of each."""
+    evidence = {"retention": [{"keep": keep, "agreement": 0.9} for keep in budgets], "fitted": {"by": calibration}}
+    return [PruningPolicy("stride", keep=keep, evidence={**evidence, "chosen": str(keep)}) for keep in budgets]
+
+
+def test_policies_of_two_calibrations_in_a_folder_are_told_apart(tmp_path: Path) -> None:
+    for policy in found_by("first", 0.5, 0.25):
+        policy.save(tmp_path / budget_file_name(policy.keep))
+    PruningPolicy("stride", keep=0.75).save(tmp_path / "keep-0.75.json")  # by hand: nothing was measured
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for keep in (0.5, 0.25, 0.75):
+            assert PruningPolicy.load(tmp_path, keep=keep).keep == keep
+    (new,) = found_by("first", 0.5)
+    new.save(tmp_path / "keep-0.5.json")
+    with pytest.warns(UserWarning, match=r"calibrations: keep-0\.25\.json, which is used, .* keep-0\.5\.json, "):
+        assert PruningPolicy.load(tmp_path, keep=0.25) == found_by("first", 0.5, 0.25)[1]
+    with pytest.warns(UserWarning, match=r"different calibrations: keep-0\.5\.json, which is used, .*keep-0\.25"):
+        assert PruningPolicy.load(tmp_path, keep=0.5) == new
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert PruningPolicy.load(tmp_path / "keep-0.25.json").keep == 0.25, "a file is what was asked for"
+
+
+def test_a_single_policy_beside_budgets_of_another_calibration_is_told(tmp_path: Path) -> None:
+    for policy in found_by("first", 0.5, 0.25):
+        policy.save(tmp_path / budget_file_name(policy.keep))
+    (single,) = found_by("second", 0.5)
+    single.save(tmp_path)
+    with pytest.warns(UserWarning, match=r"policy\.json, which is used, .* keep-0\.25\.json, keep-0\.5\.json"):
+        assert PruningPolicy.load(tmp_path) == single
+    with pytest.warns(UserWarning, match=r"keep-0\.5\.json, which is used, .* policy\.json"):
+        assert PruningPolicy.load(tmp_path, keep=0.5) != single
 
 
 def test_what_is_not_there_is_said(tmp_path: Path) -> None:
@@ -153,6 +240,51 @@ def test_a_hub_repository_is_read_from_the_hubs_own_cache(tmp_path: Path, monkey
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     assert PruningPolicy.load("hf://me/policy") == DPP
+
+
+def test_a_hub_address_pins_a_revision(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    commits = {"main": "a" * 40, "v1": "b" * 40, "refs/pr/3": "c" * 40}
+    repository = tmp_path / "models--me--policy"
+    for n, (name, commit) in enumerate(commits.items()):
+        DPP.with_keep(n + 1).save(repository / "snapshots" / commit / "policy.json")
+        write_text(repository / "refs" / name, commit)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    addresses = ["", "@v1", "@refs/pr/3", f"@{'b' * 40}", "@main"]
+    assert [PruningPolicy.load(f"hf://me/policy{revision}").keep for revision in addresses] == [1, 2, 3, 2, 1]
+    with pytest.raises(PolicyError, match=r"hf://me/policy@v9 could not be fetched .*Check the name, the revision"):
+        PruningPolicy.load("hf://me/policy@v9")
+    with pytest.raises(PolicyError, match="names no revision after the @"):
+        PruningPolicy.load("hf://me/policy@")
+    with pytest.raises(PolicyError, match=r"hf://me/policy@v1: .* is for keep=\{'tokens': 2\}, not 5"):
+        PruningPolicy.load("hf://me/policy@v1", keep=5)
+
+
+@pytest.mark.parametrize("content", ['{"keep": {"share": 0.5}}', "{", None])
+def test_an_artifact_leaves_no_folder_behind_whatever_becomes_of_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, content: str | None
+) -> None:
+    class Artifact:
+        def download(self, root: str) -> str:
+            (Path(root) / "policy.json").write_text("{" if content is None else content)
+            if content is None:
+                raise ConnectionError("the network is gone")
+            return root
+
+    asked = []
+
+    def artifact(self: object, name: str, type: str) -> Artifact:
+        asked.append((name, type))
+        return Artifact()
+
+    monkeypatch.setattr("wandb.Api", type("Api", (), {"artifact": artifact}))
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    if content and content != "{":
+        assert PruningPolicy.load("wandb://a/b/c:v7").keep == 0.5
+    else:
+        with pytest.raises(PolicyError, match=r"wandb://a/b/c:v7.*(could not be fetched|cannot be read as a policy)"):
+            PruningPolicy.load("wandb://a/b/c:v7")
+    assert not list(tmp_path.iterdir()) and asked == [("a/b/c:v7", "catp-policy")]
 
 
 def test_a_write_that_fails_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -186,7 +318,7 @@ JSON = st.recursive(
 FIELD = st.sampled_from([*DPP.to_dict(), "unheard"])
 
 
-@pytest.mark.filterwarnings("ignore:The policy has keys")
+@pytest.mark.filterwarnings("ignore:The policy has ")
 @given(st.dictionaries(FIELD, JSON, max_size=4))
 def test_whatever_a_file_holds_it_is_a_policy_or_a_policy_error(changes: dict[str, Any]) -> None:
     try:

@@ -3,11 +3,13 @@
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
 import textwrap
 import warnings
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -22,6 +24,21 @@ MODULES = {
     "good": "from catp_lightning.scorers.controls import Stride\nclass Good(Stride):\n    pass\n",
     "fails": "import a_library_that_is_not_there\n",
     "quits": "raise SyntaxError('made by hand')\n",
+    "exits": "import sys\nsys.exit(3)\n",
+    "interrupts": "raise KeyboardInterrupt\n",
+    "base": "class Odd(BaseException): pass\nraise Odd('made by hand')\n",
+    "signalled": "import os, signal, time\nos.kill(os.getpid(), signal.SIGINT)\ntime.sleep(5)\n",
+    "shown": "class Meta(type):\n    def __repr__(cls): raise SystemExit(4)\nclass Good(metaclass=Meta): pass\n",
+    "hints": (
+        "from __future__ import annotations\nfrom dataclasses import dataclass\n"
+        "from catp_lightning.scorers.controls import Stride\n"
+        "@dataclass(frozen=True)\nclass Good(Stride):\n    number: Nowhere = 3\n"
+    ),
+    "needs": (
+        "from catp_lightning.scorers.controls import Stride\nclass Good(Stride):\n    needs = ['outputs']\n"
+        "class Failing(Stride):\n    @property\n    def needs(self): raise SystemExit(5)\n"
+        "class Quits(Stride):\n    def __init__(self): raise SystemExit(6)\n"
+    ),
     "wrong": "class Good:\n    pass\nnumber = 3\n",
     "abstract": "from catp_lightning.scorers import Scorer\nclass Good(Scorer):\n    def score(self, seen): ...\n",
     "asks": (
@@ -85,6 +102,14 @@ def test_iterating_over_the_values_imports_all(install: Callable[..., None]) -> 
         ("outside_wrong:number", "is no class under catp_lightning.scorers.Scorer, but 3"),
         ("outside_abstract:Good", "lacks needs"),
         ("outside_asks:Good", "cannot be made without arguments: TypeError"),
+        ("outside_exits:Good", "cannot be imported: SystemExit: 3"),
+        ("outside_interrupts:Good", "cannot be imported: KeyboardInterrupt"),
+        ("outside_base:Good", "cannot be imported: Odd: made by hand"),
+        ("outside_shown:Good", "is no scorer: SystemExit: 4"),
+        ("outside_hints:Good", "is no scorer: NameError: name 'Nowhere' is not defined"),
+        ("outside_needs:Good", r"has needs that are no mapping of .*Signal, but \['outputs'\]"),
+        ("outside_needs:Failing", "cannot be made without arguments: SystemExit: 5"),
+        ("outside_needs:Quits", "cannot be made without arguments: SystemExit: 6"),
     ],
 )
 def test_a_broken_one_says_which_package_and_why_and_only_when_used(
@@ -96,6 +121,50 @@ def test_a_broken_one_says_which_package_and_why_and_only_when_used(
     expected = rf"scorer 'broken' of the package catp-broken 1\.2 \(entry point broken = {value}\) {says}"
     with pytest.raises(PolicyError, match=expected):
         PruningPolicy(scorer="broken")
+
+
+def test_all_that_work_are_listed_whatever_the_others_raise(install: Callable[..., None]) -> None:
+    values = {"quits": "exits", "stops": "interrupts", "odd": "base", "shown": "shown", "hints": "hints"}
+    install("catp-broken", **{name: f"outside_{module}:Good" for name, module in values.items()})
+    install("catp-good", brand_new="outside_good:Good")
+    with pytest.warns(UserWarning, match="It is left out") as caught:
+        assert [name for name, _ in Registry({"random": Random}).usable()] == ["random", "brand-new"]
+    assert len(caught) == len(values)
+
+
+def test_ctrl_c_while_a_scorer_is_imported_is_not_that_scorers_fault(install: Callable[..., None]) -> None:
+    install("catp-slow", slow="outside_signalled:Good")
+    before = signal.getsignal(signal.SIGINT)
+    with pytest.raises(KeyboardInterrupt):
+        Registry({"random": Random})["slow"]
+    assert signal.getsignal(signal.SIGINT) is before
+
+
+def test_a_scheduler_that_stops_the_process_is_heard_while_a_scorer_is_imported(
+    install: Callable[..., None], tmp_path: Path
+) -> None:
+    (tmp_path / "outside_signalled.py").write_text(MODULES["signalled"].replace("SIGINT", "SIGTERM"))
+    install("catp-slow", slow="outside_signalled:Good")
+
+    def stop(number: int, frame: object) -> None:
+        raise SystemExit(128 + number)
+
+    before = signal.signal(signal.SIGTERM, stop)
+    try:
+        with pytest.raises(SystemExit, match="143"):
+            Registry({"random": Random})["slow"]
+        assert signal.getsignal(signal.SIGTERM) is stop
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def test_a_scorer_is_imported_in_another_thread_too(install: Callable[..., None]) -> None:
+    install("catp-stops", stops="outside_interrupts:Good", brand_new="outside_good:Good")
+    registry = Registry({"random": Random})
+    with ThreadPoolExecutor(1) as pool:
+        assert issubclass(pool.submit(registry.__getitem__, "brand-new").result(), Stride)
+        with pytest.raises(PolicyError, match="cannot be imported: KeyboardInterrupt"):
+            pool.submit(registry.__getitem__, "stops").result()
 
 
 def test_a_name_of_our_own_stays_ours_with_one_warning(install: Callable[..., None]) -> None:

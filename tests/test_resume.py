@@ -4,6 +4,7 @@ import hashlib
 import json
 import os
 import pickle
+import random
 import shutil
 import signal
 import socket
@@ -19,7 +20,7 @@ from typing import Any
 import lightning as L
 import pytest
 import torch
-from safetensors.torch import save
+from safetensors.torch import load, save
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset
 from torchmetrics import Metric
@@ -452,6 +453,11 @@ class Planted:
         return os.mkdir, ("unpickled",)
 
 
+def signed(tensors: dict[str, Tensor], **metadata: str) -> bytes:
+    """A partial file of anything, with the checksum that it should have."""
+    return save(tensors, {**metadata, "checksum": resume._checksum(tensors, metadata)})
+
+
 DAMAGE: dict[str, Callable[[bytes], bytes]] = {
     "empty": lambda _: b"",
     "half": lambda content: content[: len(content) // 2],
@@ -459,11 +465,13 @@ DAMAGE: dict[str, Callable[[bytes], bytes]] = {
     "text": lambda _: b"not a file of tensors",
     "a pickle": lambda _: pickle.dumps(Planted()),
     "other tensors": lambda _: save({"weight": torch.ones(2)}),
-    "other metadata": lambda _: save({"data": torch.ones(2)}, {"settings": "[1]", "stages": "{"}),
-    "one number for a batch": lambda _: save({"data": torch.ones(2)}, {"settings": "{}", "stages": "[]"}),
-    "sums of no stage": lambda _: save(
-        {"data": torch.ones(0, 2), "3/probes/gram": torch.ones(2)}, {"settings": "{}", "stages": "[]"}
+    "other metadata": lambda _: signed({"data": torch.ones(2)}, settings="[1]", stages="{"),
+    "one number for a batch": lambda _: signed({"data": torch.ones(2)}, settings="{}", stages="[]"),
+    "sums of no stage": lambda _: signed(
+        {"data": torch.ones(0, 2), "3/probes/gram": torch.ones(2)}, settings="{}", stages="[]"
     ),
+    "no checksum": lambda _: save({"data": torch.ones(0, 2)}, {"settings": "{}", "stages": "[]"}),
+    "a checksum of something else": lambda content: content[:-1] + bytes([content[-1] ^ 1]),
 }
 
 
@@ -481,6 +489,37 @@ def test_a_damaged_file_is_refused_and_nothing_in_it_is_run(
         Partial(file, {})
     assert file.read_bytes() == damaged
     assert list(path.parent.iterdir()) == [file]
+
+
+def test_every_bit_of_a_partial_file_is_checked(tmp_path: Path) -> None:
+    """Of sums, fingerprints, settings, names, shapes and the checksum itself; and numbers that were put in by hand."""
+    file, found = tmp_path / PARTIAL, metrics()
+    partial = Partial(file, {"keep": ["0.5"]})
+    partial.begin("first", found)
+    update(found, 0)
+    partial.add((1, 2), found)
+    partial.finish(1, found)
+    whole = file.read_bytes()
+    Partial(file, {"keep": ["0.5"]})
+    length, chooser = 8 + int.from_bytes(whole[:8], "little"), random.Random(0)
+    bits = [*(8 * byte + chooser.randrange(8) for byte in range(0, len(whole), 3)), 8 * length + 7, 8 * len(whole) - 1]
+    for bit in bits:
+        damaged = bytearray(whole)
+        damaged[bit // 8] ^= 1 << bit % 8
+        file.write_bytes(damaged)
+        with pytest.raises(PolicyError, match=r"cannot be read as part of a calibration .*Delete it to start anew"):
+            Partial(file, {"keep": ["0.5"]})
+    sums = load(whole)
+    other = {**sums, "0/parts/counts": sums["0/parts/counts"] + 1}
+    file.write_bytes(save(other, json.loads(whole[8:length])["__metadata__"]))
+    with pytest.raises(PolicyError, match="its checksum is another: the file was damaged or changed"):
+        Partial(file, {"keep": ["0.5"]})
+
+
+def test_a_partial_file_that_is_a_pipe_is_refused_at_once(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / PARTIAL)
+    with pytest.raises(PolicyError, match=r"it is a named pipe, not a regular file.*Delete it"):
+        Partial(tmp_path / PARTIAL, {})
 
 
 def test_another_path_is_another_calibration(path: Path) -> None:

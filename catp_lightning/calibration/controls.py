@@ -7,7 +7,6 @@ import numpy as np
 from scipy.stats import norm
 
 from catp_lightning.policy import PruningPolicy
-from catp_lightning.safe_text import one_line
 
 ENOUGH = 100
 """Checked answers below which a policy is warned about: at an agreement of 90% the interval is then 12 points wide."""
@@ -83,7 +82,7 @@ def doubts(policies: Sequence[PruningPolicy]) -> Iterator[str]:
     for point in points:
         best = point["best_control"]
         if best is not None and best["difference"] < 0:
-            behind, chosen, control = best["verdict"] == "behind", one_line(point["chosen"]), one_line(best["name"])
+            behind, chosen, control = best["verdict"] == "behind", point["chosen"], best["name"]
             yield (
                 f"Calibration evidence at keep {point['keep']}: the chosen policy ({chosen}) is behind the control "
                 f"{control} on the {checked} checked answers, by {-best['difference']:.1%} (95% interval of the "

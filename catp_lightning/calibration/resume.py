@@ -3,6 +3,7 @@
 import glob
 import hashlib
 import json
+import os
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -10,16 +11,19 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
+from safetensors import SafetensorError
+from safetensors.torch import load, save
 from torch import Tensor
 from torchmetrics import Metric
 
 from catp_lightning.errors import PolicyError
-from catp_lightning.files import write_bytes
+from catp_lightning.files import read_bytes, write_bytes
 from catp_lightning.saying import warn
 
 EVERY = 8  # batches between two savings: more often would cost more than it spares
+
+LARGEST = 2**32
+"""Bytes that a partial file may have, 4 GiB: many times what the sums of the largest models take."""
 
 ANEW = "or delete the file to start anew."
 
@@ -56,7 +60,7 @@ class Partial:
         self._data: list[tuple[int, int]] = []
         self._changed = self._warned = False
         self._new_folder = not path.parent.exists()
-        if path.is_file():
+        if os.path.lexists(path):
             self._load()
 
     def begin(self, task: str, metrics: Mapping[str, Metric]) -> int:
@@ -152,6 +156,7 @@ class Partial:
         tensors["data"] = torch.tensor(self._data, dtype=torch.int64).view(-1, 2)
         stages = [[saved.task, saved.batches] for saved in self._stages]
         metadata = {"settings": json.dumps(self.settings), "stages": json.dumps(stages)}
+        metadata["checksum"] = _checksum(tensors, metadata)
         try:
             write_bytes(self.path, save(tensors, metadata=metadata))
             self._changed = False
@@ -166,9 +171,10 @@ class Partial:
 
     def _load(self) -> None:
         try:
-            with safe_open(self.path, framework="pt") as file:
-                metadata = file.metadata() or {}
-                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            content = read_bytes(self.path, LARGEST)
+            metadata, tensors = _metadata(content), load(content)
+            if metadata.pop("checksum") != _checksum(tensors, metadata):
+                raise ValueError("its checksum is another: the file was damaged or changed")
             old, stages = json.loads(metadata["settings"]), json.loads(metadata["stages"])
             if not isinstance(old, dict):
                 raise ValueError("settings should be a dictionary")
@@ -223,6 +229,22 @@ class Partial:
             f"{self.path} is part of a calibration with other data: {changed}{order}. Go on with the data it was begun "
             f"with, in the same batches and without shuffling, {ANEW}"
         )
+
+
+def _metadata(content: bytes) -> dict[str, str]:
+    """The texts in the header of a safetensors file: eight bytes say how long that is, then it is JSON."""
+    length = int.from_bytes(content[:8], "little")
+    return dict(json.loads(content[8 : 8 + length])["__metadata__"])
+
+
+def _checksum(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> str:
+    """Of every name, type, shape and bit: one that changed would be another policy."""
+    found = hashlib.sha256(json.dumps(sorted(metadata.items())).encode())
+    for name in sorted(tensors):
+        value = tensors[name]
+        found.update(json.dumps([name, str(value.dtype), list(value.shape)]).encode())
+        found.update(value.contiguous().view(-1).view(torch.uint8).numpy().data)
+    return found.hexdigest()
 
 
 def _states(metrics: Mapping[str, Metric]) -> dict[str, Tensor | list[Tensor]]:

@@ -29,7 +29,7 @@ from catp_lightning.callbacks.strategies import on_first, refuse_sharded
 from catp_lightning.errors import PolicyError, PruningError
 from catp_lightning.families import Family, find_family
 from catp_lightning.files import check_writable
-from catp_lightning.locations import POLICY, budget_file_name
+from catp_lightning.locations import POLICY, budget_file_name, policies_beside
 from catp_lightning.policy import Budget, PruningPolicy, check_keep
 from catp_lightning.refusals import compiled_inside, occupied, refuse_unprunable
 from catp_lightning.saying import rank_zero_info, rank_zero_warn
@@ -273,6 +273,12 @@ class CrossAttentionCalibration(LoopContext):
         folder, seconds = report_folder(self.path), time.perf_counter() - run.started
         self.summary = report(self.policies, files, folder, trainer.loggers, seconds, plain, trainer.global_step)
         rank_zero_info(f"catp: saved to {self.path}, with a report in {folder}.")
+        if (self.several or not self.path.suffix) and (left := policies_beside(files)):
+            names = ", ".join(sorted(file.name for file in left))
+            rank_zero_warn(
+                f"{self.path} held {names:.200} before, which this calibration did not measure; what is loaded from "
+                "there warns. Delete what is out of date, or give each calibration a folder of its own."
+            )
 
     def _refuse_unwritable(self) -> None:
         """Raise OSError where what is found could not be saved."""

@@ -24,6 +24,7 @@ from catp_lightning.overlap import OverlapCheck, decode_images, has_images, over
 from catp_lightning.policy import Budget, PruningPolicy, check_keep
 from catp_lightning.pruning import Pruning, prune
 from catp_lightning.saying import rank_zero_info, rank_zero_warn
+from catp_lightning.sources import Source, policy_or_path
 
 
 @dataclass
@@ -84,9 +85,9 @@ class TokenPruning(LoopContext):
     callback: they load without it.
 
     Args:
-        policy: a `PruningPolicy`, or a path or address for `PruningPolicy.load`, read when a stage is set up. None: the
-            one in the checkpoint that `ckpt_path=` names. One that is given wins over the checkpoint's, and a warning
-            says where they differ.
+        policy: a `PruningPolicy`, or a path or address for `PruningPolicy.load`, read when a stage is set up; in a
+            configuration file also the fields of one, {scorer: catp, keep: 0.25}. None: the one in the checkpoint that
+            `ckpt_path=` names. One that is given wins over the checkpoint's, and a warning says where they differ.
         keep: the budget, in place of the policy's own; of a folder with several budgets, the one to take. A float in
             (0, 1] is a share, an int >= 1 a number of tokens.
         stages: the loops to prune in; "validate" includes validation inside fit.
@@ -113,7 +114,7 @@ class TokenPruning(LoopContext):
 
     def __init__(
         self,
-        policy: str | Path | PruningPolicy | None = None,
+        policy: Source | None = None,
         *,
         keep: Budget | None = None,
         stages: tuple[Stage, ...] = ("validate", "test", "predict"),
@@ -125,7 +126,8 @@ class TokenPruning(LoopContext):
         super().__init__(stages, sanity_check)
         if keep is not None:
             check_keep(keep)
-        self.policy, self.keep, self.compare, self.model, self.guide = policy, keep, compare, model, guide
+        self.policy, self.keep = policy_or_path(policy), keep
+        self.compare, self.model, self.guide = compare, model, guide
         self.figures: dict[str, float] = {}
         self._loaded: PruningPolicy | None = None
         self._loop: _Loop | None = None

@@ -19,6 +19,7 @@ from torch.utils.data import Dataset
 
 from catp_lightning.data.images import MAX_PIXELS, read_image
 from catp_lightning.errors import DataError
+from catp_lightning.files import read_bytes
 
 ANSWERS = 10  # people asked about each question; the official accuracy is defined for ten
 
@@ -195,7 +196,7 @@ def check_fraction(fraction: float) -> None:
 def _read_records(path: str, key: str) -> list[Any]:
     """The list under `key` of a JSON object."""
     try:
-        content = json.loads(Path(path).read_bytes())
+        content = json.loads(read_bytes(path))
     except FileNotFoundError as error:
         raise DataError(f"{path}: there is no such file. It should hold the {key} in VQAv2's JSON layout.") from error
     except OSError as error:

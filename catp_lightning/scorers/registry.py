@@ -1,11 +1,17 @@
 """Names to scorers: those of this package, and those that other packages bring by an entry point."""
 
 import inspect
+import signal
+import threading
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from functools import cached_property
 from importlib.metadata import EntryPoint, entry_points
+from types import FrameType
+from typing import get_type_hints
 
 from catp_lightning.errors import PolicyError
+from catp_lightning.observation import Signal
 from catp_lightning.saying import warn
 from catp_lightning.scorers.base import Scorer
 
@@ -72,25 +78,77 @@ class Registry(Mapping[str, type[Scorer]]):
     def __len__(self) -> int:
         return len(self._own) + len(self._others)
 
+    def name_of(self, scorer: Scorer) -> str:
+        """How a scorer is called here; of one that is not here, the name of its class."""
+        known = {**self._loaded, **self._own}
+        return next((name for name, cls in known.items() if cls is type(scorer)), type(scorer).__qualname__)
+
+    def is_own(self, scorer: Scorer) -> bool:
+        """Whether a scorer is one of this package's."""
+        return type(scorer) in self._own.values()
+
 
 def _load(points: list[EntryPoint]) -> type[Scorer]:
     if len(points) > 1:
         packages = " and ".join(_package(point) for point in points)
         raise PolicyError(f"{packages} each bring a scorer named {points[0].name!r}: uninstall all but one.")
     (point,) = points
-    try:
+    with _faults(point, "cannot be imported"):
         found = point.load()
-    except Exception as error:
-        raise _refusal(point, f"cannot be imported: {type(error).__name__}: {error}") from error
-    if not isinstance(found, type) or not issubclass(found, Scorer):
-        raise _refusal(point, f"is no class under catp_lightning.scorers.Scorer, but {found!r:.100}")
-    if inspect.isabstract(found):
-        raise _refusal(point, f"lacks {', '.join(sorted(found.__abstractmethods__))}")
-    try:
-        found()
-    except Exception as error:
-        raise _refusal(point, f"cannot be made without arguments: {type(error).__name__}: {error}") from error
+    with _faults(point, "is no scorer"):
+        if not isinstance(found, type) or not issubclass(found, Scorer):
+            raise _refusal(point, f"is no class under catp_lightning.scorers.Scorer, but {found!r:.100}")
+        if inspect.isabstract(found):
+            raise _refusal(point, f"lacks {', '.join(sorted(found.__abstractmethods__))}")
+        get_type_hints(found)  # what a policy's arguments are checked against
+    with _faults(point, "cannot be made without arguments"):
+        needs = found().needs
+    if not isinstance(needs, Mapping) or not all(isinstance(key, Signal) for key in needs):
+        raise _refusal(point, f"has needs that are no mapping of catp_lightning.observation.Signal, but {needs!r:.100}")
     return found
+
+
+@contextmanager
+def _faults(point: EntryPoint, what: str) -> Iterator[None]:
+    """While inside, code of another package runs: whatever it raises, `SystemExit` too, becomes a PolicyError.
+
+    An exception that a signal brings, of Ctrl-C or of a scheduler, is not that code's and goes its way.
+    """
+    with _signals() as arrived:
+        try:
+            yield
+        except PolicyError:
+            raise
+        except BaseException as error:
+            if arrived:
+                raise
+            raise _refusal(point, f"{what}: {type(error).__name__}: {error!s:.500}") from error
+
+
+@contextmanager
+def _signals() -> Iterator[list[int]]:
+    """While inside, the signals that came; their handlers run as ever. Only the main thread has any."""
+    arrived: list[int] = []
+    if threading.current_thread() is not threading.main_thread():
+        yield arrived
+        return
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+
+    def handle(number: int, frame: FrameType | None) -> None:
+        arrived.append(number)
+        handler = before[signal.Signals(number)]
+        assert callable(handler)
+        handler(number, frame)
+
+    watched = [number for number, handler in before.items() if callable(handler)]
+    for number in watched:
+        signal.signal(number, handle)
+    try:
+        yield arrived
+    finally:
+        for number in watched:
+            if signal.getsignal(number) is handle:  # what was imported may have set its own
+                signal.signal(number, before[number])
 
 
 def _refusal(point: EntryPoint, why: str) -> PolicyError:

@@ -24,7 +24,7 @@ from catp_lightning.callbacks import CrossAttentionCalibration
 from catp_lightning.comparison import Comparison, Result
 from catp_lightning.errors import PolicyError, PruningError
 from catp_lightning.families import Family, find_family
-from catp_lightning.files import write_bytes, write_json, write_text
+from catp_lightning.files import read_bytes, write_bytes, write_json, write_text
 from catp_lightning.locations import budget_file_name
 from catp_lightning.metrics import vqa_score
 from catp_lightning.policy import PruningPolicy
@@ -186,7 +186,7 @@ def calibrated(
     now = {**settings, "data": data_fingerprint(loader), "keep": [repr(keep) for keep in budgets]}
     now = json.loads(json.dumps(now))  # as it comes back from a file
     try:
-        before = json.loads(file.read_text(encoding="utf-8"))
+        before = json.loads(read_bytes(file))
         if before["settings"] != now:
             raise ValueError("made with others")
         if before["refused"] is not None:

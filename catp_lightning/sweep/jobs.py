@@ -14,7 +14,7 @@ from torch import nn
 
 from catp_lightning.callbacks.token_pruning import TokenPruning
 from catp_lightning.errors import DataError
-from catp_lightning.files import write_json
+from catp_lightning.files import read_bytes, write_json
 from catp_lightning.policy import PruningPolicy
 from catp_lightning.sweep.methods import Job
 
@@ -61,7 +61,7 @@ class Jobs:
     def finished(self, job: Job | None) -> Outcome | None:
         """What an earlier run left of a job, None for the unpruned model's; None where that is not the same."""
         try:
-            saved = json.loads(self._file(job).read_text(encoding="utf-8"))
+            saved = json.loads(read_bytes(self._file(job)))
             return Outcome(**saved["outcome"]) if saved["settings"] == self._of(job) else None
         except (OSError, ValueError, KeyError, TypeError):  # none, or damaged
             return None

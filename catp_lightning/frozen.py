@@ -1,0 +1,109 @@
+"""JSON values that nobody changes: what a policy holds stays what was checked."""
+
+import json
+from collections.abc import Mapping
+from typing import Any, NoReturn
+
+from catp_lightning.errors import PolicyError
+
+DEEPEST = 64
+"""Dictionaries and lists within each other that a policy holds at most; evidence has 5."""
+
+LARGEST = 2**22
+"""Bytes of a policy's JSON at most, 4 MiB; a calibration's with the fingerprints of 100,000 images has 1.5 MB."""
+
+MOST = 2**18
+"""Numbers, texts, lists and dictionaries in a policy at most; a calibration's has about ten thousand."""
+
+
+def _refuse(self: Any, *args: Any, **kwargs: Any) -> NoReturn:
+    raise TypeError(
+        "A policy cannot be changed: make another, dataclasses.replace(policy, scorer_args={...}), or change what "
+        "policy.to_dict() gives and take PruningPolicy.from_dict(...)."
+    )
+
+
+class FrozenDict(dict[str, Any]):
+    """A dictionary that cannot be changed; equal to a plain one, JSON to `json`, and hashable."""
+
+    __setitem__ = __delitem__ = __ior__ = clear = pop = popitem = setdefault = update = _refuse
+
+    def __hash__(self) -> int:  # type: ignore[override]
+        return hash(frozenset(self.items()))
+
+    def __reduce__(self) -> tuple[type, tuple[dict[str, Any]]]:
+        return FrozenDict, (dict(self),)  # without it, unpickling and deepcopy would set item by item
+
+
+class FrozenList(list[Any]):
+    """A list that cannot be changed, as `FrozenDict`."""
+
+    __setitem__ = __delitem__ = __iadd__ = __imul__ = append = extend = insert = pop = remove = clear = sort = (
+        reverse
+    ) = _refuse
+
+    def __hash__(self) -> int:  # type: ignore[override]
+        return hash(tuple(self))
+
+    def __reduce__(self) -> tuple[type, tuple[list[Any]]]:
+        return FrozenList, (list(self),)
+
+
+def frozen(name: str, value: Any) -> FrozenDict:
+    """A copy of a dictionary of plain JSON types, as JSON holds them: tuples become lists; all of it frozen.
+
+    Raises:
+        PolicyError: it is no dictionary with names as keys, holds something else, or is too large or too deep.
+    """
+    if not isinstance(value, Mapping) or not all(isinstance(key, str) for key in value):
+        raise PolicyError(f"{name} must be a dictionary with names as keys, got {_shown(value)}.")
+    check_size(name, value)
+    try:
+        copy = json.loads(json.dumps(dict(value), allow_nan=False))
+    except (TypeError, ValueError, RecursionError) as error:
+        raise PolicyError(f"{name} holds something JSON cannot: {error!s:.200}.") from error
+    found = _frozen(copy)
+    assert isinstance(found, FrozenDict)
+    return found
+
+
+def check_size(name: str, value: Any, deepest: int = DEEPEST) -> None:
+    """Raise PolicyError for what has more than `MOST` values, more text than `LARGEST`, or is nested too deep.
+
+    Nothing is copied, and no more is looked at than a policy may have: what refers to itself comes to an end too.
+    """
+    level, values, text = [value], 1, 0
+    for _ in range(deepest + 1):
+        inner: list[Any] = []
+        for item in level:
+            if isinstance(item, Mapping):
+                text += sum(len(key) for key in item if isinstance(key, str))
+                inner += item.values()
+            elif isinstance(item, list | tuple):
+                inner += item
+            elif isinstance(item, str):
+                text += len(item)
+            if values + len(inner) > MOST or text > LARGEST:
+                raise PolicyError(too_large(name))
+        if not inner:
+            return
+        level, values = inner, values + len(inner)
+    raise PolicyError(f"{name} is nested deeper than {deepest} levels. Leave what is there out.")
+
+
+def too_large(name: str) -> str:
+    """What is said of a policy, or a part of one, that no calibration makes."""
+    return f"{name} is too large: a policy holds at most {MOST:,} values, of {LARGEST // 2**20} MiB. Leave some out."
+
+
+def _shown(value: Any) -> str:
+    """A value for an error message, whatever it is."""
+    return f"{value!r:.200}" if isinstance(value, str | bytes | int | float | None) else f"a {type(value).__name__}"
+
+
+def _frozen(value: Any) -> Any:
+    if isinstance(value, dict):
+        return FrozenDict({key: _frozen(item) for key, item in value.items()})
+    if isinstance(value, list):
+        return FrozenList([_frozen(item) if isinstance(item, dict | list) else item for item in value])
+    return value

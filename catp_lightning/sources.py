@@ -1,0 +1,64 @@
+"""What stands for a policy in a signature: the policy, where it is, or its fields in a configuration file."""
+
+import difflib
+import reprlib
+from collections.abc import Mapping
+from dataclasses import fields
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from catp_lightning.errors import PolicyError
+from catp_lightning.policy import PruningPolicy, check_keep
+
+if TYPE_CHECKING:
+    Source = str | Path | PruningPolicy | Mapping[str, Any]
+else:
+    # The command line would write a union into a saved configuration as its first type that takes the value: fields
+    # become the text of a Namespace, which the next run reads as a path. What has no type is written as it was given.
+    Source = Any
+
+
+def policy_or_path(source: Any) -> str | Path | PruningPolicy | None:
+    """A policy, or where it is, from what Python or a configuration file gives.
+
+    Args:
+        source: a policy, a path or an address, None; or the fields of a policy by name, `keep` a number or as a file of
+            a policy has it; or these as LightningCLI saves an object, under `class_path` and `init_args`.
+
+    Raises:
+        PolicyError: a field is unknown or wrong, or `source` is something else.
+
+    >>> policy_or_path({"scorer": "catp", "keep": 1})
+    PruningPolicy(scorer='catp', keep=1)
+    """
+    if source is None or isinstance(source, str | Path | PruningPolicy):
+        return source
+    if hasattr(source, "as_dict"):  # a Namespace, which jsonargparse hands on where an object cannot be made of it
+        source = source.as_dict()
+    if not isinstance(source, Mapping):
+        raise PolicyError(f"policy is {reprlib.repr(source)}; give {_ALLOWED}.")
+    values = dict(source)
+    if "class_path" in values:
+        _check_class(values)
+        values = dict(values.get("init_args") or {})
+    known = [field.name for field in fields(PruningPolicy)]
+    for name in values:
+        if name not in known:
+            near = difflib.get_close_matches(str(name)[:100], known, n=1)
+            hint = f" Did you mean {near[0]!r}?" if near else ""
+            raise PolicyError(f"A policy has no field {name!r:.200}; it has {', '.join(known)}.{hint}")
+    if "keep" in values and not isinstance(keep := values["keep"], Mapping):
+        check_keep(keep)
+        values["keep"] = {"tokens": keep} if isinstance(keep, int) else {"share": keep}
+    return PruningPolicy.from_dict(values)
+
+
+_ALLOWED = "a PruningPolicy, a path, or the fields of one: {scorer: catp, keep: 0.25}"
+
+
+def _check_class(values: Mapping[str, Any]) -> None:
+    name = str(values["class_path"])
+    if name.rpartition(".")[2] != PruningPolicy.__name__ or not set(values) <= {"class_path", "init_args"}:
+        raise PolicyError(
+            f"policy is of class_path {name!r:.200} with {sorted(map(str, values))!r:.200}; give {_ALLOWED}."
+        )
