@@ -1,6 +1,7 @@
 """Subcommands of `catp` that run a Trainer: each a LightningCLI with a few options of its own."""
 
 import os
+import signal
 from abc import abstractmethod
 from argparse import Action
 from functools import partial
@@ -12,6 +13,7 @@ from typing import Any, ClassVar, cast
 from jsonargparse import ActionConfigFile, ArgumentError, DefaultHelpFormatter
 from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
+from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from catp_lightning.calibration.report import report_folder
 from catp_lightning.callbacks.answer_writer import AnswerWriter
@@ -127,7 +129,14 @@ class Command(LightningCLI):
         """Run the Trainer."""
         options = {"return_predictions": False} if self.stage == "predict" else {}
         run = getattr(self.trainer, self.stage)
-        run(self.model, datamodule=self.datamodule, ckpt_path=self.config.ckpt_path, **options)
+        try:
+            run(self.model, datamodule=self.datamodule, ckpt_path=self.config.ckpt_path, **options)
+        except SIGTERMException:  # Lightning's, without a code: the command would seem to have come to its end
+            raise SystemExit(128 + signal.SIGTERM) from None
+        except SystemExit as ended:
+            if isinstance(ended.__context__, KeyboardInterrupt):  # which Lightning makes an exit code of 1
+                raise SystemExit(128 + signal.SIGINT) from None
+            raise
 
     @abstractmethod
     def add_own_arguments(self, parser: LightningArgumentParser) -> None:

@@ -60,7 +60,7 @@ def run_demo(output: str = "runs/demo", questions: int = 1000, calibration_quest
         calibration_questions: number of questions the policies are chosen on.
         seed: of the scenes.
     """
-    console, folder, start = Console(), Path(output), time.time()
+    console, folder, start = Console(), Path(output), time.monotonic()
     folder.mkdir(parents=True, exist_ok=True)
     model = str(shipped("digits_blip2"))
     with quiet():
@@ -82,7 +82,7 @@ def run_demo(output: str = "runs/demo", questions: int = 1000, calibration_quest
         console.print(f"keep {policy.keep}: calibration chose", rich_text(policy.evidence["chosen"], "bold"))
     console.print(
         Text.assemble(
-            f"\nDone in {time.time() - start:.0f} s. Results are in ",
+            f"\nDone in {time.monotonic() - start:.0f} s. Results are in ",
             rich_text(folder, "bold"),
             ": table.md, table.json, accuracy.png, policies/, and an offline Weights & Biases run in wandb/.",
         )

@@ -77,7 +77,7 @@ def write_bytes(path: str | Path, content: bytes, durable: bool = True) -> Path:
     try:
         _write(_target(path), content, durable)
     except OSError as error:
-        raise _explained(error, path) from error
+        raise explained(error, path) from error
     return path
 
 
@@ -133,11 +133,11 @@ def check_writable(path: str | Path) -> None:
         with tempfile.TemporaryFile(dir=folder, buffering=0) as file:
             file.write(bytes(4096))  # of a full disk a name can still be had
     except OSError as error:
-        raise _explained(error, path) from error
+        raise explained(error, path) from error
 
 
-def _explained(error: OSError, path: Path) -> OSError:
-    """The same kind of error, with the file that was meant and what to do."""
+def explained(error: OSError, path: Path) -> OSError:
+    """The same kind of error as the system's, with the file that was meant and what to do."""
     if error.errno is None:
         return error
     why = error.strerror or os.strerror(error.errno)

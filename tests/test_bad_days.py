@@ -158,7 +158,7 @@ def on_a_disk_that_fills_up(write: Callable[[Path, int], object], folder: Path) 
             write(disk, 1)
         assert Path(str(told.value.filename)).parent in (disk, disk / "images"), "it names the file"
         for name, content in contents(disk).items():
-            assert content in (old.get(name), new.get(name)), name
+            assert content in (old.get(name), new.get(name)) or "rank0" in name, name  # answers up to then are kept
         failures += 1
     assert failures >= 2
     write(disk, 1)
@@ -417,7 +417,8 @@ def test_killed_while_it_is_written_a_file_is_the_old_one(name: str, moment: str
     before = contents(tmp_path)
     assert killed_at(moment, 1, lambda: KILLED[name](tmp_path, 1)).code == -signal.SIGKILL
     after = contents(tmp_path)
-    (left,) = after.keys() - before.keys()
+    new = after.keys() - before.keys()
+    (left,) = (one for one in new if "rank0" not in one)  # the answers up to then, and the lock of who wrote them
     assert left.endswith(".tmp") and {key: after[key] for key in before} == before
     if name == "a policy":
         assert PruningPolicy.load(tmp_path).evidence == {"long": [0] * 999}, "what was left is no policy"

@@ -20,6 +20,7 @@ from typing import Any
 import lightning as L
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import load, save
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset
@@ -334,7 +335,7 @@ def test_a_process_without_a_batch_takes_part_before_and_after(
     same_result(tmp_path, expected)
 
 
-# What is refused. The calibration that is gone on with was interrupted by an exception, with four batches saved.
+# What is refused. The calibration that is gone on with was interrupted by an exception in its sixth batch.
 
 
 @pytest.fixture(autouse=True)
@@ -369,8 +370,9 @@ def test_a_calibration_interrupted_by_an_exception_goes_on(
     monkeypatch.setattr(Replay, "answer_log_probability", lambda *args: probed.append(0) or real(*args))
     calibrate(path)
     same_result(path.parent, undisturbed[0])
-    at = [n for n, line in enumerate(log) if line.startswith("replaced")][1]  # four batches were saved
-    assert len(probed) == sum(line.startswith("probe") for line in log[at:]) > 0
+    _, four, six, seven, *_ = [n for n, line in enumerate(log) if line.startswith("replaced")]
+    after_four, seventh = (sum(line.startswith("probe") for line in part) for part in (log[four:], log[six:seven]))
+    assert len(probed) == after_four - seventh > 0, "all five batches before the exception were saved"
 
 
 def changed_weight() -> Module:
@@ -415,6 +417,37 @@ REFUSED: dict[str, tuple[Callable[[], dict[str, Any]], str]] = {
 }
 
 
+SPENT = 5000.0
+
+
+def test_the_cost_is_that_of_all_runs_whatever_the_clock_does(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = path.parent / PARTIAL
+    metadata, tensors = read(file)
+    assert 0 < float(metadata["seconds"]) < 600
+    file.write_bytes(save(tensors, {**metadata, "seconds": repr(SPENT)}))
+    told: list[float] = []
+    monkeypatch.setattr(calibration, "report", lambda *given: told.extend(given[4:6]) or [])
+    clock = iter(range(10**9, 0, -1000))
+    monkeypatch.setattr(time, "time", lambda: float(next(clock)))  # set back again and again
+    calibrate(path)
+    seconds, plain = told
+    assert 0 < plain < seconds - SPENT < 600
+
+
+@pytest.mark.parametrize("seconds", ["-1594.0", "nan", "inf", "long"])
+def test_a_partial_file_that_was_worked_on_for_no_possible_time_is_damaged(path: Path, seconds: str) -> None:
+    file = path.parent / PARTIAL
+    metadata, tensors = read(file)
+    file.write_bytes(save(tensors, {**metadata, "seconds": seconds}))
+    with pytest.raises(PolicyError, match="cannot be read as part of a calibration"):
+        calibrate(path)
+
+
+def read(file: Path) -> tuple[dict[str, str], dict[str, Tensor]]:
+    with safe_open(file, framework="pt") as content:
+        return content.metadata(), {name: content.get_tensor(name) for name in content.keys()}  # noqa: SIM118
+
+
 @pytest.mark.parametrize("name", REFUSED)
 def test_a_partial_file_of_another_calibration_is_refused_by_name(path: Path, name: str) -> None:
     what, message = REFUSED[name]
@@ -429,7 +462,7 @@ def test_fewer_batches_of_a_loader_without_a_length_are_refused(tmp_path: Path) 
     with pytest.raises(RuntimeError, match="planted"):
         calibrate(tmp_path / "p.json", Module(broken=True), Unsized(data()))
     before = (tmp_path / PARTIAL).read_bytes()
-    with pytest.raises(PolicyError, match=r"calibration with more data: at least 4 batches, now 3. Go on with"):
+    with pytest.raises(PolicyError, match=r"calibration with more data: at least 5 batches, now 3. Go on with"):
         calibrate(tmp_path / "p.json", batches=Unsized(data()[:3]))
     assert (tmp_path / PARTIAL).read_bytes() == before
 
@@ -443,7 +476,13 @@ def test_data_that_changes_between_two_readings_is_refused(tmp_path: Path) -> No
             return ({**batch, "pixel_values": batch["pixel_values"] * self.readings} for batch in self.batches)
 
     with pytest.raises(PolicyError, match=r"changed between two readings: batch 0 .*switch shuffling and random aug"):
+        calibrate(tmp_path / "new" / "p.json", batches=Drifting(data()))
+    assert not list(tmp_path.iterdir())
+    with pytest.raises(RuntimeError, match="planted"):
+        calibrate(tmp_path / "p.json", Module(broken=True), Unsized(data()))
+    with pytest.raises(PolicyError, match=rf"changed between two readings.*, and delete .*{PARTIAL} to start anew"):
         calibrate(tmp_path / "p.json", batches=Drifting(data()))
+    assert [file.name for file in tmp_path.iterdir()] == [PARTIAL], "hours of an older run are not thrown away"
 
 
 class Planted:

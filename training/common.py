@@ -217,10 +217,10 @@ class Log:
     """JSON lines, in a file and on the screen, each with the seconds since the start."""
 
     def __init__(self, path: Path) -> None:
-        self.file, self.start = path.open("w"), time.time()
+        self.file, self.start = path.open("w"), time.monotonic()
 
     def note(self, **figures: object) -> None:
-        print(line := json.dumps({"seconds": round(time.time() - self.start), **figures}), flush=True)
+        print(line := json.dumps({"seconds": round(time.monotonic() - self.start), **figures}), flush=True)
         self.file.write(line + "\n")
         self.file.flush()
 

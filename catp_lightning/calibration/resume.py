@@ -3,9 +3,10 @@
 import glob
 import hashlib
 import json
+import math
 import os
+import time
 from collections.abc import Mapping
-from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -48,6 +49,9 @@ class Partial:
         path: of the file, which need not exist.
         settings: what the sums depend on; JSON types.
 
+    Attributes:
+        begun: whether it was begun here: there was no file.
+
     Raises:
         PolicyError: the file there was made with other settings, or cannot be read. It is left as it is.
     """
@@ -59,9 +63,20 @@ class Partial:
         self._stage = -1
         self._data: list[tuple[int, int]] = []
         self._changed = self._warned = False
-        self._new_folder = not path.parent.exists()
-        if os.path.lexists(path):
+        self._started, self._spent = time.monotonic(), 0.0
+        self.begun = not os.path.lexists(path)
+        if not self.begun:
             self._load()
+
+    @property
+    def seconds(self) -> float:
+        """What was spent up to now, by all runs that went on from this file, as far as they could save it."""
+        return self._spent + time.monotonic() - self._started
+
+    @property
+    def batches(self) -> int:
+        """How many batches of the current stage are in the sums."""
+        return self._stages[self._stage].batches if self._stage >= 0 else 0
 
     def begin(self, task: str, metrics: Mapping[str, Metric]) -> int:
         """Go to the next stage and give its metrics what was saved of it: how many of its batches are in them.
@@ -97,6 +112,8 @@ class Partial:
         if number < len(self._data):
             before = self._data[number]
             if before[0] != marks[0]:
+                if self._stage:
+                    self.forget()
                 raise PolicyError(self._other_batch(number, before[0], marks[0]))
             if before[1] != marks[1] and self._stage == 0:
                 raise PolicyError(
@@ -107,14 +124,18 @@ class Partial:
         return number < self._stages[self._stage].batches
 
     def add(self, marks: tuple[int, int], metrics: Mapping[str, Metric]) -> None:
-        """Note that the next batch is in the sums; every few batches the file is written."""
-        saved = self._stages[self._stage]
+        """Note that the next batch is in the sums; every few batches the file is written.
+
+        The sums are copied: what interrupts the next batch finds those of whole batches, whatever it has added up.
+        """
         if self._stage == 0:
             self._data.append(marks)
-        saved.batches += 1
+        before = self._stages[self._stage]
         self._changed = True
-        if saved.batches % EVERY == 0:
-            self._save(metrics)
+        # In one step, so that an interrupt finds a batch in the sums and in the count, or in neither.
+        self._stages[self._stage] = _Saved(before.task, before.batches + 1, _copied(metrics))
+        if (before.batches + 1) % EVERY == 0:
+            self._write()
 
     def finish(self, batches: int, metrics: Mapping[str, Metric]) -> None:
         """Write what the stage has found, before it is reduced.
@@ -134,28 +155,39 @@ class Partial:
         if self._changed:
             self._save(metrics)
 
+    def flush(self) -> bool:
+        """Write what was done since the last saving: all whole batches. Whether there is a file to go on from."""
+        if self._changed:
+            self._write()
+        return self.path.is_file() and not self._changed
+
+    def forget(self) -> None:
+        """Remove the file if it was begun here; in that of an older run are hours, which other data do not spoil."""
+        self._changed = False
+        if self.begun:
+            self.delete()
+
     def delete(self) -> None:
         """Remove the file, and what a kill in the middle of writing it has left."""
         self.path.unlink(missing_ok=True)
         for left in self.path.parent.glob(f".{glob.escape(self.path.name)}.*.tmp"):
             left.unlink(missing_ok=True)
-        if self._new_folder:
-            with suppress(OSError):  # there is something in it, or it was never made
-                self.path.parent.rmdir()
+        self._changed = False
 
     def _save(self, metrics: Mapping[str, Metric]) -> None:
+        self._stages[self._stage].tensors = _copied(metrics)
+        self._write()
+
+    def _write(self) -> None:
         """Whole or not at all."""
-        self._stages[self._stage].tensors = {
-            name: (torch.cat(value) if isinstance(value, list) else value).detach().cpu().contiguous()
-            for name, value in _states(metrics).items()
-            if not isinstance(value, list) or value
-        }
         tensors = {
             f"{n}/{name}": value for n, saved in enumerate(self._stages) for name, value in saved.tensors.items()
         }
-        tensors["data"] = torch.tensor(self._data, dtype=torch.int64).view(-1, 2)
+        data = self._data[: self._stages[0].batches]  # without one that was interrupted when it was noted
+        tensors["data"] = torch.tensor(data, dtype=torch.int64).view(-1, 2)
         stages = [[saved.task, saved.batches] for saved in self._stages]
         metadata = {"settings": json.dumps(self.settings), "stages": json.dumps(stages)}
+        metadata["seconds"] = repr(self.seconds)
         metadata["checksum"] = _checksum(tensors, metadata)
         try:
             write_bytes(self.path, save(tensors, metadata=metadata))
@@ -180,6 +212,9 @@ class Partial:
                 raise ValueError("settings should be a dictionary")
             self._data = [(key, answers) for key, answers in tensors.pop("data").long().tolist()]
             self._stages = [_Saved(str(task), int(batches)) for task, batches in stages]
+            self._spent = float(metadata.get("seconds", 0))  # older files do not tell
+            if not 0 <= self._spent < math.inf:
+                raise ValueError(f"seconds is {self._spent}")
             for name, value in tensors.items():
                 stage, _, state = name.partition("/")
                 self._stages[int(stage)].tensors[state] = value
@@ -213,15 +248,18 @@ class Partial:
                 )
             if saved is not None:
                 metric, _, state = name.rpartition("/")
-                saved = saved.to(metrics[metric].device)
+                saved = saved.to(metrics[metric].device, copy=True)  # it is added to
                 setattr(metrics[metric], state, [saved] if isinstance(value, list) else saved)
+
+    def _if_older(self) -> str:
+        return "" if self.begun else f", and delete {self.path} to start anew"
 
     def _other_batch(self, number: int, before: int, now: int) -> str:
         changed = f"batch {number} had fingerprint {before:016x}, now {now:016x}"
         if self._stage:
             return (
                 f"The calibration data changed between two readings: {changed}. Calibration reads its split several "
-                f"times and in one order: switch shuffling and random augmentation off, and delete {self.path}."
+                f"times and in one order: switch shuffling and random augmentation off{self._if_older()}."
             )
         elsewhere = [place for place, (key, _) in enumerate(self._data) if key == now]
         order = f", which was batch {elsewhere[0]}: the order changed" if elsewhere else ""
@@ -245,6 +283,15 @@ def _checksum(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> str
         found.update(json.dumps([name, str(value.dtype), list(value.shape)]).encode())
         found.update(value.contiguous().view(-1).view(torch.uint8).numpy().data)
     return found.hexdigest()
+
+
+def _copied(metrics: Mapping[str, Metric]) -> dict[str, Tensor]:
+    """The states as they are now, in the machine's memory; lists joined, and without those that are empty."""
+    return {
+        name: (torch.cat(value) if isinstance(value, list) else value).detach().to("cpu", copy=True).contiguous()
+        for name, value in _states(metrics).items()
+        if not isinstance(value, list) or value
+    }
 
 
 def _states(metrics: Mapping[str, Metric]) -> dict[str, Tensor | list[Tensor]]:

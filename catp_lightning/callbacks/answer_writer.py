@@ -3,7 +3,9 @@
 import errno
 import json
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from io import RawIOBase
 from numbers import Integral
 from pathlib import Path
 from typing import Any
@@ -12,27 +14,32 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import BasePredictionWriter
 from lightning.pytorch.utilities import CombinedLoader
 
-from catp_lightning.callbacks.strategies import loop_was_skipped, on_all, on_first
-from catp_lightning.files import check_writable, write_text
+from catp_lightning.callbacks.context import LoopContext, Stage
+from catp_lightning.callbacks.signals import ended_by, tell
+from catp_lightning.callbacks.strategies import on_all, on_first
+from catp_lightning.files import check_writable, explained, write_text
+from catp_lightning.locks import only_run, refuse_running
 
 Place = tuple[int, ...]
 """Where an answer belongs: what is compared in turn."""
 Answer = tuple[Place, dict[str, Any]]
 
 
-class AnswerWriter(BasePredictionWriter):
+class AnswerWriter(LoopContext, BasePredictionWriter):
     """Writes the answers of `trainer.predict` as JSON Lines in VQAv2's result layout, when the run has come to its end.
 
     A line is `{"question_id": 42, "answer": "yes"}`, in the order of the data set, and of several loaders one after the
     other, whatever the sampler. Where Lightning does not know which samples a batch holds (an `IterableDataset`, a
     loader without batches), and with as many answers as it likes, in the order of the batches: each process's first,
-    in the order of the processes, then each one's second.
+    in the order of the processes, then each one's second. Characters at which Python ends a line, control characters,
+    and halves of surrogate pairs are escaped as JSON escapes them; all others are written as they are, in UTF-8.
 
-    Of several processes each writes what it answered to a file of its own, `answers.rank0.jsonl` beside
-    `answers.jsonl`, and when all have come to the end the first of them joins these to the one file, the same that one
-    process writes, and they are deleted. A sample that several processes answered, to fill up their shares, is written
-    once. The file is written whole or, when the run fails in any process, not at all; rank files that such a run left
-    are deleted when the next one starts.
+    Until then each process writes its answers, batch by batch, to a file of its own, `answers.rank0.jsonl` beside
+    `answers.jsonl`. When all have come to the end the first of them joins these to the one file, the same whatever the
+    number of processes, and they are deleted. A sample that several processes answered, to fill up their shares, is
+    written once. That file is written whole or, when the run fails in any process or is killed, not at all; the answers
+    up to then stay in the files of the processes: `merge_answers` joins them. The next run keeps them, as
+    `answers.rank0.jsonl.before`, until it has come to its end.
 
     Args:
         path: the file to write; its folder is made where it does not exist. With several machines, in a folder that
@@ -40,21 +47,24 @@ class AnswerWriter(BasePredictionWriter):
 
     Raises:
         IsADirectoryError: at the start of a run, where `path` is a folder.
-        OSError: at the start of a run, where `path` cannot be written; at the end, where it cannot be any more.
+        BlockingIOError: at the start of a run, where another one is writing to `path`.
+        OSError: at the start of a run, where `path` cannot be written; at a batch or at the end, where it cannot be any
+            more.
         TypeError: at the first batch, where the module's `predict_step` returns anything but a list of such dicts.
         FileNotFoundError: at the end, in all processes, where the first does not see the files of the others. They
             stay, each on its machine: bring them together and join them with `merge_answers`.
     """
 
     def __init__(self, path: str) -> None:
-        super().__init__(write_interval="batch")  # keeps only what is written, and objects at the first wrong batch
+        super().__init__(("predict",))
         self.path = Path(path)
         self._answers: list[Answer] = []
+        self._file: RawIOBase | None = None
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         super().setup(trainer, pl_module, stage)
-        self._answers = []
         if stage == "predict":
+            BasePredictionWriter.setup(self, trainer, pl_module, stage)
             on_all(trainer, lambda: self._prepare(trainer))  # now, not when all questions are answered
 
     def _prepare(self, trainer: Trainer) -> None:
@@ -62,8 +72,32 @@ class AnswerWriter(BasePredictionWriter):
             raise IsADirectoryError(f"{self.path} is a folder; AnswerWriter needs the name of a file in it.")
         if trainer.local_rank == 0:  # of every machine: they may not share the folder
             check_writable(self.path)
-            for file in _rank_files(self.path) if trainer.world_size > 1 else ():
-                file.unlink(missing_ok=True)
+            refuse_running(self.path.parent, _rank_pattern(self.path), BlockingIOError)
+            for file in _rank_files(self.path):
+                _keep(file)
+
+    @contextmanager
+    def loop_context(self, trainer: Trainer, pl_module: LightningModule, stage: Stage) -> Iterator[None]:
+        self._answers = []
+        with only_run(file := self._of_rank(trainer.global_rank), BlockingIOError):
+            try:
+                with open(file, "wb", buffering=0) as self._file:
+                    yield
+            finally:
+                self._file = None
+                if not self._answers:
+                    file.unlink(missing_ok=True)
+
+    def save_what_was_done(self, trainer: Trainer, error: BaseException) -> None:
+        if self._answers and (file := self._of_rank(trainer.global_rank)).exists() and trainer.is_global_zero:
+            tell(
+                f"ended by {ended_by(error)}. The answers up to here, {len(self._answers)} of this process, are in "
+                f"{str(file)!r}; catp_lightning.callbacks.answer_writer.merge_answers makes them a file of answers. "
+                "The same command answers all questions again."
+            )
+
+    def _of_rank(self, rank: int) -> Path:
+        return self.path.with_name(_rank_name(self.path, str(rank)))
 
     def write_on_batch_end(
         self,
@@ -75,7 +109,7 @@ class AnswerWriter(BasePredictionWriter):
         batch_idx: int,
         dataloader_idx: int,
     ) -> None:
-        """Keeps the batch's answers until the run has come to its end."""
+        """Keeps the batch's answers until the run has come to its end, also in a file."""
         answers = _checked(prediction, type(pl_module).__name__)
         indices = _whole_numbers(_indices(trainer, batch_idx, dataloader_idx))
         if indices and len(indices) == len(answers):
@@ -83,18 +117,37 @@ class AnswerWriter(BasePredictionWriter):
         else:  # under tensor parallelism several processes read the same data, and have the same number here
             share = 1 + (trainer.distributed_sampler_kwargs or {}).get("rank", 0)
             places = [(dataloader_idx, (indices or [batch_idx])[0], share, n) for n in range(len(answers))]
-        self._answers += zip(places, answers, strict=True)
+        new = list(zip(places, answers, strict=True))
+        self._answers += new
+        self._append(_lines(new).encode(), self._of_rank(trainer.global_rank))
+
+    def _append(self, content: bytes, path: Path) -> None:
+        """To this process's file, at once: whatever happens to the process, they are there."""
+        try:
+            while self._file is not None and content:
+                content = content[self._file.write(content) or 0 :]
+        except OSError as error:
+            raise explained(error, path) from error
 
     def on_predict_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if self._file is None:
+            return
+        files = [self._of_rank(rank) for rank in range(trainer.world_size)]
+        own = files[trainer.global_rank]
         if trainer.world_size == 1:
             write_text(self.path, _text(self._answers))
-            return
-        files = [self.path.with_name(_rank_name(self.path, str(rank))) for rank in range(trainer.world_size)]
-        own = files[trainer.global_rank]
-        text = "".join(_line({"order": place, **answer}) for place, answer in self._answers)
-        on_all(trainer, lambda: write_text(own, text))
-        on_first(trainer, lambda: self._merge(files))
-        own.unlink()
+        else:
+            on_all(trainer, lambda: write_text(own, _lines(self._answers)))
+            on_first(trainer, lambda: self._merge(files))
+        own.unlink(missing_ok=True)
+        if trainer.local_rank == 0:
+            for file in self.path.parent.glob("*"):
+                if re.fullmatch(_rank_pattern(self.path) + r"\.before", file.name):
+                    file.unlink(missing_ok=True)
+        self._answers = []
+
+    def take_part(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self.on_predict_epoch_end(trainer, pl_module)
 
     def _merge(self, files: Sequence[Path]) -> None:
         if missing := [str(rank) for rank, file in enumerate(files) if not file.exists()]:
@@ -107,14 +160,14 @@ class AnswerWriter(BasePredictionWriter):
             raise FileNotFoundError(errno.ENOENT, message, str(files[int(missing[0])]))
         merge_answers(files, self.path)
 
-    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        super().teardown(trainer, pl_module, stage)
-        if stage == "predict" and loop_was_skipped(trainer, stage):
-            self.on_predict_epoch_end(trainer, pl_module)
+    def __getstate__(self) -> dict[str, Any]:
+        return {**super().__getstate__(), "_file": None, "_answers": []}
 
 
 def merge_answers(files: Iterable[str | Path], path: str | Path) -> Path:
     """Join the files that the processes of one run wrote to the one that `AnswerWriter` would have written.
+
+    Of a run that was killed, its last line may be half: it is left out.
 
     Args:
         files: one a process, in the order of the processes.
@@ -127,8 +180,8 @@ def merge_answers(files: Iterable[str | Path], path: str | Path) -> Path:
     answers: list[Answer] = []
     met: set[Place] = set()
     for file in files:
-        with open(file, encoding="utf-8") as lines:
-            own = [_parsed(line, file) for line in lines]
+        with open(file, encoding="utf-8", newline="\n") as lines:
+            own = [_parsed(line, file) for line in lines if line.endswith("\n")]
         answers += [(place, answer) for place, answer in own if place not in met]
         met.update(place for place, _ in own)
     return write_text(path, _text(answers))
@@ -148,18 +201,41 @@ def _text(answers: Iterable[Answer]) -> str:
     return "".join(_line(answer) for _, answer in sorted(answers, key=lambda answer: answer[0]))
 
 
+def _lines(answers: Iterable[Answer]) -> str:
+    """Of a process's file."""
+    return "".join(_line({"order": place, **answer}) for place, answer in answers)
+
+
 def _line(fields: Mapping[str, Any]) -> str:
-    return json.dumps(fields, ensure_ascii=False) + "\n"
+    """One line for `str.splitlines` too, nothing that a terminal obeys, and nothing that UTF-8 cannot hold."""
+    text = json.dumps(fields, ensure_ascii=False)
+    return _UNPRINTED.sub(lambda found: f"\\u{ord(found[0]):04x}", text) + "\n"
+
+
+_UNPRINTED = re.compile("[\x7f-\x9f\u2028\u2029\ud800-\udfff]")  # what is below a space JSON escapes anyway
 
 
 def _rank_name(path: Path, rank: str) -> str:
     return f"{path.stem}.rank{rank}{path.suffix}"
 
 
+def _rank_pattern(path: Path) -> str:
+    """A regular expression of the names of processes' files, of however many."""
+    return rf"{re.escape(path.stem)}\.rank\d+{re.escape(path.suffix)}"
+
+
 def _rank_files(path: Path) -> list[Path]:
-    """The files of processes that are beside `path`, of however many."""
-    name = re.compile(re.escape(_rank_name(path, "RANK")).replace("RANK", r"\d+"))
-    return [file for file in path.parent.glob("*") if name.fullmatch(file.name)]
+    """The files of processes that are beside `path`."""
+    return [file for file in path.parent.glob("*") if re.fullmatch(_rank_pattern(path), file.name)]
+
+
+def _keep(file: Path) -> None:
+    """Put aside what a run that did not come to its end answered; of several such runs, the one that came furthest."""
+    kept = file.with_name(f"{file.name}.before")
+    if kept.exists() and kept.stat().st_size > file.stat().st_size:
+        file.unlink()
+    else:
+        file.replace(kept)
 
 
 def _indices(trainer: Trainer, batch_idx: int, dataloader_idx: int) -> Sequence[Any]:

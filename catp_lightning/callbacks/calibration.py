@@ -1,5 +1,6 @@
 """`CrossAttentionCalibration`: a policy measured on a calibration split, during `trainer.predict`."""
 
+import re
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -24,12 +25,15 @@ from catp_lightning.calibration.report import PAGE, report, report_folder
 from catp_lightning.calibration.resume import Partial
 from catp_lightning.calibration.stages import Samples
 from catp_lightning.callbacks.context import LoopContext, Stage
+from catp_lightning.callbacks.loaders import Amount, refuse_unordered
+from catp_lightning.callbacks.signals import end_if_told, ended_by, tell
 from catp_lightning.callbacks.steps import Step, batches_again, recorded_steps
 from catp_lightning.callbacks.strategies import on_first, refuse_sharded
 from catp_lightning.errors import PolicyError, PruningError
 from catp_lightning.families import Family, find_family
 from catp_lightning.files import check_writable
 from catp_lightning.locations import POLICY, budget_file_name, policies_beside
+from catp_lightning.locks import only_run, refuse_running
 from catp_lightning.policy import Budget, PruningPolicy, check_keep
 from catp_lightning.refusals import compiled_inside, occupied, refuse_unprunable
 from catp_lightning.saying import rank_zero_info, rank_zero_warn
@@ -50,11 +54,11 @@ class _Run:
     calibrator: Calibrator
     recorder: Recorder
     partial: Partial
+    amount: Amount
     step: Step = field(init=False)
     batches: int = 0
-    taken_over: int = 0
     replaying: float = 0.0  # seconds
-    started: float = field(default_factory=time.perf_counter)
+    started: float = field(default_factory=time.monotonic)
 
 
 class CrossAttentionCalibration(LoopContext):
@@ -68,7 +72,8 @@ class CrossAttentionCalibration(LoopContext):
     once a batch for all candidates. Every candidate's figures are kept in the policy's evidence; a report with tables
     and plots is written beside the policy.
 
-    A run that was interrupted, even killed, goes on where it was when the same is started again.
+    A run that was interrupted, even killed, goes on where it was when the same is started again. SIGTERM and SIGINT end
+    it at once, with exit code 143 and 130, after what was measured is saved.
 
     Args:
         path: where the policy goes: a file, or a folder that gets `policy.json`; with several budgets a folder that
@@ -90,8 +95,9 @@ class CrossAttentionCalibration(LoopContext):
         policies: the policies of the last run, in the order of `keep`; with a promise one.
 
     Raises:
-        PolicyError: a budget is not allowed, a file is named for several budgets, the split has too few images, or an
-            interrupted calibration at `path` had other settings, another model or other data.
+        PolicyError: a budget is not allowed, a file is named for several budgets, the split has too few images or comes
+            in another order each time, another calibration is writing to `path`, or an interrupted one there had other
+            settings, another model or other data.
         PruningError: the model cannot be pruned, or its answers are sampled; at setup, its weights are sharded.
         OSError: at setup, `path` cannot be written; at the end, it cannot be any more. What was measured is then still
             in the file beside it, and the same, started again, only saves.
@@ -143,35 +149,39 @@ class CrossAttentionCalibration(LoopContext):
         if stage == "predict":
             refuse_sharded(trainer, "CrossAttentionCalibration", _SHARDED)
             on_first(trainer, self._refuse_unwritable)
+            on_first(trainer, self._refuse_beside_another)
 
     @contextmanager
     def loop_context(self, trainer: Trainer, pl_module: LightningModule, stage: Stage) -> Iterator[None]:
         family = find_family(pl_module, self.model)
         refuse_unprunable(pl_module, family)
+        amount = refuse_unordered(trainer)
         plan = Plan.of(family, self.method, self.guide)
         tokens = family.tokens_per_image or MANY
         budgets = self.budgets if self.promise is None else tuple(descending(self.budgets, tokens))
         calibrator = Calibrator(plan, budgets, self.promise, pl_module.device)
         recorder = Recorder(plan, calibrator.needs)
-        run = _Run(calibrator, recorder, self._partial(trainer, family))
-        run.taken_over = done = self._begin(run)
-        again = f" {done} batches of an interrupted calibration are taken over." if done else ""
-        rank_zero_info(f"catp: {calibrator.stage.title}, at {_listed(budgets)}.{again}")
-        try:
-            with (
-                occupied(family),
-                compiled_inside(pl_module, family.model),
-                recorder.recording(),
-                recorded_steps(trainer.strategy, recorder) as run.step,
-            ):
-                self._run = run
-                yield
-        finally:
-            self._run = None
+        settings = self._settings(trainer, family)
+        with only_run(file := self._partial_file(str(trainer.global_rank)), PolicyError):
+            run = _Run(calibrator, recorder, Partial(file, settings), amount)
+            done = self._begin(run)
+            again = f" {done} batches of an interrupted calibration are taken over." if done else ""
+            rank_zero_info(f"catp: {calibrator.stage.title}, at {_listed(budgets)}.{again}")
+            try:
+                with (
+                    occupied(family),
+                    compiled_inside(pl_module, family.model),
+                    recorder.recording(),
+                    recorded_steps(trainer.strategy, recorder) as run.step,
+                ):
+                    self._run = run
+                    yield
+            finally:
+                self._run = None
 
-    def _partial(self, trainer: Trainer, family: Family) -> Partial:
-        """The file of this process, beside the policy."""
-        settings = {
+    def _settings(self, trainer: Trainer, family: Family) -> dict[str, Any]:
+        """What the sums of this process depend on."""
+        return {
             "catp-lightning": version("catp-lightning"),
             "keep": [repr(keep) for keep in self.budgets],
             "promise": None if self.promise is None else [self.promise.max_disagreement, self.promise.confidence],
@@ -182,8 +192,11 @@ class CrossAttentionCalibration(LoopContext):
             "batches": [str(number) for number in trainer.num_predict_batches],  # "inf" of a loader without a length
             "model": model_fingerprint(family.model),
         }
+
+    def _partial_file(self, rank: str) -> Path:
+        """Of one process, beside the policy."""
         policy = self.path if self.path.suffix else self.path / "policy"
-        return Partial(policy.with_name(f"{policy.name}.partial-{trainer.global_rank}.safetensors"), settings)
+        return policy.with_name(f"{policy.name}.partial-{rank}.safetensors")
 
     @staticmethod
     def _begin(run: _Run) -> int:
@@ -195,10 +208,10 @@ class CrossAttentionCalibration(LoopContext):
 
     def on_predict_batch_end(self, trainer: Trainer, pl_module: LightningModule, *args: Any) -> None:
         if self._run is not None:
-            before = time.perf_counter()
+            before = time.monotonic()
             self._read_batch(trainer, self._run, self._run.batches)
             self._run.batches += 1
-            self._run.replaying += time.perf_counter() - before
+            self._run.replaying += time.monotonic() - before
 
     def _read_batch(self, trainer: Trainer, run: _Run, number: int) -> None:
         """Answer again what the step that just ran asked, under the same precision."""
@@ -207,6 +220,8 @@ class CrossAttentionCalibration(LoopContext):
             marks = batch_fingerprints(batch)
             if run.partial.has(number, marks):
                 return
+            if number == 0 and self.promise is not None:
+                run.amount.check(sum(len(samples.images) for samples in batch), self.promise)
             for samples in batch:
                 run.calibrator.see(samples)
             run.partial.add(marks, run.calibrator.stage.metrics)
@@ -215,7 +230,7 @@ class CrossAttentionCalibration(LoopContext):
         if self._run is None:
             return
         run = self._run
-        plain = None if run.taken_over else time.perf_counter() - run.started - run.replaying
+        plain = time.monotonic() - run.started - run.replaying
         while self._finish(run):
             rank_zero_info(f"catp: {run.calibrator.stage.title}.")
             self._read_again(trainer, run, self._begin(run))
@@ -227,6 +242,18 @@ class CrossAttentionCalibration(LoopContext):
         else:
             on_first(trainer, lambda: self._save(trainer, run, plain))
         run.partial.delete()  # not before all is written: what is started again then has nothing left to measure
+
+    def save_what_was_done(self, trainer: Trainer, error: BaseException) -> None:
+        if self._run is None:
+            return
+        run = self._run
+        if isinstance(error, PolicyError | PruningError):  # what was refused is not gone on with
+            return
+        if run.partial.flush() and trainer.is_global_zero:
+            tell(
+                f"ended by {ended_by(error)}. What was measured is saved in {str(run.partial.path)!r}, up to batch "
+                f"{run.partial.batches} of '{run.calibrator.stage.title}': the same command goes on from there."
+            )
 
     def take_part(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self.on_predict_epoch_end(trainer, pl_module)
@@ -258,10 +285,12 @@ class CrossAttentionCalibration(LoopContext):
         seen = 0
         for number, arguments in enumerate(batches):
             seen += 1
+            end_if_told()
             if number >= done:
                 run.step(*arguments)
                 self._read_batch(trainer, run, number)
         if seen != run.batches:
+            run.partial.forget()
             raise PruningError(
                 f"The calibration loader gave {run.batches} batches at first and {seen} when asked again. Calibration "
                 "reads its split several times: give a DataLoader over a data set, not an iterator that ends."
@@ -270,7 +299,7 @@ class CrossAttentionCalibration(LoopContext):
     def _save(self, trainer: Trainer, run: _Run, plain: float | None) -> None:
         """The policies and their report."""
         files = [policy.save(self._file(policy.keep)) for policy in self.policies]
-        folder, seconds = report_folder(self.path), time.perf_counter() - run.started
+        folder, seconds = report_folder(self.path), run.partial.seconds
         self.summary = report(self.policies, files, folder, trainer.loggers, seconds, plain, trainer.global_step)
         rank_zero_info(f"catp: saved to {self.path}, with a report in {folder}.")
         if (self.several or not self.path.suffix) and (left := policies_beside(files)):
@@ -284,6 +313,11 @@ class CrossAttentionCalibration(LoopContext):
         """Raise OSError where what is found could not be saved."""
         for file in (*map(self._file, self.budgets), report_folder(self.path) / PAGE):
             check_writable(file)
+
+    def _refuse_beside_another(self) -> None:
+        """Raise PolicyError where a calibration is at work at this path, in however many processes."""
+        before, after = map(re.escape, self._partial_file("*").name.rsplit("*", 1))
+        refuse_running(self._partial_file("*").parent, rf"{before}\d+{after}", PolicyError)
 
     def _file(self, keep: int | float) -> Path:
         if self.several:

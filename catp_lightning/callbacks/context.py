@@ -8,27 +8,40 @@ from typing import Any, Literal, get_args
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 
+from catp_lightning.callbacks.signals import end_if_told, ended_by_signals
 from catp_lightning.callbacks.strategies import loop_was_skipped
 from catp_lightning.errors import PruningError
 
 Stage = Literal["validate", "test", "predict"]
 
 
-class _First(Callback):
-    """Calls `leave` when a run fails."""
+Failed = Callable[[BaseException], None]
 
-    def __init__(self, leave: Callable[[], None]) -> None:
-        self._leave = leave
+
+class _First(Callback):
+    """Calls `failed` when a run fails; asks before each batch whether it should end."""
+
+    def __init__(self, failed: Failed) -> None:
+        self._failed = failed
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        self._leave()
+        self._failed(exception)
+
+    def on_validation_batch_start(self, *args: Any, **kwargs: Any) -> None:
+        end_if_told()
+
+    def on_test_batch_start(self, *args: Any, **kwargs: Any) -> None:
+        end_if_told()
+
+    def on_predict_batch_start(self, *args: Any, **kwargs: Any) -> None:
+        end_if_told()
 
 
 @contextmanager
-def _told_first(trainer: Trainer, leave: Callable[[], None]) -> Iterator[None]:
-    """While inside, `leave` is called before any other callback's `on_exception`: one that raises ends the calling."""
+def _told_first(trainer: Trainer, failed: Failed) -> Iterator[None]:
+    """While inside, `failed` is called before any other callback's `on_exception`: one that raises ends the calling."""
     callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]  # Lightning does not declare it
-    first = _First(leave)
+    first = _First(failed)
     trainer.callbacks = [first, *callbacks]  # type: ignore[attr-defined]  # Lightning goes through the old list
     try:
         yield
@@ -40,6 +53,9 @@ def _told_first(trainer: Trainer, leave: Callable[[], None]) -> Iterator[None]:
 class LoopContext(Callback, ABC):
     """Enters `loop_context` when an evaluation loop starts and always leaves it: at its end, or after any exception,
     before any other callback hears of that.
+
+    SIGTERM and SIGINT are such exceptions, SystemExit with code 143 and 130, but in fit, where Lightning waits for a
+    place to save a checkpoint.
 
     Args:
         stages: the loops to be active in; "validate" includes validation inside fit.
@@ -71,9 +87,20 @@ class LoopContext(Callback, ABC):
             raise self._elsewhere()
         with ExitStack() as stack, torch.inference_mode(False):
             stack.callback(self.__dict__.pop, "_trainer", None)
+            if trainer.state.fn != "fit":
+                stack.enter_context(ended_by_signals(trainer))
             stack.enter_context(self.loop_context(trainer, pl_module, stage))
-            stack.enter_context(_told_first(trainer, self._leave))
+            stack.enter_context(_told_first(trainer, lambda error: self._fail(trainer, error)))
             self._entered = stack.pop_all()
+
+    def save_what_was_done(self, trainer: Trainer, error: BaseException) -> None:
+        """The loop has failed, or was ended; called inside `loop_context`, before any other callback hears of it."""
+
+    def _fail(self, trainer: Trainer, error: BaseException) -> None:
+        try:
+            self.save_what_was_done(trainer, error)
+        finally:
+            self._leave()
 
     def _leave(self) -> None:
         if self._entered is not None:

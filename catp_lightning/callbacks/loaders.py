@@ -1,0 +1,112 @@
+"""What can be seen of the calibration loaders before anything is measured: their order, and how much is in them."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import islice
+from typing import Any
+
+from lightning.pytorch import Trainer
+from lightning.pytorch.utilities import CombinedLoader
+from scipy.stats import binom
+from torch.utils.data import DataLoader, IterableDataset
+
+from catp_lightning.calibration.budget import Promise
+from catp_lightning.calibration.split import PROMISED
+from catp_lightning.errors import PolicyError, PruningError
+
+MOST = 4096  # batches of a loader without a length whose order is looked at
+HOPELESS = 1e-9  # probability that enough images fall in the part that a promise is tested on
+
+
+@dataclass(frozen=True)
+class Amount:
+    """How much all processes will read, as far as loaders tell.
+
+    Attributes:
+        items: of the data sets; None: a loader does not tell.
+        batches: None: a loader does not tell.
+        first: items in this process's first batch; None: a loader does not tell.
+    """
+
+    items: int | None
+    batches: int | None
+    first: int | None
+
+    def check(self, samples: int, promise: Promise) -> None:
+        """Raise PolicyError where the split is too small for `promise`, seen that the first batch had `samples`.
+
+        An item may be several samples; where loaders give whole batches, later ones may be twice as large.
+        """
+        if self.batches is None or not samples:
+            return
+        if self.items is not None and self.first:
+            most = -(-self.items * max(samples, self.first) // self.first)
+        else:
+            most = 2 * self.batches * samples
+        if binom.sf(promise.images_needed - 1, most, PROMISED) < HOPELESS:
+            raise PolicyError(
+                f"The calibration split has at most {most} samples, too few to promise a disagreement of at most "
+                f"{promise.max_disagreement:g} with confidence {promise.confidence:g}: a budget is tested on "
+                f"{PROMISED:.0%} of the images, one question each, and takes at least {promise.images_needed} there. "
+                f"Take {round(promise.images_for(2) / PROMISED)} images or more, raise max_disagreement, or lower "
+                "confidence."
+            )
+
+
+def refuse_unordered(trainer: Trainer) -> Amount:
+    """Raise where the predict loaders cannot be read several times in one order: as far as samplers tell.
+
+    Each sampler is asked twice for its indices; no data are read.
+
+    Raises:
+        PolicyError: a sampler gives another order each time.
+        PruningError: a loader is an iterator, which ends.
+    """
+    items, known = 0, True
+    first: int | None = None
+    for loader, most in zip(_loaders(trainer), trainer.predict_loop.max_batches, strict=True):
+        if hasattr(loader, "__next__"):
+            raise PruningError(
+                f"The calibration loader is an iterator ({type(loader).__name__}), which ends. Calibration reads its "
+                "split several times: give a DataLoader over a data set."
+            )
+        order = _order(loader, most)
+        if order != _order(loader, most):
+            raise PolicyError(
+                f"The sampler of the calibration loader ({_name_of_sampler(loader)}) gives another order each time. "
+                "Calibration reads its split several times and in one order: switch shuffling off, "
+                "DataLoader(..., shuffle=False)."
+            )
+        if order is None or _batch_sampler(loader) is None or not isinstance(most, int):
+            known = False
+        else:
+            items += sum(map(len, order))
+            first = len(order[0]) if first is None and order else first
+    finite = [most for most in trainer.predict_loop.max_batches if isinstance(most, int)]
+    batches = sum(finite) if len(finite) == len(trainer.predict_loop.max_batches) else None
+    together = trainer.world_size
+    return Amount(items * together if known else None, None if batches is None else batches * together, first)
+
+
+def _order(loader: Any, most: float) -> list[list[str]] | None:
+    """Which items of its data set each of the loader's batches is made of; None where it does not tell."""
+    if not isinstance(loader, DataLoader) or isinstance(loader.dataset, IterableDataset):
+        return None
+    batches = _batch_sampler(loader)
+    batches = ([item] for item in loader.sampler) if batches is None else batches
+    return [list(map(repr, batch)) for batch in islice(batches, most if isinstance(most, int) else MOST)]
+
+
+def _batch_sampler(loader: Any) -> Any:
+    """The user's: Lightning's around it is at work already, and would begin anew."""
+    sampler = getattr(loader, "batch_sampler", None)
+    return getattr(sampler, "_batch_sampler", sampler)
+
+
+def _name_of_sampler(loader: Any) -> str:
+    batches = _batch_sampler(loader)
+    return type(loader.sampler if batches is None else getattr(batches, "sampler", batches)).__name__
+
+
+def _loaders(trainer: Trainer) -> Iterator[Any]:
+    return iter(CombinedLoader(trainer.predict_dataloaders, "sequential").flattened)

@@ -1,0 +1,111 @@
+"""A file that one run at a time writes: whether the run that began it is still alive."""
+
+import os
+import re
+import socket
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from filelock import FileLock, Timeout
+
+PATIENCE = 8.0
+"""Seconds that a run which was killed may seem to be alive: loaders' workers look after their parent every 5."""
+
+
+@contextmanager
+def only_run(file: Path, refused: type[Exception]) -> Iterator[None]:
+    """Be the only run that writes `file`, as long as inside: by a lock of the system, which ends with the process.
+
+    It is held on a file of its own beside, `.<name>.lock`, because one that is replaced is another file then, and says
+    who has it. At the end that file is removed, and with it the folders that were made for it, where they are empty.
+    Where the file system knows no locks, nothing is locked.
+
+    Args:
+        file: what the run writes; its folder is made where it does not exist.
+        refused: the kind of error.
+
+    Raises:
+        refused: another run is writing it. Its process and its machine are named.
+    """
+    place, folder = _lock_of(file), file.absolute().parent
+    made = [parent for parent in (folder, *folder.parents) if not parent.exists()]
+    lock = FileLock(place)
+    try:
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            _acquire(lock, place)
+        except Timeout:
+            raise refused(_alive(file)) from None
+        except (OSError, NotImplementedError):
+            pass  # without locks, as on some network file systems, or where nothing can be written: who writes will say
+        yield
+    finally:
+        if lock.is_locked:
+            with suppress(OSError):
+                place.unlink()  # while it is held: whoever waits for it finds that it has no name, and starts over
+            lock.release()
+        for parent in made:
+            with suppress(OSError):  # there is something in it
+                parent.rmdir()
+
+
+def refuse_running(folder: Path, name: str, refused: type[Exception]) -> None:
+    """Raise `refused` where a run is writing a file in `folder` whose name matches; locks of dead runs are removed.
+
+    Args:
+        folder: it need not exist.
+        name: a regular expression, matched in full.
+        refused: the kind of error.
+    """
+    pattern = re.compile(rf"\.({name})\.lock")
+    for place in folder.glob(".*.lock"):
+        if found := pattern.fullmatch(place.name):
+            with only_run(folder / found[1], refused):
+                pass
+
+
+def _lock_of(file: Path) -> Path:
+    return file.with_name(f".{file.name}.lock")
+
+
+def _acquire(lock: FileLock, place: Path) -> None:
+    """Take the lock and write down who has it; Timeout where somebody alive has it."""
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        if not _is_dead(_owner(place)):
+            raise
+        lock.acquire(timeout=PATIENCE)  # its children hold what they inherited until they end
+    if type(lock) is FileLock:  # where the file system knows no locks it turns into one that writes there itself
+        with suppress(OSError):
+            place.write_text(f"{os.getpid()}\n{socket.gethostname()}\n", encoding="utf-8")
+
+
+def _owner(place: Path) -> tuple[int, str] | None:
+    """The process that has a lock, and its machine; None where that is not written down."""
+    with suppress(OSError, ValueError):
+        process, machine = place.read_text(encoding="utf-8").splitlines()[:2]
+        return int(process), machine
+    return None
+
+
+def _is_dead(owner: tuple[int, str] | None) -> bool:
+    if owner is None or owner[1] != socket.gethostname():
+        return False
+    try:
+        os.kill(owner[0], 0)
+    except ProcessLookupError:
+        return True
+    except OSError:
+        pass
+    return False
+
+
+def _alive(file: Path) -> str:
+    owner = _owner(_lock_of(file))
+    who = "another process" if owner is None else f"process {owner[0]} on {owner[1]}"
+    return (
+        f"{str(file)!r} is being written by a run that has not ended: {who}. Wait until it has, or end it, or give "
+        "this one another path."
+    )
