@@ -102,8 +102,8 @@ def tiled(side: int, big: bool = False) -> bytes:
     return tiff(16, 16, tags, data, big)
 
 
-def stripped(count: int, big: bool = False) -> bytes:
-    return tiff(1, 16, [(273, 4, count, 8), (278, 4, 1, 1), (279, 4, count, 8)], bytes(4 * count), big)
+def stripped(count: int, big: bool = False, kind: int = 4) -> bytes:
+    return tiff(1, 16, [(273, kind, count, 8), (278, 4, 1, 1), (279, 4, count, 8)], bytes(4 * count), big)
 
 
 def scanned(scans: int) -> bytes:
@@ -128,6 +128,7 @@ BOMBS: dict[str, tuple[Callable[[], bytes], str]] = {
     "the same in BigTIFF": (lambda: tiled(32768, big=True), "its tiles are of 32768 x 32768 pixels"),
     "a million strips": (lambda: stripped(2**20), "tag 273 has 1,048,576 numbers, more than 65,536"),
     "the same of BigTIFF": (lambda: stripped(2**20, big=True), "tag 273 has 1,048,576 numbers"),
+    "the same, told in bytes": (lambda: stripped(2**20, kind=1), "tag 273 has 1,048,576 numbers"),
     "a thousand scans": (lambda: scanned(1000), "a JPEG of more than 100 scans"),
     "a thread": (lambda: encoded(Image.new("L", (2, 2002))), "2 x 2002 pixels; one side may be 1000 times the other"),
     "a colour profile": (lambda: png_with(chunk(b"iCCP", b"x\0\0" + BOMB)), "too large"),

@@ -114,7 +114,8 @@ def _check_pieces(file: BinaryIO) -> None:
     for number in range(min(count, MAX_PIECES)):
         start = place + struct.calcsize(order + many) + number * struct.calcsize(order + entry)
         tag, kind, numbers = _unpacked(file, order + entry, start)
-        if numbers > MAX_PIECES and kind not in (1, 2, 6, 7):  # bytes and text stay what they are
+        plain = kind in (1, 2, 6, 7) and tag not in (273, 324)  # bytes and text stay what they are, but for places
+        if numbers > MAX_PIECES and not plain:
             raise OSError(f"it is a TIFF whose tag {tag} has {numbers:,} numbers, more than {MAX_PIECES:,}")
     file.seek(0)
 
