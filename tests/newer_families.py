@@ -60,8 +60,8 @@ def in_float64(model: PreTrainedModel) -> PreTrainedModel:
 
 
 def glm(kind: str, **text: Any) -> PreTrainedModel:
-    """`kind` is Glm4v, Glm4vMoe, Glm46V or GlmOcr."""
-    of_4v = kind == "Glm46V"
+    """`kind` is Glm4v, Glm4vMoe, Glm46V, Glmga or GlmOcr."""
+    of_4v = kind in ("Glm46V", "Glmga")
     config = getattr(hf, f"{kind}Config")(
         text_config={
             **({"model_type": "glm4v_text"} if of_4v else {}),
@@ -80,7 +80,7 @@ def glm(kind: str, **text: Any) -> PreTrainedModel:
         image_end_token_id=END,
         **VISUAL,
     )
-    return getattr(hf, f"{kind}ForConditionalGeneration")(config)
+    return getattr(hf, f"{'Glm46V' if of_4v else kind}ForConditionalGeneration")(config)
 
 
 def glm_moe() -> PreTrainedModel:
@@ -348,6 +348,7 @@ NEWER = [
     ),
     *_row("GLM-4V-MoE", "Glm4vMoe", glm_moe, _images, rounding=IN_ROUTER),
     *_row("GLM-4.6V", "Glm46V", partial(glm, "Glm46V"), _images),
+    *_row("GLM-GA", "Glm46V", partial(glm, "Glmga"), _images, known=hasattr(hf, "GlmgaConfig")),
     *_row("GLM-OCR", "GlmOcr", partial(glm, "GlmOcr", head_dim=8), _images),
     *_row("Qwen3-VL, videos", "Qwen3VL", qwen3_vl, _with_frames),
     *_row("Qwen3-VL-MoE", "Qwen3VLMoe", qwen3_vl_moe, _with_frames),

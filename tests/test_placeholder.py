@@ -11,7 +11,7 @@ from torch.utils.data import DataLoader
 
 from catp_lightning import PruningError, PruningPolicy, TokenPruning, prune
 from catp_lightning.families import find_family, placeholder
-from tests.families import GATED, IMAGE, ROWS, TOWER, Row, pictures, prompts
+from tests.families import GATED, IMAGE, OLDEST, ROWS, TOWER, Row, pictures, prompts
 from tests.newer_families import NEWER, minimax
 from tests.oracles import Decoder
 from tests.test_families import generate, state, uneven
@@ -154,6 +154,13 @@ def test_layers_before_the_last_that_features_are_added_to_are_refused_at_entry(
         early = pytest.raises(PruningError, match=r"first 3 layers.*choose layers from 3 on")
         with early, prune(named(name).model(), policy):
             pytest.fail("entered")
+
+
+@pytest.mark.skipif(OLDEST, reason="transformers 5.13 has the thinker in another form")
+def test_in_a_whole_qwen_omni_the_thinker_is_found() -> None:
+    whole = hf.Qwen2_5OmniForConditionalGeneration
+    with torch.device("meta"):
+        assert find_family(whole(whole.config_class())).name == "qwen2-5-omni-thinker"
 
 
 def test_the_loss_of_a_router_is_refused_at_entry() -> None:

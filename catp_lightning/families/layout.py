@@ -247,7 +247,7 @@ def gridded_images(model: Any, prompt: "DecoderPrompt", counts: Mapping[int, int
 
 
 # In their prompts frames of videos stand as images do: the image token between its marks.
-IMAGE_TOKEN_ONLY = {"glm4v", "glm4v_moe", "glm46v", "glm_ocr"}
+IMAGE_TOKEN_ONLY = {"glm4v", "glm4v_moe", "glm46v", "glm_ocr", "glmga"}
 IMAGES: dict[str, Reader] = {
     "internvl": tiled_images,
     **dict.fromkeys(("lighton_ocr", "mistral3"), sized_images),

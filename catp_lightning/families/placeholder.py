@@ -29,6 +29,7 @@ TYPES = {
     "glm4v": "Glm4vForConditionalGeneration",
     "glm4v_moe": "Glm4vMoeForConditionalGeneration",
     "glm_ocr": "GlmOcrForConditionalGeneration",
+    "glmga": "Glm46VForConditionalGeneration",
     "hyperclovax_vision_v2": "HyperCLOVAXVisionV2ForConditionalGeneration",
     "idefics3": "Idefics3ForConditionalGeneration",
     "internvl": "InternVLForConditionalGeneration",
@@ -68,7 +69,7 @@ class Placeholder(Family):
     Tokens are compared by what the decoder receives: projected features, one to a placeholder.
     """
 
-    classes = tuple(sorted(TYPES.values()))
+    classes = tuple(sorted(set(TYPES.values())))
     types: Mapping[str, str] = TYPES
 
     @property
