@@ -211,8 +211,9 @@ def test_where_nothing_was_selected_the_page_says_so(policies, tmp_path):
     _, page = write(policies, tmp_path)
     assert page.count(": nothing; no layer's votes predict the answers better than chance on left-out images.") == 2
     assert head_figure(policies) is None
-    without = with_heads(policies[0])
-    without.evidence["fitted"]["cross-attention"]["head_weights"] = [[0.0] * 4]
+    values = with_heads(policies[0]).to_dict()
+    values["evidence"]["fitted"]["cross-attention"]["head_weights"] = [[0.0] * 4]
+    without = PruningPolicy.from_dict(values)
     assert head_figure([without]) is None
     assert "but no selection of heads predicts the answers better than chance" in write([without], tmp_path)[1]
 

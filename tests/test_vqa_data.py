@@ -162,7 +162,7 @@ def bytes_that_are_not_text(folder: Path) -> None:
 DAMAGE = [
     (remove("questions.json"), r"questions\.json: there is no such file"),
     (remove("annotations.json"), r"annotations\.json: there is no such file"),
-    (to_folder, "cannot be read: Is a directory"),
+    (to_folder, "cannot be read: it is a folder, not a regular file"),
     (cut, r"questions\.json is not valid JSON"),
     (bytes_that_are_not_text, "is not valid JSON"),
     (rewrite("questions", lambda content: content["questions"]), "must be an object with a list 'questions'"),
