@@ -99,7 +99,7 @@ class Opened:
 
     def __init__(self) -> None:
         self._cache: Any = None
-        self._rows = torch.zeros(0)
+        self._rows = torch.zeros(0, dtype=torch.int64, device="cpu")
 
     def open(self, cache: Any) -> Tensor:
         """Which rows of its prefill a sealed cache's rows continue, int64 [R]. From here on it can be added to."""

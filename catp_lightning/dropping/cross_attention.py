@@ -127,6 +127,11 @@ class CrossAttentionRows:
             )
         with forgetting(self.forget):
             _refuse_other(cache)
+            if kwargs.get("output_attentions", getattr(self.family.decoder.config, "output_attentions", False)):
+                raise PruningError(
+                    "Attention to image rows cannot be shown while rows are dropped: text before an image reads all of "
+                    "them, other text only those that stay. Leave output_attentions out; output_hidden_states works."
+                )
             sight = Sight.of(kwargs, self.family.rows_per_tile)
             if states is None:
                 self._changes = self._decode(cache, held, sight)

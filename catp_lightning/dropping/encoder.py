@@ -89,14 +89,16 @@ class EncoderEntry:
     def _biased(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if self._prompt is None:
             return None
-        kwargs = {**dict(zip(self._block_names, args, strict=False)), **kwargs}
+        given = {**dict(zip(self._block_names, args, strict=False)), **kwargs}
         first: Any = module
         bias = self._bias(first.layer[0].SelfAttention, self._prompt)
-        bias, mask = bias.to(kwargs["hidden_states"].dtype), kwargs.get("attention_mask")
+        bias, mask = bias.to(given["hidden_states"].dtype), given.get("attention_mask")
         if mask is not None:  # older versions add it to a bias of their own only
             hidden = ~mask if mask.dtype == torch.bool else mask < 0
             bias = bias.masked_fill(hidden, torch.finfo(bias.dtype).min)
-        return (), {**kwargs, "position_bias": bias}
+        changes = {"position_bias": bias}  # others read positional arguments where they were given
+        names = zip(self._block_names, args, strict=False)
+        return tuple(changes.pop(name, value) for name, value in names), {**kwargs, **changes}
 
     def _bias(self, attention: Any, prompt: Shortened) -> Tensor:
         """Block 0's bias [R, H, n, n], as its own code makes it of neighbouring positions."""

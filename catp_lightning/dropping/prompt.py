@@ -145,7 +145,7 @@ class Shortened:
         """[R, n, D] -> [R, L, D], zeros where a row was dropped."""
         full = short.new_zeros(len(short), self.mask.shape[1], short.shape[-1])
         index = self.order[..., None].expand_as(short)
-        return full.scatter(1, index, short * self.valid[..., None])
+        return full.scatter(1, index, short.masked_fill(~self.valid[..., None], 0))  # a filler's may be NaN
 
     def restore_keys(self, short: Tensor) -> Tensor:
         """Attention to the rows that stayed, and to `m` after them: [R, H, q, n + m] -> [R, H, q, L + m].
@@ -159,7 +159,7 @@ class Shortened:
                 "Attention of a layer with a sliding window cannot be put back where columns were dropped. Leave "
                 "output_attentions out, or ask for it without a cache."
             )
-        prompt = (short[..., :kept] * self.valid[:, None, None]).transpose(1, 3).flatten(2)
+        prompt = short[..., :kept].transpose(1, 3).flatten(2)
         prompt = self.restore(prompt).unflatten(2, (short.shape[2], short.shape[1])).transpose(1, 3)
         return torch.cat([prompt, short[..., kept:]], 3)
 

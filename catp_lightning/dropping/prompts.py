@@ -74,7 +74,7 @@ class Prompts:
             )
 
     def _visual(self, ids: Tensor) -> Tensor:
-        return torch.isin(ids, torch.tensor(self.family.placeholder_ids, device=ids.device))
+        return torch.isin(ids, torch.tensor(self.family.placeholder_ids, device=ids.device, dtype=torch.int64))
 
     def mask(self, kwargs: dict[str, Any]) -> Any:
         """The caller's mask, given what the decoder is called with."""
