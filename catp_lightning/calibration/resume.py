@@ -149,7 +149,7 @@ class Partial:
         tensors = {
             f"{n}/{name}": value for n, saved in enumerate(self._stages) for name, value in saved.tensors.items()
         }
-        tensors["data"] = torch.tensor(self._data, dtype=torch.int64).view(-1, 2)
+        tensors["data"] = torch.tensor(self._data, dtype=torch.int64, device="cpu").view(-1, 2)
         stages = [[saved.task, saved.batches] for saved in self._stages]
         metadata = {"settings": json.dumps(self.settings), "stages": json.dumps(stages)}
         try:
