@@ -128,7 +128,7 @@ def generated(endings: Endings, output: Any, named: dict[str, Any]) -> Answer:
         ids = ids[:, length:]
     valid = endings.valid(ids, prompts, named)
     ids = ids.masked_fill(~valid, 0)  # what beams are filled up with may be no token
-    return Answer(ids, valid, prompts, torch.full((prompts,), length - 1, device=ids.device))
+    return Answer(ids, valid, prompts, torch.full((prompts,), length - 1, device=ids.device, dtype=torch.int64))
 
 
 def predicted(family: Family, output: Any, named: dict[str, Any]) -> Answer:
@@ -136,7 +136,9 @@ def predicted(family: Family, output: Any, named: dict[str, Any]) -> Answer:
     logits, ids = output.logits, named["input_ids"]
     if family.model.config.is_encoder_decoder:  # rows are the decoder's: the answer begins with the first, or goes on
         given = named.get("decoder_input_ids")
-        row = torch.full((len(ids),), 0 if given is None else given.shape[1] - 1, device=logits.device)
+        row = torch.full(
+            (len(ids),), 0 if given is None else given.shape[1] - 1, device=logits.device, dtype=torch.int64
+        )
         return _most_likely(logits, row, 0)
     columns = torch.arange(ids.shape[1], device=logits.device)
     mask, labels = named.get("attention_mask"), named.get("labels")

@@ -147,7 +147,9 @@ def _counts(images: Tensor) -> str:
 
 
 def _budget(keep: int | float, visual: Tensor) -> Tensor:
-    return torch.tensor([keep_count(keep, count) for count in visual.sum(1).tolist()], device=visual.device)
+    return torch.tensor(
+        [keep_count(keep, count) for count in visual.sum(1).tolist()], device=visual.device, dtype=torch.int64
+    )
 
 
 def placed(values: Tensor, exists: Tensor, visual: Tensor, fill: float | bool) -> Tensor:

@@ -24,4 +24,4 @@ def even_counts(keep: int | float, tokens: Tensor, part: float) -> Tensor:
     """
     last = [keep_count(keep, count) / max(1, count) for count in tokens.tolist()]
     counts = [keep_count(share**part, count) for share, count in zip(last, tokens.tolist(), strict=True)]
-    return torch.tensor(counts, device=tokens.device)
+    return torch.tensor(counts, device=tokens.device, dtype=torch.int64)

@@ -125,8 +125,8 @@ class VQAAccuracy(Metric):
 
     def __init__(self) -> None:
         super().__init__()
-        self.add_state("thirtieths", torch.tensor(0), dist_reduce_fx="sum")
-        self.add_state("total", torch.tensor(0), dist_reduce_fx="sum")
+        self.add_state("thirtieths", torch.tensor(0, dtype=torch.int64, device="cpu"), dist_reduce_fx="sum")
+        self.add_state("total", torch.tensor(0, dtype=torch.int64, device="cpu"), dist_reduce_fx="sum")
 
     def update(self, predictions: Sequence[str], answers: Sequence[Sequence[str]]) -> None:
         """Add B predictions and the ten answers of each. Raises ValueError where the numbers are others."""
@@ -155,8 +155,8 @@ class Agreement(Metric):
 
     def __init__(self) -> None:
         super().__init__()
-        self.add_state("same", torch.tensor(0), dist_reduce_fx="sum")
-        self.add_state("total", torch.tensor(0), dist_reduce_fx="sum")
+        self.add_state("same", torch.tensor(0, dtype=torch.int64, device="cpu"), dist_reduce_fx="sum")
+        self.add_state("total", torch.tensor(0, dtype=torch.int64, device="cpu"), dist_reduce_fx="sum")
 
     def update(self, same: Tensor) -> None:
         """Add B samples; `same` is bool [B]. Raises ValueError for another type."""
@@ -187,7 +187,7 @@ class TokensKept(Metric):
     def __init__(self) -> None:
         super().__init__()
         for name in ("kept", "visual", "samples"):
-            self.add_state(name, torch.tensor(0), dist_reduce_fx="sum")
+            self.add_state(name, torch.tensor(0, dtype=torch.int64, device="cpu"), dist_reduce_fx="sum")
 
     def update(self, keep: Tensor, visual: Tensor | None = None) -> None:
         """Add B samples.

@@ -83,7 +83,7 @@ class _Met(Metric):
 
     def __init__(self, images: int) -> None:
         super().__init__()
-        self.add_state("met", torch.zeros(images, dtype=torch.uint8), dist_reduce_fx="max")
+        self.add_state("met", torch.zeros(images, dtype=torch.uint8, device="cpu"), dist_reduce_fx="max")
 
     def update(self, index: Tensor, found: Tensor) -> None:
         """Add B images: int64 [B], which of the N each could be, and bool [B], whether it is."""

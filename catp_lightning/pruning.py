@@ -68,7 +68,7 @@ class Pruning:
         needs = [self._scorer.needs, self._selector.needs] if scored else []
         wanted = join([*needs, {Signal.FINGERPRINT: None}] if self._known else needs)
         stages = () if self._everything and choose is None else self._scorer.stages(family.depth)
-        self.leave_at, self._read = stages, torch.zeros(0)
+        self.leave_at, self._read = stages, torch.zeros(0, dtype=torch.int64, device="cpu")
         if scored or choose is not None:
             family.check_use(scored and (self._known or not stages), stages, policy.positions == "compact")
         if stages and scored:
@@ -163,7 +163,7 @@ class Pruning:
         self._read = before + keep.sum(1) * ((*self.leave_at, depth)[stage + 1] - self.leave_at[stage])
         if stage + 1 == len(self.leave_at):
             self.choices.append((keep, counts))
-            self.tokens_per_layer.append(self._read / depth)
+            self.tokens_per_layer.append(self._read.to(torch.float32) / depth)
 
     def _at_entry(self, prompt: Prompt) -> Choice:
         seen = self._observer.take(prompt)

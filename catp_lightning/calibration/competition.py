@@ -90,7 +90,7 @@ class Competition:
         if not visual.any():  # there is nothing to prune: every answer is the unpruned one
             same = [torch.ones(len(alive), len(visual), dtype=torch.bool, device=visual.device) for alive in self.alive]
             for budget, agreed in enumerate(same):
-                numbers = torch.tensor(self.alive[budget], device=visual.device)
+                numbers = torch.tensor(self.alive[budget], device=visual.device, dtype=torch.int64)
                 self.sums.update(budget, numbers, torch.zeros_like(agreed, dtype=torch.float64), agreed)
             return same
         allowed = [limits(keep, samples.seen, visual) for keep in self.budgets]
@@ -103,11 +103,15 @@ class Competition:
             policies = self._policies[fold][budget]
             chosen = [self._other(samples, policies[place], place in self._inside) for place in others]
             found.append(Ways((ranks[ranked] < limit) | stay, chosen))
-            order.append(torch.tensor([[*ranked, *others].index(place) for place in running], device=ranks.device))
+            order.append(
+                torch.tensor(
+                    [[*ranked, *others].index(place) for place in running], device=ranks.device, dtype=torch.int64
+                )
+            )
         same = []
         compared = samples.replay.compare_each(found)
         for budget, (diverged, agreed) in enumerate(compared):
-            numbers, place = torch.tensor(self.alive[budget], device=ranks.device), order[budget]
+            numbers, place = torch.tensor(self.alive[budget], device=ranks.device, dtype=torch.int64), order[budget]
             self.sums.update(budget, numbers, -floored(-diverged[place]), agreed[place])
             same.append(agreed[place])
         return same
@@ -116,7 +120,7 @@ class Competition:
         """A candidate that chooses anew at each budget, or inside the decoder."""
         if isinstance(policy.keep, float) and policy.keep == 1.0:
             visual = samples.visual
-            return Choice(visual, torch.zeros(visual.shape, device=visual.device))
+            return Choice(visual, torch.zeros(visual.shape, device=visual.device, dtype=torch.float32))
         if inside:
             return Pruning(self.plan.family, policy)
         scorer, selector = _method(policy)
@@ -126,14 +130,16 @@ class Competition:
     def _ranks(self, samples: Samples, most: int) -> Tensor:
         """The order in which each candidate's tokens join its set: int64 [N, B, T]."""
         visual, fold = samples.visual, fold_of(samples.images)
-        ranks = torch.full((len(self.running), *visual.shape), most, device=visual.device)
+        ranks = torch.full((len(self.running), *visual.shape), most, device=visual.device, dtype=torch.int64)
         if self._shared:
             ranks[self._shared] = method_ranks(self._of_all, samples.seen, visual, most)
         for number in fold.unique().tolist() if self._own else []:
             here = samples.where(fold == number)
             found = method_ranks(self._of_fold[number], here.seen, here.visual, most)
             rows = (fold == number).nonzero()[:, 0]
-            ranks[torch.tensor(self._own)[:, None], rows, : found.shape[2]] = found
+            ranks[torch.tensor(self._own, dtype=torch.int64, device=ranks.device)[:, None], rows, : found.shape[2]] = (
+                found
+            )
         return ranks
 
 

@@ -142,7 +142,9 @@ def head_votes(voters: Iterable[AttentionScorer], seen: Observation, visual: Ten
     """
     with without_autocast(visual):
         all_ = [voter.votes(seen).flatten(1, 2).transpose(1, 2) for voter in voters]
-    votes = torch.cat(all_, 2) if all_ else torch.zeros(*seen.exists.shape, 0, device=visual.device)
+    votes = (
+        torch.cat(all_, 2) if all_ else torch.zeros(*seen.exists.shape, 0, device=visual.device, dtype=torch.float32)
+    )
     votes = votes.to(torch.promote_types(votes.dtype, torch.float32)).nan_to_num(0.0, 0.0, 0.0)
     return placed(votes, seen.exists, visual, 0.0)
 
@@ -161,7 +163,7 @@ def random_subset(seeds: Tensor, visual: Tensor, counts: Tensor, number: int, ow
     Returns:
         bool [B, T].
     """
-    draws = uniform(mix(seeds + mix(torch.tensor(number, device=seeds.device))), visual.shape[1])
+    draws = uniform(mix(seeds + mix(torch.tensor(number, device=seeds.device, dtype=torch.int64))), visual.shape[1])
     draws = draws.masked_fill(~visual, 2)
     kept = draws.argsort(1).argsort(1) < counts[:, None]
     if owner is not None:

@@ -184,7 +184,7 @@ class Partial:
             f"{n}/{name}": value for n, saved in enumerate(self._stages) for name, value in saved.tensors.items()
         }
         data = self._data[: self._stages[0].batches]  # without one that was interrupted when it was noted
-        tensors["data"] = torch.tensor(data, dtype=torch.int64).view(-1, 2)
+        tensors["data"] = torch.tensor(data, dtype=torch.int64, device="cpu").view(-1, 2)
         stages = [[saved.task, saved.batches] for saved in self._stages]
         metadata = {"settings": json.dumps(self.settings), "stages": json.dumps(stages)}
         metadata["seconds"] = repr(self.seconds)

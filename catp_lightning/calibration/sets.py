@@ -85,7 +85,7 @@ def is_nested(method: Method) -> bool:
 def limits(keep: int | float, seen: Observation, visual: Tensor) -> Tensor:
     """How many tokens the image of each visual token keeps: int64 [B, T], 0 where there is none."""
     counts = [keep_count(keep, count) for count in seen.free.sum(1).tolist()]
-    own = torch.tensor(counts, device=visual.device)[:, None].expand(seen.exists.shape)
+    own = torch.tensor(counts, device=visual.device, dtype=torch.int64)[:, None].expand(seen.exists.shape)
     return placed(own, seen.exists, visual, 0)
 
 

@@ -66,11 +66,11 @@ class ProbeSums(Sums):
 
     def __init__(self, columns: int, folds: int = FOLDS, **kwargs: Any) -> None:
         super().__init__(compute_with_cache=False, **kwargs)  # what is computed is larger than the sums
-        packed = torch.zeros(folds, columns * (columns + 1) // 2, dtype=torch.float64)
+        packed = torch.zeros(folds, columns * (columns + 1) // 2, dtype=torch.float64, device="cpu")
         self.add_state("gram", packed, dist_reduce_fx="sum")
-        self.add_state("moment", torch.zeros(folds, columns, dtype=torch.float64), dist_reduce_fx="sum")
-        self.add_state("squares", torch.zeros(folds, dtype=torch.float64), dist_reduce_fx="sum")
-        self.add_state("rows", torch.zeros(folds, dtype=torch.int64), dist_reduce_fx="sum")
+        self.add_state("moment", torch.zeros(folds, columns, dtype=torch.float64, device="cpu"), dist_reduce_fx="sum")
+        self.add_state("squares", torch.zeros(folds, dtype=torch.float64, device="cpu"), dist_reduce_fx="sum")
+        self.add_state("rows", torch.zeros(folds, dtype=torch.int64, device="cpu"), dist_reduce_fx="sum")
 
     def update(self, fold: Tensor, rows: Tensor, gain: Tensor) -> None:
         """Add the probes of some samples, all of one size; rows and gains are centred by sample here.
@@ -117,10 +117,10 @@ class CandidateSums(Sums):
     def __init__(self, budgets: int, candidates: int, **kwargs: Any) -> None:
         super().__init__(**kwargs)
         shape = (budgets, candidates)
-        self.add_state("divergence", torch.zeros(shape, dtype=torch.float64), dist_reduce_fx="sum")
-        self.add_state("squares", torch.zeros(shape, dtype=torch.float64), dist_reduce_fx="sum")
-        self.add_state("agreed", torch.zeros(shape, dtype=torch.int64), dist_reduce_fx="sum")
-        self.add_state("count", torch.zeros(shape, dtype=torch.int64), dist_reduce_fx="sum")
+        self.add_state("divergence", torch.zeros(shape, dtype=torch.float64, device="cpu"), dist_reduce_fx="sum")
+        self.add_state("squares", torch.zeros(shape, dtype=torch.float64, device="cpu"), dist_reduce_fx="sum")
+        self.add_state("agreed", torch.zeros(shape, dtype=torch.int64, device="cpu"), dist_reduce_fx="sum")
+        self.add_state("count", torch.zeros(shape, dtype=torch.int64, device="cpu"), dist_reduce_fx="sum")
 
     def update(self, budget: int, candidates: Tensor, divergence: Tensor, agreed: Tensor) -> None:
         """Add some samples.
@@ -156,8 +156,10 @@ class RankCorrelation(Sums):
 
     def __init__(self, layers: int, **kwargs: Any) -> None:
         super().__init__(**kwargs)
-        self.add_state("correlation", torch.zeros(layers, layers, dtype=torch.float64), dist_reduce_fx="sum")
-        self.add_state("images", torch.zeros(1, dtype=torch.int64), dist_reduce_fx="sum")
+        self.add_state(
+            "correlation", torch.zeros(layers, layers, dtype=torch.float64, device="cpu"), dist_reduce_fx="sum"
+        )
+        self.add_state("images", torch.zeros(1, dtype=torch.int64, device="cpu"), dist_reduce_fx="sum")
 
     def update(self, scores: Tensor) -> None:
         """Add I images: float [I, L, T], T at least 2. Of equal scores the lower index ranks lower."""
@@ -197,7 +199,7 @@ class PartCounts(Sums):
 
     def __init__(self, **kwargs: Any) -> None:
         super().__init__(**kwargs)
-        self.add_state("counts", torch.zeros(len(PARTS), dtype=torch.int64), dist_reduce_fx="sum")
+        self.add_state("counts", torch.zeros(len(PARTS), dtype=torch.int64, device="cpu"), dist_reduce_fx="sum")
 
     def update(self, part: Tensor) -> None:
         """Add int64 [B], the part of each sample."""
@@ -215,7 +217,7 @@ class TokenCounts(Sums):
 
     def __init__(self, **kwargs: Any) -> None:
         super().__init__(**kwargs)
-        self.add_state("total", torch.zeros(2, dtype=torch.int64), dist_reduce_fx="sum")
+        self.add_state("total", torch.zeros(2, dtype=torch.int64, device="cpu"), dist_reduce_fx="sum")
 
     def update(self, counts: Tensor) -> None:
         """Add int64 [I], the tokens of each image."""

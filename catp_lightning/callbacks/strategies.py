@@ -56,7 +56,7 @@ def on_all(trainer: Trainer, write: Callable[[], object]) -> None:
         write()
     except Exception as error:
         failed = error
-    raised = torch.tensor(float(failed is not None), device=trainer.strategy.root_device)
+    raised = torch.tensor(float(failed is not None), device=trainer.strategy.root_device, dtype=torch.float32)
     count = round(float(trainer.strategy.reduce(raised, reduce_op="sum")))
     if failed is not None:
         raise failed
@@ -87,7 +87,9 @@ def refuse_without_validation(trainer: Trainer, name: str) -> None:
     """
     if trainer.world_size == 1:
         return
-    has = torch.tensor(float(sum(trainer.num_val_batches) > 0), device=trainer.strategy.root_device)
+    has = torch.tensor(
+        float(sum(trainer.num_val_batches) > 0), device=trainer.strategy.root_device, dtype=torch.float32
+    )
     having = round(float(trainer.strategy.reduce(has, reduce_op="sum")))
     if 0 < having < trainer.world_size:
         raise PruningError(

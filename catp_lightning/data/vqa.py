@@ -66,8 +66,8 @@ def collate(examples: Sequence[VQAExample], processor: Any, prompt: str) -> VQAB
         )
     batch = VQABatch(
         inputs=dict(inputs),
-        question_ids=torch.tensor([example["question_id"] for example in examples]),
-        image_ids=torch.tensor([example["image_id"] for example in examples]),
+        question_ids=torch.tensor([example["question_id"] for example in examples], dtype=torch.int64, device="cpu"),
+        image_ids=torch.tensor([example["image_id"] for example in examples], dtype=torch.int64, device="cpu"),
     )
     if "answers" in examples[0]:
         batch["answers"] = [example["answers"] for example in examples]

@@ -18,8 +18,19 @@ import torch
 from torch import Tensor, nn
 from transformers.cache_utils import DynamicLayer
 
+from catp_lightning.dropping.caches import (
+    Opened,
+    foreign_cache,
+    is_short,
+    kind_of,
+    layers_of,
+    mark_whole,
+    refuse_static,
+    rows_of,
+    seal,
+)
 from catp_lightning.dropping.image_rows import Prefill, Stored
-from catp_lightning.dropping.prompt import Prompt, foreign_cache, forgetting, refuse_static
+from catp_lightning.dropping.prompt import Prompt, forgetting
 from catp_lightning.dropping.watching import Watching
 from catp_lightning.errors import PruningError
 from catp_lightning.families.mllama import Mllama, Sight, attention_of
@@ -74,9 +85,11 @@ class CrossAttentionRows:
         self.family, self.choose, self.forget, self.observe = family, choose, forget, observe
         self.active = True
         self._watching = Watching(family.model, family.model)
+        self._opened = Opened()
         self._reset()
 
     def _reset(self) -> None:
+        self._opened.close()
         self._given: Mapping[str, Any] = {}  # arguments of the call that is running
         self._prefill: Prefill | None = None  # that is running
         self._changes: dict[str, Any] = {}  # arguments of the cross-attention layers in the call that is running
@@ -114,6 +127,11 @@ class CrossAttentionRows:
             )
         with forgetting(self.forget):
             _refuse_other(cache)
+            if kwargs.get("output_attentions", getattr(self.family.decoder.config, "output_attentions", False)):
+                raise PruningError(
+                    "Attention to image rows cannot be shown while rows are dropped: text before an image reads all of "
+                    "them, other text only those that stay. Leave output_attentions out; output_hidden_states works."
+                )
             sight = Sight.of(kwargs, self.family.rows_per_tile)
             if states is None:
                 self._changes = self._decode(cache, held, sight)
@@ -136,9 +154,14 @@ class CrossAttentionRows:
         self.choose(CrossAttended(tokens[::beams], self._watching.arguments, beams, states[::beams], None, self._given))
 
     def _decode(self, cache: Any, held: int, sight: Sight) -> dict[str, Any]:
-        if self._stored is None or not self._stored.is_in(cache, held, len(sight.real)):
+        if is_short(cache) is False:  # it holds all rows, and the model's own masks are right
+            return {}
+        at = rows_of(cache)
+        if self._stored is None or not self._stored.is_in(cache, held) or at is None or len(at) != len(sight.real):
             raise foreign_cache()
-        return self._stored.changes(sight)
+        changes = self._stored.changes(sight, at)
+        self._opened.open(cache)
+        return changes
 
     def _before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         return (args, {**kwargs, **self._changes}) if self._changes else None
@@ -191,9 +214,18 @@ class CrossAttentionRows:
         return paid.new_zeros(*paid.shape[:2], prefill.tokens.shape[1]).scatter(2, order, paid)
 
     def _leave(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        self._opened.close()
         prefill, self._prefill, self._changes, self._given = self._prefill, None, {}, {}
-        if prefill is not None and output is not None:
-            self._stored = prefill.stored
+        if prefill is None:
+            return
+        cache, stored = kwargs.get("past_key_values"), prefill.stored
+        cache = cache if output is None else output.get("past_key_values")
+        if cache is not None and stored is not None and prefill.complete and output is not None:
+            mark_whole(cache)
+        elif cache is not None and stored is not None:  # a call that failed filled a part of it
+            seal(cache, torch.arange(len(prefill.states), dtype=torch.long, device=prefill.states.device))
+        if output is not None:
+            self._stored = stored
 
 
 def _image_rows(cache: Any, layer: int) -> int:
@@ -206,7 +238,7 @@ def _image_rows(cache: Any, layer: int) -> int:
 def _refuse_other(cache: Any) -> None:
     """Raise PruningError where layers of a cache cannot be shortened."""
     refuse_static(cache)
-    other = {type(layer).__name__ for layer in getattr(cache, "layers", ()) if type(layer) is not DynamicLayer}
+    other = {kind_of(layer).__name__ for layer in layers_of(cache) if kind_of(layer) is not DynamicLayer}
     if other:
         raise PruningError(
             f"A cache of {', '.join(sorted(other))} cannot be pruned, one of DynamicLayer can. "

@@ -10,19 +10,18 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
+from catp_lightning.dropping.caches import Opened, foreign_cache, is_short, mark_whole, refuse_static, rows_of, seal
 from catp_lightning.dropping.labels import Labels
 from catp_lightning.dropping.masks import decoding_masks, prefill_masks, two_dimensional
 from catp_lightning.dropping.prompt import (
     DecoderPrompt,
     Shortened,
-    foreign_cache,
     forgetting,
-    is_short,
-    mark_short,
     merged,
-    refuse_static,
+    of_each,
     shortened,
 )
 from catp_lightning.dropping.prompts import Prompts
@@ -58,6 +57,7 @@ class DecoderEntry:
         self._prompt: Shortened | None = None  # of the prefill that later decoding steps belong to
         self._now: Shortened | None = None  # of the prefill that is running
         self._filling = False  # whether the call that is running is a prefill
+        self._opened = Opened()
 
     @property
     def labels_left_out(self) -> int:
@@ -69,6 +69,7 @@ class DecoderEntry:
         """Hooks are in place only while inside."""
         decoder = self.family.decoder
         with ExitStack() as undo:
+            undo.callback(self._opened.close)
             undo.enter_context(self._prompts.watching())
             undo.enter_context(self._labels.watching())
             undo.enter_context(hooked(decoder, self._enter, self._leave, always=True))
@@ -124,11 +125,15 @@ class DecoderEntry:
         rows = kwargs["inputs_embeds"] if kwargs.get("input_ids") is None else kwargs["input_ids"]
         batch, new = rows.shape[:2]
         own = prompt.cache() if prompt is not None and prompt.cache is not None else None
-        if prompt is None or own is not cache or batch % len(prompt.order):
+        if prompt is None or own is not cache or past < prompt.order.shape[1]:
             raise foreign_cache()
+        self._prompts.refuse_continuing()
         full_length = prompt.mask.shape[1] + past - prompt.order.shape[1] + new
         mask = two_dimensional(self._prompts.mask(kwargs), batch, full_length, rows.device)
-        prompt = prompt.repeated(batch)
+        at = rows_of(cache)
+        if at is None or len(at) != batch:
+            raise foreign_cache()
+        prompt = self._now = prompt.of_rows(at)
         positions = self._prompts.positions(kwargs)
         if positions is None:
             positions = self.family.positions(mask)[..., -new:]
@@ -136,20 +141,21 @@ class DecoderEntry:
             positions = positions - prompt.dropped[:, None]
         dtype = self.family.model.dtype if not rows.is_floating_point() else rows.dtype
         masks = decoding_masks(prompt, mask, new, cache, self.family.decoder_config, dtype)
+        self._opened.open(cache)
         return {**kwargs, "attention_mask": masks, "position_ids": positions}
 
     def _leave(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
         self._prompts.inside = False
+        self._opened.close()
         prompt, self._now = self._now, None
-        if output is None or not self._filling:
-            return output
-        cache = kwargs.get("past_key_values") if isinstance(output, tuple) else output.get("past_key_values")
-        if cache is not None:
-            mark_short(cache, prompt is not None)
+        cache = kwargs.get("past_key_values")
+        if output is not None and not isinstance(output, tuple):
+            cache = output.get("past_key_values")
         if prompt is None:
+            if cache is not None and output is not None and self._filling:
+                mark_whole(cache)
             return output
-        prompt.cache = None if cache is None else weakref.ref(cache)
-        if isinstance(output, tuple):
-            return (prompt.restore(output[0]), *output[1:])
-        output.last_hidden_state = prompt.restore(output.last_hidden_state)
-        return output
+        if self._filling and cache is not None:  # where the call failed, too: a part of it is filled
+            seal(cache, torch.arange(len(prompt.order), dtype=torch.long, device=prompt.order.device))
+            prompt.cache = weakref.ref(cache)
+        return of_each(output, prompt.restored if self._filling else prompt.restored_step)

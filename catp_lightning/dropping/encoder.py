@@ -13,8 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from catp_lightning.dropping.caches import Opened, is_short, seal
 from catp_lightning.dropping.masks import two_dimensional
-from catp_lightning.dropping.prompt import DecoderPrompt, Shortened, forgetting, is_short, mark_short, shortened
+from catp_lightning.dropping.prompt import DecoderPrompt, Shortened, forgetting, of_each, shortened
 from catp_lightning.dropping.prompts import Prompts
 from catp_lightning.errors import PruningError
 from catp_lightning.families.base import Family
@@ -47,6 +48,8 @@ class EncoderEntry:
         self._prompt: Shortened | None = None
         self._caches: weakref.WeakKeyDictionary[Any, Shortened] = weakref.WeakKeyDictionary()
         self._handed_out: weakref.ref[Tensor] | None = None  # encoder states at full length
+        self._opened = Opened()
+        self._rows: Tensor | None = None  # of the prompt, that the decoder's batch reads; None: nothing was dropped
         language_model: Any = family.language_model
         self.encoder, self.text_decoder = language_model.encoder, language_model.decoder
         self._block_names = list(inspect.signature(self.encoder.block[0].forward).parameters)
@@ -55,6 +58,7 @@ class EncoderEntry:
     def dropping(self) -> Iterator[None]:
         """Hooks are in place only while inside."""
         with ExitStack() as undo:
+            undo.callback(self._opened.close)
             undo.enter_context(self._prompts.watching())
             for module, hook in (
                 (self.encoder, self._enter),
@@ -62,7 +66,8 @@ class EncoderEntry:
                 (self.text_decoder, self._cross),
             ):
                 undo.enter_context(hooked(module, hook))
-            undo.enter_context(hooked(self.text_decoder, after=self._filled))
+            undo.enter_context(hooked(self.encoder, after=self._encoded))
+            undo.enter_context(hooked(self.text_decoder, after=self._filled, always=True))
             undo.enter_context(hooked(self.family.language_model, after=self._restore))
             yield
 
@@ -84,14 +89,16 @@ class EncoderEntry:
     def _biased(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if self._prompt is None:
             return None
-        kwargs = {**dict(zip(self._block_names, args, strict=False)), **kwargs}
+        given = {**dict(zip(self._block_names, args, strict=False)), **kwargs}
         first: Any = module
         bias = self._bias(first.layer[0].SelfAttention, self._prompt)
-        bias, mask = bias.to(kwargs["hidden_states"].dtype), kwargs.get("attention_mask")
+        bias, mask = bias.to(given["hidden_states"].dtype), given.get("attention_mask")
         if mask is not None:  # older versions add it to a bias of their own only
             hidden = ~mask if mask.dtype == torch.bool else mask < 0
             bias = bias.masked_fill(hidden, torch.finfo(bias.dtype).min)
-        return (), {**kwargs, "position_bias": bias}
+        changes = {"position_bias": bias}  # others read positional arguments where they were given
+        names = zip(self._block_names, args, strict=False)
+        return tuple(changes.pop(name, value) for name, value in names), {**kwargs, **changes}
 
     def _bias(self, attention: Any, prompt: Shortened) -> Tensor:
         """Block 0's bias [R, H, n, n], as its own code makes it of neighbouring positions."""
@@ -105,19 +112,37 @@ class EncoderEntry:
         )
         return attention.relative_attention_bias(buckets).permute(0, 3, 1, 2)
 
+    def _encoded(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
+        """What is read of single layers is handed out at full length; the decoder reads the last one's as it is."""
+        prompt = self._prompt
+        if prompt is None:
+            return output
+        if isinstance(output, tuple):
+            return (output[0], *of_each(output[1:], prompt.restored))
+        for name in ("hidden_states", "attentions"):
+            if output.get(name) is not None:
+                output[name] = of_each(output[name], prompt.restored)
+        return output
+
     def _cross(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        states, prompt = kwargs.get("encoder_hidden_states"), self._prompt
+        states, prompt, cache = kwargs.get("encoder_hidden_states"), self._prompt, kwargs.get("past_key_values")
+        self._rows = None
         if not self.active or states is None:
             return None
-        self._check_cache(kwargs.get("past_key_values"))
+        self._check_cache(cache)
         if prompt is None:
             return None
         full = None if self._handed_out is None else self._handed_out()
         if full is not None and states is full:  # a decoding loop by hand gives them back
             states = prompt.shorten(full)
-        if states.shape[1] != prompt.order.shape[1] or len(states) % len(prompt.order):
+        rows = torch.arange(len(prompt.order), dtype=torch.long, device=prompt.order.device)
+        if cache is not None and cache.get_seq_length() > 0:
+            rows = self._opened.open(cache)
+        elif len(states) % len(rows) == 0:  # beams are expanded after the encoder
+            rows = rows.repeat_interleave(len(states) // len(rows))
+        if states.shape[1] != prompt.order.shape[1] or len(states) != len(rows):
             raise PruningError(NOT_OF_THIS_PROMPT.format("These encoder states were"))
-        prompt = prompt.repeated(len(states))
+        self._rows, prompt = rows, prompt.of_rows(rows)
         mask = two_dimensional(
             kwargs.get("encoder_attention_mask"), len(states), prompt.mask.shape[1], prompt.order.device
         )
@@ -132,10 +157,17 @@ class EncoderEntry:
             raise PruningError(NOT_OF_THIS_PROMPT.format("This cache was"))
 
     def _filled(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-        cache = None if isinstance(output, tuple) else output.get("past_key_values")
-        if self.active and self._prompt is not None and cache is not None:
-            self._caches[cache] = self._prompt
-            mark_short(cache, True)
+        self._opened.close()
+        rows, prompt, self._rows = self._rows, self._prompt, None
+        if rows is None or prompt is None:
+            return
+        no_dictionary = output is None or isinstance(output, tuple)
+        cache = kwargs.get("past_key_values") if no_dictionary else output.get("past_key_values")
+        if cache is not None and not is_short(cache):  # where the call failed, too: a part of it is filled
+            seal(cache, rows)
+            self._caches[cache] = prompt
+        if not no_dictionary and output.get("cross_attentions") is not None:
+            output.cross_attentions = of_each(output.cross_attentions, prompt.of_rows(rows).restore_keys)
 
     def _restore(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         ran_encoder = kwargs.get("encoder_outputs") is None

@@ -22,6 +22,7 @@ class Prefill:
         rows: those that the next layer reads; fillers are masked.
         changes: arguments of the next layer.
         cached: those that caches are shortened to: decoding sees what the last text row saw.
+        complete: whether those are all rows, of which none that text sees is dropped: the model's own masks are right.
         stored: what was cached, for later decoding steps.
     """
 
@@ -53,6 +54,7 @@ class Prefill:
         self.rows = self.cached = _stored(keep | self.whole, keep)
         if bool((keep & ~lasting).any()):
             self.cached = _stored(keep & lasting | self.whole, keep & lasting)
+        self.complete = self.cached.order.shape[1] == keep.shape[1] and not bool((self.tokens & ~keep).any())
         self.changes = {
             "cross_attention_states": self.rows.shorten(self.states),
             "attention_mask": self.sight.mask_of(self.rows),
@@ -94,18 +96,17 @@ class Stored:
     tiles: Tensor
     cache: weakref.ref[Any]
 
-    def is_in(self, cache: Any, held: int, batch: int) -> bool:
-        """Whether a cache of `held` image rows holds this, for a batch of the same prompts or copies of each."""
-        return self.cache() is cache and self.rows.order.shape[1] == held and batch % len(self.tiles) == 0
+    def is_in(self, cache: Any, held: int) -> bool:
+        """Whether a cache of `held` image rows holds this."""
+        return self.cache() is cache and self.rows.order.shape[1] == held
 
-    def changes(self, sight: Sight) -> dict[str, Any]:
-        """Arguments of a decoding step's layers.
+    def changes(self, sight: Sight, at: Tensor) -> dict[str, Any]:
+        """Arguments of a decoding step's layers, for a batch of these rows of the prefill: int64 [R].
 
         Raises:
             PruningError: it sees what was not stored.
         """
-        rows = self.rows.repeated(len(sight.real))
-        tiles = self.tiles.repeat_interleave(len(sight.real) // len(self.tiles), 0)[:, None]
+        rows, tiles = self.rows.of_rows(at), self.tiles.index_select(0, at)[:, None]
         attends_to_all = (sight.real & ~sight.sees)[..., None]
         if bool((sight.of_text & ~tiles | attends_to_all & tiles).any()):
             raise PruningError(

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from transformers.utils import ModelOutput
 
 from catp_lightning.dropping.watching import Call
 from catp_lightning.errors import PruningError
@@ -144,7 +145,35 @@ class Shortened:
         """[R, n, D] -> [R, L, D], zeros where a row was dropped."""
         full = short.new_zeros(len(short), self.mask.shape[1], short.shape[-1])
         index = self.order[..., None].expand_as(short)
-        return full.scatter(1, index, short * self.valid[..., None])
+        return full.scatter(1, index, short.masked_fill(~self.valid[..., None], 0))  # a filler's may be NaN
+
+    def restore_keys(self, short: Tensor) -> Tensor:
+        """Attention to the rows that stayed, and to `m` after them: [R, H, q, n + m] -> [R, H, q, L + m].
+
+        Raises:
+            PruningError: a layer's cache holds other rows than those.
+        """
+        kept, later = self.order.shape[1], short.shape[3] - self.order.shape[1]
+        if later < 0:
+            raise PruningError(
+                "Attention of a layer with a sliding window cannot be put back where columns were dropped. Leave "
+                "output_attentions out, or ask for it without a cache."
+            )
+        prompt = short[..., :kept].transpose(1, 3).flatten(2)
+        prompt = self.restore(prompt).unflatten(2, (short.shape[2], short.shape[1])).transpose(1, 3)
+        return torch.cat([prompt, short[..., kept:]], 3)
+
+    def restore_attention(self, short: Tensor) -> Tensor:
+        """Attention among the rows that stayed: [R, H, n, n] -> [R, H, L, L], zeros where either is gone."""
+        return self.restore_keys(self.restore_keys(short).transpose(2, 3)).transpose(2, 3)
+
+    def restored(self, short: Tensor) -> Tensor:
+        """States [R, n, D] or attention maps [R, H, n, n] of a prefill, over all columns."""
+        return self.restore(short) if short.dim() == 3 else self.restore_attention(short)
+
+    def restored_step(self, short: Tensor) -> Tensor:
+        """Those of a decoding step, whose own rows are all there."""
+        return short if short.dim() == 3 else self.restore_keys(short)
 
     @property
     def short_mask(self) -> Tensor:
@@ -160,12 +189,9 @@ class Shortened:
         """Whether nothing was dropped."""
         return self.order.shape[1] == self.mask.shape[1] and bool(self.valid.all())
 
-    def repeated(self, rows: int) -> "Shortened":
-        """The same for `rows` rows: of beams that were expanded after the prefill."""
-        times = rows // len(self.order)
-        if times == 1:
-            return self
-        order, valid, mask = (part.repeat_interleave(times, 0) for part in (self.order, self.valid, self.mask))
+    def of_rows(self, rows: Tensor) -> "Shortened":
+        """What is left of each of these rows, int64 [R']: of beams, or of copies made after the prefill."""
+        order, valid, mask = (part.index_select(0, rows) for part in (self.order, self.valid, self.mask))
         return Shortened(order, valid, mask, self.cache)
 
 
@@ -231,25 +257,16 @@ def group_means(values: Tensor, carrier: Tensor) -> Tensor:
     return torch.where(leads[..., None], total / count.clamp(min=1)[..., None], wide).to(values.dtype)
 
 
-SHORT = "_catp_short"  # on caches, and on their copies
-
-
-def mark_short(cache: Any, short: bool) -> None:
-    """Say of a cache whether it holds a shortened prompt."""
-    setattr(cache, SHORT, short)
-
-
-def is_short(cache: Any) -> bool | None:
-    """Whether a cache holds a shortened prompt; None where it was filled out of sight."""
-    return getattr(cache, SHORT, None)
-
-
-def foreign_cache() -> PruningError:
-    """Of a cache that another prompt than the last one filled."""
-    return PruningError(
-        "This cache was not filled by the last pruned prompt, or was changed since: it cannot be decoded from. "
-        "Generate from the prompt again, and without assisted or prompt-lookup decoding."
-    )
+def of_each(output: Any, change: Callable[[Tensor], Tensor]) -> Any:
+    """A model's output, or a part of it, of which tensors are changed and caches are not."""
+    if isinstance(output, Tensor):
+        return change(output)
+    if isinstance(output, tuple):
+        return tuple(of_each(value, change) for value in output)
+    if isinstance(output, ModelOutput):
+        for name, value in output.items():
+            output[name] = of_each(value, change)
+    return output
 
 
 @contextmanager
@@ -261,11 +278,3 @@ def forgetting(*forget: Callable[[], None]) -> Iterator[None]:
         for each in forget:
             each()
         raise
-
-
-def refuse_static(cache: Any) -> None:
-    """Raise PruningError where a cache has a fixed length."""
-    if getattr(cache, "is_compileable", False):
-        raise PruningError(
-            "A static cache cannot be pruned: its length is fixed. Leave cache_implementation at its default."
-        )

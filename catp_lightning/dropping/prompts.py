@@ -64,8 +64,17 @@ class Prompts:
                 "the whole text again, with all of its images and without past_key_values."
             )
 
+    def refuse_continuing(self) -> None:
+        """Raise PruningError where the `generate` that is running was given the cache of a pruned prompt."""
+        if self._watching.continuing:
+            raise PruningError(
+                "generate was given past_key_values that hold a pruned prompt, and takes their length for the number "
+                "of columns that have been read: it would read some again. Generate from the whole text again, with "
+                "all of its images and without past_key_values."
+            )
+
     def _visual(self, ids: Tensor) -> Tensor:
-        return torch.isin(ids, torch.tensor(self.family.placeholder_ids, device=ids.device))
+        return torch.isin(ids, torch.tensor(self.family.placeholder_ids, device=ids.device, dtype=torch.int64))
 
     def mask(self, kwargs: dict[str, Any]) -> Any:
         """The caller's mask, given what the decoder is called with."""

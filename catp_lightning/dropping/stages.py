@@ -7,18 +7,20 @@ more. The decoder's output is handed back at full length.
 
 import inspect
 import weakref
-from bisect import bisect_left
+from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from catp_lightning.attention import PREFIX, SUPPORTED, observe_attention
+from catp_lightning.dropping.caches import Opened, foreign_cache, is_short, refuse_static, rows_of, seal
 from catp_lightning.dropping.labels import Labels
 from catp_lightning.dropping.masks import layer_mask, of_columns, window
-from catp_lightning.dropping.prompt import DecoderPrompt, Shortened, foreign_cache, forgetting, refuse_static
+from catp_lightning.dropping.prompt import DecoderPrompt, Shortened, forgetting
 from catp_lightning.dropping.prompts import Prompts
 from catp_lightning.dropping.stage_prompt import Prefill, StagePrompt
 from catp_lightning.errors import PruningError
@@ -69,11 +71,14 @@ class DecoderStages:
         self._looked_at = sorted({layer for at in stages for layer in self._layers_read(at)})
         self._kept: list[Shortened] = []  # by the prefill that decoding steps belong to; none: nothing was dropped
         self._cache: weakref.ref[Any] | None = None  # that it filled
+        self._opened = Opened()
         self._reset()
 
     def _reset(self) -> None:
+        self._opened.close()
         self._prefill: Prefill | None = None  # that is running
-        self._later = 0  # columns after the prompt, while a decoding step is running
+        self._step: list[Shortened] = []  # what is left at each stage, while a decoding step is running
+        self._later = 0  # columns after the prompt, in the same
         self._changes: dict[str, Any] = {}  # arguments of the layers of the stage that is running
 
     def _layers_read(self, stage: int) -> Iterator[int]:
@@ -170,15 +175,19 @@ class DecoderStages:
 
     def _start_decoding(self, kwargs: dict[str, Any], cache: Any, past: int) -> None:
         self._prompts.refuse_images()
-        if not self._kept and cache.get_seq_length(self.stages[-1]) == past:  # its prefill was not shortened
+        if (
+            not self._kept and not is_short(cache) and cache.get_seq_length(self.stages[-1]) == past
+        ):  # its prefill was not shortened
             return
         rows = kwargs["inputs_embeds"] if kwargs.get("input_ids") is None else kwargs["input_ids"]
         own = self._cache() if self._cache is not None else None
         held = [(kept, cache.get_seq_length(at)) for at, kept in zip(self.stages, self._kept, strict=False)]
         later = {past - kept.mask.shape[1] for kept, _ in held} | {n - kept.order.shape[1] for kept, n in held}
-        if own is not cache or len(later) != 1 or min(later) < 0 or len(rows) % len(self._kept[0].order):
+        at = rows_of(cache)
+        if own is not cache or len(later) != 1 or min(later) < 0 or at is None or len(at) != len(rows):
             raise foreign_cache()
-        self._later = later.pop() + rows.shape[1]
+        self._step, self._later = [kept.of_rows(at) for kept in self._kept], later.pop() + rows.shape[1]
+        self._opened.open(cache)
 
     def _look(self, layer: int, query: Tensor, key: Tensor, mask: Tensor | None, scaling: float) -> Tensor:
         if self._prefill is None:  # a decoding step chooses nothing
@@ -199,7 +208,7 @@ class DecoderStages:
         """Sets what is changed for all layers of a stage; returns what is changed for its first one besides."""
         prefill, hidden = self._prefill, given["hidden_states"]
         if prefill is None:
-            rows = self._kept[stage].repeated(len(hidden))
+            rows = self._step[stage]
         else:
             keep = self.choose(prefill.at(stage, self.stages[stage], hidden))
             carrier = self.carried()
@@ -222,12 +231,21 @@ class DecoderStages:
 
     def _leave(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         self._prompts.inside = False
-        prefill = self._prefill
+        prefill, step = self._prefill, self._step
         self._reset()
-        if prefill is None or output is None or prefill.rows.whole:
+        if output is not None and output.get("attentions") is not None and (step or prefill is not None):
+            kept = step if prefill is None else prefill.kept
+            output.attentions = tuple(
+                self._attention(at, x, kept, bool(step)) for at, x in enumerate(output.attentions)
+            )
+        if prefill is None or prefill.rows.whole:
             return
-        self._kept, cache = prefill.kept, output.get("past_key_values")
-        self._cache = None if cache is None else weakref.ref(cache)
+        cache = kwargs.get("past_key_values") if output is None else output.get("past_key_values")
+        if cache is not None:  # where the call failed, too: a part of it is filled
+            seal(cache, torch.arange(len(prefill.rows.order), dtype=torch.long, device=prefill.rows.order.device))
+        if output is None:
+            return
+        self._kept, self._cache = prefill.kept, None if cache is None else weakref.ref(cache)
         output.last_hidden_state = prefill.rows.restore(output.last_hidden_state)
         if output.get("hidden_states") is not None:
             output.hidden_states = tuple(self._restored(at, x) for at, x in enumerate(output.hidden_states))
@@ -236,6 +254,13 @@ class DecoderStages:
         """What entered a layer, before rows left there; what left the last one counts as one more."""
         begun = bisect_left(self.stages, layer)
         return hidden if begun == 0 or hidden is None else self._kept[begun - 1].restore(hidden)
+
+    def _attention(self, layer: int, paid: Tensor | None, kept: list[Shortened], step: bool) -> Tensor | None:
+        """A layer's attention maps over all columns, zeros where a row is gone."""
+        begun = bisect_right(self.stages, layer)
+        if begun == 0 or paid is None:
+            return paid
+        return kept[begun - 1].restore_keys(paid) if step else kept[begun - 1].restore_attention(paid)
 
 
 def _nothing(value: Tensor) -> None:

@@ -1,6 +1,7 @@
 """What the model itself was called with: seen before its own code turns it into something else."""
 
 import inspect
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -8,7 +9,9 @@ from typing import Any
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from catp_lightning.hooks import hooked, untraced
+from catp_lightning.dropping.caches import is_short
+from catp_lightning.errors import PruningError
+from catp_lightning.hooks import Seen, hooked, untraced
 
 
 class Call(dict[str, Any]):
@@ -26,6 +29,10 @@ class Watching:
         given: what the user called: generate's arguments while it runs, else `arguments`. Newer versions of generate
             read pixels before they expand beams and hand on features alone.
         samples: how many samples `generate`, where one is running, was given; later tensors have a row for each beam.
+        continuing: whether `generate`, where one is running, was given the cache of a pruned prompt.
+
+    Raises:
+        PruningError: from a call that is running while another thread's is, or while the context is left.
 
     Args:
         model: whose `generate` is followed.
@@ -38,6 +45,9 @@ class Watching:
         self.samples: int | None = None
         self._generating: Call | None = None
         self._length: int | None = None
+        self.continuing = False
+        self._inside, self._lock = False, threading.Lock()
+        self._thread, self._depth = 0, 0  # which thread is calling the model; how many calls inside each other
         self._names = list(inspect.signature(outer.forward).parameters)
         kind: Any = type(model)
         self._generates = list(inspect.signature(kind.generate).parameters)[1:]
@@ -47,9 +57,44 @@ class Watching:
         """Hooks are in place only while inside."""
         with ExitStack() as undo:
             undo.callback(self._calls.clear)
+            undo.callback(setattr, self, "_inside", False)
+            self._inside = True
             undo.enter_context(hooked(self.outer, self._call, self._called, always=True))
+            undo.enter_context(_watched(self.outer, self))
             undo.enter_context(replaced(self.model, "generate", self._generate))
             yield
+
+    @contextmanager
+    def to_its_end(self) -> Iterator[None]:
+        """Around a call.
+
+        Raises:
+            PruningError: the call has outlived the context: what it did after that was not pruned, or failed.
+        """
+        inside = self._inside
+        try:
+            yield
+        except Exception as error:
+            if inside and not self._inside:
+                raise _outlived() from error
+            raise
+        if inside and not self._inside:
+            raise _outlived()
+
+    def _begin(self) -> None:
+        own = threading.get_ident()
+        with self._lock:
+            if self._depth and self._thread != own:
+                raise PruningError(
+                    "Another thread is calling this pruned model. What is kept belongs to one call at a time: make the "
+                    "calls one after the other, or give each thread a model of its own."
+                )
+            self._thread, self._depth = own, self._depth + 1
+
+    def _end(self) -> None:
+        with self._lock:
+            if self._thread == threading.get_ident():  # not one that was refused
+                self._depth = max(self._depth - 1, 0)
 
     @property
     def arguments(self) -> Call:
@@ -74,20 +119,58 @@ class Watching:
         return self._length
 
     def _call(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        self._begin()
         self._calls.append(Call({**dict(zip(self._names, args, strict=False)), **kwargs}))
 
     def _called(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-        del self._calls[-1:]  # arguments are not held longer than the call lasts
+        if self._depth and self._thread == threading.get_ident():
+            del self._calls[-1:]  # arguments are not held longer than the call lasts
+        self._end()
 
     def _generate(self, generate: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        self._begin()
         prompt = kwargs.get("input_ids", args[0] if args else kwargs.get("inputs"))
-        before = self.samples, self._generating, self._length
+        before = self.samples, self._generating, self._length, self.continuing
         self.samples = len(prompt) if isinstance(prompt, Tensor) else None
         self._generating, self._length = Call({**dict(zip(self._generates, args, strict=False)), **kwargs}), None
+        self.continuing = bool(is_short(kwargs.get("past_key_values")))
         try:
-            return generate(*args, **kwargs)
+            with self.to_its_end():
+                return generate(*args, **kwargs)
         finally:
-            self.samples, self._generating, self._length = before
+            self.samples, self._generating, self._length, self.continuing = before
+            self._end()
+
+
+def _outlived() -> PruningError:
+    return PruningError(
+        "The prune context was left while this call was running in another thread: its answer would be pruned in part. "
+        "Wait for it inside the context, by thread.join() for example."
+    )
+
+
+class _Watched(Seen):
+    """A forward that is followed to its end, even where its module's hooks are gone by then."""
+
+    by: Watching
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        with self.by.to_its_end():
+            return super().__call__(*args, **kwargs)
+
+
+@contextmanager
+def _watched(module: nn.Module, by: Watching) -> Iterator[None]:
+    """While inside, calls of a module that outlive the context are refused."""
+    own = module.__dict__["forward"]  # hooks have set one
+    seen = _Watched(own)
+    seen.by = by
+    try:  # from here on: an interrupt may come at any line
+        module.__dict__["forward"] = seen
+        yield
+    finally:
+        if module.__dict__.get("forward") is seen:
+            module.__dict__["forward"] = own
 
 
 @contextmanager

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -98,7 +99,7 @@ class Layout:
                     f"{len(columns)} placeholders of id {token}: features would reach the wrong place. Give each "
                     "sample as many image tokens as its images need; its processor does."
                 )
-            starts = torch.tensor([0, *(image.tokens for image in own)]).cumsum(0)[:-1].tolist()
+            starts = [0, *accumulate(image.tokens for image in own)][:-1]
             found += zip(columns[starts].tolist() if own else [], own, strict=True)
         ordered, device = [image for _, image in sorted(found, key=lambda one: one[0])], ids.device
         widest = max((image.tokens for image in ordered), default=0)
@@ -190,7 +191,7 @@ def tiled_images(model: Any, prompt: "DecoderPrompt", counts: Mapping[int, int])
 
 
 def _joined(tiles: list[Image]) -> Image:
-    crops = torch.arange(len(tiles)).repeat_interleave(tiles[0].tokens)
+    crops = torch.arange(len(tiles), device=tiles[0].pixels.device).repeat_interleave(tiles[0].tokens)
     return Image(len(crops), torch.stack([tile.pixels for tile in tiles]), crops=crops)
 
 
@@ -207,7 +208,9 @@ def sized_images(model: Any, prompt: "DecoderPrompt", counts: Mapping[int, int])
                 picture[:, :height, :width],
                 shape=(height // side, width // side),
             )
-            for picture, (height, width) in zip(pixels, torch.as_tensor(sizes).tolist(), strict=True)
+            for picture, (height, width) in zip(
+                pixels, (sizes.tolist() if isinstance(sizes, Tensor) else sizes), strict=True
+            )
         ]
     }
 

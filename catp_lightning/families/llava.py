@@ -115,7 +115,8 @@ class Llava(Placeholder):
         own = equal_images(self.model, prompt, counts)
         if self._has_class and self._full:  # [CLS] is one of the tokens
             own = {
-                id_: [replace(one, always=torch.arange(one.tokens) == 0) for one in all_] for id_, all_ in own.items()
+                id_: [replace(one, always=torch.arange(one.tokens, device=one.pixels.device) == 0) for one in all_]
+                for id_, all_ in own.items()
             }
         if self.tokens_per_image == self._patches() - 1:  # the first patch is left out
             side = self._side()
@@ -142,10 +143,10 @@ class Llava(Placeholder):
         each = (tokens - newline) // frames
         always = None
         if self.kind == "video_llava":  # each frame begins with its [CLS]
-            always = torch.arange(each) == 0
+            always = torch.arange(each, device=videos.device) == 0
         plain = [Image(each, frame, always) for video in videos for frame in video]
         if newline:
-            closing = torch.arange(each + newline) >= each
+            closing = torch.arange(each + newline, device=videos.device) >= each
             for end in range(frames - 1, len(plain), frames):
                 plain[end] = Image(each + newline, plain[end].pixels, closing)
         return {token: plain}
@@ -157,7 +158,8 @@ class Llava(Placeholder):
             own = [image[:count] for image, count in zip(pixels, crops, strict=True)]
         else:
             own = list(pixels.split(crops))
-        of_crop = [torch.eye(count, max(crops))[:, None].expand(-1, self._patches(), -1) for count in crops]
+        places = [torch.eye(count, max(crops), dtype=torch.float32, device=pixels.device) for count in crops]
+        of_crop = [place[:, None].expand(-1, self._patches(), -1) for place in places]
         return [
             Image(
                 len(share), image, always=share.sum(1) < 0.5, crops=share.argmax(1)

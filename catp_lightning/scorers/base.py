@@ -85,7 +85,9 @@ class AttentionScorer(Scorer):
 
     def weights(self, votes: Tensor) -> Tensor | None:
         """`head_weights` as a tensor [L, H] like the votes."""
-        return None if self.head_weights is None else torch.tensor(self.head_weights).to(votes)
+        if self.head_weights is None:
+            return None
+        return torch.tensor(self.head_weights, dtype=votes.dtype, device=votes.device)
 
 
 @dataclass(frozen=True)

@@ -66,11 +66,11 @@ class Stride(Scorer):
         return {Signal.FINGERPRINT: None}
 
     def score(self, seen: Observation) -> Tensor:
-        scores = torch.zeros(seen.exists.shape, device=seen.exists.device)
+        scores = torch.zeros(seen.exists.shape, device=seen.exists.device, dtype=torch.float32)
         for count in seen.exists.sum(1).unique().tolist():  # images may differ in size
             bits = max(1, (count - 1).bit_length())
-            order = torch.tensor([int(f"{index:0{bits}b}"[::-1], 2) for index in range(count)], dtype=torch.float32)
-            scores[seen.exists.sum(1) == count, :count] = -order.to(scores)
+            order = [-float(int(f"{index:0{bits}b}"[::-1], 2)) for index in range(count)]
+            scores[seen.exists.sum(1) == count, :count] = torch.tensor(order, dtype=scores.dtype, device=scores.device)
         return scores
 
 
@@ -112,4 +112,4 @@ class Random(Scorer):
 
     def score(self, seen: Observation) -> Tensor:
         images = seen[Signal.FINGERPRINT]
-        return uniform(mix(images ^ mix(torch.tensor(self.seed, device=images.device))), seen.tokens)
+        return uniform(mix(images ^ mix(torch.tensor(self.seed, device=images.device, dtype=torch.int64))), seen.tokens)

@@ -25,4 +25,4 @@ class DivPrune(Scorer):
         return {Signal.OUTPUTS: None}
 
     def score(self, seen: Observation) -> Tensor:
-        return torch.zeros(seen.exists.shape, device=seen.exists.device)
+        return torch.zeros(seen.exists.shape, device=seen.exists.device, dtype=torch.float32)

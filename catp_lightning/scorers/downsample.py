@@ -23,4 +23,4 @@ class Downsample(Scorer):
         return {}
 
     def score(self, seen: Observation) -> Tensor:
-        return torch.zeros(seen.exists.shape, device=seen.exists.device)
+        return torch.zeros(seen.exists.shape, device=seen.exists.device, dtype=torch.float32)

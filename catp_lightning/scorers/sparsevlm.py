@@ -64,12 +64,14 @@ class SparseVLM(AttentionScorer):
     def stage_counts(self, keep: int | float, tokens: Tensor, stage: int, stages: int, seen: Observation) -> Tensor:
         if self.schedule == "budget":
             counts = [_scheduled(keep, count, (stage + 1) / stages) for count in tokens.tolist()]
-            return torch.tensor(counts, device=tokens.device)
-        least = torch.tensor([keep_count(keep, count) for count in tokens.tolist()], device=tokens.device)
+            return torch.tensor(counts, device=tokens.device, dtype=torch.int64)
+        least = torch.tensor(
+            [keep_count(keep, count) for count in tokens.tolist()], device=tokens.device, dtype=torch.int64
+        )
         left = seen.exists.sum(1)
         beyond = (left - self._ranks(seen)).tolist()
         dropped = [math.floor(min(self.scale * n + 1e-9, own)) for n, own in zip(beyond, left.tolist(), strict=True)]
-        return (left - torch.tensor(dropped, device=tokens.device)).maximum(least)
+        return (left - torch.tensor(dropped, device=tokens.device, dtype=torch.int64)).maximum(least)
 
     def votes(self, seen: Observation) -> Tensor:
         paid, count = self._rated(seen)

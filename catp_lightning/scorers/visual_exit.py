@@ -41,4 +41,6 @@ class VisualExit(Scorer):
         return torch.zeros_like(tokens)
 
     def score(self, seen: Observation) -> Tensor:
-        return torch.zeros(seen.exists.shape, device=seen.exists.device)  # of equal scores none stays either
+        return torch.zeros(
+            seen.exists.shape, device=seen.exists.device, dtype=torch.float32
+        )  # of equal scores none stays either

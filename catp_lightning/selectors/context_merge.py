@@ -55,7 +55,9 @@ class ContextMerge(Selector):
 
     def _parts(self, scores: Tensor, visual: Tensor, counts: Tensor) -> tuple[Tensor, Tensor]:
         """Which tokens are dominant, and which the targets that others are merged into: bool [R, T] each."""
-        context = torch.tensor([self._context(count) for count in counts.tolist()], device=counts.device)
+        context = torch.tensor(
+            [self._context(count) for count in counts.tolist()], device=counts.device, dtype=torch.int64
+        )
         dominant = (ranked(scores, visual) < (counts - context)[:, None]) & visual
         left = visual & ~dominant
         step = (left.sum(1) // context.clamp(min=1)).clamp(min=1)[:, None]

@@ -112,7 +112,7 @@ def greedy_ranks(kernel: Tensor, visual: Tensor, most: int) -> Tensor:
     kernel = kernel + RIDGE * torch.eye(size, dtype=kernel.dtype, device=kernel.device)
     gain = kernel.diagonal(dim1=1, dim2=2).clone()
     factors = kernel.new_zeros(len(kernel), most, size)
-    ranks = torch.full(visual.shape, most, device=visual.device)
+    ranks = torch.full(visual.shape, most, device=visual.device, dtype=torch.int64)
     for step in range(most):
         best = gain.masked_fill((ranks < most) | ~visual, -torch.inf).argmax(1)
         ranks[rows, best] = torch.where(visual[rows, best], ranks[rows, best].clamp(max=step), most)

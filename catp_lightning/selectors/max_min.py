@@ -23,7 +23,7 @@ class MaxMin(FeatureSelector):
         distance = 1 - rounded_similarity(vectors)
         others = sound[:, None] & ~torch.eye(visual.shape[1], dtype=torch.bool, device=visual.device)
         nearest = distance.masked_fill(~others, torch.inf).amin(2)
-        ranks = torch.full(visual.shape, most, device=visual.device)
+        ranks = torch.full(visual.shape, most, device=visual.device, dtype=torch.int64)
         rows = torch.arange(len(visual), device=visual.device)
         for step in range(most):
             open_ = nearest.masked_fill(~sound, -1).masked_fill(~visual | (ranks < most), -torch.inf)

@@ -63,10 +63,10 @@ def _refused(reason: str) -> PruningError:
 def _carriers(visual: Tensor, counts: Tensor, vectors: Tensor | None) -> Tensor:
     """Which token carries each: bool [R, T], int64 [R], float [R, T, 2] -> int64 [R, T], -1 for one that is none."""
     assert vectors is not None  # `vectors` above always gives some
-    found = torch.full(visual.shape, -1, device=visual.device)
+    found = torch.full(visual.shape, -1, device=visual.device, dtype=torch.int64)
     for row, (own, count) in enumerate(zip(visual.sum(1).tolist(), counts.tolist(), strict=True)):
         if own:
-            table = torch.tensor(_table(math.isqrt(own), count), device=visual.device)
+            table = torch.tensor(_table(math.isqrt(own), count), device=visual.device, dtype=torch.int64)
             columns = visual[row].nonzero()[:, 0]
             line, column = vectors[row, columns].long().unbind(1)
             found[row, columns] = columns[table[line, column]]
