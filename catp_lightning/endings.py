@@ -104,7 +104,7 @@ class _Noted(StoppingCriteriaList):
 
     def ends(self, ids: Tensor, prompts: int, columns: int) -> Tensor:
         """Where answers [R, A] were ended, with as many columns that never end one before them: bool."""
-        found = torch.zeros(len(ids), columns + ids.shape[1], dtype=torch.bool)
+        found = torch.zeros(len(ids), columns + ids.shape[1], dtype=torch.bool, device="cpu")
         each = self._rows // prompts
         for row, answer in enumerate(ids.tolist()):
             prompt = row * prompts // len(ids)

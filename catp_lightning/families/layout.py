@@ -42,14 +42,14 @@ class Image:
         Crops are parts of their own; only where line ends stand among them do those beyond the first, the whole
         image, make one picture together. Patches whose grid is not known are one line.
         """
-        ends = torch.zeros(self.tokens, dtype=torch.bool) if self.always is None else self.always.cpu()
-        part = torch.zeros(self.tokens, dtype=torch.long) if self.crops is None else self.crops.cpu()
+        ends = torch.zeros(self.tokens, dtype=torch.bool, device="cpu") if self.always is None else self.always.cpu()
+        part = torch.zeros(self.tokens, dtype=torch.int64, device="cpu") if self.crops is None else self.crops.cpu()
         if stitched := bool((ends & (part.cummax(0).values > 0)).any()):
             part = part.clamp(max=1)
         found = torch.stack([part, torch.full_like(part, -1), torch.full_like(part, -1)], 1)
         for number in part.unique().tolist():
             own = (part == number) & ~ends
-            index = torch.arange(int(own.sum()))
+            index = torch.arange(int(own.sum()), dtype=torch.int64, device="cpu")
             if stitched and number:
                 row = ends.cumsum(0)[own]
                 row = row - row[:1]
@@ -142,7 +142,7 @@ class Layout:
         found = [image.places() for image in self.images]
         device, widest = self.exists.device, self.exists.shape[1]
         padded = [torch.nn.functional.pad(places, (0, 0, 0, widest - len(places)), value=-1) for places in found]
-        return torch.stack(padded).to(device) if padded else torch.zeros(0, 0, 3, dtype=torch.long, device=device)
+        return torch.stack(padded).to(device) if padded else torch.zeros(0, 0, 3, dtype=torch.int64, device=device)
 
     def fingerprints(self) -> Tensor:
         """A checksum of each image's pixels: int64 [I]."""

@@ -120,7 +120,7 @@ class Llava(Placeholder):
             }
         if self.tokens_per_image == self._patches() - 1:  # the first patch is left out
             side = self._side()
-            rest = torch.arange(1, side**2)
+            rest = torch.arange(1, side**2, dtype=torch.int64, device="cpu")
             own = {id_: [replace(one, shape=(side, side), patches=rest) for one in all_] for id_, all_ in own.items()}
         return {**found, **own}
 

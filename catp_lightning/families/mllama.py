@@ -190,7 +190,7 @@ class Mllama(Family):
 
     def _places(self, tile: Tensor) -> Tensor:
         """Tile, row and column of each of an image's rows, -1 for a [CLS]: int64 [T] -> [T, 3]."""
-        patch = torch.arange(len(tile), device=tile.device) % self.rows_per_tile - 1
+        patch = torch.arange(len(tile), dtype=torch.int64, device=tile.device) % self.rows_per_tile - 1
         side = math.isqrt(self.rows_per_tile - 1)
         row = torch.where(patch < 0, -1, patch // side)
         return torch.stack([tile, row, torch.where(patch < 0, -1, patch % side)], 1)

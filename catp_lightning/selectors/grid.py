@@ -40,7 +40,7 @@ class Grid(Selector):
     def select(self, scores: Tensor, visual: Tensor, counts: Tensor, vectors: Tensor | None) -> Tensor:
         assert vectors is not None  # `vectors` above always gives some
         parts_and_rows = vectors[..., :2].tolist()
-        keep = torch.zeros(visual.shape, dtype=torch.bool)
+        keep = torch.zeros(visual.shape, dtype=torch.bool, device="cpu")
         for image, (there, count) in enumerate(zip(visual.tolist(), counts.tolist(), strict=True)):
             lines = [
                 tuple(place) if exists else None for place, exists in zip(parts_and_rows[image], there, strict=True)

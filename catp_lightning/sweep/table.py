@@ -137,7 +137,7 @@ def kind(row: Row) -> str:
     """What stands behind a method's name where it is a control."""
     if not row["control"]:
         return ""
-    return " (published, also a control)" if row["published"] else " (control)"
+    return " (published, also a control)" if row.get("published") else " (control)"
 
 
 def share(row: Row) -> str:
