@@ -1,4 +1,4 @@
-"""A file that one run at a time writes: whether the run that began it is still alive."""
+"""A path that one run at a time writes to: whether the run that began it is still alive."""
 
 import os
 import re
@@ -14,21 +14,22 @@ PATIENCE = 8.0
 
 
 @contextmanager
-def only_run(file: Path, refused: type[Exception]) -> Iterator[None]:
-    """Be the only run that writes `file`, as long as inside: by a lock of the system, which ends with the process.
+def only_run(path: Path, rank: int, refused: type[Exception]) -> Iterator[None]:
+    """Be the only run that writes to `path`, as long as inside: by a lock of the system, which ends with the process.
 
-    It is held on a file of its own beside, `.<name>.lock`, because one that is replaced is another file then, and says
-    who has it. At the end that file is removed, and with it the folders that were made for it, where they are empty.
-    Where the file system knows no locks, nothing is locked.
+    It is held on a file of its own beside, `.<name>.<rank>.lock`, because one that is replaced is another file then,
+    and says who has it. At the end that file is removed, and with it the folders that were made for it, where they are
+    empty. Where the file system knows no locks, nothing is locked.
 
     Args:
-        file: what the run writes; its folder is made where it does not exist.
+        path: what the run writes; its folder is made where it does not exist.
+        rank: of this process in the run.
         refused: the kind of error.
 
     Raises:
-        refused: another run is writing it. Its process and its machine are named.
+        refused: another run is writing there. Its process and its machine are named.
     """
-    place, folder = _lock_of(file), file.absolute().parent
+    place, folder = path.with_name(f".{path.name}.{rank}.lock"), path.absolute().parent
     made = [parent for parent in (folder, *folder.parents) if not parent.exists()]
     lock = FileLock(place)
     try:
@@ -36,7 +37,7 @@ def only_run(file: Path, refused: type[Exception]) -> Iterator[None]:
             folder.mkdir(parents=True, exist_ok=True)
             _acquire(lock, place)
         except Timeout:
-            raise refused(_alive(file)) from None
+            raise refused(_alive(path, place)) from None
         except (OSError, NotImplementedError):
             pass  # without locks, as on some network file systems, or where nothing can be written: who writes will say
         yield
@@ -50,23 +51,18 @@ def only_run(file: Path, refused: type[Exception]) -> Iterator[None]:
                 parent.rmdir()
 
 
-def refuse_running(folder: Path, name: str, refused: type[Exception]) -> None:
-    """Raise `refused` where a run is writing a file in `folder` whose name matches; locks of dead runs are removed.
+def refuse_running(path: Path, refused: type[Exception]) -> None:
+    """Raise `refused` where a run, in however many processes, is writing to `path`; locks of dead runs are removed.
 
     Args:
-        folder: it need not exist.
-        name: a regular expression, matched in full.
+        path: it need not exist.
         refused: the kind of error.
     """
-    pattern = re.compile(rf"\.({name})\.lock")
-    for place in folder.glob(".*.lock"):
-        if found := pattern.fullmatch(place.name):
-            with only_run(folder / found[1], refused):
+    name = re.compile(rf"\.{re.escape(path.name)}\.(\d+)\.lock")
+    for place in path.parent.glob(".*.lock"):
+        if found := name.fullmatch(place.name):
+            with only_run(path, int(found[1]), refused):
                 pass
-
-
-def _lock_of(file: Path) -> Path:
-    return file.with_name(f".{file.name}.lock")
 
 
 def _acquire(lock: FileLock, place: Path) -> None:
@@ -102,10 +98,10 @@ def _is_dead(owner: tuple[int, str] | None) -> bool:
     return False
 
 
-def _alive(file: Path) -> str:
-    owner = _owner(_lock_of(file))
+def _alive(path: Path, place: Path) -> str:
+    owner = _owner(place)
     who = "another process" if owner is None else f"process {owner[0]} on {owner[1]}"
     return (
-        f"{str(file)!r} is being written by a run that has not ended: {who}. Wait until it has, or end it, or give "
-        "this one another path."
+        f"A run that has not ended is writing to {str(path)!r}: {who}. Wait until it has, or end it, or give this one "
+        "another path."
     )

@@ -24,7 +24,7 @@ from catp_lightning import (
 )
 from catp_lightning.calibration.replay import Replay
 from catp_lightning.callbacks import calibration
-from catp_lightning.locks import only_run
+from catp_lightning.locks import only_run, refuse_running
 from tests.processes import Ended, in_fork, in_program, ranks
 from tests.test_answer_writer import Returning, lines, named
 from tests.test_answer_writer import run as answer
@@ -115,6 +115,13 @@ def test_a_signal_in_the_middle_of_a_batch_saves_the_sums_of_whole_batches(tmp_p
     ((_, batches),) = json.loads(metadata["stages"])
     assert 0 < batches == len(tensors["data"]) < 7
     assert int(tensors["0/parts/counts"].sum()) == 5 * batches
+
+
+def test_before_the_first_batch_is_measured_there_is_nothing_to_save(tmp_path: Path) -> None:
+    ended = killed(tmp_path / "p.json", 1, signal.SIGTERM, "step")
+    assert ended.code == 143, ended.said
+    assert "ended by SIGTERM, before a batch was measured: the same command goes on from the start." in ended.said
+    assert not list(tmp_path.iterdir())
 
 
 def test_every_process_saves_its_part_and_ends(tmp_path: Path) -> None:
@@ -260,7 +267,7 @@ class Second(Callback):
         if batch_idx == 3:
             (ended,) = in_fork(lambda: calibrate(self.path))
             assert ended.code == 1 and "PolicyError" in ended.said
-            assert f"a run that has not ended: process {os.getpid()} on " in ended.said
+            assert f"that has not ended is writing to '{self.path}': process {os.getpid()} on " in ended.said
             assert "elete" not in ended.said.rpartition("PolicyError")[2]
 
 
@@ -276,15 +283,19 @@ def test_a_lock_of_a_dead_process_is_free_and_new_folders_are_removed_with_it(tm
     file = tmp_path / "a" / "b" / "file"
 
     def dying() -> None:
-        with only_run(file, PolicyError):
+        with only_run(file, 3, PolicyError):
             os.kill(os.getpid(), signal.SIGKILL)
 
     in_fork(dying)
-    assert [one.name for one in file.parent.iterdir()] == [".file.lock"]
-    with only_run(file, PolicyError), pytest.raises(PolicyError, match="has not ended"), only_run(file, PolicyError):
-        raise AssertionError
+    assert [one.name for one in file.parent.iterdir()] == [".file.3.lock"]
+    refuse_running(file, PolicyError)
     assert not list(file.parent.iterdir())
-    with only_run(tmp_path / "c" / "d" / "file", PolicyError):
+    with only_run(file, 3, PolicyError):
+        for wait in (lambda: refuse_running(file, PolicyError), only_run(file, 3, PolicyError).__enter__):
+            with pytest.raises(PolicyError, match=rf"has not ended is writing to '.*': process {os.getpid()} on"):
+                wait()
+    assert not list(file.parent.iterdir())
+    with only_run(tmp_path / "c" / "d" / "file", 0, PolicyError):
         pass
     assert [one.name for one in tmp_path.iterdir()] == ["a"]
 

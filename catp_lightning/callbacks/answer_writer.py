@@ -72,14 +72,15 @@ class AnswerWriter(LoopContext, BasePredictionWriter):
             raise IsADirectoryError(f"{self.path} is a folder; AnswerWriter needs the name of a file in it.")
         if trainer.local_rank == 0:  # of every machine: they may not share the folder
             check_writable(self.path)
-            refuse_running(self.path.parent, _rank_pattern(self.path), BlockingIOError)
+            refuse_running(self.path, BlockingIOError)
             for file in _rank_files(self.path):
                 _keep(file)
 
     @contextmanager
     def loop_context(self, trainer: Trainer, pl_module: LightningModule, stage: Stage) -> Iterator[None]:
         self._answers = []
-        with only_run(file := self._of_rank(trainer.global_rank), BlockingIOError):
+        file = self._of_rank(trainer.global_rank)
+        with only_run(self.path, trainer.global_rank, BlockingIOError):
             try:
                 with open(file, "wb", buffering=0) as self._file:
                     yield

@@ -1,6 +1,5 @@
 """`CrossAttentionCalibration`: a policy measured on a calibration split, during `trainer.predict`."""
 
-import re
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -149,7 +148,7 @@ class CrossAttentionCalibration(LoopContext):
         if stage == "predict":
             refuse_sharded(trainer, "CrossAttentionCalibration", _SHARDED)
             on_first(trainer, self._refuse_unwritable)
-            on_first(trainer, self._refuse_beside_another)
+            on_first(trainer, lambda: refuse_running(self._stem(), PolicyError))
 
     @contextmanager
     def loop_context(self, trainer: Trainer, pl_module: LightningModule, stage: Stage) -> Iterator[None]:
@@ -162,8 +161,8 @@ class CrossAttentionCalibration(LoopContext):
         calibrator = Calibrator(plan, budgets, self.promise, pl_module.device)
         recorder = Recorder(plan, calibrator.needs)
         settings = self._settings(trainer, family)
-        with only_run(file := self._partial_file(str(trainer.global_rank)), PolicyError):
-            run = _Run(calibrator, recorder, Partial(file, settings), amount)
+        with only_run(self._stem(), trainer.global_rank, PolicyError):
+            run = _Run(calibrator, recorder, Partial(self._partial_file(trainer), settings), amount)
             done = self._begin(run)
             again = f" {done} batches of an interrupted calibration are taken over." if done else ""
             rank_zero_info(f"catp: {calibrator.stage.title}, at {_listed(budgets)}.{again}")
@@ -193,10 +192,13 @@ class CrossAttentionCalibration(LoopContext):
             "model": model_fingerprint(family.model),
         }
 
-    def _partial_file(self, rank: str) -> Path:
-        """Of one process, beside the policy."""
-        policy = self.path if self.path.suffix else self.path / "policy"
-        return policy.with_name(f"{policy.name}.partial-{rank}.safetensors")
+    def _partial_file(self, trainer: Trainer) -> Path:
+        """Of this process, beside the policy."""
+        stem = self._stem()
+        return stem.with_name(f"{stem.name}.partial-{trainer.global_rank}.safetensors")
+
+    def _stem(self) -> Path:
+        return self.path if self.path.suffix else self.path / "policy"
 
     @staticmethod
     def _begin(run: _Run) -> int:
@@ -247,13 +249,18 @@ class CrossAttentionCalibration(LoopContext):
         if self._run is None:
             return
         run = self._run
-        if isinstance(error, PolicyError | PruningError):  # what was refused is not gone on with
+        if isinstance(error, Exception):  # the batch that failed may fail again: what was saved last is gone on with
             return
-        if run.partial.flush() and trainer.is_global_zero:
+        saved = run.partial.flush()
+        if not trainer.is_global_zero:
+            return
+        if saved:
             tell(
                 f"ended by {ended_by(error)}. What was measured is saved in {str(run.partial.path)!r}, up to batch "
                 f"{run.partial.batches} of '{run.calibrator.stage.title}': the same command goes on from there."
             )
+        elif not run.partial.batches:
+            tell(f"ended by {ended_by(error)}, before a batch was measured: the same command goes on from the start.")
 
     def take_part(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self.on_predict_epoch_end(trainer, pl_module)
@@ -313,11 +320,6 @@ class CrossAttentionCalibration(LoopContext):
         """Raise OSError where what is found could not be saved."""
         for file in (*map(self._file, self.budgets), report_folder(self.path) / PAGE):
             check_writable(file)
-
-    def _refuse_beside_another(self) -> None:
-        """Raise PolicyError where a calibration is at work at this path, in however many processes."""
-        before, after = map(re.escape, self._partial_file("*").name.rsplit("*", 1))
-        refuse_running(self._partial_file("*").parent, rf"{before}\d+{after}", PolicyError)
 
     def _file(self, keep: int | float) -> Path:
         if self.several:

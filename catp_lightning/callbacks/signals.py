@@ -13,6 +13,8 @@ from typing import Any
 
 from lightning.pytorch import Trainer
 
+from catp_lightning.safe_text import one_line
+
 WAIT = 5.0
 """Seconds that the processes this one started have to save what they did."""
 
@@ -117,7 +119,8 @@ def end_if_told() -> None:
 def tell(line: str) -> None:
     """A line for who ended the run, where errors go, if anybody is there."""
     with suppress(OSError, ValueError):  # nobody reads it any more, or the disk of a log is full
-        print(f"\ncatp: {line}", file=sys.stderr, flush=True)  # a progress bar leaves its line open
+        print(file=sys.stderr)  # a progress bar leaves its line open
+        print(one_line(f"catp: {line}"), file=sys.stderr, flush=True)
 
 
 def ended_by(error: BaseException) -> str:
