@@ -1,8 +1,9 @@
 """`CrossAttentionCalibration`: a policy measured on a calibration split, during `trainer.predict`."""
 
+import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
@@ -31,6 +32,7 @@ from catp_lightning.families import Family, find_family
 from catp_lightning.files import check_writable
 from catp_lightning.locations import POLICY, budget_file_name
 from catp_lightning.policy import Budget, PruningPolicy, check_keep
+from catp_lightning.progress import Lines, batch_of, shows_bars
 from catp_lightning.refusals import compiled_inside, occupied, refuse_unprunable
 
 MANY = 2**20  # tokens; where images differ in their number shares are put in order, and then numbers of tokens
@@ -49,6 +51,7 @@ class _Run:
     calibrator: Calibrator
     recorder: Recorder
     partial: Partial
+    lines: Lines
     step: Step = field(init=False)
     batches: int = 0
     taken_over: int = 0
@@ -152,12 +155,13 @@ class CrossAttentionCalibration(LoopContext):
         budgets = self.budgets if self.promise is None else tuple(descending(self.budgets, tokens))
         calibrator = Calibrator(plan, budgets, self.promise, pl_module.device)
         recorder = Recorder(plan, calibrator.needs)
-        run = _Run(calibrator, recorder, self._partial(trainer, family))
+        run = _Run(calibrator, recorder, self._partial(trainer, family), Lines(calibrator.stage.title))
         run.taken_over = done = self._begin(run)
         again = f" {done} batches of an interrupted calibration are taken over." if done else ""
         rank_zero_info(f"catp: {calibrator.stage.title}, at {_listed(budgets)}.{again}")
         try:
             with (
+                nullcontext() if _is_hidden(trainer) else run.lines,
                 occupied(family),
                 compiled_inside(pl_module, family.model),
                 recorder.recording(),
@@ -201,6 +205,7 @@ class CrossAttentionCalibration(LoopContext):
 
     def _read_batch(self, trainer: Trainer, run: _Run, number: int) -> None:
         """Answer again what the step that just ran asked, under the same precision."""
+        run.lines.now = f"{run.calibrator.stage.title}, {batch_of(number + 1, trainer.num_predict_batches)}"
         with run.recorder.recorded() as pairs, torch.no_grad(), trainer.precision_plugin.predict_step_context():
             batch = [Samples.of(*pair) for pair in pairs]
             marks = batch_fingerprints(batch)
@@ -250,7 +255,7 @@ class CrossAttentionCalibration(LoopContext):
         """The user's step once more on every batch that is not in the sums: what is compared depends on all before."""
         if done == run.batches:
             return
-        hidden = trainer.progress_bar_callback is None or not trainer.is_global_zero
+        hidden = _is_hidden(trainer) or not shows_bars(sys.stderr)
         batches = tqdm(batches_again(trainer), total=run.batches, desc="catp", disable=hidden)
         seen = 0
         for number, arguments in enumerate(batches):
@@ -266,6 +271,7 @@ class CrossAttentionCalibration(LoopContext):
 
     def _save(self, trainer: Trainer, run: _Run, plain: float | None) -> None:
         """The policies and their report."""
+        run.lines.now = "writing policies and their report"
         files = [policy.save(self._file(policy.keep)) for policy in self.policies]
         folder, seconds = report_folder(self.path), time.perf_counter() - run.started
         self.summary = report(self.policies, files, folder, trainer.loggers, seconds, plain, trainer.global_step)
@@ -283,6 +289,11 @@ class CrossAttentionCalibration(LoopContext):
 
     def __getstate__(self) -> dict[str, Any]:
         return {**super().__getstate__(), "_run": None}
+
+
+def _is_hidden(trainer: Trainer) -> bool:
+    """Whether nobody is to be told how far a stage is."""
+    return trainer.progress_bar_callback is None or not trainer.is_global_zero
 
 
 def _check_exit(budgets: Sequence[int | float], args: Mapping[str, Any]) -> None:

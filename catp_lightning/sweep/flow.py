@@ -3,6 +3,7 @@
 import copy
 import json
 import shutil
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -26,6 +27,7 @@ from catp_lightning.files import write_bytes, write_json, write_text
 from catp_lightning.locations import budget_file_name
 from catp_lightning.metrics import vqa_score
 from catp_lightning.policy import PruningPolicy
+from catp_lightning.progress import Lines, Preparation, shows_bars
 from catp_lightning.scorers import SCORERS
 from catp_lightning.sweep.figure import figure
 from catp_lightning.sweep.jobs import Jobs, Outcome, data_fingerprint, versions
@@ -63,6 +65,8 @@ def sweep_model(
     layers: bool,
     reference: str | None,
     output: Path,
+    lines: Lines,
+    preparation: Preparation,
 ) -> ModelTable:
     """Compare methods on one model; what an earlier run has finished is not done again.
 
@@ -73,6 +77,8 @@ def sweep_model(
         layers: whether attention scorers are asked layer by layer as well.
         reference: the method that others are compared with; None: `CALIBRATED`, or the first.
         output: gets a folder named as the model: `table.md`, `table.json`, `accuracy.png`, `jobs` and `policies`.
+        lines: say what is being done.
+        preparation: it ends before the first question is read.
 
     Raises:
         PolicyError: the reference is not among the methods, or none of them makes sense on the model.
@@ -83,23 +89,28 @@ def sweep_model(
     titles = [rule.title for rule in found] + calibrations
     _check_reference(reference, titles, notes, family)
     name = Path(str(family.describe()["name"])).name or family.name
+    preparation.over = True
+    lines.now = f"{name}: reading the questions"
     folder, batches = output / name, list(reading.test())
     settings = {**reading.settings, "versions": versions(), "weights": model_fingerprint(family.model)}
     loader: DataLoader[Any] = DataLoader(batches, batch_size=None)  # type: ignore[arg-type]  # a list is enough
     everything = {**settings, "data": data_fingerprint(batches)}
     runner = Jobs(folder / "jobs", partial(reading.predict, loader), everything, _guide(family, reading.device))
+    lines.now = f"{name}: answering without pruning"
     full = runner.finished(None) or runner.run(None)
     jobs = [
         Job(rule.title, rule.name, rule.policy(keep), rule.control, rule.guided) for rule in found for keep in budgets
     ]
     for title in reversed(calibrations):
         place = folder / "policies" / title.replace(" ", "-")
+        lines.now = f"{name}: {title}, calibrating"
         policies = calibrated(reading, title.partition(" ")[2], budgets, settings, place, console)
         if isinstance(policies, str):
             notes[title] = policies
         else:
             jobs = [Job(title, title, policy) for policy in policies] + jobs
-    outcomes = dict(_outcomes(jobs, runner, notes, f"{name}:", console))
+    outcomes = dict(_outcomes(jobs, runner, notes, f"{name}:", console, lines))
+    lines.now = f"{name}: writing tables"
     if not outcomes:
         raise PolicyError(f"None of {', '.join(names)} makes sense on {name}: {next(iter(notes.values()))}")
     table = _table(name, full, outcomes, batches, _reference(reference, outcomes, notes), notes)
@@ -111,17 +122,18 @@ def sweep_model(
 
 
 def _outcomes(
-    jobs: Sequence[Job], runner: Jobs, notes: dict[str, str], name: str, console: Console
+    jobs: Sequence[Job], runner: Jobs, notes: dict[str, str], name: str, console: Console, lines: Lines
 ) -> Iterator[tuple[Job, Outcome]]:
     """What each job gave; one that the model refuses when it runs becomes a note."""
     done = {job: outcome for job in jobs if (outcome := runner.finished(job)) is not None}
     if done:
         console.print(f"{name} {len(done)} of {len(jobs)} jobs were finished by an earlier run.")
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=console) as progress:
+    with Progress(*columns, console=console, disable=not shows_bars(sys.stdout)) as progress:
         task = progress.add_task(name, total=len(jobs), completed=len(done))
-        for job in jobs:
+        for number, job in enumerate(jobs, 1):
             if job not in done:
+                lines.now = f"{name} {number} of {len(jobs)} jobs: {job.name}, keep {job.policy.keep}"
                 progress.update(task, description=f"{name} {job.name}, keep {job.policy.keep}")
                 try:
                     done[job] = runner.run(job)
