@@ -82,6 +82,7 @@ echo "Setting up $(@D), once: first torch (unpacking takes a minute), then the r
 endef
 
 # The stamp is written last: an interrupted set-up starts again, and keeps what is installed already.
+# Not compiled: Python compiles what it imports, and all of every package would take a minute or two of CPU.
 # torch first and alone: a pinned version without local tag takes a CPU build where one is offered.
 .venv-oldest/.installed: CONSTRAINTS = constraints-oldest.txt
 .venv-quantised/.installed: EXTRAS = dev,quantised
@@ -90,8 +91,8 @@ endef
 .venv/.installed .venv-oldest/.installed .venv-quantised/.installed: pyproject.toml setup.py
 	@$(call TELLING,$(@D)/bin/python -m pip --version >/dev/null 2>&1 || { $(CREATE); },making $(@D))
 	@echo "Installing torch."
-	@$(call TELLING,$(@D)/bin/python -m pip install -c $(CONSTRAINTS) "$$(grep '^torch==' $(CONSTRAINTS))",torch)
+	@$(call TELLING,$(@D)/bin/python -m pip install --no-compile -c $(CONSTRAINTS) "$$(grep '^torch==' $(CONSTRAINTS))",torch)
 	@echo "Installing the rest."
-	@$(call TELLING,$(@D)/bin/python -m pip install -c $(CONSTRAINTS) -e '.[$(EXTRAS)]',the rest)
+	@$(call TELLING,$(@D)/bin/python -m pip install --no-compile -c $(CONSTRAINTS) -e '.[$(EXTRAS)]',the rest)
 	@touch $@
 	@echo "$(@D) is ready."

@@ -1,8 +1,11 @@
 """Subcommands of `catp` that run a Trainer: each a LightningCLI with a few options of its own."""
 
 import os
+import re
 from abc import abstractmethod
 from argparse import Action
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import partial
 from importlib.resources import files
 from importlib.util import find_spec
@@ -21,6 +24,7 @@ from catp_lightning.callbacks.token_pruning import TokenPruning, load_policy
 from catp_lightning.callbacks.watch import Watch
 from catp_lightning.data import SHIPPED, shipped
 from catp_lightning.data.vqa import VQADataModule
+from catp_lightning.errors import DataError
 from catp_lightning.files import require_writable
 from catp_lightning.options import parsed
 from catp_lightning.policy import Budget, PruningPolicy
@@ -268,8 +272,22 @@ COMMANDS: dict[str, type[Command]] = {"calibrate": Calibrate, "validate": Valida
 
 def run_trainer(name: str, args: list[str], summary: str, preparation: Preparation) -> None:
     """The commands of `COMMANDS`: `args` are those after the name."""
-    with at_most(processors()):
+    with at_most(processors()), telling_of_scenes():
         COMMANDS[name](args, summary, preparation).run()
+
+
+@contextmanager
+def telling_of_scenes() -> Iterator[None]:
+    """A missing file of the scenes that the shipped configurations read is named with the command that writes it."""
+    try:
+        yield
+    except DataError as error:
+        missing = re.match(r"data/(digits\w*)/.*no such file", str(error))
+        if missing is None:
+            raise
+        own = missing[1] != "digits"  # the folder of the first shipped model, and the default of `catp scenes`
+        options = f" --model {missing[1]} --output data/{missing[1]}" if own else ""
+        raise DataError(f"{error} `catp scenes{options}` writes it.") from error
 
 
 def _model_folder(name: str) -> str:

@@ -113,7 +113,8 @@ def compare(
     every = float(module.model.config.num_query_tokens)
     images = [image for batch in batches for image in batch["image_ids"].tolist()]
     comparison = Comparison(images, CALIBRATED, [_result("no pruning", None, full, full, every, batches)])
-    jobs = [(name, policy) for name, rule in fixed_rules(module, RULES) for policy in map(rule.policy, BUDGETS)]
+    rules = fixed_rules(module, RULES, layers=False)  # each layer alone is in the report of the calibration
+    jobs = [(name, policy) for name, rule in rules for policy in map(rule.policy, BUDGETS)]
     jobs += [(CALIBRATED, policy) for policy in policies]
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(*columns, console=console, disable=not shows_bars(sys.stdout)) as progress:
@@ -128,16 +129,17 @@ def compare(
     return comparison
 
 
-def fixed_rules(module: VQAModule, shown: Mapping[str, str]) -> Iterator[tuple[str, Candidate]]:
-    """Fixed rules by the names a table shows: random, once for each seed, those of `shown`, and each layer of CATP."""
+def fixed_rules(module: VQAModule, shown: Mapping[str, str], layers: bool = True) -> Iterator[tuple[str, Candidate]]:
+    """Fixed rules by the names a table shows: random, once for each seed, those of `shown`, and with `layers` each
+    layer of CATP alone."""
     rules = {candidate.name: candidate for candidate in default_candidates(Plan.of(find_family(module)))}
     for seed in RANDOM_SEEDS:
         yield f"random ({len(RANDOM_SEEDS)} seeds)", Candidate("random", "random", {"seed": seed})
     for name, title in shown.items():
         yield title, rules[name]
-        if name == "catp":
-            layers = (name for name in rules if name.startswith("catp layer"))
-            yield from ((name.replace("catp", "CATP,"), rules[name]) for name in layers)
+        if name == "catp" and layers:
+            alone = (name for name in rules if name.startswith("catp layer"))
+            yield from ((name.replace("catp", "CATP,"), rules[name]) for name in alone)
 
 
 def predict(module: VQAModule, batches: list[VQABatch], policy: PruningPolicy | None) -> tuple[list[str], float]:

@@ -555,6 +555,20 @@ def test_the_digits_configuration_runs_by_its_name_on_the_shipped_model(monkeypa
     assert len(json.loads(Path("data/digits/calibration/questions.json").read_text())["questions"]) == 64
 
 
+@pytest.mark.parametrize(
+    ("config", "scenes"),
+    [
+        ("digits_blip2.yaml", "`catp scenes`"),
+        ("digits_llava.yaml", "`catp scenes --model digits_llava --output data/digits_llava`"),
+    ],
+)
+def test_a_shipped_configuration_without_its_scenes_names_the_command_that_writes_them(capsys, config, scenes):
+    for command, options in (("test", []), ("calibrate", ["--output", "new"]), ("sweep", ["--output", "new"])):
+        status, message = fails(capsys, command, "--config", ROOT / "configs" / config, *options)
+        assert message.endswith(f"{scenes} writes it.\n")
+        assert status == 2
+
+
 def test_an_unknown_shipped_model_is_refused_with_the_known_names():
     with pytest.raises(DataError, match=r"no shipped model 'letters'; there are: digits_blip2"):
         shipped("letters")

@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader
 
 from catp_lightning.calibration.figures import png
 from catp_lightning.callbacks.context import Stage
-from catp_lightning.commands import Command
+from catp_lightning.commands import Command, telling_of_scenes
 from catp_lightning.data import GRIDS, PROMPTS, SHIPPED, shipped
 from catp_lightning.data.scenes import Split, write_scenes
 from catp_lightning.data.vqa import VQADataModule
@@ -142,7 +142,7 @@ def sweep(args: list[str], summary: str, preparation: Preparation) -> None:
         )
     preparation.lines.close()  # each model has its own
     if own:
-        with at_most(processors()):
+        with at_most(processors()), telling_of_scenes():
             _run(args, summary, preparation)
         return
     models = listed(known.models) if known.models else list(SHIPPED)

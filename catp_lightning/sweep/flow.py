@@ -89,9 +89,12 @@ def sweep_model(
     titles = [rule.title for rule in found] + calibrations
     _check_reference(reference, titles, notes, family)
     name = Path(str(family.describe()["name"])).name or family.name
-    preparation.over = True
     lines.now = f"{name}: reading the questions"
-    folder, batches = output / name, list(reading.test())
+    if calibrations and reading.calibration is not None:
+        reading.calibration()  # what is missing there is said now, not after all other methods
+    asked = reading.test()
+    preparation.over = True
+    folder, batches = output / name, list(asked)
     settings = {**reading.settings, "versions": versions(), "weights": model_fingerprint(family.model)}
     loader: DataLoader[Any] = DataLoader(batches, batch_size=None)  # type: ignore[arg-type]  # a list is enough
     everything = {**settings, "data": data_fingerprint(batches)}
