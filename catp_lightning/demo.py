@@ -96,7 +96,7 @@ def calibrate(module: VQAModule, data: VQADataModule, folder: Path) -> list[Prun
 
     logger = WandbLogger(project="catp-lightning", name="demo", save_dir=str(folder), offline=True)
     callback = CrossAttentionCalibration(folder / "policies", keep=BUDGETS)
-    bars = shows_bars(sys.stdout)
+    bars = shows_bars()
     trainer = Trainer(**{**QUIET, "logger": logger}, callbacks=[callback], enable_progress_bar=bars)
     trainer.predict(module, data.calibration_dataloader(), return_predictions=False)
     wandb.finish()
@@ -117,7 +117,7 @@ def compare(
     jobs = [(name, policy) for name, rule in rules for policy in map(rule.policy, BUDGETS)]
     jobs += [(CALIBRATED, policy) for policy in policies]
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=console, disable=not shows_bars(sys.stdout)) as progress:
+    with Progress(*columns, console=console, disable=not shows_bars()) as progress:
         task = progress.add_task("comparing", total=len(jobs))
         for number, (name, policy) in enumerate(jobs, 1):
             progress.update(task, description=f"{name}, keep {policy.keep}")

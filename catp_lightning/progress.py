@@ -12,10 +12,13 @@ EVERY = 10.0
 """Seconds between two lines."""
 
 
-def shows_bars(stream: TextIO) -> bool:
-    """Whether a progress bar can be drawn on a stream: on a terminal that moves its cursor, or in a notebook."""
-    notebook = type(stream).__module__.startswith("ipykernel.")
-    return notebook or (stream.isatty() and os.environ.get("TERM") != "dumb")
+def shows_bars() -> bool:
+    """Whether progress bars can be drawn: in a notebook, or where both standard streams are a terminal that can move
+    its cursor. Lightning's bar goes to the one, tqdm's to the other, and what is piped shows neither."""
+    streams = (sys.stdout, sys.stderr)
+    notebook = any(type(stream).__module__.startswith("ipykernel.") for stream in streams)
+    terminal = all(stream is not None and stream.isatty() for stream in streams)
+    return notebook or (terminal and os.environ.get("TERM") != "dumb")
 
 
 def batch_of(number: int, counts: Iterable[int | float]) -> str:
@@ -42,7 +45,7 @@ class Lines:
 
     def __init__(self, now: str, stream: TextIO | None = None) -> None:
         self.now = now
-        self._stream = sys.stderr if stream is None else stream
+        self._stream = sys.stderr if stream is None else stream  # None again where a process has none
         self._ended = threading.Event()
         self._thread: threading.Thread | None = None
 
@@ -55,7 +58,7 @@ class Lines:
                 return
 
     def __enter__(self) -> Self:
-        if not shows_bars(self._stream):
+        if self._stream is not None and not shows_bars():
             self._thread = threading.Thread(target=self._write, name="catp-lines", daemon=True)
             self._thread.start()
         return self

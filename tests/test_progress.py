@@ -53,16 +53,25 @@ def threads() -> list[str]:
     return [thread.name for thread in threading.enumerate()]
 
 
-def test_a_terminal_gets_no_lines_unless_it_cannot_draw_a_bar(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert shows_bars(Terminal()) and not shows_bars(io.StringIO())
-    terminal = Terminal()
-    with Lines("reading", terminal):
-        time.sleep(0.1)
-    assert terminal.getvalue() == ""
-    monkeypatch.setenv("TERM", "dumb")
-    with Lines("reading", terminal):
-        time.sleep(0.1)
-    assert "catp: reading" in terminal.getvalue()
+@pytest.mark.parametrize(
+    ("out", "err", "term", "told"),
+    [
+        (Terminal, Terminal, "xterm", False),
+        (Terminal, Terminal, "dumb", True),
+        (io.StringIO, Terminal, "xterm", True),
+        (Terminal, io.StringIO, "xterm", True),
+        (io.StringIO, io.StringIO, "xterm", True),
+    ],
+)
+def test_lines_are_written_where_no_bar_can_be_drawn(monkeypatch, out, err, term, told) -> None:
+    stream = err()
+    monkeypatch.setattr(sys, "stdout", out())
+    monkeypatch.setattr(sys, "stderr", stream)
+    monkeypatch.setenv("TERM", term)
+    assert shows_bars() != told
+    with Lines("reading"):
+        time.sleep(0.15)
+    assert ("catp: reading, 0 s\n" in stream.getvalue()) == told
 
 
 def test_work_goes_on_where_nobody_reads_the_lines() -> None:

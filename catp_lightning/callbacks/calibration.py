@@ -1,6 +1,5 @@
 """`CrossAttentionCalibration`: a policy measured on a calibration split, during `trainer.predict`."""
 
-import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
@@ -221,7 +220,8 @@ class CrossAttentionCalibration(LoopContext):
         run = self._run
         plain = None if run.taken_over else time.perf_counter() - run.started - run.replaying
         while self._finish(run):
-            rank_zero_info(f"catp: {run.calibrator.stage.title}.")
+            run.lines.now = run.calibrator.stage.title
+            rank_zero_info(f"catp: {run.lines.now}.")
             self._read_again(trainer, run, self._begin(run))
         self.policies = run.calibrator.policies()
         if trainer.fast_dev_run:  # type: ignore[attr-defined]  # its policy must not replace one that was measured
@@ -255,7 +255,7 @@ class CrossAttentionCalibration(LoopContext):
         """The user's step once more on every batch that is not in the sums: what is compared depends on all before."""
         if done == run.batches:
             return
-        hidden = _is_hidden(trainer) or not shows_bars(sys.stderr)
+        hidden = _is_hidden(trainer) or not shows_bars()
         batches = tqdm(batches_again(trainer), total=run.batches, desc="catp", disable=hidden)
         seen = 0
         for number, arguments in enumerate(batches):

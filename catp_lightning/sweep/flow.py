@@ -3,7 +3,6 @@
 import copy
 import json
 import shutil
-import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -132,7 +131,7 @@ def _outcomes(
     if done:
         console.print(f"{name} {len(done)} of {len(jobs)} jobs were finished by an earlier run.")
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=console, disable=not shows_bars(sys.stdout)) as progress:
+    with Progress(*columns, console=console, disable=not shows_bars()) as progress:
         task = progress.add_task(name, total=len(jobs), completed=len(done))
         for number, job in enumerate(jobs, 1):
             if job not in done:
