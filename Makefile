@@ -19,6 +19,14 @@ PYTEST = OMP_NUM_THREADS=1 $(1)/bin/python -m pytest -q -n $(WORKERS) --dist wor
 
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
+# A command, and where there is no terminal a line every few seconds: pip says nothing while it unpacks large packages.
+EVERY = 10
+define TELLING
+{ [ -t 1 ] || while sleep $(EVERY) >/dev/null 2>&1 && kill -0 $$$$ 2>/dev/null; do echo "still at it: $(2)"; done & } ; telling=$$!; \
+trap 'kill $$telling 2>/dev/null' EXIT; trap 'exit 130' INT; trap 'exit 143' TERM; \
+$(1)
+endef
+
 .PHONY: help venv demo test test-all test-oldest test-quantised lint format build clean
 
 help:
@@ -27,7 +35,7 @@ help:
 venv: .venv/.installed
 
 demo: .venv/.installed
-	.venv/bin/catp demo
+	PYTHONUNBUFFERED=1 .venv/bin/catp demo
 
 test: .venv/.installed
 	$(call PYTEST,.venv)
@@ -69,19 +77,22 @@ command -v "$(PYTHON)" >/dev/null || { \
     echo "catp-lightning needs Python 3.11 or newer; '$(PYTHON)' is $$("$(PYTHON)" -V 2>&1)." >&2; \
     echo "Name another: make $(MAKECMDGOALS) PYTHON=python3.11" >&2; \
     exit 1; }; \
-echo "Setting up $(@D), once: first torch (unpacking takes a minute), then the rest (a few minutes)."; \
+echo "Setting up $(@D), once: first torch (unpacking takes a minute), then the rest; together about five minutes."; \
 "$(PYTHON)" -m venv --clear $(@D)
 endef
 
 # The stamp is written last: an interrupted set-up starts again, and keeps what is installed already.
+# Not compiled: Python compiles what it imports, and all of every package would take a minute or two of CPU.
 # torch first and alone: a pinned version without local tag takes a CPU build where one is offered.
 .venv-oldest/.installed: CONSTRAINTS = constraints-oldest.txt
 .venv-quantised/.installed: EXTRAS = dev,quantised
 .venv/.installed .venv-quantised/.installed: constraints.txt
 .venv-oldest/.installed: constraints-oldest.txt
 .venv/.installed .venv-oldest/.installed .venv-quantised/.installed: pyproject.toml setup.py
-	@$(@D)/bin/python -m pip --version >/dev/null 2>&1 || { $(CREATE); }
-	$(@D)/bin/python -m pip install -c $(CONSTRAINTS) "$$(grep '^torch==' $(CONSTRAINTS))"
-	$(@D)/bin/python -m pip install -c $(CONSTRAINTS) -e '.[$(EXTRAS)]'
+	@$(call TELLING,$(@D)/bin/python -m pip --version >/dev/null 2>&1 || { $(CREATE); },making $(@D))
+	@echo "Installing torch."
+	@$(call TELLING,$(@D)/bin/python -m pip install --no-compile -c $(CONSTRAINTS) "$$(grep '^torch==' $(CONSTRAINTS))",torch)
+	@echo "Installing the rest."
+	@$(call TELLING,$(@D)/bin/python -m pip install --no-compile -c $(CONSTRAINTS) -e '.[$(EXTRAS)]',the rest)
 	@touch $@
 	@echo "$(@D) is ready."

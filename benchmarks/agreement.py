@@ -320,7 +320,7 @@ def spread_figure(agreement: np.ndarray) -> Figure:
             axes.scatter(SIZES, values, s=12, alpha=0.5, color=line.get_color())
     axes.set_xscale("log", base=2)
     axes.set_xticks(SIZES, [str(size) for size in SIZES])
-    axes.set(xlabel="calibration questions", ylabel="agreement with the unpruned model")
+    axes.set(xlabel="calibration questions, on a logarithmic scale", ylabel="agreement with the unpruned model")
     axes.legend()
     return drawing
 

@@ -1,13 +1,57 @@
 """Calibrated visual-token pruning for vision-language models in PyTorch Lightning."""
 
-from importlib.metadata import PackageNotFoundError, version
+from typing import TYPE_CHECKING
 
-from catp_lightning.callbacks import AnswerWriter, CrossAttentionCalibration, TokenPruning
 from catp_lightning.errors import DataError, PolicyError, PruningError
-from catp_lightning.module import PrunedModule
-from catp_lightning.policy import PruningPolicy
-from catp_lightning.pruning import Pruning, prune
-from catp_lightning.vqa_module import VQAModule
+
+if TYPE_CHECKING:
+    from catp_lightning.callbacks import AnswerWriter, CrossAttentionCalibration, TokenPruning
+    from catp_lightning.module import PrunedModule
+    from catp_lightning.policy import PruningPolicy
+    from catp_lightning.pruning import Pruning, prune
+    from catp_lightning.vqa_module import VQAModule
+
+    __version__: str
+else:
+    # What is built on torch is imported when it is asked for: `catp --help` and its like do not need it.
+    _PLACES = {
+        "AnswerWriter": "callbacks",
+        "CrossAttentionCalibration": "callbacks",
+        "TokenPruning": "callbacks",
+        "PrunedModule": "module",
+        "PruningPolicy": "policy",
+        "Pruning": "pruning",
+        "prune": "pruning",
+        "VQAModule": "vqa_module",
+    }
+
+    _ROOMS = ("callbacks", "calibration", "data", "families", "metrics", "policy", "pruning", "scorers", "selectors")
+
+    def __getattr__(name: str) -> object:
+        from importlib import import_module
+
+        if name in _PLACES:
+            found = getattr(import_module(f"{__name__}.{_PLACES[name]}"), name)
+        elif name in _ROOMS:
+            found = import_module(f"{__name__}.{name}")
+        elif name == "__version__":
+            found = _version()
+        else:
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        globals()[name] = found
+        return found
+
+    def _version() -> str:
+        from importlib.metadata import PackageNotFoundError, version
+
+        try:
+            return version("catp-lightning")
+        except PackageNotFoundError:  # read from its sources, not installed
+            return "unknown"
+
+    def __dir__() -> list[str]:
+        return sorted({*globals(), *__all__})
+
 
 __all__ = [
     "AnswerWriter",
@@ -22,8 +66,3 @@ __all__ = [
     "VQAModule",
     "prune",
 ]
-
-try:
-    __version__ = version("catp-lightning")
-except PackageNotFoundError:  # read from its sources, not installed
-    __version__ = "unknown"

@@ -1,23 +1,19 @@
 """The `catp` command: what each subcommand does, and how its errors reach people."""
 
 import argparse
-import logging
+import difflib
 import os
 import re
 import sys
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from importlib.metadata import PackageNotFoundError, version
 
-from jsonargparse import ArgumentError, auto_cli
-from lightning.pytorch.utilities.exceptions import MisconfigurationException
-
-from catp_lightning.commands import Calibrate, Predict, Test, Validate
-from catp_lightning.data import GRIDS, shipped
-from catp_lightning.data.scenes import Split, write_scenes
 from catp_lightning.errors import DataError, PolicyError, PruningError
-from catp_lightning.safe_text import one_line, printable
+from catp_lightning.progress import Lines, Preparation
+from catp_lightning.safe_text import printable
+
+# Whatever is built on torch is imported where it is needed: help, versions and misspelt commands need none of it.
 
 SUMMARIES = {
     "calibrate": "Measure, on a calibration split, which visual tokens a model can do without, and save the policy.",
@@ -32,9 +28,10 @@ SUMMARIES = {
 EPILOG = """\
 examples:
   catp demo
-  catp scenes --output data/digits
+  catp scenes
   catp calibrate --config digits_blip2.yaml --keep '[0.5, 0.25, 0.125]' --output policies
   catp test --config digits_blip2.yaml --policy policies --keep 0.25 --compare true
+  catp validate --config digits_blip2.yaml --scorer stride --keep 0.25
   catp predict --config digits_blip2.yaml --policy policies --keep 0.25 --output answers.jsonl
   catp validate --config mine.yaml --model my_package.MyModule --data my_package.MyDataModule
   catp sweep --scorers '[fastervlm, fastv, stride, random]' --keep '[0.5, 0.25]' --output runs/sweep
@@ -42,34 +39,54 @@ examples:
 `catp COMMAND --help` explains a command's options, `catp COMMAND --print_config` prints them as YAML for --config.
 A configuration file that is not found is looked for among those shipped: blip2_opt_vqav2.yaml,
 digits_blip2.yaml, digits_llava.yaml, digits_mllama.yaml.
-With CATP_TRACEBACK=1 in the environment an error shows its traceback.
+It exits with 2 where what was asked for is wrong, a name, a value, a file that is not there or a policy for another
+model, and has then not begun; with 1 where the work itself fails. CATP_TRACEBACK=1 shows an error's traceback.
 """
 
 OURS = (PolicyError, DataError, PruningError)  # their messages say everything
-EXPECTED = (*OURS, ValueError, TypeError, OSError, ImportError, MisconfigurationException)
+EXPECTED = (*OURS, ValueError, TypeError, OSError, ImportError)
 
 NOISE = (".*does not have many workers", ".*LeafSpec.*is deprecated")  # Lightning's advice, and its own use of torch
+
+TO_STDOUT = ("demo", "sweep", "scenes")
+"""Commands whose own output is for people; that of others may be read by programs, and their lines go elsewhere."""
 
 
 def main(args: Sequence[str] | None = None) -> None:
     """Run `catp` with the given arguments; those of the process by default.
 
     Raises:
-        SystemExit: 2 where the arguments are wrong, 1 where the work fails; each with one message on standard error.
+        SystemExit: 2 where what is asked for is wrong, noticed before the work begins; 1 where the work fails; each
+            with one message on standard error.
     """
     arguments = sys.argv[1:] if args is None else list(args)
-    chosen = _parser().parse_args(arguments or ["--help"])
-    try:
-        with _without_advertisements():
-            COMMANDS[chosen.command](chosen.arguments)
-    except (ArgumentError, *EXPECTED) as error:
-        if os.environ.get("CATP_TRACEBACK") == "1":
-            raise
-        usage = isinstance(error, ArgumentError)
-        help_ = f"\n`catp {chosen.command} --help` lists the options." if usage else ""
-        told = printable(f"\ncatp: error: {_message(error)}{help_}")  # a progress bar leaves its line open
-        print(told, file=sys.stderr)
-        raise SystemExit(2 if usage else 1) from None
+    chosen = _parse(arguments or ["--help"])
+    if args is None and "torch" not in sys.modules:  # the process is ours
+        # Threads that wait for each other sleep. Beside other work on all processors they would burn most of the time.
+        os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    stream = sys.stdout if chosen.command in TO_STDOUT else sys.stderr
+    with Lines(f"{chosen.command}: preparing", stream) as lines:
+        preparation = Preparation(lines)
+        try:
+            with _without_advertisements():
+                _run(chosen.command, chosen.arguments, preparation)
+        except Exception as error:
+            if os.environ.get("CATP_TRACEBACK") == "1" or not _is_expected(error):
+                raise
+            help_ = f"\n`catp {chosen.command} --help` lists the options." if _is_of_arguments(error) else ""
+            told = printable(f"\ncatp: error: {_message(error)}{help_}")  # a progress bar leaves its line open
+            print(told, file=sys.stderr)
+            raise SystemExit(1 if preparation.over else 2) from None
+
+
+def _parse(arguments: list[str]) -> argparse.Namespace:
+    parser = _parser()
+    chosen = parser.parse_args(arguments)
+    if chosen.command not in SUMMARIES:
+        near = difflib.get_close_matches(chosen.command, SUMMARIES, n=1)
+        hint = f" Did you mean {near[0]!r}?" if near else ""
+        parser.error(f"there is no command {chosen.command!r}; there are {', '.join(SUMMARIES)}.{hint}")
+    return chosen
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -83,87 +100,68 @@ def _parser() -> argparse.ArgumentParser:
         epilog=EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--version", action="version", version=f"catp-lightning {_version()}")
-    parser.add_argument("command", choices=SUMMARIES, metavar="COMMAND", help=argparse.SUPPRESS)
+    parser.add_argument("--version", action=_Version)
+    parser.add_argument("command", metavar="COMMAND", help=argparse.SUPPRESS)
     parser.add_argument("arguments", nargs=argparse.REMAINDER, help=argparse.SUPPRESS)
     return parser
 
 
-def _version() -> str:
-    try:
-        return version("catp-lightning")
-    except PackageNotFoundError:
-        return "(not installed)"
+class _Version(argparse.Action):
+    """Reads the version when it is asked for."""
+
+    def __init__(self, option_strings: Sequence[str], dest: str) -> None:
+        super().__init__(option_strings, dest=argparse.SUPPRESS, nargs=0, help="Print the version and exit.")
+
+    def __call__(self, parser: argparse.ArgumentParser, *args: object) -> None:
+        from importlib.metadata import PackageNotFoundError, version
+
+        try:
+            found = version("catp-lightning")
+        except PackageNotFoundError:
+            found = "(not installed)"
+        print(f"catp-lightning {found}")
+        parser.exit()
 
 
-def write_splits(
-    output: str = "data/digits",
-    questions: int = 1000,
-    calibration_questions: int = 512,
-    seed: int = 0,
-    model: str = "digits_blip2",
-) -> None:
-    """Write digit scenes of the calibration and the test split; no digit is in both.
+def _run(name: str, args: list[str], preparation: Preparation) -> None:
+    if name in ("demo", "scenes"):
+        from catp_lightning.scene_commands import demo, scenes
 
-    Args:
-        output: the folder that gets `calibration` and `test`, in VQAv2's layout.
-        questions: how many questions the test split has.
-        calibration_questions: how many questions the calibration split has.
-        seed: of the scenes and questions.
-        model: the shipped model that the scenes are for: digits_blip2, digits_llava or digits_mllama.
-    """
-    shipped(model)  # raises where it is none
-    counts: dict[Split, int] = {"calibration": calibration_questions, "test": questions}
-    for split, count in counts.items():
-        place = write_scenes(os.path.join(output, split), split, count, seed, grids=GRIDS[model])
-        print(one_line(f"{count} questions in {place}"))
+        (demo if name == "demo" else scenes)(args, SUMMARIES[name], preparation)
+    elif name == "sweep":
+        from catp_lightning.sweep.command import sweep
+
+        sweep(args, SUMMARIES[name], preparation)
+    else:
+        from catp_lightning.commands import run_trainer
+
+        run_trainer(name, args, SUMMARIES[name], preparation)
 
 
-def _run_function(name: str, function: Callable[..., None], args: list[str]) -> None:
-    auto_cli(
-        function,
-        args=args,
-        as_positional=False,
-        prog=f"catp {name}",
-        usage=f"catp {name} [options]",
-        description=SUMMARIES[name],
-        exit_on_error=False,
-    )
+def _is_of_arguments(error: Exception) -> bool:
+    from jsonargparse import ArgumentError
+
+    return isinstance(error, ArgumentError)
 
 
-def _demo(args: list[str]) -> None:
-    from catp_lightning.demo import run_demo
-
-    _run_function("demo", run_demo, args)
-
-
-def _sweep(args: list[str]) -> None:
-    from catp_lightning.sweep.command import sweep
-
-    sweep(args, SUMMARIES["sweep"])
-
-
-COMMANDS: dict[str, Callable[[list[str]], None]] = {
-    "calibrate": lambda args: Calibrate(args, SUMMARIES["calibrate"]).run(),
-    "validate": lambda args: Validate(args, SUMMARIES["validate"]).run(),
-    "test": lambda args: Test(args, SUMMARIES["test"]).run(),
-    "predict": lambda args: Predict(args, SUMMARIES["predict"]).run(),
-    "sweep": _sweep,
-    "scenes": lambda args: _run_function("scenes", write_splits, args),
-    "demo": _demo,
-}
+def _is_expected(error: Exception) -> bool:
+    """Whether an error's message is enough; Lightning's own is known by its name, or help would import Lightning."""
+    of_lightning = any(kind.__name__ == "MisconfigurationException" for kind in type(error).__mro__)
+    return isinstance(error, EXPECTED) or of_lightning or _is_of_arguments(error)
 
 
 def _message(error: Exception) -> str:
     text, name = str(error), type(error).__name__
     if text.startswith("Caught ") and "Original Traceback" in text:  # from a DataLoader's worker process
         text = re.split(rf"\n[\w.]*\b{name}: ", text)[-1].strip()
-    return text if isinstance(error, (ArgumentError, *OURS)) else f"{name}: {text}"
+    return text if isinstance(error, OURS) or _is_of_arguments(error) else f"{name}: {text}"
 
 
 @contextmanager
 def _without_advertisements() -> Iterator[None]:
     """Lightning's tips to install other products, and what a user can do nothing about, stay unsaid."""
+    import logging
+
     logger = logging.getLogger("lightning.pytorch.utilities.rank_zero")
 
     def wanted(record: logging.LogRecord) -> bool:

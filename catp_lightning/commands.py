@@ -1,9 +1,12 @@
 """Subcommands of `catp` that run a Trainer: each a LightningCLI with a few options of its own."""
 
 import os
+import re
 import signal
 from abc import abstractmethod
 from argparse import Action
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import partial
 from importlib.resources import files
 from importlib.util import find_spec
@@ -20,9 +23,15 @@ from catp_lightning.callbacks.answer_writer import AnswerWriter
 from catp_lightning.callbacks.calibration import CrossAttentionCalibration
 from catp_lightning.callbacks.context import Stage
 from catp_lightning.callbacks.token_pruning import TokenPruning, load_policy
+from catp_lightning.callbacks.watch import Watch
 from catp_lightning.data import SHIPPED, shipped
 from catp_lightning.data.vqa import VQADataModule
-from catp_lightning.policy import Budget
+from catp_lightning.errors import DataError
+from catp_lightning.files import require_writable
+from catp_lightning.options import parsed
+from catp_lightning.policy import Budget, PruningPolicy
+from catp_lightning.progress import Preparation
+from catp_lightning.threads import at_most, processors
 from catp_lightning.vqa_module import VQAModule
 
 SHOWN = ("accelerator", "devices", "precision", "logger")
@@ -69,6 +78,7 @@ class Command(LightningCLI):
     Args:
         args: the arguments after the subcommand.
         summary: what the subcommand does.
+        preparation: it ends when the Trainer's loop begins.
 
     Raises:
         ArgumentError: an argument is unknown, missing or of another type.
@@ -77,8 +87,8 @@ class Command(LightningCLI):
 
     stage: ClassVar[Stage]
 
-    def __init__(self, args: list[str], summary: str) -> None:
-        name = type(self).__name__.lower()
+    def __init__(self, args: list[str], summary: str, preparation: Preparation) -> None:
+        name, self.preparation = type(self).__name__.lower(), preparation
         super().__init__(
             save_config_callback=None,
             seed_everything_default=0,
@@ -117,10 +127,10 @@ class Command(LightningCLI):
             cast(dict[str, Any], parser.groups)[key].title = title
 
     def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
-        self.config = parser.parse_args(cast(list[str], args))
+        self.config = parsed(parser, cast(list[str], args))
 
     def before_instantiate_classes(self) -> None:
-        self.trainer_defaults["callbacks"] = self.callbacks()
+        self.trainer_defaults["callbacks"] = [*self.callbacks(), *self.watching()]
         for key in MODELS:
             if isinstance(name := self.config.get(key), str):
                 self.config[key] = _model_folder(name)
@@ -145,6 +155,10 @@ class Command(LightningCLI):
     @abstractmethod
     def callbacks(self) -> list[Callback]:
         """What the Trainer gets beside the configured callbacks."""
+
+    def watching(self) -> list[Callback]:
+        """What tells how far a loop is, where a progress bar would."""
+        return [Watch(self.preparation, says=self.config.trainer.enable_progress_bar is not False)]
 
 
 class Calibrate(Command):
@@ -188,6 +202,9 @@ class Calibrate(Command):
         require_writable(report_folder(path), folder=True)
         return [self.calibration]
 
+    def watching(self) -> list[Callback]:
+        return [Watch(self.preparation, says=False)]  # calibration says by itself how far it is
+
     def after_instantiate_classes(self) -> None:
         callbacks = cast(Any, self.trainer).callbacks  # after the progress bar: what was found are the last lines
         callbacks.append(callbacks.pop(callbacks.index(self.calibration)))
@@ -199,19 +216,38 @@ class Validate(Command):
     stage: ClassVar[Stage] = "validate"
 
     def add_own_arguments(self, parser: LightningArgumentParser) -> None:
-        help_ = "File, folder, wandb://… or hf://… of the policy to prune by; without it the model runs unpruned."
+        help_ = (
+            "File, folder, wandb://… or hf://… of the policy to prune by; without it and without --scorer the model "
+            "runs unpruned."
+        )
         parser.add_argument("--policy", type=str | None, help=help_)
-        help_ = "Which budget of a folder that holds several: 0.5 or 1.0 is a share, 16 or 1 a number of tokens."
+        help_ = "A fixed rule to prune by, instead of a policy: the name of a method, `stride` or `fastv`."
+        parser.add_argument("--scorer", type=str | None, help=help_)
+        help_ = "Its arguments: '{layer: 2}' is where fastv drops."
+        parser.add_argument("--scorer_args", type=dict[str, Any] | None, help=help_)
+        parser.add_argument("--selector", type=str | None, help="Its selector, instead of its own.")
+        help_ = (
+            "The budget: 0.5 or 1.0 is a share, 16 or 1 a number of tokens. Of a --scorer, by default 0.5; or which of "
+            "a folder of policies that holds several."
+        )
         parser.add_argument("--keep", type=Budget | None, help=help_)
         help_ = "Run the unpruned model as well and log the share of equal answers, catp/agreement."
         parser.add_argument("--compare", type=bool, default=False, help=help_)
 
     def callbacks(self) -> list[Callback]:
         config = self.config
+        if config.policy is not None and config.scorer is not None:
+            raise ArgumentError(None, "--policy and --scorer both say how to prune: give one of them.")
+        if config.scorer is None and (config.scorer_args or config.selector):
+            raise ArgumentError(None, "--scorer_args and --selector are those of a --scorer: give it as well.")
         if config.policy is not None:
             return [TokenPruning(load_policy(config.policy, config.keep), compare=config.compare)]
+        if config.scorer is not None:
+            keep = 0.5 if config.keep is None else config.keep
+            rule = PruningPolicy(config.scorer, config.scorer_args or {}, config.selector, keep=keep)
+            return [TokenPruning(rule, compare=config.compare)]
         if config.keep is not None or config.compare:
-            raise ArgumentError(None, "--keep and --compare say how to prune: give --policy as well.")
+            raise ArgumentError(None, "--keep and --compare say how to prune: give --policy or --scorer as well.")
         return []
 
 
@@ -240,6 +276,29 @@ class Predict(Validate):
         return [*super().callbacks(), AnswerWriter(output)]
 
 
+COMMANDS: dict[str, type[Command]] = {"calibrate": Calibrate, "validate": Validate, "test": Test, "predict": Predict}
+
+
+def run_trainer(name: str, args: list[str], summary: str, preparation: Preparation) -> None:
+    """The commands of `COMMANDS`: `args` are those after the name."""
+    with at_most(processors()), telling_of_scenes():
+        COMMANDS[name](args, summary, preparation).run()
+
+
+@contextmanager
+def telling_of_scenes() -> Iterator[None]:
+    """A missing file of the scenes that the shipped configurations read is named with the command that writes it."""
+    try:
+        yield
+    except DataError as error:
+        missing = re.match(r"data/(digits\w*)/.*no such file", str(error))
+        if missing is None:
+            raise
+        own = missing[1] != "digits"  # the folder of the first shipped model, and the default of `catp scenes`
+        options = f" --model {missing[1]} --output data/{missing[1]}" if own else ""
+        raise DataError(f"{error} `catp scenes{options}` writes it.") from error
+
+
 def _model_folder(name: str) -> str:
     """A shipped model's folder for its name; any other name as it is."""
     if os.path.exists(name):
@@ -260,15 +319,3 @@ def _predict_calibration(datamodule: Any) -> None:
 
 def _set_up_calibration(setup: Any, stage: str) -> None:
     setup("calibration")
-
-
-def require_writable(path: Path, folder: bool) -> None:
-    """Raise OSError now where a file could not be written after the work."""
-    if path.exists() and path.is_dir() != folder:
-        kind, wanted = ("a folder", "a file") if path.is_dir() else ("a file", "a folder")
-        raise FileExistsError(f"--output {path} is {kind}, but {wanted} is to be written.")
-    place = next(parent for parent in (path, *path.absolute().parents) if parent.exists())
-    if not place.is_dir() and place != path:
-        raise NotADirectoryError(f"--output {path} cannot be written: {place} is not a folder.")
-    if not os.access(place, os.W_OK):
-        raise PermissionError(f"--output {path} cannot be written: no permission for {place}.")

@@ -11,7 +11,7 @@ import numpy as np
 from matplotlib.figure import Figure
 from rich.table import Table
 
-from catp_lightning.calibration.figures import png
+from catp_lightning.calibration.figures import LOGARITHMIC, png
 from catp_lightning.files import write_bytes, write_json, write_text
 from catp_lightning.safe_text import figure_text, markdown_text, rich_text
 
@@ -244,12 +244,14 @@ def figure(rows: Sequence[Mapping[str, Any]], reference: str, measure: Measure =
         if method == reference:
             axes.plot(tokens, value, marker="o", linewidth=3, color="crimson", label=figure_text(method))
             axes.fill_between(tokens, low, high, color="crimson", alpha=0.15)
+            axes.vlines(tokens, low, high, color="crimson", linewidth=1)  # a band of one budget has no width
         else:
             axes.plot(tokens, value, marker=marker, linewidth=1.2, color=shade, label=figure_text(method))
     axes.set_xscale("log", base=2)
     ticks = sorted({row["tokens"] for row in rows if row["keep"] is not None})
     axes.set_xticks(ticks, [f"{tick:.0f}" for tick in ticks])
-    axes.set(xlabel="visual tokens kept of each image", ylabel=MEASURES[measure], ylim=(0, 1.02))
+    axes.minorticks_off()
+    axes.set(xlabel=f"visual tokens kept of each image, {LOGARITHMIC}", ylabel=MEASURES[measure], ylim=(0, 1.02))
     axes.legend(loc="center left", bbox_to_anchor=(1, 0.5))
     return drawing
 

@@ -1,6 +1,7 @@
 """The main job on the shipped model: calibrate, save policies, predict on fewer tokens, compare."""
 
 import logging
+import sys
 import time
 import warnings
 from collections.abc import Iterator, Mapping
@@ -26,7 +27,9 @@ from catp_lightning.data.vqa import VQABatch, VQADataModule, VQASplit
 from catp_lightning.families import find_family
 from catp_lightning.metrics import vqa_score
 from catp_lightning.policy import PruningPolicy
+from catp_lightning.progress import Lines, shows_bars
 from catp_lightning.safe_text import one_line, rich_text
+from catp_lightning.threads import at_most
 from catp_lightning.vqa_module import VQAModule
 
 BUDGETS = (0.5, 0.25, 0.125)
@@ -51,7 +54,7 @@ RULES = {
 """Fixed rules of the table, and the names it shows."""
 
 
-def run_demo(output: str = "runs/demo", questions: int = 1000, calibration_questions: int = 512, seed: int = 0) -> None:
+def run_demo(output: str = "runs/demo", questions: int = 500, calibration_questions: int = 512, seed: int = 0) -> None:
     """Calibrate the shipped BLIP-2 on digit scenes and compare it, pruned, with every fixed rule.
 
     Args:
@@ -63,19 +66,23 @@ def run_demo(output: str = "runs/demo", questions: int = 1000, calibration_quest
     console, folder, start = Console(), Path(output), time.monotonic()
     folder.mkdir(parents=True, exist_ok=True)
     model = str(shipped("digits_blip2"))
-    with quiet():
+    # One thread: of matrices this small several are hardly faster, and beside other work they wait for each other.
+    with at_most(1), Lines("writing digit scenes", sys.stdout) as lines:
         console.print(f"Writing {calibration_questions} calibration and {questions} test questions about digit scenes.")
-        data = VQADataModule(
-            model,
-            calibration=scenes_split(folder, "calibration", calibration_questions, seed),
-            test=scenes_split(folder, "test", questions, seed),
-            batch_size=64,
-        )
-        module = VQAModule(model)
-        policies = calibrate(module, data, folder)
-    with quiet(ours=False):
-        comparison = compare(module, data, policies, console)
-    rows = save_comparison(comparison, folder, f"The shipped BLIP-2 on {questions} test questions")
+        with quiet():
+            data = VQADataModule(
+                model,
+                calibration=scenes_split(folder, "calibration", calibration_questions, seed),
+                test=scenes_split(folder, "test", questions, seed),
+                batch_size=64,
+            )
+            module = VQAModule(model)
+            lines.now = f"calibrating on {calibration_questions} questions"
+            policies = calibrate(module, data, folder)
+        with quiet(ours=False):
+            comparison = compare(module, data, policies, console, lines)
+        lines.now = "writing tables"
+        rows = save_comparison(comparison, folder, f"The shipped BLIP-2 on {questions} test questions")
     for table in console_tables(rows, comparison.reference):
         console.print(table)
     for policy in policies:
@@ -95,26 +102,32 @@ def calibrate(module: VQAModule, data: VQADataModule, folder: Path) -> list[Prun
 
     logger = WandbLogger(project="catp-lightning", name="demo", save_dir=str(folder), offline=True)
     callback = CrossAttentionCalibration(folder / "policies", keep=BUDGETS)
-    trainer = Trainer(**{**QUIET, "logger": logger}, callbacks=[callback])
+    bars = shows_bars()
+    trainer = Trainer(**{**QUIET, "logger": logger}, callbacks=[callback], enable_progress_bar=bars)
     trainer.predict(module, data.calibration_dataloader(), return_predictions=False)
     wandb.finish()
     return callback.policies
 
 
-def compare(module: VQAModule, data: VQADataModule, policies: list[PruningPolicy], console: Console) -> Comparison:
+def compare(
+    module: VQAModule, data: VQADataModule, policies: list[PruningPolicy], console: Console, lines: Lines
+) -> Comparison:
     """Every method at every budget on the test questions."""
+    lines.now = "answering without pruning"
     batches: list[VQABatch] = list(data.test_dataloader())  # read once: forty methods see the same tensors
     full, _ = predict(module, batches, None)
     every = float(module.model.config.num_query_tokens)
     images = [image for batch in batches for image in batch["image_ids"].tolist()]
     comparison = Comparison(images, CALIBRATED, [_result("no pruning", None, full, full, every, batches)])
-    jobs = [(name, policy) for name, rule in fixed_rules(module, RULES) for policy in map(rule.policy, BUDGETS)]
+    rules = fixed_rules(module, RULES, layers=False)  # each layer alone is in the report of the calibration
+    jobs = [(name, policy) for name, rule in rules for policy in map(rule.policy, BUDGETS)]
     jobs += [(CALIBRATED, policy) for policy in policies]
     columns = (TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=console) as progress:
+    with Progress(*columns, console=console, disable=not shows_bars()) as progress:
         task = progress.add_task("comparing", total=len(jobs))
-        for name, policy in jobs:
+        for number, (name, policy) in enumerate(jobs, 1):
             progress.update(task, description=one_line(f"{name}, keep {policy.keep}"))
+            lines.now = f"{number} of {len(jobs)}: {name}, keep {policy.keep}"
             answers, tokens = predict(module, batches, policy)
             comparison.results.append(_result(name, policy.keep, answers, full, tokens, batches))
             progress.advance(task)
@@ -122,26 +135,33 @@ def compare(module: VQAModule, data: VQADataModule, policies: list[PruningPolicy
     return comparison
 
 
-def fixed_rules(module: VQAModule, shown: Mapping[str, str]) -> Iterator[tuple[str, Candidate]]:
-    """Fixed rules by the names a table shows: random, once for each seed, those of `shown`, and each layer of CATP."""
+def fixed_rules(module: VQAModule, shown: Mapping[str, str], layers: bool = True) -> Iterator[tuple[str, Candidate]]:
+    """Fixed rules by the names a table shows: random, once for each seed, those of `shown`, and with `layers` each
+    layer of CATP alone."""
     rules = {candidate.name: candidate for candidate in default_candidates(Plan.of(find_family(module)))}
     for seed in RANDOM_SEEDS:
         yield f"random ({len(RANDOM_SEEDS)} seeds)", Candidate("random", "random", {"seed": seed})
     for name, title in shown.items():
         yield title, rules[name]
-        if name == "catp":
-            layers = (name for name in rules if name.startswith("catp layer"))
-            yield from ((name.replace("catp", "CATP,"), rules[name]) for name in layers)
+        if name == "catp" and layers:
+            alone = (name for name in rules if name.startswith("catp layer"))
+            yield from ((name.replace("catp", "CATP,"), rules[name]) for name in alone)
 
 
 def predict(module: VQAModule, batches: list[VQABatch], policy: PruningPolicy | None) -> tuple[list[str], float]:
     """What `trainer.predict` returns, pruned by the callback a user adds, and the mean visual tokens kept."""
     pruning = None if policy is None else TokenPruning(policy)
     trainer = Trainer(**QUIET, callbacks=pruning, enable_progress_bar=False)
-    loader: DataLoader[Any] = DataLoader(batches, batch_size=None)  # type: ignore[arg-type]  # a list is enough
+    # Right answers are thousands of texts, which moving a batch to the device would go through.
+    asked: Any = [{"question_ids": batch["question_ids"], "inputs": batch["inputs"]} for batch in batches]
+    loader: DataLoader[Any] = DataLoader(asked, batch_size=None, collate_fn=_as_it_is)
     predictions = trainer.predict(module, loader) or []
     answers = [answer["answer"] for batch in predictions for answer in batch]
     return answers, pruning.figures["catp/tokens_kept"] if pruning else float("nan")
+
+
+def _as_it_is(batch: Any) -> Any:
+    return batch
 
 
 def _result(

@@ -143,3 +143,15 @@ def explained(error: OSError, path: Path) -> OSError:
     why = error.strerror or os.strerror(error.errno)
     told = f"{why}, so nothing was written; free space, or give a path that can be written"
     return OSError(error.errno, told, str(path))  # this makes a PermissionError, or whichever it is
+
+
+def require_writable(path: Path, folder: bool) -> None:
+    """Raise OSError now where a file could not be written after the work."""
+    if path.exists() and path.is_dir() != folder:
+        kind, wanted = ("a folder", "a file") if path.is_dir() else ("a file", "a folder")
+        raise FileExistsError(f"--output {path} is {kind}, but {wanted} is to be written.")
+    place = next(parent for parent in (path, *path.absolute().parents) if parent.exists())
+    if not place.is_dir() and place != path:
+        raise NotADirectoryError(f"--output {path} cannot be written: {place} is not a folder.")
+    if not os.access(place, os.W_OK):
+        raise PermissionError(f"--output {path} cannot be written: no permission for {place}.")

@@ -108,11 +108,7 @@ def _sites(family: Family, needs: Needs) -> Iterator[tuple[Signal, int]]:
     there = family.signals | family.layers().keys()
     for signal, layers in needs.items():
         if signal not in there:
-            has = ", ".join(sorted(_named(other) for other in there)) or "none"
-            raise PruningError(
-                f"The policy reads {_named(signal)}, which {type(family.model).__name__} does not show. It shows: "
-                f"{has}. docs/methods.md says which scorers read what; stride and random work on every model."
-            )
+            raise PruningError(f"The policy reads {_named(signal)}, which {type(family.model).__name__} does not show.")
         if signal in family.at_entry:
             continue
         if signal not in BY_LAYER:

@@ -3,7 +3,7 @@
 import weakref
 from collections import deque
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import partial
 
 import torch
@@ -26,6 +26,7 @@ from catp_lightning.refusals import (
     refuse_merging,
     refuse_unprunable,
 )
+from catp_lightning.scorers import SCORERS
 from catp_lightning.selectors import without_autocast
 
 Choose = Callable[[Tensor], Tensor]
@@ -227,6 +228,26 @@ def prune(
     family = find_family(module, model)
     check_model(policy, family)
     refuse_unprunable(module, family)
-    pruning = Pruning(family, policy, choose, guide)
+    pruning = _pruning(family, policy, choose, guide)
     with occupied(family), compiled_inside(module, family.model), pruning.applied():
         yield pruning
+
+
+def _pruning(family: Family, policy: PruningPolicy, choose: Choose | None, guide: nn.Module | None) -> Pruning:
+    """A record; where the policy's scorer is none for this model, the error names those that are."""
+    try:
+        return Pruning(family, policy, choose, guide)
+    except PruningError as error:
+        raise PruningError(f"{error}{instead_of(policy, family)}") from error
+
+
+def instead_of(policy: PruningPolicy, family: Family) -> str:
+    """What to say behind a refusal of a policy: the scorers that can prune the model, where its own cannot at all."""
+    suited = []
+    for name in SCORERS:
+        with suppress(Exception):  # refused here, or of a package that does not work
+            Pruning(family, PruningPolicy(name))
+            suited.append(name)
+    if policy.scorer in suited or Signal.GUIDE in policy.build_scorer().needs:  # it is a setting, or the guide
+        return ""
+    return f" The scorers that work on {type(family.model).__name__} are {', '.join(suited)}."

@@ -6,6 +6,7 @@ import re
 import shutil
 import subprocess
 import sys
+import time
 from collections import Counter
 from pathlib import Path
 
@@ -14,7 +15,8 @@ import yaml
 from jsonargparse import ArgumentError
 
 import catp_lightning
-from catp_lightning.cli import COMMANDS, SUMMARIES, main
+from catp_lightning import progress
+from catp_lightning.cli import SUMMARIES, main
 from catp_lightning.data import shipped
 from catp_lightning.data.scenes import write_scenes
 from catp_lightning.data.vqa import VQADataModule
@@ -235,7 +237,7 @@ def test_a_datamodule_without_calibration_split_is_calibrated_on_its_prediction_
 def test_a_policy_for_another_architecture_is_refused_by_both_names(made, capsys):
     PruningPolicy("catp", model=BLIP2).save("policy.json")
     status, message = fails(capsys, "validate", "--config", made / "tiny.yaml", "--policy", "policy.json")
-    assert status == 1
+    assert status == 2
     assert "made for blip-2 with 32 visual tokens" in message
     assert f"this model is blip-2 with {QUERIES} visual tokens" in message
 
@@ -245,7 +247,7 @@ def test_a_truncated_policy_is_refused_before_the_model_is_loaded(made, capsys):
     file.write_text(file.read_text()[:100])
     missing = ["--model.model", "no/model"]  # would fail too, and says something else
     status, message = fails(capsys, "test", "--config", made / "tiny.yaml", *missing, "--policy", "policy.json")
-    assert status == 1
+    assert status == 2
     assert "policy.json cannot be read as a policy" in message
 
 
@@ -255,7 +257,7 @@ def test_a_missing_dataset_file_is_named(made, capsys, command):
     options = ["--output", "new"] if command in ("predict", "calibrate") else []
     missing = [f"--data.{name}.questions", "nowhere.json"]
     status, message = fails(capsys, command, "--config", made / "tiny.yaml", *missing, *options)
-    assert status == 1
+    assert status == 2
     assert "nowhere.json: there is no such file" in message
 
 
@@ -275,31 +277,42 @@ def test_a_corrupt_image_ends_a_run_and_leaves_an_old_file_as_it_was(made, tmp_p
 @pytest.mark.parametrize(
     ("args", "status", "said"),
     [
-        (["validate", "--keep", "0.5"], 2, "give --policy"),
-        (["test", "--policy", "policies"], 1, "several budgets (1, 2)"),
-        (["test", "--policy", "policies", "--keep", "3"], 1, "keep=3; it has 1, 2"),
-        (["test", "--policy", "nowhere"], 1, "no policy at 'nowhere'"),
-        (["test", "--policy", "policies", "--keep", "half"], 1, "keep is 'half'"),
-        (["test", "--polcy", "policies"], 2, "--polcy"),
+        (["validate", "--keep", "0.5"], 2, "give --policy or --scorer"),
+        (["test", "--policy", "policies"], 2, "several budgets (1, 2)"),
+        (["test", "--policy", "policies", "--keep", "3"], 2, "keep=3; it has 1, 2"),
+        (["test", "--policy", "nowhere"], 2, "no policy at 'nowhere'"),
+        (["test", "--policy", "policies", "--keep", "half"], 2, "keep is 'half'"),
+        (["test", "--policy", "policies", "--scorer", "stride"], 2, "give one of them"),
+        (["test", "--scorer", "strid"], 2, "Did you mean 'stride'?"),
+        (["test", "--scorer", "stride", "--scorer_args", "{layer: 2}"], 2, "no argument 'layer'"),
+        (["test", "--scorer", "stride", "--selector", "best"], 2, "no selector 'best'"),
+        (["test", "--scorer", "stride", "--keep", "0"], 2, "keep is 0"),
+        (["test", "--scorer", "fastervlm"], 2, "does not show"),
+        (["test", "--scorer_args", "{layer: 2}"], 2, "--scorer: give it as well"),
+        (["predict", "--output", "new.jsonl", "--selector", "dpp"], 2, "--scorer: give it as well"),
+        (["test", "--polcy", "policies"], 2, "Did you mean --policy?"),
         (["test", "--config", "nowhere.yaml"], 2, "nowhere.yaml"),
-        (["test", "--model.model", "/nowhere/model"], 1, "no model in /nowhere/model"),
-        (["test", "--data.fraction", "2"], 1, "fraction must be in (0, 1], got 2.0"),
-        (["test", "--ckpt_path", "nowhere.ckpt"], 1, "nowhere.ckpt"),
+        (["test", "--model.model", "/nowhere/model"], 2, "no model in /nowhere/model"),
+        (["test", "--data.fraction", "2"], 2, "fraction must be in (0, 1], got 2.0"),
+        (["test", "--ckpt_path", "nowhere.ckpt"], 2, "nowhere.ckpt"),
         (["predict"], 2, "give --output"),
-        (["predict", "--output", "policies"], 1, "policies is a folder"),
-        (["predict", "--output", "file/answers.jsonl"], 1, "is not a folder"),
-        (["calibrate", "--keep", "0"], 1, "keep is 0"),
-        (["calibrate", "--keep", "2.0"], 1, "keep=2, without the point"),
-        (["calibrate", "--keep", "[0.5, 1]", "--output", "policy.json"], 1, "give a folder"),
-        (["calibrate", "--output", "file"], 1, "file is a file"),
-        (["calibrate", "--output", "taken.json"], 1, "taken-report is a file"),
-        (["calibrate", "--max_disagreement", "2"], 1, "For 2 percent write 0.02"),
+        (["predict", "--output", "policies"], 2, "policies is a folder"),
+        (["predict", "--output", "file/answers.jsonl"], 2, "is not a folder"),
+        (["calibrate", "--keep", "0"], 2, "keep is 0"),
+        (["calibrate", "--keep", "2.0"], 2, "keep=2, without the point"),
+        (["calibrate", "--keep", "[0.5, 1]", "--output", "policy.json"], 2, "give a folder"),
+        (["calibrate", "--output", "file"], 2, "file is a file"),
+        (["calibrate", "--output", "taken.json"], 2, "taken-report is a file"),
+        (["calibrate", "--max_disagreement", "2"], 2, "For 2 percent write 0.02"),
         (["calibrate", "--max_disagreement", "few"], 2, "max_disagreement"),
-        (["calibrate", "--max_disagreement", "0.02", "--confidence", "1"], 1, "confidence is 1"),
+        (["calibrate", "--max_disagreement", "0.02", "--confidence", "1"], 2, "confidence is 1"),
         (["calibrate", "--max_disagreement", "0.001"], 1, "it takes at least 2995"),
         (["calibrate", "--confidence", "0.9"], 2, "give --max_disagreement"),
         (["calibrate", "--data.fraction", "0.03"], 1, "some dozens of images"),
-        (["forecast"], 2, "invalid choice: 'forecast'"),
+        (["test", "--data.test", "null"], 2, "test"),
+        (["predict", "--trainer.accelerator", "abacus", "--output", "new.jsonl"], 2, "abacus"),
+        (["forecast"], 2, "no command 'forecast'"),
+        (["calibrat"], 2, "Did you mean 'calibrate'?"),
     ],
 )
 def test_what_cannot_be_done_is_said_in_one_message(made, capsys, args, status, said):
@@ -311,7 +324,66 @@ def test_what_cannot_be_done_is_said_in_one_message(made, capsys, args, status, 
     found, message = fails(capsys, args[0], *config, *args[1:])
     assert said in message
     assert found == status
-    assert status == 2 or message.count("\n") == 1
+    assert message.count("\n") == 1 or "lists the options" in message
+
+
+@pytest.mark.parametrize(
+    ("args", "said"),
+    [
+        (["scenes", "--qestions", "4"], "Did you mean --questions?"),
+        (["scenes", "--questions", "0"], "0 for the test split; it must be at least 1"),
+        (["scenes", "--calibration_questions", "-1"], "-1 for the calibration split"),
+        (["scenes", "--model", "digits"], "no shipped model 'digits'"),
+        (["scenes", "--output", "file"], "--output file is a file"),
+        (["demo", "--seed", "-1"], "seed is -1"),
+        (["demo", "--questions", "many"], "many"),
+        (["demo", "--output", "file/demo"], "file is not a folder"),
+    ],
+)
+def test_scenes_and_demo_refuse_a_wrong_value_before_anything_is_written(capsys, args, said):
+    Path("file").write_text("")
+    status, message = fails(capsys, *args)
+    assert status == 2
+    assert said in message
+
+
+def test_a_fixed_rule_is_named_on_the_command_line(made, capsys):
+    PruningPolicy("random", {"seed": 3}, "dpp", keep=1).save("policy.json")
+    catp(made, "predict", "--policy", "policy.json", "--output", "policy.jsonl")
+    rule = ["--scorer", "random", "--scorer_args", "{seed: 3}", "--selector", "dpp"]
+    catp(made, "predict", *rule, "--keep", "1", "--output", "rule.jsonl")
+    catp(made, "predict", "--output", "full.jsonl")
+    assert answers("rule.jsonl") == answers("policy.jsonl") != answers("full.jsonl")
+    capsys.readouterr()
+    catp(made, "validate", "--scorer", "stride", "--compare", "true")
+    metrics = printed(capsys.readouterr().out)
+    assert metrics["catp/tokens_kept"] == QUERIES / 2  # without --keep half of them
+    assert 0 <= metrics["catp/agreement"] <= 1
+
+
+@pytest.mark.parametrize(
+    ("command", "options", "said"),
+    [
+        ("predict", ["--output", "answers.jsonl"], r"predict: batch 2 of 3"),
+        ("validate", [], r"validate: batch 2 of 3"),
+        ("test", ["--scorer", "stride"], r"test: batch 2 of 3"),
+        ("calibrate", ["--output", "policy.json"], r"round 1 of 1, \d+ candidates, batch [4-7] of 8"),
+    ],
+)
+def test_without_a_terminal_lines_say_how_far_a_command_is(made, capsys, monkeypatch, command, options, said):
+    monkeypatch.setattr(progress, "EVERY", 0.05)
+    module = {"class_path": "tests.test_cli.Slow", "init_args": {"model": str(made / "model")}}
+    bars = ["--trainer.enable_progress_bar", "true", "--model", json.dumps(module)]
+    catp(made, command, *bars, *options)
+    lines = re.findall(r"^catp: (.*), \d+ s$", capsys.readouterr().err, re.MULTILINE)
+    assert any(line == f"{command}: preparing" for line in lines)
+    assert any(re.fullmatch(said, line) for line in lines)
+
+
+class Slow(VQAModule):
+    def answer(self, batch):
+        time.sleep(0.12)
+        return super().answer(batch)
 
 
 def test_answers_of_another_layout_end_in_the_writers_message(made, capsys):
@@ -361,10 +433,10 @@ def test_a_process_of_its_own_prints_metrics_and_no_advertisement(made):
     assert not re.search("Tip|Warning|many workers|LeafSpec|deprecated", done.stderr + done.stdout)
 
 
-def test_a_process_of_its_own_that_fails_ends_with_status_1_and_the_message(made):
+def test_a_process_of_its_own_that_fails_ends_with_its_status_and_the_message(made):
     PruningPolicy("catp", model=BLIP2).save("policy.json")
     done = process("predict", "--config", made / "tiny.yaml", "--policy", "policy.json", "--output", "answers.jsonl")
-    assert done.returncode == 1
+    assert done.returncode == 2
     assert "Traceback" not in done.stderr
     assert re.search(r"catp: error: The policy was made for blip-2 .*\n$", done.stderr)
     assert not Path("answers.jsonl").exists()
@@ -384,7 +456,18 @@ def test_a_process_of_its_own_that_fails_ends_with_status_1_and_the_message(made
             "--trainer.devices",
             "--ckpt_path",
         ],
-        "validate": ["--config", "--policy", "--keep", "--compare", "--model", "--data", "--trainer.precision"],
+        "validate": [
+            "--config",
+            "--policy",
+            "--scorer",
+            "--scorer_args",
+            "--selector",
+            "--keep",
+            "--compare",
+            "--model",
+            "--data",
+            "--trainer.precision",
+        ],
         "test": ["--config", "--policy", "--keep", "--compare", "--ckpt_path"],
         "predict": ["--config", "--policy", "--keep", "--compare", "--output"],
         "scenes": ["--output", "--questions", "--calibration_questions", "--seed"],
@@ -407,9 +490,27 @@ def test_help_names_every_command_and_shipped_configuration(capsys):
         main([])
     text = capsys.readouterr().out
     assert stopped.value.code == 0
-    assert all(f"\n  {command} " in text and f"catp {command}" in text for command in COMMANDS)
+    assert all(f"\n  {command} " in text and f"catp {command}" in text for command in SUMMARIES)
     assert CONFIGS
     assert all(name in text for name in CONFIGS)
+
+
+def test_help_versions_and_misspelt_commands_import_nothing_that_takes_long():
+    code = """
+import sys
+from catp_lightning.cli import main
+for args in ([], ["--version"], ["calibrat"], ["demo", "--help"], ["scenes", "--qestions", "4"]):
+    before = {"torch", "lightning", "transformers", "sklearn", "numpy"} & sys.modules.keys()
+    try:
+        main(args)
+    except SystemExit as error:
+        status = error.code
+    print("ended", status, before, "jsonargparse" in sys.modules)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=120)
+    ended = [line for line in done.stdout.splitlines() if line.startswith("ended")]
+    light = ["ended 0 set() False", "ended 0 set() False", "ended 2 set() False"]
+    assert ended == [*light, "ended 0 set() True", "ended 2 set() True"]
 
 
 def test_the_version_is_printed(capsys):
@@ -453,6 +554,20 @@ def test_the_digits_configuration_runs_by_its_name_on_the_shipped_model(monkeypa
     main(["test", "--config", "digits_blip2.yaml", "--trainer.accelerator", "cpu"])
     assert printed(capsys.readouterr().out)["test/vqa_accuracy"] > 0.8
     assert len(json.loads(Path("data/digits/calibration/questions.json").read_text())["questions"]) == 64
+
+
+@pytest.mark.parametrize(
+    ("config", "scenes"),
+    [
+        ("digits_blip2.yaml", "`catp scenes`"),
+        ("digits_llava.yaml", "`catp scenes --model digits_llava --output data/digits_llava`"),
+    ],
+)
+def test_a_shipped_configuration_without_its_scenes_names_the_command_that_writes_them(capsys, config, scenes):
+    for command, options in (("test", []), ("calibrate", ["--output", "new"]), ("sweep", ["--output", "new"])):
+        status, message = fails(capsys, command, "--config", ROOT / "configs" / config, *options)
+        assert message.endswith(f"{scenes} writes it.\n")
+        assert status == 2
 
 
 def test_an_unknown_shipped_model_is_refused_with_the_known_names():

@@ -235,6 +235,20 @@ def test_the_retention_curve_goes_through_what_was_measured(policies):
     assert axes.get_xlabel() and axes.get_ylabel()
 
 
+def test_one_budget_is_a_point_and_no_line_to_the_unpruned_model(policies):
+    record = policies[0].to_dict()
+    record["evidence"]["retention"] = record["evidence"]["retention"][:1]
+    (axes,) = retention_figure([PruningPolicy.from_dict(record)]).axes
+    lines = {line.get_label(): line for line in axes.get_lines()}
+    assert all(line.get_linestyle() == "None" for name, line in lines.items() if name in ("chosen", *CONTROLS))
+    assert lines["no pruning"].get_xydata().tolist() == [[QUERIES, 1.0]]
+    point = record["evidence"]["retention"][0]
+    (bars,) = axes.containers
+    assert bars.lines[0].get_xydata().tolist() == [[point["tokens"], point["agreement"]]]
+    assert bars.lines[0].get_linestyle() == "None"
+    assert "logarithmic" in axes.get_xlabel() and axes.get_xscale() == "log"
+
+
 def test_the_layer_figure_shows_each_layer_alone_and_the_choice(policies):
     (axes,) = layer_figure(policies).axes
     dashed = [line.get_ydata()[0] for line in axes.lines if line.get_linestyle() == "--"]

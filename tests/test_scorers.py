@@ -37,6 +37,13 @@ def seen(
     return Observation.of_equal(images, tokens, {Signal.CROSS_ATTENTION: layers, Signal.SELF_ATTENTION: layers}, values)
 
 
+@pytest.mark.parametrize("queries", [2, 256, 257, 300])
+def test_points_are_right_whatever_number_of_queries_there_is(queries: int) -> None:
+    attention = torch.rand(2, queries, 3)
+    beaten = attention[:, :, None] > attention[:, None]  # without ties
+    assert torch.equal(borda_points(attention), beaten.sum(2).float()) and beaten.any()
+
+
 def slow_borda(attention: Tensor, head_weights: Tensor, image_weights: Tensor) -> Tensor:
     """A vote by every (layer, head, image token): sort the queries, last place gets 0 points, first Q - 1."""
     images, layers, heads, queries, patches = attention.shape

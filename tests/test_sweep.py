@@ -21,6 +21,7 @@ from PIL import Image
 from catp_lightning.callbacks import TokenPruning
 from catp_lightning.cli import main
 from catp_lightning.comparison import Comparison, Result
+from catp_lightning.comparison import figure as plain
 from catp_lightning.data import GRIDS, PROMPTS, SHIPPED, shipped
 from catp_lightning.data.scenes import CELL, write_scenes
 from catp_lightning.data.vqa import VQADataModule, VQASplit
@@ -444,6 +445,23 @@ def test_one_token_and_everything_are_two_budgets_in_a_table_and_a_plot() -> Non
     assert list(lines["a"].get_xdata()) == [1, 32] and list(lines["b"].get_xdata()) == [8], "0 is on no log axis"
 
 
+@pytest.mark.parametrize("budgets", [(4,), (4, 8)])
+def test_the_band_of_the_reference_is_seen_whole(budgets: tuple[int, ...]) -> None:
+    same = np.array([1.0, 0.0, 1.0, 1.0] * 2)
+    results = [Result("no pruning", None, None, np.ones(8), 32.0)]
+    results += [Result(name, keep, None, same, float(keep)) for name in ("a", "b") for keep in budgets]
+    comparison = Comparison(range(8), "a", results)
+    rows = [{**row, "control": False} for row in comparison.rows()]
+    for axes in (figure([ModelTable("m", "8 questions.", "a", rows)]).axes[0], plain(rows, "a", "agreement").axes[0]):
+        bottom, top = axes.get_ylim()
+        _band, ends = axes.collections  # of one budget a band has no width
+        for row, segment in zip((row for row in rows if row["method"] == "a"), ends.get_segments(), strict=True):
+            low, high = row["agreement_interval"]
+            assert segment[:, 1].tolist() == pytest.approx([low, high]) and high - low > 0.3
+            assert bottom < low and high < top
+        assert "logarithmic" in axes.get_xlabel() and axes.get_xscale() == "log"
+
+
 @pytest.mark.parametrize("model", SHIPPED)
 def test_scenes_and_prompts_of_a_shipped_model_are_those_of_its_configuration(tmp_path, monkeypatch, model) -> None:
     config = yaml.safe_load((ROOT / f"configs/{model}.yaml").read_text())
@@ -463,6 +481,6 @@ def test_scenes_for_an_unknown_model_are_refused(tmp_path, monkeypatch) -> None:
     monkeypatch.chdir(tmp_path)
     with pytest.raises(DataError, match="no shipped model 'letters'"):
         shipped("letters")
-    with pytest.raises(SystemExit):
+    with pytest.raises(SystemExit, match="2"):
         main(["scenes", "--model", "letters"])
     assert not list(tmp_path.iterdir())

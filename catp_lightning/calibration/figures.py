@@ -21,6 +21,7 @@ CONTROLS = {"random": "s", "stride": "^", "grid": "P", "l2-norm": "v", "diversit
 """Candidates that the retention curve compares with, and their markers."""
 
 AGREEMENT = "share of answers as the unpruned model's"
+LOGARITHMIC = "on a logarithmic scale"
 CHOSEN = "crimson"
 WRITTEN = 16  # columns of a heatmap up to which its numbers are written into it
 
@@ -30,13 +31,18 @@ def retention_figure(policies: Sequence[PruningPolicy]) -> Figure:
     evidence, total = policies[0].evidence, visual_tokens(policies[0])
     figure, axes = _figure(8, 4.2)
     points = {point["tokens"]: (point["agreement"], *point["interval"]) for point in evidence["retention"]}
-    points[total] = (1.0, 1.0, 1.0)  # keep 1.0 is the unpruned model
-    _intervals(axes, sorted(points), points, color=CHOSEN, linewidth=2.5, marker="o", zorder=3, label="chosen")
+    joined = len(points.keys() - {total}) > 1  # from one budget to the unpruned model a line would be a guess
+    if joined:
+        points[total] = (1.0, 1.0, 1.0)  # keep 1.0 is the unpruned model
+    else:
+        axes.plot(total, 1.0, color="black", linestyle="none", marker="*", markersize=9, label="no pruning")
+    look: dict[str, Any] = {"color": CHOSEN, "linestyle": "-" if joined else "none", "linewidth": 2.5, "marker": "o"}
+    _intervals(axes, sorted(points), points, **look, zorder=3, label="chosen")
     shades = matplotlib.colormaps["viridis"](np.linspace(0.1, 0.9, len(CONTROLS)))
     for (name, marker), shade in zip(CONTROLS.items(), shades, strict=True):
         measured = {keep_count(policy.keep, total): checked(policy, name)[:1] for policy in policies}
         found = sorted((tokens, *agreed) for tokens, agreed in measured.items() if agreed)
-        if len(found) < len(points) - 1:  # with a promise, at one budget of many: a line would be a guess
+        if not joined or len(found) < len(points) - 1:  # with a promise a control is measured at one budget of many
             line = "none"
         else:
             line, found = "-", [*found, (total, 1.0)]
@@ -48,10 +54,12 @@ def retention_figure(policies: Sequence[PruningPolicy]) -> Figure:
         promised = 1 - evidence["promise"]["max_disagreement"]
         axes.axhline(promised, color="black", linestyle=":", label=f"promised: {promised:.1%}")
     axes.set_xscale("log", base=2)
-    axes.set_xticks(sorted(points), [str(count) for count in sorted(points)])
+    shown = sorted({*points, total})
+    axes.set_xticks(shown, [str(count) for count in shown])
     axes.xaxis.set_minor_locator(NullLocator())
-    axes.set(xlabel="visual tokens kept of each image", ylabel=AGREEMENT)
-    axes.set_ylim(top=1.01)
+    axes.margins(x=0.05 if joined else 0.2)
+    axes.set(xlabel=f"visual tokens kept of each image, {LOGARITHMIC}", ylabel=AGREEMENT)
+    axes.set_ylim(top=1.02)
     figure.legend(loc="outside right upper", frameon=False)
     return figure
 

@@ -70,7 +70,9 @@ class Plan:
     def _of_method(cls, family: Family, method: PruningPolicy, guide: nn.Module | None) -> "Plan":
         refusal = why_not(family, method.with_keep(0.5), guide)
         if refusal is not None:
-            raise PruningError(f"{method.scorer!r} cannot be calibrated here. {refusal}")
+            from catp_lightning.pruning import instead_of
+
+            raise PruningError(f"{method.scorer!r} cannot be calibrated here. {refusal}{instead_of(method, family)}")
         scorer, asked = method.build_scorer(), None
         if guide is not None and Signal.GUIDE in scorer.needs:
             asked = Guide(guide, family, None, getattr(scorer, "answer_tokens", 1))

@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
@@ -34,6 +34,7 @@ from catp_lightning.files import check_writable
 from catp_lightning.locations import POLICY, budget_file_name, policies_beside
 from catp_lightning.locks import only_run, refuse_running
 from catp_lightning.policy import Budget, PruningPolicy, check_keep
+from catp_lightning.progress import Lines, batch_of, shows_bars
 from catp_lightning.refusals import compiled_inside, occupied, refuse_unprunable
 from catp_lightning.saying import rank_zero_info, rank_zero_warn
 
@@ -54,6 +55,7 @@ class _Run:
     recorder: Recorder
     partial: Partial
     amount: Amount
+    lines: Lines
     step: Step = field(init=False)
     batches: int = 0
     replaying: float = 0.0  # seconds
@@ -162,12 +164,14 @@ class CrossAttentionCalibration(LoopContext):
         recorder = Recorder(plan, calibrator.needs)
         settings = self._settings(trainer, family)
         with only_run(self._stem(), trainer.global_rank, PolicyError):
-            run = _Run(calibrator, recorder, Partial(self._partial_file(trainer), settings), amount)
+            partial = Partial(self._partial_file(trainer), settings)
+            run = _Run(calibrator, recorder, partial, amount, Lines(calibrator.stage.title))
             done = self._begin(run)
             again = f" {done} batches of an interrupted calibration are taken over." if done else ""
             rank_zero_info(f"catp: {calibrator.stage.title}, at {_listed(budgets)}.{again}")
             try:
                 with (
+                    nullcontext() if _is_hidden(trainer) else run.lines,
                     occupied(family),
                     compiled_inside(pl_module, family.model),
                     recorder.recording(),
@@ -217,6 +221,7 @@ class CrossAttentionCalibration(LoopContext):
 
     def _read_batch(self, trainer: Trainer, run: _Run, number: int) -> None:
         """Answer again what the step that just ran asked, under the same precision."""
+        run.lines.now = f"{run.calibrator.stage.title}, {batch_of(number + 1, trainer.num_predict_batches)}"
         with run.recorder.recorded() as pairs, torch.no_grad(), trainer.precision_plugin.predict_step_context():
             batch = [Samples.of(*pair) for pair in pairs]
             marks = batch_fingerprints(batch)
@@ -234,7 +239,8 @@ class CrossAttentionCalibration(LoopContext):
         run = self._run
         plain = time.monotonic() - run.started - run.replaying
         while self._finish(run):
-            rank_zero_info(f"catp: {run.calibrator.stage.title}.")
+            run.lines.now = run.calibrator.stage.title
+            rank_zero_info(f"catp: {run.lines.now}.")
             self._read_again(trainer, run, self._begin(run))
         self.policies = run.calibrator.policies()
         for doubt in doubts(self.policies):
@@ -287,7 +293,7 @@ class CrossAttentionCalibration(LoopContext):
         """The user's step once more on every batch that is not in the sums: what is compared depends on all before."""
         if done == run.batches:
             return
-        hidden = trainer.progress_bar_callback is None or not trainer.is_global_zero
+        hidden = _is_hidden(trainer) or not shows_bars()
         batches = tqdm(batches_again(trainer), total=run.batches, desc="catp", disable=hidden)
         seen = 0
         for number, arguments in enumerate(batches):
@@ -305,6 +311,7 @@ class CrossAttentionCalibration(LoopContext):
 
     def _save(self, trainer: Trainer, run: _Run, plain: float | None) -> None:
         """The policies and their report."""
+        run.lines.now = "writing policies and their report"
         files = [policy.save(self._file(policy.keep)) for policy in self.policies]
         folder, seconds = report_folder(self.path), run.partial.seconds
         self.summary = report(self.policies, files, folder, trainer.loggers, seconds, plain, trainer.global_step)
@@ -328,6 +335,11 @@ class CrossAttentionCalibration(LoopContext):
 
     def __getstate__(self) -> dict[str, Any]:
         return {**super().__getstate__(), "_run": None}
+
+
+def _is_hidden(trainer: Trainer) -> bool:
+    """Whether nobody is to be told how far a stage is."""
+    return trainer.progress_bar_callback is None or not trainer.is_global_zero
 
 
 def _check_exit(budgets: Sequence[int | float], args: Mapping[str, Any]) -> None:

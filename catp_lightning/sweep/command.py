@@ -1,6 +1,7 @@
 """`catp sweep`: the model and data of a configuration, or each shipped model on digit scenes."""
 
 import json
+import sys
 from argparse import ArgumentParser
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
@@ -16,19 +17,21 @@ from torch.utils.data import DataLoader
 
 from catp_lightning.calibration.figures import png
 from catp_lightning.callbacks.context import Stage
-from catp_lightning.commands import Command, require_writable
+from catp_lightning.commands import Command, telling_of_scenes
 from catp_lightning.data import GRIDS, PROMPTS, SHIPPED, shipped
 from catp_lightning.data.scenes import Split, write_scenes
 from catp_lightning.data.vqa import VQADataModule
 from catp_lightning.demo import quiet
 from catp_lightning.errors import PolicyError
-from catp_lightning.files import write_bytes, write_json, write_text
+from catp_lightning.files import require_writable, write_bytes, write_json, write_text
 from catp_lightning.policy import Budget, check_keep
+from catp_lightning.progress import Lines, Preparation
 from catp_lightning.safe_text import rich_text
 from catp_lightning.sweep.figure import figure
 from catp_lightning.sweep.flow import Reading, sweep_model
 from catp_lightning.sweep.methods import check_names, named
 from catp_lightning.sweep.table import ModelTable, combined
+from catp_lightning.threads import at_most, processors
 
 KEEP = (0.5, 0.25, 0.125, 0.05)
 OUTPUT = "runs/sweep"
@@ -45,9 +48,20 @@ SPLITS: tuple[Split, Split] = ("calibration", "test")
 
 
 class Sweep(Command):
-    """Compares methods on one model; `found` is the table, once it has run."""
+    """Compares methods on one model; `found` is the table, once it has run.
+
+    Args:
+        args: the arguments after `sweep`.
+        summary: what the command does.
+        preparation: it ends when the first question is read.
+        lines: say how far it is.
+    """
 
     stage: ClassVar[Stage] = "predict"
+
+    def __init__(self, args: list[str], summary: str, preparation: Preparation, lines: Lines) -> None:
+        self.lines = lines
+        super().__init__(args, summary, preparation)
 
     def add_own_arguments(self, parser: Any) -> None:
         help_ = f"Shipped models to compare on, each on digit scenes of its own: {', '.join(SHIPPED)}. All by default; "
@@ -85,6 +99,9 @@ class Sweep(Command):
             config.trainer.devices = 1
         return []
 
+    def watching(self) -> list[Callback]:
+        return []  # how far a sweep is are jobs, not batches
+
     def run(self) -> None:
         """Run every job that no earlier run has finished, and write the model's table and plot."""
         if self.trainer.world_size > 1:
@@ -108,6 +125,8 @@ class Sweep(Command):
             self.config.layers,
             self.config.reference,
             Path(self.config.output),
+            self.lines,
+            self.preparation,
             self.config.calibration_draws or 1,
         )
 
@@ -119,7 +138,7 @@ class Sweep(Command):
             return trainer.predict(self.model, datamodule=self.datamodule, **options) or []
 
 
-def sweep(args: list[str], summary: str) -> None:
+def sweep(args: list[str], summary: str, preparation: Preparation) -> None:
     """The command: `args` are those after `sweep`."""
     ahead = ArgumentParser(add_help=False, allow_abbrev=False)
     ahead.add_argument("-c", "--config")
@@ -131,21 +150,26 @@ def sweep(args: list[str], summary: str) -> None:
         raise ArgumentError(
             None, "--models names shipped models, --config and --model one of your own: give one of them."
         )
+    preparation.lines.close()  # each model has its own
     if own:
-        _run(args, summary)
+        with at_most(processors()), telling_of_scenes():
+            _run(args, summary, preparation)
         return
     models = listed(known.models) if known.models else list(SHIPPED)
     for model in models:
         shipped(model)  # raises where it is none
-    tables = [_run([*_shipped_args(Path(known.output), model), *args], summary, model) for model in models]
+    with at_most(1):  # they are small, see the demo
+        tables = [
+            _run([*_shipped_args(Path(known.output), model), *args], summary, preparation, model) for model in models
+        ]
     if len(tables) > 1:
         save_all(tables, Path(known.output))
 
 
-def _run(args: list[str], summary: str, model: str | None = None) -> ModelTable:
+def _run(args: list[str], summary: str, preparation: Preparation, model: str | None = None) -> ModelTable:
     """Run a sweep; scenes for a shipped model are not written where an argument is wrong."""
-    with quiet():
-        running = Sweep(args, summary)
+    with quiet(), Lines(f"sweep: preparing {model or 'the model'}", sys.stdout) as lines:
+        running = Sweep(args, summary, preparation, lines)
         if model is not None:
             _write_scenes(running.config, model)
         running.run()

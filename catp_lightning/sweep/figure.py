@@ -7,6 +7,7 @@ from typing import Any
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from catp_lightning.calibration.figures import LOGARITHMIC
 from catp_lightning.comparison import MEASURES, Measure
 from catp_lightning.safe_text import figure_text
 from catp_lightning.sweep.table import ModelTable, Row
@@ -58,15 +59,21 @@ def _panel(axes: Axes, table: ModelTable, looks: Mapping[str, Mapping[str, Any]]
             look |= {"linewidth": 3, "color": "crimson", "linestyle": "-", "zorder": 3}
             look |= {"marker": "o", "markerfacecolor": "crimson"}
             axes.fill_between(tokens, low, high, color="crimson", alpha=0.1)
+            axes.vlines(tokens, low, high, color="crimson", linewidth=1)  # a band of one budget has no width
         axes.plot(tokens, value, label=figure_text(title), **look)
     axes.set_xscale("log", base=2)
     budgets = {repr(row["keep"]): row["tokens"] for row in rows if row["method"] == table.reference}
     axes.set_xticks(list(budgets.values()), [f"{tokens:.3g}" for tokens in budgets.values()])
     axes.minorticks_off()
     axes.grid(alpha=0.25)
-    lowest = min(row[measure] for row in rows)
-    axes.set(title=figure_text(table.name), xlabel="visual tokens kept of a sample", ylabel=MEASURES[measure])
-    axes.set_ylim(max(0.0, lowest - 0.03), min(1.02, max(row[measure] for row in table.rows) + 0.03))
+    axes.set(
+        title=figure_text(table.name),
+        xlabel=f"visual tokens kept of a sample, {LOGARITHMIC}",
+        ylabel=MEASURES[measure],
+    )
+    shown = [row[measure] for row in table.rows]
+    shown += [end for row in rows if row["method"] == table.reference for end in row[f"{measure}_interval"]]
+    axes.set_ylim(max(-0.02, min(shown) - 0.03), min(1.02, max(shown) + 0.03))  # with room for a marker at 0 or 1
 
 
 def _place(row: Row) -> float:

@@ -28,6 +28,7 @@ from catp_lightning.files import read_bytes, write_bytes, write_json, write_text
 from catp_lightning.locations import budget_file_name
 from catp_lightning.metrics import vqa_score
 from catp_lightning.policy import PruningPolicy
+from catp_lightning.progress import Lines, Preparation, shows_bars
 from catp_lightning.safe_text import one_line, rich_text
 from catp_lightning.scorers import SCORERS
 from catp_lightning.sweep.figure import figure
@@ -66,6 +67,8 @@ def sweep_model(
     layers: bool,
     reference: str | None,
     output: Path,
+    lines: Lines,
+    preparation: Preparation,
     draws: int = 1,
 ) -> ModelTable:
     """Compare methods on one model; what an earlier run has finished is not done again.
@@ -78,6 +81,8 @@ def sweep_model(
         reference: the method that others are compared with; None: `CALIBRATED`, or the first.
         draws: parts of the calibration split to calibrate on, each by itself.
         output: gets a folder named as the model: `table.md`, `table.json`, `accuracy.png`, `jobs` and `policies`.
+        lines: say what is being done.
+        preparation: it ends before the first question is read.
 
     Raises:
         PolicyError: the reference is not among the methods, or none of them makes sense on the model.
@@ -89,20 +94,25 @@ def sweep_model(
     _check_reference(reference, titles, notes, family)
     name = Path(str(family.describe()["name"])).name
     name = family.name if name in ("", "..") else name
-    folder, batches = output / name, list(reading.test())
+    lines.now = f"{name}: reading the questions"
+    loaders = _calibration_draws(reading, draws) if calibrations else []  # what is missing is said before the work
+    asked = reading.test()
+    preparation.over = True
+    folder, batches = output / name, list(asked)
     settings = {**reading.settings, "versions": versions(), "weights": model_fingerprint(family.model)}
     loader: DataLoader[Any] = DataLoader(batches, batch_size=None)  # type: ignore[arg-type]  # a list is enough
     everything = {**settings, "data": data_fingerprint(batches)}
     runner = Jobs(folder / "jobs", partial(reading.predict, loader), everything, _guide(family, reading.device))
+    lines.now = f"{name}: answering without pruning"
     full = runner.finished(None) or runner.run(None)
     jobs = [
         Job(rule.title, rule.name, rule.policy(keep), rule.control, rule.guided) for rule in found for keep in budgets
     ]
-    loaders = _calibration_draws(reading, draws)
     for title in reversed(calibrations):
         for number, loader in reversed(list(enumerate(loaders, 1))):
             name_of_draw = title if number == 1 else f"{title} draw {number}"
             place = folder / "policies" / name_of_draw.replace(" ", "-")
+            lines.now = f"{name}: {name_of_draw}, calibrating"
             policies = calibrated(reading, loader, title.partition(" ")[2], budgets, settings, place, console)
             if isinstance(policies, str):
                 notes[title] = policies
@@ -110,7 +120,8 @@ def sweep_model(
                 jobs = [Job(title, name_of_draw, policy) for policy in policies] + jobs
         if not loaders:
             notes[title] = "The data has no calibration split."
-    outcomes = dict(_outcomes(jobs, runner, notes, f"{name}:", console))
+    outcomes = dict(_outcomes(jobs, runner, notes, f"{name}:", console, lines))
+    lines.now = f"{name}: writing tables"
     if not outcomes:
         raise PolicyError(f"None of {', '.join(names)} makes sense on {name}: {next(iter(notes.values()))}")
     table = _table(name, full, outcomes, batches, _reference(reference, outcomes, notes), notes)
@@ -123,17 +134,18 @@ def sweep_model(
 
 
 def _outcomes(
-    jobs: Sequence[Job], runner: Jobs, notes: dict[str, str], name: str, console: Console
+    jobs: Sequence[Job], runner: Jobs, notes: dict[str, str], name: str, console: Console, lines: Lines
 ) -> Iterator[tuple[Job, Outcome]]:
     """What each job gave; one that the model refuses when it runs becomes a note."""
     done = {job: outcome for job in jobs if (outcome := runner.finished(job)) is not None}
     if done:
         console.print(rich_text(f"{name} {len(done)} of {len(jobs)} jobs were finished by an earlier run."))
     columns = (TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=console) as progress:
+    with Progress(*columns, console=console, disable=not shows_bars()) as progress:
         task = progress.add_task(one_line(name), total=len(jobs), completed=len(done))
-        for job in jobs:
+        for number, job in enumerate(jobs, 1):
             if job not in done:
+                lines.now = f"{name} {number} of {len(jobs)} jobs: {job.name}, keep {job.policy.keep}"
                 progress.update(task, description=one_line(f"{name} {job.name}, keep {job.policy.keep}"))
                 try:
                     done[job] = runner.run(job)
