@@ -9,11 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from catp_lightning.dropping.watching import replaced
 from catp_lightning.endings import Endings, warned_of_chance
 from catp_lightning.errors import PruningError
 from catp_lightning.families import Family
-from catp_lightning.hooks import hooked
+from catp_lightning.hooks import hooked, replaced
 from catp_lightning.pruning import Pruning
 
 

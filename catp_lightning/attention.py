@@ -19,7 +19,7 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from catp_lightning.errors import PruningError
-from catp_lightning.hooks import untraced
+from catp_lightning.hooks import not_copied, untraced
 
 Reduction = Callable[[Tensor, Tensor, Tensor | None, float], Tensor]
 """(query [B, H, Q, D], key [B, H, N, D], mask or None, scaling) -> whatever is kept of the attention."""
@@ -73,6 +73,9 @@ def observe_attention(
         return
     with ExitStack() as undo:
         undo.enter_context(_twin(model))
+        for part in model.modules():  # each whose config names the implementation of ours, those observed among them
+            if str(getattr(getattr(part, "config", None), "_attn_implementation", "")).startswith(PREFIX):
+                undo.enter_context(not_copied(part))
         for module, observed in modules.items():
             undo.callback(_restore, module, module.__dict__.get(OBSERVER))
             module.__dict__[OBSERVER] = observed

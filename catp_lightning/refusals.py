@@ -8,6 +8,7 @@ from torch import nn
 
 from catp_lightning.errors import PolicyError, PruningError
 from catp_lightning.families import Family
+from catp_lightning.hooks import not_copied
 from catp_lightning.observation import STAGED, Needs, Signal
 from catp_lightning.policy import PruningPolicy
 from catp_lightning.saying import warn
@@ -15,16 +16,6 @@ from catp_lightning.selectors import Selector
 
 MARK = "_catp_pruning"
 """On a model while it is being pruned, calibrated, or asked as a guide."""
-
-
-class _Mark:
-    """What stands there: no copy of it is made, and so none of the model."""
-
-    def __reduce__(self) -> Any:
-        raise PruningError(
-            "A model that is being pruned or calibrated cannot be copied or pickled: what is hooked into it would be "
-            "part of the copy for good. Copy it before the context or after it; its state_dict can be taken inside."
-        )
 
 
 def check_model(policy: PruningPolicy, family: Family) -> None:
@@ -105,11 +96,12 @@ def occupied(family: Family) -> Iterator[None]:
     Raises:
         PruningError: one has it.
     """
-    mark = _Mark()
+    mark = object()
     try:  # from here on: an interrupt may come at any line
         if family.model.__dict__.setdefault(MARK, mark) is not mark:  # in one step: threads may ask at the same time
             raise _occupied(family)
-        yield
+        with not_copied(family.model):
+            yield
     finally:
         if family.model.__dict__.get(MARK) is mark:
             del family.model.__dict__[MARK]

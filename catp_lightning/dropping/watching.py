@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 
 from catp_lightning.dropping.caches import is_short
 from catp_lightning.errors import PruningError
-from catp_lightning.hooks import Seen, hooked, untraced
+from catp_lightning.hooks import Seen, hooked, replaced
 
 
 class Call(dict[str, Any]):
@@ -171,17 +171,3 @@ def _watched(module: nn.Module, by: Watching) -> Iterator[None]:
     finally:
         if module.__dict__.get("forward") is seen:
             module.__dict__["forward"] = own
-
-
-@contextmanager
-def replaced(model: nn.Module, name: str, call: Callable[..., Any]) -> Iterator[None]:
-    """While inside, `model.<name>(...)` is `call(original, ...)`; only this very object is touched."""
-    original, own = getattr(model, name), model.__dict__.get(name)
-    seen = untraced(call)
-    try:  # from here on: an interrupt may come at any line
-        model.__dict__[name] = lambda *args, **kwargs: seen(original, *args, **kwargs)
-        yield
-    finally:
-        model.__dict__.pop(name, None)
-        if own is not None:  # somebody else's, who set it on this very model
-            model.__dict__[name] = own
