@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 from transformers import GenerationConfig, MaxTimeCriteria, PreTrainedModel, StoppingCriteriaList
 
-from catp_lightning.hooks import replaced
 from catp_lightning.errors import PruningError
+from catp_lightning.hooks import replaced
 from catp_lightning.saying import warn
 
 

@@ -26,6 +26,7 @@ from catp_lightning.refusals import (
     refuse_merging,
     refuse_unprunable,
 )
+from catp_lightning.saying import warn
 from catp_lightning.scorers import SCORERS
 from catp_lightning.selectors import without_autocast
 
@@ -66,6 +67,7 @@ class Pruning:
         self._scorer, self._selector = policy.build_scorer(), policy.build_selector()
         scored = choose is None and not self._everything
         self._known = scored and has_images(policy)
+        self._checked = False
         needs = [self._scorer.needs, self._selector.needs] if scored else []
         wanted = join([*needs, {Signal.FINGERPRINT: None}] if self._known else needs)
         stages = () if self._everything and choose is None else self._scorer.stages(family.depth)
@@ -166,17 +168,30 @@ class Pruning:
             self.choices.append((keep, counts))
             self.tokens_per_layer.append(self._read.to(torch.float32) / depth)
 
+    def _check_budget(self, tokens: Tensor) -> None:
+        """Warn, at the first prefill, where the budget is more than any image has: int64 [I], their tokens."""
+        keep, first = self.policy.keep, not self._checked
+        self._checked = True
+        if first and isinstance(keep, int) and len(tokens) and keep > int(tokens.max()):
+            warn(
+                f"keep is {keep} tokens and the largest of these images has {int(tokens.max())}: nothing is pruned. "
+                "Give a smaller number, or a share, a float in (0, 1].",
+                stacklevel=2,
+            )
+
     def _at_entry(self, prompt: Prompt) -> Choice:
         seen = self._observer.take(prompt)
         if self._guide is not None and isinstance(prompt, DecoderPrompt):
             seen = self._guide.add(seen, prompt)
         if self._known:
             self.images.append(seen[Signal.FINGERPRINT])
+        self._check_budget(seen.free.sum(1))
         scores = score_tokens(self._scorer, seen, prompt.tokens)
         return choose_tokens(scores, self._selector, self.policy.keep, seen, prompt.tokens)
 
     def _at_stage(self, prompt: StagePrompt) -> Choice:
         seen, visual = prompt.observation(), prompt.tokens
+        self._check_budget(prompt.visual.sum(1))
         if self._known and prompt.stage == 0:
             self.images.append(self._observer.take(prompt)[Signal.FINGERPRINT])
         scores = placed(score_tokens(self._scorer, seen, visual), seen.exists, visual, -torch.inf)

@@ -1,5 +1,7 @@
 """BLIP-2 models of several shapes, with every scorer: what the matrix of all families does not try."""
 
+import warnings
+
 import pytest
 import torch
 from torch import Tensor
@@ -213,3 +215,16 @@ def test_a_generated_image_token_is_text_like_any_other() -> None:
         again = model.generate(**inputs, **settings)
     assert text[:, -4:].eq(IMAGE).all() and torch.equal(text, again)
     assert len(pruning.choices) == 2, "only prompts are pruned"
+
+
+def test_a_budget_of_more_tokens_than_there_are_warns_once_and_prunes_nothing() -> None:
+    model, inputs = random_blip2()
+    with torch.no_grad(), prune(model, PruningPolicy("stride", keep=9)) as pruning:
+        with pytest.warns(UserWarning, match="keep is 9 tokens and the largest of these images has 8") as caught:
+            model(**inputs)
+            model(**inputs)
+    assert pruning.keep is not None and bool(pruning.keep.all())
+    assert len([one for one in caught if "keep is 9" in str(one.message)]) == 1
+    with torch.no_grad(), warnings.catch_warnings(), prune(model, PruningPolicy("stride", keep=8)):
+        warnings.simplefilter("error")
+        model(**inputs)
