@@ -121,3 +121,9 @@ def test_a_calibration_on_a_few_images_warns_and_still_saves(tmp_path: Path) -> 
     with pytest.warns(UserWarning, match="Calibration evidence is thin: agreement was checked on"):
         L.Trainer(callbacks=[callback], **QUIET).predict(Planted(slot_3), loading(two_questions(20, 20)))
     assert len(list(tmp_path.rglob("keep-*.json"))) == 2
+
+
+def test_a_calibration_for_more_tokens_than_an_image_has_says_so_before_it_measures(tmp_path: Path) -> None:
+    callback = CrossAttentionCalibration(tmp_path / "policies", keep=[64, 2], scorer="stride")
+    with pytest.warns(UserWarning, match=r"keep is 64 tokens, and every image of .* has 8"):
+        L.Trainer(callbacks=[callback], **QUIET).predict(Planted(slot_3), loading(two_questions(20, 20)))

@@ -160,6 +160,11 @@ class CrossAttentionCalibration(LoopContext):
         plan = Plan.of(family, self.method, self.guide)
         tokens = family.tokens_per_image or MANY
         budgets = self.budgets if self.promise is None else tuple(descending(self.budgets, tokens))
+        if more := [keep for keep in budgets if isinstance(keep, int) and keep > tokens]:
+            rank_zero_warn(
+                f"keep is {', '.join(map(str, more))} tokens, and every image of {type(family.model).__name__} has "
+                f"{tokens}: a policy at that budget prunes nothing. Give a smaller number, or a share."
+            )
         calibrator = Calibrator(plan, budgets, self.promise, pl_module.device)
         recorder = Recorder(plan, calibrator.needs)
         settings = self._settings(trainer, family)
