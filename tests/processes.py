@@ -32,7 +32,7 @@ class Ended:
     left: bool
 
 
-def in_fork(*works: Callable[[], object], seconds: float = 120) -> list[Ended]:
+def in_fork(*works: Callable[[], object], seconds: float = 900) -> list[Ended]:
     """Run each of `works` in a process of its own, forked, so that nothing is imported again; all at the same time."""
     context = multiprocessing.get_context("fork")
     with tempfile.TemporaryDirectory() as folder:
@@ -49,7 +49,7 @@ def in_fork(*works: Callable[[], object], seconds: float = 120) -> list[Ended]:
         return ended
 
 
-def in_program(*commands: tuple[Sequence[str], Mapping[str, str]], seconds: float = 120) -> list[Ended]:
+def in_program(*commands: tuple[Sequence[str], Mapping[str, str]], seconds: float = 900) -> list[Ended]:
     """Run Python with each command line and environment in addition to this one's; all at the same time."""
     with tempfile.TemporaryDirectory() as folder:
         said, processes = [Path(folder, str(number)) for number in range(len(commands))], []

@@ -437,21 +437,25 @@ def test_killed_at_any_moment_a_file_is_the_old_one_or_the_new_one(tmp_path: Pat
             for one in two:
                 one.save(tmp_path)
 
-    chance, left = random.Random(0), 0
-    two[0].save(tmp_path)
-    for _ in range(20):
+    chance, left, kills = random.Random(0), 0, 0
+    file = two[0].save(tmp_path)
+    while kills < 20 or not left:
+        kills += 1
+        assert kills < 500, "not one was killed in the middle"
+        before = file.stat().st_mtime_ns
         child = os.fork()
         if not child:
             try:
                 write()
             finally:
                 os._exit(1)
-        time.sleep(0.01 + 0.03 * chance.random())
+        while file.stat().st_mtime_ns == before:  # it has begun, however busy the machine is
+            time.sleep(0.001)
+        time.sleep(0.02 * chance.random())
         os.kill(child, signal.SIGKILL)
         os.waitpid(child, 0)
         assert PruningPolicy.load(tmp_path) in two
         left = len(list(tmp_path.glob(".*.tmp")))
-    assert left, "some were killed in the middle"
 
 
 def test_what_a_kill_left_is_never_taken_for_a_part_of_a_calibration(tmp_path: Path) -> None:

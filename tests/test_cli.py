@@ -151,7 +151,7 @@ def test_calibration_ends_with_what_was_chosen_what_it_keeps_and_what_it_cost(ma
         stderr=subprocess.STDOUT,  # as on a terminal, where the bar and the lines meet
         text=True,
         check=True,
-        timeout=120,
+        timeout=900,
         env=environment,
     )
     chosen, keeps, cost = done.stdout.rstrip("\n").split("\n")[-3:]
@@ -422,7 +422,7 @@ def test_a_corrupt_image_read_by_a_worker_process_is_one_message(made, tmp_path,
 def process(*args: object) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-c", "from catp_lightning.cli import main; main()", *map(str, args)]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    return subprocess.run(command, capture_output=True, text=True, check=False, timeout=120, env=environment)
+    return subprocess.run(command, capture_output=True, text=True, check=False, timeout=900, env=environment)
 
 
 @pytest.mark.slow
@@ -507,7 +507,7 @@ for args in ([], ["--version"], ["calibrat"], ["demo", "--help"], ["scenes", "--
         status = error.code
     print("ended", status, before, "jsonargparse" in sys.modules)
 """
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=120)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=900)
     ended = [line for line in done.stdout.splitlines() if line.startswith("ended")]
     light = ["ended 0 set() False", "ended 0 set() False", "ended 2 set() False"]
     assert ended == [*light, "ended 0 set() True", "ended 2 set() True"]

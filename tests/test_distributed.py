@@ -64,7 +64,7 @@ def calibrate(program: str, processes: int, folder: Path, *arguments: str) -> Pa
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     place = folder / str(processes)
     command = [sys.executable, str(file), str(processes), str(place), *arguments]
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300, check=False)
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=900, check=False)
     assert done.returncode == 0, done.stderr
     return place
 

@@ -201,7 +201,7 @@ def test_the_line_works_in_a_process_that_never_heard_of_these_tests(project: Pa
     environment = {**os.environ, "PYTHONPATH": root}
     for script, options in (("train", []), ("evaluate", ["--ckpt", "runs/last.ckpt"])):
         command = [sys.executable, "-m", f"reading.{script}", "--out", "runs", *options]
-        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, check=False)
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=900, check=False)
         assert done.returncode == 0, done.stderr
     logits, words = by_hand()
     assert same(torch.load("runs/logits.pt"), logits)

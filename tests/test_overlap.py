@@ -286,7 +286,7 @@ def test_two_processes_name_together_the_number_one_would_name(tmp_path: Path) -
     program.write_text(PROGRAM)
     environment = {**os.environ, "PYTHONPATH": str(root), "OMP_NUM_THREADS": "1"}
     command = [sys.executable, str(program)]
-    done = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True, timeout=120, check=False)
+    done = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True, timeout=900, check=False)
     assert done.returncode == 0, done.stderr
     assert re.findall("This split contains (.*?) images that", done.stderr) == ["5 of the 11"] * 4
 

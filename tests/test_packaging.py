@@ -23,7 +23,7 @@ def python(code: str, *arguments: object, cwd: Path) -> str:
     """Standard output of a fresh interpreter that has this environment's libraries, but no installed catp_lightning."""
     code = f"import sys; sys.path += {LIBRARIES!r}\n{code}"
     command = [sys.executable, "-I", "-S", "-c", code, *map(str, arguments)]  # -S: .pth files are not read
-    done = subprocess.run(command, cwd=cwd, capture_output=True, text=True, check=False, timeout=120)
+    done = subprocess.run(command, cwd=cwd, capture_output=True, text=True, check=False, timeout=900)
     assert done.returncode == 0, done.stderr
     return done.stdout.strip()
 

@@ -91,7 +91,7 @@ def test_making_an_environment_says_that_it_goes_on_until_it_has_failed() -> Non
         check=False,
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=900,
     )
     assert made.returncode != 0
     assert made.stdout.count("still at it: the probe\n") >= 1
@@ -151,6 +151,6 @@ def test_threads_of_the_command_sleep_while_they_wait_for_each_other() -> None:
     for given, found in ({}, "PASSIVE"), ({"OMP_WAIT_POLICY": "ACTIVE"}, "ACTIVE"):
         done = subprocess.run(
             [sys.executable, "-c", code, "scenes", "--questions", "0"],
-            env={**environment, **given}, capture_output=True, text=True, check=True, timeout=60,
+            env={**environment, **given}, capture_output=True, text=True, check=True, timeout=900,
         )  # fmt: skip
         assert done.stdout.splitlines()[-1] == f"{found} False"

@@ -194,7 +194,7 @@ def test_two_processes_write_what_one_writes(tmp_path: Path) -> None:
         folder.mkdir()
         done = subprocess.run(
             [sys.executable, str(program), str(processes), str(folder)],
-            cwd=root, env=environment, capture_output=True, text=True, timeout=300, check=False,
+            cwd=root, env=environment, capture_output=True, text=True, timeout=900, check=False,
         )  # fmt: skip
         assert done.returncode == 0, done.stderr
         assert done.stderr.count("saved to") == 1  # the first process alone speaks

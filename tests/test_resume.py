@@ -126,7 +126,7 @@ def _run(folder: str, kills: list[int | None], uneven: bool) -> list[int]:
                 os._exit(1)
         children.append(child)
     found: dict[int, int] = {}
-    end = time.monotonic() + 60
+    end = time.monotonic() + 900
     while len(found) < len(children):
         for child in set(children) - set(found):
             if time.monotonic() > end:

@@ -408,7 +408,7 @@ def test_two_threads_that_prune_first_at_the_same_time_find_both_names_of_observ
     environment = {**os.environ, "PYTHONPATH": str(root), "OMP_NUM_THREADS": "1"}
     for _ in range(1 if float(slow) else 5):
         command = [sys.executable, "-c", REGISTERING, slow]
-        done = subprocess.run(command, env=environment, cwd=root, capture_output=True, timeout=120, check=False)
+        done = subprocess.run(command, env=environment, cwd=root, capture_output=True, timeout=900, check=False)
         assert done.returncode == 0, done.stderr.decode()[-2000:]
 
 
