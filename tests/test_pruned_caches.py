@@ -12,6 +12,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedModel, StoppingCriteria, StoppingCriteriaList
+from transformers.modeling_outputs import BaseModelOutput
 
 from catp_lightning import PruningError, PruningPolicy, prune
 from tests.families import ROWS, Row
@@ -231,6 +232,30 @@ def test_a_second_turn_on_the_first_turns_cache_answers_as_reading_anew_or_is_re
             assert torch.equal(second(), expected)
 
 
+def test_encoder_states_are_looked_at_anywhere_and_decoded_only_where_they_were_made() -> None:
+    row = BY_NAME["Blip2-T5"]
+    model, inputs = row.model(), row.inputs()
+    given = {"attention_mask": inputs["attention_mask"], "decoder_input_ids": words(inputs)}
+    with prune(model, EVERYTHING, choose=uneven()) as pruning:
+        states = model(**row.oracle.forward_inputs(inputs)).language_model_outputs.encoder_last_hidden_state
+        expected = model.language_model(encoder_outputs=(states,), **given).logits
+        with pytest.raises(PruningError, match="encoder states were not"):
+            model.language_model(encoder_outputs=(states.clone(),), **given)
+        with pruning.suspended(), pytest.raises(PruningError, match="encoder states were not"):
+            model.language_model(encoder_outputs=(states,), **given)
+    for later in (nullcontext, lambda: prune(model, WHOLE), lambda: prune(model, FEW)):
+        for handed_on in (states, states.to(torch.float64), states.flip(0)):
+            with later(), pytest.raises(PruningError, match="encoder states were not"):
+                model.language_model(encoder_outputs=(handed_on,), **given)
+            with later(), pytest.raises(PruningError, match="encoder states were not"):
+                model.language_model.generate(encoder_outputs=BaseModelOutput(handed_on), num_beams=2, **given)
+    probe = nn.Linear(states.shape[-1], 3).double()
+    plain = torch.tensor(states.tolist(), dtype=torch.float64)
+    exact(probe(states), probe(plain), atol=1e-12)
+    assert type(copy.deepcopy(states)) is type(pickle.loads(pickle.dumps(states))) is Tensor
+    assert expected.isfinite().all()
+
+
 def test_an_empty_cache_that_is_given_to_generate_is_filled_and_decoded() -> None:
     row = BY_NAME["Llava"]
     model, inputs = row.model(), row.inputs()
@@ -335,6 +360,43 @@ def test_a_forward_in_another_thread_that_outlives_the_context_is_refused(
     thread.join(60)
     hook.remove()
     assert isinstance(found[0], PruningError), found
+
+
+def test_a_generate_that_begins_in_another_thread_after_the_context_was_left_is_refused() -> None:
+    row = BY_NAME["Llava"]
+    model, inputs = row.model(), row.inputs()
+    with prune(model, EVERYTHING, choose=uneven()):
+        late = functools.partial(model.generate, **inputs, max_new_tokens=2)
+    with pytest.raises(PruningError, match="or before it began"):
+        late()
+    model.generate(**inputs, max_new_tokens=2)
+
+
+@every_place
+def test_after_a_call_that_failed_or_was_interrupted_its_cache_is_refused_and_other_threads_may_call(
+    row: Row, policy: PruningPolicy
+) -> None:
+    model, inputs = row.model(), row.oracle.forward_inputs(row.inputs())
+    text = model.config.get_text_config()
+    for error in (RuntimeError, KeyboardInterrupt):
+        cache = DynamicCache(config=text)
+        given = {} if row.name.startswith("Blip2") else {"past_key_values": cache}
+
+        def stop(*args: object, error: type[BaseException] = error) -> None:
+            raise error
+
+        with prune(model, policy, **kept_by(policy)):
+            hook = row.oracle.inside(model).register_forward_pre_hook(stop)
+            with pytest.raises(error):
+                model(**inputs, **given)
+            hook.remove()
+            thread, found = in_a_thread(lambda: model(**inputs).logits)
+            thread.join(60)
+            assert isinstance(found[0], Tensor), found
+            if error is RuntimeError and cache.get_seq_length() > 0:
+                states = torch.zeros_like(cache.layers[0].keys[:, :, :1])
+                with pytest.raises(PruningError, match="holds a pruned prompt"):
+                    cache.update(states, states, 0)
 
 
 def test_of_two_threads_that_call_one_pruned_model_the_second_is_refused() -> None:

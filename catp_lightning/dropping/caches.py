@@ -106,6 +106,7 @@ class Opened:
         rows = rows_of(cache)
         if rows is None:
             raise foreign_cache()
+        self.close()  # of a call that was interrupted
         self._cache, self._rows = cache, rows
         for layer in layers_of(cache):
             _unseal(layer)

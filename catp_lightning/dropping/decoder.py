@@ -157,5 +157,5 @@ class DecoderEntry:
             return output
         if self._filling and cache is not None:  # where the call failed, too: a part of it is filled
             seal(cache, torch.arange(len(prompt.order), dtype=torch.long, device=prompt.order.device))
-            prompt.cache = weakref.ref(cache)
+            prompt.cache = None if output is None else weakref.ref(cache)
         return of_each(output, prompt.restored if self._filling else prompt.restored_step)

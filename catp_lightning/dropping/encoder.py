@@ -14,17 +14,13 @@ import torch
 from torch import Tensor, nn
 
 from catp_lightning.dropping.caches import Opened, is_short, seal
+from catp_lightning.dropping.encoder_states import NOT_OF_THIS_PROMPT, PrunedStates
 from catp_lightning.dropping.masks import two_dimensional
 from catp_lightning.dropping.prompt import DecoderPrompt, Shortened, forgetting, of_each, shortened
 from catp_lightning.dropping.prompts import Prompts
 from catp_lightning.errors import PruningError
 from catp_lightning.families.base import Family
 from catp_lightning.hooks import hooked
-
-NOT_OF_THIS_PROMPT = (
-    "{} not filled by the last pruned prompt, or changed since: it cannot be decoded from. Generate from the prompt "
-    "again."
-)
 
 
 class EncoderEntry:
@@ -130,11 +126,13 @@ class EncoderEntry:
         if not self.active or states is None:
             return None
         self._check_cache(cache)
+        full = None if self._handed_out is None else self._handed_out()
+        if isinstance(states, PrunedStates):  # a decoding loop by hand gives them back
+            if prompt is None or states is not full:
+                raise PruningError(NOT_OF_THIS_PROMPT.format("These encoder states were"))
+            states = prompt.shorten(states.as_subclass(Tensor))
         if prompt is None:
             return None
-        full = None if self._handed_out is None else self._handed_out()
-        if full is not None and states is full:  # a decoding loop by hand gives them back
-            states = prompt.shorten(full)
         rows = torch.arange(len(prompt.order), dtype=torch.long, device=prompt.order.device)
         if cache is not None and cache.get_seq_length() > 0:
             rows = self._opened.open(cache)
@@ -165,12 +163,19 @@ class EncoderEntry:
         cache = kwargs.get("past_key_values") if no_dictionary else output.get("past_key_values")
         if cache is not None and not is_short(cache):  # where the call failed, too: a part of it is filled
             seal(cache, rows)
-            self._caches[cache] = prompt
+            if output is not None:
+                self._caches[cache] = prompt
         if not no_dictionary and output.get("cross_attentions") is not None:
             output.cross_attentions = of_each(output.cross_attentions, prompt.of_rows(rows).restore_keys)
 
     def _restore(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         ran_encoder = kwargs.get("encoder_outputs") is None
         if self._prompt is not None and ran_encoder and not isinstance(output, tuple):
-            output.encoder_last_hidden_state = full = self._prompt.restore(output.encoder_last_hidden_state)
+            full = PrunedStates.of(self._prompt.restore(output.encoder_last_hidden_state), self._readers())
+            output.encoder_last_hidden_state = full
             self._handed_out = weakref.ref(full)
+
+    def _readers(self) -> Iterator[nn.Linear]:
+        """The layers of the decoder that read encoder states."""
+        for block in self.text_decoder.block:
+            yield from (block.layer[1].EncDecAttention.k, block.layer[1].EncDecAttention.v)

@@ -30,11 +30,19 @@ class Prompts:
     given: DecoderPrompt | None = None
 
     def __init__(self, family: Family) -> None:
-        self.family, self.inside = family, False
+        self.family = family
         self._watching = Watching(family.model, family.outer or family.model)
         # Labels are seen at the outermost model only.
         self._calls = self._watching if family.outer is None else Watching(family.model, family.model)
         self._ids: Tensor | None = None
+
+    @property
+    def inside(self) -> bool:
+        return self._watching.in_decoder
+
+    @inside.setter
+    def inside(self, running: bool) -> None:
+        self._watching.in_decoder = running
 
     @contextmanager
     def watching(self) -> Iterator[None]:

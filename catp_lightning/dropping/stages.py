@@ -175,10 +175,8 @@ class DecoderStages:
 
     def _start_decoding(self, kwargs: dict[str, Any], cache: Any, past: int) -> None:
         self._prompts.refuse_images()
-        if (
-            not self._kept and not is_short(cache) and cache.get_seq_length(self.stages[-1]) == past
-        ):  # its prefill was not shortened
-            return
+        if not self._kept and not is_short(cache) and cache.get_seq_length(self.stages[-1]) == past:
+            return  # its prefill was not shortened
         rows = kwargs["inputs_embeds"] if kwargs.get("input_ids") is None else kwargs["input_ids"]
         own = self._cache() if self._cache is not None else None
         held = [(kept, cache.get_seq_length(at)) for at, kept in zip(self.stages, self._kept, strict=False)]
@@ -233,11 +231,10 @@ class DecoderStages:
         self._prompts.inside = False
         prefill, step = self._prefill, self._step
         self._reset()
-        if output is not None and output.get("attentions") is not None and (step or prefill is not None):
-            kept = step if prefill is None else prefill.kept
-            output.attentions = tuple(
-                self._attention(at, x, kept, bool(step)) for at, x in enumerate(output.attentions)
-            )
+        kept = step if prefill is None else prefill.kept
+        if kept and output is not None and output.get("attentions") is not None:
+            maps = enumerate(output.attentions)
+            output.attentions = tuple(self._attention(layer, paid, kept, bool(step)) for layer, paid in maps)
         if prefill is None or prefill.rows.whole:
             return
         cache = kwargs.get("past_key_values") if output is None else output.get("past_key_values")

@@ -29,6 +29,7 @@ class Watching:
         given: what the user called: generate's arguments while it runs, else `arguments`. Newer versions of generate
             read pixels before they expand beams and hand on features alone.
         samples: how many samples `generate`, where one is running, was given; later tensors have a row for each beam.
+        in_decoder: whether the decoder is running, as whoever hooks it says.
         continuing: whether `generate`, where one is running, was given the cache of a pruned prompt.
 
     Raises:
@@ -45,7 +46,7 @@ class Watching:
         self.samples: int | None = None
         self._generating: Call | None = None
         self._length: int | None = None
-        self.continuing = False
+        self.continuing = self.in_decoder = False
         self._inside, self._lock = False, threading.Lock()
         self._thread, self._depth = 0, 0  # which thread is calling the model; how many calls inside each other
         self._names = list(inspect.signature(outer.forward).parameters)
@@ -127,7 +128,14 @@ class Watching:
             del self._calls[-1:]  # arguments are not held longer than the call lasts
         self._end()
 
+    def interrupted(self) -> None:
+        """After an interrupt no hook is called: what is known of the calls that it ended is forgotten."""
+        self._calls.clear()
+        self._depth, self.in_decoder = 0, False
+
     def _generate(self, generate: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        if not self._inside:
+            raise _outlived()
         self._begin()
         prompt = kwargs.get("input_ids", args[0] if args else kwargs.get("inputs"))
         before = self.samples, self._generating, self._length, self.continuing
@@ -144,8 +152,8 @@ class Watching:
 
 def _outlived() -> PruningError:
     return PruningError(
-        "The prune context was left while this call was running in another thread: its answer would be pruned in part. "
-        "Wait for it inside the context, by thread.join() for example."
+        "The prune context was left while this call was running in another thread, or before it began: its answer "
+        "would be pruned in part. Wait for it inside the context, by thread.join() for example."
     )
 
 
@@ -155,8 +163,12 @@ class _Watched(Seen):
     by: Watching
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        with self.by.to_its_end():
-            return super().__call__(*args, **kwargs)
+        try:
+            with self.by.to_its_end():
+                return super().__call__(*args, **kwargs)
+        except (KeyboardInterrupt, SystemExit, GeneratorExit):
+            self.by.interrupted()
+            raise
 
 
 @contextmanager
