@@ -119,7 +119,7 @@ class _Version(argparse.Action):
             found = version("catp-lightning")
         except PackageNotFoundError:
             found = "(not installed)"
-        print(f"catp-lightning {found}")
+        print("catp-lightning", found)
         parser.exit()
 
 

@@ -113,10 +113,10 @@ def test_warnings_and_lines_are_safe_and_told_at_the_callers_line(caplog: pytest
 def test_the_command_line_shows_an_error_and_obeys_nothing(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
-    def fails(_: list[str]) -> None:
+    def fails(*_: object) -> None:
         raise ValueError(HOSTILE[name])
 
-    monkeypatch.setattr("catp_lightning.cli.COMMANDS", {"demo": fails})
+    monkeypatch.setattr("catp_lightning.cli._run", fails)
     with pytest.raises(SystemExit):
         main(["demo"])
     told = capsys.readouterr().err
