@@ -16,6 +16,7 @@ from catp_lightning import PolicyError, PruningError, PruningPolicy, prune
 from catp_lightning.metrics import Agreement, TokensKept, VQAAccuracy
 from catp_lightning.observation import Observation, Signal
 from catp_lightning.scorers import SCORERS
+from catp_lightning.scorers.catp import CATP
 from catp_lightning.scorers.controls import Stride
 from tests.families import ROWS
 from tests.test_calibration import Module, calibrate, data
@@ -109,6 +110,16 @@ def test_stride_has_a_rank_of_its_own_for_each_of_576_tokens(default: torch.dtyp
     with defaults(default):
         scores = Stride().score(Observation(exists, {}, {Signal.FINGERPRINT: images}))
     assert scores.device.type == "cpu" and len(scores.unique()) == 576
+
+
+@every_default
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_fitted_weights_are_used_in_the_votes_own_precision(default: torch.dtype | str, dtype: torch.dtype) -> None:
+    scorer = CATP(head_weights=((0.123457, 1.0), (0.765433, -0.333333)))
+    with defaults(default):
+        weights = scorer.weights(torch.ones(1, 2, 2, 3, dtype=dtype, device="cpu"))
+    assert weights is not None
+    assert torch.equal(weights, torch.tensor(scorer.head_weights, dtype=dtype))
 
 
 @pytest.mark.parametrize("default", [torch.float64, torch.bfloat16], ids=str)

@@ -206,7 +206,7 @@ def moved(steps: Iterator[Tensor], inputs: Inputs, other: Inputs, order: Tensor)
 def test_a_second_turn_on_the_first_turns_cache_answers_as_reading_anew_or_is_refused(
     row: Row, policy: PruningPolicy
 ) -> None:
-    model, inputs = row.model(), row.inputs([1])
+    model, inputs = row.model(), row.inputs([0])
     settings: dict[str, Any] = {"max_new_tokens": 4, "min_new_tokens": 4, "do_sample": False}
     if not isinstance(row.oracle, Decoder) or row.name.startswith("Blip2"):
         pytest.skip("generate of this model takes no cache, or the text of a second turn")

@@ -35,14 +35,14 @@ class PrunedStates(Tensor):
         cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
         kwargs = dict(kwargs or {})
+        if torch.compiler.is_compiling():
+            return super().__torch_function__(func, types, args, kwargs)
         source = next(value for value in tree_leaves((args, kwargs)) if isinstance(value, cls))
         readers = vars(source).get("readers", frozenset())
         if func is nn.functional.linear and any(reader() is args[1] for reader in readers):
             raise PruningError(NOT_OF_THIS_PROMPT.format("These encoder states were"))
-        with torch._C.DisableTorchFunctionSubclass():
-            made = func(*args, **kwargs)
-        if isinstance(made, Tensor) and made.is_floating_point() and made.dim() == 3:
-            made = made.as_subclass(cls)
+        made = super().__torch_function__(func, types, args, kwargs)
+        if isinstance(made, cls):
             made.readers = readers
         return made
 
