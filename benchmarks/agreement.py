@@ -43,6 +43,7 @@ from catp_lightning.files import write_json, write_text
 from catp_lightning.locations import budget_file_name
 from catp_lightning.observation import join
 from catp_lightning.overlap import decode_images
+from catp_lightning.safe_text import Markdown as MarkdownText
 
 BUDGETS = (0.5, 0.25, 0.125, 0.0625)
 BATCH = 64
@@ -331,7 +332,7 @@ def _with_interval(row: dict[str, Any]) -> str:
 
 
 def _yes(value: Any) -> str:
-    return "yes" if value else "**no**"
+    return "yes" if value else MarkdownText("**no**")
 
 
 def main() -> None:

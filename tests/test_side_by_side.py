@@ -485,7 +485,7 @@ def test_a_file_gets_the_rights_the_umask_gives_without_the_umask_being_touched(
         try:
             with monkeypatch.context() as patch:
                 patch.setattr(os, "umask", lambda mask: pytest.fail("the umask was set"))
-                file = write_text(tmp_path / "file", "text")
+                file = write_text(tmp_path / f"file of {mask:o}", "text")
         finally:
             set_mask(before)
         assert stat.S_IMODE(file.stat().st_mode) == rights

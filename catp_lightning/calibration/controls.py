@@ -38,8 +38,8 @@ def paired_difference(
     gained = ours.astype(float) - theirs.astype(float)
     adjusted = gained.sum() / (count + 2)
     variance = (((gained - adjusted * questions) ** 2).sum() + 1) / (count + 2) ** 2
-    reach = float(norm.ppf(0.5 + confidence / 2) * variance**0.5)
-    return float(gained.sum() / count), (max(-1.0, adjusted - reach), min(1.0, adjusted + reach))
+    reach = norm.ppf(0.5 + confidence / 2) * variance**0.5
+    return float(gained.sum() / count), (max(-1.0, float(adjusted - reach)), min(1.0, float(adjusted + reach)))
 
 
 def verdict(interval: Sequence[float]) -> str:

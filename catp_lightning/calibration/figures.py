@@ -53,8 +53,10 @@ def retention_figure(policies: Sequence[PruningPolicy]) -> Figure:
     if "promise" in evidence:
         promised = 1 - evidence["promise"]["max_disagreement"]
         axes.axhline(promised, color="black", linestyle=":", label=f"promised: {promised:.1%}")
-    axes.set_xscale("log", base=2)
     shown = sorted({*points, total})
+    if len([place for place in shown if place > 0]) == 1:  # a logarithmic axis of one place has no width of its own
+        axes.set_xlim(total / 2, 2 * total)
+    axes.set_xscale("log", base=2)
     axes.set_xticks(shown, [str(count) for count in shown])
     axes.xaxis.set_minor_locator(NullLocator())
     axes.margins(x=0.05 if joined else 0.2)

@@ -47,7 +47,7 @@ class Grid(Selector):
             ]
             tokens = [token for token, line in enumerate(lines) if line is not None]
             patches = [token for token in tokens if parts_and_rows[image][token][1] >= 0]
-            others = [token for token in tokens if parts_and_rows[image][token][1] < 0]
+            others = [token for token in tokens if not parts_and_rows[image][token][1] >= 0]  # NaN too
             rows = [(line, len(list(same))) for line, same in groupby(lines[token] for token in patches)]
             widths = tuple(
                 tuple(width for _, width in same) for _, same in groupby(rows, key=lambda row: row[0] and row[0][0])
