@@ -32,7 +32,7 @@ def paired_difference(
     >>> asked = np.ones(100, dtype=int)
     >>> difference, (low, high) = paired_difference(asked, asked, np.arange(100) >= 10)
     >>> round(difference, 3), round(low, 3), round(high, 3)
-    (0.1, 0.036, 0.16)
+    (0.1, 0.037, 0.159)
     """
     count = int(questions.sum())
     gained = ours.astype(float) - theirs.astype(float)
