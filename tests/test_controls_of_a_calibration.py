@@ -98,9 +98,9 @@ def policy_with(checked: int, agreement: float, difference: float, interval: tup
 
 
 def test_doubts_are_few_answers_a_better_control_and_answers_that_are_mostly_others() -> None:
-    assert not list(doubts([policy_with(100, 0.9, 0.0, (-0.01, 0.01))]))
+    assert not list(doubts([policy_with(64, 0.9, 0.0, (-0.01, 0.01))]))
     (thin,) = doubts([policy_with(8, 0.9, 0.1, (0.0, 0.2))])
-    assert "checked on 8 answers, fewer than 100 (90% at keep 0.5 may be 10% to 90%)" in thin and "13 times" in thin
+    assert "checked on 8 answers, fewer than 64 (90% at keep 0.5 may be 10% to 90%)" in thin and "8 times" in thin
     (behind,) = doubts([policy_with(400, 0.9, -0.019, (-0.035, -0.003))])
     assert "behind the control divprune on the 400 checked answers, by 1.9%" in behind and "Use that control" in behind
     (level,) = doubts([policy_with(400, 0.9, -0.004, (-0.02, 0.012))])

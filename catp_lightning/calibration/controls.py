@@ -8,8 +8,8 @@ from scipy.stats import norm
 
 from catp_lightning.policy import PruningPolicy
 
-ENOUGH = 100
-"""Checked answers below which a policy is warned about: at an agreement of 90% the interval is then 12 points wide."""
+ENOUGH = 64
+"""Checked answers below which a policy is warned about: at an agreement of 90% the interval is then 15 points wide."""
 
 
 def paired_difference(
