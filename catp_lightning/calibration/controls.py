@@ -58,9 +58,8 @@ def against(point: Mapping[str, Any]) -> str:
     if best is None:
         return ""
     low, high = best["interval"]
-    preposition = "with" if best["verdict"] == "level" else "of" if best["verdict"] == "ahead" else ""
-    named = " ".join(filter(None, (best["verdict"], preposition, best["name"])))
-    return f"{named} ({best['difference']:+.1%}, {low:+.1%} to {high:+.1%})"
+    said = {"ahead": "ahead of", "level": "level with", "behind": "behind"}[best["verdict"]]
+    return f"{said} {best['name']} ({best['difference']:+.1%}, {low:+.1%} to {high:+.1%})"
 
 
 def doubts(policies: Sequence[PruningPolicy]) -> Iterator[str]:

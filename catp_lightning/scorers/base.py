@@ -52,6 +52,18 @@ class Scorer(ABC):
 
 
 @dataclass(frozen=True)
+class EqualScores(Scorer):
+    """A method that ranks no token above another: what stays is its selector's to say."""
+
+    @property
+    def needs(self) -> Needs:
+        return {}
+
+    def score(self, seen: Observation) -> Tensor:
+        return torch.zeros(seen.exists.shape, dtype=torch.float32, device=seen.exists.device)
+
+
+@dataclass(frozen=True)
 class AttentionScorer(Scorer):
     """A scorer that is a weighted sum of votes, one number for each token from each attention head.
 

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from catp_lightning.fingerprint import mix, uniform
 from catp_lightning.observation import Needs, Observation, Signal
-from catp_lightning.scorers.base import Scorer, slot_scores
+from catp_lightning.scorers.base import EqualScores, Scorer, slot_scores
 
 
 @dataclass(frozen=True)
@@ -75,19 +75,12 @@ class Stride(Scorer):
 
 
 @dataclass(frozen=True)
-class Grid(Scorer):
+class Grid(EqualScores):
     """All tokens are equal: its selector, `grid`, keeps evenly spaced rows and columns of the image."""
 
     selector: ClassVar[str] = "grid"
     control: ClassVar[bool] = True
     published: ClassVar[bool] = False
-
-    @property
-    def needs(self) -> Needs:
-        return {}
-
-    def score(self, seen: Observation) -> Tensor:
-        return torch.zeros(seen.exists.shape, dtype=torch.float32, device=seen.exists.device)
 
 
 @dataclass(frozen=True)

@@ -6,11 +6,11 @@ import torch
 from torch import Tensor
 
 from catp_lightning.observation import Needs, Observation, Signal
-from catp_lightning.scorers.base import Scorer
+from catp_lightning.scorers.base import EqualScores
 
 
 @dataclass(frozen=True)
-class VisualExit(Scorer):
+class VisualExit(EqualScores):
     """From `layer` on there are no visual tokens; up to there nothing is pruned.
 
     Nothing is ranked: `keep` is ignored and all scores are 0. keep 1.0 is the unpruned model as for every scorer, so
@@ -37,10 +37,5 @@ class VisualExit(Scorer):
         return (max(1, depth // 2) if self.layer is None else self.layer,)
 
     def stage_counts(self, keep: int | float, tokens: Tensor, stage: int, stages: int, seen: Observation) -> Tensor:
-        """None: int64 [B] zeros, whatever `keep` is."""
+        """None: int64 [B] zeros, whatever `keep` is; of equal scores none stays either."""
         return torch.zeros_like(tokens)
-
-    def score(self, seen: Observation) -> Tensor:
-        return torch.zeros(
-            seen.exists.shape, device=seen.exists.device, dtype=torch.float32
-        )  # of equal scores none stays either

@@ -39,19 +39,14 @@ class Grid(Selector):
 
     def select(self, scores: Tensor, visual: Tensor, counts: Tensor, vectors: Tensor | None) -> Tensor:
         assert vectors is not None  # `vectors` above always gives some
-        parts_and_rows = vectors[..., :2].tolist()
+        places = vectors[..., :2].tolist()  # part and row
         keep = torch.zeros(visual.shape, dtype=torch.bool, device="cpu")
         for image, (there, count) in enumerate(zip(visual.tolist(), counts.tolist(), strict=True)):
-            lines = [
-                tuple(place) if exists else None for place, exists in zip(parts_and_rows[image], there, strict=True)
-            ]
-            tokens = [token for token, line in enumerate(lines) if line is not None]
-            patches = [token for token in tokens if parts_and_rows[image][token][1] >= 0]
-            others = [token for token in tokens if not parts_and_rows[image][token][1] >= 0]  # NaN too
-            rows = [(line, len(list(same))) for line, same in groupby(lines[token] for token in patches)]
-            widths = tuple(
-                tuple(width for _, width in same) for _, same in groupby(rows, key=lambda row: row[0] and row[0][0])
-            )
+            tokens = [token for token, exists in enumerate(there) if exists]
+            patches = [token for token in tokens if places[image][token][1] >= 0]
+            others = [token for token in tokens if not places[image][token][1] >= 0]  # NaN too
+            lines = [(part, len(list(row))) for (part, _), row in groupby(places[image][token] for token in patches)]
+            widths = tuple(tuple(width for _, width in own) for _, own in groupby(lines, key=lambda line: line[0]))
             chosen = spread(widths, min(count, len(patches)))
             keep[image, [patches[place] for place in chosen] + others[: count - len(chosen)]] = True
         return keep.to(visual.device)
