@@ -205,6 +205,7 @@ def check_compiled_inside(
     return int(found[-1][-1])
 
 
+@pytest.mark.slow
 def test_a_language_model_compiled_inside_answers_alike_and_soon_compiles_nothing_new() -> None:
     policy = PruningPolicy(scorer="stride", keep=0.4)
     assert check_compiled_inside("Llava", policy, "model.language_model", compile_in_place, prompts=3) > 0

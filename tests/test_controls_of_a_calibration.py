@@ -59,7 +59,7 @@ def test_answers_are_added_up_by_image_whatever_the_order_and_the_batches() -> N
         assert np.array_equal(same[row], agreed[:, :, images == image].sum(2).numpy())
 
 
-@pytest.mark.parametrize("planted", [True, False])
+@pytest.mark.parametrize("planted", [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_a_policy_carries_its_difference_to_the_best_control_paired_by_image(planted: bool) -> None:
     module, batches = Planted(slot_3 if planted else _first), two_questions(70, 35)
     calibrator = finished(module, batches, [2, 1])

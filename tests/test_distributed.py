@@ -74,6 +74,7 @@ def one(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return calibrate(SMALL, 1, tmp_path_factory.mktemp("alone"))
 
 
+@pytest.mark.slow  # test_strategies has a quick one: two machines, forked
 @pytest.mark.parametrize("processes", [2, 3])
 def test_several_processes_with_uneven_batches_calibrate_to_the_same_policy(
     processes: int, one: Path, tmp_path: Path

@@ -88,9 +88,9 @@ def killed(path: Path, call: int, number: int, where: str, **settings: Any) -> E
     ("call", "number", "where"),
     [
         (11, signal.SIGTERM, "probe"),
-        (12, signal.SIGTERM, "compare"),
         (6, signal.SIGINT, "step"),
-        (1, signal.SIGINT, "report"),
+        pytest.param(12, signal.SIGTERM, "compare", marks=pytest.mark.slow),
+        pytest.param(1, signal.SIGINT, "report", marks=pytest.mark.slow),
     ],
 )
 def test_a_signal_in_any_stage_ends_a_calibration_and_the_next_run_goes_on(

@@ -40,6 +40,11 @@ METHODS = {
     "InstructBlip": ("catp", "cross-attention"),
     "Mllama": ("trimmed-llama", "l2-norm"),
 }
+FAST = {
+    *(("Llava", "fastervlm"), ("Llava", "divprune"), ("Llava", "downsample"), ("Blip2-OPT", "catp")),
+    *(("InstructBlip", "cross-attention"), ("Mllama", "trimmed-llama")),
+}
+"""Those of `METHODS` that are no slow test: each kind of signal, and each kind of replay."""
 INSIDE = ("fastv", "pyramiddrop", "sparsevlm", "dart", "visual-exit")
 
 
@@ -131,7 +136,7 @@ def check_figures(row: Row, policy: PruningPolicy, candidates: Sequence[Candidat
 
 @pytest.mark.parametrize(
     "name",
-    [pytest.param(name, marks=pytest.mark.slow) if name in ("InstructBlip", "LlavaNext") else name for name in METHODS],
+    [name if name == "Blip2-OPT" else pytest.param(name, marks=pytest.mark.slow) for name in METHODS],
 )
 def test_what_is_measured_of_every_rule_is_what_pruning_does(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -150,7 +155,14 @@ def test_what_is_measured_of_every_rule_is_what_pruning_does(
     assert chosen["check"]["agreement"] == pytest.approx(checked, abs=1e-12), "the policy is what was checked"
 
 
-@pytest.mark.parametrize(("name", "method"), [(name, method) for name in METHODS for method in METHODS[name]])
+@pytest.mark.parametrize(
+    ("name", "method"),
+    [
+        pytest.param(name, method, marks=[] if (name, method) in FAST else pytest.mark.slow)
+        for name in METHODS
+        for method in METHODS[name]
+    ],
+)
 def test_one_method_is_calibrated_by_its_name(
     name: str, method: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -163,7 +175,10 @@ def test_one_method_is_calibrated_by_its_name(
     assert checked == pytest.approx(agreement(row, policy)[1], abs=1e-12)
 
 
-@pytest.mark.parametrize("method", INSIDE)
+@pytest.mark.parametrize(
+    "method",
+    [name if name in ("fastv", "visual-exit") else pytest.param(name, marks=pytest.mark.slow) for name in INSIDE],
+)
 def test_a_method_inside_the_decoder_is_calibrated_where_it_drops(
     method: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

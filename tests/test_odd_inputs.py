@@ -430,7 +430,7 @@ def test_fifty_thousand_damaged_data_sets_and_images_are_read_or_refused(tmp_pat
     fuzz_images(15_000, tmp_path / "images", canary)
 
 
-@pytest.mark.parametrize("size", [10, 1])
+@pytest.mark.parametrize("size", [10, pytest.param(1, marks=pytest.mark.slow)])
 def test_samples_whose_answer_is_no_number_are_left_out_of_a_calibration_and_counted(size: int, tmp_path: Path) -> None:
     batches = data(40, size)
     for row in (3, 17):

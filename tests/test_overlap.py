@@ -281,6 +281,7 @@ if __name__ == "__main__":
 """
 
 
+@pytest.mark.slow
 def test_two_processes_name_together_the_number_one_would_name(tmp_path: Path) -> None:
     program, root = tmp_path / "program.py", Path(__file__).parents[1]
     program.write_text(PROGRAM)

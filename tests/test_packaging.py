@@ -72,6 +72,7 @@ def test_the_wheel_names_its_license_its_python_and_the_catp_command(wheel: zipf
     assert files["entry_points.txt"].split() == ["[console_scripts]", "catp", "=", "catp_lightning.cli:main"]
 
 
+@pytest.mark.slow
 def test_an_unpacked_wheel_offers_at_most_20_names_and_its_configurations(
     tmp_path: Path, wheel: zipfile.ZipFile
 ) -> None:

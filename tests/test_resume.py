@@ -253,7 +253,13 @@ MOMENTS = {
 }
 
 
-@pytest.mark.parametrize("moment", MOMENTS)
+@pytest.mark.parametrize(
+    "moment",
+    [
+        moment if moment == "in the middle of writing what was probed" else pytest.param(moment, marks=pytest.mark.slow)
+        for moment in MOMENTS
+    ],
+)
 def test_a_killed_calibration_ends_in_the_same_policy_and_repeats_nothing(
     server: Server, undisturbed: tuple[Path, list[str]], tmp_path: Path, moment: str
 ) -> None:
@@ -322,6 +328,7 @@ def test_a_process_killed_when_the_other_had_finished_goes_on_while_that_one_sta
     same_result(tmp_path, expected)
 
 
+@pytest.mark.slow
 def test_a_process_without_a_batch_takes_part_before_and_after(
     server: Server, undisturbed: tuple[Path, list[str]], tmp_path: Path
 ) -> None:

@@ -157,6 +157,7 @@ def test_only_what_has_changed_is_run_again(tmp_path: Path) -> None:
         assert after[name] < scenes[name] < settings[name]
 
 
+@pytest.mark.slow
 def test_a_killed_sweep_ends_in_the_same_table_and_repeats_no_finished_job(swept: Path, tmp_path: Path) -> None:
     counts = ["--questions", str(QUESTIONS), "--calibration_questions", "8", "--output", str(tmp_path)]
     code = "from catp_lightning.cli import main; main()"
