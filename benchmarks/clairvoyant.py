@@ -46,7 +46,7 @@ def main() -> None:
     module, processor = VQAModule(folder).eval(), AutoProcessor.from_pretrained(folder)
     processor.tokenizer.padding_side = "left"
     recorder, tokens = (
-        Recorder(Plan.of(find_family(module)), {Signal.FINGERPRINT: None}),
+        Recorder(Plan.of(find_family(module)), {Signal.IMAGE_HASH: None}),
         module.model.config.num_query_tokens,
     )
     pairs = torch.tensor(list(combinations(range(tokens), 2)))

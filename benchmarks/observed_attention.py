@@ -95,7 +95,11 @@ def vision_cases(shape: str, batch: int) -> dict[str, Callable[[], None]]:
 
         return run
 
-    everything: Needs = {Signal.CROSS_ATTENTION: None, Signal.SELF_ATTENTION: None, Signal.IMAGE_RECEIVED: None}
+    everything: Needs = {
+        Signal.CROSS_ATTENTION: None,
+        Signal.SELF_ATTENTION: None,
+        Signal.VISION_ATTENTION_RECEIVED: None,
+    }
     weighted = CATP(image_weight="received")
     mean_log, received = SCORERS["cross-attention"](), SCORERS["self-attention"]()
     return {

@@ -62,7 +62,7 @@ class Guide:
         self._found.clear()
 
     def add(self, seen: Observation, prompt: DecoderPrompt) -> Observation:
-        """What the large model showed, and `Signal.GUIDE` beside it.
+        """What the large model showed, and `Signal.GUIDE_ATTENTION` beside it.
 
         Raises:
             PruningError: the guide cannot read the prompt.
@@ -75,8 +75,8 @@ class Guide:
             flat = paid.transpose(1, 2)[prompt.tokens]  # of all visual tokens, in the order of their placeholders
             of_images = flat.new_zeros(*seen.exists.shape, flat.shape[-1])
             of_images[seen.exists] = flat
-            values[Signal.GUIDE, layer] = of_images.transpose(1, 2)
-        return replace(seen, layers={**seen.layers, Signal.GUIDE: self.depth}, values=values)
+            values[Signal.GUIDE_ATTENTION, layer] = of_images.transpose(1, 2)
+        return replace(seen, layers={**seen.layers, Signal.GUIDE_ATTENTION: self.depth}, values=values)
 
     def _read(self, prompt: DecoderPrompt) -> dict[int, Tensor]:
         """What text pays each visual token, by layer: [B, H, T]."""

@@ -17,21 +17,31 @@ class Signal(Enum):
 
     CROSS_ATTENTION = "cross-attention maps, by layer: [I, H, T, N], each row sums to 1"
     SELF_ATTENTION = "self-attention a token receives, summed over query rows, by layer: [I, H, T]"
-    IMAGE_RECEIVED = "attention an image patch receives in the vision tower's last block, over heads and rows: [I, N]"
+    VISION_ATTENTION_RECEIVED = (
+        "attention an image patch receives in the vision tower's last block, over heads and rows: [I, N]"
+    )
     VISION_ATTENTION = (
         "attention a token's patches get in the vision tower, by layer: from [CLS], or received: [I, H, T]"
     )
     VISION_KEYS = "key vectors of a token's patches in the vision tower, mean over heads, by layer: [I, D, T]"
-    TEXT_ATTENTION = "attention a token gets from the text in a cross-attention layer of the language model: [I, H, T]"
-    LAST_ROW = "attention a token gets from the prompt's last row in a layer of the decoder: [I, H, T]"
-    TEXT_ROWS = "attention a token gets from each text row of the prompt in a layer of the decoder: [I, H, R, T]"
-    HIDDEN = "the token as it enters the decoder layer where tokens leave: [I, T, D]"
-    READ = "the token as the language model reads it: [I, T, D]"
-    TEXT = "the prompt's text rows as the language model reads them, those in `Observation.text`: [I, R, D]"
-    GUIDE = "attention a token gets in a guide model from the prompt's text and the answer, by layer: [I, H, T]"
-    OUTPUTS = "the token as it leaves the vision part: [I, T, D]"
-    PLACE = "part (crop, tile), row and column of a token's patch, -1 for a row where it is none: int64 [I, T, 3]"
-    FINGERPRINT = "a checksum of the image's pixels: int64 [I]"
+    CROSS_ATTENTION_TO_IMAGE = (
+        "attention a token gets from the text in a cross-attention layer of the language model: [I, H, T]"
+    )
+    LAST_TOKEN_ATTENTION = "attention a token gets from the prompt's last row in a layer of the decoder: [I, H, T]"
+    TEXT_TO_IMAGE_ATTENTION = (
+        "attention a token gets from each text row of the prompt in a layer of the decoder: [I, H, R, T]"
+    )
+    HIDDEN_STATES = "the token as it enters the decoder layer where tokens leave: [I, T, D]"
+    IMAGE_EMBEDS = "the token as the language model reads it: [I, T, D]"
+    TEXT_EMBEDS = "the prompt's text rows as the language model reads them, those in `Observation.text`: [I, R, D]"
+    GUIDE_ATTENTION = (
+        "attention a token gets in a guide model from the prompt's text and the answer, by layer: [I, H, T]"
+    )
+    IMAGE_FEATURES = "the token as it leaves the vision part: [I, T, D]"
+    PATCH_POSITION = (
+        "part (crop, tile), row and column of a token's patch, -1 for a row where it is none: int64 [I, T, 3]"
+    )
+    IMAGE_HASH = "a checksum of the image's pixels: int64 [I]"
 
 
 BY_LAYER = frozenset(
@@ -39,14 +49,22 @@ BY_LAYER = frozenset(
         Signal.CROSS_ATTENTION,
         Signal.SELF_ATTENTION,
         Signal.VISION_ATTENTION,
-        Signal.TEXT_ATTENTION,
-        Signal.LAST_ROW,
-        Signal.TEXT_ROWS,
+        Signal.CROSS_ATTENTION_TO_IMAGE,
+        Signal.LAST_TOKEN_ATTENTION,
+        Signal.TEXT_TO_IMAGE_ATTENTION,
         Signal.VISION_KEYS,
-        Signal.GUIDE,
+        Signal.GUIDE_ATTENTION,
     }
 )
-STAGED = frozenset({Signal.LAST_ROW, Signal.TEXT_ROWS, Signal.HIDDEN, Signal.READ, Signal.TEXT})
+STAGED = frozenset(
+    {
+        Signal.LAST_TOKEN_ATTENTION,
+        Signal.TEXT_TO_IMAGE_ATTENTION,
+        Signal.HIDDEN_STATES,
+        Signal.IMAGE_EMBEDS,
+        Signal.TEXT_EMBEDS,
+    }
+)
 """What can be observed where tokens leave inside a decoder; layers are those that have run, -1 the last of them."""
 
 Needs = Mapping[Signal, tuple[int, ...] | None]
@@ -74,7 +92,7 @@ class Observation:
         values: the tensors observed, by signal, or by signal and layer.
         always: bool [I, T], tokens that stand for no patch (a line's end, a frame's [CLS]): they always stay.
         crops: int64 [I, T], the crop of its image a token is of; None where images are not cut.
-        text: bool [I, R], which rows of `Signal.TEXT` and `Signal.TEXT_ROWS` exist; None where neither was observed.
+        text: bool [I, R], which rows of `Signal.TEXT_EMBEDS` and `Signal.TEXT_TO_IMAGE_ATTENTION` exist; None where neither was observed.
     """
 
     exists: Tensor

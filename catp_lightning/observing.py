@@ -22,7 +22,7 @@ ATTENTION = frozenset(
         Signal.SELF_ATTENTION,
         Signal.VISION_ATTENTION,
         Signal.VISION_KEYS,
-        Signal.IMAGE_RECEIVED,
+        Signal.VISION_ATTENTION_RECEIVED,
     }
 )
 

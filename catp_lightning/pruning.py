@@ -69,7 +69,7 @@ class Pruning:
         self._known = scored and has_images(policy)
         self._checked = False
         needs = [self._scorer.needs, self._selector.needs] if scored else []
-        wanted = join([*needs, {Signal.FINGERPRINT: None}] if self._known else needs)
+        wanted = join([*needs, {Signal.IMAGE_HASH: None}] if self._known else needs)
         stages = () if self._everything and choose is None else self._scorer.stages(family.depth)
         self.leave_at, self._read = stages, torch.zeros(0, dtype=torch.int64, device="cpu")
         if scored or choose is not None:
@@ -78,9 +78,9 @@ class Pruning:
             refuse_at_stages(policy, self._selector, wanted)
         if self._selector.merges and scored:
             refuse_merging(policy, self._selector, family)
-        self._guide = self._guided(guide, wanted) if Signal.GUIDE in wanted else None
-        wanted.pop(Signal.GUIDE, None)
-        first: Needs = {Signal.FINGERPRINT: None} if self._known else {}
+        self._guide = self._guided(guide, wanted) if Signal.GUIDE_ATTENTION in wanted else None
+        wanted.pop(Signal.GUIDE_ATTENTION, None)
+        first: Needs = {Signal.IMAGE_HASH: None} if self._known else {}
         self._observer = Observer(family, first if stages else wanted)
         compact = policy.positions == "compact"
         own: Pruning = weakref.proxy(self)  # no cycle: with the last reference to the model its memory is free
@@ -104,7 +104,7 @@ class Pruning:
                 "too."
             )
         answer_tokens = getattr(self._scorer, "answer_tokens", 1)  # how far the guide answers is the method's to say
-        found = Guide(guide, self.family, wanted[Signal.GUIDE], answer_tokens)
+        found = Guide(guide, self.family, wanted[Signal.GUIDE_ATTENTION], answer_tokens)
         refuse_unprunable(guide, found.family)
         return found
 
@@ -184,7 +184,7 @@ class Pruning:
         if self._guide is not None and isinstance(prompt, DecoderPrompt):
             seen = self._guide.add(seen, prompt)
         if self._known:
-            self.images.append(seen[Signal.FINGERPRINT])
+            self.images.append(seen[Signal.IMAGE_HASH])
         self._check_budget(seen.free.sum(1))
         scores = score_tokens(self._scorer, seen, prompt.tokens)
         return choose_tokens(scores, self._selector, self.policy.keep, seen, prompt.tokens)
@@ -193,7 +193,7 @@ class Pruning:
         seen, visual = prompt.observation(), prompt.tokens
         self._check_budget(prompt.visual.sum(1))
         if self._known and prompt.stage == 0:
-            self.images.append(self._observer.take(prompt)[Signal.FINGERPRINT])
+            self.images.append(self._observer.take(prompt)[Signal.IMAGE_HASH])
         scores = placed(score_tokens(self._scorer, seen, visual), seen.exists, visual, -torch.inf)
         before = prompt.visual.sum(1)
         with without_autocast(visual):
@@ -263,6 +263,8 @@ def instead_of(policy: PruningPolicy, family: Family) -> str:
         with suppress(Exception):  # refused here, or of a package that does not work
             Pruning(family, PruningPolicy(name))
             suited.append(name)
-    if policy.scorer in suited or Signal.GUIDE in policy.build_scorer().needs:  # it is a setting, or the guide
+    if (
+        policy.scorer in suited or Signal.GUIDE_ATTENTION in policy.build_scorer().needs
+    ):  # it is a setting, or the guide
         return ""
     return f" The scorers that work on {type(family.model).__name__} are {', '.join(suited)}."

@@ -117,7 +117,7 @@ def _occupied(family: Family) -> PruningError:
 def refuse_at_stages(policy: PruningPolicy, selector: Selector, wanted: Needs) -> None:
     """Raise PolicyError where tokens leave inside the decoder and what is needed is seen before it."""
     per = policy.selector_args.get("per", "sample")
-    if per != "sample" or not (wanted.keys() - {Signal.FINGERPRINT}) <= STAGED:
+    if per != "sample" or not (wanted.keys() - {Signal.IMAGE_HASH}) <= STAGED:
         raise PolicyError(
             f"scorer {policy.scorer!r} drops tokens inside the decoder, where a budget is of the whole sample and "
             f"only the decoder's own rows are seen: leave selector and selector_args out (selector is "

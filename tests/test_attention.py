@@ -15,13 +15,18 @@ from catp_lightning.observation import Observation, Signal
 from catp_lightning.observing import Observer
 from tests.models import SHAPES, random_blip2
 
-ALL = {Signal.CROSS_ATTENTION: None, Signal.SELF_ATTENTION: None, Signal.IMAGE_RECEIVED: None, Signal.OUTPUTS: None}
+ALL = {
+    Signal.CROSS_ATTENTION: None,
+    Signal.SELF_ATTENTION: None,
+    Signal.VISION_ATTENTION_RECEIVED: None,
+    Signal.IMAGE_FEATURES: None,
+}
 
 NO_PROMPT = Prompt(torch.empty(0, 0), Call(), 1)  # a Q-Former does not need one
 
 
 def observe(model: Blip2ForConditionalGeneration, inputs: dict[str, Tensor]) -> tuple[Observation, Tensor]:
-    observer = Observer(find_family(model), {**ALL, Signal.FINGERPRINT: None})
+    observer = Observer(find_family(model), {**ALL, Signal.IMAGE_HASH: None})
     with torch.no_grad(), observer.watching():
         logits = model(**inputs).logits
     return observer.take(NO_PROMPT), logits
@@ -46,12 +51,12 @@ def test_what_is_observed_is_what_output_attentions_returns(shape: str, attentio
     )
     received = vision.attentions[-1].sum((1, 2))
     own = [a for a in qformer.attentions if a.shape[-1] == queries]  # 5.23 lists cross-attention among them
-    torch.testing.assert_close(seen[Signal.IMAGE_RECEIVED], received, atol=1e-6, rtol=1e-5)
+    torch.testing.assert_close(seen[Signal.VISION_ATTENTION_RECEIVED], received, atol=1e-6, rtol=1e-5)
     torch.testing.assert_close(
         seen.by_layer(Signal.CROSS_ATTENTION), torch.stack(qformer.cross_attentions, 1), atol=1e-6, rtol=1e-5
     )
     torch.testing.assert_close(seen.by_layer(Signal.SELF_ATTENTION), torch.stack(own, 1).sum(3), atol=1e-6, rtol=1e-5)
-    torch.testing.assert_close(seen[Signal.OUTPUTS], qformer.last_hidden_state, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(seen[Signal.IMAGE_FEATURES], qformer.last_hidden_state, atol=1e-5, rtol=1e-5)
     spread = seen.by_layer(Signal.CROSS_ATTENTION)
     assert spread.max() > 2 / spread.shape[-1], "flat maps would prove nothing"
 

@@ -61,18 +61,18 @@ def attended(seed: int, layers: int = 1) -> Observation:
     """Three samples of up to seven tokens and up to five text rows, in two heads; some text rows are alike."""
     exists, text = some(3, 7, seed), some(3, 5, seed + 1).sort(1, descending=True)[0]
     values: dict[Any, Tensor] = {
-        Signal.READ: numbers((3, 7, 4), seed + 2),
-        Signal.TEXT: numbers((3, 5, 4), seed + 3, 1),
+        Signal.IMAGE_EMBEDS: numbers((3, 7, 4), seed + 2),
+        Signal.TEXT_EMBEDS: numbers((3, 5, 4), seed + 3, 1),
     }
     here = torch.ones(3, 7, dtype=torch.bool)
     here[1, 5:] = False  # the second sample has fewer
     exists &= here
-    values[Signal.READ] = values[Signal.READ] * here[..., None]
-    values[Signal.TEXT] = values[Signal.TEXT] * text[..., None]
+    values[Signal.IMAGE_EMBEDS] = values[Signal.IMAGE_EMBEDS] * here[..., None]
+    values[Signal.TEXT_EMBEDS] = values[Signal.TEXT_EMBEDS] * text[..., None]
     for layer in range(layers):
         paid = numbers((3, 2, 5, 7), seed + 4 + layer).abs() / 8
-        values[Signal.TEXT_ROWS, layer] = (paid * text[:, None, :, None] * here[:, None, None]).float()
-    return Observation(exists, {Signal.TEXT_ROWS: layers}, values, text=text)
+        values[Signal.TEXT_TO_IMAGE_ATTENTION, layer] = (paid * text[:, None, :, None] * here[:, None, None]).float()
+    return Observation(exists, {Signal.TEXT_TO_IMAGE_ATTENTION: layers}, values, text=text)
 
 
 def raters_by_hand(read: Rows, text: Rows) -> list[int]:
@@ -89,8 +89,8 @@ def raters_by_hand(read: Rows, text: Rows) -> list[int]:
 
 def raters_of(seen: Observation, sample: int) -> list[int]:
     assert seen.text is not None
-    read = [row for row in seen[Signal.READ][sample].tolist() if any(row)]
-    return raters_by_hand(read, seen[Signal.TEXT][sample, : int(seen.text[sample].sum())].tolist())
+    read = [row for row in seen[Signal.IMAGE_EMBEDS][sample].tolist() if any(row)]
+    return raters_by_hand(read, seen[Signal.TEXT_EMBEDS][sample, : int(seen.text[sample].sum())].tolist())
 
 
 @seeds
@@ -100,7 +100,7 @@ def test_sparsevlm_scores_are_the_mean_attention_of_the_raters(seed: int) -> Non
     plain, weighted = SparseVLM().score(seen), SparseVLM(layers=(0, 1), head_weights=weights).score(seen)
     for sample in range(3):
         rating = raters_of(seen, sample)
-        paid = [seen.values[Signal.TEXT_ROWS, layer][sample].tolist() for layer in (0, 1)]
+        paid = [seen.values[Signal.TEXT_TO_IMAGE_ATTENTION, layer][sample].tolist() for layer in (0, 1)]
         for token in seen.exists[sample].nonzero()[:, 0].tolist():
             mean = [
                 [sum(paid[layer][head][rater][token] for rater in rating) / len(rating) for head in (0, 1)]
@@ -114,14 +114,14 @@ def test_sparsevlm_scores_are_the_mean_attention_of_the_raters(seed: int) -> Non
 def test_raters_of_two_words_one_of_which_is_about_the_image() -> None:
     """By hand: of tokens (2, 0) and (0, 1), words (1, 0) and (0, 1) get e2 / (e2 + 1) = 0.88 and 0.27, mean 0.57."""
     values: dict[Any, Tensor] = {
-        Signal.READ: torch.tensor([[[2.0, 0.0], [0.0, 1.0]]]),
-        Signal.TEXT: torch.tensor([[[1.0, 0.0], [0.0, 1.0]]]),
-        (Signal.TEXT_ROWS, 0): torch.tensor([[[[0.1, 0.3], [0.4, 0.2]]]]),
+        Signal.IMAGE_EMBEDS: torch.tensor([[[2.0, 0.0], [0.0, 1.0]]]),
+        Signal.TEXT_EMBEDS: torch.tensor([[[1.0, 0.0], [0.0, 1.0]]]),
+        (Signal.TEXT_TO_IMAGE_ATTENTION, 0): torch.tensor([[[[0.1, 0.3], [0.4, 0.2]]]]),
     }
     exists = torch.ones(1, 2, dtype=torch.bool)
-    seen = Observation(exists, {Signal.TEXT_ROWS: 1}, values, text=exists)
+    seen = Observation(exists, {Signal.TEXT_TO_IMAGE_ATTENTION: 1}, values, text=exists)
     exact(SparseVLM().score(seen), torch.tensor([[0.1, 0.3]]), atol=1e-7)
-    values[Signal.TEXT] = torch.tensor([[[1.0, 0.0], [1.0, 0.0]]])  # the same word twice: both rate
+    values[Signal.TEXT_EMBEDS] = torch.tensor([[[1.0, 0.0], [1.0, 0.0]]])  # the same word twice: both rate
     exact(SparseVLM().score(seen), torch.tensor([[0.25, 0.25]]), atol=1e-7)
 
 
@@ -135,7 +135,7 @@ def test_raters_are_the_same_under_autocast() -> None:
 
 def test_attention_that_is_nan_counts_for_no_rank_and_ranks_last() -> None:
     seen = attended(0)
-    seen.values[Signal.TEXT_ROWS, 0][:, :, :, 0] = math.nan
+    seen.values[Signal.TEXT_TO_IMAGE_ATTENTION, 0][:, :, :, 0] = math.nan
     counts = SparseVLM(schedule="rank").stage_counts(1, torch.tensor([7, 7, 7]), 0, 3, seen)
     least = torch.tensor([max(1, min(6, int(own))) for own in seen.exists[:, 1:].sum(1)])
     assert (counts >= 1).all() and (counts <= least).all()
@@ -195,7 +195,7 @@ def test_the_rank_schedule_drops_a_share_of_the_tokens_beyond_the_rank(seed: int
         counts = SparseVLM(schedule="rank", scale=share).stage_counts(keep, before, 0, 3, seen)
         for sample in range(3):
             there = seen.exists[sample].nonzero()[:, 0].tolist()
-            paid = seen.values[Signal.TEXT_ROWS, 0][sample].tolist()
+            paid = seen.values[Signal.TEXT_TO_IMAGE_ATTENTION, 0][sample].tolist()
             rows = [
                 [Fraction(paid[0][rater][token]) + Fraction(paid[1][rater][token]) for token in there]
                 for rater in raters_of(seen, sample)
@@ -207,12 +207,12 @@ def test_the_rank_schedule_drops_a_share_of_the_tokens_beyond_the_rank(seed: int
 def test_a_rank_of_one_leaves_the_budget() -> None:
     paid = torch.outer(torch.tensor([1.0, 2.0]), torch.arange(1.0, 11.0)) / 60
     values: dict[Any, Tensor] = {
-        Signal.READ: torch.ones(1, 10, 2),
-        Signal.TEXT: torch.ones(1, 2, 2),
-        (Signal.TEXT_ROWS, 0): paid[None, None],
+        Signal.IMAGE_EMBEDS: torch.ones(1, 10, 2),
+        Signal.TEXT_EMBEDS: torch.ones(1, 2, 2),
+        (Signal.TEXT_TO_IMAGE_ATTENTION, 0): paid[None, None],
     }
     there = torch.ones(1, 10, dtype=torch.bool)
-    seen = Observation(there, {Signal.TEXT_ROWS: 1}, values, text=there[:, :2])
+    seen = Observation(there, {Signal.TEXT_TO_IMAGE_ATTENTION: 1}, values, text=there[:, :2])
     found = [
         int(SparseVLM(schedule="rank", scale=share).stage_counts(keep, torch.tensor([10]), 0, 3, seen))
         for share, keep in ((1.0, 1), (1.0, 4), (0.5, 1), (2.0, 2))
@@ -331,12 +331,14 @@ def dart_by_hand(scores: list[float], there: list[int], budget: int, vectors: Ro
 def test_dart_keeps_what_is_least_like_each_pivot_in_turn(seed: int, tokens: int, pivots: int) -> None:
     vectors, there = numbers((3, tokens, 3), seed, 1), some(3, tokens, seed)
     vectors = vectors * torch.tensor([1.0, 2.0, 4.0])[:, None, None]  # scaling by these is exact
-    scores = DartScorer().score(Observation(there, {}, {Signal.HIDDEN: vectors}))
+    scores = DartScorer().score(Observation(there, {}, {Signal.HIDDEN_STATES: vectors}))
     assert torch.equal(scores, vectors.abs().sum(-1))
     own = there.sum(1)
     counts = (own * torch.tensor([seed % 5 + 1, 3, 1]) / 5).ceil().long().minimum(own)
     selector = DART(pivots=pivots)
-    keep = selector.select(scores, there, counts, selector.vectors(Observation(there, {}, {Signal.HIDDEN: vectors})))
+    keep = selector.select(
+        scores, there, counts, selector.vectors(Observation(there, {}, {Signal.HIDDEN_STATES: vectors}))
+    )
     for row in range(3):
         places = there[row].nonzero()[:, 0].tolist()
         expected = dart_by_hand(scores[row].tolist(), places, int(counts[row]), vectors[row].tolist(), pivots)
@@ -357,7 +359,7 @@ def test_two_pivots_by_hand(budget: int, stay: list[int]) -> None:
 
 def test_dart_compares_rows_of_half_precision_in_float32() -> None:
     hidden = torch.full((1, 1, 300), 1.0, dtype=torch.bfloat16)
-    seen = Observation(torch.ones(1, 1, dtype=torch.bool), {}, {Signal.HIDDEN: hidden})
+    seen = Observation(torch.ones(1, 1, dtype=torch.bool), {}, {Signal.HIDDEN_STATES: hidden})
     assert DartScorer().score(seen).item() == 300 and DART().vectors(seen).dtype == torch.float32
     assert Recycle().vectors(seen).dtype == torch.float32
 

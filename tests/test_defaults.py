@@ -108,7 +108,7 @@ def test_stride_has_a_rank_of_its_own_for_each_of_576_tokens(default: torch.dtyp
     images = torch.tensor([3])
     exists = torch.ones(1, 576, dtype=torch.bool)
     with defaults(default):
-        scores = Stride().score(Observation(exists, {}, {Signal.FINGERPRINT: images}))
+        scores = Stride().score(Observation(exists, {}, {Signal.IMAGE_HASH: images}))
     assert scores.device.type == "cpu" and len(scores.unique()) == 576
 
 

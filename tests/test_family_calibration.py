@@ -106,7 +106,7 @@ def first_images(row: Row, batch: dict[str, Tensor]) -> Tensor:
         prune(row.model(), PruningPolicy("random", keep=0.9)) as pruning,
     ):
         row.model()(**row.oracle.forward_inputs(batch))
-    tokens, marks = seen[0].exists.sum(1).tolist(), seen[0][Signal.FINGERPRINT].tolist()
+    tokens, marks = seen[0].exists.sum(1).tolist(), seen[0][Signal.IMAGE_HASH].tolist()
     first, image = [], 0
     for left in pruning.choices[0][1].tolist():
         first.append(marks[image] if left else 0)

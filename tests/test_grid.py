@@ -95,13 +95,13 @@ def places(name: str) -> tuple[Any, Any, Observation]:
 
 def test_squares_are_read_line_by_line_and_a_tile_begins_with_its_class() -> None:
     seen = places("Llava")[2]
-    assert seen[Signal.PLACE][0].tolist() == [[0, place // 3, place % 3] for place in range(9)]
+    assert seen[Signal.PATCH_POSITION][0].tolist() == [[0, place // 3, place % 3] for place in range(9)]
     model, _, seen = places("Mllama")
     rows = model.model.vision_model.num_patches
     side = int((rows - 1) ** 0.5)
     tile = [[-1, -1], *([place // side, place % side] for place in range(rows - 1))]
     count = model.config.vision_config.max_num_tiles
-    assert seen[Signal.PLACE][0].tolist() == [[number, *place] for number in range(count) for place in tile]
+    assert seen[Signal.PATCH_POSITION][0].tolist() == [[number, *place] for number in range(count) for place in tile]
 
 
 @pytest.mark.parametrize("name", ["LlavaNext", "LlavaOnevision"])
@@ -114,7 +114,7 @@ def test_crops_make_one_picture_beside_the_whole_image_as_the_model_packs_them(n
     sizes = inputs["image_sizes"]
     checked = 0
     for image, (count, size) in enumerate(zip(counts, sizes, strict=True)):
-        own = seen[Signal.PLACE][image][seen.exists[image]]
+        own = seen[Signal.PATCH_POSITION][image][seen.exists[image]]
         base = own[: side * side]
         assert base.tolist() == [[0, place // side, place % side] for place in range(side * side)]
         if count == 1:
@@ -154,7 +154,7 @@ def test_rows_and_columns_of_qwen_are_those_of_its_position_ids(name: str) -> No
     for image in range(seen.images):
         count = int(seen.exists[image].sum())
         own = positions[first : first + count, 1:]
-        assert torch.equal(seen[Signal.PLACE][image, :count, 1:], own - own.amin(0)), image
+        assert torch.equal(seen[Signal.PATCH_POSITION][image, :count, 1:], own - own.amin(0)), image
         first += count
     assert first == len(positions) and seen.images > 1
 
@@ -167,7 +167,7 @@ def test_a_square_that_lacks_its_first_patch_keeps_its_lines() -> None:
 
 def seen_of(place: Tensor) -> Observation:
     exists = torch.ones(place.shape[:2], dtype=torch.bool)
-    return Observation(exists, {}, {Signal.PLACE: place})
+    return Observation(exists, {}, {Signal.PATCH_POSITION: place})
 
 
 def test_a_class_comes_last_and_crops_may_have_a_budget_each() -> None:

@@ -360,8 +360,8 @@ def test_samples_know_their_images_whatever_their_number() -> None:
     assert samples.images.tolist() == [prints[0], 0, prints[1], 0, prints[3], prints[5]]
     some = samples.where(torch.tensor([False, True, True, False, False, True]))
     assert some.images.tolist() == [0, prints[1], prints[5]] and some.seen.images == 3
-    assert torch.equal(some.seen[Signal.FINGERPRINT], prints[[1, 2, 5]])
-    assert torch.equal(some.seen[Signal.OUTPUTS], samples.seen[Signal.OUTPUTS][[1, 2, 5]])
+    assert torch.equal(some.seen[Signal.IMAGE_HASH], prints[[1, 2, 5]])
+    assert torch.equal(some.seen[Signal.IMAGE_FEATURES], samples.seen[Signal.IMAGE_FEATURES][[1, 2, 5]])
     assert torch.equal(some.visual, visual_tokens(batch["input_ids"] == IMAGE)[[1, 2, 5]])
     turned = {name: value.flip(0) for name, value in mixed([1, 1, 1]).items()}
     with torch.no_grad():

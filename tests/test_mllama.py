@@ -596,12 +596,12 @@ class TestFamily:
         prompts: list[CrossAttended] = []
         with dropping(model, lambda prompt: prompts.append(prompt) or prompt.tokens, observe=True):
             model.generate(**inputs, **GREEDY, num_beams=2)
-        wanted = frozenset({Signal.OUTPUTS, Signal.FINGERPRINT})
+        wanted = frozenset({Signal.IMAGE_FEATURES, Signal.IMAGE_HASH})
         observed = Mllama(model).observation({}, wanted, prompts[0])
         assert observed.exists.sum(1).tolist() == [17, 34, 51, 34, 17] and observed.exists.shape == (5, 68)
-        assert torch.equal(prompts[0].states[prompts[0].tokens], observed[Signal.OUTPUTS][observed.exists])
-        attention = observed.by_layer(Signal.TEXT_ATTENTION)[:, 0].transpose(1, 2)[observed.exists]
+        assert torch.equal(prompts[0].states[prompts[0].tokens], observed[Signal.IMAGE_FEATURES][observed.exists])
+        attention = observed.by_layer(Signal.CROSS_ATTENTION_TO_IMAGE)[:, 0].transpose(1, 2)[observed.exists]
         assert torch.equal(prompts[0].attention.transpose(1, 2)[prompts[0].tokens], attention)
         pixels = torch.stack([inputs["pixel_values"][row, n] for row, n in ((0, 0), (0, 1), (1, 0), (2, 0), (2, 1))])
-        assert torch.equal(observed[Signal.FINGERPRINT], fingerprint(pixels))
+        assert torch.equal(observed[Signal.IMAGE_HASH], fingerprint(pixels))
         assert observed.crops.unique().tolist() == [0, 1, 2, 3]

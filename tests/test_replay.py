@@ -67,7 +67,7 @@ def recorded(
 ) -> tuple[Replay, Observation, Observation | None, Tensor]:
     model = row.model()
     plan = Plan.of(find_family(model), method)
-    recorder = Recorder(plan, {Signal.FINGERPRINT: None, **plan.needs})
+    recorder = Recorder(plan, {Signal.IMAGE_HASH: None, **plan.needs})
     with recorder.recording():
         answers = model.generate(**inputs, **settings(), **more)[:, -STEPS:]
         with recorder.recorded() as [(replay, seen, inside)]:
@@ -150,13 +150,13 @@ def test_samples_know_their_images_and_take_them_along(name: str) -> None:
     replay, seen, inside, _ = recorded(row, inputs)
     samples = Samples.of(replay, seen, inside)
     counts = [len(sample.images) for sample in row.samples()]
-    fingerprints = seen[Signal.FINGERPRINT].tolist()
+    fingerprints = seen[Signal.IMAGE_HASH].tolist()
     first = [fingerprints[sum(counts[:n])] if count else 0 for n, count in enumerate(counts)]
     assert samples.images.tolist() == first and max(counts) > 1
     some = samples.where(torch.tensor([False, True, False, True]))
     ends = [sum(counts[: n + 1]) for n in range(4)]
     expected = [fingerprints[image] for n in (1, 3) for image in range(ends[n] - counts[n], ends[n])]
-    assert some.seen[Signal.FINGERPRINT].tolist() == expected
+    assert some.seen[Signal.IMAGE_HASH].tolist() == expected
 
 
 @pytest.mark.parametrize("name", ["Qwen2.5-VL", "Gemma3", "Blip2-T5", "Mistral3, sliding window"])

@@ -26,9 +26,9 @@ def seen(
     generator = torch.Generator().manual_seed(seed)
     draw = lambda *shape: torch.rand(shape, generator=generator, dtype=torch.float64)  # noqa: E731
     values: dict[Signal | tuple[Signal, int], Tensor] = {
-        Signal.IMAGE_RECEIVED: draw(images, patches),
-        Signal.OUTPUTS: draw(images, tokens, 4) - 0.5,
-        Signal.FINGERPRINT: torch.arange(images),
+        Signal.VISION_ATTENTION_RECEIVED: draw(images, patches),
+        Signal.IMAGE_FEATURES: draw(images, tokens, 4) - 0.5,
+        Signal.IMAGE_HASH: torch.arange(images),
     }
     for layer in range(layers):
         maps = draw(images, heads, tokens, patches)
@@ -99,7 +99,9 @@ def test_layers_and_head_weights_choose_who_votes() -> None:
     torch.testing.assert_close(only, -2 * borda_vote(alone))
     weighted = CATP(image_weight="received").score(observation)
     attention = observation.by_layer(Signal.CROSS_ATTENTION)
-    torch.testing.assert_close(weighted, borda_vote(attention, image_weights=observation[Signal.IMAGE_RECEIVED]))
+    torch.testing.assert_close(
+        weighted, borda_vote(attention, image_weights=observation[Signal.VISION_ATTENTION_RECEIVED])
+    )
 
 
 def test_head_weights_of_another_shape_are_refused() -> None:
@@ -129,7 +131,7 @@ def test_cross_attention_is_mean_log_attention_standardised_by_image_and_head() 
 def test_region_attention_is_the_log_of_attention_weighted_by_what_each_image_token_receives() -> None:
     observation = seen()
     votes = RegionAttention().votes(observation)
-    received = observation[Signal.IMAGE_RECEIVED]
+    received = observation[Signal.VISION_ATTENTION_RECEIVED]
     for layer in range(3):
         for head in range(2):
             for image in range(2):
@@ -142,9 +144,9 @@ def test_region_attention_is_the_log_of_attention_weighted_by_what_each_image_to
                 torch.testing.assert_close(votes[image, layer, head], expected)
     only = RegionAttention(layers=(1,), head_weights=((0.5, -2.0),)).score(observation)
     torch.testing.assert_close(only, 0.5 * votes[:, 1, 0] - 2 * votes[:, 1, 1])
-    assert RegionAttention(layers=(1,)).needs == {Signal.CROSS_ATTENTION: (1,), Signal.IMAGE_RECEIVED: None}
+    assert RegionAttention(layers=(1,)).needs == {Signal.CROSS_ATTENTION: (1,), Signal.VISION_ATTENTION_RECEIVED: None}
     scaled = seen()
-    scaled.values[Signal.IMAGE_RECEIVED] = 100 * received
+    scaled.values[Signal.VISION_ATTENTION_RECEIVED] = 100 * received
     torch.testing.assert_close(RegionAttention().votes(scaled), votes, msg="only proportions count")
 
 
@@ -183,7 +185,7 @@ def test_self_attention_sums_what_all_layers_and_heads_pay() -> None:
 def test_the_controls_are_their_definitions() -> None:
     observation = seen(tokens=8)
     norm = SCORERS["l2-norm"]().score(observation)
-    torch.testing.assert_close(norm, observation[Signal.OUTPUTS].pow(2).sum(-1).sqrt())
+    torch.testing.assert_close(norm, observation[Signal.IMAGE_FEATURES].pow(2).sum(-1).sqrt())
     assert SCORERS["position"]().score(observation)[0].argsort(descending=True).tolist() == list(range(8))
     order = Stride().score(observation)[0].argsort(descending=True).tolist()
     assert sorted(order[:4]) == [0, 2, 4, 6] and sorted(order[:2]) == [0, 4] and sorted(order) == list(range(8))
@@ -195,9 +197,9 @@ def test_random_is_drawn_from_seed_and_image_alone() -> None:
     assert images.unique().numel() == 6
     assert torch.equal(fingerprint(pixels[3:5]), images[3:5])
     assert not torch.equal(fingerprint(pixels.flip(-1)), images), "order of pixels matters"
-    observation = Observation.of_equal(6, 32, {}, {Signal.FINGERPRINT: images})
+    observation = Observation.of_equal(6, 32, {}, {Signal.IMAGE_HASH: images})
     scores = Random(seed=1).score(observation)
-    alone = Random(seed=1).score(Observation.of_equal(1, 32, {}, {Signal.FINGERPRINT: images[2:3]}))
+    alone = Random(seed=1).score(Observation.of_equal(1, 32, {}, {Signal.IMAGE_HASH: images[2:3]}))
     assert torch.equal(alone[0], scores[2])
     assert not torch.equal(Random(seed=2).score(observation), scores)
     many = uniform(mix(torch.arange(2000)), 50)

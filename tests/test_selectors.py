@@ -58,7 +58,7 @@ def test_regions_compare_maps_by_the_inner_product_weighted_by_attention_receive
 ) -> None:
     generator = torch.Generator().manual_seed(4)
     received = torch.rand(2, 7, dtype=torch.float64, generator=generator)
-    values: dict[Signal | tuple[Signal, int], Tensor] = {Signal.IMAGE_RECEIVED: received}
+    values: dict[Signal | tuple[Signal, int], Tensor] = {Signal.VISION_ATTENTION_RECEIVED: received}
     for layer in range(3):
         values[Signal.CROSS_ATTENTION, layer] = torch.rand(2, 2, 5, 7, dtype=torch.float64, generator=generator)
     seen = Observation.of_equal(2, 5, {Signal.CROSS_ATTENTION: 3}, values)
@@ -80,7 +80,7 @@ def test_regions_compare_maps_by_the_inner_product_weighted_by_attention_receive
             for other in range(5):
                 norms = math.sqrt(product(image, one, one) * product(image, other, other))
                 assert float(found[image, one, other]) == pytest.approx(product(image, one, other) / norms, abs=1e-12)
-    assert selector.needs == {Signal.CROSS_ATTENTION: layers, Signal.IMAGE_RECEIVED: None}
+    assert selector.needs == {Signal.CROSS_ATTENTION: layers, Signal.VISION_ATTENTION_RECEIVED: None}
     plain = cosine_similarity(DPP(layers=layers).vectors(seen))
     assert (plain - found).abs().max() > 0.01, "the weights matter"
 

@@ -83,11 +83,11 @@ def signals(images: int, seed: int, levels: int | None, dtype: torch.dtype) -> O
         return (values if levels is None else (values * levels).ceil() / levels).to(dtype)
 
     values: dict[Signal | tuple[Signal, int], Tensor] = {
-        Signal.IMAGE_RECEIVED: draw(images, 5),
-        Signal.OUTPUTS: draw(images, 8, 6) - 0.5,
-        Signal.READ: draw(images, 8, 6) - 0.5,
-        Signal.TEXT: draw(images, 3, 6) - 0.5,
-        Signal.FINGERPRINT: torch.randint(-(2**62), 2**62, (images,), generator=generator),
+        Signal.VISION_ATTENTION_RECEIVED: draw(images, 5),
+        Signal.IMAGE_FEATURES: draw(images, 8, 6) - 0.5,
+        Signal.IMAGE_EMBEDS: draw(images, 8, 6) - 0.5,
+        Signal.TEXT_EMBEDS: draw(images, 3, 6) - 0.5,
+        Signal.IMAGE_HASH: torch.randint(-(2**62), 2**62, (images,), generator=generator),
     }
     for layer in range(4):
         maps = draw(images, 4, 8, 5)

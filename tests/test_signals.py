@@ -20,7 +20,7 @@ from tests.test_families import exact
 
 BY_NAME = {row.name: row for row in ROWS}
 READERS = [row for row in ROWS if not row.name.startswith("Mllama")]
-READ_AND_TEXT: Needs = {Signal.READ: None, Signal.TEXT: None}
+READ_AND_TEXT: Needs = {Signal.IMAGE_EMBEDS: None, Signal.TEXT_EMBEDS: None}
 SETTINGS = {"max_new_tokens": 3, "min_new_tokens": 3, "do_sample": False, "suppress_tokens": [IMAGE, VIDEO]}
 
 every_reader = pytest.mark.parametrize("row", READERS, ids=repr)
@@ -94,11 +94,11 @@ def check_text(
         columns = text_columns(inputs, row, labels)
         expected = embeddings(inputs["input_ids"][row, columns])
         for _ in [frame for one in sample.images for frame in frames(one)]:
-            rows = seen[Signal.TEXT][image]
+            rows = seen[Signal.TEXT_EMBEDS][image]
             assert seen.text[image].tolist() == [place < len(columns) for place in range(len(rows))]
             assert torch.equal(rows[: len(columns)], expected) and not rows[len(columns) :].any()
             image += 1
-    assert image == len(seen[Signal.TEXT]) == len(seen.text) == seen.images
+    assert image == len(seen[Signal.TEXT_EMBEDS]) == len(seen.text) == seen.images
 
 
 def check_read(row: Row, model: PreTrainedModel, inputs: Inputs, samples: Sequence[Sample], seen: Observation) -> None:
@@ -112,11 +112,11 @@ def check_read(row: Row, model: PreTrainedModel, inputs: Inputs, samples: Sequen
     for embeds, columns, sample in zip(caught["inputs_embeds"], visual_columns(inputs), samples, strict=True):
         place, own = 0, embeds[columns]
         for tokens in [frame for one in sample.images for frame in frames(one)]:
-            read = seen[Signal.READ][image]
+            read = seen[Signal.IMAGE_EMBEDS][image]
             exact(read[:tokens], own[place : place + tokens], atol=row.tolerance() * embeds.abs().max().item())
             assert not read[tokens:].any() and seen.exists[image].sum() == tokens
             place, image = place + tokens, image + 1
-    assert image == len(seen[Signal.READ])
+    assert image == len(seen[Signal.IMAGE_EMBEDS])
 
 
 def padded(row: Row, right: bool) -> Row:
@@ -206,7 +206,7 @@ def test_text_before_the_image_counts_only_where_none_follows_it() -> None:
     words = [[7, 8, 9], [10, 11], [12]]
     assert seen.text.sum(1).tolist() == [3, 2, 1]
     for image, ids in enumerate(words):
-        assert torch.equal(seen[Signal.TEXT][image, : len(ids)], model.get_input_embeddings().weight[ids])
+        assert torch.equal(seen[Signal.TEXT_EMBEDS][image, : len(ids)], model.get_input_embeddings().weight[ids])
 
 
 # --- Keys of the vision tower
@@ -321,9 +321,9 @@ def test_several_signals_of_one_module_are_observed_at_once() -> None:
     both: Needs = {
         Signal.VISION_ATTENTION: (1,),
         Signal.VISION_KEYS: (0, 1),
-        Signal.OUTPUTS: None,
+        Signal.IMAGE_FEATURES: None,
         **READ_AND_TEXT,
-        Signal.FINGERPRINT: None,
+        Signal.IMAGE_HASH: None,
     }
     (seen,) = observed(both, model, inputs)
     maps = model.model.vision_tower(inputs["pixel_values"], output_attentions=True).attentions
@@ -331,7 +331,7 @@ def test_several_signals_of_one_module_are_observed_at_once() -> None:
     for layer in (0, 1):
         keys = keys_by_hand(model, layer, inputs)[:, 1:]
         exact(seen.by_layer(Signal.VISION_KEYS, (layer,))[:, 0].transpose(1, 2), keys, atol=1e-12)
-    assert torch.equal(seen[Signal.OUTPUTS], seen[Signal.READ])
+    assert torch.equal(seen[Signal.IMAGE_FEATURES], seen[Signal.IMAGE_EMBEDS])
     for signal, layers in both.items():
         (alone,) = observed({signal: layers}, model, inputs)
         for key, value in alone.values.items():

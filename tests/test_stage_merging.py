@@ -176,7 +176,13 @@ def first(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
     return hidden
 
 
-NEEDS = {Signal.TEXT_ROWS: (0, -1), Signal.LAST_ROW: (-1,), Signal.HIDDEN: None, Signal.READ: None, Signal.TEXT: None}
+NEEDS = {
+    Signal.TEXT_TO_IMAGE_ATTENTION: (0, -1),
+    Signal.LAST_TOKEN_ATTENTION: (-1,),
+    Signal.HIDDEN_STATES: None,
+    Signal.IMAGE_EMBEDS: None,
+    Signal.TEXT_EMBEDS: None,
+}
 
 
 @dataclass
@@ -229,15 +235,18 @@ def check_seen(row: Row, inputs: Inputs, choose: Seeing, keeps: list[Tensor], la
             tokens, stay = int(columns.sum()), exists[place]
             for layer in {0, stage - 1}:
                 maps = run.attentions[layer][place]
-                rows = seen.values[Signal.TEXT_ROWS, layer][place]
+                rows = seen.values[Signal.TEXT_TO_IMAGE_ATTENTION, layer][place]
                 paid = maps[:, own][:, :, columns] * (stay[:tokens] if layer else 1)
                 exact(rows[:, : len(own), :tokens], paid, atol=1e-5)
                 assert not rows[:, len(own) :].any() and not rows[..., tokens:].any()
-            hidden = seen[Signal.HIDDEN][place]
+            hidden = seen[Signal.HIDDEN_STATES][place]
             exact(hidden[stay], run.hidden_states[stage][place][columns][stay[:tokens]], atol=2e-5 * scale(hidden))
-            exact(seen[Signal.READ][place, :tokens], embeds[place][columns], atol=1e-5 * scale(embeds))
-            exact(seen[Signal.TEXT][place, : len(own)], embeds[place][own], atol=1e-5 * scale(embeds))
-            assert not seen[Signal.READ][place, tokens:].any() and not seen[Signal.TEXT][place, len(own) :].any()
+            exact(seen[Signal.IMAGE_EMBEDS][place, :tokens], embeds[place][columns], atol=1e-5 * scale(embeds))
+            exact(seen[Signal.TEXT_EMBEDS][place, : len(own)], embeds[place][own], atol=1e-5 * scale(embeds))
+            assert (
+                not seen[Signal.IMAGE_EMBEDS][place, tokens:].any()
+                and not seen[Signal.TEXT_EMBEDS][place, len(own) :].any()
+            )
 
 
 @pytest.mark.parametrize("row", [LLAMA, QWEN, OPT], ids=repr)
@@ -275,6 +284,6 @@ def test_a_sample_whose_image_comes_last_is_read_by_all_of_its_text() -> None:
     inputs = {**LLAMA.inputs([0, 0], dtype=torch.float32), "input_ids": ids, "attention_mask": torch.ones_like(ids)}
     with seeing(model, (1, 3), choose := Seeing()).dropping():
         model(**inputs)
-    rows = choose.seen[0].by_layer(Signal.TEXT_ROWS, (0,))[:, 0]
+    rows = choose.seen[0].by_layer(Signal.TEXT_TO_IMAGE_ATTENTION, (0,))[:, 0]
     assert rows.shape[2] == 3 and not rows[0].any() and rows[1].any(), "text before an image pays it nothing"
     check_seen(LLAMA, inputs, choose, chosen(inputs, LLAMA, (1, 3)), None)

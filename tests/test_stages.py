@@ -52,7 +52,7 @@ makes_positions = pytest.mark.parametrize("row", [row for row in MODELS if not r
 every_stage = pytest.mark.parametrize("stages", STAGES, ids=str)
 
 
-LAST_ROW = {Signal.LAST_ROW: (-1,)}
+LAST_ROW = {Signal.LAST_TOKEN_ATTENTION: (-1,)}
 
 
 @pytest.fixture(autouse=True)
@@ -478,7 +478,7 @@ def test_scorers_see_the_tokens_that_are_still_there_as_one_image_a_sample() -> 
         model(**inputs)
     seen = choose.seen[1].observation()
     assert torch.equal(seen.exists, choose.keeps[0])
-    assert torch.equal(seen.by_layer(Signal.LAST_ROW, (-1,))[:, 0], choose.seen[1].attention)
+    assert torch.equal(seen.by_layer(Signal.LAST_TOKEN_ATTENTION, (-1,))[:, 0], choose.seen[1].attention)
 
 
 @every_model

@@ -202,7 +202,7 @@ def test_relevance_of_cdpruner_is_the_cosine_with_the_mean_word_stretched_over_t
     text = torch.randn(4, 3, 6, dtype=torch.float64, generator=generator)
     words = torch.tensor([[True, True, True], [True, False, False], [False] * 3, [True] * 3])
     exists = torch.arange(5) < torch.tensor([5, 3, 5, 5])[:, None]
-    seen = Observation(exists, {}, {Signal.READ: read, Signal.TEXT: text}, text=words)
+    seen = Observation(exists, {}, {Signal.IMAGE_EMBEDS: read, Signal.TEXT_EMBEDS: text}, text=words)
     scores = SCORERS["cdpruner"]().score(seen)
     assert scores[2].tolist() == [1.0] * 5 and scores[3].tolist() == [1.0] * 5, "no text, and nothing to tell apart"
     for image, tokens in ((0, 5), (1, 3)):
@@ -223,7 +223,7 @@ def test_relevance_of_cdpruner_is_the_cosine_with_the_mean_word_stretched_over_t
 def test_relevance_of_a_token_that_is_not_a_number_is_none() -> None:
     read = torch.randn(1, 4, 6)
     read[0, 1] = torch.nan
-    seen = Observation.of_equal(1, 4, {}, {Signal.READ: read, Signal.TEXT: torch.randn(1, 2, 6)})
+    seen = Observation.of_equal(1, 4, {}, {Signal.IMAGE_EMBEDS: read, Signal.TEXT_EMBEDS: torch.randn(1, 2, 6)})
     seen.text = torch.ones(1, 2, dtype=torch.bool)
     scores = SCORERS["cdpruner"]().score(seen)[0]
     assert scores[1].isnan() and sorted(scores[[0, 2, 3]].tolist())[::2] == [0.0, 1.0]

@@ -83,7 +83,7 @@ class Calibrator:
         ]
         entering = [(scorer, selector) for scorer, selector in methods if not scorer.stages(depth)]
         needs = [method.needs for both in entering for method in both]
-        return join([{Signal.FINGERPRINT: None}, self.plan.needs, *needs])
+        return join([{Signal.IMAGE_HASH: None}, self.plan.needs, *needs])
 
     def see(self, samples: Samples) -> None:
         """Add a batch to the current stage, without the samples whose unpruned answer was found to be no number."""

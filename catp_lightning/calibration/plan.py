@@ -74,7 +74,7 @@ class Plan:
 
             raise PruningError(f"{method.scorer!r} cannot be calibrated here. {refusal}{instead_of(method, family)}")
         scorer, asked = method.build_scorer(), None
-        if guide is not None and Signal.GUIDE in scorer.needs:
+        if guide is not None and Signal.GUIDE_ATTENTION in scorer.needs:
             asked = Guide(guide, family, None, getattr(scorer, "answer_tokens", 1))
         stages = scorer.stages(family.depth)
         plain = cls(family, {}, method, stages[0] if stages else 0, asked)
@@ -95,12 +95,16 @@ class Plan:
 
     def count(self, signal: Signal) -> int:
         """How many layers a signal has before the decoder."""
-        return self.guide.depth if signal is Signal.GUIDE and self.guide is not None else self.family.layers()[signal]
+        return (
+            self.guide.depth
+            if signal is Signal.GUIDE_ATTENTION and self.guide is not None
+            else self.family.layers()[signal]
+        )
 
     def heads(self, name: str) -> int:
         """How many heads each layer of a voter has."""
         signal = _signal(self.voters[name])
-        return (self.guide.family if signal is Signal.GUIDE and self.guide else self.family).heads(signal)
+        return (self.guide.family if signal is Signal.GUIDE_ATTENTION and self.guide else self.family).heads(signal)
 
     @property
     def needs(self) -> Needs:
@@ -128,7 +132,7 @@ def everything_it_reads(
         return None
     signal = _signal(scorer)
     count = stages[0] if stages else plan.count(signal)
-    if stages and scorer.needs.keys() != {Signal.LAST_ROW}:
+    if stages and scorer.needs.keys() != {Signal.LAST_TOKEN_ATTENTION}:
         return None
     layers = {"layers": tuple(range(count)), "head_weights": None, "slot_weights": None}
     has_scale = any(field.name == "scale" for field in fields(scorer))

@@ -32,9 +32,11 @@ class Recorder:
     def __init__(self, plan: Plan, needs: Needs) -> None:
         self.plan = plan
         self._observer = Observer(
-            plan.family, {key: layers for key, layers in needs.items() if key is not Signal.GUIDE}
+            plan.family, {key: layers for key, layers in needs.items() if key is not Signal.GUIDE_ATTENTION}
         )
-        inside: Needs = plan.needs_inside | ({Signal.TEXT_ATTENTION: None} if Signal.TEXT_ATTENTION in needs else {})
+        inside: Needs = plan.needs_inside | (
+            {Signal.CROSS_ATTENTION_TO_IMAGE: None} if Signal.CROSS_ATTENTION_TO_IMAGE in needs else {}
+        )
         stages = (plan.layer,) if plan.layer else ()
         self._entry = entry(plan.family, self._record, False, self._forget, stages, inside)
         self._prompts: list[tuple[Prompt, Observation | None]] = []  # None: it has no image

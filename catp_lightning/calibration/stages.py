@@ -48,7 +48,7 @@ class Samples:
 
     @classmethod
     def of(cls, replay: Replay, seen: Observation, inside: Observation | None = None) -> "Samples":
-        of_images, images = _sample_of_images(replay.tokens, seen), seen[Signal.FINGERPRINT]
+        of_images, images = _sample_of_images(replay.tokens, seen), seen[Signal.IMAGE_HASH]
         first = torch.zeros(len(replay.tokens), dtype=torch.int64, device=images.device)
         # Backwards, so that of several images of a sample the first is written last.
         for image in reversed(range(len(images))):
@@ -77,7 +77,7 @@ class Samples:
     @property
     def key(self) -> int:
         """A checksum of all images and questions, whatever their order."""
-        together = self.keys.sum() + mix(self.seen[Signal.FINGERPRINT]).sum()
+        together = self.keys.sum() + mix(self.seen[Signal.IMAGE_HASH]).sum()
         return int(together)
 
 
@@ -146,7 +146,7 @@ class Probing:
     def _measure(self, samples: Samples) -> None:
         part = self.part_of(samples.images)
         self.parts.update(part)
-        self.images.update(samples.seen[Signal.FINGERPRINT])
+        self.images.update(samples.seen[Signal.IMAGE_HASH])
         self.tokens.update(samples.seen.free.sum(1))
         voted_on = samples.seen if samples.inside is None else samples.inside
         whole = voted_on.free.all(1)  # of images that are padded, ranks are others

@@ -53,7 +53,7 @@ def entry(
     if stages:
         return DecoderStages(family, choose, compact, forget, stages, needs, carried)
     if isinstance(family, Mllama):
-        return CrossAttentionRows(family, choose, forget, observe=Signal.TEXT_ATTENTION in needs)
+        return CrossAttentionRows(family, choose, forget, observe=Signal.CROSS_ATTENTION_TO_IMAGE in needs)
     if family.reads == "encoder":
         return EncoderEntry(family, choose, compact, forget)
     return DecoderEntry(family, choose, compact, forget, carried)

@@ -31,11 +31,11 @@ class StagePrompt(DecoderPrompt):
     @property
     def attention(self) -> Tensor | None:
         """`LAST_ROW` of the layer before: [B, H, T]; None where it was not asked for."""
-        return self.values.get((Signal.LAST_ROW, self.layer - 1))
+        return self.values.get((Signal.LAST_TOKEN_ATTENTION, self.layer - 1))
 
     def observation(self) -> Observation:
         """What scorers see: the tokens that are still there, as one image a sample."""
-        layers = {Signal.LAST_ROW: self.layer, Signal.TEXT_ROWS: self.layer}
+        layers = {Signal.LAST_TOKEN_ATTENTION: self.layer, Signal.TEXT_TO_IMAGE_ATTENTION: self.layer}
         return Observation(self.tokens, layers, self.values, text=self.text_columns()[1])
 
 
@@ -55,16 +55,16 @@ class Prefill:
         self.rows = shortened(torch.ones_like(prompt.mask, dtype=torch.bool), prompt.mask)
         self.kept: list[Shortened] = []
         self.values: Values = {}
-        if Signal.READ in needs:
-            self.values[Signal.READ] = self._visual(prompt.embeds[:: prompt.beams].detach())
-        if Signal.TEXT in needs:
-            self.values[Signal.TEXT] = prompt.text()[0]
+        if Signal.IMAGE_EMBEDS in needs:
+            self.values[Signal.IMAGE_EMBEDS] = self._visual(prompt.embeds[:: prompt.beams].detach())
+        if Signal.TEXT_EMBEDS in needs:
+            self.values[Signal.TEXT_EMBEDS] = prompt.text()[0]
 
     def at(self, stage: int, layer: int, hidden: Tensor) -> StagePrompt:
         """The prompt at a stage, whose rows [R, n, D] are about to enter a layer."""
         values = dict(self.values)
-        if Signal.HIDDEN in self.needs:
-            values[Signal.HIDDEN] = self._visual(self.rows.restore(hidden.detach())[:: self.prompt.beams])
+        if Signal.HIDDEN_STATES in self.needs:
+            values[Signal.HIDDEN_STATES] = self._visual(self.rows.restore(hidden.detach())[:: self.prompt.beams])
         return StagePrompt(**{**vars(self.prompt), "tokens": self.tokens}, stage=stage, layer=layer, values=values)
 
     def narrow(self, keep: Tensor) -> Shortened:
@@ -92,14 +92,14 @@ class Prefill:
 
     def look(self, layer: int, query: Tensor, key: Tensor, mask: Tensor | None, scaling: float) -> Tensor:
         """Note what rows of a layer pay the visual tokens: an `attention.Reduction` over R rows."""
-        if (Signal.LAST_ROW, layer) not in self.values and Signal.LAST_ROW in self.needs:
-            self.values[Signal.LAST_ROW, layer] = self.last_row(query, key, mask, scaling)
-        if (Signal.TEXT_ROWS, layer) not in self.values and Signal.TEXT_ROWS in self.needs:
+        if (Signal.LAST_TOKEN_ATTENTION, layer) not in self.values and Signal.LAST_TOKEN_ATTENTION in self.needs:
+            self.values[Signal.LAST_TOKEN_ATTENTION, layer] = self.last_row(query, key, mask, scaling)
+        if (Signal.TEXT_TO_IMAGE_ATTENTION, layer) not in self.values and Signal.TEXT_TO_IMAGE_ATTENTION in self.needs:
             columns, exists = self.prompt.text_columns()
             order = self.rows.order[:: self.prompt.beams]
             place = torch.arange(order.shape[1], device=order.device).expand_as(order)
             at = torch.zeros_like(self.prompt.ids).scatter(1, order, place).gather(1, columns)
-            self.values[Signal.TEXT_ROWS, layer] = self._paid(at, exists, query, key, mask, scaling)
+            self.values[Signal.TEXT_TO_IMAGE_ATTENTION, layer] = self._paid(at, exists, query, key, mask, scaling)
         return query.new_empty(0)
 
     def last_row(self, query: Tensor, key: Tensor, mask: Tensor | None, scaling: float) -> Tensor:

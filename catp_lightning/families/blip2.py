@@ -119,11 +119,11 @@ class Blip2(Family):
 
     @property
     def signals(self) -> frozenset[Signal]:
-        return frozenset({Signal.IMAGE_RECEIVED, Signal.OUTPUTS, Signal.FINGERPRINT}) | self.at_entry
+        return frozenset({Signal.VISION_ATTENTION_RECEIVED, Signal.IMAGE_FEATURES, Signal.IMAGE_HASH}) | self.at_entry
 
     @property
     def at_entry(self) -> frozenset[Signal]:
-        return frozenset({Signal.READ, Signal.TEXT})
+        return frozenset({Signal.IMAGE_EMBEDS, Signal.TEXT_EMBEDS})
 
     def attention_site(self, signal: Signal, layer: int) -> AttentionSite:
         qformer = self.model.qformer
@@ -141,7 +141,7 @@ class Blip2(Family):
         return attention_received(query[:, :, :tokens], key, mask, scaling)[:, :, :tokens]
 
     def output_site(self, signal: Signal) -> OutputSite:
-        if signal is Signal.OUTPUTS:
+        if signal is Signal.IMAGE_FEATURES:
             return OutputSite(self.model.qformer, lambda args, kwargs, output: output[0][:, : self.tokens_per_image])
         return OutputSite(self.model.vision_model, _pixels)
 
@@ -151,11 +151,11 @@ class Blip2(Family):
         prompt = cast("DecoderPrompt", prompt)
         sample = prompt.visual.nonzero()[:: self.tokens_per_image, 0]  # of each image
         values, text = dict(values), None
-        if Signal.READ in wanted:
+        if Signal.IMAGE_EMBEDS in wanted:
             read = prompt.embeds[:: prompt.beams][prompt.visual].detach()
-            values[Signal.READ] = read.unflatten(0, (-1, self.tokens_per_image))
-        if Signal.TEXT in wanted:
-            values[Signal.TEXT], text = (part[sample] for part in prompt.text())
+            values[Signal.IMAGE_EMBEDS] = read.unflatten(0, (-1, self.tokens_per_image))
+        if Signal.TEXT_EMBEDS in wanted:
+            values[Signal.TEXT_EMBEDS], text = (part[sample] for part in prompt.text())
         images = next((len(value) for value in values.values()), len(sample))
         seen = Observation.of_equal(images, self.tokens_per_image, self.layers(), values)
         return replace(seen, text=text)

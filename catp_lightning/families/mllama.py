@@ -146,15 +146,15 @@ class Mllama(Family):
         return self.tiles * self.rows_per_tile
 
     def layers(self) -> Mapping[Signal, int]:
-        return {Signal.TEXT_ATTENTION: 1}
+        return {Signal.CROSS_ATTENTION_TO_IMAGE: 1}
 
     @property
     def signals(self) -> frozenset[Signal]:
-        return frozenset({Signal.OUTPUTS, Signal.PLACE, Signal.FINGERPRINT})
+        return frozenset({Signal.IMAGE_FEATURES, Signal.PATCH_POSITION, Signal.IMAGE_HASH})
 
     @property
     def at_entry(self) -> frozenset[Signal]:
-        return self.signals | {Signal.TEXT_ATTENTION}
+        return self.signals | {Signal.CROSS_ATTENTION_TO_IMAGE}
 
     def attention_site(self, signal: Signal, layer: int) -> AttentionSite:
         raise NotImplementedError(signal)  # all signals are of the prompt
@@ -169,23 +169,23 @@ class Mllama(Family):
         images = exists.any(1)  # an image that no text sees is none
         found: Values = {}
         if prompt.attention is not None:
-            found[Signal.TEXT_ATTENTION, 0] = (
+            found[Signal.CROSS_ATTENTION_TO_IMAGE, 0] = (
                 prompt.attention.unflatten(2, by_image).transpose(1, 2).flatten(0, 1)[images]
             )
-        if Signal.OUTPUTS in wanted:
-            found[Signal.OUTPUTS] = prompt.states.unflatten(1, by_image).flatten(0, 1)[images].detach()
-        if Signal.FINGERPRINT in wanted and prompt.arguments.get("pixel_values") is None:
+        if Signal.IMAGE_FEATURES in wanted:
+            found[Signal.IMAGE_FEATURES] = prompt.states.unflatten(1, by_image).flatten(0, 1)[images].detach()
+        if Signal.IMAGE_HASH in wanted and prompt.arguments.get("pixel_values") is None:
             raise PruningError(
                 "The call brought no pixel_values, so images cannot be told apart. Pass them, not precomputed "
                 "cross_attention_states; or choose a scorer that draws nothing from the image (l2-norm, trimmed-llama)."
             )
-        if Signal.FINGERPRINT in wanted:
-            found[Signal.FINGERPRINT] = fingerprint(
+        if Signal.IMAGE_HASH in wanted:
+            found[Signal.IMAGE_HASH] = fingerprint(
                 prompt.arguments["pixel_values"][:: prompt.beams].flatten(0, 1)[images]
             )
         tile = torch.arange(self.tiles, device=exists.device).repeat_interleave(self.rows_per_tile)
-        if Signal.PLACE in wanted:
-            found[Signal.PLACE] = self._places(tile).expand(int(images.sum()), -1, -1)
+        if Signal.PATCH_POSITION in wanted:
+            found[Signal.PATCH_POSITION] = self._places(tile).expand(int(images.sum()), -1, -1)
         return Observation(exists[images], self.layers(), found, crops=tile.expand(int(images.sum()), -1))
 
     def _places(self, tile: Tensor) -> Tensor:

@@ -205,7 +205,9 @@ class Placeholder(Family):
 
     @property
     def at_entry(self) -> frozenset[Signal]:
-        return frozenset({Signal.OUTPUTS, Signal.READ, Signal.TEXT, Signal.PLACE, Signal.FINGERPRINT})
+        return frozenset(
+            {Signal.IMAGE_FEATURES, Signal.IMAGE_EMBEDS, Signal.TEXT_EMBEDS, Signal.PATCH_POSITION, Signal.IMAGE_HASH}
+        )
 
     def attention_site(self, signal: Signal, layer: int) -> AttentionSite:
         raise NotImplementedError(signal)
@@ -231,16 +233,19 @@ class Placeholder(Family):
         )
         layout = Layout.of(images, prompt.ids, prompt.visual)
         found: Values = {key: layout.tokens(value) for key, value in self.on_tokens(values, prompt).items()}
-        for signal in wanted & {Signal.OUTPUTS, Signal.READ}:  # features are projected before they are one to a token
+        for signal in wanted & {
+            Signal.IMAGE_FEATURES,
+            Signal.IMAGE_EMBEDS,
+        }:  # features are projected before they are one to a token
             found[signal] = layout.padded(prompt.embeds[:: prompt.beams][prompt.visual].detach())
         text = None
-        if Signal.TEXT in wanted:
+        if Signal.TEXT_EMBEDS in wanted:
             samples = layout.samples(prompt.visual)
-            found[Signal.TEXT], text = (part[samples] for part in prompt.text())
-        if Signal.FINGERPRINT in wanted:
-            found[Signal.FINGERPRINT] = layout.fingerprints()
-        if Signal.PLACE in wanted:
-            found[Signal.PLACE] = layout.places()
+            found[Signal.TEXT_EMBEDS], text = (part[samples] for part in prompt.text())
+        if Signal.IMAGE_HASH in wanted:
+            found[Signal.IMAGE_HASH] = layout.fingerprints()
+        if Signal.PATCH_POSITION in wanted:
+            found[Signal.PATCH_POSITION] = layout.places()
         return Observation(layout.exists, self.layers(), found, layout.always, layout.crops, text)
 
     def on_tokens(self, values: Values, prompt: "DecoderPrompt") -> dict[Any, list[Tensor]]:

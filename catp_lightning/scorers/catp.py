@@ -27,11 +27,11 @@ class CATP(AttentionScorer):
 
     @property
     def needs(self) -> Needs:
-        weight: Needs = {Signal.IMAGE_RECEIVED: None} if self.image_weight == "received" else {}
+        weight: Needs = {Signal.VISION_ATTENTION_RECEIVED: None} if self.image_weight == "received" else {}
         return {Signal.CROSS_ATTENTION: self.layers, **weight}
 
     def votes(self, seen: Observation) -> Tensor:
-        weights = seen[Signal.IMAGE_RECEIVED] if self.image_weight == "received" else None
+        weights = seen[Signal.VISION_ATTENTION_RECEIVED] if self.image_weight == "received" else None
         return _summed(borda_points(seen.by_layer(Signal.CROSS_ATTENTION, self.layers)), weights)
 
 

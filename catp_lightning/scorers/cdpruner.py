@@ -27,11 +27,11 @@ class CDPruner(Scorer):
 
     @property
     def needs(self) -> Needs:
-        return {Signal.READ: None, Signal.TEXT: None}
+        return {Signal.IMAGE_EMBEDS: None, Signal.TEXT_EMBEDS: None}
 
     def score(self, seen: Observation) -> Tensor:
-        assert seen.text is not None  # it comes with Signal.TEXT
-        read, words = (_wide(seen[signal]) for signal in (Signal.READ, Signal.TEXT))
+        assert seen.text is not None  # it comes with Signal.TEXT_EMBEDS
+        read, words = (_wide(seen[signal]) for signal in (Signal.IMAGE_EMBEDS, Signal.TEXT_EMBEDS))
         own = seen.text.to(words.dtype)
         text = (words * own[..., None]).sum(1) / own.sum(1, keepdim=True).clamp(min=1)
         relevance = F.cosine_similarity(read, text[:, None], dim=-1)

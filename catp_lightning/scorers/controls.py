@@ -20,10 +20,10 @@ class L2Norm(Scorer):
 
     @property
     def needs(self) -> Needs:
-        return {Signal.OUTPUTS: None}
+        return {Signal.IMAGE_FEATURES: None}
 
     def score(self, seen: Observation) -> Tensor:
-        outputs = seen[Signal.OUTPUTS]
+        outputs = seen[Signal.IMAGE_FEATURES]
         return outputs.to(torch.promote_types(outputs.dtype, torch.float32)).norm(dim=-1)
 
 
@@ -41,10 +41,10 @@ class Position(Scorer):
 
     @property
     def needs(self) -> Needs:
-        return {Signal.FINGERPRINT: None}
+        return {Signal.IMAGE_HASH: None}
 
     def score(self, seen: Observation) -> Tensor:
-        like = seen[Signal.FINGERPRINT].new_empty((seen.images, seen.tokens), dtype=torch.float32)
+        like = seen[Signal.IMAGE_HASH].new_empty((seen.images, seen.tokens), dtype=torch.float32)
         return slot_scores(range(0, -seen.tokens, -1) if self.weights is None else self.weights, like)
 
 
@@ -63,7 +63,7 @@ class Stride(Scorer):
 
     @property
     def needs(self) -> Needs:
-        return {Signal.FINGERPRINT: None}
+        return {Signal.IMAGE_HASH: None}
 
     def score(self, seen: Observation) -> Tensor:
         scores = torch.zeros(seen.exists.shape, device=seen.exists.device, dtype=torch.float32)
@@ -101,8 +101,8 @@ class Random(Scorer):
 
     @property
     def needs(self) -> Needs:
-        return {Signal.FINGERPRINT: None}
+        return {Signal.IMAGE_HASH: None}
 
     def score(self, seen: Observation) -> Tensor:
-        images = seen[Signal.FINGERPRINT]
+        images = seen[Signal.IMAGE_HASH]
         return uniform(mix(images ^ mix(torch.tensor(self.seed, device=images.device, dtype=torch.int64))), seen.tokens)

@@ -30,11 +30,11 @@ class DART(Scorer):
 
     @property
     def needs(self) -> Needs:
-        return {Signal.HIDDEN: None}
+        return {Signal.HIDDEN_STATES: None}
 
     def stages(self, depth: int) -> tuple[int, ...]:
         return (self.layer,)
 
     def score(self, seen: Observation) -> Tensor:
-        hidden = seen[Signal.HIDDEN]
+        hidden = seen[Signal.HIDDEN_STATES]
         return hidden.to(torch.promote_types(hidden.dtype, torch.float32)).abs().sum(-1)

@@ -19,4 +19,4 @@ class DivPrune(EqualScores):
 
     @property
     def needs(self) -> Needs:
-        return {Signal.OUTPUTS: None}
+        return {Signal.IMAGE_FEATURES: None}

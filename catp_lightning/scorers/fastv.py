@@ -20,10 +20,10 @@ class LastRow(PaidAttention):
 
     @property
     def needs(self) -> Needs:
-        return {Signal.LAST_ROW: self.layers}
+        return {Signal.LAST_TOKEN_ATTENTION: self.layers}
 
     def attention(self, seen: Observation) -> Tensor:
-        return seen.by_layer(Signal.LAST_ROW, self.layers)
+        return seen.by_layer(Signal.LAST_TOKEN_ATTENTION, self.layers)
 
 
 @dataclass(frozen=True)

@@ -21,10 +21,10 @@ class RegionAttention(AttentionScorer):
 
     @property
     def needs(self) -> Needs:
-        return {Signal.CROSS_ATTENTION: self.layers, Signal.IMAGE_RECEIVED: None}
+        return {Signal.CROSS_ATTENTION: self.layers, Signal.VISION_ATTENTION_RECEIVED: None}
 
     def votes(self, seen: Observation) -> Tensor:
         maps = seen.by_layer(Signal.CROSS_ATTENTION, self.layers)
-        weight = seen[Signal.IMAGE_RECEIVED].to(maps.dtype)
+        weight = seen[Signal.VISION_ATTENTION_RECEIVED].to(maps.dtype)
         on_regions = torch.einsum("ilhqn,in->ilhq", maps, weight / weight.sum(-1, keepdim=True))
         return standardise(on_regions.clamp(min=1e-20).log())

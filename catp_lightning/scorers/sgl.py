@@ -32,7 +32,7 @@ class SGL(PaidAttention):
 
     @property
     def needs(self) -> Needs:
-        return {Signal.GUIDE: self.layers}
+        return {Signal.GUIDE_ATTENTION: self.layers}
 
     def attention(self, seen: Observation) -> Tensor:
-        return seen.by_layer(Signal.GUIDE, self.layers)
+        return seen.by_layer(Signal.GUIDE_ATTENTION, self.layers)

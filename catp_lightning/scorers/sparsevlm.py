@@ -54,7 +54,7 @@ class SparseVLM(AttentionScorer):
 
     @property
     def needs(self) -> Needs:
-        return {Signal.TEXT_ROWS: self.layers, Signal.TEXT: None, Signal.READ: None}
+        return {Signal.TEXT_TO_IMAGE_ATTENTION: self.layers, Signal.TEXT_EMBEDS: None, Signal.IMAGE_EMBEDS: None}
 
     def stages(self, depth: int) -> tuple[int, ...]:
         if self.stages_at is not None:
@@ -80,9 +80,9 @@ class SparseVLM(AttentionScorer):
     def _rated(self, seen: Observation) -> tuple[Tensor, Tensor]:
         """What raters pay the tokens that are still there, 0 elsewhere: float [I, L, H, R, T]; how many rate: [I]."""
         assert seen.text is not None  # observed with the rows themselves
-        chosen = raters(seen[Signal.READ], seen[Signal.TEXT], seen.text)
+        chosen = raters(seen[Signal.IMAGE_EMBEDS], seen[Signal.TEXT_EMBEDS], seen.text)
         rated = chosen[:, None, None, :, None] & seen.exists[:, None, None, None]
-        return seen.by_layer(Signal.TEXT_ROWS, self.layers).masked_fill(~rated, 0.0), chosen.sum(1)
+        return seen.by_layer(Signal.TEXT_TO_IMAGE_ATTENTION, self.layers).masked_fill(~rated, 0.0), chosen.sum(1)
 
     def _ranks(self, seen: Observation) -> Tensor:
         """The rank of each sample's attention, raters by tokens: int64 [I]."""

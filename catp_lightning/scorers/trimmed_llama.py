@@ -21,7 +21,7 @@ class TrimmedLlama(PaidAttention):
 
     @property
     def needs(self) -> Needs:
-        return {Signal.TEXT_ATTENTION: self.layers}
+        return {Signal.CROSS_ATTENTION_TO_IMAGE: self.layers}
 
     def attention(self, seen: Observation) -> Tensor:
-        return seen.by_layer(Signal.TEXT_ATTENTION, self.layers)
+        return seen.by_layer(Signal.CROSS_ATTENTION_TO_IMAGE, self.layers)

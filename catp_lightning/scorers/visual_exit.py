@@ -31,7 +31,7 @@ class VisualExit(EqualScores):
 
     @property
     def needs(self) -> Needs:
-        return {Signal.HIDDEN: None}  # what exists only where tokens can leave inside a decoder
+        return {Signal.HIDDEN_STATES: None}  # what exists only where tokens can leave inside a decoder
 
     def stages(self, depth: int) -> tuple[int, ...]:
         return (max(1, depth // 2) if self.layer is None else self.layer,)

@@ -81,7 +81,7 @@ class FeatureSelector(Selector):
         compared: the signal, [I, T, D].
     """
 
-    compared: ClassVar[Signal] = Signal.OUTPUTS
+    compared: ClassVar[Signal] = Signal.IMAGE_FEATURES
 
     @property
     def needs(self) -> Needs:

@@ -25,7 +25,7 @@ class DART(FeatureSelector):
     """
 
     nested: ClassVar[bool] = False  # another budget deals other shares
-    compared: ClassVar[Signal] = Signal.HIDDEN
+    compared: ClassVar[Signal] = Signal.HIDDEN_STATES
 
     pivots: int = 4
 

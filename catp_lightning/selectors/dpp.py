@@ -38,16 +38,16 @@ class DPP(Selector):
     @property
     def needs(self) -> Needs:
         if self.similarity == "outputs":
-            return {Signal.OUTPUTS: None}
-        weight: Needs = {Signal.IMAGE_RECEIVED: None} if self.similarity == "regions" else {}
+            return {Signal.IMAGE_FEATURES: None}
+        weight: Needs = {Signal.VISION_ATTENTION_RECEIVED: None} if self.similarity == "regions" else {}
         return {Signal.CROSS_ATTENTION: self.layers, **weight}
 
     def vectors(self, seen: Observation) -> Tensor:
         if self.similarity == "outputs":
-            return seen[Signal.OUTPUTS]
+            return seen[Signal.IMAGE_FEATURES]
         maps = seen.by_layer(Signal.CROSS_ATTENTION, self.layers)
         if self.similarity == "regions":
-            maps = maps * seen[Signal.IMAGE_RECEIVED].sqrt()[:, None, None, None]
+            maps = maps * seen[Signal.VISION_ATTENTION_RECEIVED].sqrt()[:, None, None, None]
         return maps.flatten(1, 2).transpose(1, 2).flatten(2)
 
     def ranks(self, scores: Tensor, visual: Tensor, most: int, vectors: Tensor | None) -> Tensor:

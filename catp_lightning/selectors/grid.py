@@ -31,11 +31,11 @@ class Grid(Selector):
 
     @property
     def needs(self) -> Needs:
-        return {Signal.PLACE: None}
+        return {Signal.PATCH_POSITION: None}
 
     def vectors(self, seen: Observation) -> Tensor:
         """Part, row and column of each token: int64 [I, T, 3]."""
-        return seen[Signal.PLACE]
+        return seen[Signal.PATCH_POSITION]
 
     def select(self, scores: Tensor, visual: Tensor, counts: Tensor, vectors: Tensor | None) -> Tensor:
         assert vectors is not None  # `vectors` above always gives some

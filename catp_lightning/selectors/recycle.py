@@ -26,7 +26,7 @@ class Recycle(FeatureSelector):
     """
 
     nested: ClassVar[bool] = False  # a larger budget leaves fewer to recycle
-    compared: ClassVar[Signal] = Signal.HIDDEN
+    compared: ClassVar[Signal] = Signal.HIDDEN_STATES
     merges: ClassVar[bool] = True
 
     def select(self, scores: Tensor, visual: Tensor, counts: Tensor, vectors: Tensor | None) -> Tensor:

@@ -24,11 +24,11 @@ class Union(Selector):
 
     @property
     def needs(self) -> Needs:
-        return {Signal.TEXT_ATTENTION: None}
+        return {Signal.CROSS_ATTENTION_TO_IMAGE: None}
 
     def vectors(self, seen: Observation) -> Tensor:
         """What each head pays a row: float [I, T, H]."""
-        return seen.by_layer(Signal.TEXT_ATTENTION).flatten(1, 2).transpose(1, 2)
+        return seen.by_layer(Signal.CROSS_ATTENTION_TO_IMAGE).flatten(1, 2).transpose(1, 2)
 
     def ranks(self, scores: Tensor, visual: Tensor, most: int, vectors: Tensor | None) -> Tensor:
         """The best rank that any head gives a token; several tokens share one where the budget is each head's."""

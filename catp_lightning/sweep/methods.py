@@ -121,7 +121,7 @@ def _of_scorer(name: str, family: Family, layers: bool) -> Iterator[Rule]:
         title = f"random ({len(RANDOM_SEEDS)} seeds)"
         yield from (Rule(title, f"random seed {n}", name, {"seed": n}, control=True) for n in RANDOM_SEEDS)
         return
-    guided = Signal.GUIDE in scorer().needs
+    guided = Signal.GUIDE_ATTENTION in scorer().needs
     yield Rule(GUIDED.format(name) if guided else name, name, name, control=scorer.control, guided=guided)
     for title, scorer_args, selector_args in SETTINGS.get(name, ()):
         yield Rule(title, title, name, scorer_args, scorer.control, guided, selector_args)
