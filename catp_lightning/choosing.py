@@ -40,33 +40,33 @@ def choose_tokens(scores: Tensor, selector: Selector, keep: int | float, seen: O
         visual: bool [B, T], which visual tokens each sample has.
     """
     vectors = selector.vectors(seen)
-    by_sample = placed(scores, seen.exists, visual, -torch.inf)
+    by_sample = placed(scores, seen.valid, visual, -torch.inf)
     if selector.per == "sample":
-        free = placed(seen.free, seen.exists, visual, False)
-        vectors = None if vectors is None else placed(vectors, seen.exists, visual, 0.0)
-        kept, carrier = _select(selector, by_sample, free, keep, vectors)
-        kept = kept | (visual & ~free)
-        return Choice(kept, by_sample, None if carrier is None else carrier.where(free, _themselves(kept)))
-    kept = seen.exists & ~seen.free
+        droppable = placed(seen.droppable, seen.valid, visual, False)
+        vectors = None if vectors is None else placed(vectors, seen.valid, visual, 0.0)
+        kept, carrier = _select(selector, by_sample, droppable, keep, vectors)
+        kept = kept | (visual & ~droppable)
+        return Choice(kept, by_sample, None if carrier is None else carrier.where(droppable, _themselves(kept)))
+    kept = seen.valid & ~seen.droppable
     carrier = _themselves(kept)
     for part in _parts(seen, selector.per):
         own, carried = _select(selector, scores, part, keep, vectors)
         kept = kept | own
         carrier = carrier if carried is None else carried.where(part, carrier)
-    found = placed(kept, seen.exists, visual, False)
-    return Choice(found, by_sample, _of_samples(carrier, seen.exists, visual) if selector.merges else None)
+    found = placed(kept, seen.valid, visual, False)
+    return Choice(found, by_sample, _of_samples(carrier, seen.valid, visual) if selector.merges else None)
 
 
 def _select(
-    selector: Selector, scores: Tensor, free: Tensor, keep: int | float, vectors: Tensor | None
+    selector: Selector, scores: Tensor, droppable: Tensor, keep: int | float, vectors: Tensor | None
 ) -> tuple[Tensor, Tensor | None]:
-    kept = selector.select(scores, free, _budget(keep, free), vectors)
-    if (kept.dtype, kept.shape, kept.device) != (torch.bool, free.shape, free.device):
+    kept = selector.select(scores, droppable, _budget(keep, droppable), vectors)
+    if (kept.dtype, kept.shape, kept.device) != (torch.bool, droppable.shape, droppable.device):
         raise PruningError(
             f"The selector {type(selector).__name__} gives {kept.dtype} of shape {tuple(kept.shape)} on {kept.device}; "
-            f"which tokens stay is bool of shape {tuple(free.shape)} on {free.device}."
+            f"which tokens stay is bool of shape {tuple(droppable.shape)} on {droppable.device}."
         )
-    return kept, selector.carriers(kept, scores, free, vectors) if selector.merges else None
+    return kept, selector.carriers(kept, scores, droppable, vectors) if selector.merges else None
 
 
 def _themselves(kept: Tensor) -> Tensor:
@@ -74,21 +74,21 @@ def _themselves(kept: Tensor) -> Tensor:
     return torch.arange(kept.shape[1], device=kept.device).expand_as(kept).masked_fill(~kept, -1)
 
 
-def _of_samples(carrier: Tensor, exists: Tensor, visual: Tensor) -> Tensor:
+def _of_samples(carrier: Tensor, valid: Tensor, visual: Tensor) -> Tensor:
     """From places in an image, int64 [I, T'], to places in a sample, int64 [B, T]."""
-    numbers = (exists.flatten().cumsum(0) - 1).view_as(exists)  # of all visual tokens, in the order of placeholders
-    placed_numbers = placed(numbers.gather(1, carrier.clamp(min=0)), exists, visual, 0)
+    numbers = (valid.flatten().cumsum(0) - 1).view_as(valid)  # of all visual tokens, in the order of placeholders
+    placed_numbers = placed(numbers.gather(1, carrier.clamp(min=0)), valid, visual, 0)
     first = visual.sum(1).cumsum(0) - visual.sum(1)
-    return (placed_numbers - first[:, None]).masked_fill(placed(carrier, exists, visual, -1) < 0, -1)
+    return (placed_numbers - first[:, None]).masked_fill(placed(carrier, valid, visual, -1) < 0, -1)
 
 
 def _parts(seen: Observation, per: str) -> Iterator[Tensor]:
     """Tokens that share a budget, in each image: bool [I, T]."""
     if per != "crop" or seen.crops is None:
-        yield seen.free
+        yield seen.droppable
         return
     for crop in range(int(seen.crops.max()) + 1):
-        yield seen.free & (seen.crops == crop)
+        yield seen.droppable & (seen.crops == crop)
 
 
 def score_tokens(scorer: Scorer, seen: Observation, visual: Tensor) -> Tensor:
@@ -98,7 +98,7 @@ def score_tokens(scorer: Scorer, seen: Observation, visual: Tensor) -> Tensor:
         PruningError: the samples' placeholders do not match the images. transformers would put one sample's features
         into another.
     """
-    own, images = visual.sum(1), seen.exists.sum(1)
+    own, images = visual.sum(1), seen.valid.sum(1)
     ends = torch.isin(own.cumsum(0), torch.cat([images.new_zeros(1), images.cumsum(0)]))
     if int(own.sum()) != int(images.sum()) or not bool(ends.all()):
         wrong = "" if bool(ends.all()) else f" (sample {int((~ends).nonzero()[0])} does not end where an image ends)"
@@ -123,10 +123,10 @@ def score_tokens(scorer: Scorer, seen: Observation, visual: Tensor) -> Tensor:
 
 def _check_scores(scorer: Scorer, scores: Tensor, seen: Observation) -> None:
     """Raise PruningError where another package's scorer gives what would fail, or go unnoticed, further inside."""
-    expected = f"a tensor of real numbers of shape {tuple(seen.exists.shape)} on {seen.exists.device}"
+    expected = f"a tensor of real numbers of shape {tuple(seen.valid.shape)} on {seen.valid.device}"
     if not isinstance(scores, Tensor):
         found = f"a {type(scores).__name__}"
-    elif scores.shape != seen.exists.shape or scores.device != seen.exists.device:
+    elif scores.shape != seen.valid.shape or scores.device != seen.valid.device:
         found = f"one of shape {tuple(scores.shape)} on {scores.device}"
     elif not scores.is_floating_point() or scores.layout != torch.strided:
         found = f"one of {scores.dtype}, {scores.layout}"
@@ -152,8 +152,8 @@ def _budget(keep: int | float, visual: Tensor) -> Tensor:
     )
 
 
-def placed(values: Tensor, exists: Tensor, visual: Tensor, fill: float | bool) -> Tensor:
-    """Values of images' tokens, [I, T', ...] where `exists`, put where their samples have them: [B, T, ...]."""
+def placed(values: Tensor, valid: Tensor, visual: Tensor, fill: float | bool) -> Tensor:
+    """Values of images' tokens, [I, T', ...] where `valid`, put where their samples have them: [B, T, ...]."""
     found = values.new_full((*visual.shape, *values.shape[2:]), fill)
-    found[visual] = values[exists]
+    found[visual] = values[valid]
     return found

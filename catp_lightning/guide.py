@@ -73,8 +73,8 @@ class Guide:
         values = dict(seen.values)
         for layer, paid in by_layer.items():
             flat = paid.transpose(1, 2)[prompt.tokens]  # of all visual tokens, in the order of their placeholders
-            of_images = flat.new_zeros(*seen.exists.shape, flat.shape[-1])
-            of_images[seen.exists] = flat
+            of_images = flat.new_zeros(*seen.valid.shape, flat.shape[-1])
+            of_images[seen.valid] = flat
             values[Signal.GUIDE_ATTENTION, layer] = of_images.transpose(1, 2)
         return replace(seen, layers={**seen.layers, Signal.GUIDE_ATTENTION: self.depth}, values=values)
 
@@ -83,8 +83,8 @@ class Guide:
         model: Any = self.family.model
         order, real = _prompt_alone(prompt)
         visual, ids = (part.gather(1, order) for part in (prompt.visual, prompt.ids))
-        columns, exists = prompt.text_columns()
-        text = torch.zeros_like(prompt.visual).scatter(1, columns, exists).gather(1, order)
+        columns, valid = prompt.text_columns()
+        text = torch.zeros_like(prompt.visual).scatter(1, columns, valid).gather(1, order)
         padding = self.family.generation_config.pad_token_id or 0
         inputs = {"input_ids": ids.masked_fill(~real, padding), "attention_mask": real.long(), **self._images(prompt)}
         for name in TYPES:

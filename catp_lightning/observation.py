@@ -86,19 +86,20 @@ class Observation:
     """The signals of one prefill.
 
     Attributes:
-        exists: bool [I, T], which tokens each image, or frame of a video, has. Read row by row they are the visual
+        valid: bool [I, T], which tokens each image, or frame of a video, has. Read row by row they are the visual
             tokens of the batch in the order of their placeholders.
         layers: how many layers each by-layer signal has in this model.
         values: the tensors observed, by signal, or by signal and layer.
-        always: bool [I, T], tokens that stand for no patch (a line's end, a frame's [CLS]): they always stay.
+        protected: bool [I, T], tokens that stand for no patch (a line's end, a frame's [CLS]): they always stay.
         crops: int64 [I, T], the crop of its image a token is of; None where images are not cut.
-        text: bool [I, R], which rows of `Signal.TEXT_EMBEDS` and `Signal.TEXT_TO_IMAGE_ATTENTION` exist; None where neither was observed.
+        text: bool [I, R], which rows of `Signal.TEXT_EMBEDS` and `Signal.TEXT_TO_IMAGE_ATTENTION` are real; None where
+            neither was observed.
     """
 
-    exists: Tensor
+    valid: Tensor
     layers: Mapping[Signal, int]
     values: dict[Signal | tuple[Signal, int], Tensor] = field(default_factory=dict)
-    always: Tensor | None = None
+    protected: Tensor | None = None
     crops: Tensor | None = None
     text: Tensor | None = None
 
@@ -110,23 +111,23 @@ class Observation:
 
     @property
     def images(self) -> int:
-        return self.exists.shape[0]
+        return self.valid.shape[0]
 
     @property
     def tokens(self) -> int:
         """Tokens of the largest image."""
-        return self.exists.shape[1]
+        return self.valid.shape[1]
 
     @property
-    def free(self) -> Tensor:
+    def droppable(self) -> Tensor:
         """Tokens that may be dropped: bool [I, T]."""
-        return self.exists if self.always is None else self.exists & ~self.always
+        return self.valid if self.protected is None else self.valid & ~self.protected
 
     def of_images(self, index: Tensor) -> "Observation":
         """The same signals of some of the images: bool [I]."""
         values = {key: value[index] for key, value in self.values.items()}
-        more = (None if part is None else part[index] for part in (self.always, self.crops, self.text))
-        return Observation(self.exists[index], self.layers, values, *more)
+        more = (None if part is None else part[index] for part in (self.protected, self.crops, self.text))
+        return Observation(self.valid[index], self.layers, values, *more)
 
     def __getitem__(self, signal: Signal) -> Tensor:
         """A signal without layers."""

@@ -185,7 +185,7 @@ class Pruning:
             seen = self._guide.add(seen, prompt)
         if self._known:
             self.images.append(seen[Signal.IMAGE_HASH])
-        self._check_budget(seen.free.sum(1))
+        self._check_budget(seen.droppable.sum(1))
         scores = score_tokens(self._scorer, seen, prompt.tokens)
         return choose_tokens(scores, self._selector, self.policy.keep, seen, prompt.tokens)
 
@@ -194,7 +194,7 @@ class Pruning:
         self._check_budget(prompt.visual.sum(1))
         if self._known and prompt.stage == 0:
             self.images.append(self._observer.take(prompt)[Signal.IMAGE_HASH])
-        scores = placed(score_tokens(self._scorer, seen, visual), seen.exists, visual, -torch.inf)
+        scores = placed(score_tokens(self._scorer, seen, visual), seen.valid, visual, -torch.inf)
         before = prompt.visual.sum(1)
         with without_autocast(visual):
             return self._chosen_at(prompt, seen, scores, before)

@@ -45,9 +45,9 @@ def numbers(shape: tuple[int, ...], seed: int, most: int = 3) -> Tensor:
 
 def some(rows: int, tokens: int, seed: int) -> Tensor:
     """Which tokens each row has: bool [rows, tokens], scattered, at least one."""
-    exists = torch.rand(rows, tokens, generator=torch.Generator().manual_seed(seed)) < 0.8
-    exists[:, 0] |= ~exists.any(1)
-    return exists
+    valid = torch.rand(rows, tokens, generator=torch.Generator().manual_seed(seed)) < 0.8
+    valid[:, 0] |= ~valid.any(1)
+    return valid
 
 
 def best_first(scores: list[float], places: list[int]) -> list[int]:
@@ -59,20 +59,20 @@ def best_first(scores: list[float], places: list[int]) -> list[int]:
 
 def attended(seed: int, layers: int = 1) -> Observation:
     """Three samples of up to seven tokens and up to five text rows, in two heads; some text rows are alike."""
-    exists, text = some(3, 7, seed), some(3, 5, seed + 1).sort(1, descending=True)[0]
+    valid, text = some(3, 7, seed), some(3, 5, seed + 1).sort(1, descending=True)[0]
     values: dict[Any, Tensor] = {
         Signal.IMAGE_EMBEDS: numbers((3, 7, 4), seed + 2),
         Signal.TEXT_EMBEDS: numbers((3, 5, 4), seed + 3, 1),
     }
     here = torch.ones(3, 7, dtype=torch.bool)
     here[1, 5:] = False  # the second sample has fewer
-    exists &= here
+    valid &= here
     values[Signal.IMAGE_EMBEDS] = values[Signal.IMAGE_EMBEDS] * here[..., None]
     values[Signal.TEXT_EMBEDS] = values[Signal.TEXT_EMBEDS] * text[..., None]
     for layer in range(layers):
         paid = numbers((3, 2, 5, 7), seed + 4 + layer).abs() / 8
         values[Signal.TEXT_TO_IMAGE_ATTENTION, layer] = (paid * text[:, None, :, None] * here[:, None, None]).float()
-    return Observation(exists, {Signal.TEXT_TO_IMAGE_ATTENTION: layers}, values, text=text)
+    return Observation(valid, {Signal.TEXT_TO_IMAGE_ATTENTION: layers}, values, text=text)
 
 
 def raters_by_hand(read: Rows, text: Rows) -> list[int]:
@@ -101,7 +101,7 @@ def test_sparsevlm_scores_are_the_mean_attention_of_the_raters(seed: int) -> Non
     for sample in range(3):
         rating = raters_of(seen, sample)
         paid = [seen.values[Signal.TEXT_TO_IMAGE_ATTENTION, layer][sample].tolist() for layer in (0, 1)]
-        for token in seen.exists[sample].nonzero()[:, 0].tolist():
+        for token in seen.valid[sample].nonzero()[:, 0].tolist():
             mean = [
                 [sum(paid[layer][head][rater][token] for rater in rating) / len(rating) for head in (0, 1)]
                 for layer in (0, 1)
@@ -118,8 +118,8 @@ def test_raters_of_two_words_one_of_which_is_about_the_image() -> None:
         Signal.TEXT_EMBEDS: torch.tensor([[[1.0, 0.0], [0.0, 1.0]]]),
         (Signal.TEXT_TO_IMAGE_ATTENTION, 0): torch.tensor([[[[0.1, 0.3], [0.4, 0.2]]]]),
     }
-    exists = torch.ones(1, 2, dtype=torch.bool)
-    seen = Observation(exists, {Signal.TEXT_TO_IMAGE_ATTENTION: 1}, values, text=exists)
+    valid = torch.ones(1, 2, dtype=torch.bool)
+    seen = Observation(valid, {Signal.TEXT_TO_IMAGE_ATTENTION: 1}, values, text=valid)
     exact(SparseVLM().score(seen), torch.tensor([[0.1, 0.3]]), atol=1e-7)
     values[Signal.TEXT_EMBEDS] = torch.tensor([[[1.0, 0.0], [1.0, 0.0]]])  # the same word twice: both rate
     exact(SparseVLM().score(seen), torch.tensor([[0.25, 0.25]]), atol=1e-7)
@@ -128,16 +128,16 @@ def test_raters_of_two_words_one_of_which_is_about_the_image() -> None:
 def test_raters_are_the_same_under_autocast() -> None:
     """Products of 256.5 and 257 are equal in bfloat16, and then both words would rate."""
     read, text = torch.tensor([[[256.5, 257.0]]]), torch.eye(2)[None]
-    exists = torch.ones(1, 2, dtype=torch.bool)
+    valid = torch.ones(1, 2, dtype=torch.bool)
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        assert raters(read, text, exists).tolist() == [[False, True]]
+        assert raters(read, text, valid).tolist() == [[False, True]]
 
 
 def test_attention_that_is_nan_counts_for_no_rank_and_ranks_last() -> None:
     seen = attended(0)
     seen.values[Signal.TEXT_TO_IMAGE_ATTENTION, 0][:, :, :, 0] = math.nan
     counts = SparseVLM(schedule="rank").stage_counts(1, torch.tensor([7, 7, 7]), 0, 3, seen)
-    least = torch.tensor([max(1, min(6, int(own))) for own in seen.exists[:, 1:].sum(1)])
+    least = torch.tensor([max(1, min(6, int(own))) for own in seen.valid[:, 1:].sum(1)])
     assert (counts >= 1).all() and (counts <= least).all()
 
 
@@ -194,7 +194,7 @@ def test_the_rank_schedule_drops_a_share_of_the_tokens_beyond_the_rank(seed: int
     for share, keep in ((1.0, 1), (0.5, 1), (0.7, 0.6)):
         counts = SparseVLM(schedule="rank", scale=share).stage_counts(keep, before, 0, 3, seen)
         for sample in range(3):
-            there = seen.exists[sample].nonzero()[:, 0].tolist()
+            there = seen.valid[sample].nonzero()[:, 0].tolist()
             paid = seen.values[Signal.TEXT_TO_IMAGE_ATTENTION, 0][sample].tolist()
             rows = [
                 [Fraction(paid[0][rater][token]) + Fraction(paid[1][rater][token]) for token in there]

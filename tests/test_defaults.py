@@ -106,9 +106,9 @@ def test_every_scorer_and_selector_decides_alike(name: str, default: torch.dtype
 @every_default
 def test_stride_has_a_rank_of_its_own_for_each_of_576_tokens(default: torch.dtype | str) -> None:
     images = torch.tensor([3])
-    exists = torch.ones(1, 576, dtype=torch.bool)
+    valid = torch.ones(1, 576, dtype=torch.bool)
     with defaults(default):
-        scores = Stride().score(Observation(exists, {}, {Signal.IMAGE_HASH: images}))
+        scores = Stride().score(Observation(valid, {}, {Signal.IMAGE_HASH: images}))
     assert scores.device.type == "cpu" and len(scores.unique()) == 576
 
 

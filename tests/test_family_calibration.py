@@ -106,7 +106,7 @@ def first_images(row: Row, batch: dict[str, Tensor]) -> Tensor:
         prune(row.model(), PruningPolicy("random", keep=0.9)) as pruning,
     ):
         row.model()(**row.oracle.forward_inputs(batch))
-    tokens, marks = seen[0].exists.sum(1).tolist(), seen[0][Signal.IMAGE_HASH].tolist()
+    tokens, marks = seen[0].valid.sum(1).tolist(), seen[0][Signal.IMAGE_HASH].tolist()
     first, image = [], 0
     for left in pruning.choices[0][1].tolist():
         first.append(marks[image] if left else 0)
@@ -211,12 +211,12 @@ def test_fitted_weights_are_the_same_votes_that_were_fitted(
     policy = next(candidate for candidate in candidates if candidate.name == f"{voter} heads").policy(KEEP)
     signal = next(iter(scorer.needs))
     paid = torch.rand(3, heads, 6, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    exists = torch.arange(6) < torch.tensor([6, 4, 6])[:, None]
+    valid = torch.arange(6) < torch.tensor([6, 4, 6])[:, None]
     count = plan.layer or family.layers()[signal]
-    seen = Observation(exists, {signal: count}, {(signal, layer): paid for layer in range(count)})
+    seen = Observation(valid, {signal: count}, {(signal, layer): paid for layer in range(count)})
     votes = scorer.votes(seen)[:, -1]
     expected = (votes * torch.tensor(fit.weights)[:, None]).sum(1)
-    torch.testing.assert_close(policy.build_scorer().score(seen)[exists], expected[exists], rtol=0, atol=1e-3)
+    torch.testing.assert_close(policy.build_scorer().score(seen)[valid], expected[valid], rtol=0, atol=1e-3)
     assert not torch.allclose(votes, paid, atol=0.1), "on the scale of the fit"
 
 

@@ -190,13 +190,13 @@ def test_line_ends_of_llava_next_always_stay_and_crops_share_evenly() -> None:
     model(**inputs)
     hook.remove()
     placeholders, ends = inputs["input_ids"] == IMAGE, torch.zeros_like(kept["image"])
-    exists = torch.arange(ends.shape[1]) < placeholders.sum(1)[:, None]
-    ends[exists] = (rows[0][placeholders] == model.model.image_newline).all(-1)
+    valid = torch.arange(ends.shape[1]) < placeholders.sum(1)[:, None]
+    ends[valid] = (rows[0][placeholders] == model.model.image_newline).all(-1)
     assert ends.any() and all((keep | ~ends).all() for keep in kept.values())
-    free = {per: (keep & ~ends).sum(1) for per, keep in kept.items()}
+    droppable = {per: (keep & ~ends).sum(1) for per, keep in kept.items()}
     images = torch.tensor([len(sample.images) for sample in row.samples()])
-    assert torch.equal(free["image"], images) and torch.equal(free["sample"], images.clamp(max=1))
-    assert (free["crop"] >= 2 * images).all(), "the whole picture and its crops keep one each"
+    assert torch.equal(droppable["image"], images) and torch.equal(droppable["sample"], images.clamp(max=1))
+    assert (droppable["crop"] >= 2 * images).all(), "the whole picture and its crops keep one each"
 
 
 @pytest.mark.parametrize("name", ["Llava", "LlavaOnevision"])

@@ -114,7 +114,7 @@ def test_crops_make_one_picture_beside_the_whole_image_as_the_model_packs_them(n
     sizes = inputs["image_sizes"]
     checked = 0
     for image, (count, size) in enumerate(zip(counts, sizes, strict=True)):
-        own = seen[Signal.PATCH_POSITION][image][seen.exists[image]]
+        own = seen[Signal.PATCH_POSITION][image][seen.valid[image]]
         base = own[: side * side]
         assert base.tolist() == [[0, place // side, place % side] for place in range(side * side)]
         if count == 1:
@@ -152,7 +152,7 @@ def test_rows_and_columns_of_qwen_are_those_of_its_position_ids(name: str) -> No
     positions = caught["position_ids"][-3:].movedim(0, -1)[visual]  # time, height, width of each visual token
     first = 0
     for image in range(seen.images):
-        count = int(seen.exists[image].sum())
+        count = int(seen.valid[image].sum())
         own = positions[first : first + count, 1:]
         assert torch.equal(seen[Signal.PATCH_POSITION][image, :count, 1:], own - own.amin(0)), image
         first += count
@@ -166,8 +166,8 @@ def test_a_square_that_lacks_its_first_patch_keeps_its_lines() -> None:
 
 
 def seen_of(place: Tensor) -> Observation:
-    exists = torch.ones(place.shape[:2], dtype=torch.bool)
-    return Observation(exists, {}, {Signal.PATCH_POSITION: place})
+    valid = torch.ones(place.shape[:2], dtype=torch.bool)
+    return Observation(valid, {}, {Signal.PATCH_POSITION: place})
 
 
 def test_a_class_comes_last_and_crops_may_have_a_budget_each() -> None:
@@ -176,10 +176,10 @@ def test_a_class_comes_last_and_crops_may_have_a_budget_each() -> None:
     seen = replace(seen_of(place), crops=place[..., 0])
     scores = torch.zeros(1, 34)
     for keep, per, expected in ((8, "image", 8), (4, "crop", 8), (32, "image", 32), (33, "image", 33)):
-        chosen = choose_tokens(scores, Grid(per=per), keep, seen, seen.exists).keep  # type: ignore[arg-type]
+        chosen = choose_tokens(scores, Grid(per=per), keep, seen, seen.valid).keep  # type: ignore[arg-type]
         assert chosen.sum() == expected
         assert int(chosen[0, [0, 17]].sum()) == max(0, expected - 32), "patches first"
-    half = choose_tokens(scores, Grid(), 8, seen, seen.exists).keep[0]
+    half = choose_tokens(scores, Grid(), 8, seen, seen.valid).keep[0]
     assert half[:17].sum() == half[17:].sum() == 4 and torch.equal(half[:17], half[17:])
 
 

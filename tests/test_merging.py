@@ -54,7 +54,7 @@ class Scripted(Selector):
 def orders(scores: Tensor, visual: Tensor) -> Iterator[list[int]]:
     """Tokens of each row that exist, the highest score first."""
     for values, there in zip(scores.tolist(), visual.tolist(), strict=True):
-        own = [token for token, exists in enumerate(there) if exists]
+        own = [token for token, valid in enumerate(there) if valid]
         yield sorted(own, key=lambda token, values=values: -values[token])
 
 

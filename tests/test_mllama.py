@@ -598,9 +598,9 @@ class TestFamily:
             model.generate(**inputs, **GREEDY, num_beams=2)
         wanted = frozenset({Signal.IMAGE_FEATURES, Signal.IMAGE_HASH})
         observed = Mllama(model).observation({}, wanted, prompts[0])
-        assert observed.exists.sum(1).tolist() == [17, 34, 51, 34, 17] and observed.exists.shape == (5, 68)
-        assert torch.equal(prompts[0].states[prompts[0].tokens], observed[Signal.IMAGE_FEATURES][observed.exists])
-        attention = observed.by_layer(Signal.CROSS_ATTENTION_TO_IMAGE)[:, 0].transpose(1, 2)[observed.exists]
+        assert observed.valid.sum(1).tolist() == [17, 34, 51, 34, 17] and observed.valid.shape == (5, 68)
+        assert torch.equal(prompts[0].states[prompts[0].tokens], observed[Signal.IMAGE_FEATURES][observed.valid])
+        attention = observed.by_layer(Signal.CROSS_ATTENTION_TO_IMAGE)[:, 0].transpose(1, 2)[observed.valid]
         assert torch.equal(prompts[0].attention.transpose(1, 2)[prompts[0].tokens], attention)
         pixels = torch.stack([inputs["pixel_values"][row, n] for row, n in ((0, 0), (0, 1), (1, 0), (2, 0), (2, 1))])
         assert torch.equal(observed[Signal.IMAGE_HASH], fingerprint(pixels))

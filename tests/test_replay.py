@@ -189,14 +189,14 @@ def test_probes_drop_what_pruning_may_drop_and_nothing_else(name: str, monkeypat
     plan = Plan.of(find_family(row.model()))
     probing = Probing(plan, [0.25, 1.0], torch.zeros_like, None)
     probing.see(samples)
-    stay = placed(seen.exists & ~seen.free, seen.exists, samples.visual, False)
-    free = samples.visual & ~stay
+    stay = placed(seen.valid & ~seen.droppable, seen.valid, samples.visual, False)
+    droppable = samples.visual & ~stay
     assert stay.any() == (name == "LlavaNext") and probing.sizes[0] == 0.25
     assert kept[0][:, stay].all() and not kept[0][:, ~samples.visual].any()
     if name == "LlavaNext":
-        expected = [max(1, round(0.25 * count)) for count in free.sum(1).tolist()]
-        assert (kept[0] & free).sum(2).tolist() == [expected] * len(kept[0])
+        expected = [max(1, round(0.25 * count)) for count in droppable.sum(1).tolist()]
+        assert (kept[0] & droppable).sum(2).tolist() == [expected] * len(kept[0])
         return
-    ends = seen.exists.sum(1).cumsum(0).tolist()
+    ends = seen.valid.sum(1).cumsum(0).tolist()
     flat = kept[-1][:, samples.visual]  # of the smallest size, image after image
     assert all(flat[:, start:end].any(1).all() for start, end in zip([0, *ends], ends, strict=False))

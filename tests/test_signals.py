@@ -114,7 +114,7 @@ def check_read(row: Row, model: PreTrainedModel, inputs: Inputs, samples: Sequen
         for tokens in [frame for one in sample.images for frame in frames(one)]:
             read = seen[Signal.IMAGE_EMBEDS][image]
             exact(read[:tokens], own[place : place + tokens], atol=row.tolerance() * embeds.abs().max().item())
-            assert not read[tokens:].any() and seen.exists[image].sum() == tokens
+            assert not read[tokens:].any() and seen.valid[image].sum() == tokens
             place, image = place + tokens, image + 1
     assert image == len(seen[Signal.IMAGE_EMBEDS])
 
@@ -256,7 +256,7 @@ def test_keys_are_those_of_the_towers_layer(vision: str, strategy: str, tokens: 
         expected = keys_by_hand(model, layer, inputs)
         if vision == "clip" and strategy == "full":
             expected[:, 0] = 0  # [CLS] is a token that always stays: it has no key to compare
-            assert seen.always[:, 0].all() and seen.always.sum() == seen.images
+            assert seen.protected[:, 0].all() and seen.protected.sum() == seen.images
         elif strategy == "default":
             expected = expected[:, 1:]
         found = seen.by_layer(Signal.VISION_KEYS, (layer,))[:, 0]
@@ -294,10 +294,10 @@ def test_keys_of_crops_are_packed_as_tokens() -> None:
         found = seen.by_layer(Signal.VISION_KEYS, (layer,))[:, 0].transpose(1, 2)
         images = packed_by_hand(keys_by_hand(model, 2 + layer, inputs)[:, 1:])
         for image, tokens in enumerate(images):
-            assert seen.exists[image].tolist() == [place < len(tokens) for place in range(seen.tokens)]
+            assert seen.valid[image].tolist() == [place < len(tokens) for place in range(seen.tokens)]
             assert not found[image, len(tokens) :].any()
             for place, key in enumerate(tokens):
-                assert bool(seen.always[image, place]) == (key is None)
+                assert bool(seen.protected[image, place]) == (key is None)
                 exact(found[image, place], torch.zeros_like(found[0, 0]) if key is None else key, atol=1e-12)
 
 
@@ -312,7 +312,7 @@ def test_keys_of_images_that_are_not_cut_are_those_of_their_patches() -> None:
     for image, tokens in ((0, [*keys[0], *line]), (1, [*keys[3], None]), (2, [*keys[4], None])):
         for place, key in enumerate(tokens):
             exact(found[image, place], torch.zeros_like(found[0, 0]) if key is None else key, atol=1e-12)
-        assert seen.exists[image].sum() == len(tokens)
+        assert seen.valid[image].sum() == len(tokens)
 
 
 def test_several_signals_of_one_module_are_observed_at_once() -> None:

@@ -228,11 +228,11 @@ def check_seen(row: Row, inputs: Inputs, choose: Seeing, keeps: list[Tensor], la
     run, embeds = run.get("language_model_outputs", run), read["inputs_embeds"]
     texts, visual = text_by_hand(inputs, labels), visual_columns(inputs)
     there = [row.oracle.tokens(inputs), keeps[0]]
-    for seen, stage, exists in zip(choose.seen, stages, there, strict=True):
-        assert torch.equal(seen.exists, exists)
+    for seen, stage, valid in zip(choose.seen, stages, there, strict=True):
+        assert torch.equal(seen.valid, valid)
         assert seen.text.sum(1).tolist() == [len(own) for own in texts]
         for place, (own, columns) in enumerate(zip(texts, visual, strict=True)):
-            tokens, stay = int(columns.sum()), exists[place]
+            tokens, stay = int(columns.sum()), valid[place]
             for layer in {0, stage - 1}:
                 maps = run.attentions[layer][place]
                 rows = seen.values[Signal.TEXT_TO_IMAGE_ATTENTION, layer][place]

@@ -477,7 +477,7 @@ def test_scorers_see_the_tokens_that_are_still_there_as_one_image_a_sample() -> 
     with stages_of(model, (1, 3), choose := MostAttended(), observe=True).dropping():
         model(**inputs)
     seen = choose.seen[1].observation()
-    assert torch.equal(seen.exists, choose.keeps[0])
+    assert torch.equal(seen.valid, choose.keeps[0])
     assert torch.equal(seen.by_layer(Signal.LAST_TOKEN_ATTENTION, (-1,))[:, 0], choose.seen[1].attention)
 
 

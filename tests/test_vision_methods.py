@@ -201,8 +201,8 @@ def test_relevance_of_cdpruner_is_the_cosine_with_the_mean_word_stretched_over_t
     read[3] = read[3, :1] * torch.arange(1, 6)[:, None] / 7  # all tokens alike, but for rounding
     text = torch.randn(4, 3, 6, dtype=torch.float64, generator=generator)
     words = torch.tensor([[True, True, True], [True, False, False], [False] * 3, [True] * 3])
-    exists = torch.arange(5) < torch.tensor([5, 3, 5, 5])[:, None]
-    seen = Observation(exists, {}, {Signal.IMAGE_EMBEDS: read, Signal.TEXT_EMBEDS: text}, text=words)
+    valid = torch.arange(5) < torch.tensor([5, 3, 5, 5])[:, None]
+    seen = Observation(valid, {}, {Signal.IMAGE_EMBEDS: read, Signal.TEXT_EMBEDS: text}, text=words)
     scores = SCORERS["cdpruner"]().score(seen)
     assert scores[2].tolist() == [1.0] * 5 and scores[3].tolist() == [1.0] * 5, "no text, and nothing to tell apart"
     for image, tokens in ((0, 5), (1, 3)):
@@ -214,9 +214,9 @@ def test_relevance_of_cdpruner_is_the_cosine_with_the_mean_word_stretched_over_t
         ]
         expected = [(one - min(near)) / (max(near) - min(near)) for one in near]
         assert scores[image, :tokens].tolist() == pytest.approx(expected, abs=1e-9)
-    always = torch.zeros_like(exists)
+    always = torch.zeros_like(valid)
     always[0, int(scores[0].argmax())] = True  # a line's end is no token of the image
-    ends = SCORERS["cdpruner"]().score(Observation(exists, {}, seen.values, always, text=words))
+    ends = SCORERS["cdpruner"]().score(Observation(valid, {}, seen.values, always, text=words))
     assert ends[0][~always[0]].max() == 1.0
 
 
@@ -357,15 +357,15 @@ def slow_pool(side: int, count: int) -> list[int]:
 
 
 def square(sides: list[int], **more: Any) -> Observation:
-    exists = torch.arange(max(sides) ** 2) < torch.tensor([side**2 for side in sides])[:, None]
-    return Observation(exists, {Signal.VISION_ATTENTION: 2}, {}, **more)
+    valid = torch.arange(max(sides) ** 2) < torch.tensor([side**2 for side in sides])[:, None]
+    return Observation(valid, {Signal.VISION_ATTENTION: 2}, {}, **more)
 
 
 @pytest.mark.parametrize("side", [1, 2, 3, 5, 6, 12])
 def test_downsampling_is_the_mean_over_cells_of_a_coarser_grid(side: int) -> None:
     seen, scores = square([side, 12]), torch.zeros(2, 144)
     for count in range(1, side**2 + 1):
-        choice = choose_tokens(scores, Pool(), count, seen, seen.exists)
+        choice = choose_tokens(scores, Pool(), count, seen, seen.valid)
         expected = slow_pool(side, count)
         assert choice.carrier is not None and choice.carrier[0, : side**2].tolist() == expected
         assert choice.keep[0, : side**2].tolist() == [carrier == t for t, carrier in enumerate(expected)]

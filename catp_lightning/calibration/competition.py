@@ -10,7 +10,7 @@ from catp_lightning.calibration.candidates import Candidate
 from catp_lightning.calibration.importance import floored
 from catp_lightning.calibration.plan import Plan
 from catp_lightning.calibration.replay import Ways
-from catp_lightning.calibration.sets import always, is_nested, limits, method_ranks, methods
+from catp_lightning.calibration.sets import is_nested, limits, method_ranks, methods, protected_tokens
 from catp_lightning.calibration.split import fold_of
 from catp_lightning.calibration.stages import Belongs, Samples
 from catp_lightning.calibration.statistics import CandidateSums, DrawnQuestions, ImageAgreement
@@ -95,7 +95,7 @@ class Competition:
             return same
         allowed = [limits(keep, samples.seen, visual) for keep in self.budgets]
         ranks = self._ranks(samples, max(1, *(int(limit.max()) for limit in allowed)))
-        stay = always(samples.seen, visual)
+        stay = protected_tokens(samples.seen, visual)
         for budget, (limit, alive) in enumerate(zip(allowed, self.alive, strict=True)):
             running = [self.running.index(number) for number in alive]
             ranked = [place for place in running if place in self._shared or place in self._own]

@@ -142,11 +142,9 @@ def head_votes(voters: Iterable[AttentionScorer], seen: Observation, visual: Ten
     """
     with without_autocast(visual):
         all_ = [voter.votes(seen).flatten(1, 2).transpose(1, 2) for voter in voters]
-    votes = (
-        torch.cat(all_, 2) if all_ else torch.zeros(*seen.exists.shape, 0, device=visual.device, dtype=torch.float32)
-    )
+    votes = torch.cat(all_, 2) if all_ else torch.zeros(*seen.valid.shape, 0, device=visual.device, dtype=torch.float32)
     votes = votes.to(torch.promote_types(votes.dtype, torch.float32)).nan_to_num(0.0, 0.0, 0.0)
-    return placed(votes, seen.exists, visual, 0.0)
+    return placed(votes, seen.valid, visual, 0.0)
 
 
 def random_subset(seeds: Tensor, visual: Tensor, counts: Tensor, number: int, owner: Tensor | None = None) -> Tensor:

@@ -47,30 +47,30 @@ def method_ranks(rules: Sequence[Method], seen: Observation, visual: Tensor, mos
     similarities: dict[Selector, Tensor] = {}
     ranks: list[Tensor] = []
     kernels: dict[int, Tensor] = {}
-    free = seen.free
+    droppable = seen.droppable
     for number, (scorer, selector) in enumerate(rules):
         if scorer not in scores:
             scores[scorer] = score_tokens(scorer, seen, visual)
         if not isinstance(selector, DPP):
-            ranks.append(selector.ranks(scores[scorer], free, most, selector.vectors(seen)))
+            ranks.append(selector.ranks(scores[scorer], droppable, most, selector.vectors(seen)))
             continue
         kind = replace(selector, relevance=0.0)
         if kind not in similarities:
             similarities[kind] = exact_similarity(selector.vectors(seen))
-        kernels[number] = selector.kernel(scores[scorer], free, similarities[kind])
-        ranks.append(free)  # its place: kernels of many candidates are solved together
+        kernels[number] = selector.kernel(scores[scorer], droppable, similarities[kind])
+        ranks.append(droppable)  # its place: kernels of many candidates are solved together
         if len(kernels) * kernels[number].numel() >= KERNELS:
-            _solve(kernels, ranks, free, most)
-    _solve(kernels, ranks, free, most)
-    return placed(torch.stack(ranks, 2), seen.exists, visual, most).permute(2, 0, 1)
+            _solve(kernels, ranks, droppable, most)
+    _solve(kernels, ranks, droppable, most)
+    return placed(torch.stack(ranks, 2), seen.valid, visual, most).permute(2, 0, 1)
 
 
-def _solve(kernels: dict[int, Tensor], ranks: list[Tensor], free: Tensor, most: int) -> None:
+def _solve(kernels: dict[int, Tensor], ranks: list[Tensor], droppable: Tensor, most: int) -> None:
     """Replace the places of these candidates in `ranks` by their solutions."""
     if not kernels:
         return
     together = torch.cat(list(kernels.values()))
-    solved = greedy_ranks(together, free.repeat(len(kernels), 1), most).chunk(len(kernels))
+    solved = greedy_ranks(together, droppable.repeat(len(kernels), 1), most).chunk(len(kernels))
     for number, found in zip(kernels, solved, strict=True):
         ranks[number] = found
     kernels.clear()
@@ -84,14 +84,14 @@ def is_nested(method: Method) -> bool:
 
 def limits(keep: int | float, seen: Observation, visual: Tensor) -> Tensor:
     """How many tokens the image of each visual token keeps: int64 [B, T], 0 where there is none."""
-    counts = [keep_count(keep, count) for count in seen.free.sum(1).tolist()]
-    own = torch.tensor(counts, device=visual.device, dtype=torch.int64)[:, None].expand(seen.exists.shape)
-    return placed(own, seen.exists, visual, 0)
+    counts = [keep_count(keep, count) for count in seen.droppable.sum(1).tolist()]
+    own = torch.tensor(counts, device=visual.device, dtype=torch.int64)[:, None].expand(seen.valid.shape)
+    return placed(own, seen.valid, visual, 0)
 
 
-def always(seen: Observation, visual: Tensor) -> Tensor:
+def protected_tokens(seen: Observation, visual: Tensor) -> Tensor:
     """Visual tokens that stay whatever the budget: bool [B, T]."""
-    return placed(seen.exists & ~seen.free, seen.exists, visual, False)
+    return placed(seen.valid & ~seen.droppable, seen.valid, visual, False)
 
 
 def pair_rows(slots: Tensor) -> Tensor:

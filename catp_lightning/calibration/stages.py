@@ -11,7 +11,7 @@ from torchmetrics import Metric
 from catp_lightning.calibration.importance import Columns, head_votes, probe, sizes
 from catp_lightning.calibration.plan import Plan
 from catp_lightning.calibration.replay import Replay
-from catp_lightning.calibration.sets import always, pair_rows
+from catp_lightning.calibration.sets import pair_rows, protected_tokens
 from catp_lightning.calibration.split import fold_of
 from catp_lightning.calibration.statistics import (
     ImageSet,
@@ -84,7 +84,7 @@ class Samples:
 def _sample_of_images(visual: Tensor, seen: Observation) -> Tensor:
     """The sample each image belongs to: int64 [I]."""
     ends = visual.sum(1).cumsum(0)
-    return torch.bucketize(seen.exists.sum(1).cumsum(0) - 1, ends, right=True)
+    return torch.bucketize(seen.valid.sum(1).cumsum(0) - 1, ends, right=True)
 
 
 Belongs = Callable[[Tensor], Tensor]
@@ -147,9 +147,9 @@ class Probing:
         part = self.part_of(samples.images)
         self.parts.update(part)
         self.images.update(samples.seen[Signal.IMAGE_HASH])
-        self.tokens.update(samples.seen.free.sum(1))
+        self.tokens.update(samples.seen.droppable.sum(1))
         voted_on = samples.seen if samples.inside is None else samples.inside
-        whole = voted_on.free.all(1)  # of images that are padded, ranks are others
+        whole = voted_on.droppable.all(1)  # of images that are padded, ranks are others
         with without_autocast(part):
             for name, metric in self.correlations.items():
                 metric.update(self.plan.voters[name].votes(voted_on).sum(2)[whole])
@@ -160,12 +160,12 @@ class Probing:
         seen = samples.seen if samples.inside is None else samples.inside
         votes = head_votes(self.plan.voters.values(), seen, samples.visual)
         fold, owner = fold_of(samples.images), None
-        stay = always(samples.seen, samples.visual) if samples.inside is None else None
+        stay = protected_tokens(samples.seen, samples.visual) if samples.inside is None else None
         stay = stay if stay is not None and bool(stay.any()) else None
         if self.plan.family.reads == "cross-attention":  # text must not be left without a row of its image
-            exists = samples.seen.exists
-            images = torch.arange(len(exists), device=exists.device)[:, None].expand(exists.shape)
-            owner = placed(images, exists, samples.visual, 0)
+            valid = samples.seen.valid
+            images = torch.arange(len(valid), device=valid.device)[:, None].expand(valid.shape)
+            owner = placed(images, valid, samples.visual, 0)
         for number, size in enumerate(self.sizes):
             found = probe(samples.replay, votes, samples.images, size, number, self.columns.slots, owner, stay)
             self.sums.update(fold, found.rows, found.gain)

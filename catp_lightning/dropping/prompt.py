@@ -89,9 +89,9 @@ class DecoderPrompt(Prompt):
 
     def text(self) -> tuple[Tensor, Tensor]:
         """Those rows: float [B, R, D], zeros beyond a sample's own, and which exist, bool [B, R]."""
-        columns, exists = self.text_columns()
+        columns, valid = self.text_columns()
         embeds = self.embeds[:: self.beams].detach()
-        return embeds.gather(1, columns[..., None].expand(-1, -1, embeds.shape[-1])) * exists[..., None], exists
+        return embeds.gather(1, columns[..., None].expand(-1, -1, embeds.shape[-1])) * valid[..., None], valid
 
     def columns(self, keep: Tensor) -> Tensor:
         """Columns that stay, text always: bool [B, T] of its visual tokens -> bool [R, L].

@@ -95,11 +95,11 @@ class Prefill:
         if (Signal.LAST_TOKEN_ATTENTION, layer) not in self.values and Signal.LAST_TOKEN_ATTENTION in self.needs:
             self.values[Signal.LAST_TOKEN_ATTENTION, layer] = self.last_row(query, key, mask, scaling)
         if (Signal.TEXT_TO_IMAGE_ATTENTION, layer) not in self.values and Signal.TEXT_TO_IMAGE_ATTENTION in self.needs:
-            columns, exists = self.prompt.text_columns()
+            columns, valid = self.prompt.text_columns()
             order = self.rows.order[:: self.prompt.beams]
             place = torch.arange(order.shape[1], device=order.device).expand_as(order)
             at = torch.zeros_like(self.prompt.ids).scatter(1, order, place).gather(1, columns)
-            self.values[Signal.TEXT_TO_IMAGE_ATTENTION, layer] = self._paid(at, exists, query, key, mask, scaling)
+            self.values[Signal.TEXT_TO_IMAGE_ATTENTION, layer] = self._paid(at, valid, query, key, mask, scaling)
         return query.new_empty(0)
 
     def last_row(self, query: Tensor, key: Tensor, mask: Tensor | None, scaling: float) -> Tensor:
@@ -111,7 +111,7 @@ class Prefill:
         return self._paid(at, torch.ones_like(at, dtype=torch.bool), query, key, mask, scaling)[:, :, 0]
 
     def _paid(
-        self, at: Tensor, exists: Tensor, query: Tensor, key: Tensor, mask: Tensor | None, scaling: float
+        self, at: Tensor, valid: Tensor, query: Tensor, key: Tensor, mask: Tensor | None, scaling: float
     ) -> Tensor:
         """What some rows of each sample pay the visual tokens: int64 [B, r], bool [B, r] -> [B, H, r, T]."""
         beams, heads, few = self.prompt.beams, key.shape[1], at.shape[1]
@@ -132,7 +132,7 @@ class Prefill:
         )
         columns = paid.new_zeros(*paid.shape[:3], self.prompt.mask.shape[1])
         columns = columns.scatter(3, order[:, None, None].expand_as(paid), paid)
-        columns = columns.masked_fill(~exists[:, None, :, None], 0.0)  # a row of padding sees nothing: it is NaN
+        columns = columns.masked_fill(~valid[:, None, :, None], 0.0)  # a row of padding sees nothing: it is NaN
         return self._visual(columns.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
 
     def _visual(self, columns: Tensor) -> Tensor:

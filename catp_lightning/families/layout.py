@@ -23,7 +23,7 @@ class Image:
     Attributes:
         tokens: how many placeholders it has.
         pixels: its own, of any shape, without padding: they identify it.
-        always: bool [tokens], those that stand for no patch and always stay; None: none.
+        protected: bool [tokens], those that stand for no patch and always stay; None: none.
         crops: int64 [tokens], the crop each is of; None where the image is not cut.
         shape: rows and columns of its patches; None: a square where their number is one, of each crop.
         patches: int64 [tokens], which of these patches each token is, line by line; None: all, in their order.
@@ -31,7 +31,7 @@ class Image:
 
     tokens: int
     pixels: Tensor
-    always: Tensor | None = None
+    protected: Tensor | None = None
     crops: Tensor | None = None
     shape: tuple[int, int] | None = None
     patches: Tensor | None = None
@@ -42,7 +42,9 @@ class Image:
         Crops are parts of their own; only where line ends stand among them do those beyond the first, the whole
         image, make one picture together. Patches whose grid is not known are one line.
         """
-        ends = torch.zeros(self.tokens, dtype=torch.bool, device="cpu") if self.always is None else self.always.cpu()
+        ends = (
+            torch.zeros(self.tokens, dtype=torch.bool, device="cpu") if self.protected is None else self.protected.cpu()
+        )
         part = torch.zeros(self.tokens, dtype=torch.int64, device="cpu") if self.crops is None else self.crops.cpu()
         if stitched := bool((ends & (part.cummax(0).values > 0)).any()):
             part = part.clamp(max=1)
@@ -74,13 +76,13 @@ class Layout:
 
     Attributes:
         images: one for each row below.
-        exists, always: bool [I, T].
+        valid, protected: bool [I, T].
         crops: int64 [I, T], or None.
     """
 
     images: Sequence[Image]
-    exists: Tensor
-    always: Tensor
+    valid: Tensor
+    protected: Tensor
     crops: Tensor | None
 
     @classmethod
@@ -103,26 +105,26 @@ class Layout:
             found += zip(columns[starts].tolist() if own else [], own, strict=True)
         ordered, device = [image for _, image in sorted(found, key=lambda one: one[0])], ids.device
         widest = max((image.tokens for image in ordered), default=0)
-        exists = torch.zeros(len(ordered), widest, dtype=torch.bool, device=device)
-        always, crops = torch.zeros_like(exists), torch.zeros(exists.shape, dtype=torch.long, device=device)
+        valid = torch.zeros(len(ordered), widest, dtype=torch.bool, device=device)
+        protected, crops = torch.zeros_like(valid), torch.zeros(valid.shape, dtype=torch.long, device=device)
         for row, image in enumerate(ordered):
-            exists[row, : image.tokens] = True
-            if image.always is not None:
-                always[row, : image.tokens] = image.always.to(device)
+            valid[row, : image.tokens] = True
+            if image.protected is not None:
+                protected[row, : image.tokens] = image.protected.to(device)
             if image.crops is not None:
                 crops[row, : image.tokens] = image.crops.to(device)
         cut = any(image.crops is not None for image in ordered)
-        return cls(ordered, exists, always, crops if cut else None)
+        return cls(ordered, valid, protected, crops if cut else None)
 
     def padded(self, flat: Tensor) -> Tensor:
         """Values of all visual tokens in the order of placeholders, [N, ...] -> [I, T, ...]."""
-        found = flat.new_zeros(*self.exists.shape, *flat.shape[1:])
-        found[self.exists] = flat
+        found = flat.new_zeros(*self.valid.shape, *flat.shape[1:])
+        found[self.valid] = flat
         return found
 
     def samples(self, visual: Tensor) -> Tensor:
         """The sample each image belongs to: bool [B, L] -> int64 [I]."""
-        first = self.exists.sum(1).cumsum(0) - self.exists.sum(1)
+        first = self.valid.sum(1).cumsum(0) - self.valid.sum(1)
         return visual.nonzero()[first, 0]
 
     def tokens(self, values: list[Tensor]) -> Tensor:
@@ -134,19 +136,19 @@ class Layout:
                 f"The vision part showed images of {found} tokens; the prompts have {expected}. This model selects or "
                 "pools patches in a way that is not known: choose a scorer that reads no attention of the vision tower."
             )
-        padded = [torch.nn.functional.pad(value, (0, self.exists.shape[1] - value.shape[-1])) for value in values]
-        return torch.stack(padded).to(self.exists.device)
+        padded = [torch.nn.functional.pad(value, (0, self.valid.shape[1] - value.shape[-1])) for value in values]
+        return torch.stack(padded).to(self.valid.device)
 
     def places(self) -> Tensor:
         """Where the patch of each token lies in its image: int64 [I, T, 3], as `Image.places`."""
         found = [image.places() for image in self.images]
-        device, widest = self.exists.device, self.exists.shape[1]
+        device, widest = self.valid.device, self.valid.shape[1]
         padded = [torch.nn.functional.pad(places, (0, 0, 0, widest - len(places)), value=-1) for places in found]
         return torch.stack(padded).to(device) if padded else torch.zeros(0, 0, 3, dtype=torch.int64, device=device)
 
     def fingerprints(self) -> Tensor:
         """A checksum of each image's pixels: int64 [I]."""
-        return torch.cat([fingerprint(image.pixels[None]) for image in self.images]).to(self.exists.device)
+        return torch.cat([fingerprint(image.pixels[None]) for image in self.images]).to(self.valid.device)
 
 
 Images = dict[int, list[Image]]

@@ -115,7 +115,7 @@ class Llava(Placeholder):
         own = equal_images(self.model, prompt, counts)
         if self._has_class and self._full:  # [CLS] is one of the tokens
             own = {
-                id_: [replace(one, always=torch.arange(one.tokens, device=one.pixels.device) == 0) for one in all_]
+                id_: [replace(one, protected=torch.arange(one.tokens, device=one.pixels.device) == 0) for one in all_]
                 for id_, all_ in own.items()
             }
         if self.tokens_per_image == self._patches() - 1:  # the first patch is left out
@@ -141,10 +141,10 @@ class Llava(Placeholder):
         tokens, frames = int((prompt.ids == token).sum()) // len(videos), videos.shape[1]
         newline = int(self.kind == "llava_onevision")  # ends a video
         each = (tokens - newline) // frames
-        always = None
+        protected = None
         if self.kind == "video_llava":  # each frame begins with its [CLS]
-            always = torch.arange(each, device=videos.device) == 0
-        plain = [Image(each, frame, always) for video in videos for frame in video]
+            protected = torch.arange(each, device=videos.device) == 0
+        plain = [Image(each, frame, protected) for video in videos for frame in video]
         if newline:
             closing = torch.arange(each + newline, device=videos.device) >= each
             for end in range(frames - 1, len(plain), frames):
@@ -162,7 +162,7 @@ class Llava(Placeholder):
         of_crop = [place[:, None].expand(-1, self._patches(), -1) for place in places]
         return [
             Image(
-                len(share), image, always=share.sum(1) < 0.5, crops=share.argmax(1)
+                len(share), image, protected=share.sum(1) < 0.5, crops=share.argmax(1)
             )  # resampled: of the crop with most
             for share, image in zip(self._packed(of_crop, prompt.arguments), own, strict=True)
         ]

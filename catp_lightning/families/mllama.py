@@ -165,8 +165,8 @@ class Mllama(Family):
     def observation(self, values: Values, wanted: frozenset[Signal], prompt: "Prompt") -> Observation:
         prompt = cast("CrossAttended", prompt)
         by_image = (-1, self.tiles * self.rows_per_tile)
-        exists = prompt.tokens.unflatten(1, by_image).flatten(0, 1)
-        images = exists.any(1)  # an image that no text sees is none
+        valid = prompt.tokens.unflatten(1, by_image).flatten(0, 1)
+        images = valid.any(1)  # an image that no text sees is none
         found: Values = {}
         if prompt.attention is not None:
             found[Signal.CROSS_ATTENTION_TO_IMAGE, 0] = (
@@ -183,10 +183,10 @@ class Mllama(Family):
             found[Signal.IMAGE_HASH] = fingerprint(
                 prompt.arguments["pixel_values"][:: prompt.beams].flatten(0, 1)[images]
             )
-        tile = torch.arange(self.tiles, device=exists.device).repeat_interleave(self.rows_per_tile)
+        tile = torch.arange(self.tiles, device=valid.device).repeat_interleave(self.rows_per_tile)
         if Signal.PATCH_POSITION in wanted:
             found[Signal.PATCH_POSITION] = self._places(tile).expand(int(images.sum()), -1, -1)
-        return Observation(exists[images], self.layers(), found, crops=tile.expand(int(images.sum()), -1))
+        return Observation(valid[images], self.layers(), found, crops=tile.expand(int(images.sum()), -1))
 
     def _places(self, tile: Tensor) -> Tensor:
         """Tile, row and column of each of an image's rows, -1 for a [CLS]: int64 [T] -> [T, 3]."""

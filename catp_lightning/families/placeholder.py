@@ -246,7 +246,7 @@ class Placeholder(Family):
             found[Signal.IMAGE_HASH] = layout.fingerprints()
         if Signal.PATCH_POSITION in wanted:
             found[Signal.PATCH_POSITION] = layout.places()
-        return Observation(layout.exists, self.layers(), found, layout.always, layout.crops, text)
+        return Observation(layout.valid, self.layers(), found, layout.protected, layout.crops, text)
 
     def on_tokens(self, values: Values, prompt: "DecoderPrompt") -> dict[Any, list[Tensor]]:
         """What was observed of patches, for the tokens of each image in the order of features: [..., tokens]."""

@@ -60,7 +60,7 @@ class EqualScores(Scorer):
         return {}
 
     def score(self, seen: Observation) -> Tensor:
-        return torch.zeros(seen.exists.shape, dtype=torch.float32, device=seen.exists.device)
+        return torch.zeros(seen.valid.shape, dtype=torch.float32, device=seen.valid.device)
 
 
 @dataclass(frozen=True)
@@ -118,19 +118,19 @@ class PaidAttention(AttentionScorer):
 
     def votes(self, seen: Observation) -> Tensor:
         attention = self.attention(seen)
-        return attention if self.scale == "attention" else standardised_log(attention, seen.free)
+        return attention if self.scale == "attention" else standardised_log(attention, seen.droppable)
 
 
-def standardised_log(attention: Tensor, free: Tensor) -> Tensor:
+def standardised_log(attention: Tensor, droppable: Tensor) -> Tensor:
     """Logarithms with mean 0 and standard deviation 1 over an image's tokens: [I, L, H, T], bool [I, T] -> same.
 
-    Where `free` is False they are 0; equal ones are 0 too. Attention below 1e-20 counts as that.
+    Where `droppable` is False they are 0; equal ones are 0 too. Attention below 1e-20 counts as that.
 
     >>> there = torch.tensor([[True, True, False]])
     >>> standardised_log(torch.tensor([[[[1.0, 10.0, 0.0]]]]), there)[..., :2].flatten().round()
     tensor([-1.,  1.])
     """
-    there = free[:, None, None].to(attention.dtype)
+    there = droppable[:, None, None].to(attention.dtype)
     logs, count = attention.clamp(min=1e-20).log() * there, there.sum(-1, keepdim=True).clamp(min=1)
     centred = (logs - logs.sum(-1, keepdim=True) / count) * there
     return centred / (centred.square().sum(-1, keepdim=True) / count).sqrt().clamp(min=1e-6)

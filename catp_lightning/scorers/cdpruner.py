@@ -35,9 +35,9 @@ class CDPruner(Scorer):
         own = seen.text.to(words.dtype)
         text = (words * own[..., None]).sum(1) / own.sum(1, keepdim=True).clamp(min=1)
         relevance = F.cosine_similarity(read, text[:, None], dim=-1)
-        free = seen.free & ~relevance.isnan()
-        least = relevance.masked_fill(~free, torch.inf).amin(1, keepdim=True)
-        most = relevance.masked_fill(~free, -torch.inf).amax(1, keepdim=True)
+        droppable = seen.droppable & ~relevance.isnan()
+        least = relevance.masked_fill(~droppable, torch.inf).amin(1, keepdim=True)
+        most = relevance.masked_fill(~droppable, -torch.inf).amax(1, keepdim=True)
         tells = most - least > CONSTANT  # without text all are 0
         scaled = torch.where(tells, (relevance - least) / (most - least).where(tells, 1), 1)
         return scaled.clamp(0, 1).masked_fill(relevance.isnan(), torch.nan)

@@ -66,11 +66,11 @@ class Stride(Scorer):
         return {Signal.IMAGE_HASH: None}
 
     def score(self, seen: Observation) -> Tensor:
-        scores = torch.zeros(seen.exists.shape, device=seen.exists.device, dtype=torch.float32)
-        for count in seen.exists.sum(1).unique().tolist():  # images may differ in size
+        scores = torch.zeros(seen.valid.shape, device=seen.valid.device, dtype=torch.float32)
+        for count in seen.valid.sum(1).unique().tolist():  # images may differ in size
             bits = max(1, (count - 1).bit_length())
             order = [-float(int(f"{index:0{bits}b}"[::-1], 2)) for index in range(count)]
-            scores[seen.exists.sum(1) == count, :count] = torch.tensor(order, dtype=scores.dtype, device=scores.device)
+            scores[seen.valid.sum(1) == count, :count] = torch.tensor(order, dtype=scores.dtype, device=scores.device)
         return scores
 
 

@@ -68,7 +68,7 @@ class SparseVLM(AttentionScorer):
         least = torch.tensor(
             [keep_count(keep, count) for count in tokens.tolist()], device=tokens.device, dtype=torch.int64
         )
-        left = seen.exists.sum(1)
+        left = seen.valid.sum(1)
         beyond = (left - self._ranks(seen)).tolist()
         dropped = [math.floor(min(self.scale * n + 1e-9, own)) for n, own in zip(beyond, left.tolist(), strict=True)]
         return (left - torch.tensor(dropped, device=tokens.device, dtype=torch.int64)).maximum(least)
@@ -81,7 +81,7 @@ class SparseVLM(AttentionScorer):
         """What raters pay the tokens that are still there, 0 elsewhere: float [I, L, H, R, T]; how many rate: [I]."""
         assert seen.text is not None  # observed with the rows themselves
         chosen = raters(seen[Signal.IMAGE_EMBEDS], seen[Signal.TEXT_EMBEDS], seen.text)
-        rated = chosen[:, None, None, :, None] & seen.exists[:, None, None, None]
+        rated = chosen[:, None, None, :, None] & seen.valid[:, None, None, None]
         return seen.by_layer(Signal.TEXT_TO_IMAGE_ATTENTION, self.layers).masked_fill(~rated, 0.0), chosen.sum(1)
 
     def _ranks(self, seen: Observation) -> Tensor:
@@ -91,18 +91,18 @@ class SparseVLM(AttentionScorer):
             return torch.zeros_like(count)
         rated = paid.mean((1, 2)).nan_to_num().cpu().double()  # few numbers, and not every device has double
         values = torch.linalg.svdvals(rated)  # padding with zeros adds zeros
-        larger = count.maximum(seen.exists.sum(1)).cpu()
+        larger = count.maximum(seen.valid.sum(1)).cpu()
         least = values.amax(1) * larger * torch.finfo(paid.dtype).eps
         return (values > least[:, None]).sum(1).to(paid.device)
 
 
-def raters(read: Tensor, text: Tensor, exists: Tensor) -> Tensor:
+def raters(read: Tensor, text: Tensor, valid: Tensor) -> Tensor:
     """Text rows that are more relevant to the visual tokens than the average text row.
 
     Args:
         read: float [B, T, D], visual tokens as the language model reads them, zeros beyond a sample's own.
         text: float [B, R, D], text rows alike.
-        exists: bool [B, R], which of those there are.
+        valid: bool [B, R], which of those there are.
 
     Returns:
         bool [B, R]; all of a sample's rows where none exceeds the average by more than rounding.
@@ -110,13 +110,11 @@ def raters(read: Tensor, text: Tensor, exists: Tensor) -> Tensor:
     dtype = torch.promote_types(read.dtype, torch.float32)
     with torch.autocast(read.device.type, enabled=False):
         products = read.to(dtype) @ text.to(dtype).transpose(1, 2)
-    shares = products.masked_fill(~exists[:, None], -torch.inf).softmax(-1).nan_to_num()  # NaN: a sample without text
+    shares = products.masked_fill(~valid[:, None], -torch.inf).softmax(-1).nan_to_num()  # NaN: a sample without text
     own = read.ne(0).any(-1)
     relevance = (shares * own[..., None]).sum(1) / own.sum(1, keepdim=True).clamp(min=1)
-    above = exists & (
-        relevance * exists.sum(1, keepdim=True) > 1 + 1e-5
-    )  # a softmax over R rows: their average is 1 / R
-    return above | (exists & ~above.any(1, keepdim=True))
+    above = valid & (relevance * valid.sum(1, keepdim=True) > 1 + 1e-5)  # a softmax over R rows: their average is 1 / R
+    return above | (valid & ~above.any(1, keepdim=True))
 
 
 def _scheduled(keep: int | float, tokens: int, part: float) -> int:

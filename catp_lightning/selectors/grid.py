@@ -42,7 +42,7 @@ class Grid(Selector):
         places = vectors[..., :2].tolist()  # part and row
         keep = torch.zeros(visual.shape, dtype=torch.bool, device="cpu")
         for image, (there, count) in enumerate(zip(visual.tolist(), counts.tolist(), strict=True)):
-            tokens = [token for token, exists in enumerate(there) if exists]
+            tokens = [token for token, valid in enumerate(there) if valid]
             patches = [token for token in tokens if places[image][token][1] >= 0]
             others = [token for token in tokens if not places[image][token][1] >= 0]  # NaN too
             lines = [(part, len(list(row))) for (part, _), row in groupby(places[image][token] for token in patches)]

@@ -35,15 +35,15 @@ class Pool(Selector):
 
     def vectors(self, seen: Observation) -> Tensor:
         """Line and column of each token: float [I, T, 2], 0 where there is none."""
-        if seen.crops is not None or not bool((seen.free == seen.exists).all()):
+        if seen.crops is not None or not bool((seen.droppable == seen.valid).all()):
             raise _refused("they are of several crops, or have line ends or a [CLS] among them")
-        counts = seen.exists.sum(1)
+        counts = seen.valid.sum(1)
         sides = counts.float().sqrt().round().long()
         if not bool((sides**2 == counts).all()):
             raise _refused(f"an image has {int(counts[sides**2 != counts][0])} of them, which is no square number")
-        place = seen.exists.cumsum(1) - 1
+        place = seen.valid.cumsum(1) - 1
         lines = torch.stack([place // sides[:, None].clamp(min=1), place % sides[:, None].clamp(min=1)], -1)
-        return (lines * seen.exists[..., None]).float()
+        return (lines * seen.valid[..., None]).float()
 
     def select(self, scores: Tensor, visual: Tensor, counts: Tensor, vectors: Tensor | None) -> Tensor:
         itself = torch.arange(visual.shape[1], device=visual.device)
