@@ -18,7 +18,7 @@ from torch import Tensor
 from transformers import Blip2Config, Blip2ForConditionalGeneration, Blip2QFormerConfig, Blip2VisionConfig, OPTConfig
 
 from catp_lightning.dropping import Prompt
-from catp_lightning.dropping.watching import Call
+from catp_lightning.dropping.watching import ModelCall
 from catp_lightning.families import find_family
 from catp_lightning.observation import Needs, Signal
 from catp_lightning.observing import Observer
@@ -91,7 +91,7 @@ def vision_cases(shape: str, batch: int) -> dict[str, Callable[[], None]]:
             with observer.watching():
                 vision_part(model, pixels)
             if scorer is not None:
-                scorer.score(observer.take(Prompt(torch.empty(0, 0), Call(), 1)))
+                scorer.score(observer.take(Prompt(torch.empty(0, 0), ModelCall(), 1)))
 
         return run
 

@@ -161,14 +161,14 @@ def _most_likely(logits: Tensor, row: Tensor, left_out: int) -> Answer:
 
 
 @dataclass
-class Comparison:
+class AnswerComparison:
     """`same`: bool [B] of each top-level call since it was last cleared: is the pruned answer the unpruned one?"""
 
     same: list[Tensor] = field(default_factory=list)
 
 
 @contextmanager
-def compare_with_unpruned(pruning: Pruning) -> Iterator[Comparison]:
+def compare_with_unpruned(pruning: Pruning) -> Iterator[AnswerComparison]:
     """While inside, every top-level call is made twice, unpruned first, and the answers are compared.
 
     Args:
@@ -177,7 +177,7 @@ def compare_with_unpruned(pruning: Pruning) -> Iterator[Comparison]:
     Raises:
         PruningError: a call samples its answers, or ends them by the clock.
     """
-    comparison, unpruned = Comparison(), []
+    comparison, unpruned = AnswerComparison(), []
 
     def before(again: Callable[[], Answer]) -> None:
         with pruning.suspended():

@@ -40,21 +40,21 @@ def choose_tokens(scores: Tensor, selector: Selector, keep: int | float, seen: O
         visual: bool [B, T], which visual tokens each sample has.
     """
     vectors = selector.vectors(seen)
-    by_sample = placed(scores, seen.valid, visual, -torch.inf)
+    by_sample = images_to_samples(scores, seen.valid, visual, -torch.inf)
     if selector.per == "sample":
-        droppable = placed(seen.droppable, seen.valid, visual, False)
-        vectors = None if vectors is None else placed(vectors, seen.valid, visual, 0.0)
+        droppable = images_to_samples(seen.droppable, seen.valid, visual, False)
+        vectors = None if vectors is None else images_to_samples(vectors, seen.valid, visual, 0.0)
         kept, carrier = _select(selector, by_sample, droppable, keep, vectors)
         kept = kept | (visual & ~droppable)
-        return Choice(kept, by_sample, None if carrier is None else carrier.where(droppable, _themselves(kept)))
+        return Choice(kept, by_sample, None if carrier is None else carrier.where(droppable, _own_destination(kept)))
     kept = seen.valid & ~seen.droppable
-    carrier = _themselves(kept)
+    carrier = _own_destination(kept)
     for part in _parts(seen, selector.per):
         own, carried = _select(selector, scores, part, keep, vectors)
         kept = kept | own
         carrier = carrier if carried is None else carried.where(part, carrier)
-    found = placed(kept, seen.valid, visual, False)
-    return Choice(found, by_sample, _of_samples(carrier, seen.valid, visual) if selector.merges else None)
+    found = images_to_samples(kept, seen.valid, visual, False)
+    return Choice(found, by_sample, _to_sample_index(carrier, seen.valid, visual) if selector.merges else None)
 
 
 def _select(
@@ -69,17 +69,17 @@ def _select(
     return kept, selector.carriers(kept, scores, droppable, vectors) if selector.merges else None
 
 
-def _themselves(kept: Tensor) -> Tensor:
+def _own_destination(kept: Tensor) -> Tensor:
     """Tokens that carry none but themselves: bool [R, T] -> int64 [R, T]."""
     return torch.arange(kept.shape[1], device=kept.device).expand_as(kept).masked_fill(~kept, -1)
 
 
-def _of_samples(carrier: Tensor, valid: Tensor, visual: Tensor) -> Tensor:
+def _to_sample_index(carrier: Tensor, valid: Tensor, visual: Tensor) -> Tensor:
     """From places in an image, int64 [I, T'], to places in a sample, int64 [B, T]."""
     numbers = (valid.flatten().cumsum(0) - 1).view_as(valid)  # of all visual tokens, in the order of placeholders
-    placed_numbers = placed(numbers.gather(1, carrier.clamp(min=0)), valid, visual, 0)
+    placed_numbers = images_to_samples(numbers.gather(1, carrier.clamp(min=0)), valid, visual, 0)
     first = visual.sum(1).cumsum(0) - visual.sum(1)
-    return (placed_numbers - first[:, None]).masked_fill(placed(carrier, valid, visual, -1) < 0, -1)
+    return (placed_numbers - first[:, None]).masked_fill(images_to_samples(carrier, valid, visual, -1) < 0, -1)
 
 
 def _parts(seen: Observation, per: str) -> Iterator[Tensor]:
@@ -152,7 +152,7 @@ def _budget(keep: int | float, visual: Tensor) -> Tensor:
     )
 
 
-def placed(values: Tensor, valid: Tensor, visual: Tensor, fill: float | bool) -> Tensor:
+def images_to_samples(values: Tensor, valid: Tensor, visual: Tensor, fill: float | bool) -> Tensor:
     """Values of images' tokens, [I, T', ...] where `valid`, put where their samples have them: [B, T, ...]."""
     found = values.new_full((*visual.shape, *values.shape[2:]), fill)
     found[visual] = values[valid]

@@ -91,7 +91,7 @@ class Guide:
             types = prompt.arguments.get(name)
             if types is not None and types.shape == prompt.ids.shape:
                 inputs[name] = types.to(order.device).gather(1, order).masked_fill(~real, 0)
-        sight = _Sight(visual.to(model.device), text.to(model.device), self.family.end_ids())
+        sight = _GuideAttention(visual.to(model.device), text.to(model.device), self.family.end_ids())
         modules = {module: (partial(sight.look, layer), _nothing) for layer, module in self._attentions.items()}
         decoder: Any = self.family.decoder
         with occupied(self.family), _evaluating(model), observe_attention(decoder, modules):
@@ -125,7 +125,7 @@ class Guide:
         return value.to(model.device, model.dtype if value.is_floating_point() else value.dtype)
 
 
-class _Sight(StoppingCriteria):
+class _GuideAttention(StoppingCriteria):
     """Adds up, over a prefill and the steps after it, what rows of text pay the visual tokens; stops nothing.
 
     Args:
@@ -182,7 +182,7 @@ def _prompt_alone(prompt: DecoderPrompt) -> tuple[Tensor, Tensor]:
 
     Placeholders of images in the answer stay: the images are read all the same.
     """
-    own = prompt.asks | prompt.visual
+    own = prompt.is_prompt | prompt.visual
     real = prompt.mask[:: prompt.beams] != 0
     own |= ~own.any(1, keepdim=True) & real & (real.cumsum(1) == 1)  # nothing was asked: something has to be read
     most = int(own.sum(1).max())

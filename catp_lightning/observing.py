@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 
 from catp_lightning.attention import Reduction, observe_attention
 from catp_lightning.dropping import Prompt
-from catp_lightning.dropping.watching import Call
+from catp_lightning.dropping.watching import ModelCall
 from catp_lightning.errors import PruningError
 from catp_lightning.families import Family
 from catp_lightning.hooks import hooked
@@ -42,7 +42,7 @@ class Observer:
         self.sites = list(_sites(family, needs))
         self.at_entry = family.at_entry & needs.keys()
         self.values: Values = {}
-        self._taken: weakref.WeakKeyDictionary[Call, Values] = weakref.WeakKeyDictionary()
+        self._taken: weakref.WeakKeyDictionary[ModelCall, Values] = weakref.WeakKeyDictionary()
 
     @contextmanager
     def watching(self) -> Iterator[None]:

@@ -9,8 +9,8 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from catp_lightning.choosing import Choice, choose_tokens, placed, score_tokens
-from catp_lightning.dropping import DecoderPrompt, DecoderStages, Prompt, StagePrompt, entry
+from catp_lightning.choosing import Choice, choose_tokens, images_to_samples, score_tokens
+from catp_lightning.dropping import DecoderPrompt, Prompt, PruneAtDecoderLayers, StagePrompt, entry
 from catp_lightning.errors import PruningError
 from catp_lightning.families import Family, find_family
 from catp_lightning.guide import Guide, refuse_without_rows
@@ -114,9 +114,9 @@ class Pruning:
             self._guide.forget()
 
     @property
-    def stages(self) -> DecoderStages:
+    def stages(self) -> PruneAtDecoderLayers:
         """What drops tokens inside the decoder, where the policy's scorer does so."""
-        assert isinstance(self._entry, DecoderStages)
+        assert isinstance(self._entry, PruneAtDecoderLayers)
         return self._entry
 
     @property
@@ -194,7 +194,7 @@ class Pruning:
         self._check_budget(prompt.visual.sum(1))
         if self._known and prompt.stage == 0:
             self.images.append(self._observer.take(prompt)[Signal.IMAGE_HASH])
-        scores = placed(score_tokens(self._scorer, seen, visual), seen.valid, visual, -torch.inf)
+        scores = images_to_samples(score_tokens(self._scorer, seen, visual), seen.valid, visual, -torch.inf)
         before = prompt.visual.sum(1)
         with without_autocast(visual):
             return self._chosen_at(prompt, seen, scores, before)

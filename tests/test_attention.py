@@ -9,7 +9,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from catp_lightning import PruningError
 from catp_lightning.attention import attention_map, attention_received, observe_attention
 from catp_lightning.dropping import Prompt
-from catp_lightning.dropping.watching import Call
+from catp_lightning.dropping.watching import ModelCall
 from catp_lightning.families import find_family
 from catp_lightning.observation import Observation, Signal
 from catp_lightning.observing import Observer
@@ -22,7 +22,7 @@ ALL = {
     Signal.IMAGE_FEATURES: None,
 }
 
-NO_PROMPT = Prompt(torch.empty(0, 0), Call(), 1)  # a Q-Former does not need one
+NO_PROMPT = Prompt(torch.empty(0, 0), ModelCall(), 1)  # a Q-Former does not need one
 
 
 def observe(model: Blip2ForConditionalGeneration, inputs: dict[str, Tensor]) -> tuple[Observation, Tensor]:

@@ -27,7 +27,7 @@ from catp_lightning import AnswerWriter, CrossAttentionCalibration, PolicyError,
 from catp_lightning.calibration import resume, split
 from catp_lightning.calibration.replay import Replay
 from catp_lightning.calibration.report import report
-from catp_lightning.calibration.resume import Partial
+from catp_lightning.calibration.resume import CalibrationCheckpoint
 from catp_lightning.calibration.statistics import PartCounts
 from catp_lightning.comparison import Comparison, save_comparison
 from catp_lightning.data.scenes import write_scenes
@@ -285,7 +285,7 @@ def test_what_cannot_be_written_at_the_end_is_written_by_the_next_run_without_me
     assert (tmp_path / "p.json.partial-0.safetensors").is_file()
     file.rmdir()
     probed.clear()
-    monkeypatch.setattr("catp_lightning.calibration.competition.Competition.compare", _never)
+    monkeypatch.setattr("catp_lightning.calibration.competition.Race.compare", _never)
     assert calibrate(path).policies == [policy] and not probed
     assert sorted(one.name for one in tmp_path.iterdir()) == ["p-report", "p.json"]
     assert (tmp_path / "p-report/report.md").is_file()
@@ -460,26 +460,26 @@ def test_killed_at_any_moment_a_file_is_the_old_one_or_the_new_one(tmp_path: Pat
 
 def test_what_a_kill_left_is_never_taken_for_a_part_of_a_calibration(tmp_path: Path) -> None:
     found = {"parts": PartCounts()}
-    whole = Partial(tmp_path / "sums", {})
+    whole = CalibrationCheckpoint(tmp_path / "sums", {})
     whole.begin("probe", found)
     (tmp_path / ".sums.abc.tmp").write_bytes(b"half")
-    again = Partial(tmp_path / "sums", {})
+    again = CalibrationCheckpoint(tmp_path / "sums", {})
     assert again.begin("probe", found) == 0
     again.delete()
     assert not list(tmp_path.iterdir())
 
 
 def test_a_part_that_lacks_its_end_is_refused_whatever_its_length(tmp_path: Path) -> None:
-    partial, found = Partial(tmp_path / "sums", {"a": 1}), {"parts": PartCounts()}
+    partial, found = CalibrationCheckpoint(tmp_path / "sums", {"a": 1}), {"parts": PartCounts()}
     partial.begin("probe", found)
     found["parts"].update(torch.tensor([0, 1, 1]))
     partial.add((1, 2), found)
     content = (tmp_path / "sums").read_bytes()
-    assert Partial(tmp_path / "sums", {"a": 1}).begin("probe", {"parts": PartCounts()}) == 1
+    assert CalibrationCheckpoint(tmp_path / "sums", {"a": 1}).begin("probe", {"parts": PartCounts()}) == 1
     for length in range(len(content)):
         (tmp_path / "sums").write_bytes(content[:length])
         with pytest.raises(PolicyError, match=r"cannot be read as part of a calibration .*Delete it to start anew"):
-            Partial(tmp_path / "sums", {"a": 1})
+            CalibrationCheckpoint(tmp_path / "sums", {"a": 1})
 
 
 # Loggers.

@@ -17,7 +17,7 @@ from catp_lightning.calibration import split
 from catp_lightning.calibration.budget import Promise
 from catp_lightning.calibration.calibrator import Calibrator
 from catp_lightning.calibration.candidates import Candidate, fitted_candidates
-from catp_lightning.calibration.competition import Competition
+from catp_lightning.calibration.competition import Race
 from catp_lightning.calibration.fitting import fit, fit_without
 from catp_lightning.calibration.plan import Plan
 from catp_lightning.calibration.recorder import Recorder
@@ -140,7 +140,7 @@ def test_each_image_is_answered_by_the_candidates_of_its_fold() -> None:
     orders = [torch.randperm(8, generator=torch.Generator().manual_seed(fold)).tolist() for fold in range(FOLDS)]
     shared = Candidate("shared", "l2-norm")
     by_fold = [[Candidate("own", "position", {"weights": [float(x) for x in order]}), shared] for order in orders]
-    competition = Competition(
+    competition = Race(
         "", Plan.of(find_family(module)), by_fold, [3, 5], [[0, 1], [0]], lambda images: part_of(images) == 0, None
     )
     samples = recorded(module, batches, Calibrator(Plan.of(find_family(module)), [0.5]))

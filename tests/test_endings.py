@@ -26,7 +26,7 @@ from tests.tiny_vqa import QUERIES, SIZE, build_model, build_processor, opt_conf
 
 ENDS, COUNT, MOST = [6, 9, 12, 15, 18, 21], 12, 8
 EVERYTHING = PruningPolicy("stride", keep=QUERIES)
-Call = dict[str, Any]
+ModelCall = dict[str, Any]
 
 
 class EndsWith(StoppingCriteria):
@@ -44,7 +44,7 @@ def letters() -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", unk_token="<unk>")
 
 
-CALLS: dict[str, Callable[[], Call]] = {
+CALLS: dict[str, Callable[[], ModelCall]] = {
     "eos_token_id": lambda: {"eos_token_id": ENDS},
     "one eos_token_id, which also pads": lambda: {"eos_token_id": 9, "pad_token_id": 9},
     "generation_config": lambda: {"generation_config": GenerationConfig(eos_token_id=ENDS)},
@@ -78,7 +78,7 @@ def model_and_batch(text: Any = None) -> tuple[Blip2ForConditionalGeneration, di
     return model, {"input_ids": ids, "attention_mask": torch.ones_like(ids), "pixel_values": pixels}
 
 
-def heard(model: Blip2ForConditionalGeneration, batch: dict[str, Tensor], call: Call) -> Answer:
+def heard(model: Blip2ForConditionalGeneration, batch: dict[str, Tensor], call: ModelCall) -> Answer:
     answers: list[Answer] = []
     with listening(find_family(model), answers.append):
         model.generate(**batch, max_new_tokens=MOST, do_sample=False, **call)
@@ -92,7 +92,7 @@ def rows(answer: Answer) -> list[list[int]]:
 
 @pytest.mark.parametrize("beams", [{}, BEAMS], ids=["greedy", "beams"])
 @pytest.mark.parametrize("case", CALLS)
-def test_an_answer_ends_where_its_call_ended_it_whatever_its_batch(case: str, beams: Call) -> None:
+def test_an_answer_ends_where_its_call_ended_it_whatever_its_batch(case: str, beams: ModelCall) -> None:
     model, batch = model_and_batch()
     together = rows(heard(model, batch, {**CALLS[case](), **beams}))
     alone = []
@@ -105,7 +105,7 @@ def test_an_answer_ends_where_its_call_ended_it_whatever_its_batch(case: str, be
 
 
 @pytest.mark.parametrize("beams", [{}, BEAMS], ids=["greedy", "beams"])
-def test_an_encoder_decoder_whose_answers_begin_with_the_end_token_is_read_to_its_end(beams: Call) -> None:
+def test_an_encoder_decoder_whose_answers_begin_with_the_end_token_is_read_to_its_end(beams: ModelCall) -> None:
     model, batch = model_and_batch(t5_config())
     call = {"eos_token_id": [14, 23, 0], "pad_token_id": 0, **beams}  # 0 is what T5's decoder starts with
     together = rows(heard(model, batch, call))
@@ -184,7 +184,7 @@ def own_defaults(model: Blip2ForConditionalGeneration) -> None:
         (None, {"stopping_criteria": [MaxTimeCriteria(60.0)]}, "end by the clock"),
     ],
 )
-def test_a_call_is_refused_by_what_transformers_makes_of_it(change: Any, call: Call, says: str | None) -> None:
+def test_a_call_is_refused_by_what_transformers_makes_of_it(change: Any, call: ModelCall, says: str | None) -> None:
     model, batch = model_and_batch()
     if change is not None:
         change(model)
@@ -200,7 +200,7 @@ def test_a_call_is_refused_by_what_transformers_makes_of_it(change: Any, call: C
         assert comparison.same[0].all(), "what was refused leaves nothing behind"
 
 
-def draws(model: Blip2ForConditionalGeneration) -> Call:
+def draws(model: Blip2ForConditionalGeneration) -> ModelCall:
     """Decoding of one's own: transformers' greedy search over noise."""
 
     def noisy(ids: Tensor, scores: Tensor) -> Tensor:
@@ -209,13 +209,13 @@ def draws(model: Blip2ForConditionalGeneration) -> Call:
     return {"logits_processor": [noisy]}
 
 
-def drops_out(model: Blip2ForConditionalGeneration) -> Call:
+def drops_out(model: Blip2ForConditionalGeneration) -> ModelCall:
     model.language_model.train()
     return {}
 
 
 @pytest.mark.parametrize("by_chance", [draws, drops_out])
-def test_answers_that_chance_decides_are_warned_of(by_chance: Callable[..., Call]) -> None:
+def test_answers_that_chance_decides_are_warned_of(by_chance: Callable[..., ModelCall]) -> None:
     model, batch = model_and_batch()
     with prune(model, EVERYTHING) as pruning, compare_with_unpruned(pruning):
         with warnings.catch_warnings():

@@ -12,10 +12,10 @@ from sklearn.linear_model import Lasso, Ridge
 from catp_lightning.calibration.heads import GATE, STRENGTHS, describe_heads, fit_heads
 from catp_lightning.calibration.layers import LayerChoice, choose_layers
 from catp_lightning.calibration.statistics import FOLDS, FoldSums, ProbeSums
-from catp_lightning.calibration.ties import Ties
+from catp_lightning.calibration.ties import Tolerance
 
 HEADS, SLOTS, TOKENS, PROBES, BATCH = 16, 8, 16, 16, 40
-EXACT = Ties(0.0)
+EXACT = Tolerance(0.0)
 LAYERS = [list(range(first, first + 4)) for first in range(0, HEADS, 4)]
 SLOT_COLUMNS = range(HEADS, HEADS + SLOTS)
 SLOT_WORTH = np.linspace(-1, 1, SLOTS)
@@ -23,7 +23,7 @@ SAME_LAYER, OTHER_LAYER = {4: 1.0, 5: 0.6, 6: -0.8}, {4: 1.0, 5: 0.6, 11: -0.8}
 
 
 def found_layers(
-    sums: FoldSums, layers: Sequence[Sequence[int]], slots: Sequence[int] = (), ties: Ties = EXACT
+    sums: FoldSums, layers: Sequence[Sequence[int]], slots: Sequence[int] = (), ties: Tolerance = EXACT
 ) -> LayerChoice:
     return choose_layers(sums, layers, slots, ties)
 
@@ -315,4 +315,4 @@ def test_layers_that_explain_equally_much_within_a_tie_go_by_their_number() -> N
     copied.moment[:, :4] *= 1 - 1e-7
     apart = found_layers(copied, LAYERS)
     assert apart.layers[0] == 1, "exactly, the copy explains less"
-    assert found_layers(copied, LAYERS, (), Ties(1e-4)).layers[0] == 0
+    assert found_layers(copied, LAYERS, (), Tolerance(1e-4)).layers[0] == 0

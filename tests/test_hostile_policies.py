@@ -22,7 +22,7 @@ from safetensors.torch import load as tensors_of
 from catp_lightning import PolicyError, PrunedModule, PruningError, PruningPolicy, prune
 from catp_lightning.calibration.candidates import Candidate
 from catp_lightning.calibration.plan import why_not
-from catp_lightning.calibration.resume import Partial, _checksum
+from catp_lightning.calibration.resume import CalibrationCheckpoint, _checksum
 from catp_lightning.calibration.statistics import PartCounts, TokenCounts
 from catp_lightning.callbacks import calibration
 from catp_lightning.callbacks.calibration import CrossAttentionCalibration
@@ -328,7 +328,7 @@ def fuzz_partials(count: int, place: Path, canary: Path) -> None:
         return {"parts": PartCounts(), "tokens": TokenCounts()}
 
     def write() -> bytes:
-        partial, found = Partial(file, made_with), metrics()
+        partial, found = CalibrationCheckpoint(file, made_with), metrics()
         partial.begin("first", found)
         for number in range(3):
             found["parts"].update(torch.tensor([0, 1]))
@@ -361,7 +361,7 @@ def fuzz_partials(count: int, place: Path, canary: Path) -> None:
     def each(seed: int) -> bool:
         file.write_bytes(damaged(seed))
         try:
-            partial = Partial(file, made_with)
+            partial = CalibrationCheckpoint(file, made_with)
             partial.begin("first", metrics())
             partial.has(0, (0, 5))
         except PolicyError:

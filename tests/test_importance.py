@@ -27,7 +27,7 @@ from tests.models import GREEDY, IMAGE, PAD, random_blip2
 EOS = 2
 Batch = dict[str, Tensor]
 Net = Any  # transformers types generate's arguments one by one: no dictionary of tensors fits
-Call = Callable[[Net, Batch], Any]
+ModelCall = Callable[[Net, Batch], Any]
 
 
 def mixed(images: list[int], dtype: torch.dtype = torch.float64, right: bool = False, seed: int = 5) -> Batch:
@@ -62,7 +62,7 @@ def forward(net: Net, batch: Batch) -> Any:
     return net(**batch)
 
 
-def record(net: Net, call: Call, batch: Batch) -> tuple[Any, Samples]:
+def record(net: Net, call: ModelCall, batch: Batch) -> tuple[Any, Samples]:
     family = find_family(net)
     recorder = Recorder(Plan.of(family), Calibrator(Plan.of(family), [0.5]).needs)
     with recorder.recording():
@@ -155,7 +155,7 @@ class Calls:
     ids=["greedy", "beams", "forward", "forward, padded right"],
 )
 def test_a_probe_is_what_the_model_pruned_to_that_subset_says_of_its_own_answer(
-    call: Call, right: bool, monkeypatch: pytest.MonkeyPatch
+    call: ModelCall, right: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(importance, "PROBES", 3)
     monkeypatch.setattr(importance, "WORST", -1000.0)  # or a lost answer could hide anything
@@ -301,7 +301,7 @@ def test_probes_of_a_sample_do_not_depend_on_batch_or_padding(monkeypatch: pytes
 
 
 @pytest.mark.parametrize("call", [greedy, beams, forward])
-def test_candidates_are_compared_as_if_each_were_run_by_itself(call: Call) -> None:
+def test_candidates_are_compared_as_if_each_were_run_by_itself(call: ModelCall) -> None:
     net, batch = model(), mixed([2, 1, 0, 1, 2])
     with torch.no_grad():
         output, samples = record(net, call, batch)

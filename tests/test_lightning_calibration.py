@@ -73,9 +73,9 @@ def test_what_other_callbacks_ask_the_model_is_not_calibrated_on(
     plain: dict[str, Any], tmp_path: Path, first: bool
 ) -> None:
     module = Several()
-    asks = Asks(module)
-    assert calibrated(tmp_path / "policy.json", asks, module=module, first=first) == plain
-    assert asks.count == 10  # three batches
+    is_prompt = Asks(module)
+    assert calibrated(tmp_path / "policy.json", is_prompt, module=module, first=first) == plain
+    assert is_prompt.count == 10  # three batches
 
 
 SETTINGS: dict[str, dict[str, Any]] = {

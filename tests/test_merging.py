@@ -243,9 +243,9 @@ def test_carriers_are_counted_in_the_sample_whatever_the_budget_is_of(name: str,
             scores = pruning.scores[sample].tolist()
             order = sorted(own, key=lambda token, scores=scores: -scores[token])
             # Scripted looks at places in the row it is given: of the image, or of the sample.
-            placed = [token - (start if per == "image" else 0) for token in order]
-            told = script(placed, count + placed[0] % 2)
-            expected |= {token + order[0] - placed[0]: lead + order[0] - placed[0] for token, lead in told.items()}
+            places = [token - (start if per == "image" else 0) for token in order]
+            told = script(places, count + places[0] % 2)
+            expected |= {token + order[0] - places[0]: lead + order[0] - places[0] for token, lead in told.items()}
         found = {token: lead for token, lead in enumerate(pruning.carrier[sample].tolist()) if lead >= 0}
         assert found == expected
     assert several or name == "Blip2-OPT", "a sample has several images"

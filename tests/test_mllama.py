@@ -14,7 +14,7 @@ from transformers import DynamicCache, MllamaConfig, MllamaForConditionalGenerat
 from transformers.cache_utils import DynamicLayer
 from transformers.models.mllama.configuration_mllama import MllamaTextConfig, MllamaVisionConfig
 
-from catp_lightning.dropping.cross_attention import CrossAttended, CrossAttentionRows
+from catp_lightning.dropping.cross_attention import CrossAttended, PruneCrossAttention
 from catp_lightning.errors import PruningError
 from catp_lightning.families.mllama import Mllama
 from catp_lightning.fingerprint import fingerprint
@@ -143,8 +143,8 @@ def uneven(prompt: CrossAttended) -> Tensor:
 
 
 @contextmanager
-def dropping(model: nn.Module, choose: Callable[[CrossAttended], Tensor], **more: Any) -> Iterator[CrossAttentionRows]:
-    rows = CrossAttentionRows(Mllama(model), choose, **more)
+def dropping(model: nn.Module, choose: Callable[[CrossAttended], Tensor], **more: Any) -> Iterator[PruneCrossAttention]:
+    rows = PruneCrossAttention(Mllama(model), choose, **more)
     with rows.dropping():
         yield rows
 
@@ -418,9 +418,9 @@ def test_the_prompt_shows_what_the_first_layer_pays_each_row() -> None:
         labels[:, 10:12] = 5
         model(**inputs, labels=labels)
         model(**inputs, labels=inputs["input_ids"])
-    asks = (inputs["cross_attention_mask"].flatten(2).any(2) & inputs["attention_mask"].bool()).float()
-    before, first = asks * (torch.arange(LENGTH) < 10), asks * (asks.cumsum(1) == 1)
-    for prompt, rows in zip(prompts, (asks, before, first), strict=True):
+    is_prompt = (inputs["cross_attention_mask"].flatten(2).any(2) & inputs["attention_mask"].bool()).float()
+    before, first = is_prompt * (torch.arange(LENGTH) < 10), is_prompt * (is_prompt.cumsum(1) == 1)
+    for prompt, rows in zip(prompts, (is_prompt, before, first), strict=True):
         assert prompt.attention.shape == (3, 4, 2 * TILES * ROWS) and prompt.attention.dtype == torch.float32
         assert difference(prompt.attention, torch.einsum("bl,bhlt->bht", rows, plain)) < 1e-5
         assert not prompt.attention.transpose(1, 2)[~prompt.tokens].any()
@@ -536,7 +536,7 @@ class TestRefused:
             self.step(model, cache)
 
     def test_a_cache_of_an_earlier_context(self, model: nn.Module) -> None:
-        rows = CrossAttentionRows(Mllama(model), uneven)
+        rows = PruneCrossAttention(Mllama(model), uneven)
         self.rows.active = False
         with rows.dropping():
             cache = model(**self.inputs, use_cache=True).past_key_values

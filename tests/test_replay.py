@@ -11,9 +11,9 @@ from transformers import LogitsProcessor, PreTrainedModel
 from catp_lightning import PolicyError, PruningError, PruningPolicy, prune
 from catp_lightning.calibration.plan import Plan
 from catp_lightning.calibration.recorder import Recorder
-from catp_lightning.calibration.replay import Replay, Ways
+from catp_lightning.calibration.replay import Replay, Variants
 from catp_lightning.calibration.stages import Probing, Samples
-from catp_lightning.choosing import placed
+from catp_lightning.choosing import images_to_samples
 from catp_lightning.families import find_family
 from catp_lightning.observation import Observation, Signal
 from catp_lightning.pruning import Pruning
@@ -117,7 +117,7 @@ def test_a_method_that_chooses_inside_the_decoder_is_replayed_as_it_prunes(score
     replay, _, _, answers = recorded(row, inputs, policy)
     with prune(model, policy):
         expected = forced_logits(model, inputs, answers)
-    diverged, agreed = replay.compare_each([Ways(replay.tokens[None], [Pruning(find_family(model), policy)])])[0]
+    diverged, agreed = replay.compare_each([Variants(replay.tokens[None], [Pruning(find_family(model), policy)])])[0]
     close(replay.pruned_log_probabilities(Pruning(find_family(model), policy)), expected)
     assert (diverged[0] < 1e-12).all() and agreed[0].all() and (diverged[1] > 1e-6).all()
 
@@ -189,7 +189,7 @@ def test_probes_drop_what_pruning_may_drop_and_nothing_else(name: str, monkeypat
     plan = Plan.of(find_family(row.model()))
     probing = Probing(plan, [0.25, 1.0], torch.zeros_like, None)
     probing.see(samples)
-    stay = placed(seen.valid & ~seen.droppable, seen.valid, samples.visual, False)
+    stay = images_to_samples(seen.valid & ~seen.droppable, seen.valid, samples.visual, False)
     droppable = samples.visual & ~stay
     assert stay.any() == (name == "LlavaNext") and probing.sizes[0] == 0.25
     assert kept[0][:, stay].all() and not kept[0][:, ~samples.visual].any()

@@ -28,10 +28,10 @@ from torchmetrics import Metric
 
 from catp_lightning import PolicyError
 from catp_lightning.calibration import resume, split
-from catp_lightning.calibration.competition import Competition
+from catp_lightning.calibration.competition import Race
 from catp_lightning.calibration.identity import model_fingerprint
 from catp_lightning.calibration.replay import Replay
-from catp_lightning.calibration.resume import Partial
+from catp_lightning.calibration.resume import CalibrationCheckpoint
 from catp_lightning.calibration.split import part_of
 from catp_lightning.calibration.statistics import DrawnQuestions, ImageSet, PartCounts, ProbeSums
 from catp_lightning.callbacks import calibration
@@ -170,13 +170,13 @@ def _work(folder: Path, rank: int, ranks: int, port: int, kill: int | None, unev
     Replay.answer_log_probability = noting(  # type: ignore[method-assign]
         Replay.answer_log_probability, lambda replay, keep: f"probe {asked(replay)}"
     )
-    Competition.compare = noting(  # type: ignore[method-assign]
-        Competition.compare, lambda stage, samples: f"compare in {stage.title.split(' of ')[0]} {asked(samples.replay)}"
+    Race.compare = noting(  # type: ignore[method-assign]
+        Race.compare, lambda stage, samples: f"compare in {stage.title.split(' of ')[0]} {asked(samples.replay)}"
     )
     os.replace = noting(
         os.replace, lambda _, to: f"replaces {Path(to).name}", lambda _, to: f"replaced {Path(to).name}"
     )
-    Partial.delete = noting(Partial.delete, lambda _: "deletes", lambda _: "deleted")  # type: ignore[method-assign]
+    CalibrationCheckpoint.delete = noting(CalibrationCheckpoint.delete, lambda _: "deletes", lambda _: "deleted")  # type: ignore[method-assign]
     more: dict[str, Any] = {}
     if ranks > 1:
         os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "NODE_RANK": "0"}
@@ -537,7 +537,7 @@ def test_a_damaged_file_is_refused_and_nothing_in_it_is_run(
     with pytest.raises(
         PolicyError, match=f"{PARTIAL} cannot be read as part of a calibration .*Delete it to start anew"
     ):
-        Partial(file, {})
+        CalibrationCheckpoint(file, {})
     assert file.read_bytes() == damaged
     assert list(path.parent.iterdir()) == [file]
 
@@ -545,13 +545,13 @@ def test_a_damaged_file_is_refused_and_nothing_in_it_is_run(
 def test_every_bit_of_a_partial_file_is_checked(tmp_path: Path) -> None:
     """Of sums, fingerprints, settings, names, shapes and the checksum itself; and numbers that were put in by hand."""
     file, found = tmp_path / PARTIAL, metrics()
-    partial = Partial(file, {"keep": ["0.5"]})
+    partial = CalibrationCheckpoint(file, {"keep": ["0.5"]})
     partial.begin("first", found)
     update(found, 0)
     partial.add((1, 2), found)
     partial.finish(1, found)
     whole = file.read_bytes()
-    Partial(file, {"keep": ["0.5"]})
+    CalibrationCheckpoint(file, {"keep": ["0.5"]})
     length, chooser = 8 + int.from_bytes(whole[:8], "little"), random.Random(0)
     bits = [*(8 * byte + chooser.randrange(8) for byte in range(0, len(whole), 3)), 8 * length + 7, 8 * len(whole) - 1]
     for bit in bits:
@@ -559,18 +559,18 @@ def test_every_bit_of_a_partial_file_is_checked(tmp_path: Path) -> None:
         damaged[bit // 8] ^= 1 << bit % 8
         file.write_bytes(damaged)
         with pytest.raises(PolicyError, match=r"cannot be read as part of a calibration .*Delete it to start anew"):
-            Partial(file, {"keep": ["0.5"]})
+            CalibrationCheckpoint(file, {"keep": ["0.5"]})
     sums = load(whole)
     other = {**sums, "0/parts/counts": sums["0/parts/counts"] + 1}
     file.write_bytes(save(other, json.loads(whole[8:length])["__metadata__"]))
     with pytest.raises(PolicyError, match="its checksum is another: the file was damaged or changed"):
-        Partial(file, {"keep": ["0.5"]})
+        CalibrationCheckpoint(file, {"keep": ["0.5"]})
 
 
 def test_a_partial_file_that_is_a_pipe_is_refused_at_once(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / PARTIAL)
     with pytest.raises(PolicyError, match=r"it is a named pipe, not a regular file.*Delete it"):
-        Partial(tmp_path / PARTIAL, {})
+        CalibrationCheckpoint(tmp_path / PARTIAL, {})
 
 
 def test_another_path_is_another_calibration(path: Path) -> None:
@@ -607,13 +607,13 @@ def test_restored_sums_are_the_same_to_the_bit_and_go_on(tmp_path: Path, inferen
     """In inference mode too, where Lightning reads the split."""
     with torch.inference_mode(inference):
         through, before = metrics(), metrics()
-        partial = Partial(tmp_path / "sums", {"a": 1.5})
+        partial = CalibrationCheckpoint(tmp_path / "sums", {"a": 1.5})
         assert partial.begin("probe", before) == 0
         for number in range(4):
             update(through, number)
             update(before, number)
             partial.add((number, 0), before)
-    again = Partial(tmp_path / "sums", {"a": 1.5})
+    again = CalibrationCheckpoint(tmp_path / "sums", {"a": 1.5})
     with torch.inference_mode(inference):
         after = metrics()
         assert again.begin("probe", after) == 4
@@ -625,7 +625,7 @@ def test_restored_sums_are_the_same_to_the_bit_and_go_on(tmp_path: Path, inferen
 
 def test_sums_for_another_task_are_forgotten_with_all_that_follow(tmp_path: Path) -> None:
     """Another process began anew and found something else: this one's rounds were for other candidates."""
-    partial = Partial(tmp_path / "sums", {})
+    partial = CalibrationCheckpoint(tmp_path / "sums", {})
     for task in ("probe", "round 1", "round 2"):
         found = metrics()
         partial.begin(task, found)
@@ -633,19 +633,19 @@ def test_sums_for_another_task_are_forgotten_with_all_that_follow(tmp_path: Path
             update(found, number)
             partial.add((number, 0), found)
         partial.finish(2, found)
-    again = Partial(tmp_path / "sums", {})
+    again = CalibrationCheckpoint(tmp_path / "sums", {})
     assert [again.begin(task, metrics()) for task in ("probe", "round 1 of others", "round 2")] == [2, 0, 0]
 
 
 def test_sums_of_another_shape_are_refused(tmp_path: Path) -> None:
-    partial, found = Partial(tmp_path / "sums", {}), metrics()
+    partial, found = CalibrationCheckpoint(tmp_path / "sums", {}), metrics()
     partial.begin("probe", found)
     update(found, 0)
     partial.add((0, 0), found)
     partial.finish(1, found)
     other = {**metrics(), "probes": ProbeSums(4, folds=2)}
     with pytest.raises(PolicyError, match=r"made by another version: its probes/gram is \(2, 6\)"):
-        Partial(tmp_path / "sums", {}).begin("probe", other)
+        CalibrationCheckpoint(tmp_path / "sums", {}).begin("probe", other)
 
 
 # The model's fingerprint.

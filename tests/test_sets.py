@@ -21,7 +21,7 @@ from catp_lightning.calibration.plan import VOTERS, Plan
 from catp_lightning.calibration.sets import pair_rows, token_ranks
 from catp_lightning.calibration.split import FOLDS
 from catp_lightning.calibration.statistics import FoldSums, ProbeSums
-from catp_lightning.calibration.ties import Ties
+from catp_lightning.calibration.ties import Tolerance
 from catp_lightning.choosing import choose_tokens, score_tokens
 from catp_lightning.counts import keep_count
 from catp_lightning.families import Family, find_family
@@ -29,7 +29,7 @@ from catp_lightning.observation import Observation, Signal
 from tests.models import random_blip2
 
 COLUMNS = Columns(dict.fromkeys(VOTERS, ((0, 1), 4)), 8)
-TIES = Ties.under(torch.float64)
+TIES = Tolerance.under(torch.float64)
 CHANGED = 2  # the fold that is planted with other sums
 
 

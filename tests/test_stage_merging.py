@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from catp_lightning.dropping.stage_prompt import StagePrompt
-from catp_lightning.dropping.stages import DecoderStages
+from catp_lightning.dropping.stages import PruneAtDecoderLayers
 from catp_lightning.families import find_family
 from catp_lightning.observation import Signal
 from tests.families import Row
@@ -87,8 +87,8 @@ def written(
         yield
 
 
-def merging(model: Any, stages: tuple[int, ...], choose: Merging) -> DecoderStages:
-    return DecoderStages(find_family(model), choose, False, lambda: None, stages, {}, lambda: choose.carrier)
+def merging(model: Any, stages: tuple[int, ...], choose: Merging) -> PruneAtDecoderLayers:
+    return PruneAtDecoderLayers(find_family(model), choose, False, lambda: None, stages, {}, lambda: choose.carrier)
 
 
 @every_model
@@ -156,7 +156,9 @@ def test_means_in_bfloat16_are_rounded_once() -> None:
         choose.carrier = torch.zeros(1, 9, dtype=torch.int64)
         return torch.arange(9)[None] == 0
 
-    dropper = DecoderStages(find_family(model), all_in_one, False, lambda: None, (1,), {}, lambda: choose.carrier)
+    dropper = PruneAtDecoderLayers(
+        find_family(model), all_in_one, False, lambda: None, (1,), {}, lambda: choose.carrier
+    )
     before = layer.register_forward_pre_hook(
         lambda module, args, kwargs: seen.append(first(args, kwargs)), with_kwargs=True
     )
@@ -197,8 +199,8 @@ class Seeing:
         return self.uneven(prompt)
 
 
-def seeing(model: Any, stages: tuple[int, ...], choose: Seeing) -> DecoderStages:
-    return DecoderStages(find_family(model), choose, False, lambda: None, stages, NEEDS)
+def seeing(model: Any, stages: tuple[int, ...], choose: Seeing) -> PruneAtDecoderLayers:
+    return PruneAtDecoderLayers(find_family(model), choose, False, lambda: None, stages, NEEDS)
 
 
 def text_by_hand(inputs: Inputs, labels: Tensor | None) -> list[list[int]]:

@@ -17,8 +17,8 @@ from transformers import PreTrainedModel
 from catp_lightning import PruningError
 from catp_lightning.dropping.masks import layer_mask
 from catp_lightning.dropping.prompt import DecoderPrompt
-from catp_lightning.dropping.stage_prompt import Prefill, StagePrompt
-from catp_lightning.dropping.stages import DecoderStages
+from catp_lightning.dropping.stage_prompt import DecoderPrefill, StagePrompt
+from catp_lightning.dropping.stages import PruneAtDecoderLayers
 from catp_lightning.families import find_family
 from catp_lightning.observation import Signal
 from tests.families import ROWS, Row
@@ -119,8 +119,8 @@ class MostAttended:
 
 def stages_of(
     model: PreTrainedModel, stages: tuple[int, ...], choose: Callable[[StagePrompt], Tensor], observe: bool = False
-) -> DecoderStages:
-    return DecoderStages(find_family(model), choose, False, lambda: None, stages, LAST_ROW if observe else {})
+) -> PruneAtDecoderLayers:
+    return PruneAtDecoderLayers(find_family(model), choose, False, lambda: None, stages, LAST_ROW if observe else {})
 
 
 def chosen(inputs: Inputs, row: Row, stages: tuple[int, ...], samples: list[int] | None = None) -> list[Tensor]:
@@ -433,14 +433,14 @@ def test_where_the_prompt_ends_in_an_image_the_last_row_still_there_is_observed(
 NO_PADS, PADS = [[1] * 7] * 2, [[0, 0, 1, 1, 1, 1, 1], [1, 1, 1, 1, 0, 1, 1]]
 
 
-def small_prefill(mask: Tensor) -> Prefill:
+def small_prefill(mask: Tensor) -> DecoderPrefill:
     """Two samples, a beam of two each; visual tokens in columns 2 to 5 of 7, of the second in 2 and 3."""
     visual = torch.zeros(2, 7, dtype=torch.bool)
     visual[0, 2:6], visual[1, 2:4] = True, True
     rows, positions = of_rows(mask, 4), torch.arange(7).expand(4, -1)
-    asks = (torch.arange(7) < 6) & mask.bool()  # the last column is not the one that asks
-    prompt = DecoderPrompt.of({}, 2, visual.long(), visual, torch.zeros(4, 7, 8), rows, positions, asks)
-    return Prefill(prompt, {})
+    is_prompt = (torch.arange(7) < 6) & mask.bool()  # the last column is not the one that asks
+    prompt = DecoderPrompt.of({}, 2, visual.long(), visual, torch.zeros(4, 7, 8), rows, positions, is_prompt)
+    return DecoderPrefill(prompt, {})
 
 
 @pytest.mark.parametrize("pads", [NO_PADS, PADS], ids=["no pads", "pads"])
@@ -557,7 +557,7 @@ def test_the_model_is_what_it_was_after_return_and_after_exceptions(row: Row) ->
         assert state(model) != before
         pruned = model(**inputs).logits
     assert state(model) == before
-    failing = DecoderStages(find_family(model), fail, False, lambda: refused.append(1), (1, 3), LAST_ROW)
+    failing = PruneAtDecoderLayers(find_family(model), fail, False, lambda: refused.append(1), (1, 3), LAST_ROW)
     with pytest.raises(PlantedError), failing.dropping():
         model(**inputs)
     assert refused and state(model) == before
@@ -628,7 +628,7 @@ def test_layers_that_do_not_exist_or_descend_are_refused(stages: tuple[int, ...]
 
 def test_compact_positions_are_refused() -> None:
     with pytest.raises(PruningError, match="layers before it have used their position ids"):
-        DecoderStages(find_family(model_of(LLAMA)), Uneven(), True, lambda: None, (2,))
+        PruneAtDecoderLayers(find_family(model_of(LLAMA)), Uneven(), True, lambda: None, (2,))
 
 
 @pytest.mark.parametrize("name", ["Gemma3", "Mistral3, sliding window"])
@@ -641,7 +641,7 @@ def test_layers_of_another_kind_are_refused() -> None:
     family = find_family(LLAMA.make())
     family.decoder_config.layer_types = ["linear_attention", "full_attention"] * 2
     with pytest.raises(PruningError, match="layers of type linear_attention"):
-        DecoderStages(family, Uneven(), False, lambda: None, (2,))
+        PruneAtDecoderLayers(family, Uneven(), False, lambda: None, (2,))
 
 
 def test_flex_attention_is_refused() -> None:

@@ -8,11 +8,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from catp_lightning.calibration.calibrator import NOTHING
-from catp_lightning.calibration.ties import Ties
+from catp_lightning.calibration.ties import Tolerance
 from tests.test_calibration import Module, data
 from tests.test_calibrator import finished
 
-FLOAT32 = Ties.under(torch.float32)
+FLOAT32 = Tolerance.under(torch.float32)
 
 
 @given(st.lists(st.floats(0, 10), min_size=1, max_size=8), st.randoms(use_true_random=False))
@@ -25,7 +25,7 @@ def test_noise_far_below_a_tie_changes_an_order_only_where_two_are_a_tie_apart(v
 
 @given(st.lists(st.floats(0, 10), max_size=8))
 def test_without_ties_it_is_a_stable_sort(values: list[float]) -> None:
-    assert Ties(0.0).order(values, 1.0) == sorted(range(len(values)), key=lambda place: values[place])
+    assert Tolerance(0.0).order(values, 1.0) == sorted(range(len(values)), key=lambda place: values[place])
 
 
 def test_a_chain_of_close_values_is_not_one_tie() -> None:

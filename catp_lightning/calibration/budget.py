@@ -89,7 +89,7 @@ class Promise:
 
 
 @dataclass(frozen=True)
-class Step:
+class TestedBudget:
     """One budget of a walk.
 
     Attributes:
@@ -114,7 +114,7 @@ class Walk:
         chosen: index of the last budget that holds; None: not even the first, so that only keep=1.0 keeps the promise.
     """
 
-    steps: tuple[Step, ...]
+    steps: tuple[TestedBudget, ...]
     chosen: int | None
 
 
@@ -137,12 +137,12 @@ def walk(promise: Promise, disagreed: Sequence[int], images: int) -> Walk:
         (1, [True, True, True, False], [True, True, False, False])
     """
     promise.check_images(images)
-    steps: list[Step] = []
+    steps: list[TestedBudget] = []
     tested = True
     for count in map(operator.index, disagreed):
         bound = upper_bound(count, images, promise.confidence)
         holds = tested and promise.holds(bound)
-        steps.append(Step(count, bound, tested, holds))
+        steps.append(TestedBudget(count, bound, tested, holds))
         tested = holds
     passed = sum(step.holds for step in steps)
     return Walk(tuple(steps), passed - 1 if passed else None)

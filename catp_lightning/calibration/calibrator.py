@@ -16,13 +16,13 @@ from torch import Tensor
 
 from catp_lightning.calibration.budget import Promise
 from catp_lightning.calibration.candidates import Candidate, default_candidates, fitted_candidates
-from catp_lightning.calibration.competition import Check, Competition
-from catp_lightning.calibration.evidence import Findings
+from catp_lightning.calibration.competition import Check, Race
+from catp_lightning.calibration.evidence import CalibrationResult
 from catp_lightning.calibration.fitting import Fitted, fit, fit_without
 from catp_lightning.calibration.plan import Plan
 from catp_lightning.calibration.split import CHECKED, FOLDS, PROMISED, part_of, round_bounds, round_of
 from catp_lightning.calibration.stages import Probing, Samples, Stage
-from catp_lightning.calibration.ties import Ties
+from catp_lightning.calibration.ties import Tolerance
 from catp_lightning.errors import PolicyError
 from catp_lightning.observation import Needs, Signal, join
 from catp_lightning.policy import PruningPolicy, check_keep
@@ -62,14 +62,14 @@ class Calibrator:
         if not budgets or len({(type(keep), keep) for keep in budgets}) < len(budgets):
             raise PolicyError(f"keep is {list(budgets)}; give one budget or several different ones.")
         self.plan, self.budgets, self.promise, self.device = plan, tuple(budgets), promise, device
-        self.ties = Ties.under(plan.family.model.dtype)
+        self.ties = Tolerance.under(plan.family.model.dtype)
         self._part_of = partial(part_of, checked=CHECKED if promise is None else PROMISED)
         self._probing = Probing(plan, budgets, self._part_of, device)
         self.stage: Stage = self._probing
         self.candidates: list[Candidate] = []
         self._unsound = torch.empty(0, dtype=torch.int64, device=device)
         self._bounds: list[float] = []
-        self._rounds: list[Competition] = []
+        self._rounds: list[Race] = []
         self._check: Check | None = None
 
     @property
@@ -149,9 +149,7 @@ class Calibrator:
         most = max(map(len, self.alive))
         title = f"round {number + 1} of {rounds}, {most} candidates"
         belongs = partial(self._in_round, number)
-        self._rounds.append(
-            Competition(title, self.plan, self._cross_fitted, self.budgets, self.alive, belongs, self.device)
-        )
+        self._rounds.append(Race(title, self.plan, self._cross_fitted, self.budgets, self.alive, belongs, self.device))
         self.stage = self._rounds[-1]
 
     def _in_round(self, number: int, images: Tensor) -> Tensor:
@@ -193,7 +191,7 @@ class Calibrator:
     def policies(self) -> list[PruningPolicy]:
         """A policy for each budget; with a promise one, at the smallest budget that keeps it."""
         assert self._check is not None
-        return Findings(
+        return CalibrationResult(
             model=self.plan.family.describe(),
             tokens=self._probing.tokens.compute(),
             budgets=self.budgets,

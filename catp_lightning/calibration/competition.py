@@ -9,7 +9,7 @@ from torchmetrics import Metric
 from catp_lightning.calibration.candidates import Candidate
 from catp_lightning.calibration.importance import floored
 from catp_lightning.calibration.plan import Plan
-from catp_lightning.calibration.replay import Ways
+from catp_lightning.calibration.replay import Variants
 from catp_lightning.calibration.sets import is_nested, limits, method_ranks, methods, protected_tokens
 from catp_lightning.calibration.split import fold_of
 from catp_lightning.calibration.stages import Belongs, Samples
@@ -21,7 +21,7 @@ from catp_lightning.scorers import Scorer
 from catp_lightning.selectors import Selector
 
 
-class Competition:
+class Race:
     """Candidates answer the samples of one round, or of the checking part.
 
     Args:
@@ -102,7 +102,7 @@ class Competition:
             others = [place for place in running if place not in ranked]
             policies = self._policies[fold][budget]
             chosen = [self._other(samples, policies[place], place in self._inside) for place in others]
-            found.append(Ways((ranks[ranked] < limit) | stay, chosen))
+            found.append(Variants((ranks[ranked] < limit) | stay, chosen))
             order.append(
                 torch.tensor(
                     [[*ranked, *others].index(place) for place in running], device=ranks.device, dtype=torch.int64
@@ -147,7 +147,7 @@ def _method(policy: PruningPolicy) -> tuple[Scorer, Selector]:
     return policy.build_scorer(), policy.build_selector()
 
 
-class Check(Competition):
+class Check(Race):
     """Frozen policies, beside the references, on samples that nothing was decided on.
 
     The first candidate alive at a budget is the policy's. Its answers to one question of each image are what a promise

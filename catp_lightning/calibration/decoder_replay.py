@@ -14,7 +14,7 @@ from catp_lightning.calibration.replay import (
     some_answers,
     text_fingerprint,
 )
-from catp_lightning.dropping import DecoderPrompt, DecoderStages, columns_kept, merged, shortened
+from catp_lightning.dropping import DecoderPrompt, PruneAtDecoderLayers, columns_kept, kept_sequence, merged
 from catp_lightning.families import Family
 from catp_lightning.pruning import Pruning
 
@@ -39,7 +39,7 @@ class DecoderReplay(Replay):
         answers, rows = first_answers(answers, len(prompt.visual), vocabulary)
         embeds, mask, positions = (part[::beams] for part in (prompt.embeds, prompt.mask, prompt.positions))
         plain = DecoderPrompt.of(
-            prompt.arguments, 1, prompt.ids, prompt.visual, embeds, mask, positions, prompt.asks
+            prompt.arguments, 1, prompt.ids, prompt.visual, embeds, mask, positions, prompt.is_prompt
         )  # a prompt inside the decoder is one too
         return cls(family, answers, rows, plain, layer)
 
@@ -57,29 +57,29 @@ class DecoderReplay(Replay):
 
     def of_samples(self, index: Tensor) -> "DecoderReplay":
         old = self.prompt
-        parts = (old.ids, old.visual, old.embeds, old.mask, old.positions, old.asks)
+        parts = (old.ids, old.visual, old.embeds, old.mask, old.positions, old.is_prompt)
         prompt = DecoderPrompt.of(old.arguments, 1, *(part[index] for part in parts))
         return replace(self, prompt=prompt, answers=some_answers(self.answers, index))
 
     def log_probabilities(self, keep: Tensor, carrier: Tensor | None = None) -> Tensor:
         keep = keep[:, : self.tokens.shape[1]]  # some samples of a batch, the longest of which has more
         if self.layer:
-            stages = DecoderStages(self.family, lambda prompt: keep, False, lambda: None, (self.layer,))
+            stages = PruneAtDecoderLayers(self.family, lambda prompt: keep, False, lambda: None, (self.layer,))
             return self._through(stages)
         prompt = self.prompt
         embeds = prompt.embeds if carrier is None else merged(prompt.embeds, prompt.visual, carrier)
         # Padding is read by nobody; but after padding on the right, generate predicts the first token from it.
         read = (prompt.mask == 1).scatter(1, self.answers.row[:, None], True)
-        short = shortened(columns_kept(prompt.visual, keep) & read, prompt.mask)
+        short = kept_sequence(columns_kept(prompt.visual, keep) & read, prompt.mask)
         # The column that predicts the first token has moved by the columns that are gone before it; fillers are not.
         first = (short.order <= self.answers.row[:, None]).sum(1, keepdim=True) - 1
-        rows = self._with_answer(short.shorten(embeds), short.short_mask, short.shorten(prompt.positions))
+        rows = self._with_answer(short.gather(embeds), short.short_mask, short.gather(prompt.positions))
         return self._answer(*rows, first)
 
     def pruned_log_probabilities(self, pruning: Pruning) -> Tensor:
         return self._through(pruning.stages)
 
-    def _through(self, stages: DecoderStages) -> Tensor:
+    def _through(self, stages: PruneAtDecoderLayers) -> Tensor:
         """The whole prompt and its answer, of which tokens leave inside the decoder."""
         prompt, forced = self.prompt, self.answers.ids[:, :-1]
         nothing = torch.zeros_like(forced, dtype=torch.bool)
@@ -88,7 +88,7 @@ class DecoderReplay(Replay):
             prompt,
             ids=torch.cat([prompt.ids, forced], 1),
             visual=torch.cat([prompt.visual, nothing], 1),
-            asks=torch.cat([prompt.asks, nothing], 1),
+            is_prompt=torch.cat([prompt.is_prompt, nothing], 1),
             mask=mask,
             positions=positions,
             embeds=embeds,

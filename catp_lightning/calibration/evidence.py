@@ -17,7 +17,7 @@ from catp_lightning.policy import PruningPolicy
 
 
 @dataclass(frozen=True)
-class Findings:
+class CalibrationResult:
     """All that was measured, over all processes.
 
     Attributes:

@@ -10,7 +10,7 @@ from catp_lightning.calibration.heads import HeadFit, fit_heads
 from catp_lightning.calibration.importance import Columns
 from catp_lightning.calibration.layers import LayerChoice, choose_layers
 from catp_lightning.calibration.statistics import FoldSums
-from catp_lightning.calibration.ties import Ties
+from catp_lightning.calibration.ties import Tolerance
 
 
 @dataclass(frozen=True)
@@ -63,7 +63,7 @@ class Fitted:
         }
 
 
-def fit(sums: FoldSums, pairs: FoldSums | None, columns: Columns, ties: Ties) -> Fitted:
+def fit(sums: FoldSums, pairs: FoldSums | None, columns: Columns, ties: Tolerance) -> Fitted:
     """Fit all that candidates are made of, from sums alone.
 
     Args:
@@ -87,7 +87,7 @@ def fit(sums: FoldSums, pairs: FoldSums | None, columns: Columns, ties: Ties) ->
 
 
 def fit_without(
-    fold: int, sums: FoldSums, pairs: FoldSums | None, columns: Columns, like: Fitted, ties: Ties
+    fold: int, sums: FoldSums, pairs: FoldSums | None, columns: Columns, like: Fitted, ties: Tolerance
 ) -> Fitted:
     """The same without one fold, to be measured on it: what `like` selected, with weights that never saw the fold."""
     sums, pairs = sums.without(fold), None if pairs is None else pairs.without(fold)
@@ -110,7 +110,7 @@ def _slots(sums: FoldSums, columns: Columns) -> list[float]:
     return rounded(np.linalg.solve(gram + ridge * np.eye(len(moment)), moment))
 
 
-def _greedy(pairs: FoldSums | None, columns: Columns, ties: Ties) -> list[float] | None:
+def _greedy(pairs: FoldSums | None, columns: Columns, ties: Tolerance) -> list[float] | None:
     """Slots in the order in which they join a fixed set that keeps the answers best: a score for each.
 
     What a set gains is a quadratic function of who is in it, fitted to the probes: what each slot is worth by itself,

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from catp_lightning.calibration.plan import Plan
 from catp_lightning.calibration.replay import Replay
-from catp_lightning.choosing import placed
+from catp_lightning.choosing import images_to_samples
 from catp_lightning.counts import keep_count
 from catp_lightning.fingerprint import mix, uniform
 from catp_lightning.observation import Observation
@@ -144,7 +144,7 @@ def head_votes(voters: Iterable[AttentionScorer], seen: Observation, visual: Ten
         all_ = [voter.votes(seen).flatten(1, 2).transpose(1, 2) for voter in voters]
     votes = torch.cat(all_, 2) if all_ else torch.zeros(*seen.valid.shape, 0, device=visual.device, dtype=torch.float32)
     votes = votes.to(torch.promote_types(votes.dtype, torch.float32)).nan_to_num(0.0, 0.0, 0.0)
-    return placed(votes, seen.valid, visual, 0.0)
+    return images_to_samples(votes, seen.valid, visual, 0.0)
 
 
 def random_subset(seeds: Tensor, visual: Tensor, counts: Tensor, number: int, owner: Tensor | None = None) -> Tensor:

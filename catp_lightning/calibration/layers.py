@@ -7,9 +7,9 @@ import numpy as np
 
 from catp_lightning.calibration.heads import GATE, gain, left_out_errors, prepare, refit, training
 from catp_lightning.calibration.statistics import FoldSums
-from catp_lightning.calibration.ties import Ties
+from catp_lightning.calibration.ties import Tolerance
 
-Step = tuple[int, float, float]
+LayerStep = tuple[int, float, float]
 
 
 @dataclass(frozen=True)
@@ -25,11 +25,13 @@ class LayerChoice:
     """
 
     layers: tuple[int, ...]
-    steps: tuple[Step, ...]
+    steps: tuple[LayerStep, ...]
     stability: tuple[float, ...]
 
 
-def choose_layers(sums: FoldSums, layers: Sequence[Sequence[int]], slots: Sequence[int], ties: Ties) -> LayerChoice:
+def choose_layers(
+    sums: FoldSums, layers: Sequence[Sequence[int]], slots: Sequence[int], ties: Tolerance
+) -> LayerChoice:
     """Add the layer that lowers the out-of-fold error most, as long as that gain is above `GATE` standard errors.
 
     Args:
@@ -48,10 +50,10 @@ def choose_layers(sums: FoldSums, layers: Sequence[Sequence[int]], slots: Sequen
     return LayerChoice(tuple(step[0] for step in steps), steps, stability)
 
 
-def _forward(data: FoldSums, groups: Sequence[np.ndarray], slots: int, ties: Ties) -> tuple[Step, ...]:
+def _forward(data: FoldSums, groups: Sequence[np.ndarray], slots: int, ties: Tolerance) -> tuple[LayerStep, ...]:
     if len(data.rows) < 2 or not data.squares.any():
         return ()
-    steps: list[Step] = []
+    steps: list[LayerStep] = []
     chosen: list[int] = []
     error = _errors(data, groups, slots, chosen)
     while rest := [layer for layer in range(len(groups)) if layer not in chosen]:

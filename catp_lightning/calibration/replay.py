@@ -17,7 +17,7 @@ LOGITS = 2**22  # at most so many, 16 MiB in float32, are held at a time; a few 
 
 
 @dataclass(frozen=True)
-class Ways:
+class Variants:
     """What is compared at one budget.
 
     Attributes:
@@ -99,9 +99,9 @@ class Replay(ABC):
 
         Equal choices for one sample, frequent among candidates that resemble each other, are answered once.
         """
-        return self.compare_each([Ways(keep)])[0]
+        return self.compare_each([Variants(keep)])[0]
 
-    def compare_each(self, ways: Sequence[Ways]) -> list[tuple[Tensor, Tensor]]:
+    def compare_each(self, ways: Sequence[Variants]) -> list[tuple[Tensor, Tensor]]:
         """The same of several sets of candidates, which share the unpruned answers: of every budget, say."""
         samples, found = torch.arange(len(self.tokens), device=self.tokens.device), []
         for index in samples.split(self.rows):
@@ -113,7 +113,7 @@ class Replay(ABC):
             for parts in zip(*found, strict=True)
         ]
 
-    def _compare(self, full: Tensor, index: Tensor, way: Ways) -> tuple[Tensor, Tensor]:
+    def _compare(self, full: Tensor, index: Tensor, way: Variants) -> tuple[Tensor, Tensor]:
         """Of some samples, `index` int64 of all: those that `full` [B, A, V] is of."""
         diverged, agreed = self._compare_kept(full, way.keep[:, index])
         for other in way.others:

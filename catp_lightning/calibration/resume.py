@@ -38,7 +38,7 @@ class _Saved:
     tensors: dict[str, Tensor] = field(default_factory=dict)
 
 
-class Partial:
+class CalibrationCheckpoint:
     """The sums of one process, stage by stage, and a fingerprint of each batch that went into them.
 
     Sums are those before they are reduced over processes, so that one that was ahead takes part in every reduction

@@ -16,7 +16,7 @@ from catp_lightning.calibration.replay import (
     some_answers,
     text_fingerprint,
 )
-from catp_lightning.dropping import CrossAttended, CrossAttentionRows
+from catp_lightning.dropping import CrossAttended, PruneCrossAttention
 from catp_lightning.errors import PruningError
 from catp_lightning.families import Family
 from catp_lightning.families.mllama import Mllama
@@ -76,7 +76,7 @@ class RowsReplay(Replay):
     def log_probabilities(self, keep: Tensor, carrier: Tensor | None = None) -> Tensor:
         assert carrier is None  # selectors that merge are refused here
         family, length = cast(Mllama, self.family), self.given["input_ids"].shape[1]
-        entry = CrossAttentionRows(family, lambda prompt: keep)
+        entry = PruneCrossAttention(family, lambda prompt: keep)
         entry.prompt_length = length
         needed, place = answering_rows(self.answers, self.answers.row[:, None], length)
         with entry.dropping():

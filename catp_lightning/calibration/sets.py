@@ -6,7 +6,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from catp_lightning.choosing import placed, score_tokens
+from catp_lightning.choosing import images_to_samples, score_tokens
 from catp_lightning.counts import keep_count
 from catp_lightning.observation import Observation
 from catp_lightning.policy import PruningPolicy
@@ -62,7 +62,7 @@ def method_ranks(rules: Sequence[Method], seen: Observation, visual: Tensor, mos
         if len(kernels) * kernels[number].numel() >= KERNELS:
             _solve(kernels, ranks, droppable, most)
     _solve(kernels, ranks, droppable, most)
-    return placed(torch.stack(ranks, 2), seen.valid, visual, most).permute(2, 0, 1)
+    return images_to_samples(torch.stack(ranks, 2), seen.valid, visual, most).permute(2, 0, 1)
 
 
 def _solve(kernels: dict[int, Tensor], ranks: list[Tensor], droppable: Tensor, most: int) -> None:
@@ -86,12 +86,12 @@ def limits(keep: int | float, seen: Observation, visual: Tensor) -> Tensor:
     """How many tokens the image of each visual token keeps: int64 [B, T], 0 where there is none."""
     counts = [keep_count(keep, count) for count in seen.droppable.sum(1).tolist()]
     own = torch.tensor(counts, device=visual.device, dtype=torch.int64)[:, None].expand(seen.valid.shape)
-    return placed(own, seen.valid, visual, 0)
+    return images_to_samples(own, seen.valid, visual, 0)
 
 
 def protected_tokens(seen: Observation, visual: Tensor) -> Tensor:
     """Visual tokens that stay whatever the budget: bool [B, T]."""
-    return placed(seen.valid & ~seen.droppable, seen.valid, visual, False)
+    return images_to_samples(seen.valid & ~seen.droppable, seen.valid, visual, False)
 
 
 def pair_rows(slots: Tensor) -> Tensor:

@@ -20,7 +20,7 @@ from catp_lightning.calibration.statistics import (
     RankCorrelation,
     TokenCounts,
 )
-from catp_lightning.choosing import placed
+from catp_lightning.choosing import images_to_samples
 from catp_lightning.fingerprint import mix
 from catp_lightning.observation import Observation, Signal
 from catp_lightning.selectors import without_autocast
@@ -165,7 +165,7 @@ class Probing:
         if self.plan.family.reads == "cross-attention":  # text must not be left without a row of its image
             valid = samples.seen.valid
             images = torch.arange(len(valid), device=valid.device)[:, None].expand(valid.shape)
-            owner = placed(images, valid, samples.visual, 0)
+            owner = images_to_samples(images, valid, samples.visual, 0)
         for number, size in enumerate(self.sizes):
             found = probe(samples.replay, votes, samples.images, size, number, self.columns.slots, owner, stay)
             self.sums.update(fold, found.rows, found.gain)

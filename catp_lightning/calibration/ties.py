@@ -7,7 +7,7 @@ import torch
 
 
 @dataclass(frozen=True)
-class Ties:
+class Tolerance:
     """Numbers this close are tied, and ties are broken by place: what is decided does not hang on rounding.
 
     Attributes:
@@ -17,11 +17,11 @@ class Ties:
     relative: float
 
     @classmethod
-    def under(cls, dtype: torch.dtype) -> "Ties":
+    def under(cls, dtype: torch.dtype) -> "Tolerance":
         """Of a model that computes in `dtype`: some hundred times what the order of its batches changes.
 
-        >>> Ties.under(torch.float64), Ties.under(torch.float32)
-        (Ties(relative=1e-09), Ties(relative=0.0001))
+        >>> Tolerance.under(torch.float64), Tolerance.under(torch.float32)
+        (Tolerance(relative=1e-09), Tolerance(relative=0.0001))
         """
         return cls(1e-9 if dtype == torch.float64 else 1e-4)
 
@@ -32,7 +32,7 @@ class Ties:
             values: what is compared.
             scale: of the values; a group is led by its smallest, whose own size is its scale where that is larger.
 
-        >>> Ties(1e-4).order([0.30001, 0.1, 0.3, 0.2], scale=0.01)
+        >>> Tolerance(1e-4).order([0.30001, 0.1, 0.3, 0.2], scale=0.01)
         [1, 3, 0, 2]
         """
         ascending = sorted(range(len(values)), key=lambda place: values[place])

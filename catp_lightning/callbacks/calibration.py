@@ -15,18 +15,18 @@ from tqdm import tqdm
 
 from catp_lightning.calibration.budget import GRID, Promise, descending
 from catp_lightning.calibration.calibrator import Calibrator
-from catp_lightning.calibration.competition import Competition
+from catp_lightning.calibration.competition import Race
 from catp_lightning.calibration.controls import doubts
 from catp_lightning.calibration.identity import batch_fingerprints, model_fingerprint
 from catp_lightning.calibration.plan import Plan
 from catp_lightning.calibration.recorder import Recorder
 from catp_lightning.calibration.report import PAGE, report, report_folder
-from catp_lightning.calibration.resume import Partial
+from catp_lightning.calibration.resume import CalibrationCheckpoint
 from catp_lightning.calibration.stages import Samples
 from catp_lightning.callbacks.context import LoopContext, Stage
 from catp_lightning.callbacks.loaders import Amount, refuse_unordered
 from catp_lightning.callbacks.signals import end_if_told, ended_by, tell
-from catp_lightning.callbacks.steps import Step, batches_again, recorded_steps
+from catp_lightning.callbacks.steps import StepFunction, batches_again, recorded_steps
 from catp_lightning.callbacks.strategies import on_first, refuse_sharded
 from catp_lightning.errors import PolicyError, PruningError
 from catp_lightning.families import Family, find_family
@@ -53,10 +53,10 @@ class _Run:
 
     calibrator: Calibrator
     recorder: Recorder
-    partial: Partial
+    partial: CalibrationCheckpoint
     amount: Amount
     lines: Lines
-    step: Step = field(init=False)
+    step: StepFunction = field(init=False)
     batches: int = 0
     replaying: float = 0.0  # seconds
     started: float = field(default_factory=time.monotonic)
@@ -169,7 +169,7 @@ class CrossAttentionCalibration(LoopContext):
         recorder = Recorder(plan, calibrator.needs)
         settings = self._settings(trainer, family)
         with only_run(self._stem(), trainer.global_rank, PolicyError):
-            partial = Partial(self._partial_file(trainer), settings)
+            partial = CalibrationCheckpoint(self._partial_file(trainer), settings)
             run = _Run(calibrator, recorder, partial, amount, Lines(calibrator.stage.title))
             done = self._begin(run)
             again = f" {done} batches of an interrupted calibration are taken over." if done else ""
@@ -214,7 +214,7 @@ class CrossAttentionCalibration(LoopContext):
         """Take over what an interrupted run has of this stage: how many batches."""
         stage = run.calibrator.stage
         # What a later stage does depends on every process's data: a process that starts anew may change it.
-        later = (stage.rules, stage.alive, run.calibrator.parts) if isinstance(stage, Competition) else ()
+        later = (stage.rules, stage.alive, run.calibrator.parts) if isinstance(stage, Race) else ()
         return run.partial.begin(repr((stage.title, *later)), stage.metrics)
 
     def on_predict_batch_end(self, trainer: Trainer, pl_module: LightningModule, *args: Any) -> None:

@@ -10,13 +10,13 @@ from lightning.pytorch.strategies import Strategy
 
 from catp_lightning.calibration.recorder import Recorder
 
-Step = Callable[..., Any]
+StepFunction = Callable[..., Any]
 
 
 class _Steps:
     """A strategy's `predict_step`, on the strategy itself while steps are recorded, by one calibration or several."""
 
-    def __init__(self, step: Step, own: Step | None) -> None:
+    def __init__(self, step: StepFunction, own: StepFunction | None) -> None:
         self.step, self.own = step, own
         self.recorders: list[Recorder] = []
 
@@ -25,7 +25,7 @@ class _Steps:
 
 
 @contextmanager
-def recorded_steps(strategy: Strategy, recorder: Recorder) -> Iterator[Step]:
+def recorded_steps(strategy: Strategy, recorder: Recorder) -> Iterator[StepFunction]:
     """While inside, `recorder` hears what the user's steps ask the model, and not what other callbacks ask between.
 
     Yields:
@@ -46,7 +46,7 @@ def recorded_steps(strategy: Strategy, recorder: Recorder) -> Iterator[Step]:
                 strategy.__dict__["predict_step"] = steps.own
 
 
-def _heard(recorders: list[Recorder], step: Step) -> Step:
+def _heard(recorders: list[Recorder], step: StepFunction) -> StepFunction:
     """A step that these recorders hear."""
 
     def call(*args: Any, **kwargs: Any) -> Any:

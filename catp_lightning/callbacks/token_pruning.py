@@ -11,7 +11,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import nn
 from torchmetrics import MeanMetric
 
-from catp_lightning.answers import Comparison, compare_with_unpruned
+from catp_lightning.answers import AnswerComparison, compare_with_unpruned
 from catp_lightning.callbacks.calibration import CrossAttentionCalibration
 from catp_lightning.callbacks.context import LoopContext, Stage
 from catp_lightning.callbacks.strategies import refuse_deepspeed, refuse_without_validation
@@ -33,7 +33,7 @@ class _Loop:
 
     pruning: Pruning
     tokens: TokensKept
-    comparison: Comparison | None
+    comparison: AnswerComparison | None
     agreement: Agreement
     overlap: OverlapCheck | None
     per_layer: MeanMetric

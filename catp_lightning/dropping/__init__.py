@@ -5,25 +5,25 @@ from typing import Any
 
 from torch import Tensor
 
-from catp_lightning.dropping.cross_attention import CrossAttended, CrossAttentionRows
-from catp_lightning.dropping.decoder import DecoderEntry
-from catp_lightning.dropping.encoder import EncoderEntry
+from catp_lightning.dropping.cross_attention import CrossAttended, PruneCrossAttention
+from catp_lightning.dropping.decoder import PruneAtDecoderInput
+from catp_lightning.dropping.encoder import PruneAtEncoderInput
 from catp_lightning.dropping.prompt import (
     DecoderPrompt,
+    KeptSequence,
     Prompt,
-    Shortened,
     columns_kept,
+    kept_sequence,
     merged,
-    shortened,
     visual_tokens,
 )
-from catp_lightning.dropping.stages import NOTHING, DecoderStages, StagePrompt
+from catp_lightning.dropping.stages import NOTHING, PruneAtDecoderLayers, StagePrompt
 from catp_lightning.errors import PruningError
 from catp_lightning.families.base import Family
 from catp_lightning.families.mllama import Mllama
 from catp_lightning.observation import Needs, Signal
 
-Entry = DecoderEntry | DecoderStages | EncoderEntry | CrossAttentionRows
+Entry = PruneAtDecoderInput | PruneAtDecoderLayers | PruneAtEncoderInput | PruneCrossAttention
 
 
 def entry(
@@ -35,7 +35,7 @@ def entry(
     needs: Needs = NOTHING,
     carried: Callable[[], Tensor | None] = lambda: None,
 ) -> Entry:
-    """Where visual tokens leave a model of this family; arguments as `DecoderEntry`.
+    """Where visual tokens leave a model of this family; arguments as `PruneAtDecoderInput`.
 
     Args:
         stages: decoder layers at whose entry they leave; none: before the first.
@@ -51,28 +51,28 @@ def entry(
             "them."
         )
     if stages:
-        return DecoderStages(family, choose, compact, forget, stages, needs, carried)
+        return PruneAtDecoderLayers(family, choose, compact, forget, stages, needs, carried)
     if isinstance(family, Mllama):
-        return CrossAttentionRows(family, choose, forget, observe=Signal.CROSS_ATTENTION_TO_IMAGE in needs)
+        return PruneCrossAttention(family, choose, forget, observe=Signal.CROSS_ATTENTION_TO_IMAGE in needs)
     if family.reads == "encoder":
-        return EncoderEntry(family, choose, compact, forget)
-    return DecoderEntry(family, choose, compact, forget, carried)
+        return PruneAtEncoderInput(family, choose, compact, forget)
+    return PruneAtDecoderInput(family, choose, compact, forget, carried)
 
 
 __all__ = [
     "CrossAttended",
-    "CrossAttentionRows",
-    "DecoderEntry",
     "DecoderPrompt",
-    "DecoderStages",
-    "EncoderEntry",
     "Entry",
+    "KeptSequence",
     "Prompt",
-    "Shortened",
+    "PruneAtDecoderInput",
+    "PruneAtDecoderLayers",
+    "PruneAtEncoderInput",
+    "PruneCrossAttention",
     "StagePrompt",
     "columns_kept",
     "entry",
+    "kept_sequence",
     "merged",
-    "shortened",
     "visual_tokens",
 ]

@@ -29,11 +29,11 @@ from catp_lightning.dropping.caches import (
     rows_of,
     seal,
 )
-from catp_lightning.dropping.image_rows import Prefill, Stored
+from catp_lightning.dropping.image_rows import CachedRows, CrossAttentionPrefill
 from catp_lightning.dropping.prompt import Prompt, forgetting
-from catp_lightning.dropping.watching import Watching
+from catp_lightning.dropping.watching import CallTracker
 from catp_lightning.errors import PruningError
-from catp_lightning.families.mllama import Mllama, Sight, attention_of
+from catp_lightning.families.mllama import Mllama, TextVisibility, attention_of
 from catp_lightning.hooks import hooked
 
 
@@ -56,7 +56,7 @@ class CrossAttended(Prompt):
     given: Mapping[str, Any]
 
 
-class CrossAttentionRows:
+class PruneCrossAttention:
     """Drops image rows of one model's cross-attention.
 
     Args:
@@ -84,17 +84,17 @@ class CrossAttentionRows:
     ) -> None:
         self.family, self.choose, self.forget, self.observe = family, choose, forget, observe
         self.active = True
-        self._watching = Watching(family.model, family.model)
+        self._watching = CallTracker(family.model, family.model)
         self._opened = Opened()
         self._reset()
 
     def _reset(self) -> None:
         self._opened.close()
         self._given: Mapping[str, Any] = {}  # arguments of the call that is running
-        self._prefill: Prefill | None = None  # that is running
+        self._prefill: CrossAttentionPrefill | None = None  # that is running
         self._changes: dict[str, Any] = {}  # arguments of the cross-attention layers in the call that is running
         self._length: int | None = None  # of the prompt of the `generate` that is running
-        self._stored: Stored | None = None  # by the last prefill
+        self._stored: CachedRows | None = None  # by the last prefill
 
     @contextmanager
     def dropping(self) -> Iterator[None]:
@@ -132,7 +132,7 @@ class CrossAttentionRows:
                     "Attention to image rows cannot be shown while rows are dropped: text before an image reads all of "
                     "them, other text only those that stay. Leave output_attentions out; output_hidden_states works."
                 )
-            sight = Sight.of(kwargs, self.family.rows_per_tile)
+            sight = TextVisibility.of(kwargs, self.family.rows_per_tile)
             if states is None:
                 self._changes = self._decode(cache, held, sight)
                 return
@@ -142,7 +142,7 @@ class CrossAttentionRows:
                     "from the whole text again, with all of its images and without past_key_values."
                 )
             self._length = self.prompt_length or self._watching.prompt_length(sight.real.shape[1])
-            self._prefill = Prefill(sight, states.reshape(len(sight.real), -1, states.shape[-1]))
+            self._prefill = CrossAttentionPrefill(sight, states.reshape(len(sight.real), -1, states.shape[-1]))
             if bool(self._prefill.tokens.any()):
                 self._changes = self._prefill.changes
             else:
@@ -153,7 +153,7 @@ class CrossAttentionRows:
         beams = self._watching.beams(len(tokens))
         self.choose(CrossAttended(tokens[::beams], self._watching.arguments, beams, states[::beams], None, self._given))
 
-    def _decode(self, cache: Any, held: int, sight: Sight) -> dict[str, Any]:
+    def _decode(self, cache: Any, held: int, sight: TextVisibility) -> dict[str, Any]:
         if is_short(cache) is False:  # it holds all rows, and the model's own masks are right
             return {}
         at = rows_of(cache)
@@ -176,10 +176,10 @@ class CrossAttentionRows:
                 self._narrow(prefill, module, kwargs)
             read = self._without_dropped(module, kwargs["hidden_states"], read)
         if cache is not None:
-            prefill.shorten(cache, module.layer_idx, used)
+            prefill.cut_cache(cache, module.layer_idx, used)
         return (read, *output[1:])
 
-    def _narrow(self, prefill: Prefill, module: nn.Module, kwargs: dict[str, Any]) -> None:
+    def _narrow(self, prefill: CrossAttentionPrefill, module: nn.Module, kwargs: dict[str, Any]) -> None:
         beams = self._watching.beams(len(prefill.tokens))
         tokens, states = prefill.tokens[::beams], prefill.states[::beams]
         attention = self._attention(prefill, module, kwargs, beams) if self.observe else None
@@ -199,15 +199,17 @@ class CrossAttentionRows:
         return torch.cat([read[:, : self._length], again[0]], 1)
 
     @torch.no_grad()
-    def _attention(self, prefill: Prefill, module: nn.Module, kwargs: dict[str, Any], beams: int) -> Tensor:
+    def _attention(
+        self, prefill: CrossAttentionPrefill, module: nn.Module, kwargs: dict[str, Any], beams: int
+    ) -> Tensor:
         hidden, states, mask = (kwargs[k] for k in ("hidden_states", "cross_attention_states", "attention_mask"))
-        asks = _before_labels(prefill.sight.of_text.any(2), self._watching.arguments.get("labels"))
+        is_prompt = _before_labels(prefill.sight.of_text.any(2), self._watching.arguments.get("labels"))
         if self._length is not None:
-            asks[:, self._length :] = False
+            is_prompt[:, self._length :] = False
         paid = torch.stack(
             [
-                attention_of(module, hidden[row, asks[row]], states[row], mask[row, 0, asks[row]])
-                for row in range(0, len(asks), beams)
+                attention_of(module, hidden[row, is_prompt[row]], states[row], mask[row, 0, is_prompt[row]])
+                for row in range(0, len(is_prompt), beams)
             ]
         )
         order = prefill.rows.order[::beams, None].expand_as(paid)

@@ -18,19 +18,19 @@ from catp_lightning.dropping.labels import Labels
 from catp_lightning.dropping.masks import decoding_masks, prefill_masks, two_dimensional
 from catp_lightning.dropping.prompt import (
     DecoderPrompt,
-    Shortened,
+    KeptSequence,
     forgetting,
+    kept_sequence,
     merged,
     of_each,
-    shortened,
 )
-from catp_lightning.dropping.prompts import Prompts
+from catp_lightning.dropping.prompts import PromptCapture
 from catp_lightning.errors import PruningError
 from catp_lightning.families.base import Family
 from catp_lightning.hooks import hooked
 
 
-class DecoderEntry:
+class PruneAtDecoderInput:
     """Drops rows at the entry of one model's decoder.
 
     Args:
@@ -53,9 +53,9 @@ class DecoderEntry:
         self.carried = carried
         self.parameters = list(inspect.signature(family.decoder.forward).parameters)
         self.active = True
-        self._prompts, self._labels = Prompts(family), Labels(family.model)
-        self._prompt: Shortened | None = None  # of the prefill that later decoding steps belong to
-        self._now: Shortened | None = None  # of the prefill that is running
+        self._prompts, self._labels = PromptCapture(family), Labels(family.model)
+        self._prompt: KeptSequence | None = None  # of the prefill that later decoding steps belong to
+        self._now: KeptSequence | None = None  # of the prefill that is running
         self._filling = False  # whether the call that is running is a prefill
         self._opened = Opened()
 
@@ -94,7 +94,7 @@ class DecoderEntry:
         if prompt is None:  # text alone
             return kwargs
         keep = prompt.columns(self.choose(prompt))
-        short = shortened(keep, prompt.mask)
+        short = kept_sequence(keep, prompt.mask)
         if short.whole:
             return kwargs
         if self.compact and prompt.positions.dim() > 2:
@@ -110,10 +110,10 @@ class DecoderEntry:
             kwargs = {**kwargs, **self.family.merge_extras(kwargs, prompt.visual, carrier)}
         return {
             **kwargs,
-            **self.family.shorten_extras(kwargs, short),
-            "inputs_embeds": short.shorten(embeds),
+            **self.family.gather_extras(kwargs, short),
+            "inputs_embeds": short.gather(embeds),
             "attention_mask": prefill_masks(kwargs.get("attention_mask"), short, config, embeds.dtype),
-            "position_ids": short.shorten_positions(prompt.positions, self.compact),
+            "position_ids": short.gather_positions(prompt.positions, self.compact),
         }
 
     def _decode(self, kwargs: dict[str, Any], past: int) -> dict[str, Any]:
@@ -158,4 +158,4 @@ class DecoderEntry:
         if self._filling and cache is not None:  # where the call failed, too: a part of it is filled
             seal(cache, torch.arange(len(prompt.order), dtype=torch.long, device=prompt.order.device))
             prompt.cache = None if output is None else weakref.ref(cache)
-        return of_each(output, prompt.restored if self._filling else prompt.restored_step)
+        return of_each(output, prompt.scatter_states if self._filling else prompt.scatter_step)

@@ -16,15 +16,15 @@ from torch import Tensor, nn
 from catp_lightning.dropping.caches import Opened, is_short, seal
 from catp_lightning.dropping.encoder_states import NOT_OF_THIS_PROMPT, PrunedStates
 from catp_lightning.dropping.masks import two_dimensional
-from catp_lightning.dropping.prompt import DecoderPrompt, Shortened, forgetting, of_each, shortened
-from catp_lightning.dropping.prompts import Prompts
+from catp_lightning.dropping.prompt import DecoderPrompt, KeptSequence, forgetting, kept_sequence, of_each
+from catp_lightning.dropping.prompts import PromptCapture
 from catp_lightning.errors import PruningError
 from catp_lightning.families.base import Family
 from catp_lightning.hooks import hooked
 
 
-class EncoderEntry:
-    """Drops rows at the entry of one language model's encoder; arguments as `DecoderEntry`.
+class PruneAtEncoderInput:
+    """Drops rows at the entry of one language model's encoder; arguments as `PruneAtDecoderInput`.
 
     No label is left out: they belong to the decoder, of which nothing is dropped.
     """
@@ -40,9 +40,9 @@ class EncoderEntry:
     ) -> None:
         self.family, self.choose, self.compact, self.forget = family, choose, compact, forget
         self.active = True
-        self._prompts = Prompts(family)
-        self._prompt: Shortened | None = None
-        self._caches: weakref.WeakKeyDictionary[Any, Shortened] = weakref.WeakKeyDictionary()
+        self._prompts = PromptCapture(family)
+        self._prompt: KeptSequence | None = None
+        self._caches: weakref.WeakKeyDictionary[Any, KeptSequence] = weakref.WeakKeyDictionary()
         self._handed_out: weakref.ref[Tensor] | None = None  # encoder states at full length
         self._opened = Opened()
         self._rows: Tensor | None = None  # of the prompt, that the decoder's batch reads; None: nothing was dropped
@@ -75,11 +75,11 @@ class EncoderEntry:
             prompt = self._prompts.take(kwargs)
             if prompt is None:  # text alone
                 return None
-            short = shortened(prompt.columns(self.choose(prompt)), prompt.mask)
+            short = kept_sequence(prompt.columns(self.choose(prompt)), prompt.mask)
         if short.whole:
             return None
         self._prompt = short
-        changed = {"inputs_embeds": short.shorten(prompt.embeds), "attention_mask": short.short_mask}
+        changed = {"inputs_embeds": short.gather(prompt.embeds), "attention_mask": short.short_mask}
         return args, {**kwargs, **changed}
 
     def _biased(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -96,10 +96,10 @@ class EncoderEntry:
         names = zip(self._block_names, args, strict=False)
         return tuple(changes.pop(name, value) for name, value in names), {**kwargs, **changes}
 
-    def _bias(self, attention: Any, prompt: Shortened) -> Tensor:
+    def _bias(self, attention: Any, prompt: KeptSequence) -> Tensor:
         """Block 0's bias [R, H, n, n], as its own code makes it of neighbouring positions."""
         columns = torch.arange(prompt.mask.shape[1], device=prompt.order.device).expand(prompt.mask.shape)
-        positions = prompt.shorten_positions(columns, self.compact)
+        positions = prompt.gather_positions(columns, self.compact)
         buckets = attention._relative_position_bucket(
             positions[:, None] - positions[:, :, None],
             bidirectional=True,
@@ -114,10 +114,10 @@ class EncoderEntry:
         if prompt is None:
             return output
         if isinstance(output, tuple):
-            return (output[0], *of_each(output[1:], prompt.restored))
+            return (output[0], *of_each(output[1:], prompt.scatter_states))
         for name in ("hidden_states", "attentions"):
             if output.get(name) is not None:
-                output[name] = of_each(output[name], prompt.restored)
+                output[name] = of_each(output[name], prompt.scatter_states)
         return output
 
     def _cross(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -130,7 +130,7 @@ class EncoderEntry:
         if isinstance(states, PrunedStates):  # a decoding loop by hand gives them back
             if prompt is None or states is not full:
                 raise PruningError(NOT_OF_THIS_PROMPT.format("These encoder states were"))
-            states = prompt.shorten(states.as_subclass(Tensor))
+            states = prompt.gather(states.as_subclass(Tensor))
         if prompt is None:
             return None
         rows = torch.arange(len(prompt.order), dtype=torch.long, device=prompt.order.device)
@@ -144,7 +144,7 @@ class EncoderEntry:
         mask = two_dimensional(
             kwargs.get("encoder_attention_mask"), len(states), prompt.mask.shape[1], prompt.order.device
         )
-        mask = prompt.shorten(mask) * prompt.valid
+        mask = prompt.gather(mask) * prompt.valid
         return args, {**kwargs, "encoder_hidden_states": states, "encoder_attention_mask": mask}
 
     def _check_cache(self, cache: Any) -> None:
@@ -166,12 +166,12 @@ class EncoderEntry:
             if output is not None:
                 self._caches[cache] = prompt
         if not no_dictionary and output.get("cross_attentions") is not None:
-            output.cross_attentions = of_each(output.cross_attentions, prompt.of_rows(rows).restore_keys)
+            output.cross_attentions = of_each(output.cross_attentions, prompt.of_rows(rows).scatter_keys)
 
     def _restore(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         ran_encoder = kwargs.get("encoder_outputs") is None
         if self._prompt is not None and ran_encoder and not isinstance(output, tuple):
-            full = PrunedStates.of(self._prompt.restore(output.encoder_last_hidden_state), self._readers())
+            full = PrunedStates.of(self._prompt.scatter(output.encoder_last_hidden_state), self._readers())
             output.encoder_last_hidden_state = full
             self._handed_out = weakref.ref(full)
 

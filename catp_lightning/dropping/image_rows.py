@@ -7,12 +7,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from catp_lightning.dropping.prompt import Shortened, shortened
+from catp_lightning.dropping.prompt import KeptSequence, kept_sequence
 from catp_lightning.errors import PruningError
-from catp_lightning.families.mllama import Sight, read_unmasked
+from catp_lightning.families.mllama import TextVisibility, read_unmasked
 
 
-class Prefill:
+class CrossAttentionPrefill:
     """A prefill that is running. R is B times the beams, N the tiles of all images.
 
     Attributes:
@@ -26,13 +26,13 @@ class Prefill:
         stored: what was cached, for later decoding steps.
     """
 
-    def __init__(self, sight: Sight, states: Tensor) -> None:
+    def __init__(self, sight: TextVisibility, states: Tensor) -> None:
         self.sight, self.states = sight, states
         self.tile_rows = states.shape[1] // sight.tiles.shape[2]
         self.last = sight.last_tiles()
         self.whole = ~self.last.any(1, keepdim=True)  # bool [R, 1]: decoding will attend to all rows, seen or not
         self.tokens = self._rows(sight.of_text.any(1))
-        self.stored: Stored | None = None
+        self.stored: CachedRows | None = None
         self.narrow(self.tokens)
 
     def _rows(self, tiles: Tensor) -> Tensor:
@@ -56,7 +56,7 @@ class Prefill:
             self.cached = _stored(keep & lasting | self.whole, keep & lasting)
         self.complete = self.cached.order.shape[1] == keep.shape[1] and not bool((self.tokens & ~keep).any())
         self.changes = {
-            "cross_attention_states": self.rows.shorten(self.states),
+            "cross_attention_states": self.rows.gather(self.states),
             "attention_mask": self.sight.mask_of(self.rows),
         }
         self._left: list[tuple[int, Tensor]] = []  # by row of the batch: text rows that see nothing of what is kept
@@ -75,9 +75,9 @@ class Prefill:
             output[row, at] = read.to(output.dtype)
         return output
 
-    def shorten(self, cache: Any, layer: int, used: Shortened) -> None:
+    def cut_cache(self, cache: Any, layer: int, used: KeptSequence) -> None:
         """Shorten what a layer that read `used` has just cached."""
-        self.stored = Stored(self.cached, self.last, weakref.ref(cache))
+        self.stored = CachedRows(self.cached, self.last, weakref.ref(cache))
         if self.cached is used:
             return
         at = torch.arange(used.order.shape[1], device=used.order.device).expand_as(used.order)
@@ -89,10 +89,10 @@ class Prefill:
 
 
 @dataclass(frozen=True)
-class Stored:
+class CachedRows:
     """What a prefill left in its cache: `rows`, of the tiles bool [R, N] that its last text row saw."""
 
-    rows: Shortened
+    rows: KeptSequence
     tiles: Tensor
     cache: weakref.ref[Any]
 
@@ -100,7 +100,7 @@ class Stored:
         """Whether a cache of `held` image rows holds this."""
         return self.cache() is cache and self.rows.order.shape[1] == held
 
-    def changes(self, sight: Sight, at: Tensor) -> dict[str, Any]:
+    def changes(self, sight: TextVisibility, at: Tensor) -> dict[str, Any]:
         """Arguments of a decoding step's layers, for a batch of these rows of the prefill: int64 [R].
 
         Raises:
@@ -116,7 +116,7 @@ class Stored:
         return {"attention_mask": sight.mask_of(rows)}
 
 
-def _stored(rows: Tensor, keep: Tensor) -> Shortened:
+def _stored(rows: Tensor, keep: Tensor) -> KeptSequence:
     """Of the rows that are stored, bool [R, T], text reads those that are kept."""
-    order = shortened(rows, keep).order
-    return Shortened(order, keep.gather(1, order), keep)
+    order = kept_sequence(rows, keep).order
+    return KeptSequence(order, keep.gather(1, order), keep)

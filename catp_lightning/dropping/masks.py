@@ -7,7 +7,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 from transformers import PreTrainedConfig
 
-from catp_lightning.dropping.prompt import Shortened
+from catp_lightning.dropping.prompt import KeptSequence
 from catp_lightning.errors import PruningError
 
 Masks = Tensor | dict[str, Tensor]
@@ -37,7 +37,7 @@ def two_dimensional(mask: Any, rows: int, length: int, device: torch.device) -> 
     return mask.to(device).long()
 
 
-def prefill_masks(given: Any, prompt: Shortened, config: PreTrainedConfig, dtype: torch.dtype) -> Masks:
+def prefill_masks(given: Any, prompt: KeptSequence, config: PreTrainedConfig, dtype: torch.dtype) -> Masks:
     """The decoder's mask at prefill, from the one its caller made of the full prompt.
 
     Never None: gaps in position ids would be read as several packed sequences.
@@ -52,7 +52,7 @@ def prefill_masks(given: Any, prompt: Shortened, config: PreTrainedConfig, dtype
 
 
 def decoding_masks(
-    prompt: Shortened, mask: Tensor, new: int, cache: Any, config: PreTrainedConfig, dtype: torch.dtype
+    prompt: KeptSequence, mask: Tensor, new: int, cache: Any, config: PreTrainedConfig, dtype: torch.dtype
 ) -> Masks:
     """The decoder's mask of `new` rows after a shortened prefill: mask int64 [R, full length] is the caller's."""
     length = prompt.mask.shape[1]
@@ -76,7 +76,7 @@ def sliding_layer(config: PreTrainedConfig) -> int:
     return types.index("sliding_attention") if types else 0
 
 
-def on_both_axes(mask: Tensor, prompt: Shortened) -> Tensor:
+def on_both_axes(mask: Tensor, prompt: KeptSequence) -> Tensor:
     """[1 or R, h, L, L] -> [R, h, n, n], fillers hidden."""
     rows, kept = prompt.order.shape
     mask = mask.expand(rows, *mask.shape[1:])
@@ -118,13 +118,13 @@ def _as_attention_takes_it(mask: Tensor, eager: bool, dtype: torch.dtype) -> Ten
     )
 
 
-def of_columns(values: Tensor, rows: Shortened) -> Tensor:
+def of_columns(values: Tensor, rows: KeptSequence) -> Tensor:
     """Values of a prompt's columns that are left: [..., 1 or R, L, D] -> [..., R, n, D]."""
     values = values.expand(*values.shape[:-3], len(rows.order), *values.shape[-2:])
     return values.gather(-2, rows.order[..., None].expand(*values.shape[:-2], -1, values.shape[-1]))
 
 
-def layer_mask(mask: Tensor | None, rows: Shortened, later: int, flash: bool) -> Tensor | None:
+def layer_mask(mask: Tensor | None, rows: KeptSequence, later: int, flash: bool) -> Tensor | None:
     """A layer's mask over what is left of a prompt and over `later` columns after it, none at prefill.
 
     Args:

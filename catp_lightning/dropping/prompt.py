@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from transformers.utils import ModelOutput
 
-from catp_lightning.dropping.watching import Call
+from catp_lightning.dropping.watching import ModelCall
 from catp_lightning.errors import PruningError
 
 
@@ -25,7 +25,7 @@ class Prompt:
     """
 
     tokens: Tensor
-    arguments: Call
+    arguments: ModelCall
     beams: int
 
 
@@ -39,7 +39,7 @@ class DecoderPrompt(Prompt):
         embeds: float [R, L, D].
         mask: int64 [R, L].
         positions: int64 [R, L], or [3 or 4, R, L] where an image's rows have coordinates.
-        asks: bool [B, L], rows of the prompt itself: neither padding, nor from the first label on, nor generated.
+        is_prompt: bool [B, L], rows of the prompt itself: neither padding, nor from the first label on, nor generated.
         generating: whether `generate` predicts an answer from its last row.
     """
 
@@ -48,28 +48,28 @@ class DecoderPrompt(Prompt):
     embeds: Tensor
     mask: Tensor
     positions: Tensor
-    asks: Tensor
+    is_prompt: Tensor
     generating: bool = field(default=False, kw_only=True)
 
     @classmethod
     def of(
         cls,
-        arguments: Call,
+        arguments: ModelCall,
         beams: int,
         ids: Tensor,
         visual: Tensor,
         embeds: Tensor,
         mask: Tensor,
         positions: Tensor,
-        asks: Tensor,
+        is_prompt: Tensor,
     ) -> "DecoderPrompt":
         """The prompt whose tokens are where `visual` says."""
-        return cls(visual_tokens(visual), arguments, beams, ids, visual, embeds, mask, positions, asks)
+        return cls(visual_tokens(visual), arguments, beams, ids, visual, embeds, mask, positions, is_prompt)
 
     def _refuse_end(self, columns: Tensor) -> None:
         """Raise PruningError where the last row of a prompt does not stay: what is generated would follow nothing."""
-        last = self.asks.shape[1] - 1 - self.asks.flip(1).long().argmax(1, keepdim=True)
-        gone = ~columns.gather(1, last)[:, 0] & self.asks.any(1)
+        last = self.is_prompt.shape[1] - 1 - self.is_prompt.flip(1).long().argmax(1, keepdim=True)
+        gone = ~columns.gather(1, last)[:, 0] & self.is_prompt.any(1)
         if bool(gone.any()):
             raise PruningError(
                 f"The prompt of sample {int(gone.nonzero()[0])} ends in an image whose last token is dropped: "
@@ -81,7 +81,7 @@ class DecoderPrompt(Prompt):
 
         Those after the first visual token, which can see it; all where none is after it.
         """
-        own = self.asks & ~self.visual
+        own = self.is_prompt & ~self.visual
         after = own & (self.visual.cumsum(1) > 0)
         own = after | (own & ~after.any(1, keepdim=True))
         most = int(own.sum(1).max())
@@ -113,7 +113,7 @@ class DecoderPrompt(Prompt):
 
 
 @dataclass
-class Shortened:
+class KeptSequence:
     """A prefill after dropping.
 
     Attributes:
@@ -128,12 +128,12 @@ class Shortened:
     mask: Tensor
     cache: weakref.ref[Any] | None = None
 
-    def shorten(self, full: Tensor) -> Tensor:
+    def gather(self, full: Tensor) -> Tensor:
         """Values of columns: [R, L] or [R, L, D] -> [R, n] or [R, n, D]."""
         index = self.order if full.dim() == 2 else self.order[..., None].expand(-1, -1, full.shape[-1])
         return full.gather(1, index)
 
-    def shorten_positions(self, positions: Tensor, compact: bool) -> Tensor:
+    def gather_positions(self, positions: Tensor, compact: bool) -> Tensor:
         """Position ids [..., R, L] -> [..., R, n]; `compact` closes the gaps that dropped columns leave."""
         short = positions.gather(-1, self.order.expand(*positions.shape[:-1], -1))
         if not compact:
@@ -141,13 +141,13 @@ class Shortened:
         dropped_before = self.mask.cumsum(1).gather(1, self.order) - self.short_mask.cumsum(1)
         return (short - dropped_before).where(self.short_mask.bool(), short)  # padding keeps what it had
 
-    def restore(self, short: Tensor) -> Tensor:
+    def scatter(self, short: Tensor) -> Tensor:
         """[R, n, D] -> [R, L, D], zeros where a row was dropped."""
         full = short.new_zeros(len(short), self.mask.shape[1], short.shape[-1])
         index = self.order[..., None].expand_as(short)
         return full.scatter(1, index, short.masked_fill(~self.valid[..., None], 0))  # a filler's may be NaN
 
-    def restore_keys(self, short: Tensor) -> Tensor:
+    def scatter_keys(self, short: Tensor) -> Tensor:
         """Attention to the rows that stayed, and to `m` after them: [R, H, q, n + m] -> [R, H, q, L + m].
 
         Raises:
@@ -160,24 +160,24 @@ class Shortened:
                 "output_attentions out, or ask for it without a cache."
             )
         prompt = short[..., :kept].transpose(1, 3).flatten(2)
-        prompt = self.restore(prompt).unflatten(2, (short.shape[2], short.shape[1])).transpose(1, 3)
+        prompt = self.scatter(prompt).unflatten(2, (short.shape[2], short.shape[1])).transpose(1, 3)
         return torch.cat([prompt, short[..., kept:]], 3)
 
-    def restore_attention(self, short: Tensor) -> Tensor:
+    def scatter_attention(self, short: Tensor) -> Tensor:
         """Attention among the rows that stayed: [R, H, n, n] -> [R, H, L, L], zeros where either is gone."""
-        return self.restore_keys(self.restore_keys(short).transpose(2, 3)).transpose(2, 3)
+        return self.scatter_keys(self.scatter_keys(short).transpose(2, 3)).transpose(2, 3)
 
-    def restored(self, short: Tensor) -> Tensor:
+    def scatter_states(self, short: Tensor) -> Tensor:
         """States [R, n, D] or attention maps [R, H, n, n] of a prefill, over all columns."""
-        return self.restore(short) if short.dim() == 3 else self.restore_attention(short)
+        return self.scatter(short) if short.dim() == 3 else self.scatter_attention(short)
 
-    def restored_step(self, short: Tensor) -> Tensor:
+    def scatter_step(self, short: Tensor) -> Tensor:
         """Those of a decoding step, whose own rows are all there."""
-        return short if short.dim() == 3 else self.restore_keys(short)
+        return short if short.dim() == 3 else self.scatter_keys(short)
 
     @property
     def short_mask(self) -> Tensor:
-        return self.shorten(self.mask) * self.valid
+        return self.gather(self.mask) * self.valid
 
     @property
     def dropped(self) -> Tensor:
@@ -189,10 +189,10 @@ class Shortened:
         """Whether nothing was dropped."""
         return self.order.shape[1] == self.mask.shape[1] and bool(self.valid.all())
 
-    def of_rows(self, rows: Tensor) -> "Shortened":
+    def of_rows(self, rows: Tensor) -> "KeptSequence":
         """What is left of each of these rows, int64 [R']: of beams, or of copies made after the prefill."""
         order, valid, mask = (part.index_select(0, rows) for part in (self.order, self.valid, self.mask))
-        return Shortened(order, valid, mask, self.cache)
+        return KeptSequence(order, valid, mask, self.cache)
 
 
 def visual_tokens(placeholders: Tensor) -> Tensor:
@@ -208,11 +208,11 @@ def columns_kept(placeholders: Tensor, keep: Tensor) -> Tensor:
     return columns
 
 
-def shortened(keep: Tensor, mask: Tensor) -> Shortened:
+def kept_sequence(keep: Tensor, mask: Tensor) -> KeptSequence:
     """What is left of a prompt: keep bool [R, L], mask int64 [R, L]."""
     most = int(keep.sum(1).max())
     order = (~keep).long().argsort(dim=1, stable=True)[:, :most].sort(1).values
-    return Shortened(order, keep.gather(1, order), mask)
+    return KeptSequence(order, keep.gather(1, order), mask)
 
 
 def merged(rows: Tensor, visual: Tensor, carrier: Tensor) -> Tensor:

@@ -10,13 +10,13 @@ from torch import Tensor, nn
 
 from catp_lightning.dropping.masks import two_dimensional
 from catp_lightning.dropping.prompt import DecoderPrompt
-from catp_lightning.dropping.watching import Watching
+from catp_lightning.dropping.watching import CallTracker
 from catp_lightning.errors import PruningError
 from catp_lightning.families.base import Family
 from catp_lightning.hooks import hooked
 
 
-class Prompts:
+class PromptCapture:
     """Prompts of one model, as they reach its decoder (or the encoder that reads them).
 
     Where `family.outer` is None, as in BLIP-2, whose generate never calls the model's forward, the embedding layer is
@@ -31,9 +31,9 @@ class Prompts:
 
     def __init__(self, family: Family) -> None:
         self.family = family
-        self._watching = Watching(family.model, family.outer or family.model)
+        self._watching = CallTracker(family.model, family.outer or family.model)
         # Labels are seen at the outermost model only.
-        self._calls = self._watching if family.outer is None else Watching(family.model, family.model)
+        self._calls = self._watching if family.outer is None else CallTracker(family.model, family.model)
         self._ids: Tensor | None = None
 
     @property
@@ -125,9 +125,9 @@ class Prompts:
         positions = positions.expand(*positions.shape[:-2], rows, length)
         beams, visual = rows // len(ids), self._visual(ids)
         self.family.check_images(visual, self._watching.given)
-        asks = self._asks(mask[::beams] != 0)
-        prompt = DecoderPrompt.of(self._watching.given, beams, ids, visual, embeds, mask, positions, asks)
-        generating = self.family.reads == "decoder" and self._calls.prompt_length(asks.shape[1]) is not None
+        is_prompt = self._asks(mask[::beams] != 0)
+        prompt = DecoderPrompt.of(self._watching.given, beams, ids, visual, embeds, mask, positions, is_prompt)
+        generating = self.family.reads == "decoder" and self._calls.prompt_length(is_prompt.shape[1]) is not None
         return replace(prompt, generating=generating)
 
     def _asks(self, real: Tensor) -> Tensor:

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from catp_lightning.attention import attention_map
-from catp_lightning.dropping.prompt import DecoderPrompt, Shortened, merged, shortened, visual_tokens
+from catp_lightning.dropping.prompt import DecoderPrompt, KeptSequence, kept_sequence, merged, visual_tokens
 from catp_lightning.errors import PruningError
 from catp_lightning.observation import Needs, Observation, Signal, Values
 
@@ -39,7 +39,7 @@ class StagePrompt(DecoderPrompt):
         return Observation(self.tokens, layers, self.values, text=self.text_columns()[1])
 
 
-class Prefill:
+class DecoderPrefill:
     """A prefill that is running; R is B times the beams.
 
     Attributes:
@@ -52,8 +52,8 @@ class Prefill:
 
     def __init__(self, prompt: DecoderPrompt, needs: Needs) -> None:
         self.prompt, self.needs, self.tokens = prompt, needs, prompt.tokens
-        self.rows = shortened(torch.ones_like(prompt.mask, dtype=torch.bool), prompt.mask)
-        self.kept: list[Shortened] = []
+        self.rows = kept_sequence(torch.ones_like(prompt.mask, dtype=torch.bool), prompt.mask)
+        self.kept: list[KeptSequence] = []
         self.values: Values = {}
         if Signal.IMAGE_EMBEDS in needs:
             self.values[Signal.IMAGE_EMBEDS] = self._visual(prompt.embeds[:: prompt.beams].detach())
@@ -64,17 +64,17 @@ class Prefill:
         """The prompt at a stage, whose rows [R, n, D] are about to enter a layer."""
         values = dict(self.values)
         if Signal.HIDDEN_STATES in self.needs:
-            values[Signal.HIDDEN_STATES] = self._visual(self.rows.restore(hidden.detach())[:: self.prompt.beams])
+            values[Signal.HIDDEN_STATES] = self._visual(self.rows.scatter(hidden.detach())[:: self.prompt.beams])
         return StagePrompt(**{**vars(self.prompt), "tokens": self.tokens}, stage=stage, layer=layer, values=values)
 
-    def narrow(self, keep: Tensor) -> Shortened:
+    def narrow(self, keep: Tensor) -> KeptSequence:
         """Of the visual tokens only `keep`, bool [B, T], stay. Returns what stays of the rows there were before.
 
         Raises:
             PruningError: nothing of a sample is left.
         """
         self.tokens, before = keep & self.tokens, self.rows
-        stays = shortened(self.prompt.columns(self.tokens).gather(1, before.order), before.short_mask)
+        stays = kept_sequence(self.prompt.columns(self.tokens).gather(1, before.order), before.short_mask)
         emptied = before.short_mask.any(1) & ~stays.short_mask.any(1)
         if bool(emptied.any()):
             raise PruningError(
@@ -82,13 +82,13 @@ class Prefill:
                 "leave: no row is left to answer from. Give the sample a prompt with text, or choose a scorer that "
                 "keeps some."
             )
-        self.rows = Shortened(before.order.gather(1, stays.order), stays.valid, before.mask)
+        self.rows = KeptSequence(before.order.gather(1, stays.order), stays.valid, before.mask)
         self.kept.append(self.rows)
         return stays
 
     def merged(self, hidden: Tensor, carrier: Tensor) -> Tensor:
         """Rows [R, n, D] before they are narrowed, in which those that carry others are means: int64 [B, T]."""
-        return self.rows.shorten(merged(self.rows.restore(hidden), self.prompt.visual, carrier))
+        return self.rows.gather(merged(self.rows.scatter(hidden), self.prompt.visual, carrier))
 
     def look(self, layer: int, query: Tensor, key: Tensor, mask: Tensor | None, scaling: float) -> Tensor:
         """Note what rows of a layer pay the visual tokens: an `attention.Reduction` over R rows."""
@@ -105,9 +105,9 @@ class Prefill:
     def last_row(self, query: Tensor, key: Tensor, mask: Tensor | None, scaling: float) -> Tensor:
         """What the row that answers pays the visual tokens: [B, H, T]."""
         order, real = (part[:: self.prompt.beams] for part in (self.rows.order, self.rows.short_mask))
-        asks = self.prompt.asks.gather(1, order) & self.rows.valid[:: self.prompt.beams]
-        last = asks.shape[1] - 1 - asks.flip(1).long().argmax(1)
-        at = last.where(asks.any(1), real.argmax(1))[:, None]
+        is_prompt = self.prompt.is_prompt.gather(1, order) & self.rows.valid[:: self.prompt.beams]
+        last = is_prompt.shape[1] - 1 - is_prompt.flip(1).long().argmax(1)
+        at = last.where(is_prompt.any(1), real.argmax(1))[:, None]
         return self._paid(at, torch.ones_like(at, dtype=torch.bool), query, key, mask, scaling)[:, :, 0]
 
     def _paid(

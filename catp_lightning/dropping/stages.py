@@ -20,9 +20,9 @@ from catp_lightning.attention import PREFIX, SUPPORTED, observe_attention
 from catp_lightning.dropping.caches import Opened, foreign_cache, is_short, refuse_static, rows_of, seal
 from catp_lightning.dropping.labels import Labels
 from catp_lightning.dropping.masks import layer_mask, of_columns, window
-from catp_lightning.dropping.prompt import DecoderPrompt, Shortened, forgetting
-from catp_lightning.dropping.prompts import Prompts
-from catp_lightning.dropping.stage_prompt import Prefill, StagePrompt
+from catp_lightning.dropping.prompt import DecoderPrompt, KeptSequence, forgetting
+from catp_lightning.dropping.prompts import PromptCapture
+from catp_lightning.dropping.stage_prompt import DecoderPrefill, StagePrompt
 from catp_lightning.errors import PruningError
 from catp_lightning.families.base import Family
 from catp_lightning.hooks import hooked
@@ -31,7 +31,7 @@ from catp_lightning.observation import BY_LAYER, Needs
 NOTHING: Needs = {}
 
 
-class DecoderStages:
+class PruneAtDecoderLayers:
     """Drops rows at the entry of some of a decoder's layers.
 
     Where a row is gone hidden states are zero; attention maps and caches stay as short as they were computed.
@@ -67,17 +67,17 @@ class DecoderStages:
         self.layers: list[Any] = list(family.decoder.get_submodule("layers").children())
         self.parameters = list(inspect.signature(family.decoder.forward).parameters)
         self._refuse(compact)
-        self._prompts, self._labels = Prompts(family), Labels(family.model)
+        self._prompts, self._labels = PromptCapture(family), Labels(family.model)
         self._looked_at = sorted({layer for at in stages for layer in self._layers_read(at)})
-        self._kept: list[Shortened] = []  # by the prefill that decoding steps belong to; none: nothing was dropped
+        self._kept: list[KeptSequence] = []  # by the prefill that decoding steps belong to; none: nothing was dropped
         self._cache: weakref.ref[Any] | None = None  # that it filled
         self._opened = Opened()
         self._reset()
 
     def _reset(self) -> None:
         self._opened.close()
-        self._prefill: Prefill | None = None  # that is running
-        self._step: list[Shortened] = []  # what is left at each stage, while a decoding step is running
+        self._prefill: DecoderPrefill | None = None  # that is running
+        self._step: list[KeptSequence] = []  # what is left at each stage, while a decoding step is running
         self._later = 0  # columns after the prompt, in the same
         self._changes: dict[str, Any] = {}  # arguments of the layers of the stage that is running
 
@@ -171,7 +171,7 @@ class DecoderStages:
                 f"{type(self.family.model).__name__} adds features to all visual tokens after each of its first "
                 f"{added} layers, and tokens are to leave at layer {self.stages[0]}: choose layers from {added} on."
             )
-        self._prefill = Prefill(prompt, self.needs)
+        self._prefill = DecoderPrefill(prompt, self.needs)
 
     def _start_decoding(self, kwargs: dict[str, Any], cache: Any, past: int) -> None:
         self._prompts.refuse_images()
@@ -211,7 +211,7 @@ class DecoderStages:
             keep = self.choose(prefill.at(stage, self.stages[stage], hidden))
             carrier = self.carried()
             hidden = hidden if carrier is None else prefill.merged(hidden, carrier)
-            hidden = prefill.narrow(keep).shorten(hidden)
+            hidden = prefill.narrow(keep).gather(hidden)
             rows = prefill.rows
             if stage + 1 == len(self.stages):
                 self._labels.leave_out(prefill.prompt.columns(prefill.tokens))
@@ -243,21 +243,21 @@ class DecoderStages:
         if output is None:
             return
         self._kept, self._cache = prefill.kept, None if cache is None else weakref.ref(cache)
-        output.last_hidden_state = prefill.rows.restore(output.last_hidden_state)
+        output.last_hidden_state = prefill.rows.scatter(output.last_hidden_state)
         if output.get("hidden_states") is not None:
             output.hidden_states = tuple(self._restored(at, x) for at, x in enumerate(output.hidden_states))
 
     def _restored(self, layer: int, hidden: Tensor | None) -> Tensor | None:
         """What entered a layer, before rows left there; what left the last one counts as one more."""
         begun = bisect_left(self.stages, layer)
-        return hidden if begun == 0 or hidden is None else self._kept[begun - 1].restore(hidden)
+        return hidden if begun == 0 or hidden is None else self._kept[begun - 1].scatter(hidden)
 
-    def _attention(self, layer: int, paid: Tensor | None, kept: list[Shortened], step: bool) -> Tensor | None:
+    def _attention(self, layer: int, paid: Tensor | None, kept: list[KeptSequence], step: bool) -> Tensor | None:
         """A layer's attention maps over all columns, zeros where a row is gone."""
         begun = bisect_right(self.stages, layer)
         if begun == 0 or paid is None:
             return paid
-        return kept[begun - 1].restore_keys(paid) if step else kept[begun - 1].restore_attention(paid)
+        return kept[begun - 1].scatter_keys(paid) if step else kept[begun - 1].scatter_attention(paid)
 
 
 def _nothing(value: Tensor) -> None:

@@ -14,14 +14,14 @@ from catp_lightning.errors import PruningError
 from catp_lightning.hooks import Seen, hooked, replaced
 
 
-class Call(dict[str, Any]):
+class ModelCall(dict[str, Any]):
     """Arguments of one call, by name. It stands for the call: what is known of it is kept as long as it lasts."""
 
     __hash__ = object.__hash__  # type: ignore[assignment]
     __eq__ = object.__eq__
 
 
-class Watching:
+class CallTracker:
     """Follows the calls of one model.
 
     Attributes:
@@ -42,9 +42,9 @@ class Watching:
 
     def __init__(self, model: PreTrainedModel, outer: nn.Module) -> None:
         self.model, self.outer = model, outer
-        self._calls: list[Call] = []  # those that are running; a hook may call the model again
+        self._calls: list[ModelCall] = []  # those that are running; a hook may call the model again
         self.samples: int | None = None
-        self._generating: Call | None = None
+        self._generating: ModelCall | None = None
         self._length: int | None = None
         self.continuing = self.in_decoder = False
         self._inside, self._lock = False, threading.Lock()
@@ -98,11 +98,11 @@ class Watching:
                 self._depth = max(self._depth - 1, 0)
 
     @property
-    def arguments(self) -> Call:
-        return self._calls[-1] if self._calls else Call()
+    def arguments(self) -> ModelCall:
+        return self._calls[-1] if self._calls else ModelCall()
 
     @property
-    def given(self) -> Call:
+    def given(self) -> ModelCall:
         return self.arguments if self._generating is None else self._generating
 
     def beams(self, rows: int) -> int:
@@ -121,7 +121,7 @@ class Watching:
 
     def _call(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self._begin()
-        self._calls.append(Call({**dict(zip(self._names, args, strict=False)), **kwargs}))
+        self._calls.append(ModelCall({**dict(zip(self._names, args, strict=False)), **kwargs}))
 
     def _called(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         if self._depth and self._thread == threading.get_ident():
@@ -140,7 +140,7 @@ class Watching:
         prompt = kwargs.get("input_ids", args[0] if args else kwargs.get("inputs"))
         before = self.samples, self._generating, self._length, self.continuing
         self.samples = len(prompt) if isinstance(prompt, Tensor) else None
-        self._generating, self._length = Call({**dict(zip(self._generates, args, strict=False)), **kwargs}), None
+        self._generating, self._length = ModelCall({**dict(zip(self._generates, args, strict=False)), **kwargs}), None
         self.continuing = bool(is_short(kwargs.get("past_key_values")))
         try:
             with self.to_its_end():
@@ -160,7 +160,7 @@ def _outlived() -> PruningError:
 class _Watched(Seen):
     """A forward that is followed to its end, even where its module's hooks are gone by then."""
 
-    by: Watching
+    by: CallTracker
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         try:
@@ -172,7 +172,7 @@ class _Watched(Seen):
 
 
 @contextmanager
-def _watched(module: nn.Module, by: Watching) -> Iterator[None]:
+def _watched(module: nn.Module, by: CallTracker) -> Iterator[None]:
     """While inside, calls of a module that outlive the context are refused."""
     own = module.__dict__["forward"]  # hooks have set one
     seen = _Watched(own)

@@ -14,7 +14,7 @@ from catp_lightning.attention import Reduction
 from catp_lightning.observation import Observation, Signal, Values
 
 if TYPE_CHECKING:
-    from catp_lightning.dropping.prompt import Prompt, Shortened
+    from catp_lightning.dropping.prompt import KeptSequence, Prompt
 
 Reads = Literal["decoder", "encoder", "cross-attention"]
 
@@ -143,7 +143,7 @@ class Family(ABC):
         """The position ids the model makes where it is given none: mask int64 [R, L] -> [R, L] or [3, R, L]."""
         return torch.arange(mask.shape[1], device=mask.device).expand(mask.shape)
 
-    def shorten_extras(self, kwargs: Mapping[str, Any], prompt: "Shortened") -> dict[str, Any]:
+    def gather_extras(self, kwargs: Mapping[str, Any], prompt: "KeptSequence") -> dict[str, Any]:
         """Other inputs of the decoder that have a row for each column of the prompt, shortened like it."""
         return {}
 

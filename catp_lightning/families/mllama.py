@@ -18,14 +18,14 @@ from catp_lightning.observation import Observation, Signal, Values
 
 if TYPE_CHECKING:
     from catp_lightning.dropping.cross_attention import CrossAttended
-    from catp_lightning.dropping.prompt import Prompt, Shortened
+    from catp_lightning.dropping.prompt import KeptSequence, Prompt
 
 IMPLEMENTATIONS = ("eager", "sdpa")
 TEXT_ROWS = 64  # at a time: their attention to 6,404 image rows of one sample then takes 50 MB for 32 heads
 
 
 @dataclass(frozen=True)
-class Sight:
+class TextVisibility:
     """What the text of one call sees. R rows of the batch, N tiles of all images; the rows of a tile are alike.
 
     Attributes:
@@ -41,7 +41,7 @@ class Sight:
     mask: Tensor
 
     @classmethod
-    def of(cls, kwargs: Mapping[str, Any], tile_rows: int) -> "Sight":
+    def of(cls, kwargs: Mapping[str, Any], tile_rows: int) -> "TextVisibility":
         """From what the text model is called with.
 
         Raises:
@@ -69,7 +69,7 @@ class Sight:
         last = self.real.shape[1] - 1 - self.real.flip(1).long().argmax(1)
         return self.of_text[torch.arange(len(last), device=last.device), last]
 
-    def mask_of(self, rows: "Shortened") -> Tensor:
+    def mask_of(self, rows: "KeptSequence") -> Tensor:
         """The mask over the rows that stay: text that sees an image does not see fillers. [R, 1, L, n]"""
         mask = self.mask.gather(3, rows.order[:, None, None].expand(-1, 1, self.mask.shape[2], -1))
         fillers = ~rows.valid[:, None, None] & self.sees[:, None, :, None]

@@ -17,7 +17,7 @@ from catp_lightning.observation import Observation, Signal, Values
 from catp_lightning.saying import warn
 
 if TYPE_CHECKING:
-    from catp_lightning.dropping.prompt import DecoderPrompt, Prompt, Shortened
+    from catp_lightning.dropping.prompt import DecoderPrompt, KeptSequence, Prompt
 
 # Shown to be exact by the tests. Others are pruned where nothing speaks against it, with a warning.
 TYPES = {
@@ -175,14 +175,14 @@ class Placeholder(Family):
         columns = (mask.cumsum(1) - 1).clamp(min=0) + deltas.repeat_interleave(len(mask) // len(deltas), 0)
         return columns.expand(3, -1, -1)
 
-    def shorten_extras(self, kwargs: Mapping[str, Any], prompt: "Shortened") -> dict[str, Any]:
+    def gather_extras(self, kwargs: Mapping[str, Any], prompt: "KeptSequence") -> dict[str, Any]:
         """Qwen3-VL adds features of earlier vision layers to the visual rows after the first decoder layers."""
         visual = kwargs.get("visual_pos_masks")
         if visual is None:
             return {}
         place = (visual.flatten().cumsum(0) - 1).view(visual.shape)  # of each visual row in the flat list of features
-        stays = prompt.shorten(visual.long()).bool()
-        index = prompt.shorten(place)[stays]
+        stays = prompt.gather(visual.long()).bool()
+        index = prompt.gather(place)[stays]
         return {
             "visual_pos_masks": stays,
             "deepstack_visual_embeds": [embeds[index] for embeds in kwargs["deepstack_visual_embeds"]],
