@@ -1,4 +1,4 @@
-"""How often a pruned BLIP-2 gives the unpruned model's answer: the calibrated policy and every rival, with intervals.
+"""Measure how often a pruned BLIP-2 gives the unpruned answer: calibrated policy and every rival, with intervals.
 
     python -m benchmarks.agreement --output runs/agreement
     python -m benchmarks.agreement --output runs/stability --stability
@@ -60,20 +60,25 @@ SHOWN = {
 }
 BEST = "CATP, best layer on calibration data"
 
-# What is asked of calibration.
+# Requirements on the calibrated policy.
 BEATEN = ("CATP, all layers", BEST, "self-attention", "L2 norm")
 NOT_WORSE = ("random (3 seeds)", SHOWN["diversity of outputs"], SHOWN["diversity of cross-attention"])
 CEILING = 0.99  # a rival this good need not be beaten
 TOLERANCE = 0.005
-BETTER_FROM = 0.125  # at this budget and below, those of NOT_WORSE have to be beaten
+BETTER_FROM = 0.125  # at this budget and below, rivals in NOT_WORSE have to be beaten
 AIMS = dict(zip(BUDGETS, (0.995, 0.985, 0.95, 0.85), strict=True))
 CLOSE = 0.01  # how far 256 calibration questions may stay behind 512
 
 
 @dataclass(frozen=True)
 class Replayed:
-    """Of N questions: `same` bool [P, N], whether each policy's answer is the unpruned one; the unpruned `answers`;
-    the `images` they are about."""
+    """Agreement of P policies on N questions.
+
+    Attributes:
+        same: bool [P, N], True where a policy's answer is the unpruned one.
+        answers: the N unpruned answers.
+        images: ids of the images that the questions are about.
+    """
 
     same: np.ndarray
     answers: list[str]
@@ -82,7 +87,7 @@ class Replayed:
 
 @torch.inference_mode()
 def replayed(module: VQAModule, batches: Iterable[Any], policies: Sequence[PruningPolicy]) -> Replayed:
-    """Every policy's answers; vision once a batch, and what policies share is scored once."""
+    """Replay every policy's answers; vision runs once a batch, and rules that policies share are scored once."""
     rules, rule_of = _rules(policies)
     methods = [method for rule in rules for method in (rule.build_scorer(), rule.build_selector())]
     recorder = Recorder(Plan.of(find_family(module)), join(method.needs for method in methods))
@@ -96,14 +101,14 @@ def replayed(module: VQAModule, batches: Iterable[Any], policies: Sequence[Pruni
                 counts = torch.tensor([keep_count(policy.keep, seen.tokens) for policy in policies])
                 ranks = token_ranks(rules, seen, replay.tokens, int(counts.max()))
                 same = torch.empty(len(policies), ranks.shape[1], dtype=torch.bool)
-                for count in counts.unique():  # together they would all be as long as the longest
+                for count in counts.unique():  # in one call all would be padded to the longest
                     same[counts == count] = replay.compare(ranks[rule_of[counts == count]] < count)[1]
                 found.append(same.numpy())
     return Replayed(np.concatenate(found, 1), answers, images)
 
 
 def _rules(policies: Sequence[PruningPolicy]) -> tuple[list[PruningPolicy], torch.Tensor]:
-    """The rules of the policies, whatever their budget, each once; and which is whose: int64 [P]."""
+    """Return the rules of P policies without budgets, each once, and the index of each policy's rule: int64 [P]."""
     rules: list[PruningPolicy] = []
     places = []
     for policy in policies:
@@ -115,7 +120,7 @@ def _rules(policies: Sequence[PruningPolicy]) -> tuple[list[PruningPolicy], torc
 
 
 def calibrate(module: VQAModule, data: VQADataModule, folder: Path, questions: int) -> list[PruningPolicy]:
-    """A policy for each budget from the first `questions` of the calibration split, a multiple of the batch size."""
+    """Return a policy for each budget, calibrated on the first `questions`, a multiple of the batch size."""
     callback = CrossAttentionCalibration(folder, keep=BUDGETS)
     trainer = Trainer(
         **QUIET, callbacks=[callback], limit_predict_batches=questions // BATCH, enable_progress_bar=False
@@ -176,7 +181,7 @@ def _check_against_predict(
 
 
 def best_layers(layers: Sequence[tuple[str, float]], agreement: Sequence[float]) -> dict[float, str]:
-    """The name that agrees most at each budget, the first of equal ones.
+    """Return the name that agrees most at each budget, the first of equal ones.
 
     >>> best_layers([("a", 0.5), ("b", 0.5), ("a", 0.25), ("b", 0.25)], [0.8, 0.9, 0.7, 0.7])
     {0.5: 'b', 0.25: 'a'}
@@ -189,7 +194,7 @@ def best_layers(layers: Sequence[tuple[str, float]], agreement: Sequence[float])
 
 
 def met(row: dict[str, Any]) -> bool:
-    """Whether calibration is as far ahead of a rival as is asked, by the lower end of the paired interval."""
+    """True if calibration is as far ahead of a rival as is required, by the lower end of the paired interval."""
     low: float = row["reference_ahead_interval"][0]
     if row["method"] in NOT_WORSE and row["keep"] > BETTER_FROM:
         return low >= -TOLERANCE
@@ -197,7 +202,7 @@ def met(row: dict[str, Any]) -> bool:
 
 
 def verdicts(rows: Sequence[dict[str, Any]]) -> str:
-    """The aims, and for each rival and budget whether calibration is ahead as it is asked to be, as Markdown."""
+    """Return as Markdown the aims, and for each rival and budget whether calibration is ahead as is required."""
     ours = {row["keep"]: row for row in rows if row["method"] == CALIBRATED}
     reached = [
         [f"{keep}", f"{aim}", _with_interval(ours[keep]), _yes(ours[keep]["agreement"] >= aim)]
@@ -264,7 +269,7 @@ def stability(folder: Path, console: Console) -> str:
 
 
 def _of_draw(module: VQAModule, folder: Path, draw: int, size: int) -> list[PruningPolicy]:
-    """The policies of the first `size` questions of a draw; those of an earlier run are taken over."""
+    """Return the policies calibrated on the first `size` questions of a draw; those of an earlier run are reused."""
     place = folder / f"draw-{draw}"
     policies = place / f"{size}-questions"
     if all((policies / budget_file_name(keep)).exists() for keep in BUDGETS):
@@ -275,7 +280,7 @@ def _of_draw(module: VQAModule, folder: Path, draw: int, size: int) -> list[Prun
 
 
 def _check_disjoint(policies: Sequence[PruningPolicy]) -> None:
-    """Raise RuntimeError where two draws share an image, by the fingerprints that the policies carry."""
+    """Raise RuntimeError if two draws share an image, by the fingerprints that the policies carry."""
     each = len(SIZES) * len(BUDGETS)
     largest = [decode_images(policy.evidence["images"])[0] for policy in policies[each - 1 :: each]]
     together = torch.cat(largest)
@@ -284,7 +289,7 @@ def _check_disjoint(policies: Sequence[PruningPolicy]) -> None:
 
 
 def spread(agreement: np.ndarray) -> str:
-    """How agreement varies over draws, and how far 256 questions are behind 512, of [draws, sizes, budgets]."""
+    """Return tables of agreement [draws, sizes, budgets]: spread over draws, and lag of 256 questions behind 512."""
     head = [f"keep {keep}" for keep in BUDGETS]
     lines = []
     for number, size in enumerate(SIZES):
@@ -305,14 +310,14 @@ def spread(agreement: np.ndarray) -> str:
 
 
 def paired_interval(differences: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """95% Student interval of the mean over the first axis: [draws, ...] -> lower and upper end, [...]."""
+    """Return the 95% Student interval of the mean over the first axis: [draws, ...] -> lower and upper end, [...]."""
     count = len(differences)
     half = student.ppf(0.975, count - 1) * differences.std(0, ddof=1) / count**0.5
     return differences.mean(0) - half, differences.mean(0) + half
 
 
 def spread_figure(agreement: np.ndarray) -> Figure:
-    """Agreement over calibration questions: a line through the means of each budget, a point for each draw."""
+    """Plot agreement [draws, sizes, budgets] over calibration questions: a line of means a budget, a point a draw."""
     drawing = Figure(figsize=(7, 5), layout="constrained")
     axes = drawing.subplots()
     for number, keep in enumerate(BUDGETS):

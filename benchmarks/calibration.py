@@ -1,10 +1,10 @@
-"""What a calibration costs on the shipped BLIP-2, against a plain `trainer.predict` over the same questions.
+"""Measure the cost of a calibration on the shipped BLIP-2, against a plain `trainer.predict` over the same questions.
 
     python -m benchmarks.calibration
     python -m benchmarks.calibration --rounds 3 --calibrations 1 --shape small --questions-held 256 --processes 1
 
 Times are taken in interleaved rounds and reported as ratios to the plain run of the same round: the median, and the
-lowest to the highest. A peak of memory is that of a process of its own. `OMP_NUM_THREADS=1` makes runs comparable.
+lowest to the highest. Each peak of memory is that of a process of its own. `OMP_NUM_THREADS=1` makes runs comparable.
 """
 
 import argparse
@@ -47,7 +47,7 @@ MIB = 2**20
 
 
 class Votes(LoopContext):
-    """Records every batch as a calibration does, and computes one scorer's votes; nothing is replayed."""
+    """Callback that records every batch as a calibration does and computes one scorer's votes; nothing is replayed."""
 
     def __init__(self, scorer: AttentionScorer) -> None:
         super().__init__(("predict",))
@@ -68,7 +68,7 @@ class Votes(LoopContext):
 
 
 class Timed(CrossAttentionCalibration):
-    """A calibration that notes how many seconds each of its parts took."""
+    """Calibration callback that notes how many seconds each of its parts took."""
 
     def __init__(self, path: Path) -> None:
         super().__init__(path, keep=BUDGETS)
@@ -96,14 +96,14 @@ class Timed(CrossAttentionCalibration):
 
     @contextmanager
     def _rest_of(self, name: str) -> Iterator[None]:
-        """What no part inside counts."""
+        """Count for the part `name` the seconds in this context that no other part counts."""
         start, before = time.perf_counter(), sum(self.parts.values())
         yield
         self.parts[name] += time.perf_counter() - start - (sum(self.parts.values()) - before)
 
 
 class Setting:
-    """The shipped model, and questions about digit scenes."""
+    """The shipped BLIP-2 and a split of questions about digit scenes, in batches."""
 
     def __init__(self, split: VQASplit, batch: int) -> None:
         model = str(shipped("digits_blip2"))
@@ -129,7 +129,7 @@ def row(name: str, values: Sequence[float], base: Sequence[float], bound: float 
 
 
 def votes(setting: Setting, rounds: int) -> list[dict[str, Any]]:
-    """Observing and voting, on the shipped model."""
+    """Time observing and voting on the shipped model, against a plain run; returns rows for `show`."""
     cases: dict[str, Callable[[], object]] = {PLAIN: setting.predict}
     bounds = {"cross-attention": 1.1, "catp": None}
     for name in bounds:
@@ -146,7 +146,7 @@ def _observed(setting: Setting, name: str) -> None:
 
 
 def vision(shape: str, batch: int, rounds: int) -> list[dict[str, Any]]:
-    """Rank votes at real shapes with random weights, against the vision part alone: the language model is not run."""
+    """Time rank votes at real shapes with random weights, against the vision part: the language model is not run."""
     cases = {name: case for name, case in vision_cases(shape, batch).items() if name in (SDPA, MEAN_LOG, BORDA)}
     with torch.inference_mode():
         seconds = interleaved(cases, rounds, shape)
@@ -155,7 +155,7 @@ def vision(shape: str, batch: int, rounds: int) -> list[dict[str, Any]]:
 
 
 def whole(setting: Setting, rounds: int) -> list[dict[str, Any]]:
-    """A calibration with all its parts."""
+    """Time a calibration with all its parts, against a plain run; returns rows for `show`."""
     parts: list[dict[str, float]] = []
     cases = {PLAIN: setting.predict, WHOLE: lambda: parts.append(setting.calibrate().parts)}
     seconds = interleaved(cases, rounds, "calibrating")
@@ -167,7 +167,7 @@ def whole(setting: Setting, rounds: int) -> list[dict[str, Any]]:
 
 
 def peak(split: VQASplit, batch: int, case: str, threads: int) -> dict[str, int]:
-    """Bytes that this process held at most, and on the GPU."""
+    """Return the peak of bytes that this process held in main memory, and on the GPU if there is one."""
     torch.set_num_threads(threads)
     setting = Setting(split, batch)
     if case == WHOLE:
@@ -187,7 +187,7 @@ def _most_held() -> int:
 
 
 def memory(splits: Mapping[int, VQASplit], batch: int, processes: int, threads: int) -> list[dict[str, Any]]:
-    """Peaks of plain runs and calibrations, each of a process of its own, the median of several."""
+    """Measure peaks of memory, MiB, of plain runs and calibrations, each in its own process; medians of several."""
     rows = []
     for number, split in splits.items():
         found: dict[str, list[dict[str, int]]] = {PLAIN: [], WHOLE: []}

@@ -1,4 +1,4 @@
-"""How many answers two tokens can keep at most, when the pair is chosen without the question.
+"""Measure how many answers two visual tokens can keep at most, when the pair is chosen without the question.
 
     python -m benchmarks.clairvoyant
 
@@ -32,7 +32,7 @@ QUESTIONS = [
 
 
 def weights(grid: np.ndarray) -> np.ndarray:
-    """How often each question is drawn: kinds in turn, cells with a digit four times in five (roughly `scenes.ASK`)."""
+    """Return the probability of each question: kinds in turn, cells with a digit 4/5 of the time, about as `scenes`."""
     full = grid.flatten() != EMPTY
     cells = 0.8 * full / full.sum() + 0.2 / full.size
     return np.array([1 / 4, 1 / 8, 1 / 8, *[1 / 40] * 10, *(cells / 4)])

@@ -1,4 +1,4 @@
-"""What observing the vision tower and Q-Former costs, against plain SDPA and eager with output_attentions.
+"""Measure the cost of observing the vision tower and Q-Former, against SDPA and eager with output_attentions.
 
     python benchmarks/observed_attention.py --shape blip2-opt-2.7b
 
@@ -71,7 +71,7 @@ def vision_part(model: Blip2ForConditionalGeneration, pixels: Tensor, **settings
 
 
 def vision_cases(shape: str, batch: int) -> dict[str, Callable[[], None]]:
-    """What is compared, plain SDPA first; each call is one forward of the vision part on the same pixels."""
+    """Return the cases to compare, plain SDPA first; each call is one forward of the vision part on the same pixels."""
     torch.manual_seed(0)
     model = build(shape)
     pixels = torch.randn(batch, 3, 224, 224)
@@ -114,7 +114,7 @@ def vision_cases(shape: str, batch: int) -> dict[str, Callable[[], None]]:
 
 
 def interleaved(cases: Mapping[str, Callable[[], object]], rounds: int, description: str) -> dict[str, list[float]]:
-    """Seconds of each case, one after the other in every round; a first round warms up and does not count."""
+    """Time each case, one after the other in every round; returns seconds without those of a first, warm-up round."""
     seconds: dict[str, list[float]] = {name: [] for name in cases}
     for number in track(range(rounds + 1), description=description):
         for name, case in cases.items():
@@ -126,7 +126,7 @@ def interleaved(cases: Mapping[str, Callable[[], object]], rounds: int, descript
 
 
 def ratios(values: Sequence[float], base: Sequence[float]) -> tuple[float, float, float]:
-    """Of each round's values: median, lowest and highest."""
+    """Return median, lowest and highest of the rounds' ratios of `values` to `base`."""
     each = [value / plain for value, plain in zip(values, base, strict=True)]
     return statistics.median(each), min(each), max(each)
 

@@ -1,11 +1,11 @@
-"""What `prune(model, PruningPolicy(keep=1.0))` costs against the plain model: prefill and decoding.
+"""Measure the cost of `prune(model, PruningPolicy(keep=1.0))` against the plain model: prefill and decoding.
 
     OMP_NUM_THREADS=1 python -m benchmarks.overhead
     python -m benchmarks.overhead --families llava --rounds 5 --width 256
 
-Random weights of real classes, so large that a decoding step takes at least 50 ms on one core. Plain and pruned runs
-follow each other in every round, in turn first; the table has the median of the rounds' ratios and the 95% bootstrap
-interval of that median.
+Random weights of real classes, so large that a decoding step takes at least 50 ms on one core. Every round has
+a plain and a pruned run, which take turns in being the first; the table has the median of the rounds' ratios and the
+95% bootstrap interval of that median.
 """
 
 import argparse
@@ -83,7 +83,7 @@ def blip2(width: int) -> Built:
 
 
 def mllama(width: int) -> Built:
-    """Four tiles, none of them padding: nothing is there to be left out."""
+    """Build a Llama-3.2-Vision and an image of four tiles, none of them padding, so that no row can be left out."""
     vision = MllamaVisionConfig(
         hidden_size=128,
         intermediate_size=256,
@@ -127,7 +127,7 @@ FAMILIES: dict[str, Callable[[int], Built]] = {"llava": llava, "blip-2": blip2, 
 
 
 def timed(model: Any, inputs: Mapping[str, Tensor], pruned: bool) -> tuple[float, float]:
-    """Seconds of one prefill, and of one decoding step, the mean of several."""
+    """Return the seconds of one prefill, and of one decoding step, the mean of `STEPS`."""
     with prune(model, PruningPolicy(keep=1.0)) if pruned else nullcontext():
         start = time.perf_counter()
         output = model(**inputs, use_cache=True)
@@ -149,7 +149,7 @@ def timed(model: Any, inputs: Mapping[str, Tensor], pruned: bool) -> tuple[float
 
 
 def measure(build: Callable[[int], Built], width: int, rounds: int, name: str) -> dict[str, list[tuple[float, float]]]:
-    """(plain, pruned) seconds of each round; a first round warms up and does not count."""
+    """Return (plain, pruned) seconds of each round by part; a first round warms up and does not count."""
     torch.manual_seed(0)
     model, inputs = build(width)
     model.eval()
@@ -163,7 +163,7 @@ def measure(build: Callable[[int], Built], width: int, rounds: int, name: str) -
 
 
 def median_interval(ratios: list[float]) -> tuple[float, float, float]:
-    """Median, and the 95% bootstrap interval of the median."""
+    """Return the median of ratios, and the 95% bootstrap interval of the median."""
     draws = np.random.default_rng(0).choice(np.array(ratios), (RESAMPLES, len(ratios)))
     low, high = np.percentile(np.median(draws, axis=1), [2.5, 97.5])
     return statistics.median(ratios), float(low), float(high)

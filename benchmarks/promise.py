@@ -1,4 +1,4 @@
-"""Is a promise kept? Calibrations redrawn from real answers, with several questions an image.
+"""Check that promises are kept: calibrations are redrawn from real answers, with several questions an image.
 
     python -m benchmarks.promise --output runs/promise
 
@@ -42,10 +42,10 @@ PROMISES, CHECKED, REDRAWS, CONFIDENCE = (0.05, 0.09, 0.12), (150, 200, 400, 800
 
 @dataclass(frozen=True)
 class Answered:
-    """What is known of a model's answers, of I images with Q questions each, at K budgets from the largest.
+    """Agreement of a model's pruned answers, to Q questions about each of I images, at K budgets from the largest.
 
     Attributes:
-        same: bool [I, Q, K], whether the pruned answer is the unpruned one.
+        same: bool [I, Q, K], True where the pruned answer is the unpruned one.
         texts: int64 [I, Q], a checksum of each question's text.
     """
 
@@ -54,17 +54,17 @@ class Answered:
 
     @property
     def disagreement(self) -> np.ndarray:
-        """Of a new image and a random question about it, at each budget: float [K]."""
+        """Probability of another answer than the unpruned one to a random question about a new image: float [K]."""
         return 1 - self.same.mean((0, 1))
 
 
 def drawn(answered: Answered, images: int, rng: np.random.Generator, by_text: bool = False) -> list[int]:
-    """How many of `images` new images disagree at each budget, one question each.
+    """Return the number of `images` new images that disagree at each budget, one question each.
 
     Args:
         answered: images are drawn from it with replacement, each with a checksum of its own.
-        images: how many.
-        rng: of the draw.
+        images: number of new images.
+        rng: random generator of the draw.
         by_text: ask each image the question whose text has the smallest checksum, not one drawn at random.
     """
     chosen = rng.integers(0, len(answered.same), images)
@@ -79,7 +79,7 @@ def drawn(answered: Answered, images: int, rng: np.random.Generator, by_text: bo
 def broken(
     answered: Answered, promise: Promise, images: int, redraws: int, seed: int = 0, by_text: bool = False
 ) -> int:
-    """In how many of `redraws` calibrations the budget that is chosen disagrees on more than was promised."""
+    """Return the number of `redraws` calibrations whose chosen budget disagrees on more than was promised."""
     rng, truth, count = np.random.default_rng(seed), answered.disagreement, 0
     for _ in range(redraws):
         chosen = walk(promise, drawn(answered, images, rng, by_text), images).chosen
@@ -88,7 +88,7 @@ def broken(
 
 
 def limit(redraws: int, confidence: float = CONFIDENCE) -> int:
-    """The most broken promises of `redraws` that chance explains, with 99.9%, if each is kept with `confidence`.
+    """Return the most broken promises of `redraws` that chance explains, with 99.9%, if each is kept with `confidence`.
 
     >>> limit(2000), limit(20)
     (131, 5)
@@ -97,7 +97,7 @@ def limit(redraws: int, confidence: float = CONFIDENCE) -> int:
 
 
 def split_of(model: str, folder: Path, split: Split, images: int, seed: int) -> VQASplit:
-    """Scenes with all four kinds of question about each image."""
+    """Write scenes with all four kinds of question about each image, and return them as a split."""
     place = write_scenes(folder, split, images * len(KINDS), seed, len(KINDS), GRIDS[model])
     files = [str(place / name) for name in ("questions.json", "images", "annotations.json")]
     return VQASplit(*files, image_name="{image_id:012d}.png")
@@ -106,7 +106,7 @@ def split_of(model: str, folder: Path, split: Split, images: int, seed: int) -> 
 def answered_by(
     module: VQAModule, model: str, split: VQASplit, policies: Sequence[PruningPolicy], console: Console
 ) -> Answered:
-    """Real predictions, unpruned and by each policy."""
+    """Predict for real, unpruned and by each policy, and return the agreement."""
     data = VQADataModule(str(shipped(model)), test=split, batch_size=BATCH, prompt=PROMPTS[model])
     batches = list(data.test_dataloader())
     full, _ = predict(module, batches, None)
@@ -126,7 +126,7 @@ def _checksum(text: str) -> int:
 
 
 def calibrated(module: VQAModule, model: str, folder: Path) -> list[PruningPolicy]:
-    """Policies at the budgets of a promise, from images of their own; those of an earlier run are taken over."""
+    """Return policies at the budgets of a promise, from images of their own; those of an earlier run are reused."""
     files = [folder / "policies" / budget_file_name(keep) for keep in GRID]
     if not all(file.is_file() for file in files):
         split = split_of(model, folder / "calibration", "calibration", CALIBRATION_QUESTIONS // len(KINDS), 0)
@@ -138,7 +138,7 @@ def calibrated(module: VQAModule, model: str, folder: Path) -> list[PruningPolic
 
 
 def of_model(model: str, folder: Path, console: Console) -> Answered:
-    """The answers of a model, or those that an earlier run has saved."""
+    """Return the agreement of a model, predicted now or saved by an earlier run."""
     file = folder / "answers.json"
     if not file.is_file():
         module = VQAModule(str(shipped(model)))
@@ -150,7 +150,7 @@ def of_model(model: str, folder: Path, console: Console) -> Answered:
 
 
 def table(model: str, answered: Answered) -> tuple[str, list[dict[str, Any]]]:
-    """What each kind disagrees by, and how many promises are broken, as Markdown and as rows."""
+    """Return the disagreement of each kind of question and the number of broken promises, as Markdown and as rows."""
     by_kind = [[kind, *(f"{1 - value:.3f}" for value in answered.same[:, n].mean(0))] for n, kind in enumerate(KINDS)]
     by_kind.append(["a random question", *(f"{value:.3f}" for value in answered.disagreement)])
     rows = []

@@ -1,11 +1,11 @@
-"""The tables of docs/results.md from a finished sweep.
+"""Print the tables of docs/results.md from a finished sweep.
 
     catp sweep --layers true --output runs/sweep
     python -m benchmarks.sweep_results runs/sweep > runs/sweep/results.md
 
-For each model a row a method and a column a budget: accuracy with its 95% interval and, where a method has several
-draws, their spread; then how far *calibrated* is ahead in agreement, with *ahead*, *level* or *behind* by the interval;
-then what each calibration chose.
+Each model has a row for each method and a column for each budget: accuracy with its 95% interval and, where a method
+has several draws, their spread; then how far *calibrated* is ahead in agreement, with *ahead*, *level* or *behind* by
+the interval; then what each calibration chose.
 """
 
 import argparse
@@ -25,11 +25,11 @@ from catp_lightning.safe_text import Markdown
 from catp_lightning.sweep.table import kind
 
 Row = Mapping[str, Any]
-NEAR = 0.02  # of a budget's tokens: what keeps more than so many others is marked with what it keeps
+NEAR = 0.02  # a method that keeps more tokens than the reference by over this share is shown with its tokens
 
 
 def tables(table: Mapping[str, Any], folder: Path) -> str:
-    """The tables of one model, as Markdown; `table` is its table.json."""
+    """Return the tables of one model as Markdown; `table` is the content of its table.json, in `folder`."""
     full, *rows = table["rows"]
     budgets = list(dict.fromkeys(row["keep"] for row in rows))
     methods: dict[str, dict[float, Row]] = {}
@@ -79,7 +79,7 @@ def _share(keep: float) -> str:
 
 
 def _chosen(folder: Path, budgets: Sequence[float]) -> str:
-    """By calibration and budget what each draw chose."""
+    """Return a text with the choice of each draw, by calibration and budget."""
     found: dict[str, dict[float, list[str]]] = {}
     for place in sorted((folder / "policies").iterdir()):
         name = place.name.partition("-draw-")[0].replace("-", " ", 1)

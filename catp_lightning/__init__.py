@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
     __version__: str
 else:
-    # What is built on torch is imported when it is asked for: `catp --help` and its like do not need it.
+    # Modules that need torch are imported when their names are first used: `catp --help` and its like do not need them.
     _PLACES = {
         "AnswerWriter": "callbacks",
         "CrossAttentionCalibration": "callbacks",

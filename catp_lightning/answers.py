@@ -1,4 +1,4 @@
-"""What a model answered: generated ids, or the most likely next token where a step only calls forward."""
+"""Answers of a model: generated ids, or the most likely next token if a step only calls forward."""
 
 import inspect
 from collections.abc import Callable, Iterator
@@ -18,11 +18,11 @@ from catp_lightning.pruning import Pruning
 
 @dataclass(frozen=True)
 class Answer:
-    """Answers of one top-level call.
+    """Answers of one top-level call; R answers, A tokens of the longest.
 
     Attributes:
-        ids: int64 [R, A].
-        valid: bool [R, A], True up to and with the token that ended it.
+        ids: int64 [R, A], token ids.
+        valid: bool [R, A], True up to and with the token that ended the answer.
         prompts: number of prompts, B; R is a multiple of it.
         row: int64 [B], the column of the prompt whose output predicts the first token.
     """
@@ -33,7 +33,7 @@ class Answer:
     row: Tensor
 
     def same_as(self, other: "Answer") -> Tensor:
-        """Whether all answers to a prompt are equal up to their end: bool [B]."""
+        """Return True for each prompt whose answers are all equal up to their end: bool [B]."""
         width = max(self.ids.shape[1], other.ids.shape[1])
         ours, theirs = _padded(self, width), _padded(other, width)
         return (ours == theirs).view(self.prompts, -1).all(1)
@@ -51,14 +51,14 @@ def listening(
     before: Callable[[Callable[[], Answer]], None] | None = None,
     active: Callable[[], bool] = lambda: True,
 ) -> Iterator[None]:
-    """While inside, `after` receives the answer of every top-level `generate` or forward of the model.
+    """Hand the answer of every top-level `generate` or forward of the model to `after`, while inside.
 
     Args:
-        family: of the model.
+        family: family of the model.
         after: called with the answer.
-        before: called first, with a function that makes the same call, with a cache of its own and without the
-            caller's streamer, and returns its answer.
-        active: whether a call that begins is heard.
+        before: called first, with a function that makes the same call, with a cache of its own and without the caller's
+            streamer, and returns its answer.
+        active: returns True if a call that begins is to be heard.
 
     Raises:
         PruningError: answers are sampled or end by the clock, so that two runs of the very same model differ.
@@ -98,7 +98,7 @@ def listening(
             state["prompt"] = False
             return
         named = _named(forward, args, kwargs)
-        state["prompt"] = _is_prompt(named)  # the call itself will fill the cache
+        state["prompt"] = _is_prompt(named)  # asked before the call, which will fill the cache
         if before is not None and state["prompt"]:
             before(lambda: predicted(family, quietly(model, args, _again(kwargs)), named))
 
@@ -113,7 +113,11 @@ def listening(
 
 
 def generated(endings: Endings, output: Any, named: dict[str, Any]) -> Answer:
-    """The answer in what `generate` returned: sequences, with or without the prompt before them."""
+    """Return the answer in the output of `generate`: sequences, with or without the prompt before them.
+
+    Raises:
+        PruningError: `generate` was called without input_ids.
+    """
     ids = output if isinstance(output, Tensor) else output.sequences
     prompt = named.get("input_ids")
     if prompt is None:
@@ -126,14 +130,18 @@ def generated(endings: Endings, output: Any, named: dict[str, Any]) -> Answer:
     if ids.shape[1] >= length and torch.equal(ids[:, :length], repeated):
         ids = ids[:, length:]
     valid = endings.valid(ids, prompts, named)
-    ids = ids.masked_fill(~valid, 0)  # what beams are filled up with may be no token
+    ids = ids.masked_fill(~valid, 0)  # beams may be padded with ids that are no token
     return Answer(ids, valid, prompts, torch.full((prompts,), length - 1, device=ids.device, dtype=torch.int64))
 
 
 def predicted(family: Family, output: Any, named: dict[str, Any]) -> Answer:
-    """The most likely token after the prompt: after the last real column, or where `labels` begin."""
+    """Return the most likely token after the prompt: after the last real column, or where `labels` begin.
+
+    Raises:
+        PruningError: the logits lack the row after which the answer begins.
+    """
     logits, ids = output.logits, named["input_ids"]
-    if family.model.config.is_encoder_decoder:  # rows are the decoder's: the answer begins with the first, or goes on
+    if family.model.config.is_encoder_decoder:  # logits are of the decoder's rows: the first, or the last given
         given = named.get("decoder_input_ids")
         row = torch.full(
             (len(ids),), 0 if given is None else given.shape[1] - 1, device=logits.device, dtype=torch.int64
@@ -145,7 +153,7 @@ def predicted(family: Family, output: Any, named: dict[str, Any]) -> Answer:
     if labels is not None:
         answers = torch.nn.functional.pad(labels != -100, (ids.shape[1] - labels.shape[1], 0))
         real = real & (answers.cumsum(1) == 0)
-    row, left_out = (real * columns).amax(1), ids.shape[1] - logits.shape[1]  # logits_to_keep: of the last rows
+    row, left_out = (real * columns).amax(1), ids.shape[1] - logits.shape[1]  # logits_to_keep: the last rows only
     if bool((row < left_out).any()):
         raise PruningError(
             f"The answer follows row {int(row.min())} of the prompt, and the step asked for the last {logits.shape[1]} "
@@ -155,24 +163,31 @@ def predicted(family: Family, output: Any, named: dict[str, Any]) -> Answer:
 
 
 def _most_likely(logits: Tensor, row: Tensor, left_out: int) -> Answer:
-    """The most likely token after row int64 [B], where logits [B, R, V] lack the first `left_out` rows."""
+    """Return the most likely token after row int64 [B]; logits [B, R, V] lack the first `left_out` rows."""
     best = logits.gather(1, (row - left_out)[:, None, None].expand(-1, 1, logits.shape[-1])).argmax(-1)
     return Answer(best, torch.ones_like(best, dtype=torch.bool), len(row), row)
 
 
 @dataclass
 class AnswerComparison:
-    """`same`: bool [B] of each top-level call since it was last cleared: is the pruned answer the unpruned one?"""
+    """Comparison of the answers of a pruned model with those of the unpruned one.
+
+    Attributes:
+        same: bool [B] of each top-level call since it was last cleared, True if the pruned answer is the unpruned one.
+    """
 
     same: list[Tensor] = field(default_factory=list)
 
 
 @contextmanager
 def compare_with_unpruned(pruning: Pruning) -> Iterator[AnswerComparison]:
-    """While inside, every top-level call is made twice, unpruned first, and the answers are compared.
+    """Make every top-level call twice while inside, unpruned first, and compare the answers.
 
     Args:
         pruning: the record of the `prune` context this runs in; its model is listened to.
+
+    Yields:
+        The comparison, which grows with each call.
 
     Raises:
         PruningError: a call samples its answers, or ends them by the clock.
@@ -200,6 +215,9 @@ def _again(kwargs: dict[str, Any]) -> dict[str, Any]:
 
 
 def _is_prompt(named: dict[str, Any]) -> bool:
-    """A forward with ids and no filled cache; decoding steps of a loop of the user's own answer nothing new."""
+    """Return True for a forward with ids and no filled cache.
+
+    Decoding steps of a loop of the user's own answer nothing new.
+    """
     cache = named.get("past_key_values")
     return named.get("input_ids") is not None and (cache is None or cache.get_seq_length() == 0)

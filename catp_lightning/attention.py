@@ -1,9 +1,9 @@
 """Observed attention: the numbers a score needs, while the model's own implementation computes the output.
 
-transformers lets anybody register an attention function by name (`AttentionInterface`). Ours looks at queries and
-keys of the modules that are being observed, hands a reduction of their attention to an observer, and passes
-everything on to the implementation the model had: eager, sdpa or flash. Nothing is patched, and `output_attentions`
-stays off.
+transformers lets anybody register an attention function by name (`AttentionInterface`). The one registered here looks
+at queries and keys of the modules that are being observed, hands a reduction of their attention to an observer, and
+passes everything on to the implementation the model had: eager, sdpa or flash. Nothing is patched, and
+`output_attentions` stays off.
 """
 
 import sys
@@ -22,7 +22,7 @@ from catp_lightning.errors import PruningError
 from catp_lightning.hooks import not_copied, untraced
 
 Reduction = Callable[[Tensor, Tensor, Tensor | None, float], Tensor]
-"""(query [B, H, Q, D], key [B, H, N, D], mask or None, scaling) -> whatever is kept of the attention."""
+"""Function (query [B, H, Q, D], key [B, H, N, D], mask or None, scaling) -> whatever is kept of the attention."""
 
 OBSERVER = "_catp_observer"  # lives on a module only while it is observed
 PREFIX = "catp_"
@@ -30,11 +30,14 @@ SUPPORTED = ("eager", "sdpa", "flash_attention_2", "flash_attention_3")
 
 
 def attention_map(query: Tensor, key: Tensor, mask: Tensor | None, scaling: float) -> Tensor:
-    """The whole map, [B, H, Q, N], for cross-attention of few query tokens; in float32 at least."""
+    """Return the whole attention map, [B, H, Q, N], in float32 at least.
+
+    It is meant for few queries, as in cross-attention of query tokens. Arguments are those of a `Reduction`.
+    """
     dtype = torch.promote_types(query.dtype, torch.float32)
-    with torch.autocast(query.device.type, enabled=False):  # it would round to half precision, and ties would decide
+    with torch.autocast(query.device.type, enabled=False):  # else it rounds to half precision, and ties decide
         logits = query.to(dtype) @ key.to(dtype).transpose(-1, -2) * scaling
-    if mask is not None and mask.dim() == 2:  # flash attention's: which keys are real
+    if mask is not None and mask.dim() == 2:  # the mask of flash attention: which keys are real
         mask = mask[:, None, None].bool()
     if mask is not None:
         logits = logits.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else logits + mask
@@ -42,7 +45,10 @@ def attention_map(query: Tensor, key: Tensor, mask: Tensor | None, scaling: floa
 
 
 def attention_received(query: Tensor, key: Tensor, mask: Tensor | None, scaling: float) -> Tensor:
-    """What each key receives, summed over query rows: [B, H, N]; one head at a time, [B, H, N, N] is never held."""
+    """Return the attention that each key receives, summed over query rows: [B, H, N].
+
+    One head is computed at a time, so [B, H, N, N] is never held. Arguments are those of a `Reduction`.
+    """
     heads = [
         attention_map(
             query[:, h : h + 1],
@@ -59,7 +65,7 @@ def attention_received(query: Tensor, key: Tensor, mask: Tensor | None, scaling:
 def observe_attention(
     model: PreTrainedModel, modules: Mapping[nn.Module, tuple[Reduction, Callable[[Tensor], None]]]
 ) -> Iterator[None]:
-    """While inside, each of `modules` hands `reduction(query, key, mask, scaling)` to its observer, once a forward.
+    """Hand `reduction(query, key, mask, scaling)` of each of `modules` to its observer, once a forward, while inside.
 
     Args:
         model: the (sub-)model the attention modules belong to; its `config` says which implementation they use.
@@ -73,7 +79,7 @@ def observe_attention(
         return
     with ExitStack() as undo:
         undo.enter_context(_twin(model))
-        for part in model.modules():  # each whose config names the implementation of ours, those observed among them
+        for part in model.modules():  # parts whose config now names our implementation
             if str(getattr(getattr(part, "config", None), "_attn_implementation", "")).startswith(PREFIX):
                 undo.enter_context(not_copied(part))
         for module, observed in modules.items():
@@ -84,10 +90,11 @@ def observe_attention(
 
 @contextmanager
 def _twin(model: PreTrainedModel) -> Iterator[None]:
-    """While inside, a model attends by the observing twin of its implementation.
+    """Let a model attend by the observing twin of its implementation while inside.
 
-    Its config says so, which models made from one config share: the last of them to leave, from whichever thread, puts
-    back what was there before the first. A replay that runs inside a recording is one of them too.
+    The implementation is named in the model's config, which models made from one config share: the last context to be
+    left, in whichever thread, puts back what was there before the first. A replay that runs inside a recording is one
+    of these contexts too.
     """
     config: Any = model.config
     own, mine = (config._attn_implementation or "eager").removeprefix(PREFIX), object()
@@ -106,9 +113,9 @@ def _twin(model: PreTrainedModel) -> Iterator[None]:
                 model.set_attn_implementation(before)
 
 
-_LOCK = threading.RLock()  # the collector may leave an abandoned context while one is being entered
+_LOCK = threading.RLock()  # reentrant: garbage collection may leave an abandoned context while one is being entered
 _SWITCHED: dict[int, tuple[str, set[object]]] = {}
-"""By id of a config while models of it are observed: its own implementation, and one thing for each context."""
+"""Configs of observed models, by id: the config's own implementation, and one object for each context."""
 
 
 def _restore(module: nn.Module, before: Any) -> None:
@@ -119,7 +126,11 @@ def _restore(module: nn.Module, before: Any) -> None:
 
 
 def _registered(original: str) -> str:
-    """The name of the observing twin of an implementation, registered on first use."""
+    """Return the name of the observing twin of an implementation, registered on first use.
+
+    Raises:
+        PruningError: attention cannot be observed under this implementation.
+    """
     if original not in SUPPORTED:
         raise PruningError(
             f"Attention cannot be observed under attn_implementation={original!r}. Load the model with one of "
@@ -127,7 +138,7 @@ def _registered(original: str) -> str:
         )
     name = PREFIX + original
     if name not in ALL_ATTENTION_FUNCTIONS:
-        # Masks first: who finds the one name in another thread must find the other.
+        # Masks first: another thread that finds the attention's name must find the mask's too.
         AttentionMaskInterface.register(name, ALL_MASK_ATTENTION_FUNCTIONS[original])
         AttentionInterface.register(name, untraced(_observing(original)))
     return name
@@ -153,9 +164,10 @@ def _observing(original: str) -> Callable[..., Any]:
 
 
 def _eager_of(kind: type) -> Any:
-    """The eager function of an attention class: each modeling file has one of its own, and the output must stay its.
+    """Return the eager function of an attention class.
 
-    The class may be derived from that file's: FSDP2 gives every module it shards a class of its own.
+    Each modeling file has one of its own, and the output must stay that function's. The class may be derived from that
+    file's: FSDP2 gives every module it shards a class of its own.
     """
     files = (sys.modules.get(cls.__module__) for cls in kind.__mro__)
     return next(filter(None, (getattr(file, "eager_attention_forward", None) for file in files)), None)

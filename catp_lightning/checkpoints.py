@@ -1,4 +1,4 @@
-"""The policy in a Lightning checkpoint: under one key, as plain JSON types, so that loading it runs no code."""
+"""Policies in Lightning checkpoints: under one key, as plain JSON types, so that loading runs no code."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -14,10 +14,10 @@ _ABOUT = frozenset(
 
 
 def stored_policy(checkpoint: Mapping[str, Any]) -> PruningPolicy | None:
-    """The policy that `PrunedModule` or `TokenPruning` left in a checkpoint; None where there is none.
+    """Return the policy that `PrunedModule` or `TokenPruning` saved in a checkpoint; None if it holds none.
 
     Raises:
-        PolicyError: what is there is damaged.
+        PolicyError: the policy in the checkpoint is damaged.
     """
     if POLICY_KEY not in checkpoint:
         return None
@@ -30,7 +30,12 @@ def stored_policy(checkpoint: Mapping[str, Any]) -> PruningPolicy | None:
 
 
 def missing_policy(name: str, example: str) -> PolicyError:
-    """What `name` says that was given no policy, and found none in a checkpoint."""
+    """Return the error for a class `name` that was given no policy and found none in a checkpoint.
+
+    Args:
+        name: the class, "TokenPruning" for example.
+        example: code that gives it a policy.
+    """
     return PolicyError(
         f"{name} has no policy: none was given, and no checkpoint that holds one was loaded. Give one, {example}, or "
         "run with ckpt_path= of a checkpoint that TokenPruning or PrunedModule saved, not of weights alone."
@@ -38,7 +43,7 @@ def missing_policy(name: str, example: str) -> PolicyError:
 
 
 def warn_where_another(name: str, given: PruningPolicy, checkpoint: Mapping[str, Any]) -> None:
-    """Say that the policy which was given is used, where the checkpoint holds one that prunes differently."""
+    """Warn if a checkpoint holds a policy that prunes differently from `given`, or a damaged one; `given` is used."""
     try:
         stored = stored_policy(checkpoint)
     except PolicyError as error:

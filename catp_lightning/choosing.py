@@ -1,4 +1,4 @@
-"""From what was observed to which tokens stay: pure tensors, shared by pruning and calibration."""
+"""Choice of the tokens that stay, from what was observed: pure tensors, shared by pruning and calibration."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -15,13 +15,13 @@ from catp_lightning.selectors import Selector, without_autocast
 
 @dataclass(frozen=True)
 class Choice:
-    """Which visual tokens stay.
+    """Visual tokens that stay; B samples, T visual tokens of the largest.
 
     Attributes:
-        keep: bool [B, T].
-        scores: float [B, T], what they were ranked by; -inf where a sample has no token.
-        carrier: int64 [B, T], whose row carries each token: itself, another that stays, or -1 for none; None: nothing
-            is merged.
+        keep: bool [B, T], True for tokens that stay.
+        scores: float [B, T], scores that the tokens were ranked by; -inf where a sample has no token.
+        carrier: int64 [B, T], for each token the one whose row carries it: itself, another that stays, or -1 for none;
+            None if nothing is merged.
     """
 
     keep: Tensor
@@ -30,14 +30,14 @@ class Choice:
 
 
 def choose_tokens(scores: Tensor, selector: Selector, keep: int | float, seen: Observation, visual: Tensor) -> Choice:
-    """Which visual tokens stay.
+    """Return the visual tokens that stay; I images, T' tokens of the largest image.
 
     Args:
         scores: float [I, T'], a scorer's.
-        selector: turns scores into a set.
+        selector: turns scores into a set of tokens.
         keep: the budget, of each image or of the whole sample as the selector's `per` says.
-        seen: what the selector compares tokens by.
-        visual: bool [B, T], which visual tokens each sample has.
+        seen: signals that the selector compares tokens by.
+        visual: bool [B, T], the visual tokens that each sample has.
     """
     vectors = selector.vectors(seen)
     by_sample = images_to_samples(scores, seen.valid, visual, -torch.inf)
@@ -70,20 +70,20 @@ def _select(
 
 
 def _own_destination(kept: Tensor) -> Tensor:
-    """Tokens that carry none but themselves: bool [R, T] -> int64 [R, T]."""
+    """Return carriers where each kept token carries itself alone: bool [R, T] -> int64 [R, T], -1 for others."""
     return torch.arange(kept.shape[1], device=kept.device).expand_as(kept).masked_fill(~kept, -1)
 
 
 def _to_sample_index(carrier: Tensor, valid: Tensor, visual: Tensor) -> Tensor:
-    """From places in an image, int64 [I, T'], to places in a sample, int64 [B, T]."""
-    numbers = (valid.flatten().cumsum(0) - 1).view_as(valid)  # of all visual tokens, in the order of placeholders
+    """Convert carriers from indices within an image, int64 [I, T'], to indices within a sample, int64 [B, T]."""
+    numbers = (valid.flatten().cumsum(0) - 1).view_as(valid)  # index among all visual tokens, in placeholder order
     placed_numbers = images_to_samples(numbers.gather(1, carrier.clamp(min=0)), valid, visual, 0)
     first = visual.sum(1).cumsum(0) - visual.sum(1)
     return (placed_numbers - first[:, None]).masked_fill(images_to_samples(carrier, valid, visual, -1) < 0, -1)
 
 
 def _parts(seen: Observation, per: str) -> Iterator[Tensor]:
-    """Tokens that share a budget, in each image: bool [I, T]."""
+    """Yield tokens that share a budget, bool [I, T]: all droppable tokens of each image, or of one crop of each."""
     if per != "crop" or seen.crops is None:
         yield seen.droppable
         return
@@ -92,11 +92,11 @@ def _parts(seen: Observation, per: str) -> Iterator[Tensor]:
 
 
 def score_tokens(scorer: Scorer, seen: Observation, visual: Tensor) -> Tensor:
-    """The scorer's scores, float [I, T'], once it is certain that every image's tokens are where they should be.
+    """Return the scorer's scores, float [I, T'], after a check that every image's tokens are where they should be.
 
     Raises:
-        PruningError: the samples' placeholders do not match the images. transformers would put one sample's features
-        into another.
+        PruningError: the samples' placeholders do not match the images (transformers would put one sample's features
+            into another), or another package's scorer fails.
     """
     own, images = visual.sum(1), seen.valid.sum(1)
     ends = torch.isin(own.cumsum(0), torch.cat([images.new_zeros(1), images.cumsum(0)]))
@@ -122,7 +122,7 @@ def score_tokens(scorer: Scorer, seen: Observation, visual: Tensor) -> Tensor:
 
 
 def _check_scores(scorer: Scorer, scores: Tensor, seen: Observation) -> None:
-    """Raise PruningError where another package's scorer gives what would fail, or go unnoticed, further inside."""
+    """Raise PruningError if another package's scorer gives what would fail, or go unnoticed, later on."""
     expected = f"a tensor of real numbers of shape {tuple(seen.valid.shape)} on {seen.valid.device}"
     if not isinstance(scores, Tensor):
         found = f"a {type(scores).__name__}"
@@ -153,7 +153,14 @@ def _budget(keep: int | float, visual: Tensor) -> Tensor:
 
 
 def images_to_samples(values: Tensor, valid: Tensor, visual: Tensor, fill: float | bool) -> Tensor:
-    """Values of images' tokens, [I, T', ...] where `valid`, put where their samples have them: [B, T, ...]."""
+    """Regroup per-image values [I, T', ...] into per-sample rows [B, T, ...], padded with `fill`.
+
+    Args:
+        values: [I, T', ...].
+        valid: bool [I, T'], the tokens that each image has.
+        visual: bool [B, T], the visual tokens that each sample has.
+        fill: value where a sample has no token.
+    """
     found = values.new_full((*visual.shape, *values.shape[2:]), fill)
     found[visual] = values[valid]
     return found

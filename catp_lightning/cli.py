@@ -1,4 +1,4 @@
-"""The `catp` command: what each subcommand does, and how its errors reach people."""
+"""The command `catp`: it runs a subcommand and shows errors as one message on standard error."""
 
 import argparse
 import difflib
@@ -13,7 +13,7 @@ from catp_lightning.errors import DataError, PolicyError, PruningError
 from catp_lightning.progress import Lines, Preparation
 from catp_lightning.safe_text import printable
 
-# Whatever is built on torch is imported where it is needed: help, versions and misspelt commands need none of it.
+# Modules that need torch are imported where they are used: help, versions and misspelt commands need none of them.
 
 SUMMARIES = {
     "calibrate": "Measure, on a calibration split, which visual tokens a model can do without, and save the policy.",
@@ -49,19 +49,19 @@ EXPECTED = (*OURS, ValueError, TypeError, OSError, ImportError)
 NOISE = (".*does not have many workers", ".*LeafSpec.*is deprecated")  # Lightning's advice, and its own use of torch
 
 TO_STDOUT = ("demo", "sweep", "scenes")
-"""Commands whose own output is for people; that of others may be read by programs, and their lines go elsewhere."""
+"""Commands whose progress lines go to standard output; others, whose output programs may read, use standard error."""
 
 
 def main(args: Sequence[str] | None = None) -> None:
-    """Run `catp` with the given arguments; those of the process by default.
+    """Run `catp` with the given arguments, by default with those of the process.
 
     Raises:
-        SystemExit: 2 where what is asked for is wrong, noticed before the work begins; 1 where the work fails; each
-            with one message on standard error.
+        SystemExit: 2 if the request is wrong, which is noticed before the work begins; 1 if the work fails; each with
+            one message on standard error.
     """
     arguments = sys.argv[1:] if args is None else list(args)
     chosen = _parse(arguments or ["--help"])
-    if args is None and "torch" not in sys.modules:  # the process is ours
+    if args is None and "torch" not in sys.modules:  # run as a program, not called by another
         # Threads that wait for each other sleep. Beside other work on all processors they would burn most of the time.
         os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     stream = sys.stdout if chosen.command in TO_STDOUT else sys.stderr
@@ -90,7 +90,7 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
 
 
 def _parser() -> argparse.ArgumentParser:
-    """The options before a command; each command reads its own, so that only one parser for a Trainer is built."""
+    """Return the parser of what precedes a command; commands parse their own, so only one Trainer parser is built."""
     width = max(map(len, SUMMARIES))
     commands = "\n".join(f"  {name:{width}}  {summary}" for name, summary in SUMMARIES.items())
     parser = argparse.ArgumentParser(
@@ -107,7 +107,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 class _Version(argparse.Action):
-    """Reads the version when it is asked for."""
+    """Action of --version that reads the version only when it is asked for."""
 
     def __init__(self, option_strings: Sequence[str], dest: str) -> None:
         super().__init__(option_strings, dest=argparse.SUPPRESS, nargs=0, help="Print the version and exit.")
@@ -145,7 +145,10 @@ def _is_of_arguments(error: Exception) -> bool:
 
 
 def _is_expected(error: Exception) -> bool:
-    """Whether an error's message is enough; Lightning's own is known by its name, or help would import Lightning."""
+    """True if an error's message is enough without a traceback.
+
+    Lightning's own error is told by its name, or help would import Lightning.
+    """
     of_lightning = any(kind.__name__ == "MisconfigurationException" for kind in type(error).__mro__)
     return isinstance(error, EXPECTED) or of_lightning or _is_of_arguments(error)
 
@@ -159,7 +162,7 @@ def _message(error: Exception) -> str:
 
 @contextmanager
 def _without_advertisements() -> Iterator[None]:
-    """Lightning's tips to install other products, and what a user can do nothing about, stay unsaid."""
+    """Context without Lightning's tips to install other products and without warnings a user can do nothing about."""
     import logging
 
     logger = logging.getLogger("lightning.pytorch.utilities.rank_zero")

@@ -35,7 +35,7 @@ from catp_lightning.threads import at_most, processors
 from catp_lightning.vqa_module import VQAModule
 
 SHOWN = ("accelerator", "devices", "precision", "logger")
-"""Options of the Trainer that --help explains; the others are taken all the same."""
+"""Options of the Trainer that --help explains; the others are accepted all the same."""
 
 TITLES = {
     "trainer": "Lightning's Trainer: all its options are taken, callbacks too",
@@ -44,13 +44,13 @@ TITLES = {
 }
 
 CONFIDENCE = 0.95
-"""Of a promise, where none is given."""
+"""Default confidence of a promise (--max_disagreement)."""
 
 MODELS = ("model.init_args.model", "model.init_args.processor", "data.init_args.processor")
 
 
 class Formatter(DefaultHelpFormatter):
-    """Leaves out most options of the Trainer: nearly all of them are about training."""
+    """Help formatter that leaves out most options of the Trainer: nearly all of them are about training."""
 
     def add_argument(self, action: Action) -> None:
         kind, _, name = action.dest.partition(".")
@@ -59,7 +59,7 @@ class Formatter(DefaultHelpFormatter):
 
 
 class ConfigFile(ActionConfigFile):
-    """A file, or the name of a configuration that comes with the package."""
+    """Action of --config that takes a file, or the name of a configuration that comes with the package."""
 
     def __call__(self, parser: Any, cfg: Any, values: Any, option_string: str | None = None) -> None:
         super().__call__(parser, cfg, _config_file(values), option_string)
@@ -73,16 +73,16 @@ def _config_file(name: str) -> str:
 
 
 class Command(LightningCLI):
-    """A model, data and a Trainer from the command line and YAML; whatever can be checked early is checked first.
+    """Base of subcommands: model, data and Trainer from the command line and YAML, with early checks first.
 
     Args:
         args: the arguments after the subcommand.
-        summary: what the subcommand does.
-        preparation: it ends when the Trainer's loop begins.
+        summary: description of the subcommand in its help.
+        preparation: ended when the Trainer's loop begins.
 
     Raises:
         ArgumentError: an argument is unknown, missing or of another type.
-        PolicyError, OSError: as `callbacks`, before the model is loaded.
+        PolicyError, OSError: raised by `callbacks`, before the model is loaded.
     """
 
     stage: ClassVar[Stage]
@@ -136,28 +136,28 @@ class Command(LightningCLI):
                 self.config[key] = _model_folder(name)
 
     def run(self) -> None:
-        """Run the Trainer."""
+        """Run the Trainer's loop of `stage`; a signal ends it with exit code 128 + the signal's number."""
         options = {"return_predictions": False} if self.stage == "predict" else {}
         run = getattr(self.trainer, self.stage)
         try:
             run(self.model, datamodule=self.datamodule, ckpt_path=self.config.ckpt_path, **options)
-        except SIGTERMException:  # Lightning's, without a code: the command would seem to have come to its end
+        except SIGTERMException:  # Lightning's, without a code: it would look like success
             raise SystemExit(128 + signal.SIGTERM) from None
         except SystemExit as ended:
-            if isinstance(ended.__context__, KeyboardInterrupt):  # which Lightning makes an exit code of 1
+            if isinstance(ended.__context__, KeyboardInterrupt):  # which Lightning turns into exit code 1
                 raise SystemExit(128 + signal.SIGINT) from None
             raise
 
     @abstractmethod
     def add_own_arguments(self, parser: LightningArgumentParser) -> None:
-        """Options of this subcommand alone."""
+        """Add the options of this subcommand alone to the parser."""
 
     @abstractmethod
     def callbacks(self) -> list[Callback]:
-        """What the Trainer gets beside the configured callbacks."""
+        """Return the callbacks that the Trainer gets beside the configured ones."""
 
     def watching(self) -> list[Callback]:
-        """What tells how far a loop is, where a progress bar would."""
+        """Return the callbacks that write the progress of a loop as lines, in place of a progress bar."""
         return [Watch(self.preparation, says=self.config.trainer.enable_progress_bar is not False)]
 
 
@@ -203,10 +203,10 @@ class Calibrate(Command):
         return [self.calibration]
 
     def watching(self) -> list[Callback]:
-        return [Watch(self.preparation, says=False)]  # calibration says by itself how far it is
+        return [Watch(self.preparation, says=False)]  # calibration reports its progress by itself
 
     def after_instantiate_classes(self) -> None:
-        callbacks = cast(Any, self.trainer).callbacks  # after the progress bar: what was found are the last lines
+        callbacks = cast(Any, self.trainer).callbacks  # after the progress bar: its findings are the last lines
         callbacks.append(callbacks.pop(callbacks.index(self.calibration)))
         if hasattr(self.datamodule, "calibration_dataloader"):
             _predict_calibration(self.datamodule)
@@ -252,7 +252,7 @@ class Validate(Command):
 
 
 class Test(Validate):
-    __test__ = False  # not one of pytest's
+    __test__ = False  # not a test for pytest
     stage: ClassVar[Stage] = "test"
 
 
@@ -280,14 +280,14 @@ COMMANDS: dict[str, type[Command]] = {"calibrate": Calibrate, "validate": Valida
 
 
 def run_trainer(name: str, args: list[str], summary: str, preparation: Preparation) -> None:
-    """The commands of `COMMANDS`: `args` are those after the name."""
+    """Run a command of `COMMANDS`; `args` are the arguments after its name."""
     with at_most(processors()), telling_of_scenes():
         COMMANDS[name](args, summary, preparation).run()
 
 
 @contextmanager
 def telling_of_scenes() -> Iterator[None]:
-    """A missing file of the scenes that the shipped configurations read is named with the command that writes it."""
+    """Context that adds `catp scenes` to the error for a missing scenes file that a shipped configuration reads."""
     try:
         yield
     except DataError as error:
@@ -300,18 +300,22 @@ def telling_of_scenes() -> Iterator[None]:
 
 
 def _model_folder(name: str) -> str:
-    """A shipped model's folder for its name; any other name as it is."""
+    """Return a shipped model's folder for its name, and any other name as it is.
+
+    Raises:
+        FileNotFoundError: the name is an absolute path where nothing is.
+    """
     if os.path.exists(name):
         return name
-    if os.path.isabs(name):  # transformers would speak of names on the hub
+    if os.path.isabs(name):  # the error of transformers would be about names on the hub
         raise FileNotFoundError(f"There is no model in {name}.")
     return str(shipped(name)) if name in SHIPPED else name
 
 
 def _predict_calibration(datamodule: Any) -> None:
-    """Lightning has no stage for calibration: its predict stage reads the calibration loader here.
+    """Make Lightning's predict stage read the calibration loader, as Lightning has no stage for calibration.
 
-    Everything else of the datamodule is used as ever; its `setup` is told the stage "calibration".
+    Everything else of the datamodule is used as usual; its `setup` is called with the stage "calibration".
     """
     datamodule.predict_dataloader = datamodule.calibration_dataloader
     datamodule.setup = partial(_set_up_calibration, datamodule.setup)

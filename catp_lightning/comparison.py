@@ -1,4 +1,4 @@
-"""Methods side by side on one set of questions: accuracy, agreement with the unpruned model, tokens kept."""
+"""Comparison of methods on one set of questions: accuracy, agreement with the unpruned model, tokens kept."""
 
 import itertools
 from collections.abc import Mapping, Sequence
@@ -23,16 +23,16 @@ MEASURES: dict[Measure, str] = {"accuracy": "VQA accuracy", "agreement": "agreem
 
 @dataclass(frozen=True)
 class Result:
-    """One method at one budget, question by question.
+    """Result of one method at one budget, for each of N questions.
 
     Attributes:
-        method: its name; several results of one name and budget are draws of one method (seeds, or calibrations on
-            different data) and are averaged question by question.
+        method: name of the method; several results of one name and budget are draws of one method (seeds, or
+            calibrations on different data) and are averaged question by question.
         keep: the budget; None: unpruned.
         score: float [N], VQA accuracy of each question, in [0, 1]; None where it was not measured.
-        same: float [N], 1 where the answer is the unpruned model's.
-        tokens: mean visual tokens kept.
-        tokens_per_layer: mean visual tokens that a layer of the decoder reads; None: as many as are kept.
+        same: float [N], 1 where the answer is the unpruned model's, otherwise 0.
+        tokens: mean number of visual tokens kept.
+        tokens_per_layer: mean number of visual tokens that a layer of the decoder reads; None: as many as are kept.
     """
 
     method: str
@@ -45,12 +45,13 @@ class Result:
 
 @dataclass
 class Comparison:
-    """Results of several methods on the same questions.
+    """Results of several methods on the same N questions.
 
     Attributes:
-        images: [N], the image each question is about: intervals resample images, for two questions about one are no
-            two samples.
+        images: [N], the image each question is about: intervals resample images, for questions about one image are not
+            independent samples.
         reference: the method the others are compared with.
+        results: results of the methods, several for one that has several draws.
     """
 
     images: Sequence[int]
@@ -58,11 +59,11 @@ class Comparison:
     results: list[Result] = field(default_factory=list)
 
     def rows(self) -> list[dict[str, Any]]:
-        """A row for each method and budget.
+        """Return a row for each method and budget.
 
-        Means, 95% bootstrap intervals, and how far the reference is ahead in agreement, paired by question. Where a
-        method has several draws, intervals resample them as well as images, and `agreement_draws` (`accuracy_draws`)
-        has the mean of each.
+        A row has means, 95% bootstrap intervals, and how far the reference is ahead in agreement, paired by question.
+        Where a method has several draws, intervals resample them as well as images, and `agreement_draws`
+        (`accuracy_draws`) has the mean of each.
         """
         merged: dict[tuple[str, str], list[Result]] = {}
         for result in self.results:
@@ -92,7 +93,7 @@ class Comparison:
         return row
 
     def _resamples(self) -> np.ndarray:
-        """Weights of the questions in each bootstrap resample of the images: float [RESAMPLES, N], rows sum to 1."""
+        """Return weights of the questions in each bootstrap resample of images: float [RESAMPLES, N], rows sum to 1."""
         _, image = np.unique(np.asarray(self.images), return_inverse=True)
         count = image.max() + 1
         drawn = np.random.default_rng(0).multinomial(count, np.full(count, 1 / count), RESAMPLES)
@@ -102,12 +103,12 @@ class Comparison:
 
 @dataclass(frozen=True)
 class _Draws:
-    """The draws of one method at one budget: the mean of each, and what resampling images and draws makes of them.
+    """Draws of one method at one budget: the mean of each, and bootstrap means that resample images and draws.
 
     Attributes:
-        results: one for each draw.
+        results: one result for each draw.
         agreement, accuracy: the mean of each draw; accuracy is None where it was not measured.
-        resampled_agreement, resampled_accuracy: float [RESAMPLES], means over draws.
+        resampled_agreement, resampled_accuracy: float [RESAMPLES], weighted means over draws and questions.
     """
 
     results: Sequence[Result]
@@ -118,7 +119,7 @@ class _Draws:
 
     @classmethod
     def of(cls, results: Sequence[Result], weights: np.ndarray, number: int) -> "_Draws":
-        """From the weights of questions in each resample, float [RESAMPLES, N]; `number` tells groups apart."""
+        """Resample results of one method and budget; `weights` of questions: float [RESAMPLES, N], `number`: a seed."""
         shares = _draw_shares(len(results), number)
 
         def resampled(values: Sequence[np.ndarray]) -> np.ndarray:
@@ -136,7 +137,7 @@ class _Draws:
 
 
 def _draw_shares(draws: int, number: int) -> np.ndarray:
-    """The share of each draw in each resample: float [RESAMPLES, draws], rows sum to 1.
+    """Return the share of each draw in each resample: float [RESAMPLES, draws], rows sum to 1; `number` is the seed.
 
     Deviations from equal shares are enlarged by sqrt(n / (n - 1)): a bootstrap of few draws understates their variance
     by that much.
@@ -152,7 +153,10 @@ def _interval(values: np.ndarray) -> list[float]:
 
 
 def markdown(rows: Sequence[Mapping[str, Any]], reference: str) -> str:
-    """Two tables with a row for each method: figures at every budget, and how far the reference is ahead, paired."""
+    """Return two Markdown tables with a row for each method.
+
+    They have the figures at every budget, and how far the reference is ahead in agreement, paired by question.
+    """
     budgets, methods = _axes(rows)
     at = {(row["method"], row["keep"]): row for row in rows}
     unpruned = {method: row for (method, keep), row in at.items() if keep is None}
@@ -171,7 +175,7 @@ def markdown(rows: Sequence[Mapping[str, Any]], reference: str) -> str:
 
 
 def console_tables(rows: Sequence[Mapping[str, Any]], reference: str) -> list[Table]:
-    """The figures for the terminal, a table for each budget: together they would be too wide."""
+    """Return the figures as tables for the terminal, one for each budget: a single table would be too wide."""
     tables = []
     for keep in _axes(rows)[0]:
         table = Table("method", *_columns(rows), title=f"keep {keep}", title_justify="left")
@@ -184,7 +188,7 @@ def console_tables(rows: Sequence[Mapping[str, Any]], reference: str) -> list[Ta
 
 
 def _axes(rows: Sequence[Mapping[str, Any]]) -> tuple[list[int | float], list[str]]:
-    """Budgets and methods, each once, in the order of the rows."""
+    """Return budgets and methods, each once, in the order of the rows."""
     budgets = dict.fromkeys(row["keep"] for row in rows if row["keep"] is not None)
     return list(budgets), list(dict.fromkeys(row["method"] for row in rows))
 
@@ -202,7 +206,7 @@ def _cells(row: Mapping[str, Any]) -> list[str]:
 
 
 def over_draws(row: Mapping[str, Any], measure: Measure) -> str:
-    """Standard deviation and range of a row's draws; "" where there is one.
+    """Return standard deviation and range of a row's draws as text; "" where there is one draw.
 
     >>> over_draws({"agreement_draws": [0.93, 0.95, 0.94]}, "agreement"), over_draws({}, "agreement")
     ('± 0.010 (0.930 to 0.950)', '')
@@ -217,7 +221,7 @@ def _ahead(row: Mapping[str, Any]) -> str:
 
 
 def markdown_table(header: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
-    """Cells are shown as they are, what is `Markdown` already excepted.
+    """Return a Markdown table in which cells are shown literally, except cells that are `Markdown` already.
 
     >>> print(markdown_table(["keep", "tokens"], [["0.5", "16"]]), end="")
     | keep | tokens |
@@ -229,7 +233,7 @@ def markdown_table(header: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
 
 
 def figure(rows: Sequence[Mapping[str, Any]], reference: str, measure: Measure = "accuracy") -> Figure:
-    """Accuracy or agreement over visual tokens kept, a line for each method; the unpruned model is the dotted line."""
+    """Plot accuracy or agreement over visual tokens kept, a line for each method; the unpruned model's is dotted."""
     drawing = Figure(figsize=(8, 5), layout="constrained")
     axes = drawing.subplots()
     for row in rows:
@@ -257,7 +261,7 @@ def figure(rows: Sequence[Mapping[str, Any]], reference: str, measure: Measure =
 
 
 def save_comparison(comparison: Comparison, folder: Path, title: str) -> list[dict[str, Any]]:
-    """Write `table.md`, `table.json` and `accuracy.png`; returns the rows."""
+    """Write `table.md`, `table.json` and `accuracy.png` to `folder`; returns the rows."""
     rows = comparison.rows()
     write_text(folder / "table.md", f"# {markdown_text(title)}\n\n{markdown(rows, comparison.reference)}")
     write_json(folder / "table.json", {"title": title, "reference": comparison.reference, "rows": rows}, indent=2)

@@ -1,4 +1,4 @@
-"""How many tokens a budget keeps."""
+"""Number of tokens that a budget keeps."""
 
 import math
 
@@ -7,7 +7,7 @@ from torch import Tensor
 
 
 def keep_count(keep: int | float, tokens: int) -> int:
-    """How many of `tokens` a budget keeps: a share is rounded up; at least 1, at most all.
+    """Return how many of `tokens` a budget keeps: a share is rounded up; at least 1, at most all.
 
     >>> keep_count(0.25, 32), keep_count(0.1, 30), keep_count(100, 32), keep_count(0.001, 32)
     (8, 3, 32, 1)
@@ -17,7 +17,9 @@ def keep_count(keep: int | float, tokens: int) -> int:
 
 
 def even_counts(keep: int | float, tokens: Tensor, part: float) -> Tensor:
-    """How many of each sample's `tokens`, int64 [B], stay after `part` of the stages.
+    """Return how many of each sample's `tokens`, int64 [B], stay after `part` of the stages, a share from 0 to 1.
+
+    Every stage drops as large a share.
 
     >>> even_counts(0.125, torch.tensor([64]), 1 / 3), even_counts(8, torch.tensor([64]), 1.0)
     (tensor([32]), tensor([8]))

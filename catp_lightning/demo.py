@@ -1,4 +1,4 @@
-"""The main job on the shipped model: calibrate, save policies, predict on fewer tokens, compare."""
+"""The demo on the shipped BLIP-2: calibrate, save policies, predict on fewer tokens, compare with fixed rules."""
 
 import logging
 import sys
@@ -51,7 +51,7 @@ RULES = {
     "cross-attention": "mean log attention",
     "diversity of outputs": "diversity alone",
 }
-"""Fixed rules of the table, and the names it shows."""
+"""Fixed rules of the table: names of candidates, and the names that the table shows."""
 
 
 def run_demo(output: str = "runs/demo", questions: int = 500, calibration_questions: int = 512, seed: int = 0) -> None:
@@ -61,12 +61,12 @@ def run_demo(output: str = "runs/demo", questions: int = 500, calibration_questi
         output: folder for the results: policies, table, plot and an offline Weights & Biases run.
         questions: number of test questions, about digits that neither training nor calibration saw.
         calibration_questions: number of questions the policies are chosen on.
-        seed: of the scenes.
+        seed: seed of the scenes.
     """
     console, folder, start = Console(), Path(output), time.monotonic()
     folder.mkdir(parents=True, exist_ok=True)
     model = str(shipped("digits_blip2"))
-    # One thread: of matrices this small several are hardly faster, and beside other work they wait for each other.
+    # One thread: on matrices this small several are hardly faster, and beside other work they wait for each other.
     with at_most(1), Lines("writing digit scenes", sys.stdout) as lines:
         console.print(f"Writing {calibration_questions} calibration and {questions} test questions about digit scenes.")
         with quiet():
@@ -97,7 +97,7 @@ def run_demo(output: str = "runs/demo", questions: int = 500, calibration_questi
 
 
 def calibrate(module: VQAModule, data: VQADataModule, folder: Path) -> list[PruningPolicy]:
-    """A policy for each of `BUDGETS`, saved in `folder/policies`; the run is logged to Weights & Biases, offline."""
+    """Return a policy for each of `BUDGETS`, saved in `folder/policies`; log the run to Weights & Biases, offline."""
     import wandb
 
     logger = WandbLogger(project="catp-lightning", name="demo", save_dir=str(folder), offline=True)
@@ -112,7 +112,7 @@ def calibrate(module: VQAModule, data: VQADataModule, folder: Path) -> list[Prun
 def compare(
     module: VQAModule, data: VQADataModule, policies: list[PruningPolicy], console: Console, lines: Lines
 ) -> Comparison:
-    """Every method at every budget on the test questions."""
+    """Return the comparison of every method at every budget on the test questions."""
     lines.now = "answering without pruning"
     batches: list[VQABatch] = list(data.test_dataloader())  # read once: forty methods see the same tensors
     full, _ = predict(module, batches, None)
@@ -136,8 +136,11 @@ def compare(
 
 
 def fixed_rules(module: VQAModule, shown: Mapping[str, str], layers: bool = True) -> Iterator[tuple[str, Candidate]]:
-    """Fixed rules by the names a table shows: random, once for each seed, those of `shown`, and with `layers` each
-    layer of CATP alone."""
+    """Yield fixed rules by the names a table shows.
+
+    Rules are random, once for each seed, those of `shown` (candidate's name to the name shown), and with `layers` each
+    layer of CATP alone.
+    """
     rules = {candidate.name: candidate for candidate in default_candidates(Plan.of(find_family(module)))}
     for seed in RANDOM_SEEDS:
         yield f"random ({len(RANDOM_SEEDS)} seeds)", Candidate("random", "random", {"seed": seed})
@@ -149,7 +152,10 @@ def fixed_rules(module: VQAModule, shown: Mapping[str, str], layers: bool = True
 
 
 def predict(module: VQAModule, batches: list[VQABatch], policy: PruningPolicy | None) -> tuple[list[str], float]:
-    """What `trainer.predict` returns, pruned by the callback a user adds, and the mean visual tokens kept."""
+    """Return the answers of `trainer.predict`, pruned by the callback a user adds, and the mean visual tokens kept.
+
+    `policy` None: the model is not pruned, and the mean is NaN.
+    """
     pruning = None if policy is None else TokenPruning(policy)
     trainer = Trainer(**QUIET, callbacks=pruning, enable_progress_bar=False)
     # Right answers are thousands of texts, which moving a batch to the device would go through.
@@ -174,7 +180,7 @@ def _result(
 
 
 def scenes_split(folder: Path, split: Split, questions: int, seed: int) -> VQASplit:
-    """Digit scenes, written into a folder of `folder` named as the split's pool."""
+    """Write digit scenes into `folder/data/<split>` and return them as a split."""
     place = write_scenes(folder / "data" / split, split, questions, seed)
     return VQASplit(
         str(place / "questions.json"),
@@ -186,7 +192,10 @@ def scenes_split(folder: Path, split: Split, questions: int, seed: int) -> VQASp
 
 @contextmanager
 def quiet(ours: bool = True) -> Iterator[None]:
-    """Forty trainers would each say which devices there are; our own lines stay where `ours` is set."""
+    """Context without the lines and warnings of Lightning, which each of forty trainers would repeat.
+
+    `ours`: lines that begin with "catp:" stay.
+    """
     logger = logging.getLogger("lightning.pytorch.utilities.rank_zero")
     only_ours = lambda record: ours and record.getMessage().startswith("catp:")  # noqa: E731
     logger.addFilter(only_ours)

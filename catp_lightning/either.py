@@ -1,10 +1,10 @@
-"""Lightning comes as two packages, `lightning` and `pytorch_lightning`, with the same classes twice."""
+"""Class check for Lightning's two packages, `lightning` and `pytorch_lightning`, which have the same classes twice."""
 
 PACKAGES = ("lightning", "pytorch_lightning")
 
 
 def is_a(thing: object, *names: str) -> bool:
-    """Whether `thing` is an instance of a Lightning class of one of these names, in whichever package.
+    """True if `thing` is an instance of a Lightning class of one of these names, of either package.
 
     >>> from lightning.pytorch.callbacks import EarlyStopping
     >>> is_a(EarlyStopping("loss"), "EarlyStopping", "Checkpoint"), is_a(print, "EarlyStopping")

@@ -1,4 +1,4 @@
-"""Where the answers of a call of generate end: what transformers itself decided while it ran.
+"""Ends of the answers of a call of generate, as transformers itself decided them while it ran.
 
 What ends an answer, and whether it is sampled, is settled inside the call, from its arguments, the generation config
 they name, the model's own, stop strings and criteria. It is read there, never worked out again beside it.
@@ -18,23 +18,23 @@ from catp_lightning.saying import warn
 
 
 class Endings:
-    """What ended the answers of one call of `generate`.
+    """Record of what ended the answers of one call of `generate`.
 
-    Where an answer is none of those that were ended (a model's own `generate` cuts them, joins those of several calls
-    or decodes by itself), it ends with the first end-of-sequence token that the call resolves to.
+    An answer that is none of those that were ended (a model's own `generate` cuts them, joins those of several calls or
+    decodes by itself) ends with the first end-of-sequence token that the call resolves to.
 
     Args:
-        model: whose `generate` decodes, inside that call or as that call.
+        model: the model whose `generate` decodes, inside that call or as that call.
     """
 
     def __init__(self, model: PreTrainedModel) -> None:
         self.model: Any = model
-        self._config: GenerationConfig | None = None  # None: its decoding was not transformers'
+        self._config: GenerationConfig | None = None  # None: transformers' own decoding was not used
         self._noted: _Noted | None = None
 
     @contextmanager
     def watched(self) -> Iterator[None]:
-        """While inside, `generate` runs.
+        """Record what ends answers while `generate` runs inside.
 
         Raises:
             PruningError: two runs of the very same model would differ.
@@ -47,19 +47,19 @@ class Endings:
         self._config = kwargs["generation_config"] if "generation_config" in kwargs else args[0]
         _refuse_unequal_runs(self._config, criteria)
         noted = _Noted(criteria, beams=(self._config.num_beams or 1) > 1)
-        self._noted = noted if once else None  # of which part of the answers, is not known
+        self._noted = noted if once else None  # None after several decodings: which answers are whose is not known
         return noted
 
     def valid(self, ids: Tensor, prompts: int, named: dict[str, Any]) -> Tensor:
-        """Which columns belong to the answers, the one that ends them included: bool [R, A].
+        """Return which columns belong to the answers, the one that ends them included: bool [R, A].
 
         Args:
             ids: int64 [R, A], what `generate` returned, without its prompt.
             prompts: number of prompts; R is a multiple of it.
-            named: the arguments of the call, by name: they speak where decoding was not transformers' own.
+            named: the arguments of the call, by name: they decide if decoding was not transformers' own.
 
         Raises:
-            PruningError: as `watched`.
+            PruningError: two runs of the very same model would differ.
         """
         config = self._config
         if config is None:
@@ -76,21 +76,21 @@ class Endings:
 
 
 class _Noted(StoppingCriteriaList):
-    """Criteria of one call, and the answers that they ended.
+    """Stopping criteria of one call, and a record of the answers that they ended.
 
-    Without an end-of-sequence token rows that have ended go on beside the others; with one they are filled up. Beams
+    Without an end-of-sequence token rows that have ended go on beside the others; with one they are padded. Beams
     change places, so an answer is known by its tokens: the first of its beginnings that was ended is all of it.
 
     Attributes:
-        prompt_length: columns before the first token that is generated.
+        prompt_length: number of columns before the first token that is generated.
     """
 
     def __init__(self, criteria: StoppingCriteriaList, beams: bool) -> None:
         super().__init__(criteria)
         self.beams, self.prompt_length = beams, -1
         self._rows = 0
-        self._before: Tensor | None = None  # rows that have ended
-        self._ended: dict[int, set[tuple[int, ...]]] = {}  # by row of the call
+        self._before: Tensor | None = None  # bool, rows that have ended
+        self._ended: dict[int, set[tuple[int, ...]]] = {}  # tokens of answers that were ended, by row of the call
 
     def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:
         done = super().__call__(input_ids, scores, **kwargs)
@@ -103,7 +103,13 @@ class _Noted(StoppingCriteriaList):
         return done
 
     def ends(self, ids: Tensor, prompts: int, columns: int) -> Tensor:
-        """Where answers [R, A] were ended, with as many columns that never end one before them: bool."""
+        """Return where answers were ended, bool [R, columns + A].
+
+        Args:
+            ids: int64 [R, A], the answers.
+            prompts: number of prompts.
+            columns: number of columns to put before the answers; none of them ends an answer.
+        """
         found = torch.zeros(len(ids), columns + ids.shape[1], dtype=torch.bool, device="cpu")
         each = self._rows // prompts
         for row, answer in enumerate(ids.tolist()):
@@ -131,7 +137,7 @@ def _refuse_unequal_runs(config: GenerationConfig, criteria: Any) -> None:
 
 @contextmanager
 def warned_of_chance(model: PreTrainedModel) -> Iterator[None]:
-    """Warn where random numbers are drawn while inside: by dropout in training mode, or by decoding of one's own."""
+    """Warn if random numbers are drawn while inside: by dropout in training mode, or by decoding of one's own."""
     before = _random_state(model)
     yield
     if any(not torch.equal(one, other) for one, other in zip(before, _random_state(model), strict=True)):

@@ -1,17 +1,17 @@
-"""Errors a person can act on: what was wrong, the value, what is allowed, what to do next."""
+"""Errors a person can act on: a message says what was wrong, the value, what is allowed, what to do next."""
 
 from catp_lightning.safe_text import one_line, printable
 
 
 class _Told(Exception):
-    """An error whose message is safe to show: it names what others wrote, and may reach a terminal from anywhere."""
+    """Base of errors whose message is safe to show: it names text of others, and may reach a terminal from anywhere."""
 
     def __init__(self, *args: object) -> None:
         super().__init__(*(_told(arg) if isinstance(arg, str) else arg for arg in args))
 
 
 def _told(message: str) -> str:
-    """In one line; an error from a DataLoader's worker process is told with its traceback."""
+    """Return a message as one safe line; one from a DataLoader's worker process keeps the lines of its traceback."""
     return printable(message) if message.startswith("Caught ") else one_line(message)
 
 

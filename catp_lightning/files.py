@@ -1,4 +1,4 @@
-"""Files are written whole or not at all, and only regular ones are read."""
+"""Write files whole or not at all, and read only regular files."""
 
 import errno
 import json
@@ -13,14 +13,15 @@ from typing import Any
 
 
 def read_bytes(path: str | Path, most: int | None = None) -> bytes:
-    """The content of a regular file: a pipe would be waited for, and a device may have no end.
+    """Return the content of a regular file; a pipe would be waited for, and a device may have no end.
 
     Args:
-        path: of the file, or a link to one.
-        most: bytes it may have; None: any number.
+        path: path of the file, or a link to one.
+        most: limit on the bytes of the file; None: any number.
 
     Raises:
-        OSError: it cannot be read, is no regular file, or is larger than `most`; nothing of it has then been read.
+        OSError: the file cannot be read, is not a regular file, or is larger than `most`; nothing is then returned, and
+            a file that is too large from the start is not read at all.
     """
     _require_regular(os.stat(path).st_mode, path)
     with open(path, "rb", opener=_without_waiting) as file:  # it may have become a pipe since
@@ -35,7 +36,7 @@ def read_bytes(path: str | Path, most: int | None = None) -> bytes:
 
 
 def _without_waiting(path: str, flags: int) -> int:
-    return os.open(path, flags | getattr(os, "O_NONBLOCK", 0))  # which Windows, without such pipes, lacks
+    return os.open(path, flags | getattr(os, "O_NONBLOCK", 0))  # Windows has no such pipes and lacks the flag
 
 
 _KINDS = {
@@ -54,7 +55,7 @@ def _require_regular(mode: int, path: str | Path) -> None:
 
 
 def write_text(path: str | Path, text: str) -> Path:
-    """`write_bytes` of text in UTF-8."""
+    """Write `text` to `path` in UTF-8, atomically as `write_bytes` does."""
     return write_bytes(path, text.encode())
 
 
@@ -65,9 +66,12 @@ def write_bytes(path: str | Path, content: bytes, durable: bool = True) -> Path:
     replaced.
 
     Args:
-        path: its folder is made where it does not exist.
-        content: of the file.
-        durable: wait until it is on the disk, so that this holds after a power cut as well: some milliseconds a file.
+        path: path of the file; its folder is made where it does not exist.
+        content: new content of the file.
+        durable: wait until the file is on the disk, so that this holds after a power cut as well: some milliseconds.
+
+    Returns:
+        `path`.
 
     Raises:
         OSError: the folder cannot be created or written, the disk is full, or `path` is a pipe or a device; an old file
@@ -86,7 +90,7 @@ def _write(path: Path, content: bytes, durable: bool) -> None:
     before = path.stat() if path.exists() else None
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}.tmp")
     try:
-        # Whom the umask allows may read a new file; one that is replaced nobody else than before, at no moment.
+        # The umask says who may read a new file; a replacement is at no moment readable by others than the old file.
         with open(temporary, "xb", opener=partial(os.open, mode=0o600 if before else 0o666)) as file:
             if before is not None:
                 with suppress(OSError, AttributeError):  # not ours to give away, or Windows
@@ -98,16 +102,16 @@ def _write(path: Path, content: bytes, durable: bool) -> None:
                 os.fsync(file.fileno())
         os.replace(temporary, path)
     except BaseException:
-        with suppress(OSError):  # the folder may be gone, and what went wrong first is what to tell
+        with suppress(OSError):  # the folder may be gone; the first error is the one to raise
             os.unlink(temporary)
         raise
 
 
 def _target(path: Path) -> Path:
-    """The file that is written for `path`, through links; raises OSError where it is there and no regular file."""
+    """Return the file to write for `path`, links followed; raise OSError if it exists and is not a regular file."""
     try:
         mode = os.stat(path).st_mode
-    except FileNotFoundError:  # a link that leads nowhere yet as well
+    except FileNotFoundError:  # also for a link whose target does not exist yet
         return Path(os.path.realpath(path)) if path.is_symlink() else path
     if stat.S_ISDIR(mode):
         raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
@@ -116,12 +120,12 @@ def _target(path: Path) -> Path:
 
 
 def write_json(path: str | Path, value: Any, indent: int | None = None) -> Path:
-    """`write_text` of strict JSON: NaN and infinity raise ValueError."""
+    """Write `value` to `path` as strict JSON, atomically as `write_bytes` does; NaN and infinity raise ValueError."""
     return write_text(path, json.dumps(value, indent=indent, allow_nan=False) + "\n")
 
 
 def check_writable(path: str | Path) -> None:
-    """Raise what `write_bytes` would: at the start of a run, not after its hours of work. Nothing is left behind.
+    """Raise the OSError that `write_bytes` would, at the start of a run, not after hours of work; leave nothing behind.
 
     Raises:
         OSError: `path` is a folder, a pipe or a device, its folder cannot be created or written, or the disk is full
@@ -131,22 +135,22 @@ def check_writable(path: str | Path) -> None:
     try:
         folder = next(parent for parent in _target(path).absolute().parents if os.path.lexists(parent))
         with tempfile.TemporaryFile(dir=folder, buffering=0) as file:
-            file.write(bytes(4096))  # of a full disk a name can still be had
+            file.write(bytes(4096))  # a full disk still has room for an empty file
     except OSError as error:
         raise explained(error, path) from error
 
 
 def explained(error: OSError, path: Path) -> OSError:
-    """The same kind of error as the system's, with the file that was meant and what to do."""
+    """Return an error of the same kind as the system's, with the file that was meant and what to do."""
     if error.errno is None:
         return error
     why = error.strerror or os.strerror(error.errno)
     told = f"{why}, so nothing was written; free space, or give a path that can be written"
-    return OSError(error.errno, told, str(path))  # this makes a PermissionError, or whichever it is
+    return OSError(error.errno, told, str(path))  # OSError makes a PermissionError of it, or another subclass
 
 
 def require_writable(path: Path, folder: bool) -> None:
-    """Raise OSError now where a file could not be written after the work."""
+    """Raise OSError now if `path`, given as --output, could not be written after the work, as a folder or a file."""
     if path.exists() and path.is_dir() != folder:
         kind, wanted = ("a folder", "a file") if path.is_dir() else ("a file", "a folder")
         raise FileExistsError(f"--output {path} is {kind}, but {wanted} is to be written.")

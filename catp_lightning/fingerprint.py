@@ -1,4 +1,4 @@
-"""Integer arithmetic on the device: a checksum of an image, and numbers drawn from it."""
+"""Integer arithmetic on the device: checksums of images, and pseudo-random numbers drawn from them."""
 
 import torch
 from torch import Tensor
@@ -9,7 +9,7 @@ _GOLDEN, _MIX1, _MIX2 = -0x61C8864680B583EB, -0x40A7B892E31B1A47, -0x6B2FB644ECC
 
 def mix(state: Tensor) -> Tensor:
     """SplitMix64's output function: int64 of any shape -> int64 of the same shape, every bit depending on every bit."""
-    state = state + _GOLDEN  # a tensor of its own; the rest in place, which takes a quarter of the time
+    state = state + _GOLDEN  # a new tensor; the rest is done in place, which takes a quarter of the time
     state ^= _shift(state, 30)
     state *= _MIX1
     state ^= _shift(state, 27)
@@ -19,9 +19,9 @@ def mix(state: Tensor) -> Tensor:
 
 
 def fingerprint(pixels: Tensor) -> Tensor:
-    """A 64-bit checksum of each image: pixels [I, ...] of any float dtype -> int64 [I].
+    """Return a 64-bit checksum of each image: pixels [I, ...] of any float dtype -> int64 [I].
 
-    Depends on the image alone, not on its place in the batch, the device or the order of summation.
+    It depends on the image alone, not on its place in the batch, the device or the order of summation.
     """
     bits = pixels.detach().float().contiguous().flatten(1).view(torch.int32).long()
     place = mix(torch.arange(bits.shape[1], device=bits.device))
@@ -29,11 +29,11 @@ def fingerprint(pixels: Tensor) -> Tensor:
 
 
 def uniform(seeds: Tensor, count: int) -> Tensor:
-    """`count` numbers in [0, 1) from each seed, the same everywhere: int64 [I] -> float32 [I, count]."""
+    """Draw `count` numbers in [0, 1) from each seed, the same on every device: int64 [I] -> float32 [I, count]."""
     draws = mix(seeds[:, None] + _GOLDEN * torch.arange(1, count + 1, device=seeds.device))
     return _shift(draws, 40).float() / 2**24
 
 
 def _shift(value: Tensor, by: int) -> Tensor:
-    """Logical shift to the right; torch's own keeps the sign."""
+    """Shift int64 values logically to the right; torch's own shift keeps the sign."""
     return (value >> by).bitwise_and_((1 << (64 - by)) - 1)

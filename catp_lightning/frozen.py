@@ -1,4 +1,4 @@
-"""JSON values that nobody changes: what a policy holds stays what was checked."""
+"""Immutable JSON values, so that the checked contents of a policy cannot change, and limits of their size."""
 
 import json
 from collections.abc import Mapping
@@ -7,13 +7,13 @@ from typing import Any, NoReturn
 from catp_lightning.errors import PolicyError
 
 DEEPEST = 64
-"""Dictionaries and lists within each other that a policy holds at most; evidence has 5."""
+"""Deepest nesting of dictionaries and lists in a policy; a calibration's evidence has 5 levels."""
 
 LARGEST = 2**22
-"""Bytes of a policy's JSON at most, 4 MiB; a calibration's with the fingerprints of 100,000 images has 1.5 MB."""
+"""Most bytes of a policy's JSON, 4 MiB; that of a calibration with fingerprints of 100,000 images has 1.5 MB."""
 
 MOST = 2**18
-"""Numbers, texts, lists and dictionaries in a policy at most; a calibration's has about ten thousand."""
+"""Most numbers, texts, lists and dictionaries in a policy; that of a calibration has about ten thousand."""
 
 
 def _refuse(self: Any, *args: Any, **kwargs: Any) -> NoReturn:
@@ -24,7 +24,7 @@ def _refuse(self: Any, *args: Any, **kwargs: Any) -> NoReturn:
 
 
 class FrozenDict(dict[str, Any]):
-    """A dictionary that cannot be changed; equal to a plain one, JSON to `json`, and hashable."""
+    """A dictionary that cannot be changed; equal to a plain dictionary, serialisable by `json`, and hashable."""
 
     __setitem__ = __delitem__ = __ior__ = clear = pop = popitem = setdefault = update = _refuse
 
@@ -32,11 +32,11 @@ class FrozenDict(dict[str, Any]):
         return hash(frozenset(self.items()))
 
     def __reduce__(self) -> tuple[type, tuple[dict[str, Any]]]:
-        return FrozenDict, (dict(self),)  # without it, unpickling and deepcopy would set item by item
+        return FrozenDict, (dict(self),)  # otherwise unpickling and deepcopy would set item by item
 
 
 class FrozenList(list[Any]):
-    """A list that cannot be changed, as `FrozenDict`."""
+    """A list that cannot be changed; equal to a plain list, serialisable by `json`, and hashable."""
 
     __setitem__ = __delitem__ = __iadd__ = __imul__ = append = extend = insert = pop = remove = clear = sort = (
         reverse
@@ -50,10 +50,15 @@ class FrozenList(list[Any]):
 
 
 def frozen(name: str, value: Any) -> FrozenDict:
-    """A copy of a dictionary of plain JSON types, as JSON holds them: tuples become lists; all of it frozen.
+    """Return a frozen copy, at all levels, of a dictionary of plain JSON types; tuples become lists.
+
+    Args:
+        name: name of the value, for error messages.
+        value: the dictionary.
 
     Raises:
-        PolicyError: it is no dictionary with names as keys, holds something else, or is too large or too deep.
+        PolicyError: `value` is not a dictionary with strings as keys, holds something that JSON cannot, or is too large
+            or nested too deep.
     """
     if not isinstance(value, Mapping) or not all(isinstance(key, str) for key in value):
         raise PolicyError(f"{name} must be a dictionary with names as keys, got {_shown(value)}.")
@@ -68,9 +73,14 @@ def frozen(name: str, value: Any) -> FrozenDict:
 
 
 def check_size(name: str, value: Any, deepest: int = DEEPEST) -> None:
-    """Raise PolicyError for what has more than `MOST` values, more text than `LARGEST`, or is nested too deep.
+    """Raise PolicyError if a value holds more than `MOST` values, more text than `LARGEST`, or is nested too deep.
 
-    Nothing is copied, and no more is looked at than a policy may have: what refers to itself comes to an end too.
+    Nothing is copied, and no more is read than a policy may hold, so that a value that contains itself is refused too.
+
+    Args:
+        name: name of the value, for error messages.
+        value: dictionaries, lists and tuples within each other.
+        deepest: most levels of nesting.
     """
     level, values, text = [value], 1, 0
     for _ in range(deepest + 1):
@@ -92,12 +102,12 @@ def check_size(name: str, value: Any, deepest: int = DEEPEST) -> None:
 
 
 def too_large(name: str) -> str:
-    """What is said of a policy, or a part of one, that no calibration makes."""
+    """Error message for a policy, or a part of one, that is larger than any calibration makes it."""
     return f"{name} is too large: a policy holds at most {MOST:,} values, of {LARGEST // 2**20} MiB. Leave some out."
 
 
 def _shown(value: Any) -> str:
-    """A value for an error message, whatever it is."""
+    """Short text of any value for an error message: a plain value's repr, or the name of its type."""
     return f"{value!r:.200}" if isinstance(value, str | bytes | int | float | None) else f"a {type(value).__name__}"
 
 

@@ -1,4 +1,4 @@
-"""A small model is run on the prompts of a large one: what its text and its answer attend to in the images."""
+"""Guide: a small model run on the prompts of a large one, to see what text and answer attend to in the images."""
 
 import inspect
 import weakref
@@ -21,7 +21,7 @@ from catp_lightning.observation import Observation, Signal
 from catp_lightning.refusals import occupied
 from catp_lightning.selectors import without_autocast
 
-TYPES = ("token_type_ids", "mm_token_type_ids")  # a number for each column of the prompt
+TYPES = ("token_type_ids", "mm_token_type_ids")  # inputs with a number for each column of the prompt
 NOT_IMAGES = {
     *("input_ids", "attention_mask", "position_ids", "inputs_embeds", "labels", "past_key_values", "cache_position"),
     *("use_cache", "output_attentions", "output_hidden_states", "return_dict", "logits_to_keep", "mm_encoder_outputs"),
@@ -30,16 +30,18 @@ NOT_IMAGES = {
 
 
 class Guide:
-    """A guide of one model. It is what it was after every prompt, also where that fails.
+    """Small model whose attention guides the pruning of a large one.
+
+    It is what it was after every prompt, also where that fails.
 
     Args:
         module: a small model of the same kind, tokeniser and grid, or a module that holds one.
-        family: of the large model.
-        layers: of the guide, those to observe, counted from 0, or from -1 for the last; None: all.
-        answer_tokens: how many tokens it generates at most.
+        family: family of the large model.
+        layers: layers of the guide to observe, counted from 0, or from -1 for the last; None: all.
+        answer_tokens: largest number of tokens that the guide generates.
 
     Raises:
-        PruningError: the guide is none for this model.
+        PruningError: the guide does not fit the large model.
     """
 
     def __init__(self, module: nn.Module, family: Family, layers: tuple[int, ...] | None, answer_tokens: int) -> None:
@@ -58,28 +60,28 @@ class Guide:
         self._found: weakref.WeakKeyDictionary[Any, dict[int, Tensor]] = weakref.WeakKeyDictionary()
 
     def forget(self) -> None:
-        """Throw away what was found for a prompt: its call has failed."""
+        """Discard what was found for a prompt whose call has failed."""
         self._found.clear()
 
     def add(self, seen: Observation, prompt: DecoderPrompt) -> Observation:
-        """What the large model showed, and `Signal.GUIDE_ATTENTION` beside it.
+        """Return the signals of the large model with `Signal.GUIDE_ATTENTION` added.
 
         Raises:
             PruningError: the guide cannot read the prompt.
         """
         by_layer = self._found.get(prompt.arguments)
-        if by_layer is None:  # not a step without a cache: the choice belongs to the prompt
+        if by_layer is None:  # not computed again in a step without a cache: the choice belongs to the prompt
             by_layer = self._found[prompt.arguments] = self._read(prompt)
         values = dict(seen.values)
         for layer, paid in by_layer.items():
-            flat = paid.transpose(1, 2)[prompt.tokens]  # of all visual tokens, in the order of their placeholders
+            flat = paid.transpose(1, 2)[prompt.tokens]  # all visual tokens, in the order of their placeholders
             of_images = flat.new_zeros(*seen.valid.shape, flat.shape[-1])
             of_images[seen.valid] = flat
             values[Signal.GUIDE_ATTENTION, layer] = of_images.transpose(1, 2)
         return replace(seen, layers={**seen.layers, Signal.GUIDE_ATTENTION: self.depth}, values=values)
 
     def _read(self, prompt: DecoderPrompt) -> dict[int, Tensor]:
-        """What text pays each visual token, by layer: [B, H, T]."""
+        """Return the attention that text pays to each visual token in the guide, by layer: [B, H, T]."""
         model: Any = self.family.model
         order, real = _prompt_alone(prompt)
         visual, ids = (part.gather(1, order) for part in (prompt.visual, prompt.ids))
@@ -114,7 +116,7 @@ class Guide:
         return {layer: value.to(prompt.tokens.device) for layer, value in sight.values.items()}
 
     def _images(self, prompt: DecoderPrompt) -> Mapping[str, Any]:
-        """What the large model was called with, beside its text, that the guide takes too."""
+        """Return the arguments of the large model's call, beside its text, that the guide takes too."""
         taken = inspect.signature(self.family.model.forward).parameters.keys() - NOT_IMAGES
         return {name: value for name, value in prompt.arguments.items() if name in taken and value is not None}
 
@@ -126,11 +128,13 @@ class Guide:
 
 
 class _GuideAttention(StoppingCriteria):
-    """Adds up, over a prefill and the steps after it, what rows of text pay the visual tokens; stops nothing.
+    """Sum of the attention that text rows pay to visual tokens, over a prefill and the steps after it.
+
+    It is a stopping criterion in order to see the generated tokens, and stops nothing.
 
     Args:
         visual: bool [B, L], the visual tokens of the prompt.
-        text: bool [B, L], its rows that count.
+        text: bool [B, L], text rows of the prompt that count.
         ends: token ids that end an answer: no row counts from there on.
 
     Attributes:
@@ -142,20 +146,23 @@ class _GuideAttention(StoppingCriteria):
         self.ends = torch.tensor(ends, dtype=torch.long, device=visual.device)
         self.answering = torch.ones(len(visual), dtype=torch.bool, device=visual.device)
         self.values: dict[int, Tensor] = {}
-        self._columns: dict[int, int] = {}  # that each layer has read
+        self._columns: dict[int, int] = {}  # number of columns that each layer has read
 
     def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Any:
         self.answering &= ~torch.isin(input_ids[:, -1], self.ends)
         return torch.zeros_like(self.answering)
 
     def look(self, layer: int, query: Tensor, key: Tensor, mask: Tensor | None, scaling: float) -> Tensor:
-        """An `attention.Reduction`; the first call of a layer has the prompt's rows, each later one a row."""
+        """Add up the attention of a layer's call, as an `attention.Reduction` with an empty result.
+
+        The first call of a layer has the prompt's rows, each later one a single row.
+        """
         columns = self._columns[layer] = self._columns.get(layer, 0) + query.shape[2]
         first = layer not in self.values
         rows = self.text if first else self.answering[:, None]
         with without_autocast(query):
             paid = rows_paid(query, key, mask, scaling, rows)
-        paid = pad(paid, (columns - paid.shape[2], 0))[..., : self.visual.shape[1]]  # a window has forgotten the first
+        paid = pad(paid, (columns - paid.shape[2], 0))[..., : self.visual.shape[1]]  # a sliding window lacks the first
         own = paid.new_zeros(*self.tokens.shape, paid.shape[1])
         own[self.tokens] = paid.transpose(1, 2)[self.visual]
         self.values[layer] = own.transpose(1, 2) + (0 if first else self.values[layer])
@@ -163,13 +170,18 @@ class _GuideAttention(StoppingCriteria):
 
 
 def rows_paid(query: Tensor, key: Tensor, mask: Tensor | None, scaling: float, rows: Tensor) -> Tensor:
-    """What some rows, bool [B, Q], pay each key, summed over them: [B, H, N]; other arguments as a `Reduction`'s."""
+    """Return the attention that chosen query rows pay to each key, summed over the rows: [B, H, N].
+
+    Args:
+        query, key, mask, scaling: as of an `attention.Reduction`.
+        rows: bool [B, Q], the query rows that count.
+    """
     at = (~rows).long().argsort(dim=1, stable=True)[:, : int(rows.sum(1).max())]
     each = torch.arange(len(rows), device=rows.device)[:, None]
     keys, batch = key.shape[2], len(query)
     if mask is not None and mask.dim() == 4:
         seen = mask[..., :keys].expand(batch, -1, query.shape[2], -1).transpose(1, 2)[each, at].transpose(1, 2)
-    else:  # flash attention's, or none
+    else:  # the mask of flash attention, or none
         causal = torch.arange(keys, device=at.device) <= at[..., None] + keys - query.shape[2]
         seen = (causal if mask is None else causal & mask[:, None, -keys:].bool())[:, None]
     some = query.transpose(1, 2)[each, at].transpose(1, 2)
@@ -178,13 +190,13 @@ def rows_paid(query: Tensor, key: Tensor, mask: Tensor | None, scaling: float, r
 
 
 def _prompt_alone(prompt: DecoderPrompt) -> tuple[Tensor, Tensor]:
-    """Columns of the prompt itself, without the answer, padding on the left: int64 [B, n], and which are no padding.
+    """Return the columns of the prompt itself, without the answer, int64 [B, n], and which are no padding, bool [B, n].
 
-    Placeholders of images in the answer stay: the images are read all the same.
+    Padding is on the left. Placeholders of images in the answer stay: the images are read all the same.
     """
     own = prompt.is_prompt | prompt.visual
     real = prompt.mask[:: prompt.beams] != 0
-    own |= ~own.any(1, keepdim=True) & real & (real.cumsum(1) == 1)  # nothing was asked: something has to be read
+    own |= ~own.any(1, keepdim=True) & real & (real.cumsum(1) == 1)  # an empty prompt: one row has to be read
     most = int(own.sum(1).max())
     order = own.long().argsort(dim=1, stable=True)[:, -most:]
     return order, own.gather(1, order)
@@ -192,7 +204,7 @@ def _prompt_alone(prompt: DecoderPrompt) -> tuple[Tensor, Tensor]:
 
 @contextmanager
 def _evaluating(model: nn.Module) -> Iterator[None]:
-    """While inside, nothing is dropped at random; no module's mode is another afterwards."""
+    """Put a model into evaluation mode while inside; afterwards every module has the mode that it had."""
     training = [module for module in model.modules() if module.training]
     try:
         model.eval()
@@ -203,7 +215,7 @@ def _evaluating(model: nn.Module) -> Iterator[None]:
 
 
 def refuse_without_rows(family: Family) -> None:
-    """Raise PruningError where no decoder reads visual tokens as rows of its own."""
+    """Raise PruningError if no decoder of the model reads visual tokens as rows of its own."""
     if family.reads != "decoder":
         raise PruningError(
             "A guide ranks visual tokens by the attention of a decoder that reads them as rows; "
@@ -213,7 +225,7 @@ def refuse_without_rows(family: Family) -> None:
 
 
 def _refuse_other(guide: Family, family: Family) -> None:
-    """Raise PruningError where what a guide sees says nothing about this model's visual tokens."""
+    """Raise PruningError if the guide's attention says nothing about the visual tokens of the large model."""
     small, large = type(guide.model).__name__, type(family.model).__name__
     refuse_without_rows(guide)
     if set(guide.model.modules()) & set(family.model.modules()):
@@ -231,4 +243,4 @@ def _refuse_other(guide: Family, family: Family) -> None:
 
 
 def _nothing(value: Tensor) -> None:
-    """What was looked at has been added up."""
+    """No-op: the accumulator has already consumed the attention."""

@@ -1,6 +1,6 @@
-"""Hooks that are in place for a while. torch.compile calls them, never looks into them, and never runs past them.
+"""Scoped forward hooks that are opaque to torch.compile: a graph break at the hook, a recompile when hooks change.
 
-A module with hooks is not copied or pickled: they would be part of the copy for good.
+A module with hooks cannot be copied or pickled: the hooks would be part of the copy for good.
 """
 
 from collections.abc import Callable, Iterator
@@ -19,7 +19,7 @@ Hook = Callable[..., Any]
 
 
 class Seen(partial):  # type: ignore[type-arg]
-    """A module's own forward, on the module itself while hooks are in place.
+    """Wrapper of a module's own forward, set on the module itself while hooks are in place.
 
     Compiled code is not told that a module has hooks (`skip_nnmodule_hook_guards`): what was compiled earlier, anywhere
     in the process, would run on without them. It is told that a module's forward is another object.
@@ -30,15 +30,15 @@ class Seen(partial):  # type: ignore[type-arg]
 def hooked(
     module: nn.Module, before: Hook | None = None, after: Hook | None = None, always: bool = False
 ) -> Iterator[None]:
-    """While inside, a module's calls are seen, and may be changed, by hooks.
+    """Call hooks before and after a module's forward while inside; they may change its arguments and output.
 
-    What hooks do depends on the data: compiled code breaks off where they are called instead of tracing them.
+    What hooks do depends on the data: compiled code has a graph break where they are called instead of tracing them.
 
     Args:
-        module: whose calls.
+        module: the module whose calls are hooked.
         before: (module, args, kwargs) -> None, or other (args, kwargs).
         after: (module, args, kwargs, output) -> None, or another output.
-        always: whether `after` is called where the module raised, too; its output is then None.
+        always: True to call `after` also if the module raised; its output is then None.
     """
     handles: list[RemovableHandle] = []
     own, seen = module.__dict__.get("forward"), None
@@ -56,13 +56,13 @@ def hooked(
             handle.remove()
         if seen is not None and module.__dict__.get("forward") is seen:
             del module.__dict__["forward"]
-            if own is not None:  # somebody else's, who set it on this very module: accelerate does
+            if own is not None:  # set on this very module by another package: accelerate does
                 module.__dict__["forward"] = own
 
 
 @contextmanager
 def replaced(module: nn.Module, name: str, call: Callable[..., Any]) -> Iterator[None]:
-    """While inside, `module.<name>(...)` is `call(original, ...)`; only this very object is touched."""
+    """Replace `module.<name>(...)` by `call(original, ...)` while inside; only this very object is touched."""
     original, own = getattr(module, name), module.__dict__.get(name)
     seen = untraced(call)
     try:  # from here on: an interrupt may come at any line
@@ -71,7 +71,7 @@ def replaced(module: nn.Module, name: str, call: Callable[..., Any]) -> Iterator
             yield
     finally:
         module.__dict__.pop(name, None)
-        if own is not None:  # somebody else's, who set it on this very model
+        if own is not None:  # set on this very model by another package
             module.__dict__[name] = own
 
 
@@ -80,11 +80,13 @@ HOW, PREFIX = "__reduce_ex__", "_catp_"
 
 @contextmanager
 def not_copied(module: nn.Module) -> Iterator[None]:
-    """While inside, neither a module nor what it is a part of is copied or pickled; processes that are started get it
-    without anything of ours."""
+    """Refuse to copy or pickle a module, or what it is a part of, while inside.
+
+    Processes that are spawned get the module without hooks and marks of this package.
+    """
     own = partial(_reduced, module)
     try:  # from here on: an interrupt may come at any line
-        module.__dict__.setdefault(HOW, own)  # whoever copies or pickles an object asks it for this first
+        module.__dict__.setdefault(HOW, own)  # copy and pickle ask an object for this first
         yield
     finally:
         if module.__dict__.get(HOW) is own:
@@ -104,7 +106,7 @@ def _reduced(module: nn.Module, protocol: Any) -> Any:
 
 
 def _refuse_local_hooks(module: nn.Module) -> None:
-    """Raise PruningError where a module has hooks, not of ours, that pickle does not find by their names."""
+    """Raise PruningError if a module has hooks, not of this package, that pickle cannot find by their names."""
     hooks = [hook for part in module.modules() for name in (_BEFORE, _AFTER) for hook in vars(part)[name].values()]
     names = [getattr(hook, "__qualname__", "") for hook in hooks if not hasattr(hook, OURS)]
     if local := next((name for name in names if "<locals>" in name), None):
@@ -117,13 +119,13 @@ def _refuse_local_hooks(module: nn.Module) -> None:
 
 
 def _without_ours(state: dict[str, Any]) -> dict[str, Any]:
-    """A module's attributes as they are outside of all contexts."""
+    """Return a module's attributes as they are outside of all contexts."""
     kept: dict[str, Any] = {}
     for name, value in state.items():
         if name == HOW or name.startswith(PREFIX) or hasattr(value, OURS):
             continue
         if isinstance(value, Seen):
-            if not hasattr(value.func, "__self__"):  # somebody else's, who set it on this very module
+            if not hasattr(value.func, "__self__"):  # set on this very module by another package
                 kept[name] = value.func
         elif name in _HOOKS:
             ours = {number for number, hook in state[_HOOKS[name]].items() if hasattr(hook, OURS)}
@@ -133,7 +135,7 @@ def _without_ours(state: dict[str, Any]) -> dict[str, Any]:
     return kept
 
 
-OURS = "_catp_own"  # on hooks and calls of ours
+OURS = "_catp_own"  # attribute of hooks and calls of this package
 _BEFORE, _AFTER = "_forward_pre_hooks", "_forward_hooks"
 _HOOKS = {
     **dict.fromkeys((_BEFORE, f"{_BEFORE}_with_kwargs"), _BEFORE),
@@ -147,6 +149,6 @@ def _ours(call: Hook) -> Hook:
 
 
 def untraced(hook: Hook) -> Hook:
-    """The same function, run as Python runs it: compiled code that comes to it breaks off."""
+    """Return the function excluded from torch.compile: Python runs it, and compiled code breaks off there."""
     disabled: Hook = torch.compiler.disable(hook)
     return disabled

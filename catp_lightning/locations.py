@@ -1,4 +1,4 @@
-"""Where policies are kept: files, folders, Weights & Biases artifacts, repositories of the Hugging Face hub."""
+"""Policies in files, folders, Weights & Biases artifacts and repositories of the Hugging Face hub: find and read."""
 
 import json
 import os
@@ -19,15 +19,22 @@ WANDB, HUB = "wandb://", "hf://"
 
 _WHERE = f"Give a file, a folder, {WANDB}… or {HUB}…, or calibrate one first."
 _MOST = 100
-"""Policies of a folder that are compared with the one that is read, at most; a calibration writes about ten."""
+"""Most policies of a folder that are compared with the one that is read; a calibration writes about ten."""
 
 
 def find(path: str | Path, keep: int | float | None) -> tuple[str, Any]:
-    """What a policy path means: where it was found, and the JSON that stands there, which is read once.
+    """Find the policy that a path or address means, and read its JSON, once.
+
+    Args:
+        path: a file, a folder, or an address that begins with "wandb://" or "hf://".
+        keep: the budget that the policy must be for; None: any.
+
+    Returns:
+        The file or address where it was found, and the JSON values.
 
     Raises:
-        PolicyError: nothing is there, it is no JSON or for another budget, or several budgets are and `keep` names none
-            of them.
+        PolicyError: there is no policy, it is not JSON or is for another budget, or there are several budgets and
+            `keep` names none of them.
     """
     text = str(path)
     if text.startswith(WANDB):
@@ -38,7 +45,7 @@ def find(path: str | Path, keep: int | float | None) -> tuple[str, Any]:
     try:
         place = Path(path).expanduser()
         is_folder, there = place.is_dir(), place.is_file()
-    except (OSError, RuntimeError) as error:  # a name that is too long, a folder closed to us, ~somebody
+    except (OSError, RuntimeError) as error:  # a name that is too long, a folder without permission, an unknown ~user
         raise PolicyError(f"{text!r:.200} cannot be looked up: {error!s:.200}. {_WHERE}") from error
     if is_folder:
         place = _in_folder(place, keep)
@@ -51,12 +58,12 @@ def find(path: str | Path, keep: int | float | None) -> tuple[str, Any]:
 
 
 def budget_file_name(keep: int | float) -> str:
-    """File name of one budget in a folder of several: `keep-0.5.json` for a share, `keep-16.json` for tokens."""
+    """File name of a budget in a folder of several: `keep-0.5.json` for a share, `keep-16.json` for tokens."""
     return f"keep-{float(keep) if isinstance(keep, float) else keep!r}.json"  # not "np.float64(0.5)"
 
 
 def policies_beside(files: Sequence[Path]) -> list[Path]:
-    """Other policies in the folder of these, which loading it may give as well."""
+    """Other policies in the folder of `files`, at most 100, which loading from that folder may also give."""
     return [file for file in islice(_policies(files[0].parent), _MOST) if file not in files]
 
 
@@ -77,7 +84,11 @@ def _in_remote(address: str, folder: Path, keep: int | float | None) -> Any:
 
 
 def _in_folder(folder: Path, keep: int | float | None) -> Path:
-    """The file of a folder that is meant."""
+    """Policy file of a folder for the budget `keep`; None: its only one.
+
+    Raises:
+        PolicyError: the folder has no policy, or none for `keep`, or several and `keep` is None.
+    """
     if keep is not None and os.path.lexists(named := folder / budget_file_name(keep)):
         return named
     budgets = sorted(folder.glob("keep-*.json"))
@@ -95,7 +106,11 @@ def _in_folder(folder: Path, keep: int | float | None) -> Path:
 
 
 def _checked(file: Path, keep: int | float | None) -> Any:
-    """The JSON of a policy file, if it is for the budget asked for: what it promises was measured there."""
+    """JSON values of a policy file; its budget must be `keep`, as its promises were measured at that budget only.
+
+    Raises:
+        PolicyError: the file cannot be read, or is for another budget.
+    """
     try:
         values = _parsed(file)
     except (OSError, ValueError, RecursionError) as error:
@@ -110,7 +125,13 @@ def _checked(file: Path, keep: int | float | None) -> Any:
 
 
 def _parsed(file: Path) -> Any:
-    """The JSON of a regular file of at most 4 MiB; where a key stands twice the last counts, with a warning."""
+    """JSON values of a regular file of at most 4 MiB; of a key that occurs twice the last value is used, and warned of.
+
+    Raises:
+        OSError: the file cannot be read.
+        ValueError: its content is not JSON, or holds NaN or infinity.
+        RecursionError: its content is nested too deep for `json`.
+    """
     twice: set[str] = set()
 
     def pairs(found: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -135,12 +156,12 @@ def _no_constants(name: str) -> None:
 
 
 def _warn_where_mixed(file: Path, values: Any) -> None:
-    """Warn where the folder of a policy holds some of another calibration too: they are no choice of budgets."""
+    """Warn if the folder of a policy also holds policies of another calibration: they are not budgets of one choice."""
     own, others = _calibration(values), []
     for other in policies_beside([file]):
         try:
             found = _calibration(json.loads(read_bytes(other, LARGEST)))
-        except (OSError, ValueError, RecursionError):  # it is not what was asked for
+        except (OSError, ValueError, RecursionError):  # another file than the one asked for
             continue
         if found is not None and own is not None and found != own:
             others.append(other.name)
@@ -154,7 +175,7 @@ def _warn_where_mixed(file: Path, values: Any) -> None:
 
 
 def _calibration(values: Any) -> list[Any] | None:
-    """What all policies of one calibration have in common; None where there was none."""
+    """Values that all policies of one calibration share; None if the policy does not come from a calibration."""
     evidence = values.get("evidence") if isinstance(values, dict) else None
     if not isinstance(evidence, dict) or not evidence.get("retention"):
         return None

@@ -1,4 +1,4 @@
-"""A path that one run at a time writes to: whether the run that began it is still alive."""
+"""Locks on paths that only one run at a time may write to; a lock ends with the process that holds it."""
 
 import os
 import re
@@ -10,21 +10,22 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 
 PATIENCE = 8.0
-"""Seconds that a run which was killed may seem to be alive: loaders' workers look after their parent every 5."""
+"""Seconds to wait for the lock of a killed run: workers of its loaders hold it until they miss their parent, for which
+they look every 5 seconds."""
 
 
 @contextmanager
 def only_run(path: Path, rank: int, refused: type[Exception]) -> Iterator[None]:
-    """Be the only run that writes to `path`, as long as inside: by a lock of the system, which ends with the process.
+    """Context in which this run alone writes to `path`, by a lock of the system, which ends with the process.
 
-    It is held on a file of its own beside, `.<name>.<rank>.lock`, because one that is replaced is another file then,
-    and says who has it. At the end that file is removed, and with it the folders that were made for it, where they are
-    empty. Where the file system knows no locks, nothing is locked.
+    The lock is held on a file of its own beside `path`, `.<name>.<rank>.lock`, because a file that is replaced would
+    lose its lock; the lock file also says who holds it. At the end it is removed, and with it the folders that were
+    made for it, where they are empty. Where the file system knows no locks, nothing is locked.
 
     Args:
-        path: what the run writes; its folder is made where it does not exist.
-        rank: of this process in the run.
-        refused: the kind of error.
+        path: path that the run writes; its folder is made where it does not exist.
+        rank: rank of this process in the run.
+        refused: type of the error.
 
     Raises:
         refused: another run is writing there. Its process and its machine are named.
@@ -39,15 +40,15 @@ def only_run(path: Path, rank: int, refused: type[Exception]) -> Iterator[None]:
         except Timeout:
             raise refused(_alive(path, place)) from None
         except (OSError, NotImplementedError):
-            pass  # without locks, as on some network file systems, or where nothing can be written: who writes will say
+            pass  # no locks, as on some network file systems, or nothing can be written, which raises when it is tried
         yield
     finally:
         if lock.is_locked:
             with suppress(OSError):
-                place.unlink()  # while it is held: whoever waits for it finds that it has no name, and starts over
+                place.unlink()  # while it is held: a process that waits for it finds the file gone, and starts over
             lock.release()
         for parent in made:
-            with suppress(OSError):  # there is something in it
+            with suppress(OSError):  # the folder is not empty
                 parent.rmdir()
 
 
@@ -55,8 +56,8 @@ def refuse_running(path: Path, refused: type[Exception]) -> None:
     """Raise `refused` where a run, in however many processes, is writing to `path`; locks of dead runs are removed.
 
     Args:
-        path: it need not exist.
-        refused: the kind of error.
+        path: path that a run may write; it need not exist.
+        refused: type of the error.
     """
     name = re.compile(rf"\.{re.escape(path.name)}\.(\d+)\.lock")
     for place in path.parent.glob(".*.lock"):
@@ -66,20 +67,20 @@ def refuse_running(path: Path, refused: type[Exception]) -> None:
 
 
 def _acquire(lock: FileLock, place: Path) -> None:
-    """Take the lock and write down who has it; Timeout where somebody alive has it."""
+    """Take the lock and write down its owner; raise Timeout if a process that is alive holds it."""
     try:
         lock.acquire(timeout=0)
     except Timeout:
         if not _is_dead(_owner(place)):
             raise
         lock.acquire(timeout=PATIENCE)  # its children hold what they inherited until they end
-    if type(lock) is FileLock:  # where the file system knows no locks it turns into one that writes there itself
+    if type(lock) is FileLock:  # without locks of the file system it turns into a class that itself writes there
         with suppress(OSError):
             place.write_text(f"{os.getpid()}\n{socket.gethostname()}\n", encoding="utf-8")
 
 
 def _owner(place: Path) -> tuple[int, str] | None:
-    """The process that has a lock, and its machine; None where that is not written down."""
+    """Return the id of the process that holds a lock, and its machine; None if they are not written down."""
     with suppress(OSError, ValueError):
         process, machine = place.read_text(encoding="utf-8").splitlines()[:2]
         return int(process), machine

@@ -1,7 +1,7 @@
 """Metrics of the tables: VQA accuracy, agreement with the unpruned model, visual tokens kept.
 
-All of them count in int64, so any number of processes and batches gives the same result to the last bit; results are
-float32, since Apple's MPS devices have no float64.
+All metrics count in int64, so that any number of processes and batches gives the same result to the last bit; results
+are float32, because Apple's MPS devices have no float64.
 """
 
 import re
@@ -18,8 +18,8 @@ _FINAL_PERIOD = re.compile(r"\.(?![0-9])")
 _ARTICLES = {"a", "an", "the"}
 _NUMBERS = "zero one two three four five six seven eight nine ten"
 _DIGITS = {"none": "0"} | {word: str(number) for number, word in enumerate(_NUMBERS.split())}
-# The official list: an answer's word that lacks exactly one apostrophe of one of these is given it.
-# (Officially somebody'd loses its own; either way its two spellings are equal.)
+# The official list: a word of an answer that lacks exactly one apostrophe of one of these contractions is given it.
+# (Officially somebody'd loses its apostrophe; either way its two spellings are equal.)
 _CONTRACTIONS = """
     ain't aren't can't could've couldn't couldn't've didn't doesn't don't hadn't hadn't've hasn't haven't he'd he'd've
     he's how'd how'll how's isn't it'd it'd've it'll ma'am mightn't mightn't've might've mustn't must've needn't not've
@@ -38,11 +38,12 @@ _COMPLETED = {
 
 
 def normalise_answer(text: str) -> str:
-    """An answer as the official VQA evaluation compares it.
+    """Normalise an answer as the official VQA evaluation does before it compares answers.
 
-    Punctuation other than apostrophe, colon and period becomes a space, or nothing where that mark stands beside a
-    space or the answer has a comma between digits; periods go unless a digit follows; letters become lower case; number
-    words up to ten become digits ("none" is 0); articles go; missing apostrophes of common contractions are put in.
+    Punctuation other than apostrophe, colon and period becomes a space; it is removed where that mark stands beside a
+    space or the answer has a comma between digits. Periods are removed unless a digit follows; letters become lower
+    case; number words up to ten become digits ("none" is 0); articles are removed; missing apostrophes of common
+    contractions are added.
 
     >>> normalise_answer("The two dogs.")
     '2 dogs'
@@ -63,11 +64,11 @@ def normalise_answer(text: str) -> str:
 
 
 def vqa_score(prediction: str, answers: Sequence[str]) -> int:
-    """The official accuracy of one prediction against ten answers, in thirtieths, so that sums are exact.
+    """Official VQA accuracy of one prediction against ten answers, in thirtieths (0 to 30), so that sums are exact.
 
     Each of the ten people is left out once; the accuracy against the other nine is min(1, equal answers / 3), and the
-    mean over the ten is taken. Both sides are normalised, except where all ten people said the same: there the official
-    evaluation compares what was written, and "Yes" is not "yes".
+    mean over the ten is taken. Prediction and answers are normalised, except where all ten people gave the same answer:
+    then the official evaluation compares the text as written, and "Yes" is not "yes".
 
     Raises:
         ValueError: there are not ten answers.
@@ -91,7 +92,7 @@ def _plain(text: str) -> str:
 
 
 def wilson_interval(successes: int, total: int, confidence: float = 0.95) -> tuple[float, float]:
-    """Wilson's score interval of a share, in [0, 1].
+    """Wilson score interval of the share `successes` / `total`: lower and upper bound, in [0, 1].
 
     Raises:
         ValueError: `total` is below 1, `successes` outside 0 .. total, or `confidence` outside [0, 1].
@@ -104,12 +105,12 @@ def wilson_interval(successes: int, total: int, confidence: float = 0.95) -> tup
     return float(interval.low), float(interval.high)
 
 
-# Updates make new tensors instead of adding in place: a state reset under inference_mode may not be changed in place by
-# a later validation inside fit.
+# Updates make new tensors instead of adding in place: a state that was reset under inference_mode may not be changed in
+# place by a later validation inside fit.
 
 
 class VQAAccuracy(Metric):
-    """VQA accuracy by the official ten-answer rule (`vqa_score`), the mean over questions, in [0, 1].
+    """VQA accuracy by the official ten-answer rule (`vqa_score`): mean over questions, in [0, 1].
 
     >>> accuracy = VQAAccuracy()
     >>> accuracy.update(["yes", "3"], [["yes"] * 10, ["2"] * 8 + ["3"] * 2])
@@ -129,7 +130,11 @@ class VQAAccuracy(Metric):
         self.add_state("total", torch.tensor(0, dtype=torch.int64, device="cpu"), dist_reduce_fx="sum")
 
     def update(self, predictions: Sequence[str], answers: Sequence[Sequence[str]]) -> None:
-        """Add B predictions and the ten answers of each. Raises ValueError where the numbers are others."""
+        """Add B predictions and the ten answers to each question.
+
+        Raises:
+            ValueError: there are not as many lists of answers as predictions, or not ten answers in a list.
+        """
         scores = [vqa_score(*pair) for pair in zip(predictions, answers, strict=True)]
         self.thirtieths = self.thirtieths + sum(scores)
         self.total = self.total + len(scores)
@@ -139,7 +144,7 @@ class VQAAccuracy(Metric):
 
 
 class Agreement(Metric):
-    """Share of samples whose answer is the unpruned model's, in [0, 1]; `wilson_interval` gives its interval.
+    """Share of samples whose answer equals the unpruned model's, in [0, 1]; `wilson_interval` gives its interval.
 
     >>> agreement = Agreement()
     >>> agreement.update(torch.tensor([True, True, False, True]))
@@ -159,7 +164,14 @@ class Agreement(Metric):
         self.add_state("total", torch.tensor(0, dtype=torch.int64, device="cpu"), dist_reduce_fx="sum")
 
     def update(self, same: Tensor) -> None:
-        """Add B samples; `same` is bool [B]. Raises ValueError for another type."""
+        """Add B samples.
+
+        Args:
+            same: bool [B], True where the answer equals the unpruned model's.
+
+        Raises:
+            ValueError: `same` is not bool.
+        """
         if same.dtype != torch.bool:
             raise ValueError(f"same must be a bool tensor, got {same.dtype}: compare the answers first.")
         self.same = self.same + same.sum()
@@ -170,7 +182,7 @@ class Agreement(Metric):
 
 
 class TokensKept(Metric):
-    """How many visual tokens stayed: mean number a sample, and share of all there were.
+    """Number of visual tokens kept: mean a sample ("tokens_kept"), and share of all visual tokens ("keep_share").
 
     >>> kept = TokensKept()
     >>> kept.update(torch.tensor([[True, False, True, True], [True, False, False, False]]), visual=torch.tensor([4, 2]))
@@ -193,11 +205,11 @@ class TokensKept(Metric):
         """Add B samples.
 
         Args:
-            keep: bool [B, T], True where a visual token stayed, False beyond a sample's own.
-            visual: int [B], how many visual tokens each sample had; None: T each.
+            keep: bool [B, T], True where a visual token was kept, False where it was dropped or the sample has none.
+            visual: int [B], number of visual tokens that each sample had; None: T each.
 
         Raises:
-            ValueError: another type or shape.
+            ValueError: an argument has another type or shape.
         """
         if keep.dtype != torch.bool or keep.ndim != 2:
             raise ValueError(f"keep must be bool [B, T], got {keep.dtype} {list(keep.shape)}.")

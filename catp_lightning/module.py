@@ -1,4 +1,4 @@
-"""`PrunedModule`: a LightningModule whose validation, test and predict steps run on a share of the visual tokens."""
+"""`PrunedModule`: wraps a LightningModule so that its validation, test and predict steps run with pruned tokens."""
 
 import functools
 from collections.abc import Callable
@@ -58,28 +58,28 @@ _SHARDED = (
 
 
 class PrunedModule(LightningModule):
-    """Wraps a LightningModule: its validation, test and predict steps are pruned, everything else is the module's own.
+    """Wraps a LightningModule to prune visual tokens in its validation, test and predict steps, and only there.
 
-    Every hook, property and logging call of Lightning reaches `inner`: what `inner` overrides is called once, what it
-    does not override looks not overridden. Hyperparameters, optimizers and checkpoints are `inner`'s, and either class
-    reads the other's checkpoints; those of the wrapper also hold the policy, as plain JSON types under "catp_policy".
-    Where an evaluated split shares images with the one that the policy was calibrated on, a warning at the end of each
-    epoch says how many.
+    Every hook, property and logging call of Lightning reaches `inner`: a hook that `inner` overrides is called once,
+    and one that it does not override does not look overridden. Hyperparameters, optimizers and checkpoints are those of
+    `inner`, and either class reads the other's checkpoints; those of the wrapper also hold the policy, as plain JSON
+    types under "catp_policy". If an evaluated split shares images with the one that the policy was calibrated on, a
+    warning at the end of each epoch gives their number.
 
     Args:
         inner: the module around a supported Hugging Face model.
         policy: a `PruningPolicy`, or a path or address for `PruningPolicy.load`, read when a stage is set up; in a
-            configuration file also the fields of one, {scorer: catp, keep: 0.25}. None: the one in the checkpoint that
-            `ckpt_path=` names. One that is given wins over the checkpoint's, and a warning says where they differ.
+            configuration file also the fields of one, {scorer: catp, keep: 0.25}. None: the policy in the checkpoint
+            that `ckpt_path=` names. A given policy wins over the checkpoint's, with a warning of the differences.
         keep: the budget, as in `TokenPruning`.
         model: the name of the submodule to prune, where `inner` holds several supported models.
-        guide: the smaller model that the scorer `sgl` asks for, as in `TokenPruning`; no submodule of the wrapper.
+        guide: the smaller model that the scorer `sgl` reads, as in `TokenPruning`; it is no submodule of the wrapper.
 
     Raises:
         TypeError: `inner` is not a `lightning.pytorch.LightningModule`.
-        PolicyError: the policy cannot be read, or was made for another model; in a step, none was given and no
+        PolicyError: the policy cannot be read, or was made for another model; in a step: none was given and no
             checkpoint with one was loaded.
-        PruningError: at setup under a strategy that shards the model; in a step, if the model cannot be pruned.
+        PruningError: at setup: the strategy shards the model; in a step: the model cannot be pruned.
 
     Example::
 
@@ -111,11 +111,11 @@ class PrunedModule(LightningModule):
             )
         self.policy, self.keep, self.pruned_model = policy_or_path(policy), keep, model
         self.__dict__["pruning_guide"] = guide  # no submodule: neither trained nor saved with the module inside
-        self._loaded: PruningPolicy | None = None  # in use: given, or from a checkpoint
-        self._overlap: OverlapCheck | None = None  # of the loop that runs
-        self.inner = inner  # last: from here on attributes are looked up on it too
+        self._loaded: PruningPolicy | None = None  # the policy in use, given or from a checkpoint
+        self._overlap: OverlapCheck | None = None  # check of the running loop
+        self.inner = inner  # last: from here on attributes are looked up on `inner` too
 
-    # ---- looking up: Lightning asks the wrapper, and gets what it would get from the inner module
+    # ---- attribute access: Lightning gets from the wrapper what it would get from the inner module
 
     def __getattribute__(self, name: str) -> Any:
         if name not in _INNER or (inner := _inner_of(self)) is None:
@@ -179,7 +179,7 @@ class PrunedModule(LightningModule):
 
     def _current_overlap(self) -> OverlapCheck | None:
         if self._trainer is not None and self.trainer.world_size > 1 and self.trainer.state.fn == "fit":
-            return None  # counted over all processes: one that has nothing to validate would keep the others waiting
+            return None  # the count over all processes would wait for one that has no batch to validate
         if self._overlap is None:  # the loop's first step
             device = self.device if self._trainer is None else self.trainer.strategy.root_device
             self._overlap = overlap_check(self._current_policy(), device)
@@ -192,10 +192,10 @@ class PrunedModule(LightningModule):
             self._loaded = load_policy(self.policy, self.keep)
         return self._loaded
 
-    # ---- what the wrapper adds
+    # ---- methods of the wrapper itself
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """The inner module's forward, unpruned."""
+        """Call the inner module's forward, unpruned."""
         return self.inner(*args, **kwargs)
 
     def setup(self, stage: str) -> None:
@@ -203,7 +203,7 @@ class PrunedModule(LightningModule):
         if stage == "fit" and self.trainer.enable_validation:
             warn_where_monitored(self.trainer, "PrunedModule")
         self._overlap = None
-        if self.policy is not None:  # otherwise the last checkpoint's stays, as its weights do
+        if self.policy is not None:  # otherwise the last checkpoint's policy stays, as its weights do
             self._loaded = load_policy(self.policy, self.keep)
         self.inner.setup(stage)
 
@@ -239,13 +239,16 @@ class PrunedModule(LightningModule):
         Args:
             checkpoint_path: a file that `Trainer.save_checkpoint` or `ModelCheckpoint` wrote.
             inner: a module of the class that was trained; its hyperparameters are not read from the checkpoint.
-            policy: None: the one in the checkpoint.
+            policy: as in the constructor; None: the policy in the checkpoint.
             keep: as in the constructor.
             model: as in the constructor.
             guide: as in the constructor.
             map_location: as in `torch.load`.
-            strict: whether the names of the parameters must match; None: as `inner` says.
+            strict: True if the names of the parameters must match; None: `inner.strict_loading`.
             weights_only: as in `torch.load`.
+
+        Returns:
+            The wrapper.
 
         Raises:
             PolicyError: `policy` is None and the checkpoint holds none, or a damaged one.
@@ -265,12 +268,15 @@ class PrunedModule(LightningModule):
 
 
 def _seen_as(own: Callable[..., Any], replacement: Callable[..., Any]) -> Callable[..., Any]:
-    """Lightning looks through one decorator for signatures and overrides: it must see the module's own function."""
+    """Return `replacement`, with `__wrapped__` set to the module's own function.
+
+    Lightning unwraps one decorator to read signatures and to detect overrides.
+    """
     replacement.__wrapped__ = getattr(own, "__wrapped__", own)  # type: ignore[attr-defined]
     return replacement
 
 
 def _inner_of(wrapper: PrunedModule) -> LightningModule | None:
-    """The module inside; None while the wrapper is being built or unpickled."""
+    """Return the wrapped module; None while the wrapper is being built or unpickled."""
     modules: dict[str, Any] = object.__getattribute__(wrapper, "__dict__").get("_modules", {})
     return modules.get("inner")

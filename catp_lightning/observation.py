@@ -1,4 +1,4 @@
-"""What a prefill shows about its visual tokens: plain tensors, the only thing scorers and selectors see."""
+"""Signals that a prefill shows about its visual tokens: plain tensors, the only thing scorers and selectors see."""
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
@@ -9,10 +9,11 @@ from torch import Tensor
 
 
 class Signal(Enum):
-    """Something to observe. I images or frames, H heads, T tokens of an image, N patches (with [CLS]), D features.
+    """Signal to observe. I images or frames, H heads, T tokens of an image, N patches (with [CLS]), D features.
 
-    The prompt's text rows, R of them, are those after the sample's first visual token, all where none is after it. The
-    answer is no prompt: neither what follows the first label nor what has been generated.
+    The prompt's text rows, R of them, are those after the sample's first visual token; all text rows if none is after
+    it. The answer does not belong to the prompt: neither what follows from the first label on nor what has been
+    generated.
     """
 
     CROSS_ATTENTION = "cross-attention maps, by layer: [I, H, T, N], each row sums to 1"
@@ -65,14 +66,20 @@ STAGED = frozenset(
         Signal.TEXT_EMBEDS,
     }
 )
-"""What can be observed where tokens leave inside a decoder; layers are those that have run, -1 the last of them."""
+"""Signals that can be observed where tokens are dropped inside a decoder.
+
+Their layers are those that have run, -1 the last of them.
+"""
 
 Needs = Mapping[Signal, tuple[int, ...] | None]
-"""Which signals a method reads and, where a signal has layers, which: None for all, negative counts from the last."""
+"""Signals that a method reads and, for a signal that has layers, the layers.
+
+None stands for all layers; negative numbers count from the last.
+"""
 
 
 def join(needs: Iterable[Needs]) -> dict[Signal, tuple[int, ...] | None]:
-    """All that any of several methods needs."""
+    """Return the union of what several methods need."""
     joined: dict[Signal, tuple[int, ...] | None] = {}
     for need in needs:
         for signal, layers in need.items():
@@ -83,16 +90,17 @@ def join(needs: Iterable[Needs]) -> dict[Signal, tuple[int, ...] | None]:
 
 @dataclass
 class Observation:
-    """The signals of one prefill.
+    """Signals of one prefill; I images or frames, T tokens of the largest, R text rows.
 
     Attributes:
-        valid: bool [I, T], which tokens each image, or frame of a video, has. Read row by row they are the visual
+        valid: bool [I, T], the tokens that each image, or frame of a video, has. Read row by row they are the visual
             tokens of the batch in the order of their placeholders.
-        layers: how many layers each by-layer signal has in this model.
+        layers: number of layers that each by-layer signal has in this model.
         values: the tensors observed, by signal, or by signal and layer.
-        protected: bool [I, T], tokens that stand for no patch (a line's end, a frame's [CLS]): they always stay.
-        crops: int64 [I, T], the crop of its image a token is of; None where images are not cut.
-        text: bool [I, R], which rows of `Signal.TEXT_EMBEDS` and `Signal.TEXT_TO_IMAGE_ATTENTION` are real; None where
+        protected: bool [I, T], tokens that stand for no patch (a line's end, a frame's [CLS]) and always stay; None:
+            there are none.
+        crops: int64 [I, T], the crop of its image that each token is of; None if images are not cut.
+        text: bool [I, R], True for real rows of `Signal.TEXT_EMBEDS` and `Signal.TEXT_TO_IMAGE_ATTENTION`; None if
             neither was observed.
     """
 
@@ -105,7 +113,7 @@ class Observation:
 
     @classmethod
     def of_equal(cls, images: int, tokens: int, layers: Mapping[Signal, int], values: "Values") -> "Observation":
-        """Of `images` that all have the same number of tokens."""
+        """Return an observation of `images` images that all have `tokens` tokens."""
         device = next((value.device for value in values.values()), None)
         return cls(torch.ones(images, tokens, dtype=torch.bool, device=device), layers, values)
 
@@ -115,7 +123,7 @@ class Observation:
 
     @property
     def tokens(self) -> int:
-        """Tokens of the largest image."""
+        """Number of tokens of the largest image."""
         return self.valid.shape[1]
 
     @property
@@ -124,17 +132,17 @@ class Observation:
         return self.valid if self.protected is None else self.valid & ~self.protected
 
     def of_images(self, index: Tensor) -> "Observation":
-        """The same signals of some of the images: bool [I]."""
+        """Return the same signals of the images where `index`, bool [I], is True."""
         values = {key: value[index] for key, value in self.values.items()}
         more = (None if part is None else part[index] for part in (self.protected, self.crops, self.text))
         return Observation(self.valid[index], self.layers, values, *more)
 
     def __getitem__(self, signal: Signal) -> Tensor:
-        """A signal without layers."""
+        """Return a signal that has no layers."""
         return self.values[signal]
 
     def by_layer(self, signal: Signal, layers: tuple[int, ...] | None = None) -> Tensor:
-        """A by-layer signal of some layers, None for all, stacked: [I, L, ...]."""
+        """Return a by-layer signal of the layers named, None for all, stacked: [I, L, ...]."""
         count = self.layers[signal]
         chosen = range(count) if layers is None else layers
         return torch.stack([self.values[signal, layer % count] for layer in chosen], 1)

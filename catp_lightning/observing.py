@@ -1,4 +1,4 @@
-"""Collects, from one forward of the vision part, the signals that scorers and selectors need."""
+"""Collection, in one forward of the vision part, of the signals that scorers and selectors need."""
 
 import weakref
 from collections.abc import Callable, Iterator
@@ -30,7 +30,7 @@ Looks = list[tuple[Reduction, Callable[[Tensor], None]]]
 
 
 class Observer:
-    """Watches the vision part of one model; `take` hands over what its last forward showed.
+    """Observer of one model's vision part; `take` hands over what its last forward showed.
 
     Raises:
         PruningError: a signal or a layer is asked for that the model does not have.
@@ -46,7 +46,7 @@ class Observer:
 
     @contextmanager
     def watching(self) -> Iterator[None]:
-        """Attention is observed and hooks are in place only while inside."""
+        """Observe the model while inside; attention is observed and hooks are in place only there."""
         attention: dict[PreTrainedModel, dict[nn.Module, Looks]] = {}
         with ExitStack() as undo:
             for signal, layer in self.sites:
@@ -63,14 +63,20 @@ class Observer:
             yield
 
     def forget(self) -> None:
-        """Throw away what was seen: the call it belonged to has failed."""
+        """Discard what was seen of a call that has failed."""
         self.values.clear()
         self._taken.clear()
 
     def take(self, prompt: Prompt) -> Observation:
-        """The signals of the last forward of the vision part, and of the prompt; they are handed over once."""
+        """Return the signals of the last forward of the vision part, and of the prompt.
+
+        The signals of a forward are handed over to one call only; later steps of the same call get them again.
+
+        Raises:
+            PruningError: the vision part was not run in this call.
+        """
         values, self.values = self.values, {}
-        values = values or self._taken.get(prompt.arguments, {})  # a step without a cache: generate sees images once
+        values = values or self._taken.get(prompt.arguments, {})  # generate without a cache: images are seen once
         if len(values) < len(self.sites):
             raise PruningError(
                 "The language model was called without the vision part being run in the same call, so its tokens "
@@ -95,7 +101,7 @@ class Observer:
 
 
 def _all(looks: Looks) -> tuple[Callable[..., Any], Callable[[Any], None]]:
-    """Several looks at one module's attention, as one."""
+    """Combine several (reduction, store) pairs for one module's attention into one."""
 
     def store(values: list[Tensor]) -> None:
         for (_, storing), value in zip(looks, values, strict=True):

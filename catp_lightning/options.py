@@ -1,4 +1,4 @@
-"""Options of the command line: one that is misspelt is told the one that is meant."""
+"""Parsing of the command line: the error for a misspelt option names the option that was meant."""
 
 import difflib
 import re
@@ -8,10 +8,10 @@ from jsonargparse import ArgumentError, ArgumentParser
 
 
 def parsed(parser: ArgumentParser, args: list[str]) -> Any:
-    """What a parser makes of the arguments.
+    """Parse arguments and return the result of the parser.
 
     Raises:
-        ArgumentError: one is unknown, missing or of another type.
+        ArgumentError: an argument is unknown, missing or of another type.
     """
     try:
         return parser.parse_args(args)

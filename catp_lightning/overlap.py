@@ -1,4 +1,4 @@
-"""Evaluating on the images a policy was calibrated on flatters it: their fingerprints are kept, met again, and told."""
+"""Warnings if a policy is evaluated on images of its calibration, which a policy keeps as fingerprints."""
 
 import base64
 from collections.abc import Iterable, Mapping
@@ -15,21 +15,21 @@ from catp_lightning.policy import PruningPolicy
 from catp_lightning.saying import rank_zero_warn
 
 MOST = 100_000
-"""Fingerprints that a policy keeps, at most: 800 kB, 1.1 MB as text."""
+"""Most fingerprints that a policy keeps: 800 kB, 1.1 MB as text."""
 
 
 def encode_images(hashes: Tensor | np.ndarray) -> dict[str, Any]:
-    """The images of a calibration, as `policy.evidence["images"]` holds them.
+    """Encode the fingerprints of a calibration's images for `policy.evidence["images"]`.
 
     Args:
-        hashes: int64 of any shape, the `fingerprint` of every image read; the same image may be there often.
+        hashes: int64 of any shape, the `fingerprint` of every image read; an image may occur several times.
 
     Returns:
-        "count", how many different images there were, and "hashes", base64 of their fingerprints as little-endian
-        int64, ascending. Of more than 100,000 a sample that depends neither on order nor on processes.
+        "count", the number of different images, and "hashes", base64 of their fingerprints as little-endian int64,
+        ascending. Of more than 100,000 images a sample is kept that depends neither on order nor on processes.
 
     Raises:
-        ValueError: `hashes` are not int64, or there are none.
+        ValueError: `hashes` is not int64, or empty.
 
     >>> encode_images(torch.tensor([7, -1, 7]))
     {'count': 2, 'hashes': '//////////8HAAAAAAAAAA=='}
@@ -45,10 +45,10 @@ def encode_images(hashes: Tensor | np.ndarray) -> dict[str, Any]:
 
 
 def decode_images(entry: Any) -> tuple[Tensor, int]:
-    """What `encode_images` made: different fingerprints, int64 [N] ascending, and of how many images they are.
+    """Decode the output of `encode_images`: N different fingerprints, int64 [N] ascending, and the number of images.
 
     Raises:
-        PolicyError: it is damaged.
+        PolicyError: `entry` is damaged.
 
     >>> decode_images({"count": 2, "hashes": "//////////8HAAAAAAAAAA=="})
     (tensor([-1,  7]), 2)
@@ -71,12 +71,15 @@ def decode_images(entry: Any) -> tuple[Tensor, int]:
 
 
 def has_images(policy: PruningPolicy) -> bool:
-    """Whether a policy says which images it was calibrated on."""
+    """True if a policy's evidence holds the fingerprints of the images it was calibrated on."""
     return policy.evidence.get("images") is not None
 
 
 class _Met(Metric):
-    """Which of N images were met, by any process: uint8 [N], of fixed size and therefore exact under any number."""
+    """Metric that counts how many of N known images were met, by any number of processes.
+
+    Its state is uint8 [N], 1 for an image that was met: of fixed size, reduced by maximum, and therefore exact.
+    """
 
     full_state_update = False
     met: Tensor
@@ -86,7 +89,12 @@ class _Met(Metric):
         self.add_state("met", torch.zeros(images, dtype=torch.uint8, device="cpu"), dist_reduce_fx="max")
 
     def update(self, index: Tensor, found: Tensor) -> None:
-        """Add B images: int64 [B], which of the N each could be, and bool [B], whether it is."""
+        """Add B images.
+
+        Args:
+            index: int64 [B], index of the known image that each may be.
+            found: bool [B], True where the image is that one.
+        """
         # A new tensor: a state made under inference_mode may not be changed in place outside it.
         self.met = self.met.scatter_reduce(0, index, found.to(self.met.dtype), "amax")
 
@@ -95,14 +103,14 @@ class _Met(Metric):
 
 
 class OverlapCheck:
-    """Meets the images of one evaluation loop and warns at its end of those that the policy was calibrated on.
+    """Counts the images of one evaluation loop that the policy was calibrated on, and warns of them at its end.
 
-    Images are known by their pixel values as the model reads them: after another resizing, augmentation or precision
-    they are other images.
+    Images are recognised by their pixel values as the model reads them: with another resizing, augmentation or
+    precision they are different images.
 
     Args:
-        policy: one with images in its evidence.
-        device: where the fingerprints are made; nothing leaves it before `warn`.
+        policy: a policy with images in its evidence.
+        device: device of the fingerprints; nothing is copied from it before `warn`.
 
     Raises:
         PolicyError: the images in the policy's evidence are damaged.
@@ -114,13 +122,16 @@ class OverlapCheck:
         self._met = _Met(len(hashes)).to(device)
 
     def see(self, images: Iterable[Tensor]) -> None:
-        """Add the fingerprints of a batch: any number of int64 [I]."""
+        """Add the fingerprints of a batch: any number of tensors int64 [I]."""
         seen = torch.cat([self.hashes.new_empty(0), *(one.to(self.hashes.device) for one in images)])
         index = torch.searchsorted(self.hashes, seen).clamp(max=len(self.hashes) - 1)
         self._met.update(index, self.hashes[index] == seen)
 
     def warn(self) -> None:
-        """Say how many were met by all processes: every process must ask, at the end of the epoch."""
+        """Warn of the number of calibration images met by all processes, if any.
+
+        Every process must call this at the end of the epoch.
+        """
         met = int(self._met.compute())
         if not met:
             return
@@ -133,5 +144,5 @@ class OverlapCheck:
 
 
 def overlap_check(policy: PruningPolicy, device: torch.device) -> OverlapCheck | None:
-    """A check for one loop; None where the policy does not say which images it was calibrated on."""
+    """Return an `OverlapCheck` for one loop; None if the policy's evidence holds no images."""
     return OverlapCheck(policy, device) if has_images(policy) else None

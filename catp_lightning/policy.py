@@ -1,4 +1,4 @@
-"""PruningPolicy: what was decided, for which model, on what evidence: all that crosses from calibration to use."""
+"""`PruningPolicy`: a pruning decision, its model and its evidence, passed from calibration to use as JSON."""
 
 import difflib
 import json
@@ -25,8 +25,8 @@ FILE_NAME = "policy.json"
 if TYPE_CHECKING:
     Budget = int | float
 else:
-    # For signatures that the command line reads. It tries the types of a union in order, and typing's cache makes the
-    # order that of whoever wrote the same union first: YAML's 1, one token, could become 1.0, everything.
+    # For signatures that the command line reads. It tries the types of a union in order, and typing's cache makes that
+    # the order in which the union was first written anywhere: YAML's 1, one token, could become 1.0, all tokens.
     Budget = Any
 
 Positions = Literal["original", "compact"]
@@ -35,24 +35,26 @@ Method = TypeVar("Method")
 
 @dataclass(frozen=True)
 class PruningPolicy:
-    """Which visual tokens a model keeps, and why.
+    """Method, budget and settings by which visual tokens are pruned, with the evidence of a calibration.
 
-    Dictionaries are copied, as JSON holds them, and frozen with all they hold: what was checked stays what it was, and
-    a policy that is saved and loaded is the same. `to_dict` gives plain ones, which may be changed.
+    Dictionaries are copied in their JSON form and frozen with all that they hold: checked values cannot change, and a
+    policy that is saved and loaded is equal. `to_dict` gives plain dictionaries, which may be changed.
 
     Attributes:
-        scorer: the method that ranks tokens; it brings its own default selector.
+        scorer: name of the method that scores tokens; it has a default selector.
         scorer_args: arguments of the scorer, checked against its typed fields.
-        selector: name of the selector, "top-k" or "dpp" for example; None: the scorer's own.
-        selector_args: arguments of the selector, checked alike; `per` says what the budget is for.
+        selector: name of the selector, "top-k" or "dpp" for example; None: the scorer's default.
+        selector_args: arguments of the selector, checked likewise; `per` is the unit of the budget.
         keep: a share, float in (0, 1], or a number of tokens, int >= 1; rounded up, at least 1, at most all.
-        positions: "original" leaves every token its position id; "compact" numbers the kept ones anew.
-        model: what the policy was made for: type, name and shape; None: any model that has what the scorer reads.
-        evidence: what a calibration found; not used when pruning.
-        format_version: of the file; 1.
+        positions: "original" leaves every token its position id; "compact" renumbers the kept tokens.
+        model: type, name and shape of the model that the policy was made for; None: any model that has the signals the
+            scorer reads.
+        evidence: findings of a calibration; not used when pruning.
+        format_version: version of the file format; 1.
 
     Raises:
-        PolicyError: a field has the wrong type or a value that is not allowed, or all of them are larger than 4 MiB.
+        PolicyError: a field has the wrong type or a value that is not allowed, or the fields together are larger than
+            4 MiB.
 
     Example:
         >>> policy = PruningPolicy(scorer="catp", scorer_args={"layers": [0]}, keep=0.25)
@@ -75,7 +77,7 @@ class PruningPolicy:
         if self.positions not in get_args(Positions):
             raise PolicyError(f"positions is {self.positions!r:.200}; allowed are {', '.join(get_args(Positions))}.")
         if isinstance(self.keep, float):
-            object.__setattr__(self, "keep", float(self.keep))  # numpy's float64 is a float, and prints otherwise
+            object.__setattr__(self, "keep", float(self.keep))  # numpy's float64 is a float, but has another repr
         for name in ("scorer_args", "selector_args", "evidence", "model"):
             if name != "model" or self.model is not None:
                 object.__setattr__(self, name, frozen(name, getattr(self, name)))
@@ -89,23 +91,28 @@ class PruningPolicy:
         self.build_selector()
 
     def build_scorer(self) -> Scorer:
-        """The scorer with its arguments."""
+        """Build the scorer with its arguments."""
         return _method("scorer", self.scorer, SCORERS, self.scorer_args)
 
     def build_selector(self) -> Selector:
-        """The selector with its arguments; the scorer's own where none is named."""
+        """Build the selector with its arguments; without a name, the scorer's default selector."""
         name = _lookup("scorer", self.scorer, SCORERS).selector if self.selector is None else self.selector
         return _method("selector", name, SELECTORS, self.selector_args)
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain JSON types; `keep` as {"share": 1.0} or {"tokens": 1}, which JSON's one kind of number would mix up."""
+        """Return the fields as plain JSON types.
+
+        `keep` is {"share": 1.0} or {"tokens": 1}, because JSON does not tell a float from an int.
+        """
         values = {part.name: getattr(self, part.name) for part in fields(self)}
         values["keep"] = {"tokens": self.keep} if isinstance(self.keep, int) else {"share": self.keep}
         return dict(json.loads(json.dumps(values, allow_nan=False)))
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Self:
-        """The policy that `to_dict` described. Keys and a format of a newer version warn, and are left out.
+        """Return the policy with the fields that `to_dict` gave.
+
+        Unknown keys and a newer format version warn and are ignored.
 
         Raises:
             PolicyError: a value is wrong.
@@ -139,7 +146,7 @@ class PruningPolicy:
         return cls(**known)
 
     def __repr__(self) -> str:
-        """Short, whatever was found out: what differs from the defaults, evidence and weights in a few words."""
+        """Short text: scorer, budget and fields that differ from their defaults; evidence and long values are cut."""
         shown = [f"scorer={self.scorer!r}", f"keep={self.keep!r}"]
         for part in fields(self):
             value = getattr(self, part.name)
@@ -153,31 +160,35 @@ class PruningPolicy:
         return f"{type(self).__name__}({', '.join(shown)})"
 
     def with_keep(self, keep: int | float) -> Self:
-        """The same policy at another budget."""
+        """Return a copy of the policy with another budget."""
         return replace(self, keep=keep)
 
     def save(self, path: str | Path) -> Path:
-        """Write the policy as JSON, whole or not at all; a path without a suffix is a folder and gets `policy.json`."""
+        """Write the policy as JSON, atomically, and return the file's path.
+
+        Args:
+            path: a file; a path without a suffix is a folder, which gets `policy.json`.
+        """
         path, values = Path(path), self.to_dict()
         file = path if path.suffix else path / FILE_NAME
         text = json.dumps(values, indent=2, allow_nan=False)
-        if len(text) >= LARGEST:  # indented it could not be loaded
+        if len(text) >= LARGEST:  # with indentation it would be too large to load
             text = json.dumps(values, allow_nan=False)
         return write_text(file, text + "\n")
 
     @classmethod
     def load(cls, path: str | Path, keep: int | float | None = None) -> Self:
-        """Read a policy.
+        """Load a policy from a file, a folder, Weights & Biases or the Hugging Face hub.
 
         Args:
             path: a file; a folder with `policy.json` or one `keep-<value>.json` for each budget;
                 "wandb://entity/project/name:alias" for an artifact; "hf://user/repo" for a repository of the hub,
                 "hf://user/repo@revision" for a branch, tag or commit of it.
-            keep: which budget of a folder that holds several; a single policy must be for it.
+            keep: the budget to take from a folder that holds several; a single policy must be for this budget.
 
         Raises:
-            PolicyError: there is no such file, it is damaged, no regular file or larger than 4 MiB, or it holds other
-                budgets than `keep`, or several and `keep` is None.
+            PolicyError: there is no such file, it is damaged, not a regular file or larger than 4 MiB, or only other
+                budgets than `keep` are there, or several are there and `keep` is None.
         """
         if keep is not None:
             check_keep(keep)

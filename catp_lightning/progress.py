@@ -1,4 +1,4 @@
-"""Where there is no terminal to draw a bar on, a line from time to time says that work goes on, and how far it is."""
+"""Progress lines where there is no terminal to draw a bar on: from time to time a line says how far the work is."""
 
 import os
 import sys
@@ -11,12 +11,15 @@ from typing import Self, TextIO
 from catp_lightning.safe_text import one_line
 
 EVERY = 10.0
-"""Seconds between two lines."""
+"""Seconds between two progress lines."""
 
 
 def shows_bars() -> bool:
-    """Whether progress bars can be drawn: in a notebook, or where both standard streams are a terminal that can move
-    its cursor. Lightning's bar goes to the one, tqdm's to the other, and what is piped shows neither."""
+    """True if progress bars can be drawn: in a notebook, or where both standard streams are a terminal that can move
+    its cursor.
+
+    Lightning's bar goes to standard output, tqdm's to standard error, and a pipe shows neither.
+    """
     streams = (sys.stdout, sys.stderr)
     notebook = any(type(stream).__module__.startswith("ipykernel.") for stream in streams)
     terminal = all(stream is not None and stream.isatty() for stream in streams)
@@ -24,7 +27,8 @@ def shows_bars() -> bool:
 
 
 def batch_of(number: int, counts: Iterable[int | float]) -> str:
-    """
+    """Return the text for batch `number` of all batches that the `counts` of several loaders sum up to.
+
     >>> batch_of(3, [4, 4]), batch_of(3, [float("inf")])  # infinite: a loader without a length
     ('batch 3 of 8', 'batch 3')
     """
@@ -33,16 +37,17 @@ def batch_of(number: int, counts: Iterable[int | float]) -> str:
 
 
 class Lines:
-    """While inside, what is being done is written as a line every few seconds; nothing where a bar can be drawn.
+    """Context that writes what is being done as a line every `EVERY` seconds; nothing where a bar can be drawn.
 
-    A thread writes them, so that they come in the middle of a long step as well, an import or the loading of weights.
+    A thread writes the lines, so that they come in the middle of a long step as well, an import or the loading of
+    weights.
 
     Args:
         now: what is being done.
-        stream: where the lines go; None: standard error.
+        stream: stream that the lines go to; None: standard error.
 
     Attributes:
-        now: the same; whoever does the work sets it anew.
+        now: what is being done; the code that does the work sets it anew.
     """
 
     def __init__(self, now: str, stream: TextIO | None = None) -> None:
@@ -72,24 +77,24 @@ class Lines:
         self.close()
 
     def close(self) -> None:
-        """End the lines; more than once does nothing."""
+        """End the progress lines; calling it again does nothing."""
         self._ended.set()
         if self._thread is not None:
             self._thread.join()
 
 
 class Preparation:
-    """What a command does before its work: lines say that it goes on, and a value that is refused is wrong usage.
+    """Phase of a command before its work: progress lines are written, and a refused value counts as wrong usage.
 
     Attributes:
-        lines: of the preparation.
-        over: whether the work has begun; what fails from then on is no wrong usage.
+        lines: progress lines of the preparation.
+        over: True once the work has begun; errors from then on are not wrong usage.
     """
 
     def __init__(self, lines: Lines) -> None:
         self.lines, self.over = lines, False
 
     def end(self) -> None:
-        """The work begins, and says by itself how far it is."""
+        """End the preparation and its lines: the work begins, which reports its own progress."""
         self.over = True
         self.lines.close()

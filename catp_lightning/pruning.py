@@ -1,4 +1,4 @@
-"""prune(model, policy): the context in which a model reads fewer visual tokens."""
+"""`prune(model, policy)`: the context in which a model reads fewer visual tokens."""
 
 import weakref
 from collections import deque
@@ -31,24 +31,26 @@ from catp_lightning.scorers import SCORERS
 from catp_lightning.selectors import without_autocast
 
 Choose = Callable[[Tensor], Tensor]
-"""Which visual tokens exist, bool [B, T] -> which of them stay, bool [B, T]."""
+"""Function that is given the visual tokens that exist, bool [B, T], and returns those that stay, bool [B, T]."""
 
 
 class Pruning:
-    """A record of what was kept.
+    """Pruning of one model, and the record of what was kept.
 
     Attributes:
-        keep: bool [B, T] of the last prefill, None before the first: which visual tokens stayed, in placeholder
-            order. B is the batch before beams are expanded, T the longest sample's count; False beyond a sample's own.
-        scores: float [B, T], what they were ranked by; -inf beyond a sample's own, None where nothing was scored.
-        carrier: int64 [B, T], for each visual token the one whose row carries it: itself where it stays, or one that
-            stays and now is the mean of all it carries, or -1 where it is lost; None where nothing is merged. Of
-            several stages it is the last one's: what was lost or carried before is -1.
-        choices: (keep bool [B, T], counts int64 [B]) of each prefill since it was last cleared, at most 1,024.
-        tokens_per_layer: float [B] for each of `choices`: how many visual tokens a layer of the decoder reads, the mean
-            over its layers; more than stay where they leave inside it.
-        leave_at: the decoder layers at whose entry tokens leave; none: before the first.
-        images: fingerprints, int64 [I], of each prefill since it was last cleared, at most 1,024: only where the policy
+        keep: bool [B, T], the visual tokens that stayed in the last prefill, in placeholder order; None before the
+            first. B is the batch before beams are expanded, T the longest sample's count; False beyond a sample's own.
+        scores: float [B, T], scores that the tokens were ranked by; -inf beyond a sample's own, None if nothing was
+            scored.
+        carrier: int64 [B, T], for each visual token the one whose row carries it: itself if it stays, or one that stays
+            and now is the mean of all it carries, or -1 if it is lost; None if nothing is merged. With several stages
+            it is the last one's: what was lost or carried before is -1.
+        choices: (keep bool [B, T], counts int64 [B]) of each prefill since it was last cleared, at most 1,024; counts
+            are the visual tokens that each sample had.
+        tokens_per_layer: float [B] for each of `choices`: number of visual tokens that a layer of the decoder reads,
+            the mean over its layers; more than the number that stay if tokens are dropped inside the decoder.
+        leave_at: decoder layers at whose entry tokens are dropped; empty: before the first.
+        images: fingerprints, int64 [I], of each prefill since it was last cleared, at most 1,024: only if the policy
             says which images it was calibrated on and something is scored, for `OverlapCheck`.
     """
 
@@ -83,12 +85,12 @@ class Pruning:
         first: Needs = {Signal.IMAGE_HASH: None} if self._known else {}
         self._observer = Observer(family, first if stages else wanted)
         compact = policy.positions == "compact"
-        own: Pruning = weakref.proxy(self)  # no cycle: with the last reference to the model its memory is free
+        own: Pruning = weakref.proxy(self)  # no reference cycle: the model's memory is freed with its last reference
         choose_of, forget = partial(Pruning._choose, own), partial(Pruning._forget, own)
         self._entry = entry(family, choose_of, compact, forget, stages, wanted, lambda: own.carrier)
 
     def __repr__(self) -> str:
-        """Short: the model, what is kept, and how much the last prefill kept."""
+        """Return a short description: the model, what the policy keeps, and how much the last prefill kept."""
         found = "nothing read yet"
         if self.keep is not None:
             found = f"{int(self.keep.sum()):,} visual tokens kept of a batch of {len(self.keep)}"
@@ -103,7 +105,7 @@ class Pruning:
                 "same kind: give it, prune(model, policy, guide=small_model). TokenPruning and PrunedModule take it "
                 "too."
             )
-        answer_tokens = getattr(self._scorer, "answer_tokens", 1)  # how far the guide answers is the method's to say
+        answer_tokens = getattr(self._scorer, "answer_tokens", 1)  # set by the method
         found = Guide(guide, self.family, wanted[Signal.GUIDE_ATTENTION], answer_tokens)
         refuse_unprunable(guide, found.family)
         return found
@@ -115,18 +117,18 @@ class Pruning:
 
     @property
     def stages(self) -> PruneAtDecoderLayers:
-        """What drops tokens inside the decoder, where the policy's scorer does so."""
+        """Object that drops tokens inside the decoder; it exists only if the policy's scorer does so."""
         assert isinstance(self._entry, PruneAtDecoderLayers)
         return self._entry
 
     @property
     def labels_left_out(self) -> int:
-        """How many labels of the last call were predicted from dropped rows, and therefore do not count in its loss."""
+        """Number of labels of the last call that were predicted from dropped rows: they do not count in its loss."""
         return self._entry.labels_left_out
 
     @contextmanager
     def suspended(self) -> Iterator[None]:
-        """While inside, the model runs unpruned."""
+        """Let the model run unpruned while inside."""
         self._observer.active = self._entry.active = False
         try:
             yield
@@ -142,7 +144,7 @@ class Pruning:
             self._forget()  # features and attention maps are large, and the record may be kept
 
     def _choose(self, prompt: Prompt) -> Tensor:
-        """Visual tokens of a prompt that stay: bool [B, T]."""
+        """Return the visual tokens of a prompt that stay, bool [B, T], and record them."""
         visual = prompt.tokens
         self.scores = self.carrier = None
         if self._given is not None:
@@ -156,7 +158,7 @@ class Pruning:
         return self.keep
 
     def _note(self, prompt: Prompt, keep: Tensor) -> None:
-        """Count what a prefill keeps, once it has come to its last stage."""
+        """Record what a prefill keeps, once it has come to its last stage."""
         if not isinstance(prompt, StagePrompt):
             self.choices.append((keep, prompt.tokens.sum(1)))
             self.tokens_per_layer.append(keep.sum(1).float())
@@ -169,7 +171,11 @@ class Pruning:
             self.tokens_per_layer.append(self._read.to(torch.float32) / depth)
 
     def _check_budget(self, tokens: Tensor) -> None:
-        """Warn, at the first prefill, where the budget is more than any image has: int64 [I], their tokens."""
+        """Warn, at the first prefill, if the budget is more tokens than any image has.
+
+        Args:
+            tokens: int64 [I], number of tokens of each image.
+        """
         keep, first = self.policy.keep, not self._checked
         self._checked = True
         if first and isinstance(keep, int) and len(tokens) and keep > int(tokens.max()):
@@ -217,13 +223,14 @@ def prune(
     choose: Choose | None = None,
     guide: nn.Module | None = None,
 ) -> Iterator[Pruning]:
-    """While inside, the model reads only the visual tokens that the policy keeps; afterwards it is what it was.
+    """Prune a model while inside: it reads only the visual tokens that the policy keeps; afterwards it is what it was.
 
     Args:
         module: a supported Hugging Face model, or any module that holds one, a LightningModule for example.
-        policy: what to keep.
-        model: which model, where `module` holds several: its attribute path.
-        choose: decides instead of the policy's scorer, from bool [B, T] which visual tokens exist to which stay.
+        policy: the policy, which says what to keep.
+        model: attribute path of the model, if `module` holds several.
+        choose: decides instead of the policy's scorer: given the visual tokens that exist, bool [B, T], returns those
+            that stay, bool [B, T].
         guide: a smaller model of the same kind, tokeniser and grid of visual tokens, or a module that holds one. Only
             the scorer `sgl` asks for it: it is run on every prompt, unpruned, on the device it is on.
 
@@ -249,7 +256,12 @@ def prune(
 
 
 def _pruning(family: Family, policy: PruningPolicy, choose: Choose | None, guide: nn.Module | None) -> Pruning:
-    """A record; where the policy's scorer is none for this model, the error names those that are."""
+    """Return a pruning and its record.
+
+    Raises:
+        PruningError: the model cannot be pruned by this policy; if its scorer does not work on this model, the error
+            names those that do.
+    """
     try:
         return Pruning(family, policy, choose, guide)
     except PruningError as error:
@@ -257,14 +269,17 @@ def _pruning(family: Family, policy: PruningPolicy, choose: Choose | None, guide
 
 
 def instead_of(policy: PruningPolicy, family: Family) -> str:
-    """What to say behind a refusal of a policy: the scorers that can prune the model, where its own cannot at all."""
+    """Return the end of an error message that refuses a policy: the scorers that can prune the model.
+
+    Empty if the policy's own scorer can prune the model, or needs a guide.
+    """
     suited = []
     for name in SCORERS:
-        with suppress(Exception):  # refused here, or of a package that does not work
+        with suppress(Exception):  # refused on this model, or of a package that does not work
             Pruning(family, PruningPolicy(name))
             suited.append(name)
     if (
         policy.scorer in suited or Signal.GUIDE_ATTENTION in policy.build_scorer().needs
-    ):  # it is a setting, or the guide
+    ):  # the error is about a setting or the guide
         return ""
     return f" The scorers that work on {type(family.model).__name__} are {', '.join(suited)}."

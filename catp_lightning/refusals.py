@@ -1,4 +1,4 @@
-"""What is refused before anything is pruned: a policy for another model, a rule that makes no sense here."""
+"""Checks before anything is pruned, which refuse a policy for another model, or a rule that makes no sense here."""
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -15,11 +15,11 @@ from catp_lightning.saying import warn
 from catp_lightning.selectors import Selector
 
 MARK = "_catp_pruning"
-"""On a model while it is being pruned, calibrated, or asked as a guide."""
+"""Attribute of a model while it is being pruned, calibrated, or asked as a guide."""
 
 
 def check_model(policy: PruningPolicy, family: Family) -> None:
-    """Raise PolicyError where a policy was made for another architecture; warn where it was for another checkpoint."""
+    """Raise PolicyError if a policy was made for another architecture; warn if it was made for another checkpoint."""
     if policy.model is None:
         return
     made_for, here = dict(policy.model), family.describe()
@@ -43,13 +43,13 @@ def _described(model: Mapping[str, Any]) -> str:
 
 
 def refuse_unprunable(module: nn.Module, family: Family) -> None:
-    """Raise PruningError where a model is being pruned already, or it, or a step that calls it, was compiled before."""
+    """Raise PruningError if a model is being pruned already, or if it, or a step that calls it, was compiled before."""
     if MARK in family.model.__dict__:
         raise _occupied(family)
     parts = {part: path for path, part in (*family.model.named_modules(), *module.named_modules())}
     own = set(family.model.modules())
     for part, path in parts.items():
-        # A part beside the model, a loss for example, may be compiled: nothing there is pruned.
+        # A part beside the model, a loss for example, may be compiled: nothing is pruned there.
         if (how := _compiled(part)) is not None and (part in own or family.model in part.modules()):
             raise PruningError(
                 f"{type(part).__name__}{path and f' {path!r}'} was compiled before pruning ({how}), and compiled code "
@@ -66,7 +66,10 @@ _CALLED = ("forward", "generate", "validation_step", "test_step", "predict_step"
 
 
 def _compiled(part: nn.Module) -> str | None:
-    """How a module was compiled; None: it was not. Training steps may be, they run outside of every context."""
+    """Return how a module was compiled; None if it was not.
+
+    Training steps may be compiled: they run outside of every context.
+    """
     if hasattr(part, "_orig_mod"):
         return "torch.compile(module)"
     if getattr(part, "_compiled_call_impl", None) is not None:
@@ -80,7 +83,7 @@ def _compiled(part: nn.Module) -> str | None:
 
 @contextmanager
 def compiled_inside(*modules: nn.Module) -> Iterator[None]:
-    """At the end nothing in these modules is compiled in place any more: they are what they were."""
+    """Undo the in-place compilation of all parts of these modules when the context is left."""
     try:
         yield
     finally:
@@ -91,10 +94,10 @@ def compiled_inside(*modules: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def occupied(family: Family) -> Iterator[None]:
-    """While inside, no other context can have the model, in this thread or another.
+    """Reserve a model while inside: no other context can have it, in this thread or another.
 
     Raises:
-        PruningError: one has it.
+        PruningError: another context has the model.
     """
     mark = object()
     try:  # from here on: an interrupt may come at any line
@@ -115,7 +118,10 @@ def _occupied(family: Family) -> PruningError:
 
 
 def refuse_at_stages(policy: PruningPolicy, selector: Selector, wanted: Needs) -> None:
-    """Raise PolicyError where tokens leave inside the decoder and what is needed is seen before it."""
+    """Raise PolicyError if tokens are dropped inside the decoder and the policy needs what is seen only before it.
+
+    That is a signal outside of `observation.STAGED`, or a budget of each image.
+    """
     per = policy.selector_args.get("per", "sample")
     if per != "sample" or not (wanted.keys() - {Signal.IMAGE_HASH}) <= STAGED:
         raise PolicyError(
@@ -126,7 +132,10 @@ def refuse_at_stages(policy: PruningPolicy, selector: Selector, wanted: Needs) -
 
 
 def refuse_merging(policy: PruningPolicy, selector: Selector, family: Family) -> None:
-    """Raise PruningError where no decoder reads visual tokens as rows, or they have no grid to be averaged on."""
+    """Raise PruningError if a selector that merges tokens cannot work on a model.
+
+    Either no decoder reads visual tokens as rows, or they have no grid to be averaged on.
+    """
     if selector.needs_grid and not family.has_grid:
         raise PruningError(
             f"The policy's {policy.selector or policy.scorer!r} averages tokens over a square grid, and those of "

@@ -1,7 +1,7 @@
-"""Text of others made safe for where it is shown: names from policies, models, data sets, packages and paths.
+"""Escape foreign text for where it is shown: names from policies, models, data sets, packages and paths.
 
-A name may hold what a terminal obeys, what Rich or Markdown reads as markup, or what matplotlib reads as a formula.
-Nothing is taken away: what would act is shown instead.
+A name may hold characters that a terminal obeys, that Rich or Markdown reads as markup, or that matplotlib reads as a
+formula. No character is removed: those that would act are written out.
 """
 
 import re
@@ -12,14 +12,15 @@ if TYPE_CHECKING:
     from rich.text import Text
 
 LONGEST = 60
-"""Characters of a name in a figure."""
+"""Limit on the characters of a name in a figure; longer ones are cut."""
 
 _ACTING = frozenset({"Cc", "Cf", "Cs", "Co", "Zl", "Zp"})
-"""Unicode's categories of what acts or has no form: control and format characters (right to left), halves of pairs."""
+"""Unicode categories of characters that act or have no form: control and format characters (right to left), halves of
+surrogate pairs, private use, line and paragraph separators."""
 
 
 def printable(text: object) -> str:
-    r"""`str(text)` in which characters that act on a terminal are written out; line breaks and tabs stay.
+    r"""Return `str(text)` with characters that act on a terminal written out; line breaks and tabs stay.
 
     >>> print(printable("\x1b[2J\u202eabc"))
     \x1b[2J\u202eabc
@@ -31,7 +32,7 @@ def printable(text: object) -> str:
 
 
 def one_line(text: object) -> str:
-    r"""`printable`, with line breaks and tabs written out too, so that no name can look like a line of ours.
+    r"""Return `printable(text)` with line breaks and tabs written out too: no name can look like a line of catp.
 
     >>> one_line("a name\ncatp: saved.")
     'a name\\ncatp: saved.'
@@ -40,7 +41,7 @@ def one_line(text: object) -> str:
 
 
 def rich_text(text: object, style: str = "") -> "Text":
-    """For Rich's console, tables and progress bars, which read markup and emoji codes in a str."""
+    """Return text for Rich's console, tables and progress bars, which read markup and emoji codes in a str."""
     from rich.text import Text
 
     return Text(one_line(text), style)
@@ -51,7 +52,7 @@ class Markdown(str):
 
 
 def markdown_text(text: object) -> Markdown:
-    r"""For a paragraph, a list item or a cell of a table: shown as it is, without tags, links, images or formulas.
+    r"""Return text for a Markdown paragraph, list item or cell, shown literally: no tags, links, images or formulas.
 
     >>> print(markdown_text("<img src=x> | [a](https://b)"))
     &lt;img src=x&gt; \| \[a\](https&#58;//b)
@@ -65,11 +66,11 @@ def markdown_text(text: object) -> Markdown:
 
 _ENTITIES = {"&": "&amp;", "<": "&lt;", ">": "&gt;", "@": "&#64;", ":": "&#58;", ".": "&#46;"}
 _MARKUP = re.compile(r"[\\`*\[\]|~$<>&@]|(?<![^\W_])_|_(?![^\W_])|:(?=//)|(?<=www)\.", re.IGNORECASE)
-"""What Markdown reads inside a line; an underscore within a word, and a bare address, are told apart."""
+"""Characters that Markdown acts on inside a line, in bare addresses too; an underscore within a word is literal."""
 
 
 def figure_text(text: object) -> str:
-    """For a legend or title: one line, not longer than `LONGEST`; `figures.png` draws no formulas."""
+    """Return text for a figure's legend or title: one line, cut to `LONGEST`; `figures.png` draws no formulas."""
     shown = one_line(text)
     shown = shown if len(shown) <= LONGEST else f"{shown[: LONGEST - 1]}…"
     return f" {shown}" if shown.startswith("_") else shown  # matplotlib leaves such a label out of its legend
@@ -80,5 +81,5 @@ def _acts(sign: str) -> bool:
 
 
 def _written(sign: str) -> str:
-    r"""As in a Python literal; `repr` leaves nothing that acts as it is."""
+    r"""Return a character as in a Python literal; `repr` escapes every character that acts."""
     return repr(sign)[1:-1]

@@ -1,4 +1,4 @@
-"""Lines and warnings of ours, in which what others named cannot act on the terminal that shows them."""
+"""Lines and warnings of this package, escaped: names that others chose cannot act on the terminal that shows them."""
 
 import warnings
 
@@ -6,19 +6,19 @@ from catp_lightning.safe_text import one_line
 
 
 def rank_zero_info(message: str) -> None:
-    """Lightning's, of one line that is safe to show."""
+    """Call Lightning's `rank_zero_info` with the message as one line that is safe to show."""
     from lightning.pytorch.utilities import rank_zero
 
     rank_zero.rank_zero_info(one_line(message))
 
 
 def rank_zero_warn(message: str) -> None:
-    """Lightning's, alike; told at the caller's line."""
+    """Call Lightning's `rank_zero_warn` with the message as one safe line; the warning is told at the caller's line."""
     from lightning.pytorch.utilities import rank_zero
 
     rank_zero.rank_zero_warn(one_line(message), stacklevel=5)
 
 
 def warn(message: str, stacklevel: int = 1) -> None:
-    """`warnings.warn`, alike; `stacklevel` counts from the caller."""
+    """Call `warnings.warn` with the message as one safe line; `stacklevel` counts from the caller."""
     warnings.warn(one_line(message), stacklevel=stacklevel + 1)

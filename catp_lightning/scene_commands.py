@@ -1,4 +1,4 @@
-"""`catp demo` and `catp scenes`: their options are read before anything that takes long is imported."""
+"""The commands `catp demo` and `catp scenes`: options are parsed before anything that takes long is imported."""
 
 import os
 from collections.abc import Callable, Mapping
@@ -14,7 +14,7 @@ from catp_lightning.safe_text import one_line
 
 
 def scenes(args: list[str], summary: str, preparation: Preparation) -> None:
-    """The command: `args` are those after `scenes`."""
+    """Run `catp scenes`; `args` are the arguments after `scenes`."""
 
     def write(
         output: str = "data/digits",
@@ -23,15 +23,16 @@ def scenes(args: list[str], summary: str, preparation: Preparation) -> None:
         seed: int = 0,
         model: str = "digits_blip2",
     ) -> None:
-        """
+        """Write digit scenes with questions.
+
         Args:
             output: the folder that gets `calibration` and `test`, in VQAv2's layout; no digit is in both.
-            questions: how many questions the test split has.
-            calibration_questions: how many questions the calibration split has.
-            seed: of the scenes and questions.
+            questions: number of questions of the test split.
+            calibration_questions: number of questions of the calibration split.
+            seed: seed of the scenes and questions.
             model: the shipped model that the scenes are for: digits_blip2, digits_llava or digits_mllama.
         """
-        shipped(model)  # raises where it is none
+        shipped(model)  # raises where it is not a shipped one
         _check(output, seed, {"calibration": calibration_questions, "test": questions})
         from catp_lightning.data.scenes import Split, write_scenes
 
@@ -46,15 +47,16 @@ def scenes(args: list[str], summary: str, preparation: Preparation) -> None:
 
 
 def demo(args: list[str], summary: str, preparation: Preparation) -> None:
-    """The command: `args` are those after `demo`."""
+    """Run `catp demo`; `args` are the arguments after `demo`."""
 
     def run(output: str = "runs/demo", questions: int = 500, calibration_questions: int = 512, seed: int = 0) -> None:
-        """
+        """Run the demo on the shipped BLIP-2.
+
         Args:
             output: folder for the results: policies, table, plot and an offline Weights & Biases run.
             questions: number of test questions, about digits that neither training nor calibration saw.
             calibration_questions: number of questions the policies are chosen on.
-            seed: of the scenes.
+            seed: seed of the scenes.
         """
         _check(output, seed, {"calibration": calibration_questions, "test": questions})
         print("The demo takes about two minutes where nothing else runs; importing torch comes first.", flush=True)
@@ -67,7 +69,7 @@ def demo(args: list[str], summary: str, preparation: Preparation) -> None:
 
 
 def _check(output: str, seed: int, counts: Mapping[str, int]) -> None:
-    """Raise ValueError or OSError where scenes cannot be drawn so, or not be written there."""
+    """Raise ValueError if scenes cannot be drawn with this seed or these counts, OSError if not written to `output`."""
     if few := [f"{count} for the {split} split" for split, count in counts.items() if count < 1]:
         raise ValueError(f"The number of questions is {' and '.join(few)}; it must be at least 1.")
     if seed < 0:

@@ -1,4 +1,4 @@
-"""What stands for a policy in a signature: the policy, where it is, or its fields in a configuration file."""
+"""Policies as arguments: a `PruningPolicy`, a path or address of one, or its fields in a configuration file."""
 
 import difflib
 import reprlib
@@ -13,27 +13,28 @@ from catp_lightning.policy import PruningPolicy, check_keep
 if TYPE_CHECKING:
     Source = str | Path | PruningPolicy | Mapping[str, Any]
 else:
-    # The command line would write a union into a saved configuration as its first type that takes the value: fields
-    # become the text of a Namespace, which the next run reads as a path. What has no type is written as it was given.
+    # The command line would write a union into a saved configuration as the first of its types that takes the value:
+    # fields would become the text of a Namespace, which the next run reads as a path. `Any` is written as it was given.
     Source = Any
 
 
 def policy_or_path(source: Any) -> str | Path | PruningPolicy | None:
-    """A policy, or where it is, from what Python or a configuration file gives.
+    """Return the policy, or its path or address, that an argument from Python or a configuration file means.
 
     Args:
-        source: a policy, a path or an address, None; or the fields of a policy by name, `keep` a number or as a file of
-            a policy has it; or these as LightningCLI saves an object, under `class_path` and `init_args`.
+        source: a policy, a path, an address or None, returned as they are; or the fields of a policy by name, `keep` as
+            a number or as in a policy's file; or these fields as LightningCLI saves an object, under `class_path` and
+            `init_args`.
 
     Raises:
-        PolicyError: a field is unknown or wrong, or `source` is something else.
+        PolicyError: a field is unknown or wrong, or `source` is of another type.
 
     >>> policy_or_path({"scorer": "catp", "keep": 1})
     PruningPolicy(scorer='catp', keep=1)
     """
     if source is None or isinstance(source, str | Path | PruningPolicy):
         return source
-    if hasattr(source, "as_dict"):  # a Namespace, which jsonargparse hands on where an object cannot be made of it
+    if hasattr(source, "as_dict"):  # a Namespace, which jsonargparse passes where it cannot make an object of it
         source = source.as_dict()
     if not isinstance(source, Mapping):
         raise PolicyError(f"policy is {reprlib.repr(source)}; give {_ALLOWED}.")

@@ -1,4 +1,4 @@
-"""How many threads torch computes with: more than there are processors for would wait for each other."""
+"""Number of threads that torch computes with: more threads than processors would wait for each other."""
 
 import math
 import os
@@ -10,11 +10,11 @@ CGROUPS = Path("/sys/fs/cgroup")
 
 
 def processors(cgroups: Path = CGROUPS, own: Path = Path("/proc/self/cgroup")) -> int:
-    """How many this process may use, at least 1: those of its affinity, or fewer where a cgroup's quota gives less.
+    """Return the number of processors this process may use, at least 1: its affinity, or fewer by a cgroup's quota.
 
     Args:
-        cgroups: where the second version of control groups is mounted.
-        own: names the group of this process, "0::/path".
+        cgroups: mount point of the second version of control groups.
+        own: file that names the group of this process, "0::/path".
     """
     affinity = getattr(os, "sched_getaffinity", None)
     found = len(affinity(0)) if affinity is not None else os.cpu_count() or 1
@@ -31,7 +31,7 @@ def processors(cgroups: Path = CGROUPS, own: Path = Path("/proc/self/cgroup")) -
 
 @contextmanager
 def at_most(threads: int) -> Iterator[None]:
-    """While inside, torch computes with no more threads; with as many as OMP_NUM_THREADS says, where it is set."""
+    """Context in which torch computes with at most `threads` threads; if OMP_NUM_THREADS is set, nothing changes."""
     import torch
 
     before = torch.get_num_threads()

@@ -1,4 +1,4 @@
-"""Dataclasses from plain JSON values, checked against the types of their fields."""
+"""Builds dataclasses from plain JSON values, checked against the types of their fields."""
 
 import math
 import types
@@ -12,18 +12,23 @@ from catp_lightning.errors import PolicyError
 T = TypeVar("T")
 
 LAYERS, NUMBERS = 1024, 2**16
-"""Longest list of layers, or of rows of heads, and of real numbers, of which an image has one a token."""
+"""Most entries of a list of layers or of rows of head weights, and of a list of real numbers (one for each token)."""
 
 
 class TooLong(PolicyError):
-    """A list has more entries than any model has use for; of no type of a union is it right."""
+    """Raised for a list with more entries than any model needs; no other type of a union is then tried."""
 
 
 def build(cls: type[T], values: Mapping[str, Any], what: str) -> T:
-    """An instance of a dataclass from its arguments; lists become tuples where the field is a tuple.
+    """Build an instance of a dataclass from arguments by name; lists become tuples where the field is a tuple.
+
+    Args:
+        cls: the dataclass.
+        values: arguments by name.
+        what: name of the object, for error messages.
 
     Raises:
-        PolicyError: an argument is unknown, of another type than the field, not finite, or refused by the class.
+        PolicyError: an argument is unknown, of another type than its field, not finite, or refused by the class.
     """
     assert is_dataclass(cls)
     hints = get_type_hints(cls)
@@ -56,7 +61,7 @@ def _convert(value: Any, hint: Any, what: str) -> Any:
     elif hint is type(None) and value is None:
         return None
     elif hint is float and isinstance(value, int | float) and not isinstance(value, bool):
-        with suppress(OverflowError):  # a whole number beyond all floats
+        with suppress(OverflowError):  # an int too large for a float
             if math.isfinite(value):
                 return float(value)
     elif hint in (int, bool, str) and type(value) is hint:

@@ -12,22 +12,22 @@ from catp_lightning.metrics import VQAAccuracy
 
 
 class VQAAnswer(TypedDict):
-    """One line of VQAv2's result layout."""
+    """Answer to a question, in VQAv2's result layout."""
 
     question_id: int
     answer: str
 
 
 class VQAModule(LightningModule):
-    """Validation, test and prediction with a vision-language model on batches of `VQADataModule`; no training.
+    """Validates, tests and predicts with a vision-language model on batches of `VQADataModule`; it cannot be trained.
 
     Validation and test log `val/vqa_accuracy` and `test/vqa_accuracy`, in [0, 1]; prediction returns a list of
-    `VQAAnswer` a batch.
+    `VQAAnswer` for each batch.
 
     Args:
         model: folder or name for `AutoModelForImageTextToText.from_pretrained`, or a model; put in evaluation mode.
         processor: folder or name for `AutoProcessor.from_pretrained`; None: the same as `model`.
-        generation: arguments of the model's `generate`, over `max_new_tokens=10, do_sample=False`.
+        generation: arguments of the model's `generate`, beside or in place of `max_new_tokens=10, do_sample=False`.
 
     Raises:
         ValueError: a model was given without `processor`.
@@ -64,14 +64,15 @@ class VQAModule(LightningModule):
         self.test_accuracy = VQAAccuracy()
 
     def forward(self, **inputs: Any) -> Any:
-        """The model's own forward."""
+        """Call the model with `inputs` and return its output."""
         return self.model(**inputs)
 
     def answer(self, batch: VQABatch) -> list[str]:
-        """The generated answers, one a question, without the prompt and without spaces around them.
+        """Generate the answer to each question of a batch, without the prompt and without spaces around it.
 
         Raises:
-            DataError: a prompt is longer than the model has positions, or has no place for its image.
+            DataError: a prompt is longer than the model has positions, or has another number of image tokens than the
+                model has query tokens.
         """
         self._check_length(batch)
         self._check_image_tokens(batch)
@@ -81,7 +82,7 @@ class VQAModule(LightningModule):
             name: value.to(dtype) if value.is_floating_point() else value for name, value in batch["inputs"].items()
         }
         output: Tensor = self.model.generate(**inputs, **self.generation)
-        if not self.model.config.is_encoder_decoder:  # whose output starts with the prompt
+        if not self.model.config.is_encoder_decoder:  # the output of a decoder-only model starts with the prompt
             output = output[:, inputs["input_ids"].shape[1] :]
         return [text.strip() for text in self.processor.batch_decode(output, skip_special_tokens=True)]
 
@@ -98,7 +99,11 @@ class VQAModule(LightningModule):
             )
 
     def _check_image_tokens(self, batch: VQABatch) -> None:
-        """A model with query tokens puts them where the prompt says, and answers without them where it says nothing."""
+        """Raise DataError if a prompt has another number of image tokens than the model has query tokens.
+
+        A model with query tokens puts them in the place of the image tokens, and answers without the image if there are
+        none.
+        """
         each, token = (getattr(self.model.config, name, None) for name in ("num_query_tokens", "image_token_id"))
         if each is None or token is None:
             return

@@ -22,5 +22,5 @@ settings.load_profile("catp")
 
 @pytest.fixture(autouse=True)
 def _seed() -> None:
-    """Every test draws the same numbers, alone or after others."""
+    """Seed torch, so that a test draws the same numbers alone or after others."""
     torch.manual_seed(0)

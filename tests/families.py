@@ -38,7 +38,7 @@ TOKENS: dict[str, int] = {"image_token_index": IMAGE}
 
 @dataclass(frozen=True)
 class Image:
-    """An image, or a video: how many placeholders it needs, and its tensors without a batch dimension."""
+    """An image or a video: `tokens` placeholders in a prompt, and its tensors without a batch dimension."""
 
     tokens: int
     tensors: Mapping[str, Tensor]
@@ -47,7 +47,7 @@ class Image:
 
 @dataclass(frozen=True)
 class Sample:
-    """A prompt without padding; `pads_at` is where padding goes."""
+    """A prompt without padding; `pads_at` is the index at which padding is inserted."""
 
     ids: list[int]
     images: Sequence[Image]
@@ -61,7 +61,10 @@ def random_numbers(*shape: int, seed: int) -> Tensor:
 def prompts(
     images: Sequence[Sequence[Image]], before: tuple[int, ...] = (5, 3, 4, 6), wrap: tuple[int, ...] = ()
 ) -> list[Sample]:
-    """Samples of mixed length, text before their images, between and after them."""
+    """Return samples of mixed length, with text before their images, between and after them.
+
+    `before`: words before the first image of each sample; `wrap`: tokens at the start and end of each image.
+    """
     generator = torch.Generator().manual_seed(7)
     samples = []
     for row, own in enumerate(images):
@@ -77,13 +80,13 @@ def _words(count: int, generator: torch.Generator) -> list[int]:
 
 
 def pictures(tokens: int = 9, shape: tuple[int, ...] = (3, 24, 24), each: tuple[int, ...] = (1, 2, 1, 0)) -> list[Any]:
-    """Images of one size: `each` says how many the samples have."""
+    """Return images of one size for each sample; `each` is the number of images of the samples."""
     seeds = iter(range(100))
     return [[Image(tokens, {"pixel_values": random_numbers(*shape, seed=next(seeds))}) for _ in range(n)] for n in each]
 
 
 def text_inputs(samples: Sequence[Sample], pads: int) -> Inputs:
-    """Ids and mask int64 [B, L], padded to the longest sample and by `pads` more columns."""
+    """Return ids and mask int64 [B, L], padded to the longest sample and by `pads` more columns."""
     length = max(len(sample.ids) for sample in samples) + pads
     ids, mask = [], []
     for sample in samples:
@@ -94,14 +97,14 @@ def text_inputs(samples: Sequence[Sample], pads: int) -> Inputs:
 
 
 def stacked(tensors: Sequence[Tensor]) -> Tensor:
-    """One tensor of all, smaller ones padded with zeros at the end of each dimension."""
+    """Stack tensors, smaller ones padded with zeros at the end of each dimension."""
     shape = [max(sizes) for sizes in zip(*(tensor.shape for tensor in tensors), strict=True)]
     fill = [[n for size, own in zip(shape, t.shape, strict=True) for n in (size - own, 0)][::-1] for t in tensors]
     return torch.stack([pad(tensor, gaps) for tensor, gaps in zip(tensors, fill, strict=True)])
 
 
 def each_image(samples: Sequence[Sample], text: Inputs, join: Callable[..., Tensor] = stacked) -> Inputs:
-    """All images of a batch one after the other, whatever sample they are of."""
+    """Return the tensors of all images of a batch, one image after the other, whatever their samples."""
     images = [image for sample in samples for image in sample.images]
     names = dict.fromkeys(name for image in images for name in image.tensors)
     found = {name: [image.tensors[name] for image in images if name in image.tensors] for name in names}
@@ -109,7 +112,7 @@ def each_image(samples: Sequence[Sample], text: Inputs, join: Callable[..., Tens
 
 
 def each_sample(samples: Sequence[Sample], text: Inputs) -> Inputs:
-    """Images by sample, as Idefics3 takes them: samples with fewer are filled up with images of zeros."""
+    """Return pixels by sample, as Idefics3 takes them: samples with fewer images are filled up with images of zeros."""
     own = [[image.tensors["pixel_values"] for image in sample.images] for sample in samples]
     size = next((pixels[0].shape for pixels in own if pixels), None)
     if size is None:
@@ -118,7 +121,7 @@ def each_sample(samples: Sequence[Sample], text: Inputs) -> Inputs:
 
 
 def with_types(samples: Sequence[Sample], text: Inputs, name: str, join: Callable[..., Tensor] = stacked) -> Inputs:
-    """Images, and the type of each token: 0 text, 1 image, 2 video."""
+    """Return the tensors of all images, and as `name` the type of each token: 0 text, 1 image, 2 video."""
     types = (text["input_ids"] == IMAGE).long() + 2 * (text["input_ids"] == VIDEO)
     return {**each_image(samples, text, join), name: types}
 
@@ -130,13 +133,16 @@ def with_counts(samples: Sequence[Sample], text: Inputs) -> Inputs:
 
 
 def all_prefix(samples: Sequence[Sample], text: Inputs) -> Inputs:
-    """PaliGemma: every token of a prompt belongs to the prefix."""
+    """Return PaliGemma's tensors: all images, and token types that put every token of a prompt into the prefix."""
     return {**each_image(samples, text), "token_type_ids": torch.zeros_like(text["input_ids"])}
 
 
 def tiles(samples: Sequence[Sample], text: Inputs) -> Inputs:
-    """Mllama: [B, 2, 4 tiles]; which tiles each text row sees, int64 [B, L, 2, 4]. Always two images a sample: text
-    that sees no image attends to every row the plain model has, those of missing images included."""
+    """Return Mllama's tensors: images [B, 2, 4 tiles, ...], and the tiles each text row sees, int64 [B, L, 2, 4].
+
+    Always two images a sample: text that sees no image attends to every row the plain model has, those of missing
+    images included.
+    """
     batch, length = text["input_ids"].shape
     pixels, ratio = torch.zeros(batch, 2, 4, 3, 16, 16), torch.zeros(batch, 2, dtype=torch.long)
     present, sees = torch.zeros(batch, 2, 4, dtype=torch.long), torch.zeros(batch, length, 2, 4, dtype=torch.long)
@@ -155,7 +161,7 @@ def tiles(samples: Sequence[Sample], text: Inputs) -> Inputs:
 
 
 def tiled(length: int, start: int, end: int, used: int, seed: int) -> Image:
-    """An image of `used` tiles that text sees from column `start` to `end` of a prompt."""
+    """Return an image of `used` tiles that text sees from column `start` to `end`, exclusive, of `length` columns."""
     sees, present = torch.zeros(length, 4, dtype=torch.long), (torch.arange(4) < used).long()
     sees[start:end] = present
     pixels = random_numbers(4, 3, 16, 16, seed=seed) * present[:, None, None, None]
@@ -163,7 +169,7 @@ def tiled(length: int, start: int, end: int, used: int, seed: int) -> Image:
 
 
 def mllama_samples(*images: Sequence[tuple[int, int, int]]) -> list[Sample]:
-    """Samples of 10 to 13 tokens; each image is (first column, last, tiles): the token, and the text that sees it."""
+    """Return samples of 10 to 13 tokens; an image is (its column, end of the columns that see it, number of tiles)."""
     generator = torch.Generator().manual_seed(7)
     samples = []
     for row, own in enumerate(images):
@@ -177,14 +183,17 @@ def mllama_samples(*images: Sequence[tuple[int, int, int]]) -> list[Sample]:
 
 @dataclass(frozen=True)
 class Row:
-    """A family: a model, samples for it, and how its masked oracle is made.
+    """Row of the matrix: a family with a model, samples for it, and its masked oracle.
 
     Attributes:
-        samples: up to four; one without an image comes last.
-        join: the tensors of a batch beside ids and mask.
+        name: name of the row.
+        make: makes the model.
+        samples: makes up to four samples; one without an image comes last.
+        oracle: runs the unpruned model with tokens hidden.
+        join: makes the tensors of a batch beside ids and mask.
         attention: the implementation its tests run under unless they name one.
-        rounding: how far logits of the unpruned model in float64 are apart, of their scale, where padding moves
-            positions: some models compute rotary angles, or the weights of experts, in float32.
+        rounding: how far logits of the unpruned model in float64 are apart, relative to their scale, where padding
+            moves positions: some models compute rotary angles, or the weights of experts, in float32.
         lacks: test function's name -> why this family does not have what it tests.
     """
 
@@ -198,12 +207,15 @@ class Row:
     lacks: Mapping[str, str] = field(default_factory=dict)
 
     def model(self, dtype: torch.dtype = torch.float64, attention: str | None = None) -> PreTrainedModel:
-        """The same object for every test: whatever pruning leaves behind in it, a later test meets."""
+        """Return the model, one object for all tests: whatever pruning leaves behind in it, a later test meets."""
         return _model(self, dtype, attention or self.attention)
 
     def inputs(self, rows: Sequence[int] | None = None, pads: int = 0, dtype: torch.dtype = torch.float64) -> Inputs:
-        """A batch of the samples `rows` with their own images; by default of those that have one: in Llama-3.2-Vision a
-        sample without an image makes its batch store all rows, and nothing would be left to shorten."""
+        """Return a batch of the samples `rows` with their own images; by default of the samples that have one.
+
+        In Llama-3.2-Vision a sample without an image makes its batch store all rows, and nothing would be left to
+        shorten.
+        """
         samples = self.samples()
         chosen = [sample for sample in samples if sample.images] if rows is None else [samples[row] for row in rows]
         text = text_inputs(chosen, pads)
@@ -212,12 +224,14 @@ class Row:
 
     @property
     def coordinates(self) -> bool:
-        """Whether position ids have axes."""
+        """True if position ids have axes (multimodal rotary positions)."""
         return isinstance(self.oracle, Decoder) and self.oracle.coordinates
 
     def tolerance(self, dtype: torch.dtype = torch.float64, attention: str | None = None, moved: bool = False) -> float:
-        """How far logits may be apart, of their scale; eager attention takes its softmax in float32. `moved`: the same
-        tokens have other positions."""
+        """Return how far logits may be apart, relative to their scale; `moved`: the same tokens have other positions.
+
+        Eager attention takes its softmax in float32.
+        """
         if dtype is torch.float32:
             return 2e-5
         return max(1e-10 if (attention or self.attention) == "sdpa" else 5e-6, self.rounding * moved)
@@ -241,7 +255,7 @@ def _model(row: Row, dtype: torch.dtype, attention: str) -> PreTrainedModel:
 
 
 def _scale_up(model: PreTrainedModel, gain: float = 1.5) -> None:
-    """Weights large enough that dropping a token moves the logits, or a test of dropping proves nothing."""
+    """Make weights so large that dropping a token moves the logits, or a test of dropping proves nothing."""
     for name, weight in model.named_parameters():
         if "gate" in name and weight.numel() == 1:  # Mllama's cross-attention starts closed
             weight.data.fill_(1.0)
@@ -290,13 +304,13 @@ def llava_next() -> PreTrainedModel:
 
 
 def crops(tokens: int, size: tuple[int, int], count: int, seed: int, side: int = 16) -> Image:
-    """An image of some height and width, cut into crops after a small picture of the whole."""
+    """Return an image of a height and width as `count` crops, the first of them a small picture of the whole."""
     pixels = random_numbers(count, 3, side, side, seed=seed)
     return Image(tokens, {"pixel_values": pixels, "image_sizes": torch.tensor(size)})
 
 
 def several_crops() -> list[list[Image]]:
-    """Patches of the whole, those of the crops without what padded them, and a newline for each of their rows."""
+    """Return LLaVA-NeXT's images: tokens are patches of the whole, those of crops without padding, a newline a row."""
     wide, tall, large = crops(14, (15, 32), 3, 0), crops(16, (32, 12), 5, 1), crops(24, (30, 30), 5, 2)
     return [[wide], [tall, crops(14, (16, 32), 3, 3)], [large], []]
 
@@ -330,7 +344,7 @@ def llava_onevision() -> PreTrainedModel:
 
 
 def onevision_images() -> list[list[Image]]:
-    """One image of a sample is cut into crops; several are not, and have a newline each."""
+    """Return LLaVA-OneVision's images: one of a sample is cut into crops; several are not, and have a newline each."""
     pair = [crops(10, (24, 24), 3, 1, 24), crops(10, (20, 24), 3, 2, 24)]
     return [[crops(30, (24, 48), 3, 0, 24)], pair, [crops(21, (48, 15), 3, 3, 24)], []]
 
@@ -343,7 +357,7 @@ def video_llava() -> PreTrainedModel:
 
 
 def video_llava_inputs(samples: Sequence[Sample], text: Inputs) -> Inputs:
-    """The argument of images was called pixel_values_images before transformers 5.2x."""
+    """Return Video-LLaVA's tensors; images were the argument pixel_values_images before transformers 5.2x."""
     inputs = each_image(samples, text)
     if "pixel_values" not in inspect.signature(hf.VideoLlavaForConditionalGeneration.forward).parameters:
         inputs = {name + "_images" * (name == "pixel_values"): tensor for name, tensor in inputs.items()}
@@ -372,7 +386,7 @@ QUERIES = 8
 
 
 def blip(kind: str, text: Any, queries: int = QUERIES) -> PreTrainedModel:
-    """`kind` is Blip2, InstructBlip or InstructBlipVideo."""
+    """Return a model of `kind` Blip2, InstructBlip or InstructBlipVideo."""
     part = partial(getattr, hf)
     qformer = {name: value for name, value in QFORMER.items() if name not in ("image_size", "patch_size")}
     placeholder = {"video_token_index": VIDEO} if kind.endswith("Video") else TOKENS
@@ -387,8 +401,10 @@ def blip(kind: str, text: Any, queries: int = QUERIES) -> PreTrainedModel:
 
 
 def blip_samples(asked: bool = False, frames: int = 0, right: bool = False) -> list[Sample]:
-    """The processors pad the text and put the image tokens before it: pads stand between image and text, and where the
-    tokenizer pads on the `right`, as T5's does, at the end."""
+    """Return samples as processors of BLIP-2 make them, which pad the text and put the image tokens before it.
+
+    Pads stand between image and text, and where the tokenizer pads on the `right`, as T5's does, at the end.
+    """
     generator = torch.Generator().manual_seed(7)
     samples = []
     for row, length in enumerate((6, 9, 7)):
@@ -460,7 +476,7 @@ def qwen3_vl() -> PreTrainedModel:
 
 
 def grid(time: int, height: int, width: int, seed: int, patch: tuple[int, ...] = (96,), side: int = 2) -> Image:
-    """An image, or with more than one step in time a video, as rows of patches; `side` squared make a token."""
+    """Return an image, or if `time` is above 1 a video, as rows of patches; `side` squared of them make a token."""
     kind = ("pixel_values_videos", "video_grid_thw") if time > 1 else ("pixel_values", "image_grid_thw")
     patches = random_numbers(time * height * width, *patch, seed=seed)
     tensors = dict(zip(kind, (patches, torch.tensor([time, height, width])), strict=True))
@@ -468,7 +484,7 @@ def grid(time: int, height: int, width: int, seed: int, patch: tuple[int, ...] =
 
 
 def apart(video: Image) -> list[Image]:
-    """The frames of a video, with text between them: all tensors are the first one's."""
+    """Return the frames of a video as images, with text between them; the first one has all tensors."""
     frames = int(video.tensors["video_grid_thw"][0])
     own = [video.tensors, *({} for _ in range(frames - 1))]
     return [Image(video.tokens // frames, tensors, video.placeholder) for tensors in own]
@@ -519,7 +535,7 @@ def paligemma(text: Any) -> PreTrainedModel:
 
 
 def idefics(kind: str) -> PreTrainedModel:
-    """`kind` is Idefics3 or SmolVLM."""
+    """Return a model of `kind` Idefics3 or SmolVLM."""
     config = getattr(hf, f"{kind}Config")(
         vision_config={**TOWER, "patch_size": 4},
         text_config=hf.LlamaConfig(**GATED),
@@ -552,7 +568,7 @@ def pixtral() -> PreTrainedModel:
 
 
 def sized(pixels_of_token: int) -> list[list[Image]]:
-    """Images of different sizes, a token for each square of so many pixels a side."""
+    """Return images of different sizes, with a token for each square of so many pixels a side."""
 
     def image(rows: int, columns: int, seed: int) -> Image:
         size = rows * pixels_of_token, columns * pixels_of_token
@@ -600,7 +616,10 @@ UNKNOWN_LACKS = {
 
 
 def gemma2() -> Any:
-    """Its cap on logits is left out: older transformers forget it in PaliGemma, and it does not care for dropping."""
+    """Return a configuration of Gemma 2 without its cap on logits, which does not matter for dropping.
+
+    Older transformers forget the cap in PaliGemma.
+    """
     return hf.Gemma2Config(**{**GATED, **SLIDING, "final_logit_softcapping": None})
 
 

@@ -1,4 +1,4 @@
-"""Damaged inputs, the same on every machine: what a seed makes of real bytes or of a real JSON document."""
+"""Damaged inputs, the same on every machine, made by a seed from real bytes or from a real JSON document."""
 
 import io
 import json
@@ -31,13 +31,13 @@ STRINGS = [
     "wandb", "__proto__", "__class__", "__init__", "constructor", "{}", "{image_id}", "%s%s%n", "${PATH}", "-1", "NaN",
     "!!python/object/apply:os.mkdir [canary]", "__import__('os').mkdir('canary')", "<image>", "\ufeff", "é" * 50,
 ]  # fmt: skip
-"""Text that something somewhere gives a meaning."""
+"""Strings to which some program gives a special meaning."""
 
 KEYS = ["__proto__", "__class__", "__dict__", "self", "cls", "", "\x00", "keep", "scorer", "question_id", "answers"]
 
 
 class _Runs:
-    """Unpickled by anyone, it makes a folder."""
+    """Object that makes the folder `canary` when it is unpickled."""
 
     def __init__(self, canary: Path) -> None:
         self.canary = canary
@@ -47,11 +47,11 @@ class _Runs:
 
 
 class Mutator:
-    """Damages documents and bytes.
+    """Random damage to documents and bytes.
 
     Args:
-        seed: of all that is drawn.
-        canary: a folder that does not exist; what runs code from a file makes it.
+        seed: seed of all random choices.
+        canary: a folder that does not exist; a reader that runs code from a file makes it.
     """
 
     def __init__(self, seed: int, canary: Path) -> None:
@@ -71,7 +71,7 @@ class Mutator:
         ]  # fmt: skip
 
     def document(self, document: Any) -> bytes:
-        """JSON of a document with some of its nodes changed."""
+        """Return a document as JSON, with some of its nodes changed and at times some bytes as well."""
         found = json.loads(json.dumps(document))
         marks: dict[str, str] = {}
         for _ in range(self.random.choice((1, 1, 2, 3))):
@@ -83,7 +83,7 @@ class Mutator:
         return self.bytes(content) if self.random.random() < 0.1 else content
 
     def bytes(self, content: bytes) -> bytes:
-        """Bytes with bits turned, pieces gone, repeated or put in; or something else altogether."""
+        """Return bytes with bits flipped, pieces removed, repeated or inserted; or something else altogether."""
         draw, found = self.random, bytearray(content)
         if draw.random() < 0.03 or not found:
             return draw.choice(self._other)
@@ -110,7 +110,7 @@ class Mutator:
         return bytes(found)
 
     def _changed(self, document: Any, marks: dict[str, str]) -> Any:
-        """One node changed; `marks` holds what JSON's writer would not write."""
+        """Change one node of a document; `marks` gets the raw text of marks, which JSON's writer would not write."""
         places = list(_places(document))
         if not places:
             return self._value(marks)
@@ -155,7 +155,7 @@ class Mutator:
 
 
 def _places(document: Any) -> list[tuple[Any, Any]]:
-    """Where every node stands: its parent and its key there."""
+    """Return the place of every node: its parent and its key there."""
     found: list[tuple[Any, Any]] = []
     left = [document]
     while left:

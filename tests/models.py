@@ -18,7 +18,7 @@ VOCABULARY, IMAGE, PAD = 100, 99, 1
 
 @dataclass(frozen=True)
 class Shape:
-    """A shape of BLIP-2: the three below differ in every number that code could have wired in."""
+    """Shape of a BLIP-2: the three in `SHAPES` differ in every number that code could have wired in."""
 
     queries: int = 8
     patch: int = 8
@@ -51,7 +51,7 @@ def random_blip2(
     batch: int = 3,
     padded: bool = True,
 ) -> tuple[Blip2ForConditionalGeneration, dict[str, Tensor]]:
-    """A random BLIP-2 with OPT and a batch of mixed lengths, padded between image and text as its processor does.
+    """Return a random BLIP-2 with OPT and a batch of mixed lengths, padded between image and text as by its processor.
 
     Weights are larger than initialisation makes them: dropping a token must move the logits, or a test proves nothing.
     """

@@ -1,4 +1,4 @@
-"""More rows of the matrix: models whose images lie as Qwen-VL's or Mistral's do, small and with random weights."""
+"""More rows of the matrix in families.py: small random models whose images are laid out as Qwen-VL's or Mistral's."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
@@ -51,7 +51,7 @@ VISUAL: dict[str, Any] = {"image_token_id": IMAGE, "video_token_id": VIDEO}
 
 
 def in_float64(model: PreTrainedModel) -> PreTrainedModel:
-    """The fused products of experts know no float64."""
+    """Return the model with eager experts: their fused products do not support float64."""
     model.set_experts_implementation("eager")
     return model
 
@@ -60,7 +60,7 @@ def in_float64(model: PreTrainedModel) -> PreTrainedModel:
 
 
 def glm(kind: str, **text: Any) -> PreTrainedModel:
-    """`kind` is Glm4v, Glm4vMoe, Glm46V, Glmga or GlmOcr."""
+    """Return a model of `kind` Glm4v, Glm4vMoe, Glm46V, Glmga or GlmOcr."""
     of_4v = kind in ("Glm46V", "Glmga")
     config = getattr(hf, f"{kind}Config")(
         text_config={
@@ -88,7 +88,7 @@ def glm_moe() -> PreTrainedModel:
 
 
 def glm_video(seed: int) -> list[Image]:
-    """A video of two frames, each in a run of image tokens of its own."""
+    """Return a video of two frames, each in a run of image tokens of its own."""
     return [replace(frame, placeholder=IMAGE) for frame in apart(grid(2, 4, 4, seed))]
 
 
@@ -144,14 +144,14 @@ def qwen3_omni() -> PreTrainedModel:
 
 
 def omni_inputs(samples: Sequence[Sample], text: Inputs) -> Inputs:
-    """Sounds as well, and the seconds between two frames of each video."""
+    """Return the tensors of images, videos and sounds, and the seconds between two frames of each video."""
     inputs = each_image(samples, text, torch.cat)
     videos = len(inputs.get("video_grid_thw", ()))
     return {**inputs, "video_second_per_grid": torch.ones(videos)} if videos else inputs
 
 
 def heard(samples: list[Sample], tokens: int) -> list[Sample]:
-    """The first and the third sample begin with a sound, whose tokens are no visual ones."""
+    """Put a sound, whose tokens are not visual ones, at the beginning of the first and the third sample."""
     for row in (0, 2):
         sound = {"input_features": random_numbers(16, 20, seed=row), "feature_attention_mask": torch.ones(20).long()}
         ids = [7, AUDIO_START, *[AUDIO] * tokens, AUDIO_END, *samples[row].ids]
@@ -211,7 +211,7 @@ def hyperclova() -> PreTrainedModel:
 
 
 def minimax(sparse: bool = False) -> PreTrainedModel:
-    """With `sparse` its layers read blocks of keys that an index chooses, as those of the published model do."""
+    """Return a MiniMax-M3; with `sparse` its layers read blocks of keys chosen by an index, as the published one's."""
     layers = ["full_attention", *["minimax_m3_sparse" if sparse else "full_attention"] * 2]
     text = {
         **GATED,
@@ -242,14 +242,14 @@ def video_llama3() -> PreTrainedModel:
 
 
 def squares(time: int, height: int, width: int, seed: int, side: int) -> Image:
-    """VideoLLaMA 3: an image or a video says itself how many patches a side make a token."""
+    """Return an image or a video of VideoLLaMA 3, which says itself that `side` squared patches make a token."""
     plain = grid(time, height, width, seed, (48,), side)
     name = "video_merge_sizes" if time > 1 else "image_merge_sizes"
     return replace(plain, tensors={**plain.tensors, name: torch.tensor(side)})
 
 
 def compressed(video: Image, stays: Sequence[int]) -> Image:
-    """A video some of whose tokens the processor left out, being like those of the frame before."""
+    """Return a video without the tokens that resemble the frame before, as its processor makes it; `stays`: 1 or 0."""
     mask = torch.tensor(stays, dtype=torch.bool)
     return replace(video, tokens=int(mask.sum()), tensors={**video.tensors, "video_compression_mask": mask})
 
@@ -259,7 +259,7 @@ def video_llama3_images(*last: Image) -> list[list[Image]]:
 
 
 def compressed_videos() -> list[list[Image]]:
-    """The second video has a frame of one token and one of none."""
+    """Return images and two compressed videos, of which the second has a frame of one token and one of none."""
     videos = [squares(2, 4, 4, 3, 2), squares(3, 4, 4, 4, 2)]
     stays = [[1] * 8, [1, 1, 1, 1, 0, 0, 1, 0, 0, 0, 0, 0]]
     return video_llama3_images(*(compressed(video, own) for video, own in zip(videos, stays, strict=True)))
@@ -287,7 +287,7 @@ def lighton_ocr() -> PreTrainedModel:
 
 PACKED = partial(each_image, join=torch.cat)
 ROTATED = Decoder(coordinates=True)
-IN_COLUMNS = 2e-6  # generate counts columns, padding included, and turns by angles in float32
+IN_COLUMNS = 2e-6  # generate counts columns, padding included, as positions, with rotary angles in float32
 IN_ROUTER = 1e-7  # experts are weighed in float32
 
 
@@ -318,7 +318,7 @@ def _row(
     change: Callable[[list[Sample]], list[Sample]] = list,
     known: bool = True,
 ) -> list[Row]:
-    """A row; none where this version of transformers does not have the class `kind`, or has it in another form."""
+    """Return a list of one row; [] if transformers lacks the class `kind`, or has it in another form (not `known`)."""
     lacks = {**(QWEN_LACKS if oracle.coordinates else {}), **lacks}
     row = Row(name, make, lambda: change(prompts(images(), wrap=WRAP)), oracle, join, rounding=rounding, lacks=lacks)
     return [row] if known and hasattr(hf, f"{kind}ForConditionalGeneration") else []
@@ -359,7 +359,7 @@ NEWER = [
         _with_video,
         join=omni_inputs,
         change=partial(heard, tokens=5),
-        known=not OLDEST,  # there its towers hang on the head
+        known=not OLDEST,  # in 5.13 its towers are attributes of the head
     ),
     *_row(
         "Qwen3-Omni-MoE",

@@ -1,4 +1,4 @@
-"""What dropping must equal: the unpruned model with the same tokens hidden, or run on a prompt physically shortened.
+"""Oracles of dropping: the unpruned model with the same tokens hidden, or run on a prompt physically shortened.
 
 Nothing of the package is used here: an oracle that shares code with what it judges shares its faults.
 """
@@ -19,12 +19,12 @@ Inputs = dict[str, Tensor]
 
 
 def visual_columns(inputs: Inputs) -> Tensor:
-    """Placeholders, bool [B, L]."""
+    """Return the columns of placeholders, bool [B, L]."""
     return (inputs["input_ids"] == IMAGE) | (inputs["input_ids"] == VIDEO)
 
 
 def columns_kept(inputs: Inputs, keep: Tensor) -> Tensor:
-    """Columns of a prompt that stay, bool [B, L], by hand: keep bool [B, T] of its visual tokens, text always."""
+    """Return the columns of a prompt that stay, bool [B, L]: visual tokens by keep, bool [B, T], and all text."""
     columns = ~visual_columns(inputs)
     for row, visual in enumerate(visual_columns(inputs)):
         columns[row, visual] = keep[row, : visual.sum()]
@@ -32,12 +32,12 @@ def columns_kept(inputs: Inputs, keep: Tensor) -> Tensor:
 
 
 def hidden_in(mask: Tensor, hidden: Tensor) -> Tensor:
-    """A mask of attention, boolean or additive, under which `hidden` keys are not seen either."""
+    """Return an attention mask, boolean or additive, under which `hidden` keys are not seen either."""
     return mask & ~hidden if mask.dtype == torch.bool else mask.masked_fill(hidden, torch.finfo(mask.dtype).min)
 
 
 def of_rows(values: Tensor, rows: int) -> Tensor:
-    """Values of samples, for `rows` rows of beams that lie next to each other."""
+    """Repeat values of samples for `rows` rows, in which the beams of a sample lie next to each other."""
     return values.repeat_interleave(rows // len(values), 0)
 
 
@@ -47,7 +47,7 @@ def cache_of(output: Any) -> Any:
 
 @contextmanager
 def hooked(modules: list[nn.Module], change: Any) -> Iterator[None]:
-    """While inside, `change(module, kwargs)` may return other keyword arguments for a call."""
+    """Context in which `change(module, args, kwargs)` may return other keyword arguments for a call of `modules`."""
     with ExitStack() as undo:
         for module in modules:
 
@@ -59,32 +59,38 @@ def hooked(modules: list[nn.Module], change: Any) -> Iterator[None]:
 
 
 class Oracle(ABC):
-    """How a kind of model is run with tokens hidden, step by step, and on a shortened prompt."""
+    """Reference for a kind of model, which is run with tokens hidden, step by step, and on a shortened prompt.
 
-    first_type = 0  # of a generated token, where tokens have types
+    Shapes: B samples, L columns of a prompt, T visual tokens, n generated tokens, V vocabulary.
+    """
+
+    first_type = 0  # type of a generated token, where tokens have types
 
     @abstractmethod
     def masked(self, model: PreTrainedModel, inputs: Inputs, keep: Tensor) -> Any:
-        """A context: `model` reads its prompt (`inputs`, or what `grow` makes of it) with dropped tokens hidden."""
+        """Context in which `model` reads its prompt (`inputs`, or the result of `grow`) with dropped tokens hidden."""
 
     @abstractmethod
     def compact(self, model: PreTrainedModel, inputs: Inputs, tokens: Tensor, keep: Tensor) -> Tensor:
-        """One sample without padding, physically shortened: logits [n, V] that predict `tokens`, int64 [1, n]."""
+        """Return logits [n, V] that predict `tokens`, int64 [1, n], of one unpadded sample, physically shortened."""
 
     @abstractmethod
     def loop(self, model: PreTrainedModel, inputs: Inputs, tokens: Tensor, with_positions: bool) -> Iterator[Tensor]:
-        """A decoding loop by hand with a cache: step by step the logits [B, V] that predict `tokens`, int64 [B, n]."""
+        """Decode by hand with a cache and yield at each step logits [B, V] that predict `tokens`, int64 [B, n]."""
 
     def positions(self, mask: Tensor) -> Inputs:
-        """Position ids as generate makes them from a mask, int64 [B, L], of a prompt and what came after it."""
+        """Return position ids as generate makes them from the mask, int64 [B, L], of a prompt and tokens after it."""
         return {"position_ids": (mask.cumsum(1) - 1).clamp(min=0)}
 
     @abstractmethod
     def cached(self, output: Any) -> int:
-        """How many rows of a prompt the cache in a model's output holds, where visual tokens are cached."""
+        """Return the number of rows of a prompt in the cache of a model's output, where visual tokens are cached."""
 
     def stored(self, inputs: Inputs, keep: Tensor) -> int:
-        """How many it should hold: of padding on the left only the last column, or the longest sample would decide."""
+        """Return the number of a prompt's rows that the cache should hold.
+
+        Padding on the left counts by its last column only, or the longest sample would decide.
+        """
         lengths = []
         for columns, mask in zip(columns_kept(inputs, keep), inputs["attention_mask"], strict=True):
             lengths.append(int(columns[max(int(mask.argmax()) - 1, 0) :].sum()))
@@ -92,34 +98,34 @@ class Oracle(ABC):
 
     @abstractmethod
     def inside(self, model: PreTrainedModel) -> nn.Module:
-        """A layer of the language model, after the place where tokens leave."""
+        """Return a layer of the language model, after the place where tokens leave."""
 
     def tokens(self, inputs: Inputs) -> Tensor:
-        """Which visual tokens each sample has: bool [B, T]."""
+        """Return the visual tokens that each sample has: bool [B, T]."""
         counts = visual_columns(inputs).sum(1, keepdim=True)
         return torch.arange(int(counts.max())) < counts
 
     def forward_inputs(self, inputs: Inputs) -> Inputs:
-        """What the model's forward takes for the same prompt."""
+        """Return the arguments that the model's forward takes for the same prompt."""
         return inputs
 
     def compared(self, inputs: Inputs, keep: Tensor) -> Tensor:
-        """Rows of the logits that dropping must not change: bool [B, rows]."""
+        """Return the rows of logits that dropping must not change: bool [B, rows]."""
         return columns_kept(inputs, keep) & inputs["attention_mask"].bool()
 
     def left_out(self, inputs: Inputs, labels: Tensor, keep: Tensor) -> Tensor:
-        """Labels predicted from dropped rows: bool as `labels`."""
+        """Return the labels that are predicted from dropped rows: bool, of the shape of `labels`."""
         gone = torch.zeros_like(labels, dtype=torch.bool)
         gone[:, 1:] = ~columns_kept(inputs, keep)[:, :-1] & (labels[:, 1:] != -100)
         return gone
 
     def labels(self, inputs: Inputs) -> Tensor:
-        """Labels over text and images alike, none over padding."""
+        """Return random labels over text and images alike, and -100 over padding."""
         words = torch.randint(3, 90, inputs["input_ids"].shape, generator=torch.Generator().manual_seed(5))
         return words.masked_fill(inputs["attention_mask"] == 0, -100)
 
     def grow(self, inputs: Inputs, tokens: Tensor) -> Inputs:
-        """The prompt with generated tokens, int64 [B, n], after it, to be read without a cache."""
+        """Return the prompt with generated tokens, int64 [B, n], after it, to be read without a cache."""
         ones = torch.ones_like(tokens)
         more = {
             "input_ids": tokens,
@@ -133,14 +139,14 @@ class Oracle(ABC):
 
 @dataclass(frozen=True)
 class Decoder(Oracle):
-    """Models that put visual tokens into placeholders of a decoder's prompt.
+    """Oracle for models that put visual tokens into placeholders of a decoder's prompt.
 
     Attributes:
-        path: the stack of decoder layers.
-        stepper: the part that is called for one more token.
-        first_position: of a prompt's first token.
-        first_type: of a generated token, where tokens have types.
-        coordinates: position ids have axes (multimodal rotary positions).
+        path: path of the stack of decoder layers.
+        stepper: path of the part that is called for one more token; "": the model.
+        first_position: position of a prompt's first token.
+        first_type: type of a generated token, where tokens have types.
+        coordinates: True if position ids have axes (multimodal rotary positions).
     """
 
     path: str = "model.language_model"
@@ -231,7 +237,7 @@ class Decoder(Oracle):
 
 
 class EncoderDecoder(Oracle):
-    """Models whose visual tokens go to an encoder (T5): a decoder reads what it makes of them."""
+    """Oracle for models whose visual tokens go to an encoder (T5), whose outputs a decoder reads."""
 
     def cached(self, output: Any) -> int:
         return int(cache_of(output).cross_attention_cache.get_seq_length())
@@ -279,7 +285,7 @@ class EncoderDecoder(Oracle):
             yield output.logits[:, -1]
 
     def positions(self, mask: Tensor) -> Inputs:
-        return {}  # relative ones
+        return {}  # T5 has relative positions
 
     def forward_inputs(self, inputs: Inputs) -> Inputs:
         words = torch.tensor([[PAD, 5, 9, 17, 33]]).expand(len(inputs["input_ids"]), -1)
@@ -289,7 +295,7 @@ class EncoderDecoder(Oracle):
         return torch.ones(len(keep), 5, dtype=torch.bool)
 
     def left_out(self, inputs: Inputs, labels: Tensor, keep: Tensor) -> Tensor:
-        return torch.zeros_like(labels, dtype=torch.bool)  # all of them are predicted by the decoder
+        return torch.zeros_like(labels, dtype=torch.bool)  # the decoder predicts all labels
 
     def labels(self, inputs: Inputs) -> Tensor:
         return (
@@ -301,17 +307,20 @@ class EncoderDecoder(Oracle):
 
 
 class CrossAttention(Oracle):
-    """Models whose text reads images by layers of cross-attention (Llama-3.2-Vision).
+    """Oracle for models whose text reads images by layers of cross-attention (Llama-3.2-Vision).
 
-    A prompt's text sees every row in the first such layer, in later ones only those that were kept; generated text sees
-    only those. Text that sees no image attends to all.
+    A prompt's text sees every row in the first such layer, in later ones only rows that were kept; generated text sees
+    only kept rows. Text that sees no image attends to all rows.
     """
 
     def cached(self, output: Any) -> int:
         return max(cache_of(output).layers[layer].keys.shape[2] for layer in (1, 3, 5))
 
     def stored(self, inputs: Inputs, keep: Tensor) -> int:
-        """All rows of a sample whose last text sees no image: what it generates attends to every one."""
+        """Return the number of rows that the cache should hold: kept ones, all if a sample's last text sees no image.
+
+        Text that such a sample generates attends to every row.
+        """
         last = inputs["cross_attention_mask"][:, -1].bool().flatten(1)
         rows = (keep & last.repeat_interleave(5, 1)).sum(1)
         return int(torch.where(last.any(1), rows, keep.shape[1]).max())
@@ -337,12 +346,12 @@ class CrossAttention(Oracle):
             yield
 
     def tokens(self, inputs: Inputs) -> Tensor:
-        """Rows that some text sees: five in each tile, its [CLS] first."""
+        """Return the rows that some text sees, bool [B, T]: five in each tile, its [CLS] first."""
         seen = inputs["cross_attention_mask"].bool() & inputs["attention_mask"].bool()[:, :, None, None]
         return seen.any(1).flatten(1).repeat_interleave(5, 1)
 
     def compact(self, model: PreTrainedModel, inputs: Inputs, tokens: Tensor, keep: Tensor) -> Tensor:
-        """An image's rows have no positions: nothing to number anew."""
+        """Return logits [n, V] with dropped rows masked: an image's rows have no positions to number anew."""
         with self.masked(model, inputs, keep):
             return model(**self.grow(inputs, tokens[:, :-1]), use_cache=False).logits[0, -tokens.shape[1] :]
 

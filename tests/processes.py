@@ -1,4 +1,4 @@
-"""Real processes for tests: they end in time or are killed, and what they said is handed back."""
+"""Real processes for tests: they end in time or are killed, and their output is returned."""
 
 import multiprocessing
 import os
@@ -19,12 +19,12 @@ ROOT = Path(__file__).parents[1]
 
 @dataclass(frozen=True)
 class Ended:
-    """How a process came to its end.
+    """Outcome of a process.
 
     Attributes:
         code: its exit code; None: it was killed here, because its time was over.
-        said: on standard output and standard error.
-        left: whether processes that it had started were still running half a second later; they were killed.
+        said: its standard output and standard error.
+        left: True if processes that it had started were still running half a second later; they were killed.
     """
 
     code: int | None
@@ -86,7 +86,7 @@ def free_port() -> str:
 
 
 def two_nodes(work: Callable[[int], object]) -> list[Callable[[], object]]:
-    """`work` on each of two machines of one process, told by the variables that a cluster's launcher sets."""
+    """Return functions that call `work` as node 0 and 1, of one process each, with the variables of a cluster set."""
     port = free_port()
 
     def on(node: int) -> None:
@@ -97,7 +97,7 @@ def two_nodes(work: Callable[[int], object]) -> list[Callable[[], object]]:
 
 
 def ranks(work: Callable[[int], object], count: int) -> list[Callable[[], object]]:
-    """`work` in each of `count` processes of one machine, told by the variables that a launcher sets."""
+    """Return functions that call `work` as each rank of `count` processes, with the variables that a launcher sets."""
     port = free_port()
 
     def of(rank: int) -> None:
@@ -108,7 +108,7 @@ def ranks(work: Callable[[int], object], count: int) -> list[Callable[[], object
 
 
 def _work(work: Callable[[], object], said: Path) -> None:
-    os.setsid()  # all that it starts are of its group
+    os.setsid()  # processes that it starts join its group
     file = open(said, "w", buffering=1)  # noqa: SIM115  # until the process ends
     for stream in (1, 2):
         os.dup2(file.fileno(), stream)
@@ -132,7 +132,7 @@ def _ended(group: int, code: int | None, said: Path) -> Ended:
 
 
 def _running(group: int) -> bool:
-    """Whether a process of this group runs; one that has ended and that nobody has asked after does not."""
+    """True if a process of this group runs; one that has ended and was not waited for (a zombie) does not."""
     for file in Path("/proc").glob("[0-9]*/stat"):
         try:
             state, _, its_group = file.read_text(errors="replace").rpartition(")")[2].split()[:3]

@@ -1,4 +1,4 @@
-"""A tiny random BLIP-2 with its processor, and digit scenes, saved as a user would have them."""
+"""A tiny random BLIP-2 with its processor, and digit scenes, saved in folders as a user would have them."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""Train the small BLIP-2 that ships with the package: about digit scenes, on two cores, from nothing.
+"""Train the small BLIP-2 that ships with the package: about digit scenes, on one core, from nothing.
 
     python training/blip2.py            # writes catp_lightning/data/digits_blip2 and training/blip2.jsonl
 
@@ -98,8 +98,8 @@ def build_model(processor: Blip2Processor) -> Blip2ForConditionalGeneration:
         )
     )
     nn.init.normal_(model.query_tokens, std=0.5)  # zeros by default: all queries would stay alike
-    # At the usual 0.02 what a word is drowns in what attention adds to it, and it takes thousands of steps more until
-    # the digit, row or column that a question names makes a difference.
+    # At the usual deviation of 0.02 a word's embedding drowns in the output of attention, and it takes thousands of
+    # steps more until the digit, row or column that a question names makes a difference.
     for name, weight in model.language_model.named_parameters():
         if "embed" in name:
             nn.init.normal_(weight, std=0.2)
@@ -108,7 +108,10 @@ def build_model(processor: Blip2Processor) -> Blip2ForConditionalGeneration:
 
 
 def answer_loss(model: Blip2ForConditionalGeneration, queries: Tensor, ids: Tensor, labels: Tensor, pad: int) -> Tensor:
-    """The image rows of a scene come first and see only themselves, so its questions share their keys and values."""
+    """Return the loss of several questions a scene, in one pass over the scene's image tokens.
+
+    Image tokens come first and see only themselves, so the questions of a scene share their keys and values.
+    """
     image = model.language_projection(queries)
     cache, each = DynamicCache(config=model.language_model.config), len(ids) // len(image)
     model.language_model.model(

@@ -1,4 +1,4 @@
-"""What the scripts that train the shipped models share: words, questions, a throw-away head, steps, accuracy."""
+"""Shared parts of the scripts that train the shipped models: words, questions, a throw-away head, steps, accuracy."""
 
 import argparse
 import json
@@ -22,14 +22,16 @@ WORDS = (  # noqa: SIM905, one word a line would be a page
     "question short answer : ? how many digits are there is a what the largest smallest digit which in row column "
     "yes no none 0 1 2 3 4 5 6 7 8 9"
 ).split()
-ASKED = ("how many", "is there", "is there", "is there", "largest or smallest") + 5 * ("which digit",)  # of each scene
+ASKED = ("how many", "is there", "is there", "is there", "largest or smallest") + 5 * ("which digit",)  # per scene
 
-Group = tuple[Callable[..., torch.optim.Optimizer], Sequence[nn.Parameter], float]  # optimizer, of what, its rate
+Group = tuple[Callable[..., torch.optim.Optimizer], Sequence[nn.Parameter], float]  # optimizer, parameters, rate
 
 
 def build_tokenizer(image: str = IMAGE, bos: str = EOS) -> PreTrainedTokenizerFast:
-    """One token a word; `bos` comes first in every text. The image token is in the vocabulary, but not yet special:
-    processors make it so in their own ways."""
+    """Return a tokenizer of one token a word; `bos` comes first in every text.
+
+    The image token is in the vocabulary, but not yet special: processors make it so in their own ways.
+    """
     words = dict.fromkeys([PAD, EOS, UNKNOWN, image, bos, *WORDS])
     tokenizer = Tokenizer(models.WordLevel({word: n for n, word in enumerate(words)}, unk_token=UNKNOWN))
     tokenizer.normalizer = normalizers.Lowercase()
@@ -43,11 +45,11 @@ def build_tokenizer(image: str = IMAGE, bos: str = EOS) -> PreTrainedTokenizerFa
 
 
 class Reader(nn.Module):
-    """Asks any number of tokens what each cell holds and which digits are there, as a language model would have to.
+    """Head that reads from any number of tokens what each cell holds and which digits are there.
 
-    A cell is asked for by the sum of a row's and a column's embedding, a digit by its own: whatever answers these by
-    one attention is within reach of the questions that follow. Scenes may be smaller than the `rows` and `columns`
-    that it is built for.
+    A language model would have to read the same. The query for a cell is the sum of a row's and a column's embedding,
+    that for a digit its own embedding: what one attention reads by these is within reach of the questions that follow.
+    Scenes may be smaller than the `rows` and `columns` that the head is built for.
     """
 
     def __init__(self, width: int, rows: int = GRID, columns: int = GRID) -> None:
@@ -61,14 +63,20 @@ class Reader(nn.Module):
         self.norm, self.cell, self.present = nn.LayerNorm(width), nn.Linear(width, 11), nn.Linear(width, 2)
 
     def forward(self, tokens: Tensor, rows: int, columns: int, hidden: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """tokens [B, T, D], hidden bool [B, T] or None -> logits [B, rows * columns, 11], [B, 10, 2]."""
+        """Return logits of cells [B, rows * columns, 11] and digits [B, 10, 2].
+
+        tokens [B, T, D], hidden bool [B, T], True for tokens that are not read, or None.
+        """
         cells = (self.rows[:rows] + self.columns[:, :columns]).flatten(0, 1)
         asked = torch.cat([cells, self.digits]).expand(len(tokens), -1, -1)
         read = self.norm(self.attention(asked, tokens, tokens, key_padding_mask=hidden, need_weights=False)[0])
         return self.cell(read[:, : rows * columns]), self.present(read[:, rows * columns :])
 
     def loss(self, tokens: Tensor, cells: Tensor, hidden: Tensor | None = None) -> tuple[Tensor, float]:
-        """Cross-entropy of both readings, and the share of digits read right; cells [B, R, C], 0 for nothing."""
+        """Return cross-entropy of both readings and the share of digits read right.
+
+        cells int64 [B, R, C], a digit plus one or 0 for an empty cell.
+        """
         cell, present = self(tokens, cells.shape[1], cells.shape[2], hidden)
         cells = cells.flatten(1)
         loss = F.cross_entropy(cell.flatten(0, 1), cells.flatten()) + F.cross_entropy(
@@ -78,12 +86,12 @@ class Reader(nn.Module):
 
 
 def digits_present(cells: Tensor) -> Tensor:
-    """cells int64 [B, R * C], a digit plus one or 0 for nothing -> int64 [B, 10], 1 for each digit that is there."""
+    """Return int64 [B, 10], 1 for each digit in cells int64 [B, R * C], a digit plus one or 0 for an empty cell."""
     return torch.zeros(len(cells), 11, dtype=torch.long).scatter(1, cells, 1)[:, 1:]
 
 
 def augmented_pool(copies: int, seed: int) -> DigitPool:
-    """The training digits, each shifted, turned and scaled a little in `copies` ways."""
+    """Return `copies` of the training digits, the first as they are, others shifted, turned and scaled a little."""
     pool, generator = digit_pool("train"), torch.Generator().manual_seed(seed)
     images = torch.from_numpy(pool.images).repeat(copies, 1, 1)[:, None]
     draw = lambda spread: (torch.rand(len(images), generator=generator) * 2 - 1) * spread  # noqa: E731
@@ -98,7 +106,7 @@ def augmented_pool(copies: int, seed: int) -> DigitPool:
 class Batches:
     """Scenes with several questions each, tokenised as the processor does it.
 
-    `prompt` has `{}` where the question goes; `special` says whether the tokenizer puts its first token before it.
+    `prompt` has `{}` where the question goes; `special`: True if the tokenizer puts its first token before it.
     """
 
     def __init__(
@@ -115,14 +123,14 @@ class Batches:
         return self.known[text]
 
     def scenes(self, count: int, rows: int = GRID, columns: int = GRID) -> tuple[Tensor, Tensor]:
-        """Pixels [B, 3, 16 R, 16 C] in [-1, 1] and what each cell holds, 0 for nothing: [B, R, C]."""
+        """Draw scenes: pixels [B, 3, 16 R, 16 C] in [-1, 1]; cells [B, R, C], a digit plus one, 0 for an empty one."""
         self.drawn = [draw_scene(self.rng, self.pool, rows, columns) for _ in range(count)]
         pixels = torch.from_numpy(np.stack([scene.image for scene in self.drawn])).float() / 127.5 - 1
         cells = torch.from_numpy(np.stack([scene.grid for scene in self.drawn])) - EMPTY
         return pixels[:, None].expand(-1, 3, -1, -1), cells
 
     def questions(self, asked: Sequence[str] = ASKED) -> tuple[Tensor, Tensor]:
-        """Text ids [B * asked, T], left padded, and labels of the same shape, -100 but for the answer and the end."""
+        """Return text ids [B * asked, T], left padded, and labels like them, -100 but for the answer and the end."""
         rows = []
         for scene in self.drawn:
             for kind in asked:
@@ -137,7 +145,7 @@ class Batches:
 
 
 def question_and_answer_loss(logits: Tensor, labels: Tensor) -> Tensor:
-    """Cross-entropy of answer and end, and of the answer at the last words of the question.
+    """Return the cross-entropy of answer and end, plus half that of the answer at the last words of the question.
 
     logits [N, 6, V] are those of the last seven tokens but the very last, labels [N, T] as from `Batches.questions`.
     """
@@ -149,7 +157,7 @@ def question_and_answer_loss(logits: Tensor, labels: Tensor) -> Tensor:
 
 
 def split_language_model(language_model: nn.Module) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
-    """Its matrices, which Muon trains, and the rest: embeddings, the output layer, vectors."""
+    """Return a language model's matrices, which Muon trains, and the rest: embeddings, the output layer, vectors."""
     matrices, others = [], []
     for name, parameter in language_model.named_parameters():
         is_matrix = parameter.dim() == 2 and "embed" not in name and "lm_head" not in name
@@ -160,7 +168,7 @@ def split_language_model(language_model: nn.Module) -> tuple[list[nn.Parameter],
 def minimise(
     loss_of: Callable[[int], Tensor], groups: Sequence[Group], steps: int, after: Callable[[int], None]
 ) -> None:
-    """`steps` updates of all groups on `loss_of(step)`: warm-up, cosine to zero, gradients clipped together.
+    """Make `steps` updates of all groups on `loss_of(step)`: warm-up, cosine to zero, gradients clipped together.
 
     `step` counts from 1; `after(step)` is called when the update is made.
     """
@@ -188,7 +196,7 @@ def accuracy(
     seed: int,
     grids: Sequence[tuple[int, int]] = ((GRID, GRID),),
 ) -> dict[str, float]:
-    """Exact answers by the model's own generate, over all questions and by kind; each kind meets all grids in turn."""
+    """Return the share of exact answers by `generate`, in all and by kind; each kind meets all grids in turn."""
     model.eval()
     rng, pool = np.random.default_rng(seed), digit_pool(split)
     right: dict[str, list[bool]] = {kind: [] for kind in KINDS}
@@ -214,7 +222,7 @@ def accuracy(
 
 
 class Log:
-    """JSON lines, in a file and on the screen, each with the seconds since the start."""
+    """Log of JSON lines, in a file and on the screen, each with the seconds since the start."""
 
     def __init__(self, path: Path) -> None:
         self.file, self.start = path.open("w"), time.monotonic()
@@ -231,7 +239,7 @@ def save(model: Any, processor: Any, output: Path) -> None:
 
 
 def arguments(description: str | None, name: str, **steps: int) -> argparse.Namespace:
-    """The command line of a script that trains `digits_{name}`; `steps` names the stages' options and defaults."""
+    """Parse the command line of a script that trains `digits_{name}`; `steps`: the stages' options and defaults."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, default=Path(f"catp_lightning/data/digits_{name}"))
     parser.add_argument("--log", type=Path, default=Path(f"training/{name}.jsonl"))

@@ -96,8 +96,8 @@ def build_model(processor: LlavaProcessor) -> LlavaForConditionalGeneration:
         )
     )
     place_patches(model.model.vision_tower)
-    # At the usual 0.02 what a word is drowns in what attention adds to it, and it takes thousands of steps more until
-    # the digit, row or column that a question names makes a difference.
+    # At the usual deviation of 0.02 a word's embedding drowns in the output of attention, and it takes thousands of
+    # steps more until the digit, row or column that a question names makes a difference.
     nn.init.normal_(model.get_input_embeddings().weight, std=0.2)
     for layer in (model.model.multi_modal_projector.linear_1, model.model.multi_modal_projector.linear_2):
         nn.init.normal_(layer.weight, std=WIDTH**-0.5)
@@ -106,8 +106,10 @@ def build_model(processor: LlavaProcessor) -> LlavaForConditionalGeneration:
 
 @torch.no_grad()
 def place_patches(tower: CLIPVisionModel) -> None:
-    """Positions start as the sum of the cell's row, the cell's column and the place in the cell: a patch finds the rest
-    of its digit, and a question its cell, without learning 144 places one by one."""
+    """Start the positions of patches as the sum of the cell's row, the cell's column and the place in the cell.
+
+    A patch then finds the rest of its digit, and a question its cell, without learning 144 places one by one.
+    """
     row, column, inside = (torch.randn(n, WIDTH) * 0.3 for n in (CELLS, CELLS, 4))
     cell, half = torch.arange(SIDE) // 2, torch.arange(SIDE) % 2
     places = row[cell][:, None] + column[cell][None] + inside[half[:, None] * 2 + half]
@@ -115,10 +117,11 @@ def place_patches(tower: CLIPVisionModel) -> None:
 
 
 def make_summaries_look(tower: CLIPVisionModel) -> list[RemovableHandle]:
-    """Has [CLS] gather what it needs in the very blocks whose attention is looked at later, and by every head.
+    """Make [CLS] gather what it needs in the last two blocks, whose attention is read later, and by every head.
 
-    Of the last two blocks, [CLS] enters in every other scene as it entered the first, and loses every other head.
-    Otherwise it gathers as well in earlier blocks, and half of the heads learn to look at nothing.
+    In each of the last two blocks, [CLS] enters a random half of the scenes as it entered the first block, and loses a
+    random half of the heads. Otherwise it gathers in earlier blocks as well, and half of the heads learn to look at
+    nothing. Returns the handles of the hooks.
     """
 
     def forget(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
@@ -139,7 +142,7 @@ def make_summaries_look(tower: CLIPVisionModel) -> list[RemovableHandle]:
 
 
 class TowerHeads(nn.Module):
-    """What the tower is taught with: the digit of every patch's cell, and from [CLS] which digits there are."""
+    """Heads that the tower is trained with: the digit of every patch's cell, and from [CLS] which digits there are."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -148,24 +151,24 @@ class TowerHeads(nn.Module):
         self.last_summary = nn.Linear(WIDTH, 10)
 
     def loss(self, tower: CLIPVisionModel, pixels: Tensor, cells: Tensor) -> tuple[Tensor, float, float]:
-        """The loss, the share of patches with ink read right and that of scenes whose digits [CLS] names exactly."""
+        """Return the loss, the share of digits' patches read right and of scenes whose digits [CLS] names exactly."""
         output = tower(pixel_values=pixels, output_hidden_states=True)
         features = output.hidden_states[FEATURE_LAYER]
         digit = cells.repeat_interleave(2, 1).repeat_interleave(2, 2).flatten()
         read, named = self.patch(features[:, 1:]).flatten(0, 1), self.summary(features[:, 0])
         there = digits_present(cells.flatten(1)).float()
-        rare = torch.tensor([0.1] + 10 * [1.0])  # nineteen patches in twenty show nothing
+        rare = torch.tensor([0.1] + 10 * [1.0])  # nineteen patches in twenty show no digit
         loss = F.cross_entropy(read, digit, weight=rare) + F.binary_cross_entropy_with_logits(named, there)
-        # [CLS] of the last layer too, which LLaVA does not pass on, but which methods of pruning look at.
+        # [CLS] of the last layer too: LLaVA does not pass it on, but pruning methods read its attention.
         loss = loss + F.binary_cross_entropy_with_logits(self.last_summary(output.pooler_output), there)
         right = (read.argmax(-1) == digit)[digit > 0].float().mean().item()
         return loss, right, ((named > 0) == (there > 0)).all(-1).float().mean().item()
 
 
 def leave_out(cells: Tensor) -> Tensor:
-    """Which patches the language model sees, int64 [B, SIDE * SIDE]: all, or a random share that shows every digit.
+    """Return a mask of patches for the language model, int64 [B, SIDE * SIDE]: all, or a random share.
 
-    cells [B, CELLS, CELLS], 0 for nothing. Each digit keeps at least one of its four patches.
+    cells [B, CELLS, CELLS], 0 for an empty one. Each digit keeps at least one of its four patches.
     """
     share = torch.rand(len(cells), 1, 1) * (torch.rand(len(cells), 1, 1) < 0.5)
     seen = torch.rand(len(cells), SIDE, SIDE) >= share
@@ -177,7 +180,10 @@ def leave_out(cells: Tensor) -> Tensor:
 def answer_loss(
     model: LlavaForConditionalGeneration, pixels: Tensor, seen: Tensor, ids: Tensor, labels: Tensor
 ) -> Tensor:
-    """Beginning and image tokens of a scene see only themselves, so its questions share their keys and values."""
+    """Return the loss of several questions a scene, in one pass over the scene's first and image tokens.
+
+    These see only themselves, so the questions of a scene share their keys and values.
+    """
     language_model, pad = model.model.language_model, model.config.text_config.pad_token_id
     with torch.no_grad():
         features = model.model.vision_tower(pixel_values=pixels, output_hidden_states=True).hidden_states[FEATURE_LAYER]
@@ -203,7 +209,7 @@ def answer_loss(
 
 
 def check_batches(processor: LlavaProcessor, batches: Batches) -> None:
-    """Training builds its batches by hand, for speed; they must be what the processor makes of the same."""
+    """Raise RuntimeError unless batches, built by hand for speed, are what the processor makes of the same scene."""
     pixels, _ = batches.scenes(1, CELLS, CELLS)
     text = "How many digits are there?"
     inputs = processor(

@@ -54,7 +54,7 @@ from transformers import (
 from transformers.models.mllama.configuration_mllama import MllamaTextConfig, MllamaVisionConfig
 
 VISION, TEXT = 64, 96  # widths
-ASKED = ("how many",) + 4 * ("is there",) + 3 * ("largest or smallest",) + 4 * ("which digit",)  # of each scene
+ASKED = ("how many",) + 4 * ("is there",) + 3 * ("largest or smallest",) + 4 * ("which digit",)  # per scene
 
 
 def build_processor() -> MllamaProcessor:
@@ -103,11 +103,11 @@ def build_model(processor: MllamaProcessor) -> MllamaForConditionalGeneration:
 
 @torch.no_grad()
 def start_weights(model: MllamaForConditionalGeneration) -> None:
-    """Replace what transformers starts from and would take thousands of steps more."""
+    """Replace initial weights of transformers from which training would take thousands of steps more."""
     for name, weight in model.named_parameters():
         if "gate" in name and weight.numel() == 1:
             nn.init.constant_(weight, 0.5)  # zero by default: nothing of the image would reach the text
-    # At the usual 0.02 what a word is drowns in what attention adds to it.
+    # At the usual deviation of 0.02 a word's embedding drowns in the output of attention.
     nn.init.normal_(model.model.language_model.embed_tokens.weight, std=0.2)
     nn.init.normal_(model.model.multi_modal_projector.weight, std=(2 * VISION) ** -0.5)
     tower = model.model.vision_model
@@ -124,13 +124,13 @@ def start_weights(model: MllamaForConditionalGeneration) -> None:
 
 
 def image_states(model: MllamaForConditionalGeneration, vision: dict[str, Tensor]) -> Tensor:
-    """What cross-attention reads of each image: [B, 148, D]."""
+    """Return the image rows that cross-attention reads: [B, 148, D]."""
     rows = model.model.vision_model(**vision).last_hidden_state
     return model.model.multi_modal_projector(rows).flatten(1, 3)
 
 
 def hidden_states(model: MllamaForConditionalGeneration, states: Tensor, real: Tensor, packed: Packed) -> Tensor:
-    """What the language model makes of each token, [B, L, D]; `real` [B, 1, 4] is 1 for tiles of the image."""
+    """Return the language model's last hidden states, [B, L, D]; `real` [B, 1, 4] is 1 for tiles of the image."""
     seen = real[:, None].repeat(1, packed.ids.shape[1], 1, 1)
     seen[:, 0] = 0  # the first token stands before the image
     output = model.model(
@@ -145,7 +145,7 @@ def hidden_states(model: MllamaForConditionalGeneration, states: Tensor, real: T
 
 
 def answer_loss(model: MllamaForConditionalGeneration, hidden: Tensor, packed: Packed) -> Tensor:
-    """Cross-entropy of answer and end, and of the answer at the last words of the question."""
+    """Return the cross-entropy of answer and end, plus half that of the answer at the last words of the question."""
     answered, early = packed.targets >= 0, packed.early >= 0
     # The last words of a question already know enough to answer: asked there too, the language model learns much sooner
     # to use the digit, row or column it was asked about.
@@ -155,7 +155,7 @@ def answer_loss(model: MllamaForConditionalGeneration, hidden: Tensor, packed: P
 
 
 class Training:
-    """The model, what it learns from and where its progress is written."""
+    """Training run: the model, its batches, and the log of its progress."""
 
     def __init__(self, output: Path, log: Path) -> None:
         self.processor, self.output = build_processor(), output
@@ -167,7 +167,7 @@ class Training:
         self.log.note(seed=SEED, parameters=parameters, torch=torch.__version__)
 
     def reading_loss(self, scenes: Scenes, states: Tensor) -> tuple[Tensor, float]:
-        """Cross-entropy of what is read from all rows and from each patch; the share of digits read right."""
+        """Return the cross-entropy of reading all rows and each patch, and the share of digits read right."""
         hidden = scenes.vision["aspect_ratio_mask"][:, 0].repeat_interleave(SIDE * SIDE + 1, 1) == 0
         each = len(scenes.cells[0])
         read = [

@@ -1,4 +1,4 @@
-"""What the small Llama-3.2-Vision learns from: scenes in tiles and packed questions, as its processor makes them."""
+"""Batches for the small Llama-3.2-Vision: scenes in tiles and packed questions, as its processor makes them."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -21,15 +21,22 @@ RATIOS = [
 
 
 def patch_places(tile: int, wide: int) -> tuple[Tensor, Tensor]:
-    """Row and column in the whole image, in patches, of each patch of a tile; the image is `wide` tiles wide."""
+    """Return row and column in the whole image, in patches, of each patch of a tile; the image is `wide` tiles wide."""
     patch = torch.arange(SIDE * SIDE)
     return tile // wide * SIDE + patch // SIDE, tile % wide * SIDE + patch % SIDE
 
 
 @dataclass
 class Scenes:
-    """B scenes of all sizes: the tower's inputs; `cells` by size [B / 4, R, C], a digit plus one or 0 for nothing;
-    `patches` [B, 148], what the cell of each patch holds, -100 for rows that show nothing; `text` see `pack`."""
+    """B scenes, as many of each of the four sizes.
+
+    Attributes:
+        drawn: the scenes.
+        vision: inputs of the vision tower.
+        cells: by size [B / 4, R, C], a digit plus one or 0 for an empty cell.
+        patches: [B, 148], the value in `cells` of each patch's cell, -100 for rows that show no patch of the image.
+        text: prompts and answers, as `pack` takes them.
+    """
 
     drawn: list[Scene]
     vision: dict[str, Tensor]
@@ -39,7 +46,7 @@ class Scenes:
 
 
 def draw(batches: Batches, each: int, kinds: Sequence[str]) -> Scenes:
-    """`each` scenes of every size, tiled as the processor does it, with a question of each of `kinds`."""
+    """Draw `each` scenes of every size, tiled as the processor does it, with a question of each of `kinds`."""
     vision: tuple[list[Tensor], ...] = ([], [], [])
     drawn: list[Scene] = []
     cells: list[Tensor] = []
@@ -72,10 +79,14 @@ def draw(batches: Batches, each: int, kinds: Sequence[str]) -> Scenes:
 
 @dataclass
 class Packed:
-    """The questions of an image in one sequence of L tokens: all see the tokens that they share, none sees another.
+    """Questions about each of B images in one sequence of L tokens: all see the shared start, none sees another.
 
-    `ids` [B, L], `places` [1, L], `mask` bool [1, 1, L, L]; `targets` and `early` [B, L], the answer or the end where
-    it is to be said and the answer at the last words of the question, -100 elsewhere.
+    Attributes:
+        ids: [B, L].
+        places: [1, L], positions.
+        mask: bool [1, 1, L, L].
+        targets: [B, L], the answer or the end where it is to be generated, -100 elsewhere.
+        early: [B, L], the answer at the last words of its question, -100 elsewhere.
     """
 
     ids: Tensor
@@ -86,7 +97,7 @@ class Packed:
 
 
 def pack(text: list[list[list[int]]], pad: int, end: int) -> Packed:
-    """`text`: of each image, for each question, its prompt and answer."""
+    """Pack the questions of each image into one sequence; `text`: by image and question, ids of prompt and answer."""
     length = max(len(row) for rows in text for row in rows) - SHARED
     total = SHARED + len(text[0]) * length
     ids = torch.full((len(text), total), pad)

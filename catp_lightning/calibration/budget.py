@@ -1,10 +1,10 @@
-"""The budget as a promise: the smallest that disagrees with the unpruned model on few enough images, tested exactly.
+"""Find the smallest budget that keeps a promised rate of disagreement with the unpruned model, by an exact test.
 
-Budgets are tested from the largest down, each on the same images, and the first that fails ends the walk. To choose a
-budget that disagrees too often, the walk must pass the first such budget on its way, and that one passes with
-probability 1 - confidence at most. So no correction for many tests is due, however the answers at different budgets
-hang together (fixed-sequence testing). It takes budgets, an order and policies that were settled without these images,
-and images that are independent draws from what the model will see: one question an image.
+Budgets are tested from the largest down, each on the same images, and testing stops at the first that fails. To choose
+a budget that disagrees too often, testing must pass the first such budget on its way, which happens with probability
+1 - confidence at most. So no correction for multiple tests is needed, however the answers at different budgets are
+correlated (fixed-sequence testing). This requires budgets, an order and policies that were fixed without these images,
+and images that are independent draws from what the model will see: one question per image.
 """
 
 import operator
@@ -18,23 +18,24 @@ from catp_lightning.counts import keep_count
 from catp_lightning.errors import PolicyError
 from catp_lightning.policy import check_keep
 
-# Two steps for each halving, whole numbers of 32, 64 and 576 tokens. A finer grid would save little (the budget above
-# the first failure keeps at most 1.5 times as many tokens), and each step is one more that bad luck can stop at.
+# Two steps per halving; each is a whole number of tokens at 32, 64 and 576 tokens. A finer grid would save little (the
+# budget above the first failure keeps at most 1.5 times as many tokens), and each step is one more that can fail by
+# chance.
 GRID = (3 / 4, 1 / 2, 3 / 8, 1 / 4, 3 / 16, 1 / 8, 3 / 32, 1 / 16)
-"""Shares to walk down where none are given."""
+"""Budgets tested by default: shares of an image's visual tokens, largest first."""
 
 # A bound that equals the promise in exact arithmetic (1 - 0.94 ** 2 = 0.1164) may come out a unit in the last place
-# above it. The confidence that this slack costs is as small.
+# above it. This slack costs an equally small amount of confidence.
 _ROUNDING = 1e-12
 
 
 @dataclass(frozen=True)
 class Promise:
-    """On new images the pruned model's answer differs from the unpruned model's in at most `max_disagreement` of them.
+    """Upper limit on the share of new images on which the pruned model's answer differs from the unpruned model's.
 
     Attributes:
-        max_disagreement: the largest share of images that may disagree, in (0, 1).
-        confidence: probability at least that the promise is kept, over draws of the images it is tested on, in (0, 1).
+        max_disagreement: largest share of images that may disagree, in (0, 1).
+        confidence: lower limit on the probability that the promise is kept, over draws of the test images, in (0, 1).
 
     Raises:
         PolicyError: a value is not a number strictly between 0 and 1.
@@ -57,11 +58,14 @@ class Promise:
 
     @property
     def images_needed(self) -> int:
-        """Images to test on at least: ln(1 - confidence) / ln(1 - max_disagreement), rounded up; none may disagree."""
+        """Minimum number of test images, none of which may disagree.
+
+        It is ln(1 - confidence) / ln(1 - max_disagreement), rounded up.
+        """
         return self.images_for(0)
 
     def images_for(self, disagreed: int) -> int:
-        """The smallest number of images on which a budget still passes when `disagreed` of them disagree."""
+        """Return the smallest number of images on which a budget still passes when `disagreed` of them disagree."""
         short, enough = disagreed, disagreed + 1  # when all disagree, nothing can be promised
         while not self._passes(disagreed, enough):
             short, enough = enough, 2 * enough
@@ -71,7 +75,7 @@ class Promise:
         return enough
 
     def check_images(self, images: int) -> None:
-        """Raise PolicyError, with the numbers needed, if a budget could not pass on `images` even without a fault."""
+        """Raise PolicyError, with the numbers needed, if `images` are too few to pass even without disagreement."""
         if images < 1 or not self._passes(0, images):
             raise PolicyError(
                 f"There are {images} images to test a budget on, too few to promise a disagreement of at most "
@@ -81,7 +85,7 @@ class Promise:
             )
 
     def holds(self, bound: float) -> bool:
-        """Whether an upper bound of the disagreement is within the promise."""
+        """Return True if an upper bound of the disagreement is within the promise."""
         return bound <= self.max_disagreement * (1 + _ROUNDING)
 
     def _passes(self, disagreed: int, images: int) -> bool:
@@ -90,13 +94,13 @@ class Promise:
 
 @dataclass(frozen=True)
 class TestedBudget:
-    """One budget of a walk.
+    """Test result of one budget.
 
     Attributes:
-        disagreed: images whose answer differs from the unpruned model's.
-        bound: upper bound of the share that disagrees, for this budget looked at alone.
-        tested: the walk came this far; what follows the first failure is reported, not tested.
-        holds: tested, and its bound is within the promise.
+        disagreed: number of images whose answer differs from the unpruned model's.
+        bound: upper bound of the share of images that disagrees, for this budget considered alone.
+        tested: True if testing came this far; budgets after the first failure are reported, not tested.
+        holds: True if the budget was tested and its bound is within the promise.
     """
 
     disagreed: int
@@ -107,11 +111,11 @@ class TestedBudget:
 
 @dataclass(frozen=True)
 class Walk:
-    """A walk down the budgets, and where it ended.
+    """Test results of all budgets, from the largest down, and the budget that was chosen.
 
     Attributes:
-        steps: one for each budget, in the order given.
-        chosen: index of the last budget that holds; None: not even the first, so that only keep=1.0 keeps the promise.
+        steps: one result for each budget, in the order given.
+        chosen: index of the last budget that holds; None: not even the first, so only keep=1.0 keeps the promise.
     """
 
     steps: tuple[TestedBudget, ...]
@@ -122,13 +126,13 @@ def walk(promise: Promise, disagreed: Sequence[int], images: int) -> Walk:
     """Test budgets in a fixed order and stop at the first that fails.
 
     Args:
-        promise: what each budget is tested for.
-        disagreed: for each budget, largest first, how many of `images` disagree with the unpruned model. Budgets and
-            their policies were settled before anyone saw these images.
-        images: how many were tested on, the same for every budget.
+        promise: promise that each budget is tested against.
+        disagreed: for each budget, largest first, number of the `images` that disagree with the unpruned model. Budgets
+            and their policies were fixed before anyone saw these images.
+        images: number of test images, the same for every budget.
 
     Raises:
-        PolicyError: there are fewer images than the promise takes.
+        PolicyError: there are fewer images than the promise needs.
         ValueError: a count is not in 0 .. images.
 
     Example:
@@ -150,9 +154,10 @@ def walk(promise: Promise, disagreed: Sequence[int], images: int) -> Walk:
 
 @lru_cache(maxsize=4096)  # the inverse of the beta distribution takes longer than a small test does
 def upper_bound(disagreed: int, images: int, confidence: float) -> float:
-    """Exact (Clopper-Pearson) one-sided upper bound of the share that disagrees, when `disagreed` of `images` do.
+    """Return the exact (Clopper-Pearson) one-sided upper bound of the share of images that disagrees.
 
-    The largest share at which seeing so few, or fewer, has probability 1 - confidence; 1.0 when all disagree.
+    It is the largest share at which `disagreed` of `images` or fewer disagree with probability 1 - confidence; 1.0 if
+    all disagree.
 
     Raises:
         ValueError: not 0 <= disagreed <= images, or there are no images.
@@ -166,9 +171,9 @@ def upper_bound(disagreed: int, images: int, confidence: float) -> float:
 
 
 def descending(budgets: Iterable[int | float], tokens: int) -> list[int | float]:
-    """Budgets by how many of `tokens` they keep, most first; of those that keep equally many the first given.
+    """Sort budgets by the number of `tokens` they keep, most first; of budgets that keep equally many, keep the first.
 
-    A second budget of the same size would be tested for the same promise twice.
+    A second budget of the same size would test the same promise twice.
 
     Raises:
         PolicyError: a budget is neither a share in (0, 1] nor a number of tokens from 1.

@@ -1,9 +1,9 @@
-"""The flow of a calibration: probe, fit, let candidates compete, check what was chosen.
+"""Calibration flow: probe, fit, compare candidates in rounds, check the chosen policies.
 
-The split is divided by image. On the larger part random subsets measure what tokens are worth; candidates built from
-that compete with every fixed rule, and losers leave early. The same images serve both, cross-fitted: what answers an
-image was fitted without its fold. On the other part nothing is decided, so its figures are those to quote, and a
-promise is tested on it.
+The split is divided by image. On the learning part, random subsets measure the value of tokens; candidates fitted to
+these measurements compete with every fixed rule, and the worse ones are eliminated early. Both steps use the same
+images, cross-fitted: the candidate that answers an image was fitted without the image's fold. Nothing is decided on the
+checking part, so its figures are the ones to quote, and a promise is tested on it.
 """
 
 import math
@@ -28,26 +28,26 @@ from catp_lightning.observation import Needs, Signal, join
 from catp_lightning.policy import PruningPolicy, check_keep
 from catp_lightning.saying import rank_zero_warn
 
-SURVIVORS = 4  # one in so many goes on to the next round
+SURVIVORS = 4  # one in this many candidates goes on to the next round
 
 NOTHING = 0.01
-"""Nats. Candidates that diverge less are told apart by no more than at this: of almost nothing all is rounding."""
+"""Floor, in nats, of the scale on which divergences are compared: below it relative differences are rounding noise."""
 
 
 class Calibrator:
-    """Give `see` every batch of the split, call `finish`, and start over as long as it says that there is more.
+    """Calibration of one model: pass every batch of the split to `see`, call `finish`, repeat while it returns True.
 
     Args:
-        plan: what may be chosen among, for a family.
-        budgets: shares or numbers of tokens, each with a choice of its own.
-        promise: what the chosen budget is to keep; the budgets are then in descending order.
-        device: where the sums are kept.
+        plan: model family, and what is fitted and chosen among for it.
+        budgets: shares or numbers of tokens; a candidate is chosen for each.
+        promise: promise that the chosen budget has to keep; `budgets` must then be in descending order.
+        device: device of the sums.
 
     Attributes:
-        stage: what is being done now.
+        stage: current stage.
 
     Raises:
-        PolicyError: a budget is not allowed, or named twice.
+        PolicyError: a budget is not allowed or given twice, or there is none.
     """
 
     def __init__(
@@ -74,7 +74,7 @@ class Calibrator:
 
     @property
     def needs(self) -> Needs:
-        """The signals that are read before the decoder, by all candidates together."""
+        """Signals to observe before the decoder: those that candidates and the plan's voters read, and image hashes."""
         depth = self.plan.family.depth
         methods = [
             (rule.build_scorer(), rule.build_selector())
@@ -86,13 +86,13 @@ class Calibrator:
         return join([{Signal.IMAGE_HASH: None}, self.plan.needs, *needs])
 
     def see(self, samples: Samples) -> None:
-        """Add a batch to the current stage, without the samples whose unpruned answer was found to be no number."""
+        """Add a batch to the current stage, without samples whose unpruned answer was found to be NaN or infinite."""
         sound = ~torch.isin(samples.keys, self._unsound)
         if sound.any():
             self.stage.see(samples if bool(sound.all()) else samples.where(sound))
 
     def finish(self) -> bool:
-        """End the current stage, over all processes; every process must call. Whether there is another.
+        """End the current stage, over all processes (each must call this), and return True if another stage follows.
 
         Raises:
             PolicyError: there are too few images for a choice or for the promise.
@@ -156,7 +156,7 @@ class Calibrator:
         return (self._part_of(images) == 0) & (round_of(images, self._bounds) == number)
 
     def _freeze(self) -> None:
-        """The choice is made; what follows only measures it."""
+        """Fix the choice for each budget and set up the checking stage, which only measures it."""
         self.chosen = [self._eligible(self._ranking(budget)) for budget in range(len(self.budgets))]
         references = [n for n, candidate in enumerate(self.candidates) if candidate.reference]
         alive = [[first, *(n for n in references if n != first)] for first in self.chosen]
@@ -167,17 +167,17 @@ class Calibrator:
         return self._part_of(images) == 1
 
     def _survivors(self, budget: int) -> list[int]:
-        if not self._reduced[-1]["count"].any():  # no image fell in that round
+        if not self._reduced[-1]["count"].any():  # no image fell into that round
             return self.alive[budget]
         ranking = self._ranking(budget)
         return sorted({*ranking[: math.ceil(len(ranking) / SURVIVORS)], self._eligible(ranking)})
 
     def _eligible(self, ranking: Sequence[int]) -> int:
-        """The first that may be chosen."""
+        """Return the first candidate of a ranking that may be chosen."""
         return next(number for number in ranking if self.candidates[number].eligible)
 
     def _ranking(self, budget: int) -> list[int]:
-        """Who is left, the smallest mean divergence so far first; ties by name."""
+        """Return the remaining candidates at a budget, smallest mean divergence so far first; ties by name."""
         sums = self.choosing
         mean = sums["divergence"][budget] / np.maximum(1, sums["count"][budget])
         named = sorted(self.alive[budget], key=lambda n: self.candidates[n].name)
@@ -185,11 +185,11 @@ class Calibrator:
 
     @property
     def choosing(self) -> dict[str, np.ndarray]:
-        """Sums of all finished rounds."""
+        """Candidate sums over all finished rounds, each [K, C]: K budgets, C candidates."""
         return {name: np.sum([sums[name] for sums in self._reduced], 0) for name in self._reduced[0]}
 
     def policies(self) -> list[PruningPolicy]:
-        """A policy for each budget; with a promise one, at the smallest budget that keeps it."""
+        """Return a policy for each budget; with a promise, one policy, at the smallest budget that keeps it, or 1.0."""
         assert self._check is not None
         return CalibrationResult(
             model=self.plan.family.describe(),

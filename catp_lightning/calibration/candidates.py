@@ -1,4 +1,4 @@
-"""What a calibration compares: rules by name, each a scorer and a selector."""
+"""Candidates that a calibration compares: named rules, each a scorer and a selector without a budget."""
 
 import math
 from collections.abc import Iterator, Mapping
@@ -13,31 +13,32 @@ from catp_lightning.policy import PruningPolicy
 from catp_lightning.scorers import SCORERS
 
 STRENGTHS = (0.5, 1.5)
-"""Weights of a fixed rule beside diversity, tried with both signs: which relevance helps changes with the model."""
+"""Relevance weights of unfitted scores in a DPP, tried with both signs: which sign helps depends on the model."""
 
 
 FITTED_STRENGTHS = (0.25, 0.5, 1.0)
-"""Of fitted relevance, whose sign is known."""
+"""Relevance weights of fitted scores in a DPP, whose sign is known."""
 
 
 COMPARED = 1024
-"""Tokens of an image up to which sets are chosen by similarity: a kernel of each candidate has the square of it."""
+"""Limit on the tokens of an image for selection by similarity: each candidate's kernel has that number squared."""
 
 COMPARING = ("max-min", "conditional-dpp", "prune-similar", "context-merge")
-"""Selectors that do the same."""
+"""Selectors other than the DPP that compare tokens with each other, up to `COMPARED` tokens of an image."""
 
 WEIGHTS = ("layers", "head_weights", "slot_weights")
 
 
 @dataclass(frozen=True)
 class Candidate:
-    """A rule without its budget.
+    """Pruning rule without its budget.
 
     Attributes:
-        name: unique, and what breaks a tie.
-        control: whether it is a control that a finding has to beat: it looks at no attention, or at diversity alone.
-        reference: whether it is checked beside the chosen policy, however it does: controls, each layer of CATP.
-        eligible: whether it may be chosen; where one method is calibrated, controls only compete.
+        name: unique name; ties are broken by it.
+        control: True for a control, which a finding has to beat: it reads no attention, or uses diversity alone.
+        reference: True if it is checked beside the chosen policy, whatever its rank: controls, and single layers (of a
+            Q-Former: CATP's).
+        eligible: True if it may be chosen; when one method is calibrated, controls are only compared with it.
     """
 
     name: str
@@ -55,10 +56,12 @@ class Candidate:
 
 @dataclass(frozen=True)
 class Exit(Candidate):
-    """All visual tokens leave at one layer (2405.05803): a budget is the share of layers that read them, rounded up.
+    """Rule that drops all visual tokens at one decoder layer (2405.05803).
+
+    A budget is the share of the decoder's layers that read them, rounded up.
 
     Attributes:
-        depth: how many layers the decoder has.
+        depth: number of layers of the decoder.
     """
 
     depth: int = 2
@@ -69,10 +72,11 @@ class Exit(Candidate):
 
 
 def default_candidates(plan: Plan) -> list[Candidate]:
-    """Every rule that drops before the decoder, every layer by itself, and sets of several kinds and strengths.
+    """Return every rule that drops before the decoder, single layers, and DPPs of several similarities and strengths.
 
-    What drops inside the decoder leaves its first layers all tokens: at the same budget it reads more, and is no rival.
-    Nor is `trimmed-llama` with its own selector, which keeps more than the budget.
+    If the plan is for one method, the candidates are that method's. Otherwise rules that drop inside the decoder are
+    left out: their first layers read all tokens, so at the same budget they read more. So is `trimmed-llama` with its
+    own selector, which keeps more than the budget.
     """
     if plan.method is not None:
         return list(_of_method(plan, plan.method))
@@ -95,7 +99,7 @@ def default_candidates(plan: Plan) -> list[Candidate]:
 
 
 def _of_qformer(family: Family) -> Iterator[Candidate]:
-    """The first cross-attention layer is `catp layer 0`, the last has the highest number."""
+    """Yield a Q-Former's single layers (`catp layer 0` reads its first cross-attention), weighted CATP, and DPPs."""
     layers = range(family.layers()[Signal.CROSS_ATTENTION])
     for name in ("catp", *VOTERS):
         yield from (Candidate(f"{name} layer {n}", name, {"layers": [n]}, reference=name == "catp") for n in layers)
@@ -104,7 +108,7 @@ def _of_qformer(family: Family) -> Iterator[Candidate]:
         for scorer in ("catp", "cross-attention", "region-attention", "self-attention"):
             yield from _both_signs(scorer, similarity)
         yield _diversity(similarity, {"similarity": similarity}, control=True)
-    # Maps of chosen layers are a finding; all of them, or the tokens themselves, are the plain control.
+    # Diversity of regions or of one layer's attention counts as a finding; of all layers, or of outputs, as a control.
     yield _diversity("regions", {"similarity": "regions"})
     yield from (_diversity(f"cross-attention layer {n}", {"layers": [n]}) for n in layers)
 
@@ -116,7 +120,7 @@ def _both_signs(scorer: str, similarity: str) -> Iterator[Candidate]:
 
 
 def _of_outputs(plan: Plan) -> Iterator[Candidate]:
-    """Sets of tokens whose features are unlike each other."""
+    """Yield DPPs on the similarity of token features, with and without relevance; none where tokens are too many."""
     if _similar(plan):
         for name in (*plan.voters, "l2-norm"):
             yield from _both_signs(name, "outputs")
@@ -130,12 +134,12 @@ def _of_outputs(plan: Plan) -> Iterator[Candidate]:
 
 
 def _similar(plan: Plan) -> bool:
-    """Whether tokens are few enough to be compared with each other, for every candidate."""
+    """Return True if tokens leave before the decoder and an image has at most `COMPARED`, so they can be compared."""
     return plan.layer == 0 and (plan.family.most_tokens or COMPARED + 1) <= COMPARED
 
 
 def _of_method(plan: Plan, method: PruningPolicy) -> Iterator[Candidate]:
-    """One method: as it is given, every layer by itself; at the decoder's entry beside the controls."""
+    """Yield one method as it is given and with each single layer; if it drops before the decoder, the controls too."""
     args, more = dict(method.scorer_args), (method.selector, method.selector_args)
     if method.scorer == "visual-exit":
         yield Exit("visual-exit", method.scorer, args, *more, depth=plan.family.depth)
@@ -154,7 +158,7 @@ def _of_method(plan: Plan, method: PruningPolicy) -> Iterator[Candidate]:
 
 
 def fitted_candidates(plan: Plan, fitted: Fitted) -> list[Candidate]:
-    """What probes found to be relevant, by itself, and with diversity of several kinds and strengths."""
+    """Return candidates of the relevance that probes found, alone and in DPPs of several similarities and strengths."""
     if plan.method is not None:
         return list(_of_method_fitted(plan, plan.method, fitted))
     found = []
@@ -186,7 +190,7 @@ def _of_method_fitted(plan: Plan, method: PruningPolicy, fitted: Fitted) -> Iter
 
 
 def _scale(plan: Plan, name: str) -> dict[str, Any]:
-    """What the votes were when their weights were fitted."""
+    """Return the `scale` argument with which a voter's weights were fitted; empty if its scorer has none."""
     scale = getattr(plan.voters[name], "scale", None)
     return {} if scale is None else {"scale": scale}
 
@@ -198,7 +202,7 @@ def _weights(plan: Plan, name: str, voter: VoterFit) -> dict[str, Any]:
 def _sets(
     name: str, scorer: str, scorer_args: Mapping[str, Any], similarities: Mapping[str, dict[str, Any]]
 ) -> Iterator[Candidate]:
-    """One relevance, by itself and beside each similarity."""
+    """Yield candidates of one relevance score: top-k, and a DPP of each similarity at each of `FITTED_STRENGTHS`."""
     yield _top_k(name, scorer, scorer_args)
     for kind, args in similarities.items():
         for strength in FITTED_STRENGTHS:
@@ -207,13 +211,13 @@ def _sets(
 
 
 def _top_k(name: str, scorer: str, scorer_args: Mapping[str, Any], reference: bool = False) -> Candidate:
-    """By score alone, whatever the scorer's own selector."""
+    """Return a candidate that keeps the highest scores, whatever the scorer's own selector."""
     selector = None if SCORERS[scorer].selector == "top-k" else "top-k"
     return Candidate(name, scorer, scorer_args, selector, reference=reference)
 
 
 def _similarities(plan: Plan, fitted: Fitted) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Name and arguments of the selector."""
+    """Yield the name of each similarity and the DPP arguments for it; none where tokens are too many to compare."""
     if not _similar(plan):
         return
     yield "outputs", {"similarity": "outputs"}

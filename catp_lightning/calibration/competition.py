@@ -1,4 +1,4 @@
-"""Candidates side by side: their answers to what was recorded, and the check of those that were chosen."""
+"""Stages that compare candidates by their answers to recorded samples: the rounds, and the check of the choice."""
 
 from collections.abc import Sequence
 
@@ -22,16 +22,17 @@ from catp_lightning.selectors import Selector
 
 
 class Race:
-    """Candidates answer the samples of one round, or of the checking part.
+    """Stage in which candidates answer the samples of one round, or of the checking part.
 
     Args:
-        title: what people are told.
-        plan: of the calibration.
-        candidates: by fold: what is fitted was fitted without the fold it is measured on. Or one list for all folds.
-        budgets: at each of which some candidates compete.
-        alive: their numbers, for each budget.
-        belongs: which samples this is for.
-        device: where the sums are kept.
+        title: name of the stage, shown to the user.
+        plan: plan of the calibration.
+        candidates: a list of candidates for each fold, fitted without the fold they are measured on; or a single list
+            for all folds.
+        budgets: budgets at which candidates are compared.
+        alive: for each budget, the indices of the candidates that are still compared.
+        belongs: selects the samples of this stage.
+        device: device of the sums.
     """
 
     def __init__(
@@ -74,7 +75,7 @@ class Race:
             self.compare(samples.where(chosen))
 
     def compare(self, samples: Samples) -> list[Tensor]:
-        """Whether each candidate's answer is the unpruned one: bool [N, B] for each budget, N alive there."""
+        """Return, for each budget, bool [N, B]: True if the answer of one of its N candidates is the unpruned one."""
         if not self._by_fold:
             return self._compare(samples, 0)
         fold = fold_of(samples.images)
@@ -85,7 +86,7 @@ class Race:
         return same
 
     def _compare(self, samples: Samples, fold: int) -> list[Tensor]:
-        """Of samples of one fold, where candidates that are chosen anew differ between folds."""
+        """Run `compare` with non-nested policies of `fold`; all samples are of it if these policies differ by fold."""
         visual, found, order = samples.visual, [], []
         if not visual.any():  # there is nothing to prune: every answer is the unpruned one
             same = [torch.ones(len(alive), len(visual), dtype=torch.bool, device=visual.device) for alive in self.alive]
@@ -117,7 +118,7 @@ class Race:
         return same
 
     def _other(self, samples: Samples, policy: PruningPolicy, inside: bool) -> Choice | Pruning:
-        """A candidate that chooses anew at each budget, or inside the decoder."""
+        """Return the choice of a candidate without nested ranking, or its pruning if it chooses inside the decoder."""
         if isinstance(policy.keep, float) and policy.keep == 1.0:
             visual = samples.visual
             return Choice(visual, torch.zeros(visual.shape, device=visual.device, dtype=torch.float32))
@@ -128,7 +129,7 @@ class Race:
         return choose_tokens(scores, selector, policy.keep, samples.seen, samples.visual)
 
     def _ranks(self, samples: Samples, most: int) -> Tensor:
-        """The order in which each candidate's tokens join its set: int64 [N, B, T]."""
+        """Return the rank at which tokens join each candidate's set, `most` without nested ranking: int64 [N, B, T]."""
         visual, fold = samples.visual, fold_of(samples.images)
         ranks = torch.full((len(self.running), *visual.shape), most, device=visual.device, dtype=torch.int64)
         if self._shared:
@@ -148,10 +149,10 @@ def _method(policy: PruningPolicy) -> tuple[Scorer, Selector]:
 
 
 class Check(Race):
-    """Frozen policies, beside the references, on samples that nothing was decided on.
+    """Stage that compares the frozen policies with the references on samples on which nothing was decided.
 
-    The first candidate alive at a budget is the policy's. Its answers to one question of each image are what a promise
-    is tested on; the answers of all, image by image, are what it is compared with the references by.
+    The first candidate alive at a budget is the chosen one. A promise is tested on its answers to one question of each
+    image; with the references it is compared by all answers, image by image.
     """
 
     def __init__(

@@ -1,4 +1,4 @@
-"""How far a chosen policy is ahead of the best control, and when its evidence is too thin to rest on."""
+"""Compare a chosen policy with the best control, and warn if its evidence is too thin to rely on."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -9,22 +9,23 @@ from scipy.stats import norm
 from catp_lightning.policy import PruningPolicy
 
 ENOUGH = 64
-"""Checked answers below which a policy is warned about: at an agreement of 90% the interval is then 15 points wide."""
+"""Number of checked answers below which a policy gets a warning: at 90% agreement its interval is 15 points wide."""
 
 
 def paired_difference(
     questions: np.ndarray, ours: np.ndarray, theirs: np.ndarray, confidence: float = 0.95
 ) -> tuple[float, tuple[float, float]]:
-    """The difference of two shares measured on the same questions, with an interval over images.
+    """Return the difference of two shares measured on the same questions, with a confidence interval over images.
 
-    The adjusted Wald interval for paired shares of Agresti and Min (2005, doi:10.1002/sim.1781), which adds half an
-    observation to each of the four cells, with images as clusters: answers to questions about one image hang together.
+    This is the adjusted Wald interval for paired shares of Agresti and Min (2005, doi:10.1002/sim.1781), which adds
+    half an observation to each of the four cells, with images as clusters: answers to questions about one image are
+    correlated.
 
     Args:
-        questions: int [I], how many questions were asked about each image.
-        ours: int [I], of how many the first gave the unpruned answer.
-        theirs: int [I], of how many the second did.
-        confidence: in (0, 1).
+        questions: int [I], number of questions asked about each of I images.
+        ours: int [I], number of them to which the first policy gave the unpruned answer.
+        theirs: int [I], number of them to which the second policy gave the unpruned answer.
+        confidence: confidence of the interval, in (0, 1).
 
     Returns:
         The difference, first minus second, in [-1, 1], and the ends of its interval.
@@ -43,7 +44,7 @@ def paired_difference(
 
 
 def verdict(interval: Sequence[float]) -> str:
-    """What an interval of a difference says: "ahead" above 0, "behind" below it, "level" where it contains 0.
+    """Classify the interval of a difference: "ahead" if it is above 0, "behind" if below, "level" if it contains 0.
 
     >>> verdict((0.01, 0.05)), verdict((-0.01, 0.05)), verdict((-0.05, -0.01))
     ('ahead', 'level', 'behind')
@@ -53,7 +54,7 @@ def verdict(interval: Sequence[float]) -> str:
 
 
 def against(point: Mapping[str, Any]) -> str:
-    """How a budget's choice compares with its best control, in words; "" where no control was checked."""
+    """Describe in words how a budget's choice compares with its best control; "" if no control was checked."""
     best = point["best_control"]
     if best is None:
         return ""
@@ -63,7 +64,7 @@ def against(point: Mapping[str, Any]) -> str:
 
 
 def doubts(policies: Sequence[PruningPolicy]) -> Iterator[str]:
-    """What speaks against resting on these policies, one sentence each: few checked answers, or a better control."""
+    """Yield a sentence for each reason to doubt policies: few checked answers, a better control, low agreement."""
     evidence = policies[0].evidence
     checked = evidence["samples"]["check"]
     kept = {repr(policy.keep) for policy in policies}

@@ -1,4 +1,4 @@
-"""Replays of prompts that a decoder reads: recorded at its entry, answered again through the language model."""
+"""Replay of prompts that a decoder reads: recorded at its entry, answered again through the language model."""
 
 from dataclasses import dataclass, replace
 
@@ -21,11 +21,11 @@ from catp_lightning.pruning import Pruning
 
 @dataclass(frozen=True)
 class DecoderReplay(Replay):
-    """Prompts at the entry of the decoder.
+    """Replay of a batch of prompts recorded at the entry of the decoder.
 
     Attributes:
-        prompt: as the decoder received it, without beams: B rows.
-        layer: the layer at whose entry tokens leave; 0: before the first.
+        prompt: the prompts as the decoder received them, without beams: B rows.
+        layer: decoder layer at whose entry tokens leave; 0: before the first layer.
     """
 
     prompt: DecoderPrompt
@@ -33,14 +33,14 @@ class DecoderReplay(Replay):
 
     @classmethod
     def of(cls, family: Family, prompt: DecoderPrompt, answers: Answer, layer: int = 0) -> "DecoderReplay":
-        """Of beams, or of several answers to a prompt, the first is replayed."""
+        """Build the replay of recorded prompts; of several beams or answers to a prompt, the first is replayed."""
         beams = prompt.beams
         vocabulary = family.language_model.config.get_text_config().vocab_size
         answers, rows = first_answers(answers, len(prompt.visual), vocabulary)
         embeds, mask, positions = (part[::beams] for part in (prompt.embeds, prompt.mask, prompt.positions))
         plain = DecoderPrompt.of(
             prompt.arguments, 1, prompt.ids, prompt.visual, embeds, mask, positions, prompt.is_prompt
-        )  # a prompt inside the decoder is one too
+        )  # without what a StagePrompt adds
         return cls(family, answers, rows, plain, layer)
 
     @property
@@ -62,16 +62,17 @@ class DecoderReplay(Replay):
         return replace(self, prompt=prompt, answers=some_answers(self.answers, index))
 
     def log_probabilities(self, keep: Tensor, carrier: Tensor | None = None) -> Tensor:
-        keep = keep[:, : self.tokens.shape[1]]  # some samples of a batch, the longest of which has more
+        keep = keep[:, : self.tokens.shape[1]]  # these samples may have fewer tokens than the batch's longest
         if self.layer:
             stages = PruneAtDecoderLayers(self.family, lambda prompt: keep, False, lambda: None, (self.layer,))
             return self._through(stages)
         prompt = self.prompt
         embeds = prompt.embeds if carrier is None else merged(prompt.embeds, prompt.visual, carrier)
-        # Padding is read by nobody; but after padding on the right, generate predicts the first token from it.
+        # Padding is not read, but with padding on the right, generate predicts the first token from a padded row.
         read = (prompt.mask == 1).scatter(1, self.answers.row[:, None], True)
         short = kept_sequence(columns_kept(prompt.visual, keep) & read, prompt.mask)
-        # The column that predicts the first token has moved by the columns that are gone before it; fillers are not.
+        # The column that predicts the first token shifts left by the columns removed before it; fillers (dropped
+        # columns that pad shorter rows) are not removed.
         first = (short.order <= self.answers.row[:, None]).sum(1, keepdim=True) - 1
         rows = self._with_answer(short.gather(embeds), short.short_mask, short.gather(prompt.positions))
         return self._answer(*rows, first)
@@ -80,7 +81,7 @@ class DecoderReplay(Replay):
         return self._through(pruning.stages)
 
     def _through(self, stages: PruneAtDecoderLayers) -> Tensor:
-        """The whole prompt and its answer, of which tokens leave inside the decoder."""
+        """Return log-probabilities [B, A, V] along the answer when tokens leave the whole prompt inside the decoder."""
         prompt, forced = self.prompt, self.answers.ids[:, :-1]
         nothing = torch.zeros_like(forced, dtype=torch.bool)
         embeds, mask, positions = self._with_answer(prompt.embeds, prompt.mask, prompt.positions)
@@ -97,10 +98,10 @@ class DecoderReplay(Replay):
             return self._answer(embeds, mask, positions, self.answers.row[:, None])
 
     def _with_answer(self, embeds: Tensor, mask: Tensor, positions: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Rows [B, n, D], their mask and position ids [B, n], and after them the answer's tokens but the last."""
+        """Append the answer's tokens, except the last, to rows [B, n, D] and to their mask and position ids [B, n]."""
         forced = self.answers.ids[:, :-1]
         steps = torch.arange(1, forced.shape[1] + 1, device=positions.device)
-        later = self.prompt.positions.amax(1, keepdim=True) + steps  # from where those of the prompt end
+        later = self.prompt.positions.amax(1, keepdim=True) + steps  # continues the positions of the prompt
         read = self.family.model.get_input_embeddings()(forced).to(embeds.dtype)
         return (
             torch.cat([embeds, read], 1),
@@ -109,7 +110,10 @@ class DecoderReplay(Replay):
         )
 
     def _answer(self, embeds: Tensor, mask: Tensor, positions: Tensor, first: Tensor) -> Tensor:
-        """Log-probabilities along the answer that ends rows [B, n, D]; row `first` [B, 1] predicts its first token."""
+        """Return log-probabilities [B, A, V] along the answer that ends rows [B, n, D].
+
+        Row `first` [B, 1] predicts the answer's first token.
+        """
         needed, place = answering_rows(self.answers, first, embeds.shape[1] - self.answers.ids.shape[1] + 1)
         logits = self.family.language_model(
             inputs_embeds=embeds,

@@ -1,4 +1,4 @@
-"""What a calibration found, as a policy records it: plain numbers."""
+"""Evidence of a calibration, as a policy records it: plain numbers."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -18,23 +18,28 @@ from catp_lightning.policy import PruningPolicy
 
 @dataclass(frozen=True)
 class CalibrationResult:
-    """All that was measured, over all processes.
+    """All measurements of a calibration, reduced over all processes.
+
+    K budgets, C candidates, R candidates checked at a budget, I images, L layers.
 
     Attributes:
-        model: what the policies are made for, a family's `describe`.
-        tokens: mean visual tokens of an image.
-        budgets: in the user's order; in descending order with a promise.
-        candidates: all of them, in one order.
-        chosen: for each budget, which candidate.
-        choosing: sums of the rounds, `divergence`, `squares`, `agreed` and `count`, each [K, C].
-        checking: the same of the part that nothing was decided on.
-        drawn: how many images that part has, and on how many of them each budget's choice disagrees: one question each.
-        alive: for each budget the candidates that were checked, the chosen one first.
-        by_image: of that part, questions of each image [I], and equal answers of those candidates [I, K, R].
-        parts: samples in each part.
-        images: int64, the fingerprints of all images.
-        fitted: what the probes found.
-        correlations: of the layers' rankings, by voter: [L, L].
+        model: description of the model that the policies are made for, from its family's `describe`.
+        tokens: mean number of droppable visual tokens of an image.
+        budgets: budgets in the user's order; with a promise, in descending order.
+        promise: promise that the chosen budget has to keep; None: none was asked for.
+        candidates: all candidates; other fields refer to them by their index.
+        chosen: for each budget, index of the chosen candidate.
+        choosing: sums over the rounds: `divergence`, `squares`, `agreed` and `count`, each [K, C].
+        checking: the same sums over the checking part, on which nothing was decided.
+        drawn: number of images of the checking part, and for each budget the number of them on which its choice
+            disagrees, one question per image.
+        alive: for each budget, indices of the candidates that were checked, the chosen one first.
+        by_image: for the checking part, number of questions about each image [I], and number of them to which each
+            checked candidate gave the unpruned answer [I, K, R].
+        parts: number of samples in each part of the split.
+        images: int64, fingerprints of all images.
+        fitted: findings of the probes, as plain numbers.
+        correlations: rank correlation between layers, by voter: [L, L].
     """
 
     model: Mapping[str, Any]
@@ -54,7 +59,7 @@ class CalibrationResult:
     correlations: Mapping[str, np.ndarray]
 
     def policies(self) -> list[PruningPolicy]:
-        """A policy for each budget; with a promise one, at the smallest budget that keeps it."""
+        """Return a policy for each budget; with a promise, one policy, at the smallest budget that keeps it, or 1.0."""
         common = self._common()
         if self.promise is None:
             return [self._policy(budget, common) for budget in range(len(self.budgets))]
@@ -86,7 +91,7 @@ class CalibrationResult:
         }
 
     def _retention(self, budget: int) -> dict[str, Any]:
-        """A point of the retention curve: what each budget's choice keeps, on samples it was not chosen on."""
+        """Return a point of the retention curve: agreement of a budget's choice on samples it was not chosen on."""
         figures = _figures(self.checking, budget, self.chosen[budget])
         assert figures is not None
         chosen = self.candidates[self.chosen[budget]]
@@ -101,10 +106,10 @@ class CalibrationResult:
         }
 
     def _best_control(self, budget: int) -> dict[str, Any] | None:
-        """The control that agreed most on the checking part, and how far the choice is ahead of it; None: none was.
+        """Return the control that agreed most on the checking part, and the lead of the choice over it.
 
-        The best of several controls on the very answers that are compared is a little lucky: a difference of 0 is
-        more than a draw for the choice.
+        None if no control was checked. Selecting the best of several controls on the same answers that are compared
+        favours it a little, so a difference of 0 is slightly better than a draw for the choice.
         """
         questions, agreed = self.by_image
         controls = {
@@ -125,7 +130,7 @@ class CalibrationResult:
         }
 
     def _rows(self, budget: int) -> list[dict[str, Any]]:
-        """A row for each candidate, best first: who stayed longer is before who left earlier."""
+        """Return a row for each candidate, sorted by samples answered (rounds survived), divergence and name."""
         rows = []
         for number, candidate in enumerate(self.candidates):
             row: dict[str, Any] = {"name": candidate.name, "control": candidate.control}
@@ -139,7 +144,7 @@ class CalibrationResult:
 
 
 def _figures(sums: Mapping[str, np.ndarray], budget: int, number: int) -> dict[str, Any] | None:
-    """What one candidate did at one budget; None where it did not answer."""
+    """Return the figures of one candidate at one budget; None if it answered no sample."""
     count = int(sums["count"][budget, number])
     if not count:
         return None

@@ -1,4 +1,4 @@
-"""The figures of a calibration, drawn from what its policies record; None where there is nothing to draw."""
+"""Draw the figures of a calibration from the evidence of its policies; None if there is nothing to draw."""
 
 import re
 import warnings
@@ -18,16 +18,16 @@ from catp_lightning.policy import PruningPolicy
 from catp_lightning.safe_text import figure_text
 
 CONTROLS = {"random": "s", "stride": "^", "grid": "P", "l2-norm": "v", "diversity of outputs": "D"}
-"""Candidates that the retention curve compares with, and their markers."""
+"""Controls that the retention figure shows, and their markers."""
 
 AGREEMENT = "share of answers as the unpruned model's"
 LOGARITHMIC = "on a logarithmic scale"
 CHOSEN = "crimson"
-WRITTEN = 16  # columns of a heatmap up to which its numbers are written into it
+WRITTEN = 16  # columns up to which a heatmap shows its numbers
 
 
 def retention_figure(policies: Sequence[PruningPolicy]) -> Figure:
-    """Agreement with the unpruned model over visual tokens kept: what was chosen, controls, and the promise if any."""
+    """Plot agreement with the unpruned model over visual tokens kept: the choices, controls, and any promise."""
     evidence, total = policies[0].evidence, visual_tokens(policies[0])
     figure, axes = _figure(8, 4.2)
     points = {point["tokens"]: (point["agreement"], *point["interval"]) for point in evidence["retention"]}
@@ -54,7 +54,7 @@ def retention_figure(policies: Sequence[PruningPolicy]) -> Figure:
         promised = 1 - evidence["promise"]["max_disagreement"]
         axes.axhline(promised, color="black", linestyle=":", label=f"promised: {promised:.1%}")
     shown = sorted({*points, total})
-    if len([place for place in shown if place > 0]) == 1:  # a logarithmic axis of one place has no width of its own
+    if len([place for place in shown if place > 0]) == 1:  # a logarithmic axis with one place would have no width
         axes.set_xlim(total / 2, 2 * total)
     axes.set_xscale("log", base=2)
     axes.set_xticks(shown, [str(count) for count in shown])
@@ -67,7 +67,7 @@ def retention_figure(policies: Sequence[PruningPolicy]) -> Figure:
 
 
 def layer_figure(policies: Sequence[PruningPolicy]) -> Figure | None:
-    """Agreement when one layer votes alone; figure 5 of 2404.08567, for the user's own model and method."""
+    """Plot agreement when one layer votes alone: figure 5 of 2404.08567, for the user's own model and method."""
     alone = [(policy, found) for policy in policies if (found := _layers_alone(policy))]
     if not alone:
         return None
@@ -87,7 +87,7 @@ def layer_figure(policies: Sequence[PruningPolicy]) -> Figure | None:
 
 
 def head_figure(policies: Sequence[PruningPolicy]) -> Figure | None:
-    """Fitted weights of the heads of the chosen layers, a heatmap for each voter that has any."""
+    """Plot the fitted head weights of the chosen layers, a heatmap for each voter that has any."""
     found = {name: fit for name, fit in voters(policies[0]).items() if np.any(fit.get("head_weights", 0))}
     if not found:
         return None
@@ -105,7 +105,7 @@ def head_figure(policies: Sequence[PruningPolicy]) -> Figure | None:
 
 
 def slot_figure(policies: Sequence[PruningPolicy]) -> Figure | None:
-    """What each slot, a place among an image's visual tokens, is worth to the answer, whatever the image shows."""
+    """Plot the value of each slot (a place among an image's visual tokens) for the answer, whatever the image shows."""
     worth = np.array(policies[0].evidence["fitted"]["slots"])
     if not len(worth):
         return None
@@ -120,7 +120,7 @@ def slot_figure(policies: Sequence[PruningPolicy]) -> Figure | None:
 
 
 def correlation_figure(policies: Sequence[PruningPolicy]) -> Figure | None:
-    """Spearman's rank correlation of token scores between layers; figure 4 of 2504.00557, for any family."""
+    """Plot Spearman's rank correlation of token scores between layers: figure 4 of 2504.00557, for any family."""
     found = {name: np.array(matrix) for name, matrix in policies[0].evidence["rank_correlation"].items()}
     found = {name: matrix for name, matrix in found.items() if len(matrix) > 1}
     if not found:
@@ -135,31 +135,31 @@ def correlation_figure(policies: Sequence[PruningPolicy]) -> Figure | None:
 
 
 def png(figure: Figure, dpi: int = 110) -> bytes:
-    """The figure as a PNG file; "$" in a text of it begins no formula, and none is set by TeX."""
+    """Render a figure as PNG; TeX is not used, and "$" starts a formula in tick labels only."""
     along = [axis for axes in figure.axes for axis in (axes.xaxis, axes.yaxis)]
     numbers = {text for axis in along for text in axis.findobj(Text)} - {axis.label for axis in along}
     for text in figure.findobj(Text):
         text.set_usetex(False)
-        text.set_parse_math(text in numbers)  # along an axis: they may be powers
+        text.set_parse_math(text in numbers)  # tick labels may be powers
     buffer = BytesIO()
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "Glyph .* missing from")  # of a name: a box stands there
+        warnings.filterwarnings("ignore", "Glyph .* missing from")  # a box replaces it in a name
         figure.savefig(buffer, format="png", dpi=dpi)
     return buffer.getvalue()
 
 
 def visual_tokens(policy: PruningPolicy) -> int:
-    """How many visual tokens an image has, on average where images differ."""
+    """Return the number of visual tokens of an image, the rounded mean where images differ."""
     return round(policy.evidence["tokens"])
 
 
 def voters(policy: PruningPolicy) -> dict[str, Mapping[str, Any]]:
-    """What probes found of each voter, by name."""
+    """Return the findings of the probes for each voter, by name."""
     return {name: found for name, found in policy.evidence["fitted"].items() if name != "slots"}
 
 
 def checked(policy: PruningPolicy, name: str) -> tuple[float, ...]:
-    """Agreement and its interval of a candidate on samples that nothing was decided on; nothing if it left before."""
+    """Return (agreement, low, high) of a candidate on the checking part; empty if it was eliminated before."""
     for row in policy.evidence["candidates"]:
         if row["name"] == name and row["check"]:
             return row["check"]["agreement"], *row["check"]["interval"]
@@ -167,7 +167,7 @@ def checked(policy: PruningPolicy, name: str) -> tuple[float, ...]:
 
 
 def _layers_alone(policy: PruningPolicy) -> dict[float, tuple[float, ...]]:
-    """Agreement and its interval of each layer by itself: of CATP, or of the method whose layers were asked."""
+    """Return (agreement, low, high) by layer that votes alone: CATP's layers, else those of another method."""
     rows = [(re.fullmatch(r"([\w-]+) layer (\d+)", row["name"]), row) for row in policy.evidence["candidates"]]
     methods = sorted({match[1] for match, _ in rows if match}, key=lambda name: (name != "catp", name))
     figures = {int(match[2]): row["check"] or row["choose"] for match, row in rows if match and match[1] == methods[0]}
@@ -183,14 +183,14 @@ def _figure(width: float, height: float) -> tuple[Figure, Axes]:
 
 
 def _intervals(axes: Axes, places: Sequence[float], points: Mapping[Any, Sequence[float]], **style: Any) -> None:
-    """A line through points (value, low, high) with their intervals."""
+    """Draw a line through points (value, low, high) at `places`, with their intervals as error bars."""
     values, low, high = (np.array([points[place][column] for place in places]) for column in range(3))
     errors = np.maximum(0, [values - low, high - values])  # rounding may put an end of an interval a hair inside
     axes.errorbar(places, values, yerr=errors, capsize=3, elinewidth=1.2, **style)
 
 
 def _heatmap(figure: Figure, axes: Axes, values: np.ndarray, limit: float, label: str, written: str) -> None:
-    """Signed values: white is 0, red above, blue below; exact zeros are left blank."""
+    """Draw a heatmap of signed values: white is 0, red above, blue below; exact zeros get no number."""
     image = axes.imshow(values, cmap="RdBu_r", vmin=-limit, vmax=limit, aspect="auto")
     figure.colorbar(image, ax=axes, label=label)
     axes.xaxis.set_major_locator(MaxNLocator(WRITTEN, integer=True))

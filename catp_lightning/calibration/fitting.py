@@ -1,4 +1,4 @@
-"""From the probes' sums to what may be relevant: slots, layers, head weights, a fixed set."""
+"""Fit the relevance that candidates use from the probes' sums: slots, layers, head weights, a fixed set."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
@@ -15,13 +15,13 @@ from catp_lightning.calibration.ties import Tolerance
 
 @dataclass(frozen=True)
 class VoterFit:
-    """What one voter's heads say about answers.
+    """Fit of one voter: its chosen layers and the weights of their heads.
 
     Attributes:
-        choice: of layers.
-        layers: those layers, ascending.
-        fit: of their heads, beside the slots; None where no layer was chosen.
-        selected: whether any head says anything.
+        choice: selection of layers, in the order they were added.
+        layers: the chosen layers, ascending.
+        fit: weights of their heads, fitted together with the slots; None if no layer was chosen.
+        selected: True if any head was selected.
     """
 
     choice: LayerChoice
@@ -31,24 +31,25 @@ class VoterFit:
 
     @property
     def slot_weights(self) -> list[float]:
-        """What each slot is worth beside the heads."""
+        """Value of each slot, fitted together with the heads."""
         assert self.fit is not None
         return rounded(self.fit.slots)
 
     def head_weights(self, heads: int) -> list[list[float]]:
-        """A row for each chosen layer."""
+        """Return the head weights, a row for each chosen layer; `heads` is the number of heads of a layer."""
         assert self.fit is not None
         return [rounded(row) for row in self.fit.weights.reshape(len(self.layers), heads)]
 
 
 @dataclass(frozen=True)
 class Fitted:
-    """All that probes found.
+    """All findings of the probes.
 
     Attributes:
-        slots: what each slot is worth, by itself.
-        greedy: a score for each slot, whose highest are the best fixed set; None where there are too many slots.
-        voters: by name.
+        slots: value of each slot, fitted without heads; empty without slots.
+        greedy: a score for each slot, the highest of which form the best fixed set; None if there are too many slots,
+            or none.
+        voters: fit of each voter, by name.
     """
 
     slots: list[float] = field(default_factory=list)
@@ -56,7 +57,7 @@ class Fitted:
     voters: Mapping[str, VoterFit] = field(default_factory=dict)
 
     def evidence(self, columns: Columns) -> dict[str, Any]:
-        """For the policy: plain numbers."""
+        """Return the findings as plain numbers, for the policy's evidence."""
         return {
             "slots": self.slots,
             **{name: _evidence(found, columns.voters[name][1]) for name, found in self.voters.items()},
@@ -64,13 +65,13 @@ class Fitted:
 
 
 def fit(sums: FoldSums, pairs: FoldSums | None, columns: Columns, ties: Tolerance) -> Fitted:
-    """Fit all that candidates are made of, from sums alone.
+    """Fit slots, layers, head weights and the fixed set of the candidates, from sums alone.
 
     Args:
-        sums: over all processes, of `columns`.
-        pairs: of pairs of slots, if those were measured.
-        columns: of a probe's row.
-        ties: layers and sets this close are equally good.
+        sums: sums of `columns` over all processes.
+        pairs: sums of pairs of slots, if those were measured.
+        columns: column layout of a probe's row.
+        ties: tolerance within which layers and sets are equally good.
     """
     slots, voters = columns.of_slots, {}
     for name, (layers_read, _) in columns.voters.items():
@@ -89,7 +90,7 @@ def fit(sums: FoldSums, pairs: FoldSums | None, columns: Columns, ties: Toleranc
 def fit_without(
     fold: int, sums: FoldSums, pairs: FoldSums | None, columns: Columns, like: Fitted, ties: Tolerance
 ) -> Fitted:
-    """The same without one fold, to be measured on it: what `like` selected, with weights that never saw the fold."""
+    """Fit again without one fold, to be measured on it: layers that `like` chose, weights that never saw the fold."""
     sums, pairs = sums.without(fold), None if pairs is None else pairs.without(fold)
     voters = {
         name: replace(found, fit=fit_heads(sums, columns.of_heads(name, found.layers), columns.of_slots))
@@ -101,7 +102,7 @@ def fit_without(
 
 
 def _slots(sums: FoldSums, columns: Columns) -> list[float]:
-    """What each slot is worth by itself: ridge regression on the slots alone."""
+    """Return the value of each slot without heads: ridge regression on the slots alone."""
     if not columns.slots:
         return []
     own = sums.columns(columns.of_slots)
@@ -111,10 +112,10 @@ def _slots(sums: FoldSums, columns: Columns) -> list[float]:
 
 
 def _greedy(pairs: FoldSums | None, columns: Columns, ties: Tolerance) -> list[float] | None:
-    """Slots in the order in which they join a fixed set that keeps the answers best: a score for each.
+    """Return a score for each slot by the order in which it joins the fixed set that keeps the answers best.
 
-    What a set gains is a quadratic function of who is in it, fitted to the probes: what each slot is worth by itself,
-    and what each pair is worth beyond that (two redundant slots: less). The set is grown greedily.
+    The gain of a set is modelled as a quadratic function of its members, fitted to the probes: a value for each slot,
+    and one for each pair beyond that (negative for two redundant slots). The set is grown greedily.
     """
     if pairs is None:
         return None
@@ -132,9 +133,10 @@ def _greedy(pairs: FoldSums | None, columns: Columns, ties: Tolerance) -> list[f
 
 
 def rounded(values: np.ndarray) -> list[float]:
-    """To six digits: other batches and processes, which add in another order, find the same, or its neighbour.
+    """Round to six significant digits, so that sums added in another order give the same value or its neighbour.
 
-    With fewer digits neighbours would be too far apart: of four, by up to a thousandth.
+    Other batches and processes add in another order. With fewer digits, neighbours would be too far apart: with four,
+    by up to a thousandth.
     """
     return [float(f"{value:.6g}") for value in values]
 

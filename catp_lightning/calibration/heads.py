@@ -1,4 +1,4 @@
-"""Which heads' votes tell what a kept token does for the answer, and how much: a signed sparse fit from sums alone."""
+"""Signed sparse regression of a kept token's effect on the answer on the votes of heads, from sums alone."""
 
 import threading
 import warnings
@@ -10,35 +10,39 @@ import numpy as np
 from catp_lightning.calibration.statistics import FoldSums
 
 RIDGE = 0.01
-"""Penalty of every least-squares fit, as a share of the mean diagonal of its block of the Gram matrix."""
+"""Ridge penalty of every least-squares fit, as a share of the mean diagonal of its block of the Gram matrix."""
 
 STRENGTHS = np.geomspace(1, 1e-3, 40)
-"""Penalties of the path, as shares of the smallest that selects nothing."""
+"""Penalties of the lasso path, as shares of the smallest penalty that selects nothing."""
 
 GATE = 2.0
-"""Standard errors by which an out-of-fold gain must exceed 0. Of 300 draws of pure noise (120 samples of 16 probes), 3%
-selected one of 16 heads, and 2% one of 4 layers. One standard error let 7% and 8% through, and 31% where there are 24
-layers: five folds estimate it roughly, and the best of many is taken. Three let 1% through, but miss weak heads that
-calibration would gain from; what is wrongly selected still has to win among the candidates."""
+"""Number of standard errors by which an out-of-fold gain must exceed 0.
+
+Of 300 draws of pure noise (120 samples of 16 probes), 3% selected one of 16 heads, and 2% one of 4 layers. With one
+standard error 7% and 8% did, and 31% with 24 layers: five folds estimate it roughly, and the best of many is taken.
+With three 1% did, but weak heads that calibration would gain from are missed; a head that is wrongly selected still has
+to win among the candidates."""
 
 TOLERANCE = 0.8
-"""Standard errors given away for fewer heads. Below 1: where one fold alone loses a head, the loss equals its own
-standard error, and a strength would be taken at which heads that matter come and go with the fold."""
+"""Loss, in standard errors, that is accepted for fewer heads.
+
+Below 1: if a single fold loses a head, the loss equals its own standard error, and a strength would be chosen at which
+the selection of heads that matter varies with the fold."""
 
 
 @dataclass(frozen=True)
 class HeadFit:
-    """Signed weights of heads.
+    """Signed weights of H heads, and values of S slots.
 
     Attributes:
-        weights: float64 [H], what one standardised vote of each head is worth; exactly 0 where not selected.
-        slots: float64 [S], what each slot is worth beside the heads; empty without slots.
+        weights: float64 [H], value of one unit of each head's vote; exactly 0 for a head that is not selected.
+        slots: float64 [S], value of each slot, fitted together with the heads; empty without slots.
         explained: share of the answers' variance explained out of fold, beyond the slots. The strength was chosen on
-            the same folds: a little optimistic where many strengths are about equal.
-        explained_error: its standard error over folds.
-        strength: the penalty, as a share of the smallest that selects nothing; 1.0: nothing selected.
-        stability: float64 [H], share of folds without which the head is found at this strength with the same sign;
-            0 where not selected.
+            the same folds, so it is a little optimistic if many strengths are about equal.
+        explained_error: standard error of `explained` over folds.
+        strength: lasso penalty, as a share of the smallest that selects nothing; 1.0: nothing selected.
+        stability: float64 [H], share of leave-one-fold-out fits that select the head at this strength with the same
+            sign; 0 for a head that is not selected.
     """
 
     weights: np.ndarray
@@ -50,23 +54,23 @@ class HeadFit:
 
     @property
     def selected(self) -> bool:
-        """Whether any head was."""
+        """True if any head was selected."""
         return bool(self.weights.any())
 
 
 def fit_heads(sums: FoldSums, heads: Sequence[int], slots: Sequence[int] = ()) -> HeadFit:
-    """A lasso path says which heads, at a strength found by cross-validation; least squares says what each is worth.
+    """Select heads by a lasso path at a cross-validated strength, and fit their weights by least squares.
 
     Heads compete in units of their own spread. Slots are not selected: they are always in, with a small ridge. At every
-    strength the lasso's heads are fitted again without its shrinkage, and this refit is what cross-validation compares:
-    by the lasso's own errors the best strength drags in noise (three planted heads of 16 were found exactly in 35% of
-    draws, by refits in 95%), since only a weak penalty undoes the shrinkage of the true heads. Taken is the strongest
-    penalty whose error is within `TOLERANCE` of the smallest, if it gains more than `GATE` standard errors.
+    strength the lasso's heads are fitted again without its shrinkage, and cross-validation compares these refits: by
+    the lasso's own errors the best strength selects noise too (three planted heads of 16 were found exactly in 35% of
+    draws, by refits in 95%), since only a weak penalty undoes the shrinkage of the true heads. The strongest penalty
+    whose error is within `TOLERANCE` of the smallest is chosen, if it gains more than `GATE` standard errors.
 
     Args:
-        sums: by fold; folds without rows are left out, and below two folds nothing is selected.
-        heads: columns of the heads, H.
-        slots: columns of the slots, S.
+        sums: sums by fold; folds without rows are left out, and with fewer than two folds nothing is selected.
+        heads: columns of the H heads.
+        slots: columns of the S slots.
     """
     data, scale = prepare(sums, heads, slots)
     number, folds = len(slots), len(data.rows)
@@ -86,7 +90,7 @@ def fit_heads(sums: FoldSums, heads: Sequence[int], slots: Sequence[int] = ()) -
 
 
 def describe_heads(fit: HeadFit) -> str:
-    """One line for a report.
+    """Describe a fit in one line, for a report.
 
     >>> nothing = np.zeros(16)
     >>> describe_heads(HeadFit(nothing, np.zeros(0), 0.0, 0.0, 1.0, nothing))
@@ -99,25 +103,28 @@ def describe_heads(fit: HeadFit) -> str:
 
 
 def prepare(sums: FoldSums, heads: Sequence[int], slots: Sequence[int]) -> tuple[FoldSums, np.ndarray]:
-    """The folds that have rows; slots first, then heads in units of their spread, and those units: float64 [H]."""
+    """Return the sums of the folds that have rows, and the spread of each head: float64 [H].
+
+    Columns are the slots, then the heads in units of their spread.
+    """
     filled = sums.rows > 0
     arrays = (sums.gram[filled], sums.moment[filled], sums.squares[filled], sums.rows[filled])
     data = FoldSums(*arrays).columns([*slots, *heads])
     variance = np.einsum("kff->f", data.gram)[len(slots) :] / max(data.rows.sum(), 1)
-    constant = variance <= 1e-20 * variance.max(initial=0)  # what centring leaves of a constant is rounding, not a vote
+    constant = variance <= 1e-20 * variance.max(initial=0)  # a constant after centring: rounding, not a vote
     scale = np.sqrt(np.where(constant, np.inf, variance))  # dividing by infinity makes it exactly 0
     units = np.concatenate([np.ones(len(slots)), scale])
     return replace(data, gram=data.gram / units / units[:, None], moment=data.moment / units), scale
 
 
 def training(sums: FoldSums, without: int | None = None) -> tuple[np.ndarray, np.ndarray, int]:
-    """Gram matrix [F, F], moments [F] and number of rows of all folds but one."""
+    """Return Gram matrix [F, F], moments [F] and number of rows, summed over all folds except `without`."""
     others = np.arange(len(sums.rows)) != without
     return sums.gram[others].sum(0), sums.moment[others].sum(0), int(sums.rows[others].sum())
 
 
 def partial_out(gram: np.ndarray, moment: np.ndarray, slots: int) -> tuple[np.ndarray, np.ndarray]:
-    """Gram matrix and moments of the heads once the slots have explained what they can (Frisch-Waugh)."""
+    """Return Gram matrix and moments of the heads with the slots partialled out (Frisch-Waugh)."""
     ridge = np.diag(_ridge(np.diagonal(gram)[:slots]))
     explained = np.linalg.solve(gram[:slots, :slots] + ridge, np.c_[gram[:slots, slots:], moment[:slots]])
     cross = gram[slots:, :slots]
@@ -125,7 +132,7 @@ def partial_out(gram: np.ndarray, moment: np.ndarray, slots: int) -> tuple[np.nd
 
 
 def refit(gram: np.ndarray, moment: np.ndarray, slots: int, heads: Sequence[int] | np.ndarray = ()) -> np.ndarray:
-    """Least squares with a small ridge on the slots and some of the heads, 0 to H - 1: float64 [S + H]."""
+    """Fit slots and `heads` (indices from 0 to H - 1) by least squares with a small ridge: float64 [S + H]."""
     used = np.concatenate([np.arange(slots), slots + np.asarray(heads, dtype=int)])
     block, diagonal = gram[np.ix_(used, used)], np.diagonal(gram)[used]
     ridge = np.concatenate([_ridge(diagonal[:slots]), _ridge(diagonal[slots:])])
@@ -135,19 +142,19 @@ def refit(gram: np.ndarray, moment: np.ndarray, slots: int, heads: Sequence[int]
 
 
 def left_out_errors(sums: FoldSums, fold: int, weights: np.ndarray) -> np.ndarray:
-    """Squared error on one fold of fits that have not seen it: float64 [..., F] -> [...]."""
+    """Return the squared error on one fold of fits that have not seen it: float64 [..., F] -> [...]."""
     return sums.squares[fold] - 2 * weights @ sums.moment[fold] + (weights @ sums.gram[fold] * weights).sum(-1)
 
 
 def gain(saved: np.ndarray, squares: np.ndarray) -> tuple[float, float]:
-    """Squared error saved in each fold, as a share of the variance, and its standard error: float64 [K], [K]."""
+    """Return the squared error saved in K folds, as a share of the variance, with standard error: float64 [K], [K]."""
     share = saved.sum() / squares.sum()
     spread = saved - share * squares  # folds differ in size: a large one saves more
     return float(share), float(np.sqrt(len(saved) * spread.var(ddof=1)) / squares.sum())
 
 
 def _strength(errors: np.ndarray, squares: np.ndarray) -> int:
-    """Index of the chosen strength; 0: none."""
+    """Return the index in `STRENGTHS` of the chosen penalty; 0: nothing is selected."""
     best = errors[:, errors.sum(0).argmin()]
     lost = [gain(errors[:, index] - best, squares) for index in range(errors.shape[1])]
     chosen = next(index for index, (share, error) in enumerate(lost) if share <= TOLERANCE * error)
@@ -156,17 +163,17 @@ def _strength(errors: np.ndarray, squares: np.ndarray) -> int:
 
 
 _FILTERS = threading.Lock()
-"""Warning filters are the process's: two threads that change and restore them by turns would leave the changed ones."""
+"""Lock on the process's warning filters: threads that change and restore them in turn could leave the changed ones."""
 
 
 def _path(gram: np.ndarray, moment: np.ndarray, rows: int, slots: int, top: float) -> np.ndarray:
-    """Fits at every strength, the first without heads: float64 [A, S + H]."""
+    """Return the refits at each of the A strengths, the first without heads: float64 [A, S + H]."""
     from sklearn.exceptions import ConvergenceWarning  # here: importing it changes the environment of the process
     from sklearn.linear_model import lars_path_gram
 
     inner, outer = partial_out(gram, moment, slots)
     with _FILTERS, warnings.catch_warnings():
-        warnings.simplefilter("ignore", ConvergenceWarning)  # of columns that repeat others it takes one, and says so
+        warnings.simplefilter("ignore", ConvergenceWarning)  # warns of duplicate columns, and takes one
         penalties, _, path = lars_path_gram(  # in units of `top`: penalties are strengths
             outer / (rows * top),
             inner / rows,
@@ -181,7 +188,7 @@ def _path(gram: np.ndarray, moment: np.ndarray, rows: int, slots: int, top: floa
 
 
 def _ridge(diagonal: np.ndarray) -> np.ndarray:
-    """Penalties of a block; never 0, or columns without any variance could not be solved."""
+    """Return ridge penalties for a block of the Gram matrix; never 0, so that columns without variance are solvable."""
     return np.full(len(diagonal), RIDGE * diagonal.sum() / max(len(diagonal), 1) or 1.0)
 
 

@@ -1,4 +1,4 @@
-"""Which model a calibration is of, and which data: checksums, so that it goes on with the same or says it cannot."""
+"""Checksums of a calibration's model and data, so that it resumes with the same ones or refuses to."""
 
 import hashlib
 from collections.abc import Iterator, Sequence
@@ -9,11 +9,11 @@ from torch import Tensor, nn
 from catp_lightning.calibration.stages import Samples
 from catp_lightning.fingerprint import mix
 
-SAMPLED = 1024  # values of each parameter whose place its fingerprint looks at as well
+SAMPLED = 1024  # values of each parameter, at most, whose places its fingerprint depends on
 
 
 def batch_fingerprints(batch: Sequence[Samples]) -> tuple[int, int]:
-    """Checksums of what a batch asks, its images and prompts, and of what the unpruned model answers."""
+    """Return checksums of a batch's images and prompts, and of the unpruned model's answers to them."""
     answers = [samples.replay.answers for samples in batch]
     return _nonnegative(sum(samples.key for samples in batch)), _nonnegative(
         sum(int(mix(mix(mix(a.ids) ^ a.valid.cumsum(1)) * a.valid).sum()) for a in answers)
@@ -21,11 +21,11 @@ def batch_fingerprints(batch: Sequence[Samples]) -> tuple[int, int]:
 
 
 def model_fingerprint(model: nn.Module) -> str:
-    """A checksum of a model's names, shapes, dtypes and weights, the same on every device: 16 hex digits.
+    """Return a checksum of a model's names, shapes, dtypes and weights, the same on every device: 16 hex digits.
 
-    All bits of a parameter or buffer are summed, so that no single weight can change unseen; of 1,024 values evenly
-    spaced the places count too. Of quantised weights codes and scales count. Weights that are elsewhere, on the
-    meta device, count by name and shape alone.
+    All bits of a parameter or buffer are summed, so that no single weight can change unseen; for up to 1,024 evenly
+    spaced values the places count too. For quantised weights codes and scales count. Weights that are elsewhere, on the
+    meta device, count by name, shape and dtype alone.
     """
     found = hashlib.sha256()
     for name, value in sorted(_tensors(model), key=lambda named: named[0]):
@@ -39,9 +39,9 @@ def model_fingerprint(model: nn.Module) -> str:
 
 
 def _tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """Parameters and buffers, and the scales that bitsandbytes keeps beside its weights, by name.
+    """Yield parameters, buffers, and the scales that bitsandbytes keeps beside its weights, by name.
 
-    Never by state_dict: that of 4-bit weights lays them out anew, on some CPUs wrongly.
+    `state_dict` is not used: it lays 4-bit weights out anew, on some CPUs wrongly.
     """
     for name, value in {**dict(model.named_parameters()), **dict(model.named_buffers())}.items():
         yield from _plain(name, value)
@@ -55,7 +55,7 @@ def _tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
 
 
 def _plain(name: str, value: Tensor) -> Iterator[tuple[str, Tensor]]:
-    """The tensors that a tensor is made of: itself, or those inside one of torchao's."""
+    """Yield the plain tensors that a tensor consists of: itself, or the inner tensors of a torchao tensor."""
     if not hasattr(value, "__tensor_flatten__"):
         yield name, value
         return

@@ -1,8 +1,9 @@
-"""Probes: what keeping a token is worth to the unpruned model's own answer.
+"""Probes: measure the value of keeping a token for the unpruned model's own answer.
 
 Random subsets of a sample's tokens are kept, by the same dropping that a policy uses, and the log-probability of the
-unpruned answer is measured under each. A probe's row says what was kept: the sum over kept tokens of the votes of every
-attention head, and how many tokens of each slot there were. A regression on these rows is linear in the head weights.
+unpruned answer is measured under each. A probe's row describes what was kept: for every attention head the sum of its
+votes over the kept tokens, and for every slot the number of kept tokens. A regression on these rows is linear in the
+head weights.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -21,21 +22,21 @@ from catp_lightning.scorers import AttentionScorer
 from catp_lightning.selectors import without_autocast
 
 PROBES = 24
-"""Random subsets of each sample at each size."""
+"""Number of random subsets of each sample at each size."""
 
 SMALL = (0.25, 0.125, 0.0625)
-"""Sizes probed beside the budgets: where little is kept, answers change, and there is something to learn."""
+"""Sizes probed in addition to the budgets: answers change where little is kept, so there is something to learn."""
 
-WORST = -3.0  # mean log-probability; below (5%) an answer is lost, and how far it is lost says nothing but noise
+WORST = -3.0  # mean log-probability; below it (5%) an answer is lost, and further decrease is noise
 
 
 @dataclass(frozen=True)
 class Columns:
-    """Where things stand in a probe's row: first the heads of each voter, layer by layer, then the slots.
+    """Column layout of a probe's row: first the heads of each voter, layer by layer, then the slots.
 
     Attributes:
-        voters: by name, the layers that vote and how many heads each has.
-        slots: places of an image's tokens; 0 where they mean nothing by themselves.
+        voters: by name, the layers that vote and the number of heads of a layer.
+        slots: number of slots, places of an image's tokens; 0 where a place alone has no meaning.
     """
 
     voters: Mapping[str, tuple[tuple[int, ...], int]]
@@ -50,14 +51,14 @@ class Columns:
         return sum(len(layers) * heads for layers, heads in self.voters.values()) + self.slots
 
     def of_voter(self, name: str) -> list[list[int]]:
-        """The columns of a voter's heads, a list for each of its layers."""
+        """Return the columns of a voter's heads, a list for each of its layers."""
         before = list(self.voters)[: list(self.voters).index(name)]
         start = sum(len(self.voters[other][0]) * self.voters[other][1] for other in before)
         layers, heads = self.voters[name]
         return [[start + place * heads + head for head in range(heads)] for place in range(len(layers))]
 
     def of_heads(self, name: str, layers: Sequence[int]) -> list[int]:
-        """The columns of a voter's heads in some layers."""
+        """Return the columns of a voter's heads in the given layers."""
         places = [self.voters[name][0].index(layer) for layer in layers]
         return [column for place in places for column in self.of_voter(name)[place]]
 
@@ -67,11 +68,11 @@ class Columns:
 
 
 def sizes(budgets: Sequence[int | float], tokens: int | None) -> list[float]:
-    """Shares of tokens that probes keep, largest first: every budget, and some smaller sizes, never everything.
+    """Return the shares of tokens that probes keep, largest first: every budget and some smaller sizes, never all.
 
     Args:
-        budgets: to be chosen for.
-        tokens: of each image; None: images differ, and budgets in tokens are not probed themselves.
+        budgets: budgets that are calibrated.
+        tokens: number of tokens of each image; None: images differ, and budgets in tokens are not probed themselves.
 
     >>> sizes([0.5], 32), sizes([0.5, 3], 32), sizes([0.4, 3], None)
     ([0.5, 0.25, 0.125, 0.0625], [0.5, 0.25, 0.125, 0.09375, 0.0625], [0.4, 0.25, 0.125, 0.0625])
@@ -84,12 +85,12 @@ def sizes(budgets: Sequence[int | float], tokens: int | None) -> list[float]:
 
 @dataclass(frozen=True)
 class Probes:
-    """The probes of some samples at one size.
+    """Result of P probes of each of B samples at one size.
 
     Attributes:
-        rows: float [P, B, F], as `Columns` orders them.
-        slots: float [P, B, T'], how many tokens of each slot were kept: the last columns of `rows`.
-        gain: float [P, B], mean log-probability of the unpruned answer's tokens, -3 at least.
+        rows: float [P, B, F], in the F columns of `Columns`.
+        slots: float [P, B, T'], number of kept tokens of each of T' slots: the last columns of `rows`.
+        gain: float [P, B], mean log-probability of the unpruned answer's tokens, at least -3.
     """
 
     rows: Tensor
@@ -107,17 +108,17 @@ def probe(
     owner: Tensor | None = None,
     stay: Tensor | None = None,
 ) -> Probes:
-    """Measure `PROBES` random subsets of each sample.
+    """Measure `PROBES` random subsets of each sample's visual tokens.
 
     Args:
-        replay: of the samples.
-        votes: float [B, T, V], of every voter's heads, for each visual token.
+        replay: replay of the samples.
+        votes: float [B, T, V], votes of the voters' heads, V in all, for each visual token.
         images: int64 [B], fingerprints: with the question they seed the draws, so that batches and ranks do not matter.
         size: share of each image's tokens to keep, on average over several images.
-        number: of the size, so that sizes draw apart.
-        per: slots of an image; 0: none are told apart.
-        owner: as in `random_subset`.
-        stay: bool [B, T], tokens that stay whatever the budget; None: none.
+        number: index of the size, so that each size has draws of its own.
+        per: number of slots of an image; 0: slots are not counted.
+        owner: image of each token, as in `random_subset`.
+        stay: bool [B, T], protected tokens, which stay whatever the budget; None: none.
     """
     visual = replay.tokens if stay is None else replay.tokens & ~stay
     counts = (visual.sum(1) * size).round().long().clamp(min=1)
@@ -131,14 +132,14 @@ def probe(
 
 
 def floored(log_probability: Tensor) -> Tensor:
-    """`WORST` at least, and where it is not a number: lost as well."""
+    """Raise log-probabilities below `WORST` to it; NaN becomes `WORST` too, as a lost answer."""
     return log_probability.nan_to_num(nan=WORST).clamp(min=WORST)
 
 
 def head_votes(voters: Iterable[AttentionScorer], seen: Observation, visual: Tensor) -> Tensor:
-    """What every voter's heads say of each visual token, in float32 at least: bool [B, T] -> float [B, T, V].
+    """Return the votes of every voter's heads, V in all, for each visual token: bool [B, T] -> float [B, T, V].
 
-    A vote that is not a number counts as 0.
+    Votes are float32 or float64. A vote that is NaN or infinite counts as 0.
     """
     with without_autocast(visual):
         all_ = [voter.votes(seen).flatten(1, 2).transpose(1, 2) for voter in voters]
@@ -148,18 +149,18 @@ def head_votes(voters: Iterable[AttentionScorer], seen: Observation, visual: Ten
 
 
 def random_subset(seeds: Tensor, visual: Tensor, counts: Tensor, number: int, owner: Tensor | None = None) -> Tensor:
-    """The `number`-th random subset of each sample.
+    """Draw the `number`-th random subset of each sample's visual tokens.
 
     Args:
-        seeds: int64 [B], of each sample.
-        visual: bool [B, T], which visual tokens it has.
-        counts: int64 [B], how many to keep.
-        number: of the subset.
-        owner: int64 [B, T], a number for the image of each token: one token of each is kept in any case; None: images
-            may lose all.
+        seeds: int64 [B], seed of each sample.
+        visual: bool [B, T], visual tokens of each sample.
+        counts: int64 [B], number of tokens to keep.
+        number: index of the subset.
+        owner: int64 [B, T], a number for the image of each token: at least one token of each image is kept; None:
+            images may lose all tokens.
 
     Returns:
-        bool [B, T].
+        bool [B, T], True for kept tokens.
     """
     draws = uniform(mix(seeds + mix(torch.tensor(number, device=seeds.device, dtype=torch.int64))), visual.shape[1])
     draws = draws.masked_fill(~visual, 2)

@@ -1,4 +1,4 @@
-"""Which layers' votes tell what a kept token does for the answer: forward selection on out-of-fold error."""
+"""Select the layers whose votes predict a kept token's effect on the answer: forward selection on out-of-fold error."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -14,14 +14,14 @@ LayerStep = tuple[int, float, float]
 
 @dataclass(frozen=True)
 class LayerChoice:
-    """Layers found.
+    """Layers that were selected for a voter.
 
     Attributes:
-        layers: in the order they were added; empty: none predicts the answers better than chance.
+        layers: selected layers in the order they were added; empty: none predicts the answers better than chance.
         steps: for each addition the layer, the share of the answers' variance that it explains out of fold beyond the
             slots and the layers before it, and the standard error of that share.
-        stability: for every layer of the model, share of folds whose own forward selection, without that fold, takes
-            it. With two folds it is 0: one fold alone has nothing to check a choice on.
+        stability: for every layer, share of the leave-one-fold-out forward selections that select it. With two folds
+            it is 0: one fold alone has nothing to check a choice on.
     """
 
     layers: tuple[int, ...]
@@ -35,14 +35,14 @@ def choose_layers(
     """Add the layer that lowers the out-of-fold error most, as long as that gain is above `GATE` standard errors.
 
     Args:
-        sums: by fold; folds without rows are left out, and below two folds nothing is chosen.
+        sums: sums by fold; folds without rows are left out, and with fewer than two folds nothing is chosen.
         layers: columns of the heads of each layer.
         slots: columns of the slots, which are in every fit.
-        ties: layers whose errors are this close, as shares of the answers' variance, go by their number.
+        ties: tolerance, as a share of the answers' variance, within which errors are equal and the lower layer wins.
     """
     data, _ = prepare(sums, [head for heads in layers for head in heads], slots)
     ends = np.cumsum([len(heads) for heads in layers])
-    groups = np.split(np.arange(ends[-1] if len(ends) else 0), ends[:-1])  # heads of each layer, as `prepare` put them
+    groups = np.split(np.arange(ends[-1] if len(ends) else 0), ends[:-1])  # heads of each layer, as `prepare` orders
     folds = np.arange(len(data.rows))
     steps = _forward(data, groups, len(slots), ties)
     found = [{step[0] for step in _forward(_some(data, folds != fold), groups, len(slots), ties)} for fold in folds]
@@ -70,7 +70,7 @@ def _forward(data: FoldSums, groups: Sequence[np.ndarray], slots: int, ties: Tol
 
 
 def _errors(data: FoldSums, groups: Sequence[np.ndarray], slots: int, chosen: Sequence[int]) -> np.ndarray:
-    """Out-of-fold squared error of a fit on slots and these layers: float64 [K]."""
+    """Return the out-of-fold squared error, by fold, of a fit on the slots and the chosen layers: float64 [K]."""
     heads = np.concatenate([np.arange(0), *(groups[layer] for layer in chosen)])
     fits = [refit(*training(data, fold)[:2], slots, heads) for fold in range(len(data.rows))]
     return np.stack([left_out_errors(data, fold, weights) for fold, weights in enumerate(fits)])

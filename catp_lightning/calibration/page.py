@@ -1,4 +1,4 @@
-"""A calibration as a page of Markdown, from what its policies record."""
+"""Render a calibration as a page of Markdown, from the evidence of its policies."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -12,7 +12,7 @@ from catp_lightning.policy import PruningPolicy
 from catp_lightning.safe_text import markdown_text
 
 SHOWN = 20
-"""Candidates in a budget's table, beside the controls."""
+"""Number of candidates in a budget's table, which shows all controls too."""
 
 CAPTIONS = {
     "retention": (
@@ -36,16 +36,16 @@ CAPTIONS = {
         "say the same, near 0 they have nothing to do with each other."
     ),
 }
-"""The figures by file name without suffix, in the order of the page."""
+"""Captions of the figures by file name without suffix, in the order of the page."""
 
 
 def page(policies: Sequence[PruningPolicy], lines: Mapping[str, str], figures: Sequence[str]) -> str:
-    """The page.
+    """Return the report of a calibration as Markdown.
 
     Args:
-        policies: of one calibration.
-        lines: what was chosen, what it keeps, what it cost.
-        figures: names of those there are, as in `CAPTIONS`; they lie beside the page.
+        policies: policies of one calibration.
+        lines: what was chosen, what it keeps and what it cost, in a sentence each.
+        figures: names of the figures that exist, as in `CAPTIONS`; their files lie beside the page.
     """
     evidence = policies[0].evidence
     parts = ", ".join(f"{count} samples to {part}" for part, count in evidence["samples"].items())
@@ -133,7 +133,7 @@ def _promise(policy: PruningPolicy) -> str:
 
 
 def _found(fit: Mapping[str, Any]) -> str:
-    """What one voter's votes say about answers, in words."""
+    """Describe in words the layers and heads that were fitted for one voter."""
     if not fit["layers"]:
         return "nothing; no layer's votes predict the answers better than chance on left-out images."
     steps = ", ".join(

@@ -1,4 +1,4 @@
-"""What a calibration may choose among: everything that drops before the decoder, or one method's own settings."""
+"""Plan of a calibration: choose among all methods that drop before the decoder, or among one method's settings."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
@@ -18,13 +18,13 @@ from catp_lightning.scorers.region_attention import RegionAttention
 from catp_lightning.scorers.trimmed_llama import TrimmedLlama
 
 VOTERS: dict[str, AttentionScorer] = {"cross-attention": CrossAttention(), "region-attention": RegionAttention()}
-"""Scorers of a Q-Former whose head weights are fitted, by name."""
+"""Scorers for models with a Q-Former whose head weights are fitted, by name."""
 
 OF_OTHERS: dict[str, AttentionScorer] = {
     "fastervlm": FasterVLM(layers=None, scale="log"),
     "trimmed-llama": TrimmedLlama(scale="log"),
 }
-"""The same of models without one."""
+"""Scorers for models without a Q-Former whose head weights are fitted, by name."""
 
 
 OF_HEADS = BY_LAYER - {Signal.VISION_KEYS}
@@ -32,14 +32,14 @@ OF_HEADS = BY_LAYER - {Signal.VISION_KEYS}
 
 @dataclass(frozen=True)
 class Plan:
-    """What is fitted, and where tokens are dropped while it is.
+    """Scorers that a calibration fits, and where it drops tokens meanwhile.
 
     Attributes:
-        family: of the model.
-        method: the one method that is calibrated; None: all that drop before the decoder compete.
+        family: family of the model.
+        method: the one method that is calibrated; None: all methods that drop before the decoder compete.
         voters: scorers whose head weights are fitted, by name, with all the layers they may read.
-        layer: the decoder layer at whose entry tokens leave; 0: before the first.
-        guide: the model that the method asks; None: none.
+        layer: decoder layer at whose entry tokens leave; 0: before the first layer.
+        guide: guide model that the method reads; None: it reads none.
     """
 
     family: Family
@@ -50,7 +50,8 @@ class Plan:
 
     @classmethod
     def of(cls, family: Family, method: PruningPolicy | None = None, guide: nn.Module | None = None) -> "Plan":
-        """
+        """Plan the calibration of all methods that drop before the decoder, or of one `method`.
+
         Raises:
             PruningError: the model's prompts cannot be answered again, or the method does not run on it.
         """
@@ -83,18 +84,18 @@ class Plan:
 
     @property
     def slots(self) -> int:
-        """Places of an image's tokens that mean something whatever the image shows: those of a Q-Former's queries."""
+        """Number of slots, places of an image's tokens with a meaning of their own: a Q-Former's queries; 0: none."""
         own = Signal.CROSS_ATTENTION in self.family.layers() and self.layer == 0
-        own = own and (self.method is None or bool(self.voters))  # by themselves they are no setting of a method
+        own = own and (self.method is None or bool(self.voters))  # slots alone are no setting of a method
         return (self.family.tokens_per_image or 0) if own else 0
 
     def voting(self, name: str) -> list[int]:
-        """The layers of a voter."""
+        """Return the layers that a voter reads."""
         layers = self.voters[name].layers
         return list(range(self.count(_signal(self.voters[name]))) if layers is None else layers)
 
     def count(self, signal: Signal) -> int:
-        """How many layers a signal has before the decoder."""
+        """Return the number of layers that a signal has before the decoder."""
         return (
             self.guide.depth
             if signal is Signal.GUIDE_ATTENTION and self.guide is not None
@@ -102,27 +103,27 @@ class Plan:
         )
 
     def heads(self, name: str) -> int:
-        """How many heads each layer of a voter has."""
+        """Return the number of heads in each layer that a voter reads."""
         signal = _signal(self.voters[name])
         return (self.guide.family if signal is Signal.GUIDE_ATTENTION and self.guide else self.family).heads(signal)
 
     @property
     def needs(self) -> Needs:
-        """What voters read before the decoder."""
+        """Signals that the voters read before the decoder."""
         return {} if self.layer else join(voter.needs for voter in self.voters.values())
 
     @property
     def needs_inside(self) -> dict[Signal, tuple[int, ...] | None]:
-        """What they read inside of it."""
+        """Signals that the voters read inside the decoder."""
         return join(voter.needs for voter in self.voters.values()) if self.layer else {}
 
 
 def everything_it_reads(
     plan: Plan, scorer: Scorer, selector: str | None, stages: tuple[int, ...]
 ) -> AttentionScorer | None:
-    """An attention scorer without weights that reads every layer it can; None where there is nothing to weigh.
+    """Return a scorer with every layer that it can read and without weights; None if it has no weights to fit.
 
-    Heads of a method with several stages are others at every stage: weights of one say nothing about the next.
+    A method with several stages has none: each stage reads other heads, and weights of one say nothing about the next.
     """
     if not isinstance(scorer, AttentionScorer) or len(stages) > 1:
         return None
@@ -138,24 +139,24 @@ def everything_it_reads(
     has_scale = any(field.name == "scale" for field in fields(scorer))
     try:
         return replace(scorer, **layers, **({"scale": "log"} if has_scale else {}))  # type: ignore[arg-type]
-    except ValueError:  # its layers are not free
+    except ValueError:  # its layers are fixed
         return None
 
 
 def _signal(scorer: Scorer) -> Signal:
-    """What its heads are of."""
+    """Return the signal whose heads a scorer weighs."""
     return next(signal for signal in scorer.needs if signal in OF_HEADS)
 
 
 class Rule(Protocol):
-    """A policy without its budget."""
+    """Protocol of a pruning policy without its budget."""
 
     def policy(self, keep: int | float) -> PruningPolicy:
-        """The policy at a budget."""
+        """Return the policy at a budget."""
 
 
 def why_not(family: Family, rule: PruningPolicy | Rule, guide: nn.Module | None = None) -> str | None:
-    """Why a policy, or a rule at any budget, cannot prune this model; None: it can."""
+    """Return the reason why a policy, or a rule at any budget, cannot prune this model; None if it can."""
     from catp_lightning.pruning import Pruning
 
     try:

@@ -1,4 +1,4 @@
-"""Records, while a user's own steps run unpruned, what is needed to answer their prompts again."""
+"""Record, while a user's own steps run unpruned, what is needed to answer their prompts again."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -19,14 +19,14 @@ Recorded = tuple[Replay, Observation, Observation | None]
 
 
 class Recorder:
-    """Prompts where tokens would leave, what their images showed, and the model's answers.
+    """Recorder of prompts where tokens would leave, of the signals of their images, and of the model's answers.
 
     Args:
-        plan: what is calibrated, of which family.
-        needs: the signals to observe before the decoder.
+        plan: plan of the calibration, with the model's family.
+        needs: signals to observe before the decoder.
 
     Attributes:
-        active: False: the model's calls are let past.
+        active: True while calls of the model are recorded; False: they are ignored.
     """
 
     def __init__(self, plan: Plan, needs: Needs) -> None:
@@ -39,7 +39,7 @@ class Recorder:
         )
         stages = (plan.layer,) if plan.layer else ()
         self._entry = entry(plan.family, self._record, False, self._forget, stages, inside)
-        self._prompts: list[tuple[Prompt, Observation | None]] = []  # None: it has no image
+        self._prompts: list[tuple[Prompt, Observation | None]] = []  # None: a prompt without images
         self._answers: list[Answer] = []
 
     @contextmanager
@@ -73,7 +73,9 @@ class Recorder:
 
     @contextmanager
     def recorded(self) -> Iterator[list[Recorded]]:
-        """What was recorded since last time; nothing is while inside, so that it can be replayed.
+        """Yield what was recorded since the last time; nothing is recorded while inside, so that it can be replayed.
+
+        Prompts without visual tokens are left out.
 
         Raises:
             PruningError: prompts reached the language model past the model's own generate and forward.

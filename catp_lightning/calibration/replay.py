@@ -1,4 +1,4 @@
-"""Recorded prompts answered again with fewer tokens, teacher-forced; vision runs once."""
+"""Answer recorded prompts again with fewer visual tokens, teacher-forced; the vision tower runs once."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
@@ -13,16 +13,17 @@ from catp_lightning.families import Family
 from catp_lightning.fingerprint import mix
 from catp_lightning.pruning import Pruning
 
-LOGITS = 2**22  # at most so many, 16 MiB in float32, are held at a time; a few tensors of that size are
+LOGITS = 2**22  # logits of one chunk at most, 16 MiB in float32; a few tensors of that size are held
 
 
 @dataclass(frozen=True)
 class Variants:
-    """What is compared at one budget.
+    """Candidates that are compared at one budget.
 
     Attributes:
-        keep: bool [C, B, T], tokens that stay where they are dropped before the decoder, a row for each candidate.
-        others: candidates that merge tokens, or choose inside the decoder, where what they see depends on themselves.
+        keep: bool [C, B, T], visual tokens kept by each of C candidates that drop before the decoder.
+        others: candidates that merge tokens, or that choose inside the decoder, where signals depend on their own
+            earlier choices.
     """
 
     keep: Tensor
@@ -31,12 +32,13 @@ class Variants:
 
 @dataclass(frozen=True)
 class Replay(ABC):
-    """One batch: its prompts, and the unpruned model's answers, which are teacher-forced.
+    """Batch of recorded prompts with the unpruned model's answers, which are teacher-forced.
 
     Attributes:
-        answers: the answers, one to each prompt: B rows.
-        rows: how many prompts are answered at a time, at most. A batch of the user's own fits the device; so does
-            this many of its prompts, with fewer tokens.
+        family: family of the model.
+        answers: answers of the unpruned model, one to each prompt: B rows.
+        rows: limit on the prompts that are answered at a time. The user's own batch fits the device, so this many of
+            its prompts with fewer tokens do too.
     """
 
     family: Family
@@ -46,36 +48,41 @@ class Replay(ABC):
     @property
     @abstractmethod
     def tokens(self) -> Tensor:
-        """Which visual tokens each sample has: bool [B, T]."""
+        """Visual tokens of each sample: bool [B, T]."""
 
     @property
     @abstractmethod
     def lengths(self) -> Tensor:
-        """Text and what precedes it, without visual tokens: int64 [B]."""
+        """Number of positions of each prompt without padding, to put prompts of similar length together: int64 [B]."""
 
     @property
     @abstractmethod
     def questions(self) -> Tensor:
-        """A fingerprint of each prompt's text, whatever its padding: int64 [B]."""
+        """Fingerprint of each prompt's text, whatever its padding: int64 [B]."""
 
     @abstractmethod
     def of_samples(self, index: Tensor) -> "Replay":
-        """Some of the samples: bool [B], or int64 of any length."""
+        """Return the replay of some of the samples: index is bool [B], or int64 of any length."""
 
     @abstractmethod
     def log_probabilities(self, keep: Tensor, carrier: Tensor | None = None) -> Tensor:
-        """Of every next token along the answer, when only `keep` [B, T] of the visual tokens are read: [B, A, V].
+        """Return log-probabilities [B, A, V] along the answer if only `keep` [B, T] of the visual tokens are read.
 
-        A pruned greedy run gives the same answer exactly where the most likely token agrees all along the answer, so
-        nothing needs to be generated again. `carrier`, int64 [B, T], says which tokens carry others.
+        They are those of every next token, A answer tokens, vocabulary V. A pruned greedy run gives the same answer
+        exactly where the most likely token agrees all along the answer, so nothing needs to be generated again. For
+        merged tokens `carrier`, int64 [B, T], is the token that carries each.
         """
 
     def pruned_log_probabilities(self, pruning: Pruning) -> Tensor:
-        """The same where a policy chooses inside the decoder."""
+        """Return log-probabilities [B, A, V] along the answer under a policy that chooses inside the decoder.
+
+        Raises:
+            NotImplementedError: the family has no stages inside its decoder.
+        """
         raise NotImplementedError(f"{type(self.family.model).__name__} has no stages inside its decoder")
 
     def sound(self) -> Tensor:
-        """Where the unpruned answer has a probability that is a number: bool [B]."""
+        """Return True where the unpruned answer has a finite log-probability, neither NaN nor infinite: bool [B]."""
         some = [
             self.of_samples(index)
             for index in torch.arange(len(self.tokens), device=self.tokens.device).split(self.rows)
@@ -84,7 +91,7 @@ class Replay(ABC):
         return torch.cat(found).isfinite()
 
     def answer_log_probability(self, keep: Tensor) -> Tensor:
-        """Mean log-probability of the answer's tokens when only `keep` is read: bool [P, B, T] -> float [P, B]."""
+        """Return the mean log-probability of an answer's tokens if only `keep` is read: bool [P, B, T] -> [P, B]."""
         samples = torch.arange(keep.shape[1], device=keep.device).repeat(len(keep))
         found: Tensor | None = None
         for index, some, kept in self._chunks(samples, keep.flatten(0, 1)):
@@ -95,14 +102,17 @@ class Replay(ABC):
         return found.view(keep.shape[:2])
 
     def compare(self, keep: Tensor) -> tuple[Tensor, Tensor]:
-        """How the answers change when only `keep` is read: bool [C, B, T] -> divergence float and same bool, [C, B].
+        """Compare the answers if only `keep` [C, B, T] is read with the unpruned ones, for C candidates.
 
-        Equal choices for one sample, frequent among candidates that resemble each other, are answered once.
+        Equal choices for one sample, frequent among similar candidates, are answered once.
+
+        Returns:
+            Divergence, float [C, B], and whether the answer is the same, bool [C, B].
         """
         return self.compare_each([Variants(keep)])[0]
 
     def compare_each(self, ways: Sequence[Variants]) -> list[tuple[Tensor, Tensor]]:
-        """The same of several sets of candidates, which share the unpruned answers: of every budget, say."""
+        """Run `compare` for several sets of candidates (one for each budget, say), which share the unpruned answers."""
         samples, found = torch.arange(len(self.tokens), device=self.tokens.device), []
         for index in samples.split(self.rows):
             some = self.of_samples(index)
@@ -114,7 +124,7 @@ class Replay(ABC):
         ]
 
     def _compare(self, full: Tensor, index: Tensor, way: Variants) -> tuple[Tensor, Tensor]:
-        """Of some samples, `index` int64 of all: those that `full` [B, A, V] is of."""
+        """Compare one chunk: `index` are its places in the batch, `full` [B, A, V] its unpruned log-probabilities."""
         diverged, agreed = self._compare_kept(full, way.keep[:, index])
         for other in way.others:
             if isinstance(other, Pruning):
@@ -139,61 +149,64 @@ class Replay(ABC):
         return diverged[where].view(keep.shape[:2]), agreed[where].view(keep.shape[:2])
 
     def _chunks(self, samples: Tensor, keep: Tensor) -> Iterator[tuple[Tensor, "Replay", Tensor]]:
-        """Some rows at a time, int64 [M] and bool [M, T], and which; equally long ones together: padding costs time."""
+        """Split M rows (sample int64 [M], kept tokens bool [M, T]) into chunks: yield places, replay and kept tokens.
+
+        Rows of similar length are chunked together, because padding costs time.
+        """
         length = self.lengths[samples] + keep.sum(1)
         for index in length.argsort(stable=True).split(self.rows) if len(samples) else ():
             yield index, self.of_samples(samples[index]), keep[index]
 
 
 def first_answers(answers: Answer, prompts: int, vocabulary: int) -> tuple[Answer, int]:
-    """Of beams, or of several answers to a prompt, the first; and how many prompts are answered at a time."""
+    """Return the first of several beams or answers to each prompt, and the number of prompts to answer at a time."""
     several = len(answers.ids) // prompts
     first = Answer(answers.ids[::several], answers.valid[::several], prompts, answers.row)
     return first, max(1, min(prompts, LOGITS // (first.ids.shape[1] * vocabulary)))
 
 
 def some_answers(answers: Answer, index: Tensor) -> Answer:
-    """Of some of the samples."""
+    """Return the answers of some of the samples: index is bool [B], or int64 of any length."""
     ids = answers.ids[index]
     return Answer(ids, answers.valid[index], len(ids), answers.row[index])
 
 
 def answering_rows(answers: Answer, first: Tensor, length: int) -> tuple[Tensor, Tensor]:
-    """Rows of a prompt and its forced answer that predict the answer's tokens.
+    """Return the rows of a prompt with its forced answer that predict the answer's tokens.
 
     Args:
         answers: the answers.
-        first: int64 [B, 1], the row that predicts the first token.
-        length: rows before the forced answer.
+        first: int64 [B, 1], row that predicts the first token.
+        length: number of rows before the forced answer.
 
     Returns:
         The rows needed, int64 [n], ascending, and for each of the answer's tokens its place among them, int64 [B, A].
     """
     steps = torch.arange(answers.ids.shape[1], device=first.device)
     rows = torch.where(steps == 0, first, length - 1 + steps)
-    needed, place = rows.unique(return_inverse=True)  # the head's logits are most of the memory
+    needed, place = rows.unique(return_inverse=True)  # the logits take most of the memory
     return needed, place
 
 
 def picked(logits: Tensor, place: Tensor) -> Tensor:
-    """Log-probabilities in float32 at least, of the rows that each answer needs: [B, n, V], [B, A] -> [B, A, V]."""
+    """Return log-probabilities, float32 at least, of the rows each answer needs: [B, n, V], [B, A] -> [B, A, V]."""
     logits = logits.gather(1, place[..., None].expand(-1, -1, logits.shape[-1]))
     return logits.to(torch.promote_types(logits.dtype, torch.float32)).log_softmax(-1)
 
 
 def text_fingerprint(ids: Tensor, text: Tensor) -> Tensor:
-    """Of the ids where `text`, in their order: int64 [B, L], bool [B, L] -> int64 [B]."""
+    """Return a fingerprint of the ids where `text`, in their order: int64 and bool [B, L columns] -> int64 [B]."""
     return mix((mix(ids + mix(text.cumsum(1))) * text).sum(1))
 
 
 def divergence(full: Tensor, pruned: Tensor, valid: Tensor) -> Tensor:
-    """Mean over the answer's tokens of KL(full || pruned), in nats: [B, A, V], [B, A, V], bool [B, A] -> [B]."""
+    """Return the answer's mean KL(full || pruned) over its tokens, in nats: [B, A, V] twice, bool [B, A] -> [B]."""
     each = (full.exp() * (full - pruned)).sum(-1)
     return (each * valid).sum(1) / valid.sum(1)
 
 
 def agreement(full: Tensor, pruned: Tensor, valid: Tensor) -> Tensor:
-    """Whether the most likely token is the same all along the answer: -> bool [B]."""
+    """Return True if the most likely token agrees all along the answer: [B, A, V] twice, bool [B, A] -> bool [B]."""
     return ((full.argmax(-1) == pruned.argmax(-1)) | ~valid).all(1)
 
 
@@ -203,9 +216,9 @@ def _mean_log_probability(log_probabilities: Tensor, answers: Answer) -> Tensor:
 
 
 def _distinct(samples: Tensor, keep: Tensor) -> tuple[Tensor, Tensor]:
-    """Rows of `keep` [M, T] that differ, or belong to another sample [M]: their places, and for every row its own."""
+    """Find distinct pairs of a sample [M] and a row of `keep` [M, T]: places, and for each pair the one it equals."""
     marks = mix(torch.arange(1, keep.shape[1] + 1, device=keep.device))
-    key = mix(mix(samples)) + (keep * marks).sum(1)  # twice: sample 3 is not token 3
+    key = mix(mix(samples)) + (keep * marks).sum(1)  # mixed twice, or sample 3 would count like token 3
     values, where = key.unique(return_inverse=True)
     places = torch.arange(len(key), device=key.device)
     return torch.empty_like(values).scatter_(0, where, places), where

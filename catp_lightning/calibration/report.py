@@ -1,4 +1,4 @@
-"""What people see of a calibration: three lines, a page with figures, the same wherever the trainer logs."""
+"""Report a calibration: three lines for the terminal, a page with figures, and both wherever the trainer logs."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -34,7 +34,7 @@ COLUMNS = (
     "low",
     "high",
 )
-"""Of the table of candidates that is logged."""
+"""Columns of the logged table of candidates."""
 
 FIGURES = {
     "retention": retention_figure,
@@ -43,7 +43,7 @@ FIGURES = {
     "slots": slot_figure,
     "rank_correlation": correlation_figure,
 }
-"""What is drawn, by file name without suffix."""
+"""Functions that draw the figures of a report, by file name without suffix."""
 
 PAGE = "report.md"
 
@@ -60,13 +60,13 @@ def report(
     """Write `report.md` and its figures into `folder`, and log the same wherever the trainer logs.
 
     Args:
-        policies: of one calibration.
-        files: where each is saved.
-        folder: of the report; figures of an older one that this one lacks are removed.
-        loggers: of the trainer.
-        seconds: what the calibration took.
-        plain_seconds: what the prediction alone took, if known.
-        step: of the trainer; loggers of people's own may ask for it.
+        policies: policies of one calibration.
+        files: file of each policy.
+        folder: folder of the report; figures of an older report that this one lacks are removed.
+        loggers: loggers of the trainer.
+        seconds: time that the calibration took.
+        plain_seconds: time that the prediction alone took, if known.
+        step: step of the trainer; custom loggers may need it.
 
     Returns:
         Three lines for the terminal: what was chosen, what it keeps, what it cost.
@@ -88,7 +88,7 @@ def report(
 
 
 def report_folder(path: Path) -> Path:
-    """Where the report of a policy goes: into its folder; beside it where the policy is a file.
+    """Return the folder for a policy's report: inside the policy's folder, or beside a policy that is a file.
 
     >>> str(report_folder(Path("policies"))), str(report_folder(Path("runs/policy.json")))
     ('policies/report', 'runs/policy-report')
@@ -97,7 +97,7 @@ def report_folder(path: Path) -> Path:
 
 
 def candidate_rows(policy: PruningPolicy) -> list[list[Any]]:
-    """A row for each candidate, best first, under `COLUMNS`; None where it left before the check."""
+    """Return a row of `COLUMNS` for each candidate, best first; its check is None if it was eliminated before."""
     rows = []
     for row in policy.evidence["candidates"]:
         choose, check = row["choose"], row["check"]
@@ -153,7 +153,7 @@ def _cost(policies: Sequence[PruningPolicy], seconds: float, plain_seconds: floa
 
 
 def _unpruned(policies: Sequence[PruningPolicy]) -> bool:
-    """Whether a promise was asked for that no budget keeps."""
+    """Return True if a promise was asked for that no budget keeps."""
     return not policies[0].evidence["candidates"]
 
 
@@ -166,7 +166,7 @@ def _write(folder: Path, text: str, images: Mapping[str, bytes]) -> None:
 
 
 def _metrics(policies: Sequence[PruningPolicy]) -> dict[str, float]:
-    """What each policy does on samples it was not chosen on; nothing of one that keeps all tokens."""
+    """Return agreement and divergence of each policy on the checking part; none for one that keeps all tokens."""
     metrics = {}
     for policy in policies:
         for row in policy.evidence["candidates"]:
@@ -183,7 +183,7 @@ def _log_to_wandb(
     text: str,
     images: Mapping[str, bytes],
 ) -> None:
-    """Metrics, tables and figures; the page and the policies beside the run; an artifact of the policies."""
+    """Log metrics, tables, figures and an artifact of the policies; save the page and the policies beside the run."""
     import wandb
 
     first = policies[0].evidence
@@ -195,7 +195,7 @@ def _log_to_wandb(
         "chosen": {str(policy.keep): policy.evidence["chosen"] for policy in policies},
     }
     run = logger.experiment
-    if run.disabled:  # its folder is a temporary one, which nobody removes
+    if run.disabled:  # its folder is temporary, and nobody removes it
         return
     place = Path(run.dir)
     _write(place / "report", text, images)

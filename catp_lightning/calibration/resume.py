@@ -1,4 +1,4 @@
-"""A calibration that was interrupted goes on where it was: its partial sums are in a file beside the policy."""
+"""Resume an interrupted calibration from its partial sums, which are saved in a file beside the policy."""
 
 import glob
 import hashlib
@@ -21,17 +21,17 @@ from catp_lightning.errors import PolicyError
 from catp_lightning.files import read_bytes, write_bytes
 from catp_lightning.saying import warn
 
-EVERY = 8  # batches between two savings: more often would cost more than it spares
+EVERY = 8  # batches between two writes: writing more often would cost more than it saves
 
 LARGEST = 2**32
-"""Bytes that a partial file may have, 4 GiB: many times what the sums of the largest models take."""
+"""Limit on the bytes of a file of partial sums, 4 GiB: many times what the sums of the largest models take."""
 
 ANEW = "or delete the file to start anew."
 
 
 @dataclass
 class _Saved:
-    """A stage: what it was to do, how many batches are in its sums, and the sums."""
+    """Saved state of a stage: a hash of its task, the number of batches in its sums, and the sums by name."""
 
     task: str
     batches: int = 0
@@ -39,18 +39,19 @@ class _Saved:
 
 
 class CalibrationCheckpoint:
-    """The sums of one process, stage by stage, and a fingerprint of each batch that went into them.
+    """Checkpoint of one process's sums, stage by stage, with fingerprints of each batch that went into them.
 
-    Sums are those before they are reduced over processes, so that one that was ahead takes part in every reduction
-    once more, whatever the others still have to do. A process writes its own file and reads no other's. Where it cannot
-    be written, a warning says so once, and nothing else changes: an older file is still of the same batches.
+    Sums are saved before they are reduced over processes, so that a process that was ahead takes part in every
+    reduction again, whatever the others still have to do. A process writes its own file and reads no other's. If it
+    cannot be written, there is one warning and nothing else changes: an older file still holds sums of the same
+    batches.
 
     Args:
-        path: of the file, which need not exist.
-        settings: what the sums depend on; JSON types.
+        path: path of the file, which need not exist.
+        settings: settings that the sums depend on; JSON types.
 
     Attributes:
-        begun: whether it was begun here: there was no file.
+        begun: True if there was no file, so that the calibration was begun here.
 
     Raises:
         PolicyError: the file there was made with other settings, or cannot be read. It is left as it is.
@@ -70,23 +71,24 @@ class CalibrationCheckpoint:
 
     @property
     def seconds(self) -> float:
-        """What was spent up to now, by all runs that went on from this file, as far as they could save it."""
+        """Seconds spent up to now by all runs that went on from this file, as far as they could save them."""
         return self._spent + time.monotonic() - self._started
 
     @property
     def batches(self) -> int:
-        """How many batches of the current stage are in the sums."""
+        """Number of batches of the current stage that are in the sums."""
         return self._stages[self._stage].batches if self._stage >= 0 else 0
 
     def begin(self, task: str, metrics: Mapping[str, Metric]) -> int:
-        """Go to the next stage and give its metrics what was saved of it: how many of its batches are in them.
+        """Go to the next stage, restore its metrics from its saved sums, and return the number of batches in them.
 
         Args:
-            task: all that the stage's sums depend on beside this process's data; sums for another are forgotten.
-            metrics: of the stage, by name.
+            task: everything that the stage's sums depend on except this process's data; saved sums of another task,
+                and of the stages after it, are discarded.
+            metrics: metrics of the stage, by name.
 
         Raises:
-            PolicyError: the file's sums are not of these metrics' shapes.
+            PolicyError: the file's sums do not have the shapes of these metrics.
         """
         self._stage += 1
         task = hashlib.sha256(task.encode()).hexdigest()
@@ -100,14 +102,15 @@ class CalibrationCheckpoint:
         return saved.batches
 
     def has(self, number: int, marks: tuple[int, int]) -> bool:
-        """Whether a batch of this stage is in the sums already.
+        """Return True if a batch of this stage is in the sums already.
 
         Args:
-            number: of the batch.
-            marks: its fingerprints, as `batch_fingerprints`.
+            number: index of the batch.
+            marks: fingerprints of the batch, from `batch_fingerprints`.
 
         Raises:
-            PolicyError: it is not the batch that had this number before, or the model answers it differently.
+            PolicyError: it is not the batch that had this number before, or, in the first stage, the model answers it
+                differently.
         """
         if number < len(self._data):
             before = self._data[number]
@@ -124,9 +127,9 @@ class CalibrationCheckpoint:
         return number < self._stages[self._stage].batches
 
     def add(self, marks: tuple[int, int], metrics: Mapping[str, Metric]) -> None:
-        """Note that the next batch is in the sums; every few batches the file is written.
+        """Record that the next batch is in the sums; every `EVERY` batches the file is written.
 
-        The sums are copied: what interrupts the next batch finds those of whole batches, whatever it has added up.
+        The sums are copied, so that an interrupt in the next batch finds sums of whole batches, whatever was added.
         """
         if self._stage == 0:
             self._data.append(marks)
@@ -138,11 +141,11 @@ class CalibrationCheckpoint:
             self._write()
 
     def finish(self, batches: int, metrics: Mapping[str, Metric]) -> None:
-        """Write what the stage has found, before it is reduced.
+        """Write the sums of a completed stage, before they are reduced over processes.
 
         Args:
-            batches: how many there were.
-            metrics: of the stage.
+            batches: number of batches of the stage.
+            metrics: metrics of the stage, by name.
 
         Raises:
             PolicyError: an interrupted run had more batches.
@@ -156,19 +159,19 @@ class CalibrationCheckpoint:
             self._save(metrics)
 
     def flush(self) -> bool:
-        """Write what was done since the last saving: all whole batches. Whether there is a file to go on from."""
+        """Write all whole batches since the last write; return True if there is a complete file to resume from."""
         if self._changed:
             self._write()
         return self.path.is_file() and not self._changed
 
     def forget(self) -> None:
-        """Remove the file if it was begun here; in that of an older run are hours, which other data do not spoil."""
+        """Remove the file if it was begun here; an older run's file is kept: it holds hours of work on its own data."""
         self._changed = False
         if self.begun:
             self.delete()
 
     def delete(self) -> None:
-        """Remove the file, and what a kill in the middle of writing it has left."""
+        """Remove the file, and temporary files that a kill in the middle of writing has left."""
         self.path.unlink(missing_ok=True)
         for left in self.path.parent.glob(f".{glob.escape(self.path.name)}.*.tmp"):
             left.unlink(missing_ok=True)
@@ -179,11 +182,11 @@ class CalibrationCheckpoint:
         self._write()
 
     def _write(self) -> None:
-        """Whole or not at all."""
+        """Write the file, whole or not at all; if that fails, warn once and go on."""
         tensors = {
             f"{n}/{name}": value for n, saved in enumerate(self._stages) for name, value in saved.tensors.items()
         }
-        data = self._data[: self._stages[0].batches]  # without one that was interrupted when it was noted
+        data = self._data[: self._stages[0].batches]  # without a batch whose `add` was interrupted
         tensors["data"] = torch.tensor(data, dtype=torch.int64, device="cpu").view(-1, 2)
         stages = [[saved.task, saved.batches] for saved in self._stages]
         metadata = {"settings": json.dumps(self.settings), "stages": json.dumps(stages)}
@@ -212,7 +215,7 @@ class CalibrationCheckpoint:
                 raise ValueError("settings should be a dictionary")
             self._data = [(key, answers) for key, answers in tensors.pop("data").long().tolist()]
             self._stages = [_Saved(str(task), int(batches)) for task, batches in stages]
-            self._spent = float(metadata.get("seconds", 0))  # older files do not tell
+            self._spent = float(metadata.get("seconds", 0))  # older files lack it
             if not 0 <= self._spent < math.inf:
                 raise ValueError(f"seconds is {self._spent}")
             for name, value in tensors.items():
@@ -248,7 +251,7 @@ class CalibrationCheckpoint:
                 )
             if saved is not None:
                 metric, _, state = name.rpartition("/")
-                saved = saved.to(metrics[metric].device, copy=True)  # it is added to
+                saved = saved.to(metrics[metric].device, copy=True)  # a copy, which the metric adds to
                 setattr(metrics[metric], state, [saved] if isinstance(value, list) else saved)
 
     def _if_older(self) -> str:
@@ -270,13 +273,13 @@ class CalibrationCheckpoint:
 
 
 def _metadata(content: bytes) -> dict[str, str]:
-    """The texts in the header of a safetensors file: eight bytes say how long that is, then it is JSON."""
+    """Return the metadata in a safetensors file's header: eight bytes for its length, then JSON."""
     length = int.from_bytes(content[:8], "little")
     return dict(json.loads(content[8 : 8 + length])["__metadata__"])
 
 
 def _checksum(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> str:
-    """Of every name, type, shape and bit: one that changed would be another policy."""
+    """Return a checksum of every name, dtype, shape and bit: any change could give another policy."""
     found = hashlib.sha256(json.dumps(sorted(metadata.items())).encode())
     for name in sorted(tensors):
         value = tensors[name]
@@ -286,7 +289,7 @@ def _checksum(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> str
 
 
 def _copied(metrics: Mapping[str, Metric]) -> dict[str, Tensor]:
-    """The states as they are now, in the machine's memory; lists joined, and without those that are empty."""
+    """Return copies of the metrics' current states in CPU memory; lists are concatenated, empty lists left out."""
     return {
         name: (torch.cat(value) if isinstance(value, list) else value).detach().to("cpu", copy=True).contiguous()
         for name, value in _states(metrics).items()
@@ -295,7 +298,7 @@ def _copied(metrics: Mapping[str, Metric]) -> dict[str, Tensor]:
 
 
 def _states(metrics: Mapping[str, Metric]) -> dict[str, Tensor | list[Tensor]]:
-    """The states of several metrics, by the metric's name and their own."""
+    """Return the states of several metrics, by the metric's name and their own: "metric/state"."""
     return {
         f"{name}/{state}": value for name, metric in metrics.items() for state, value in metric.metric_state.items()
     }

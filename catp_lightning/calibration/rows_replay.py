@@ -1,4 +1,4 @@
-"""Replays of prompts whose text reads image rows by cross-attention: Llama-3.2-Vision."""
+"""Replay of prompts whose text reads image rows by cross-attention: Llama-3.2-Vision."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -26,11 +26,11 @@ BY_ROW = ("attention_mask", "cross_attention_states", "cross_attention_mask", "f
 
 @dataclass(frozen=True)
 class RowsReplay(Replay):
-    """Prompts as the text model received them.
+    """Replay of a batch of prompts as the text model received them.
 
     Attributes:
-        seen: which rows each text sees: bool [B, T].
-        given: arguments of the text model, with B rows each.
+        seen: image rows that each text sees: bool [B, T].
+        given: arguments of the text model by name, with B rows each.
     """
 
     seen: Tensor
@@ -38,7 +38,7 @@ class RowsReplay(Replay):
 
     @classmethod
     def of(cls, family: Family, prompt: CrossAttended, answers: Answer) -> "RowsReplay":
-        """Of beams, or of several answers to a prompt, the first is replayed.
+        """Build the replay of recorded prompts; of several beams or answers to a prompt, the first is replayed.
 
         Raises:
             PruningError: the prompt reached the text model as embeddings.
@@ -52,7 +52,7 @@ class RowsReplay(Replay):
         positions = prompt.given.get("position_ids")
         given["position_ids"] = columns if positions is None else positions.expand_as(ids)
         states = given["cross_attention_states"]
-        given["cross_attention_states"] = states.reshape(len(ids), -1, states.shape[-1])  # of each image before
+        given["cross_attention_states"] = states.reshape(len(ids), -1, states.shape[-1])  # from one entry per tile
         given = {name: value[:: prompt.beams] for name, value in given.items()}
         first, rows = first_answers(answers, len(prompt.tokens), family.decoder_config.vocab_size)
         return cls(family, first, rows, prompt.tokens, given)
@@ -84,14 +84,14 @@ class RowsReplay(Replay):
         return picked(family.model.lm_head(hidden[:, needed]), place)
 
     def _forced(self) -> dict[str, Any]:
-        """The text model's arguments for prompt and answer; the answer sees what the prompt's end sees."""
+        """Return the text model's arguments for prompt and answer; answers see what the prompt's last token sees."""
         forced, given = self.answers.ids[:, :-1], self.given
         steps = torch.arange(1, forced.shape[1] + 1, device=forced.device)
         real = given["attention_mask"]
         last = real.shape[1] - 1 - real.flip(1).argmax(1)
 
         def extended(name: str) -> Tensor:
-            """[B, 1, L, n], with the row of the prompt's end repeated."""
+            """Extend an argument [B, 1, L, n] over the answer: the row of the prompt's last token is repeated."""
             value = given[name]
             end = value[torch.arange(len(value), device=value.device), :, last][:, :, None]
             return torch.cat([value, end.expand(-1, -1, forced.shape[1], -1)], 2)

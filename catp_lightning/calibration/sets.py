@@ -1,4 +1,4 @@
-"""Which set each of many candidates keeps: what candidates share is computed once."""
+"""Compute the set of tokens that each of many candidates keeps; what candidates share is computed once."""
 
 from collections.abc import Sequence
 from dataclasses import replace
@@ -14,34 +14,34 @@ from catp_lightning.scorers import Scorer
 from catp_lightning.selectors import Selector
 from catp_lightning.selectors.dpp import DPP, exact_similarity, greedy_ranks
 
-KERNELS = 2**20  # elements of the kernels that are held at a time, 8 MiB
+KERNELS = 2**20  # elements of the DPP kernels that are held at a time, 8 MiB
 
 
 Method = tuple[Scorer, Selector]
 
 
 def methods(rules: Sequence[PruningPolicy]) -> list[Method]:
-    """What policies are made of; checking their arguments takes longer than a small batch does."""
+    """Build the scorer and selector of each policy, once: checking their arguments takes longer than a small batch."""
     return [(rule.build_scorer(), rule.build_selector()) for rule in rules]
 
 
 def token_ranks(rules: Sequence[PruningPolicy], seen: Observation, visual: Tensor, most: int) -> Tensor:
-    """`method_ranks` of policies, whatever their budget."""
+    """Return `method_ranks` of policies, whatever their budget."""
     return method_ranks(methods(rules), seen, visual, most)
 
 
 def method_ranks(rules: Sequence[Method], seen: Observation, visual: Tensor, most: int) -> Tensor:
-    """The order in which each rule's tokens join its set, so that all budgets are served at once.
+    """Return the rank at which each token joins each rule's set, so that one result serves all budgets.
 
     Args:
-        rules: scorers and selectors.
-        seen: the signals of I images that the rules read.
-        visual: bool [B, T], which visual tokens each sample has.
-        most: how many tokens of an image are to be ranked.
+        rules: scorer and selector of each of C rules.
+        seen: signals of I images that the rules read.
+        visual: bool [B, T], visual tokens of each sample.
+        most: number of tokens of an image that are to be ranked.
 
     Returns:
-        int64 [C, B, T]: 0 for the first of an image's tokens to join; `most` or more for one that stays out or is none.
-        Tokens that always stay are none of these.
+        int64 [C, B, T]: 0 for the first of an image's droppable tokens to join; `most` or more for a droppable token
+        that stays out and for padding. The ranks of protected tokens, which always stay, mean nothing.
     """
     scores: dict[Scorer, Tensor] = {}
     similarities: dict[Selector, Tensor] = {}
@@ -58,7 +58,7 @@ def method_ranks(rules: Sequence[Method], seen: Observation, visual: Tensor, mos
         if kind not in similarities:
             similarities[kind] = exact_similarity(selector.vectors(seen))
         kernels[number] = selector.kernel(scores[scorer], droppable, similarities[kind])
-        ranks.append(droppable)  # its place: kernels of many candidates are solved together
+        ranks.append(droppable)  # placeholder: kernels of many candidates are solved together
         if len(kernels) * kernels[number].numel() >= KERNELS:
             _solve(kernels, ranks, droppable, most)
     _solve(kernels, ranks, droppable, most)
@@ -66,7 +66,7 @@ def method_ranks(rules: Sequence[Method], seen: Observation, visual: Tensor, mos
 
 
 def _solve(kernels: dict[int, Tensor], ranks: list[Tensor], droppable: Tensor, most: int) -> None:
-    """Replace the places of these candidates in `ranks` by their solutions."""
+    """Solve the DPP kernels together, put their solutions into the candidates' places in `ranks`, clear `kernels`."""
     if not kernels:
         return
     together = torch.cat(list(kernels.values()))
@@ -77,24 +77,24 @@ def _solve(kernels: dict[int, Tensor], ranks: list[Tensor], droppable: Tensor, m
 
 
 def is_nested(method: Method) -> bool:
-    """Whether one ranking of each image's tokens says what a method keeps at every budget."""
+    """Return True if one ranking of each image's tokens determines what a method keeps at every budget."""
     selector = method[1]
     return selector.nested and selector.per == "image"
 
 
 def limits(keep: int | float, seen: Observation, visual: Tensor) -> Tensor:
-    """How many tokens the image of each visual token keeps: int64 [B, T], 0 where there is none."""
+    """Return how many droppable tokens the image of each visual token keeps: int64 [B, T]; 0 where no token is."""
     counts = [keep_count(keep, count) for count in seen.droppable.sum(1).tolist()]
     own = torch.tensor(counts, device=visual.device, dtype=torch.int64)[:, None].expand(seen.valid.shape)
     return images_to_samples(own, seen.valid, visual, 0)
 
 
 def protected_tokens(seen: Observation, visual: Tensor) -> Tensor:
-    """Visual tokens that stay whatever the budget: bool [B, T]."""
+    """Return the protected visual tokens, which stay whatever the budget: bool [B, T]."""
     return images_to_samples(seen.valid & ~seen.droppable, seen.valid, visual, False)
 
 
 def pair_rows(slots: Tensor) -> Tensor:
-    """Which pairs of slots, each with itself included, were kept together: float [..., T] -> [..., T (T + 1) / 2]."""
+    """Return the products of kept counts of all pairs of T slots, i <= j: float [..., T] -> [..., T (T + 1) / 2]."""
     first, second = torch.triu_indices(slots.shape[-1], slots.shape[-1])
     return slots[..., first] * slots[..., second]

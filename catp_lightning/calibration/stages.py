@@ -1,4 +1,4 @@
-"""The stages of a calibration: each reads the split once, and adds up what it finds in metrics."""
+"""Stages of a calibration: each reads the split once and adds up its findings in metrics."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -26,18 +26,18 @@ from catp_lightning.observation import Observation, Signal
 from catp_lightning.selectors import without_autocast
 
 PAIRS = 40
-"""Slots whose pairs are learned too, at most: the sums grow with the fourth power of their number."""
+"""Limit on the slots up to which pairs are fitted too: the sums grow with the fourth power of their number."""
 
 
 @dataclass(frozen=True)
 class Samples:
-    """A batch of B samples with I images.
+    """Batch of B recorded samples with I images.
 
     Attributes:
-        replay: their prompts and the unpruned answers.
-        seen: the signals of their images.
-        images: int64 [B], the fingerprint of each sample's first image; 0 for a sample without one.
-        inside: what was seen inside the language model, as one image a sample; None where nothing was.
+        replay: prompts of the samples and the unpruned answers.
+        seen: signals of the images.
+        images: int64 [B], fingerprint of each sample's first image; 0 for a sample without images.
+        inside: signals observed inside the language model, as one image per sample; None if there are none.
     """
 
     replay: Replay
@@ -56,7 +56,7 @@ class Samples:
         return cls(replay, seen, first, inside)
 
     def where(self, chosen: Tensor) -> "Samples":
-        """Some of them: bool [B]."""
+        """Return the samples where `chosen`, bool [B], is True."""
         return Samples(
             self.replay.of_samples(chosen),
             self.seen.of_images(chosen[_sample_of_images(self.visual, self.seen)]),
@@ -66,46 +66,46 @@ class Samples:
 
     @property
     def visual(self) -> Tensor:
-        """Which visual tokens each sample has: bool [B, T]."""
+        """Visual tokens of each sample: bool [B, T]."""
         return self.replay.tokens
 
     @property
     def keys(self) -> Tensor:
-        """A checksum of each sample's first image and question: int64 [B]."""
+        """Checksum of each sample's first image and question: int64 [B]."""
         return mix(self.images ^ self.replay.questions)
 
     @property
     def key(self) -> int:
-        """A checksum of all images and questions, whatever their order."""
+        """Checksum of all images and questions, independent of their order."""
         together = self.keys.sum() + mix(self.seen[Signal.IMAGE_HASH]).sum()
         return int(together)
 
 
 def _sample_of_images(visual: Tensor, seen: Observation) -> Tensor:
-    """The sample each image belongs to: int64 [I]."""
+    """Return the index of the sample that each image belongs to: int64 [I]."""
     ends = visual.sum(1).cumsum(0)
     return torch.bucketize(seen.valid.sum(1).cumsum(0) - 1, ends, right=True)
 
 
 Belongs = Callable[[Tensor], Tensor]
-"""Which samples a stage is for, by the fingerprint of their image: int64 [B] -> bool [B]."""
+"""Function that selects the samples of a stage by the fingerprint of their image: int64 [B] -> bool [B]."""
 
 
 class Stage(Protocol):
-    """What is added up during one reading of the split."""
+    """Protocol of a stage, which adds up metrics during one reading of the split."""
 
     title: str
 
     @property
     def metrics(self) -> Mapping[str, Metric]:
-        """What it adds up to, by name."""
+        """Metrics of the stage, by name."""
 
     def see(self, samples: Samples) -> None:
-        """Add a batch."""
+        """Add a batch to the metrics."""
 
 
 class Probing:
-    """Random subsets of the learning part; every image's fingerprint; how alike the layers rank tokens."""
+    """Stage that probes the learning part by random subsets, and notes image fingerprints and rank correlations."""
 
     title = "measuring what each visual token is worth"
 
@@ -137,7 +137,7 @@ class Probing:
             self.metrics["pairs"] = self.pairs = ProbeSums(slots * (slots + 1) // 2).to(device)
 
     def see(self, samples: Samples) -> None:
-        # One NaN would make all sums NaN, and of what the model itself does not answer nothing can be learnt.
+        # One NaN would make all sums NaN, and nothing can be learnt where the model itself gives no finite answer.
         sound = samples.replay.sound()
         self.unsound.update(samples.keys[~sound])
         if sound.any():
@@ -149,7 +149,7 @@ class Probing:
         self.images.update(samples.seen[Signal.IMAGE_HASH])
         self.tokens.update(samples.seen.droppable.sum(1))
         voted_on = samples.seen if samples.inside is None else samples.inside
-        whole = voted_on.droppable.all(1)  # of images that are padded, ranks are others
+        whole = voted_on.droppable.all(1)  # padding or protected tokens would shift an image's ranks
         with without_autocast(part):
             for name, metric in self.correlations.items():
                 metric.update(self.plan.voters[name].votes(voted_on).sum(2)[whole])
@@ -162,7 +162,7 @@ class Probing:
         fold, owner = fold_of(samples.images), None
         stay = protected_tokens(samples.seen, samples.visual) if samples.inside is None else None
         stay = stay if stay is not None and bool(stay.any()) else None
-        if self.plan.family.reads == "cross-attention":  # text must not be left without a row of its image
+        if self.plan.family.reads == "cross-attention":  # the text must see at least one row of each image
             valid = samples.seen.valid
             images = torch.arange(len(valid), device=valid.device)[:, None].expand(valid.shape)
             owner = images_to_samples(images, valid, samples.visual, 0)

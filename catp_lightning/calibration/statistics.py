@@ -1,4 +1,4 @@
-"""Sums over calibration samples: constant memory, exact under any number of processes."""
+"""Sums over calibration samples, exact under any number of processes; only sums by image grow with the data."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -13,7 +13,7 @@ from catp_lightning.calibration.split import FOLDS, PARTS
 
 @dataclass  # not frozen: torchmetrics copies what a metric computes field by field
 class FoldSums:
-    """What a linear regression y = rows . weights needs, for each of K folds; F columns.
+    """Sums that a linear regression y = rows . weights needs, for each of K folds; F columns.
 
     Attributes:
         gram: float64 [K, F, F], sum of row' row.
@@ -28,31 +28,35 @@ class FoldSums:
     rows: np.ndarray
 
     def without(self, fold: int) -> "FoldSums":
-        """The same of all folds but one."""
+        """Return the sums of all folds but one."""
         return FoldSums(*(np.delete(part, fold, 0) for part in (self.gram, self.moment, self.squares, self.rows)))
 
     def columns(self, index: Any) -> "FoldSums":
-        """The same regression on some of the columns only: int [G], in that order."""
+        """Return the sums of the regression on some columns only: `index` int [G], in that order."""
         index = np.asarray(index, dtype=int)
         return FoldSums(self.gram[:, index[:, None], index], self.moment[:, index], self.squares, self.rows)
 
 
 class Sums(Metric):
-    """What a calibration adds up. Of nothing too: a process may have no sample, or all its sums from an earlier run."""
+    """Base class of calibration sums.
+
+    `compute` before any `update` is legal: a process may have no samples, or all its sums from an earlier run.
+    """
 
     full_state_update = False
 
     @property
     def update_called(self) -> bool:
-        """True, or torchmetrics warns before it computes."""
+        """Always True; otherwise torchmetrics warns when it computes before an update."""
         return True
 
 
 class ProbeSums(Sums):
-    """Sums for the regression of an answer's log-probability on what was kept, by fold.
+    """Sums by fold for the regression of an answer's log-probability on what each probe kept.
 
     A state is a sum, so several processes add up to exactly what one would have found, whatever batches each had. Of
-    each symmetric Gram matrix the upper triangle is kept: there is a copy in the metric's default, and two in a saving.
+    each symmetric Gram matrix only the upper triangle is stored, because the metric's default holds one more copy, and
+    saving takes two.
 
     Args:
         columns: number of columns of a probe's row, F.
@@ -65,7 +69,7 @@ class ProbeSums(Sums):
     rows: Tensor
 
     def __init__(self, columns: int, folds: int = FOLDS, **kwargs: Any) -> None:
-        super().__init__(compute_with_cache=False, **kwargs)  # what is computed is larger than the sums
+        super().__init__(compute_with_cache=False, **kwargs)  # the result is larger than the sums
         packed = torch.zeros(folds, columns * (columns + 1) // 2, dtype=torch.float64, device="cpu")
         self.add_state("gram", packed, dist_reduce_fx="sum")
         self.add_state("moment", torch.zeros(folds, columns, dtype=torch.float64, device="cpu"), dist_reduce_fx="sum")
@@ -73,17 +77,17 @@ class ProbeSums(Sums):
         self.add_state("rows", torch.zeros(folds, dtype=torch.int64, device="cpu"), dist_reduce_fx="sum")
 
     def update(self, fold: Tensor, rows: Tensor, gain: Tensor) -> None:
-        """Add the probes of some samples, all of one size; rows and gains are centred by sample here.
+        """Add the probes of B samples at one size; rows and gains are centred by sample here.
 
         Args:
-            fold: int64 [B], by image.
-            rows: float [P, B, F], what each of P probes kept.
+            fold: int64 [B], fold of each sample's image.
+            rows: float [P, B, F], row of each of P probes, as in `Columns`.
             gain: float [P, B], mean log-probability of the unpruned answer's tokens under each.
         """
         gain = (gain.double() - gain.double().mean(0)).T
         triangle = torch.triu_indices(rows.shape[2], rows.shape[2], device=rows.device)
         for number in fold.unique().tolist():
-            here = rows[:, fold == number].double()  # one fold at a time: several copies of all rows would be held
+            here = rows[:, fold == number].double()  # one fold at a time, or several copies of all rows would be held
             here = (here - here.mean(0)).transpose(0, 1).flatten(0, 1)
             y = gain[fold == number].flatten()
             self.gram[number] += (here.T @ here)[tuple(triangle)]
@@ -92,7 +96,7 @@ class ProbeSums(Sums):
             self.rows[number] += len(y)
 
     def compute(self) -> FoldSums:
-        """Over all processes."""
+        """Return the sums over all processes."""
         packed, *others = (state.cpu().numpy() for state in (self.gram, self.moment, self.squares, self.rows))
         columns = self.moment.shape[1]
         first, second = np.triu_indices(columns)
@@ -102,7 +106,7 @@ class ProbeSums(Sums):
 
 
 class CandidateSums(Sums):
-    """What each candidate did at each budget on the samples of one round.
+    """Sums of each candidate's divergence and agreement at each budget on the samples of one round.
 
     Args:
         budgets: number of budgets, K.
@@ -123,13 +127,13 @@ class CandidateSums(Sums):
         self.add_state("count", torch.zeros(shape, dtype=torch.int64, device="cpu"), dist_reduce_fx="sum")
 
     def update(self, budget: int, candidates: Tensor, divergence: Tensor, agreed: Tensor) -> None:
-        """Add some samples.
+        """Add the answers of N candidates to B samples at one budget.
 
         Args:
-            budget: which, 0 to K - 1.
-            candidates: int64 [N], which of the candidates answered.
-            divergence: float [N, B], from the unpruned answers, in nats.
-            agreed: bool [N, B], whether the answer is the unpruned one.
+            budget: index of the budget, 0 to K - 1.
+            candidates: int64 [N], indices of the candidates that answered.
+            divergence: float [N, B], divergence from the unpruned answers, in nats.
+            agreed: bool [N, B], True if the answer is the unpruned one.
         """
         divergence = divergence.double()
         self.divergence[budget, candidates] += divergence.sum(1)
@@ -138,14 +142,14 @@ class CandidateSums(Sums):
         self.count[budget, candidates] += agreed.shape[1]
 
     def compute(self) -> dict[str, np.ndarray]:
-        """Sums over all processes: `divergence`, `squares`, `agreed` and `count`, each [K, C]."""
+        """Return the sums over all processes: `divergence`, `squares`, `agreed` and `count`, each [K, C]."""
         return {name: getattr(self, name).cpu().numpy() for name in ("divergence", "squares", "agreed", "count")}
 
 
 class RankCorrelation(Sums):
-    """How alike layers rank the tokens of an image: Spearman's correlation, the mean over images.
+    """Mean over images of Spearman's rank correlation between layers' scores of an image's tokens.
 
-    Figure 4 of 2504.00557 for any scores that come by layer.
+    As in figure 4 of 2504.00557, for any scores that come by layer.
 
     Args:
         layers: number of layers, L.
@@ -162,7 +166,7 @@ class RankCorrelation(Sums):
         self.add_state("images", torch.zeros(1, dtype=torch.int64, device="cpu"), dist_reduce_fx="sum")
 
     def update(self, scores: Tensor) -> None:
-        """Add I images: float [I, L, T], T at least 2. Of equal scores the lower index ranks lower."""
+        """Add the scores of I images: float [I, L, T], T at least 2. Of equal scores the lower index ranks lower."""
         ranks = scores.argsort(dim=-1, stable=True).argsort(-1).double()
         centred = ranks - ranks.mean(-1, keepdim=True)
         unit = centred / centred.norm(dim=-1, keepdim=True).clamp(min=1e-12)
@@ -170,12 +174,12 @@ class RankCorrelation(Sums):
         self.images += len(scores)
 
     def compute(self) -> np.ndarray:
-        """Over all processes: float64 [L, L]."""
+        """Return the mean correlation over the images of all processes: float64 [L, L]."""
         return (self.correlation / self.images.clamp(min=1)).cpu().numpy()
 
 
 class ImageSet(Sums):
-    """The fingerprints of all images that were met, each once."""
+    """Set of the fingerprints of all images (or samples) that were met."""
 
     met: list[Tensor]
 
@@ -184,16 +188,16 @@ class ImageSet(Sums):
         self.add_state("met", [], dist_reduce_fx="cat")
 
     def update(self, images: Tensor) -> None:
-        """Add int64 [I]."""
+        """Add the fingerprints of I images: int64 [I]."""
         self.met = [torch.cat([*self.met, images]).unique()]
 
     def compute(self) -> Tensor:
-        """Of all processes: int64 [I], ascending."""
+        """Return the fingerprints of all processes, each once: int64 [I], ascending."""
         return (torch.cat(self.met) if isinstance(self.met, list) else self.met).unique()
 
 
 class PartCounts(Sums):
-    """How many samples fall in each part of the split."""
+    """Number of samples in each part of the split."""
 
     counts: Tensor
 
@@ -202,16 +206,16 @@ class PartCounts(Sums):
         self.add_state("counts", torch.zeros(len(PARTS), dtype=torch.int64, device="cpu"), dist_reduce_fx="sum")
 
     def update(self, part: Tensor) -> None:
-        """Add int64 [B], the part of each sample."""
+        """Add B samples: int64 [B], the part of each."""
         self.counts += torch.bincount(part, minlength=len(PARTS))
 
     def compute(self) -> dict[str, int]:
-        """Over all processes, by the part's name."""
+        """Return the number of samples over all processes, by the part's name."""
         return dict(zip(PARTS, self.counts.tolist(), strict=True))
 
 
 class TokenCounts(Sums):
-    """How many visual tokens images have."""
+    """Mean number of visual tokens of an image."""
 
     total: Tensor
 
@@ -220,21 +224,21 @@ class TokenCounts(Sums):
         self.add_state("total", torch.zeros(2, dtype=torch.int64, device="cpu"), dist_reduce_fx="sum")
 
     def update(self, counts: Tensor) -> None:
-        """Add int64 [I], the tokens of each image."""
+        """Add I images: int64 [I], the number of tokens of each."""
         self.total += torch.stack([counts.sum(), counts.new_tensor(len(counts))])
 
     def compute(self) -> float:
-        """The mean over all processes' images."""
+        """Return the mean over the images of all processes; 0.0 without images."""
         tokens, images = self.total.tolist()
         return float(tokens / max(1, images))
 
 
 class DrawnQuestions(Sums):
-    """One question of each image, drawn at random among those asked about it, whichever process met it.
+    """Agreement on one question of each image, drawn at random among those asked about it in any process.
 
-    A promise counts images: two questions about one image are no two independent samples. The draw is by a checksum of
-    image and question together, so that on every image each of its questions is as likely as the others, whatever the
-    text says; by a checksum of the text alone the same kind of question would be drawn on nearly every image.
+    A promise counts images, since two questions about one image are not two independent samples. The draw is by a
+    checksum of image and question together, so that each of an image's questions is equally likely, whatever its text;
+    by a checksum of the text alone the same kind of question would be drawn for nearly every image.
 
     Args:
         budgets: number of budgets, K.
@@ -251,22 +255,22 @@ class DrawnQuestions(Sums):
         """Add B samples.
 
         Args:
-            images: int64 [B], checksums of images.
-            draws: int64 [B], checksums of image and question together; the smallest of an image is drawn.
-            agreed: bool [K, B], whether the answer at each budget is the unpruned one.
+            images: int64 [B], checksum of each sample's image.
+            draws: int64 [B], checksum of image and question together; the smallest of an image is drawn.
+            agreed: bool [K, B], True if the answer at a budget is the unpruned one.
         """
         rows = torch.cat([images[:, None], draws[:, None], agreed.T.long()], 1)
         self.rows = [_first_of_each(torch.cat([*self.rows, rows]))]
 
     def compute(self) -> tuple[int, list[int]]:
-        """Over all processes: how many images there are, and at how many of them each budget disagrees."""
+        """Return the number of images over all processes, and for each budget the number on which it disagrees."""
         rows = torch.cat(self.rows) if isinstance(self.rows, list) else self.rows
         agreed = _first_of_each(rows)[:, 2:]
         return len(agreed), (1 - agreed).sum(0).tolist()
 
 
 def _first_of_each(rows: Tensor) -> Tensor:
-    """Of rows with equal first column, the one with the smallest second: [N, C] -> [M, C]."""
+    """Return, of rows with equal first column, the one with the smallest second: [N, W] -> [M, W], W columns."""
     rows = rows[rows[:, 1].argsort(dim=0, stable=True)]
     rows = rows[rows[:, 0].argsort(dim=0, stable=True)]
     new = torch.ones(len(rows), dtype=torch.bool, device=rows.device)
@@ -275,13 +279,13 @@ def _first_of_each(rows: Tensor) -> Tensor:
 
 
 class ImageAgreement(Sums):
-    """Of each image, how many questions were asked about it and how many of them each candidate answered alike.
+    """Number of questions about each image, and of those to which each candidate gave the unpruned answer.
 
-    What candidates differ by is compared image by image, since answers to questions about one image hang together.
+    Candidates are compared image by image, since answers to questions about one image are correlated.
 
     Args:
         budgets: number of budgets, K.
-        candidates: number of candidates at each, R.
+        candidates: number of candidates at each budget, R.
     """
 
     rows: list[Tensor]
@@ -292,19 +296,19 @@ class ImageAgreement(Sums):
         self.add_state("rows", [], dist_reduce_fx="cat")
 
     def update(self, images: Tensor, agreed: Tensor) -> None:
-        """Add B samples: int64 [B], checksums of images; bool [K, R, B], whether the answer is the unpruned one."""
+        """Add B samples: image checksums int64 [B]; bool [K, R, B], True if an answer is the unpruned one."""
         ones = torch.ones_like(images)
         rows = torch.cat([images[:, None], ones[:, None], agreed.flatten(0, 1).T.long()], 1)
         self.rows = [_sum_of_each(torch.cat([*self.rows, rows]))]
 
     def compute(self) -> tuple[np.ndarray, np.ndarray]:
-        """Over all processes: questions int64 [I] of each image, and of those the equal answers int64 [I, K, R]."""
+        """Return, over all processes, questions about each image int64 [I], and unpruned answers to them [I, K, R]."""
         rows = _sum_of_each(torch.cat(self.rows) if isinstance(self.rows, list) else self.rows).cpu().numpy()
         return rows[:, 1], rows[:, 2:].reshape(-1, *self.shape)
 
 
 def _sum_of_each(rows: Tensor) -> Tensor:
-    """Add up rows with equal first column: int64 [N, C] -> [M, C], by the first column, ascending."""
+    """Add up rows with equal first column: int64 [N, W] -> [M, W], W columns, sorted by the first, ascending."""
     first, place = rows[:, 0].unique(return_inverse=True)
     sums = rows.new_zeros(len(first), rows.shape[1] - 1).index_add_(0, place, rows[:, 1:])
     return torch.cat([first[:, None], sums], 1)

@@ -1,4 +1,4 @@
-"""Which numbers count as equal: other batches and processes compute and add in another order, and must decide alike."""
+"""Tolerance for ties: other batches and processes compute and add in another order, and must decide alike."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -8,17 +8,17 @@ import torch
 
 @dataclass(frozen=True)
 class Tolerance:
-    """Numbers this close are tied, and ties are broken by place: what is decided does not hang on rounding.
+    """Tolerance within which numbers are tied; ties are broken by place, so that no decision depends on rounding.
 
     Attributes:
-        relative: the largest difference of tied numbers, as a share of their scale.
+        relative: largest difference of tied numbers, as a share of their scale.
     """
 
     relative: float
 
     @classmethod
     def under(cls, dtype: torch.dtype) -> "Tolerance":
-        """Of a model that computes in `dtype`: some hundred times what the order of its batches changes.
+        """Return the tolerance for a model that computes in `dtype`: some hundred times the effect of its batch order.
 
         >>> Tolerance.under(torch.float64), Tolerance.under(torch.float32)
         (Tolerance(relative=1e-09), Tolerance(relative=0.0001))
@@ -26,11 +26,11 @@ class Tolerance:
         return cls(1e-9 if dtype == torch.float64 else 1e-4)
 
     def order(self, values: Sequence[float], scale: float) -> list[int]:
-        """Places, the smallest value first; whatever ties with the first of its group, in their own order.
+        """Return places, smallest value first; values that tie with the first of their group stay in their own order.
 
         Args:
-            values: what is compared.
-            scale: of the values; a group is led by its smallest, whose own size is its scale where that is larger.
+            values: numbers to be compared.
+            scale: scale of the values; a group's smallest value leads it, and its own size is the scale if larger.
 
         >>> Tolerance(1e-4).order([0.30001, 0.1, 0.3, 0.2], scale=0.01)
         [1, 3, 0, 2]

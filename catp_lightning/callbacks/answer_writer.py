@@ -1,4 +1,4 @@
-"""Answers of a prediction run as a file."""
+"""`AnswerWriter`: writes the answers of `trainer.predict` to a file."""
 
 import errno
 import json
@@ -21,37 +21,37 @@ from catp_lightning.files import check_writable, explained, write_text
 from catp_lightning.locks import only_run, refuse_running
 
 Place = tuple[int, ...]
-"""Where an answer belongs: what is compared in turn."""
+"""Sort key of an answer: (data loader, index of the sample or batch, share of the data, number in the batch)."""
 Answer = tuple[Place, dict[str, Any]]
 
 
 class AnswerWriter(LoopContext, BasePredictionWriter):
-    """Writes the answers of `trainer.predict` as JSON Lines in VQAv2's result layout, when the run has come to its end.
+    """Writes the answers of `trainer.predict` as JSON Lines in VQAv2's result layout, at the end of the run.
 
-    A line is `{"question_id": 42, "answer": "yes"}`, in the order of the data set, and of several loaders one after the
-    other, whatever the sampler. Where Lightning does not know which samples a batch holds (an `IterableDataset`, a
-    loader without batches), and with as many answers as it likes, in the order of the batches: each process's first,
-    in the order of the processes, then each one's second. Characters at which Python ends a line, control characters,
-    and halves of surrogate pairs are escaped as JSON escapes them; all others are written as they are, in UTF-8.
+    A line is `{"question_id": 42, "answer": "yes"}`. Lines are in the order of the data set, and those of several
+    loaders one loader after the other, whatever the sampler. Where Lightning does not know which samples a batch holds
+    (an `IterableDataset`, a loader without batches), or a batch has another number of answers than samples, they are in
+    the order of the batches: the first batch of each process, in the order of the processes, then the second of each.
+    Characters at which Python ends a line, control characters, and halves of surrogate pairs are escaped as JSON
+    escapes them; all others are written as they are, in UTF-8.
 
-    Until then each process writes its answers, batch by batch, to a file of its own, `answers.rank0.jsonl` beside
-    `answers.jsonl`. When all have come to the end the first of them joins these to the one file, the same whatever the
-    number of processes, and they are deleted. A sample that several processes answered, to fill up their shares, is
-    written once. That file is written whole or, when the run fails in any process or is killed, not at all; the answers
-    up to then stay in the files of the processes: `merge_answers` joins them. The next run keeps them, as
-    `answers.rank0.jsonl.before`, until it has come to its end.
+    During the run each process writes its answers, batch by batch, to a file of its own, `answers.rank0.jsonl` beside
+    `answers.jsonl`. When all processes have finished, the first joins these files to the one file, which is the same
+    for any number of processes, and they are deleted. A sample that several processes answered, to fill up their
+    shares, is written once. The joined file is written whole or, when the run fails in any process or is killed, not at
+    all; the answers up to then stay in the files of the processes: `merge_answers` joins them. The next run keeps them,
+    as `answers.rank0.jsonl.before`, until it has finished.
 
     Args:
-        path: the file to write; its folder is made where it does not exist. With several machines, in a folder that
-            they share.
+        path: the file to write; its folder is made if it does not exist. With several machines, it must be in a folder
+            that they share.
 
     Raises:
-        IsADirectoryError: at the start of a run, where `path` is a folder.
-        BlockingIOError: at the start of a run, where another one is writing to `path`.
-        OSError: at the start of a run, where `path` cannot be written; at a batch or at the end, where it cannot be any
-            more.
-        TypeError: at the first batch, where the module's `predict_step` returns anything but a list of such dicts.
-        FileNotFoundError: at the end, in all processes, where the first does not see the files of the others. They
+        IsADirectoryError: at the start of a run: `path` is a folder.
+        BlockingIOError: at the start of a run: another run is writing to `path`.
+        OSError: at the start of a run, at a batch or at the end: `path` cannot be written.
+        TypeError: at the first batch: the module's `predict_step` does not return a list of such dicts.
+        FileNotFoundError: at the end, in all processes: the first process does not see the files of the others. They
             stay, each on its machine: bring them together and join them with `merge_answers`.
     """
 
@@ -65,12 +65,12 @@ class AnswerWriter(LoopContext, BasePredictionWriter):
         super().setup(trainer, pl_module, stage)
         if stage == "predict":
             BasePredictionWriter.setup(self, trainer, pl_module, stage)
-            on_all(trainer, lambda: self._prepare(trainer))  # now, not when all questions are answered
+            on_all(trainer, lambda: self._prepare(trainer))  # at the start, not when all questions are answered
 
     def _prepare(self, trainer: Trainer) -> None:
         if self.path.is_dir():
             raise IsADirectoryError(f"{self.path} is a folder; AnswerWriter needs the name of a file in it.")
-        if trainer.local_rank == 0:  # of every machine: they may not share the folder
+        if trainer.local_rank == 0:  # the first process of every machine: machines may not share the folder
             check_writable(self.path)
             refuse_running(self.path, BlockingIOError)
             for file in _rank_files(self.path):
@@ -110,12 +110,12 @@ class AnswerWriter(LoopContext, BasePredictionWriter):
         batch_idx: int,
         dataloader_idx: int,
     ) -> None:
-        """Keeps the batch's answers until the run has come to its end, also in a file."""
+        """Keep the batch's answers until the end of the run, in memory and in the file of this process."""
         answers = _checked(prediction, type(pl_module).__name__)
         indices = _whole_numbers(_indices(trainer, batch_idx, dataloader_idx))
         if indices and len(indices) == len(answers):
             places = [(dataloader_idx, index, 0, 0) for index in indices]
-        else:  # under tensor parallelism several processes read the same data, and have the same number here
+        else:  # under tensor parallelism processes that read the same data have the same `share`
             share = 1 + (trainer.distributed_sampler_kwargs or {}).get("rank", 0)
             places = [(dataloader_idx, (indices or [batch_idx])[0], share, n) for n in range(len(answers))]
         new = list(zip(places, answers, strict=True))
@@ -123,7 +123,7 @@ class AnswerWriter(LoopContext, BasePredictionWriter):
         self._append(_lines(new).encode(), self._of_rank(trainer.global_rank))
 
     def _append(self, content: bytes, path: Path) -> None:
-        """To this process's file, at once: whatever happens to the process, they are there."""
+        """Write to this process's file, unbuffered, so that the answers survive whatever happens to the process."""
         try:
             while self._file is not None and content:
                 content = content[self._file.write(content) or 0 :]
@@ -166,17 +166,20 @@ class AnswerWriter(LoopContext, BasePredictionWriter):
 
 
 def merge_answers(files: Iterable[str | Path], path: str | Path) -> Path:
-    """Join the files that the processes of one run wrote to the one that `AnswerWriter` would have written.
+    """Join the files that the processes of one run wrote into the file that `AnswerWriter` would have written.
 
-    Of a run that was killed, its last line may be half: it is left out.
+    An incomplete last line, which a run that was killed may leave, is left out.
 
     Args:
-        files: one a process, in the order of the processes.
+        files: the file of each process, in the order of the processes.
         path: the file to write.
+
+    Returns:
+        `path`.
 
     Raises:
         OSError: a file cannot be read, or `path` cannot be written.
-        ValueError: a file is none that `AnswerWriter` wrote, or is damaged.
+        ValueError: a file was not written by a process of `AnswerWriter`, or is damaged.
     """
     answers: list[Answer] = []
     met: set[Place] = set()
@@ -203,17 +206,17 @@ def _text(answers: Iterable[Answer]) -> str:
 
 
 def _lines(answers: Iterable[Answer]) -> str:
-    """Of a process's file."""
+    """Content of a process's file: answers as JSON Lines with their sort key under "order"."""
     return "".join(_line({"order": place, **answer}) for place, answer in answers)
 
 
 def _line(fields: Mapping[str, Any]) -> str:
-    """One line for `str.splitlines` too, nothing that a terminal obeys, and nothing that UTF-8 cannot hold."""
+    """One JSON line that `str.splitlines` does not split, that UTF-8 can encode, and without control characters."""
     text = json.dumps(fields, ensure_ascii=False)
     return _UNPRINTED.sub(lambda found: f"\\u{ord(found[0]):04x}", text) + "\n"
 
 
-_UNPRINTED = re.compile("[\x7f-\x9f\u2028\u2029\ud800-\udfff]")  # what is below a space JSON escapes anyway
+_UNPRINTED = re.compile("[\x7f-\x9f\u2028\u2029\ud800-\udfff]")  # JSON itself escapes those below the space
 
 
 def _rank_name(path: Path, rank: str) -> str:
@@ -221,17 +224,17 @@ def _rank_name(path: Path, rank: str) -> str:
 
 
 def _rank_pattern(path: Path) -> str:
-    """A regular expression of the names of processes' files, of however many."""
+    """Regular expression that matches the names of the processes' files beside `path`, for any number of processes."""
     return rf"{re.escape(path.stem)}\.rank\d+{re.escape(path.suffix)}"
 
 
 def _rank_files(path: Path) -> list[Path]:
-    """The files of processes that are beside `path`."""
+    """Existing files of processes beside `path`."""
     return [file for file in path.parent.glob("*") if re.fullmatch(_rank_pattern(path), file.name)]
 
 
 def _keep(file: Path) -> None:
-    """Put aside what a run that did not come to its end answered; of several such runs, the one that came furthest."""
+    """Put aside a process's file of a run that did not finish; of several such runs the longest file is kept."""
     kept = file.with_name(f"{file.name}.before")
     if kept.exists() and kept.stat().st_size > file.stat().st_size:
         file.unlink()
@@ -240,10 +243,11 @@ def _keep(file: Path) -> None:
 
 
 def _indices(trainer: Trainer, batch_idx: int, dataloader_idx: int) -> Sequence[Any]:
-    """Which samples of its loader a batch holds; none where Lightning does not know.
+    """Indices of the samples in a batch, in the data set of its loader; empty where Lightning does not know them.
 
-    What it hands to `write_on_batch_end` is of the last loader that told, and nothing in a Trainer of
-    `pytorch_lightning`, which collects indices for writers of its own class alone.
+    The `batch_indices` that Lightning gives `write_on_batch_end` are not used: with several loaders they are those of
+    the last loader that has any, and in a Trainer of `pytorch_lightning`, which collects indices only for writers of
+    its own class, there are none.
     """
     loader = CombinedLoader(trainer.predict_dataloaders, "sequential").flattened[dataloader_idx]
     seen = getattr(getattr(loader, "batch_sampler", None), "seen_batch_indices", None)
@@ -251,7 +255,7 @@ def _indices(trainer: Trainer, batch_idx: int, dataloader_idx: int) -> Sequence[
 
 
 def _whole_numbers(indices: Sequence[Any]) -> list[int]:
-    """The indices; none where a sampler gives something else."""
+    """Indices as ints; empty if the sampler gives anything else than integers."""
     known = all(isinstance(index, Integral) for index in indices)
     return [int(index) for index in indices] if known else []
 

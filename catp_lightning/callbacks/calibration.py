@@ -1,4 +1,4 @@
-"""`CrossAttentionCalibration`: a policy measured on a calibration split, during `trainer.predict`."""
+"""`CrossAttentionCalibration`: finds a pruning policy on a calibration split, during `trainer.predict`."""
 
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -38,7 +38,7 @@ from catp_lightning.progress import Lines, batch_of, shows_bars
 from catp_lightning.refusals import compiled_inside, occupied, refuse_unprunable
 from catp_lightning.saying import rank_zero_info, rank_zero_warn
 
-MANY = 2**20  # tokens; where images differ in their number shares are put in order, and then numbers of tokens
+MANY = 2**20  # tokens assumed per image where images differ in size; sorts budgets in shares before budgets in tokens
 
 _SHARDED = (
     ": every forward of it waits for all processes, but each answers its own batches again, as often as those need. "
@@ -49,7 +49,19 @@ _SHARDED = (
 
 @dataclass
 class _Run:
-    """What lives while one predict loop runs."""
+    """State of one predict loop.
+
+    Attributes:
+        calibrator: measures candidates, stage by stage.
+        recorder: records the model calls of the user's step.
+        partial: the sums on disk, from which an interrupted run goes on.
+        amount: amount of data in the loaders.
+        lines: progress lines.
+        step: the strategy's `predict_step`, recorded by `recorder`.
+        batches: number of batches of the loop so far.
+        replaying: seconds spent on measuring during the loop, beside the user's own prediction.
+        started: time of the loop's start, as `time.monotonic` gives it.
+    """
 
     calibrator: Calibrator
     recorder: Recorder
@@ -65,43 +77,43 @@ class _Run:
 class CrossAttentionCalibration(LoopContext):
     """Compares candidate policies with the unpruned model's own answers and saves the best for each budget.
 
-    `trainer.predict` returns its usual, unpruned predictions, and nothing needs labels. The split is divided by image.
-    During the loop, random subsets of the larger part measure what each visual token, attention head and layer is
-    worth; at its end the user's step runs over the split a few times more, and candidates, each fitted without the
-    images it answers, answer that part again at every budget: losers leave early, and the one that diverges least from
-    the unpruned answers is chosen. On the other part nothing is decided, so its figures are those to quote. Vision runs
-    once a batch for all candidates. Every candidate's figures are kept in the policy's evidence; a report with tables
-    and plots is written beside the policy.
+    `trainer.predict` returns its usual, unpruned predictions; no labels are needed. The split is divided by image.
+    During the loop, random subsets of the visual tokens, on the larger part of the split, measure the worth of each
+    visual token, attention head and layer. At its end the user's step runs over the split a few times more, and
+    candidates, each fitted without the images it answers, answer the larger part again at every budget: losers are
+    dropped early, and the one that diverges least from the unpruned answers is chosen. Nothing is decided on the other
+    part, so its figures are the ones to quote. The vision part of the model runs once a batch for all candidates. Every
+    candidate's figures are kept in the policy's evidence; a report with tables and plots is written beside the policy.
 
-    A run that was interrupted, even killed, goes on where it was when the same is started again. SIGTERM and SIGINT end
-    it at once, with exit code 143 and 130, after what was measured is saved.
+    A run that was interrupted, even killed, is resumed when the same run is started again. SIGTERM and SIGINT end it at
+    once, with exit code 143 and 130, after its measurements are saved.
 
     Args:
-        path: where the policy goes: a file, or a folder that gets `policy.json`; with several budgets a folder that
+        path: where the policy is saved: a file, or a folder that gets `policy.json`; with several budgets a folder that
             gets one `keep-<value>.json` each. Written atomically, at the end.
         keep: the budget, or several: a float in (0, 1] is a share, an int >= 1 a number of tokens. None: 0.5; or, with
             `max_disagreement`, a grid of shares from 3/4 to 1/16.
-        max_disagreement: the budget as a promise: of all budgets, walked down from the largest, the last is taken at
-            which the answers to at most this share of new images change, in (0, 1). One policy is saved.
-        confidence: of that promise, in (0, 1).
+        max_disagreement: chooses the budget by a promise: budgets are tried from the largest down, and the last one is
+            taken at which the answers to at most this share of new images change, in (0, 1). One policy is saved.
+        confidence: confidence of that promise, in (0, 1).
         model: the name of the submodule to calibrate, where the module holds several supported models.
-        scorer: the one method to calibrate, its layers and head weights; None: every rule that drops before the
-            decoder competes. A method that drops inside the decoder is calibrated only by its name: its first layers
-            read all tokens, so that at the same budget it is no rival of the others.
-        scorer_args: its arguments: of "fastv" the layer where tokens leave, {"layer": 2}.
-        selector: its selector; None: its own.
-        guide: the smaller model that the scorer "sgl" asks, or a module that holds one, on its device.
+        scorer: the only method to calibrate, with its layers and head weights; None: every method that drops tokens
+            before the decoder is a candidate. A method that drops tokens inside the decoder is calibrated only if it is
+            named: its first layers read all tokens, so that it is not comparable with the others at the same budget.
+        scorer_args: arguments of `scorer`: for "fastv" the layer where tokens are dropped, {"layer": 2}.
+        selector: selector of `scorer`; None: its default.
+        guide: the smaller model that the scorer "sgl" reads, or a module that holds one, on its device.
 
     Attributes:
-        policies: the policies of the last run, in the order of `keep`; with a promise one.
+        policies: the policies of the last run, in the order of `keep`; one with `max_disagreement`.
 
     Raises:
         PolicyError: a budget is not allowed, a file is named for several budgets, the split has too few images or comes
             in another order each time, another calibration is writing to `path`, or an interrupted one there had other
             settings, another model or other data.
-        PruningError: the model cannot be pruned, or its answers are sampled; at setup, its weights are sharded.
-        OSError: at setup, `path` cannot be written; at the end, it cannot be any more. What was measured is then still
-            in the file beside it, and the same, started again, only saves.
+        PruningError: the model cannot be pruned, or its answers are sampled; at setup: its weights are sharded.
+        OSError: at setup or at the end: `path` cannot be written. In the second case the measurements are still in the
+            file beside it, and the same run, started again, only saves.
 
     Example::
 
@@ -188,7 +200,7 @@ class CrossAttentionCalibration(LoopContext):
                 self._run = None
 
     def _settings(self, trainer: Trainer, family: Family) -> dict[str, Any]:
-        """What the sums of this process depend on."""
+        """Settings on which the sums of this process depend; an interrupted run is resumed only if they are equal."""
         return {
             "catp-lightning": version("catp-lightning"),
             "keep": [repr(keep) for keep in self.budgets],
@@ -197,12 +209,12 @@ class CrossAttentionCalibration(LoopContext):
             "precision": trainer.precision,
             "method": None if self.method is None else self.method.to_dict(),
             "guide": None if self.guide is None else model_fingerprint(self.guide),
-            "batches": [str(number) for number in trainer.num_predict_batches],  # "inf" of a loader without a length
+            "batches": [str(number) for number in trainer.num_predict_batches],  # "inf" for a loader without a length
             "model": model_fingerprint(family.model),
         }
 
     def _partial_file(self, trainer: Trainer) -> Path:
-        """Of this process, beside the policy."""
+        """File beside the policy that holds the sums of this process."""
         stem = self._stem()
         return stem.with_name(f"{stem.name}.partial-{trainer.global_rank}.safetensors")
 
@@ -211,9 +223,9 @@ class CrossAttentionCalibration(LoopContext):
 
     @staticmethod
     def _begin(run: _Run) -> int:
-        """Take over what an interrupted run has of this stage: how many batches."""
+        """Take over the sums of an interrupted run for this stage; return the number of batches in them."""
         stage = run.calibrator.stage
-        # What a later stage does depends on every process's data: a process that starts anew may change it.
+        # A later stage depends on the data of every process: one process that starts from the beginning may change it.
         later = (stage.rules, stage.alive, run.calibrator.parts) if isinstance(stage, Race) else ()
         return run.partial.begin(repr((stage.title, *later)), stage.metrics)
 
@@ -225,7 +237,7 @@ class CrossAttentionCalibration(LoopContext):
             self._run.replaying += time.monotonic() - before
 
     def _read_batch(self, trainer: Trainer, run: _Run, number: int) -> None:
-        """Answer again what the step that just ran asked, under the same precision."""
+        """Measure one batch: replay the model calls of the step that just ran, under the same precision."""
         run.lines.now = f"{run.calibrator.stage.title}, {batch_of(number + 1, trainer.num_predict_batches)}"
         with run.recorder.recorded() as pairs, torch.no_grad(), trainer.precision_plugin.predict_step_context():
             batch = [Samples.of(*pair) for pair in pairs]
@@ -250,17 +262,17 @@ class CrossAttentionCalibration(LoopContext):
         self.policies = run.calibrator.policies()
         for doubt in doubts(self.policies):
             rank_zero_warn(doubt)
-        if trainer.fast_dev_run:  # type: ignore[attr-defined]  # its policy must not replace one that was measured
+        if trainer.fast_dev_run:  # type: ignore[attr-defined]  # its policy must not replace a measured one
             rank_zero_info("catp: nothing is saved by a fast_dev_run.")
         else:
             on_first(trainer, lambda: self._save(trainer, run, plain))
-        run.partial.delete()  # not before all is written: what is started again then has nothing left to measure
+        run.partial.delete()  # after all is written: if writing fails, the next run has nothing left to measure
 
     def save_what_was_done(self, trainer: Trainer, error: BaseException) -> None:
         if self._run is None:
             return
         run = self._run
-        if isinstance(error, Exception):  # the batch that failed may fail again: what was saved last is gone on with
+        if isinstance(error, Exception):  # the batch that failed may fail again: go on from the last saved sums
             return
         saved = run.partial.flush()
         if not trainer.is_global_zero:
@@ -280,22 +292,26 @@ class CrossAttentionCalibration(LoopContext):
         super().teardown(trainer, pl_module, stage)
         if stage == "predict" and trainer.world_size == 1 and not any(trainer.num_predict_batches):
             rank_zero_warn(f"CrossAttentionCalibration read no batch, so {self.path} was not written.")  # no loop ran
-        for line in self.summary:  # as late as can be: progress bars write until the loop has ended
+        for line in self.summary:  # as late as possible: progress bars write until the loop has ended
             rank_zero_info(line)
         self.summary = []
 
     @staticmethod
     def _finish(run: _Run) -> bool:
-        """End a stage; what it added up is saved before, so that it need not be done again."""
+        """End a stage, after saving its sums, so that it need not be repeated; True if another stage follows."""
         run.partial.finish(run.batches, run.calibrator.stage.metrics)
         try:
             return run.calibrator.finish()
-        except PolicyError:  # too few images: with more it is another calibration
+        except PolicyError:  # too few images: a run with more of them is another calibration
             run.partial.delete()
             raise
 
     def _read_again(self, trainer: Trainer, run: _Run, done: int) -> None:
-        """The user's step once more on every batch that is not in the sums: what is compared depends on all before."""
+        """Run the user's step again on every batch that is not in the sums of this stage, and measure it.
+
+        Raises:
+            PruningError: the loader gives another number of batches than in the loop.
+        """
         if done == run.batches:
             return
         hidden = _is_hidden(trainer) or not shows_bars()
@@ -315,7 +331,7 @@ class CrossAttentionCalibration(LoopContext):
             )
 
     def _save(self, trainer: Trainer, run: _Run, plain: float | None) -> None:
-        """The policies and their report."""
+        """Write the policies and their report."""
         run.lines.now = "writing policies and their report"
         files = [policy.save(self._file(policy.keep)) for policy in self.policies]
         folder, seconds = report_folder(self.path), run.partial.seconds
@@ -329,7 +345,7 @@ class CrossAttentionCalibration(LoopContext):
             )
 
     def _refuse_unwritable(self) -> None:
-        """Raise OSError where what is found could not be saved."""
+        """Raise OSError if a policy or the report could not be written."""
         for file in (*map(self._file, self.budgets), report_folder(self.path) / PAGE):
             check_writable(file)
 
@@ -343,12 +359,12 @@ class CrossAttentionCalibration(LoopContext):
 
 
 def _is_hidden(trainer: Trainer) -> bool:
-    """Whether nobody is to be told how far a stage is."""
+    """True if this process shows no progress: progress bars are off, or it is not the first process."""
     return trainer.progress_bar_callback is None or not trainer.is_global_zero
 
 
 def _check_exit(budgets: Sequence[int | float], args: Mapping[str, Any]) -> None:
-    """Raise PolicyError where a calibration of visual exit is told what it is to find, or gets budgets of tokens."""
+    """Raise PolicyError if a calibration of visual exit is given the layer, which it has to find, or token budgets."""
     if "layer" in args or not all(isinstance(keep, float) for keep in budgets):
         raise PolicyError(
             f"visual-exit is calibrated with keep {list(budgets)} and scorer_args {dict(args)}: its budgets are shares "

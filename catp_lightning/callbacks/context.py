@@ -1,4 +1,4 @@
-"""A callback that is inside a context manager while evaluation loops run, and outside at every other time."""
+"""`LoopContext`: base class of callbacks that are inside a context manager while an evaluation loop runs."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
@@ -19,7 +19,7 @@ Failed = Callable[[BaseException], None]
 
 
 class _First(Callback):
-    """Calls `failed` when a run fails; asks before each batch whether it should end."""
+    """Callback that calls `failed` when a run fails, and ends the run before a batch if a signal has come."""
 
     def __init__(self, failed: Failed) -> None:
         self._failed = failed
@@ -39,10 +39,13 @@ class _First(Callback):
 
 @contextmanager
 def _told_first(trainer: Trainer, failed: Failed) -> Iterator[None]:
-    """While inside, `failed` is called before any other callback's `on_exception`: one that raises ends the calling."""
+    """Context in which `failed` is called before any callback's `on_exception`.
+
+    Were it called later, a callback that raises there would keep it from being called at all.
+    """
     callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]  # Lightning does not declare it
     first = _First(failed)
-    trainer.callbacks = [first, *callbacks]  # type: ignore[attr-defined]  # Lightning goes through the old list
+    trainer.callbacks = [first, *callbacks]  # type: ignore[attr-defined]  # a new list: Lightning may be iterating over the old one
     try:
         yield
     finally:
@@ -51,15 +54,15 @@ def _told_first(trainer: Trainer, failed: Failed) -> Iterator[None]:
 
 
 class LoopContext(Callback, ABC):
-    """Enters `loop_context` when an evaluation loop starts and always leaves it: at its end, or after any exception,
-    before any other callback hears of that.
+    """Base class of callbacks that enter `loop_context` when an evaluation loop starts and always leave it again.
 
-    SIGTERM and SIGINT are such exceptions, SystemExit with code 143 and 130, but in fit, where Lightning waits for a
-    place to save a checkpoint.
+    The context is left at the end of the loop, or after any exception, before any other callback's `on_exception`.
+    SIGTERM and SIGINT raise such an exception, SystemExit with code 143 and 130, except in fit, where Lightning waits
+    until a checkpoint can be saved.
 
     Args:
         stages: the loops to be active in; "validate" includes validation inside fit.
-        sanity_check: whether to be active in the sanity check before fit as well.
+        sanity_check: True to be active in the sanity check before fit as well.
 
     Raises:
         ValueError: a stage is none of "validate", "test" and "predict".
@@ -74,16 +77,19 @@ class LoopContext(Callback, ABC):
 
     @abstractmethod
     def loop_context(self, trainer: Trainer, pl_module: LightningModule, stage: Stage) -> AbstractContextManager[Any]:
-        """The context of one loop; entered outside inference mode, so that tensors made in it can be used later."""
+        """Return the context of one loop; it is entered outside inference mode, so that its tensors stay usable."""
 
     @abstractmethod
     def take_part(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """What all processes do at the end of an epoch, in one that had no batch; called inside `loop_context`."""
+        """Take part, in a process that had no batch, in what all processes do at the end of an epoch.
+
+        Called inside `loop_context`.
+        """
 
     def _enter(self, trainer: Trainer, pl_module: LightningModule, stage: Stage) -> None:
         if stage not in self.stages or (trainer.sanity_checking and not self.sanity_check):
             return
-        if self.__dict__.setdefault("_trainer", trainer) is not trainer:  # in one step: it may be in another thread
+        if self.__dict__.setdefault("_trainer", trainer) is not trainer:  # in one step: others may run in threads
             raise self._elsewhere()
         with ExitStack() as stack, torch.inference_mode(False):
             stack.callback(self.__dict__.pop, "_trainer", None)
@@ -94,7 +100,10 @@ class LoopContext(Callback, ABC):
             self._entered = stack.pop_all()
 
     def save_what_was_done(self, trainer: Trainer, error: BaseException) -> None:
-        """The loop has failed, or was ended; called inside `loop_context`, before any other callback hears of it."""
+        """Save the work done so far, when the loop failed or was ended; does nothing unless overridden.
+
+        Called inside `loop_context`, before any other callback's `on_exception`.
+        """
 
     def _fail(self, trainer: Trainer, error: BaseException) -> None:
         try:
@@ -104,15 +113,15 @@ class LoopContext(Callback, ABC):
 
     def _leave(self) -> None:
         if self._entered is not None:
-            self._entered.close()  # once more, where an interrupt came in between: what is undone is not undone again
+            self._entered.close()  # may be called again after an interrupt: what has been left is not left twice
             self._entered = None
 
     def _leave_loop_of(self, trainer: Trainer) -> None:
-        if trainer is self.__dict__.get("_trainer"):  # not where it was refused in another, whose loop goes on
+        if trainer is self.__dict__.get("_trainer"):  # not if `trainer` was refused: the loop of another one goes on
             self._leave()
 
     def _elsewhere(self) -> PruningError:
-        """Of a loop of another trainer that is running: its end would be the end of both."""
+        """Error for a callback used in a second trainer while a loop of the first runs: one's end would end both."""
         name = type(self).__name__
         return PruningError(
             f"This {name} is at work in another Trainer, whose loop has not ended: give each Trainer that runs at the "
@@ -124,8 +133,8 @@ class LoopContext(Callback, ABC):
         if inside is not None and inside is not trainer and inside.state.status == "running":
             raise self._elsewhere()
         if inside is not None:
-            self._leave()  # of a run that died before it could leave
-            self.__dict__.pop("_trainer", None)  # or before it was inside
+            self._leave()  # left over from a run that died before it could leave
+            self.__dict__.pop("_trainer", None)  # or before it had entered
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._enter(trainer, pl_module, "validate")
@@ -158,6 +167,6 @@ class LoopContext(Callback, ABC):
                 self._leave_loop_of(trainer)
 
     def __getstate__(self) -> dict[str, Any]:
-        """A copy, for another process or by deepcopy, is outside: it must not leave what it never entered."""
+        """State without the entered context: a copy, by pickle or deepcopy, must not leave what it never entered."""
         others = ("log", "log_dict", "_trainer")  # Lightning puts the module's methods here, and with them the model
         return {**{name: value for name, value in self.__dict__.items() if name not in others}, "_entered": None}

@@ -1,4 +1,4 @@
-"""What can be seen of the calibration loaders before anything is measured: their order, and how much is in them."""
+"""Checks of the calibration loaders before anything is measured: their order, and their amount of data."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -14,18 +14,18 @@ from catp_lightning.calibration.budget import Promise
 from catp_lightning.calibration.split import PROMISED
 from catp_lightning.errors import PolicyError, PruningError
 
-MOST = 4096  # batches of a loader without a length whose order is looked at
-HOPELESS = 1e-9  # probability that enough images fall in the part that a promise is tested on
+MOST = 4096  # batches of a loader without a length whose order is compared
+HOPELESS = 1e-9  # a split is refused if enough images fall in the part that tests a promise less probably than this
 
 
 @dataclass(frozen=True)
 class Amount:
-    """How much all processes will read, as far as loaders tell.
+    """Amount of data that all processes will read, as far as it can be known before reading.
 
     Attributes:
-        items: of the data sets; None: a loader does not tell.
-        batches: None: a loader does not tell.
-        first: items in this process's first batch; None: a loader does not tell.
+        items: number of items of the data sets; None: unknown for some loader.
+        batches: number of batches; None: unknown for some loader.
+        first: number of items in this process's first batch; None: unknown.
     """
 
     items: int | None
@@ -33,9 +33,10 @@ class Amount:
     first: int | None
 
     def check(self, samples: int, promise: Promise) -> None:
-        """Raise PolicyError where the split is too small for `promise`, seen that the first batch had `samples`.
+        """Raise PolicyError if the split is too small for `promise`, judged by the `samples` in the first batch.
 
-        An item may be several samples; where loaders give whole batches, later ones may be twice as large.
+        An item may be several samples. Where the number of items is unknown, later batches are taken to have at most
+        twice as many samples as the first.
         """
         if self.batches is None or not samples:
             return
@@ -54,13 +55,13 @@ class Amount:
 
 
 def refuse_unordered(trainer: Trainer) -> Amount:
-    """Raise where the predict loaders cannot be read several times in one order: as far as samplers tell.
+    """Raise if the predict loaders cannot be read several times in the same order; return their amount of data.
 
-    Each sampler is asked twice for its indices; no data are read.
+    Each sampler is iterated over twice and its indices are compared; no data are read.
 
     Raises:
         PolicyError: a sampler gives another order each time.
-        PruningError: a loader is an iterator, which ends.
+        PruningError: a loader is an iterator, which can be read only once.
     """
     items, known = 0, True
     first: int | None = None
@@ -89,7 +90,7 @@ def refuse_unordered(trainer: Trainer) -> Amount:
 
 
 def _order(loader: Any, most: float) -> list[list[str]] | None:
-    """Which items of its data set each of the loader's batches is made of; None where it does not tell."""
+    """Indices, as text, of the data set's items in each batch of a loader; None if the loader has no sampler."""
     if not isinstance(loader, DataLoader) or isinstance(loader.dataset, IterableDataset):
         return None
     batches = _batch_sampler(loader)
@@ -98,7 +99,7 @@ def _order(loader: Any, most: float) -> list[list[str]] | None:
 
 
 def _batch_sampler(loader: Any) -> Any:
-    """The user's: Lightning's around it is at work already, and would begin anew."""
+    """Return the user's batch sampler without Lightning's wrapper, which is in use already and would start again."""
     sampler = getattr(loader, "batch_sampler", None)
     return getattr(sampler, "_batch_sampler", sampler)
 

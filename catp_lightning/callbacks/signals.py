@@ -1,4 +1,4 @@
-"""SIGTERM and SIGINT end a loop at once: what was done is saved on the way out, and the exit code tells."""
+"""SIGTERM and SIGINT end a loop at once: work done is saved on the way out, and the exit code names the signal."""
 
 import os
 import signal
@@ -16,15 +16,14 @@ from lightning.pytorch import Trainer
 from catp_lightning.safe_text import one_line
 
 WAIT = 5.0
-"""Seconds that the processes this one started have to save what they did."""
+"""Seconds that the processes started by this one have to save their work."""
 
 
 class _Ending:
-    """The handler of both signals, for all callbacks of a trainer: raises SystemExit where the main thread just is.
+    """Handler of both signals, for all callbacks of a trainer: raises SystemExit wherever the main thread is.
 
-    A scheduler sends SIGTERM some seconds before it kills; Lightning's own handler only notes it, and its predict loop
-    never asks. What a handler interrupts must not count on anything after it, so that sums are saved as they were after
-    the last whole batch.
+    A scheduler sends SIGTERM some seconds before it kills; Lightning's own handler only records it, and its predict
+    loop never checks. Code may be interrupted at any point, so that only sums as of the last whole batch may be saved.
     """
 
     def __init__(self, trainer: Trainer) -> None:
@@ -35,29 +34,29 @@ class _Ending:
     def __call__(self, number: int, frame: FrameType | None) -> None:
         if os.getpid() != self.process:
             _as_by_default(number, frame)
-        elif self.received is None:  # later ones would interrupt the saving
+        elif self.received is None:  # a second signal would interrupt the saving
             self.received = signal.Signals(number)
             self._tell(number, frame)
             if not _in_handler(frame):
                 self.check()
 
     def check(self) -> None:
-        """Raise SystemExit if a signal came: where one could not be raised at once, or was swallowed."""
+        """Raise SystemExit if a signal has come whose SystemExit could not be raised at once, or was swallowed."""
         if self.received is not None:
             raise SystemExit(128 + self.received)
 
     def _tell(self, number: int, frame: FrameType | None) -> None:
-        """Everybody who would have heard: processes started by Lightning, its own handler, and the user's."""
+        """Pass the signal on to the processes that Lightning started, to its own handler and to the user's."""
         before = self.before[number]
         for process in _started(self.trainer):
             with suppress(OSError):
                 process.send_signal(number)
-        if number == signal.SIGINT:  # Python's own: it raises
+        if number == signal.SIGINT:  # the previous handler is Python's own, which raises
             return
         if self.trainer.world_size == 1:
             before(number, frame)
             return
-        for handler in getattr(before, "signal_handlers", [before]):  # Lightning's own waits there for other processes
+        for handler in getattr(before, "signal_handlers", [before]):  # Lightning's own waits for other processes
             if callable(handler) and type(getattr(handler, "__self__", None)).__name__ != "_SignalConnector":
                 handler(number, frame)
 
@@ -65,9 +64,9 @@ class _Ending:
         for number in (signal.SIGTERM, signal.SIGINT):
             before = signal.getsignal(number)
             if number == signal.SIGINT and before is not signal.default_int_handler:
-                continue  # somebody else's, who wants something else
+                continue  # another handler than Python's own is left in place
             if not callable(before) or signal.SIG_IGN in getattr(before, "signal_handlers", []):
-                continue  # ignored; or, of SIGTERM, nothing is to be heard here: Lightning has not put its own
+                continue  # ignored; or SIGTERM has no handler here: Lightning did not install its own
             self.before[number] = before
             signal.signal(number, self)
 
@@ -79,20 +78,21 @@ class _Ending:
             self._wait()
 
     def _wait(self) -> None:
-        """Until the other processes of this machine have saved: the same command, given at once, finds nobody there."""
+        """Wait for the other processes of this machine to save, so that the same command can be run again at once."""
         until = time.monotonic() + WAIT
         for process in (started := _started(self.trainer)):
             with suppress(subprocess.TimeoutExpired):
                 process.wait(max(0.0, until - time.monotonic()))
-        started.clear()  # or Lightning kills this process, because one of those ended by a signal
+        started.clear()  # otherwise Lightning kills this process because one of them ended by a signal
 
 
 @contextmanager
 def ended_by_signals(trainer: Trainer) -> Iterator[None]:
-    """While inside, SIGTERM and SIGINT raise SystemExit, with code 143 and 130, in the main thread.
+    """Context in which SIGTERM and SIGINT raise SystemExit, with code 143 and 130, in the main thread.
 
-    Nothing is installed in other threads, and where a signal is ignored; of SIGINT, where somebody else handles it. A
-    handler that the user had for SIGTERM is called before. At the end the handlers are those of before.
+    No handler is installed outside the main thread, for a signal that is ignored, or for SIGINT if it has another
+    handler than Python's own. The user's own handler of SIGTERM is called first. At the end the previous handlers are
+    restored.
     """
     if threading.current_thread() is not threading.main_thread():
         yield
@@ -117,14 +117,14 @@ def end_if_told() -> None:
 
 
 def tell(line: str) -> None:
-    """A line for who ended the run, where errors go, if anybody is there."""
-    with suppress(OSError, ValueError):  # nobody reads it any more, or the disk of a log is full
+    """Print a line to standard error, for the person who ended the run; does nothing if that fails."""
+    with suppress(OSError, ValueError):  # nobody reads standard error any more, or the disk of a log is full
         print(file=sys.stderr)  # a progress bar leaves its line open
         print(one_line(f"catp: {line}"), file=sys.stderr, flush=True)
 
 
 def ended_by(error: BaseException) -> str:
-    """What ended a run, for people.
+    """Name of what ended a run: the signal, or the class of the error.
 
     >>> ended_by(SystemExit(143)), ended_by(KeyboardInterrupt()), ended_by(ValueError("x"))
     ('SIGTERM', 'SIGINT', 'ValueError')
@@ -144,13 +144,13 @@ def _installed() -> _Ending | None:
 
 
 def _started(trainer: Trainer) -> list[subprocess.Popen[bytes]]:
-    """The processes that Lightning started by running the program again: its list, which it looks after."""
+    """Processes that Lightning started by running the program again: Lightning's own list, not a copy."""
     processes: list[Any] = getattr(trainer.strategy.launcher, "procs", [])
     return processes if all(isinstance(process, subprocess.Popen) for process in processes) else []
 
 
 def _as_by_default(number: int, frame: FrameType | None) -> None:
-    """In a child that was forked and inherited the handler, a loader's worker for example."""
+    """Handle a signal in a forked child that inherited the handler, such as a loader's worker, by Python's default."""
     if number == signal.SIGINT:
         signal.default_int_handler(number, frame)
     signal.signal(number, signal.SIG_DFL)
@@ -158,7 +158,7 @@ def _as_by_default(number: int, frame: FrameType | None) -> None:
 
 
 def _in_handler(frame: FrameType | None) -> bool:
-    """Whether another signal's handler is at work: one that requeues the job must not be interrupted."""
+    """True if another signal handler is running at `frame`: one that requeues the job must not be interrupted."""
     handlers = [signal.getsignal(number) for number in signal.valid_signals()]
     codes = {_code(handler) for handler in handlers if not isinstance(handler, _Ending)} - {None}
     while frame is not None:
@@ -169,6 +169,6 @@ def _in_handler(frame: FrameType | None) -> bool:
 
 
 def _code(handler: Any) -> CodeType | None:
-    """Of a function, a method, or an object that is called."""
+    """Code object of a function, of a method or of a callable object's `__call__`; None if it has none."""
     called = handler if hasattr(handler, "__code__") else getattr(type(handler), "__call__", None)  # noqa: B004
     return getattr(called, "__code__", None)

@@ -1,4 +1,4 @@
-"""The user's predict step: told apart from whatever else asks the model while a loop runs, and repeated."""
+"""The user's predict step: recorded apart from other model calls while a loop runs, and run again on each batch."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -14,7 +14,12 @@ StepFunction = Callable[..., Any]
 
 
 class _Steps:
-    """A strategy's `predict_step`, on the strategy itself while steps are recorded, by one calibration or several."""
+    """Replacement of a strategy's `predict_step` while one or several calibrations record the user's steps.
+
+    Args:
+        step: the `predict_step` that is replaced.
+        own: the `predict_step` set on this strategy object itself, if any, to be put back at the end.
+    """
 
     def __init__(self, step: StepFunction, own: StepFunction | None) -> None:
         self.step, self.own = step, own
@@ -26,10 +31,10 @@ class _Steps:
 
 @contextmanager
 def recorded_steps(strategy: Strategy, recorder: Recorder) -> Iterator[StepFunction]:
-    """While inside, `recorder` hears what the user's steps ask the model, and not what other callbacks ask between.
+    """Context in which `recorder` records the model calls of the user's steps, and not those of other callbacks.
 
     Yields:
-        The strategy's `predict_step`, heard by this recorder alone: for a batch that is read once more.
+        The strategy's `predict_step`, recorded by this recorder alone: for a batch that is read again.
     """
     steps = own = strategy.__dict__.get("predict_step")
     if not isinstance(steps, _Steps):
@@ -42,12 +47,12 @@ def recorded_steps(strategy: Strategy, recorder: Recorder) -> Iterator[StepFunct
         steps.recorders.remove(recorder)
         if not steps.recorders:
             del strategy.__dict__["predict_step"]
-            if steps.own is not None:  # somebody else's, who set it on this very strategy
+            if steps.own is not None:  # set on this strategy object by other code
                 strategy.__dict__["predict_step"] = steps.own
 
 
 def _heard(recorders: list[Recorder], step: StepFunction) -> StepFunction:
-    """A step that these recorders hear."""
+    """Wrap a step so that the recorders are active while it runs."""
 
     def call(*args: Any, **kwargs: Any) -> Any:
         for recorder in recorders:
@@ -62,7 +67,7 @@ def _heard(recorders: list[Recorder], step: StepFunction) -> StepFunction:
 
 
 def batches_again(trainer: Trainer) -> Iterator[tuple[Any, ...]]:
-    """The arguments of `predict_step` for every batch of this process, prepared as the predict loop prepares them."""
+    """Arguments of `predict_step` for every batch of this process, prepared as the predict loop prepares them."""
     loaders = trainer.predict_dataloaders
     loaders = loaders if isinstance(loaders, list) else [loaders]
     for index, (loader, most) in enumerate(zip(loaders, trainer.predict_loop.max_batches, strict=True)):

@@ -1,4 +1,4 @@
-"""Several processes: which strategies are refused, and what all processes do together."""
+"""Runs on several processes: strategies that are refused, and actions that all processes take together."""
 
 from collections.abc import Callable
 
@@ -17,18 +17,18 @@ _DEEPSPEED = (
 
 
 def refuse_deepspeed(trainer: Trainer, name: str) -> None:
-    """Raise PruningError where DeepSpeed runs the model; `name` is who cannot work there."""
+    """Raise PruningError if DeepSpeed runs the model; `name` is the class that cannot be used with it."""
     if is_a(trainer.strategy, "DeepSpeedStrategy"):
         raise PruningError(_DEEPSPEED.format(name=name, strategy=type(trainer.strategy).__name__))
 
 
 def refuse_sharded(trainer: Trainer, name: str, why: str) -> None:
-    """Raise PruningError where no process holds the whole model: under FSDP, FSDP2 or tensor parallelism, or DeepSpeed.
+    """Raise PruningError if no process holds the whole model: under FSDP, FSDP2, tensor parallelism or DeepSpeed.
 
     Args:
-        trainer: its strategy is asked.
-        name: who cannot work there.
-        why: what follows "which shards the model": the reason, and what to do instead.
+        trainer: the trainer whose strategy is checked.
+        name: the class that cannot be used with such a strategy.
+        why: end of the message, after "which shards the model": the reason, and what to do instead.
     """
     refuse_deepspeed(trainer, name)
     if is_a(trainer.strategy, "FSDPStrategy", "ModelParallelStrategy"):
@@ -37,7 +37,7 @@ def refuse_sharded(trainer: Trainer, name: str, why: str) -> None:
 
 
 def on_first(trainer: Trainer, write: Callable[[], object]) -> None:
-    """The first process writes; where it cannot, all of them raise its error: none is left waiting for it."""
+    """Call `write` in the first process; if it fails, all processes raise its error, so that none waits for it."""
     failed: Exception | None = None
     if trainer.is_global_zero:
         try:
@@ -50,7 +50,12 @@ def on_first(trainer: Trainer, write: Callable[[], object]) -> None:
 
 
 def on_all(trainer: Trainer, write: Callable[[], object]) -> None:
-    """Every process writes; where one cannot, all of them raise: none is left waiting for it."""
+    """Call `write` in every process; if it fails in one, all processes raise, so that none waits for it.
+
+    Raises:
+        Exception: the error of `write` in this process.
+        OSError: `write` failed in other processes only.
+    """
     failed: Exception | None = None
     try:
         write()
@@ -65,15 +70,15 @@ def on_all(trainer: Trainer, write: Callable[[], object]) -> None:
 
 
 def loop_was_skipped(trainer: Trainer, stage: str) -> bool:
-    """Whether this process, one of several, had no batch in the run of `stage` that now ends.
+    """True if this process, one of several, had no batch in the run of `stage` that now ends.
 
-    Lightning then skips its whole loop (`allow_zero_length_dataloader_with_multiple_devices`): no hook of the loop is
-    called, and processes that had batches wait for it at the end of theirs.
+    Lightning then skips the process's whole loop (`allow_zero_length_dataloader_with_multiple_devices`): no hook of the
+    loop is called, and the processes that had batches wait for it at the end of their loops.
     """
     if trainer.world_size == 1 or stage not in ("validate", "test", "predict"):
         return False
     limits = {"test": trainer.limit_test_batches, "predict": trainer.limit_predict_batches}
-    if limits.get(stage, trainer.limit_val_batches) == 0:  # nobody has any
+    if limits.get(stage, trainer.limit_val_batches) == 0:  # no process has any batch
         return False
     batches = {"test": trainer.num_test_batches, "predict": trainer.num_predict_batches}
     counts = batches.get(stage, trainer.num_val_batches)
@@ -81,9 +86,10 @@ def loop_was_skipped(trainer: Trainer, stage: str) -> bool:
 
 
 def refuse_without_validation(trainer: Trainer, name: str) -> None:
-    """Raise PruningError in all processes where, in fit, some have batches to validate and others have none.
+    """Raise PruningError in all processes if, in fit, some have batches to validate and others have none.
 
-    What is counted over all processes would wait there for those that train on; all must ask, as fit starts.
+    A count over all processes would wait for the processes that go on training. Every process must call this at the
+    start of fit.
     """
     if trainer.world_size == 1:
         return

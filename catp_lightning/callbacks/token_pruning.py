@@ -29,7 +29,7 @@ from catp_lightning.sources import Source, policy_or_path
 
 @dataclass
 class _Loop:
-    """What is read and counted while one loop runs; it ends with the loop."""
+    """Metrics of one loop, and the pruning that they are read from."""
 
     pruning: Pruning
     tokens: TokensKept
@@ -54,7 +54,10 @@ class _Loop:
             self.comparison.same.clear()
 
     def figures(self) -> dict[str, float]:
-        """Over all processes: every process must ask, at the end of the epoch. Empty where no image was read."""
+        """Figures of the epoch over all processes, by name; empty, with a warning, if no image was read.
+
+        Every process must call this at the end of the epoch.
+        """
         figures = {f"catp/{name}": float(value) for name, value in self.tokens.compute().items()}
         if math.isnan(figures["catp/keep_share"]):
             rank_zero_warn(
@@ -74,37 +77,37 @@ class _Loop:
 
 
 class TokenPruning(LoopContext):
-    """Prunes visual tokens in the validation, test and predict loops; training is never touched.
+    """Prunes visual tokens in the validation, test and predict loops; training is not changed.
 
-    Logs, once an epoch, `catp/tokens_kept` (mean visual tokens kept a sample) and `catp/keep_share` (in (0, 1]), and
-    where tokens leave inside the decoder `catp/tokens_per_layer`, the mean over its layers of how many each reads; in
-    predict, where Lightning forbids `log`, straight to the trainer's loggers, and where there are none to the console.
-    The model is restored after each loop and after any exception. Where the split shares images with the one that the
-    policy was calibrated on, a warning at the end of each epoch says how many. Checkpoints of a fit
-    whose validation it prunes hold the policy, as plain JSON types under "catp_policy", and nothing else of the
-    callback: they load without it.
+    Logs, once an epoch, `catp/tokens_kept` (mean number of visual tokens kept a sample) and `catp/keep_share` (in
+    (0, 1]), and, where tokens are dropped inside the decoder, `catp/tokens_per_layer`, the mean number of visual tokens
+    that a decoder layer reads. In predict, where Lightning forbids `log`, they go directly to the trainer's loggers,
+    and to the console if there are none. The model is restored after each loop and after any exception. If the split
+    shares images with the one that the policy was calibrated on, a warning at the end of each epoch gives their number.
+    Checkpoints of a fit whose validation is pruned hold the policy, as plain JSON types under "catp_policy", and
+    nothing else of the callback: they load without it.
 
     Args:
         policy: a `PruningPolicy`, or a path or address for `PruningPolicy.load`, read when a stage is set up; in a
-            configuration file also the fields of one, {scorer: catp, keep: 0.25}. None: the one in the checkpoint that
-            `ckpt_path=` names. One that is given wins over the checkpoint's, and a warning says where they differ.
-        keep: the budget, in place of the policy's own; of a folder with several budgets, the one to take. A float in
+            configuration file also the fields of one, {scorer: catp, keep: 0.25}. None: the policy in the checkpoint
+            that `ckpt_path=` names. A given policy wins over the checkpoint's, with a warning of the differences.
+        keep: the budget, in place of the policy's own; with a folder of several budgets, the one to take. A float in
             (0, 1] is a share, an int >= 1 a number of tokens.
         stages: the loops to prune in; "validate" includes validation inside fit.
         compare: run the unpruned model on each batch as well and log `catp/agreement`, the share of equal answers.
-        sanity_check: whether to prune in the sanity check before fit.
+        sanity_check: True to prune in the sanity check before fit as well.
         model: the name of the submodule to prune, where the module holds several supported models.
-        guide: the smaller model that the scorer `sgl` asks for, as in `prune`; it stays on the device it is on.
+        guide: the smaller model that the scorer `sgl` reads, as in `prune`; it stays on its device.
 
     Attributes:
-        figures: what was logged at the end of the last epoch.
+        figures: the figures logged at the end of the last epoch, by name.
 
     Raises:
-        ValueError: an unknown stage.
-        PolicyError: `keep` is not allowed; at setup, the policy cannot be read; at the start of the loop, it was made
+        ValueError: a stage is unknown.
+        PolicyError: `keep` is not allowed; at setup: the policy cannot be read; at the start of the loop: it was made
             for another model, or none was given and no checkpoint with one was loaded.
-        PruningError: at setup, `CrossAttentionCalibration` is in the same trainer and both would act in predict, or
-            DeepSpeed runs the model; at the start of the loop, the model cannot be pruned.
+        PruningError: at setup: `CrossAttentionCalibration` is in the same trainer and both would act in predict, or
+            DeepSpeed runs the model; at the start of the loop: the model cannot be pruned.
 
     Example::
 
@@ -143,11 +146,11 @@ class TokenPruning(LoopContext):
         refuse_deepspeed(trainer, "TokenPruning")
         if stage == "predict":
             _refuse_beside_calibration(trainer)
-        if self.policy is not None:  # otherwise the last checkpoint's stays, as its weights do
+        if self.policy is not None:  # otherwise the last checkpoint's policy stays, as its weights do
             self._loaded = load_policy(self.policy, self.keep)
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        if self._loaded is not None:  # under this callback's own key Lightning would ask for it wherever it is loaded
+        if self._loaded is not None:  # under the callback's own key Lightning would ask for the callback at every load
             checkpoint[POLICY_KEY] = self._loaded.to_dict()
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
@@ -159,7 +162,7 @@ class TokenPruning(LoopContext):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if "validate" in self.stages and trainer.enable_validation:
-            self._current_policy()  # now, not after the first epoch
+            self._current_policy()  # raises now, not after the first epoch
             refuse_without_validation(trainer, "TokenPruning")
 
     def _current_policy(self) -> PruningPolicy:
@@ -206,8 +209,8 @@ class TokenPruning(LoopContext):
     def _log(self, pl_module: LightningModule) -> None:
         if self._loop is not None:
             self.figures = self._loop.figures()
-            # Equal on all processes: said to be synchronised, or Lightning warns, and of the first, or it would wait
-            # for those that have no batch.
+            # The figures are equal on all processes: sync_dist keeps Lightning from warning, and rank_zero_only from
+            # waiting for processes that have no batch.
             pl_module.log_dict(self.figures, sync_dist=True, rank_zero_only=True)
 
     def on_predict_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -215,7 +218,7 @@ class TokenPruning(LoopContext):
             self.figures = self._loop.figures()
             said = ", ".join(f"{name} {value:.4g}" for name, value in self.figures.items())
             tell(trainer.loggers, said, lambda logger: logger.log_metrics(self.figures, step=trainer.global_step))
-            if not trainer.loggers:  # or nobody would see them
+            if not trainer.loggers:  # otherwise nobody would see the figures
                 rank_zero_info(said)
 
     def take_part(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -227,11 +230,11 @@ class TokenPruning(LoopContext):
 
 
 def load_policy(policy: str | Path | PruningPolicy, keep: int | float | None) -> PruningPolicy:
-    """The policy itself, or the one at a path; with `keep`, at that budget.
+    """Return the policy that is given, or load the one at a path; with `keep`, at that budget.
 
     Raises:
-        PolicyError: nothing can be read there, a folder holds no policy for `keep`, or the images in the policy's
-        evidence are damaged: now, not when a loop starts after hours of training.
+        PolicyError: no policy can be read at the path, a folder holds none for `keep`, or the images in the policy's
+            evidence are damaged (raised here, not when a loop starts after hours of training).
     """
     if not isinstance(policy, PruningPolicy):
         policy = PruningPolicy.load(policy, keep=keep)
@@ -241,7 +244,7 @@ def load_policy(policy: str | Path | PruningPolicy, keep: int | float | None) ->
 
 
 def warn_where_monitored(trainer: Trainer, name: str) -> None:
-    """Validation inside fit runs pruned: whoever watches its metrics should know."""
+    """Warn if a callback monitors metrics of validation inside fit, which runs pruned; `name` is what prunes it."""
     watched = {
         f"{type(callback).__name__} (monitor={monitor!r})"
         for callback in _callbacks(trainer)

@@ -1,4 +1,4 @@
-"""What a command learns from the Trainer's loop: that it has begun, and how far it is."""
+"""`Watch`: tells a command that the Trainer's loop has begun, and writes progress lines."""
 
 from typing import Any
 
@@ -8,11 +8,11 @@ from catp_lightning.progress import Lines, Preparation, batch_of
 
 
 class Watch(Callback):
-    """Ends the preparation of a command when a loop begins, and says how far the loop is where no bar can be drawn.
+    """Ends the preparation of a command when a loop begins, and writes progress lines where no bar can be drawn.
 
     Args:
-        preparation: of the command.
-        says: whether lines are wanted.
+        preparation: preparation phase of the command.
+        says: True to write progress lines.
     """
 
     def __init__(self, preparation: Preparation, says: bool) -> None:
@@ -34,7 +34,7 @@ class Watch(Callback):
         if self._lines is not None:
             self._lines.close()
 
-    # After every callback's `on_..._start`: what is refused there was asked for wrongly.
+    # Called after every callback's `on_..._start`: an error raised there still counts as wrong usage.
     on_validation_epoch_start = on_test_epoch_start = on_predict_epoch_start = _begin
 
     def on_validation_batch_end(self, trainer: Trainer, *args: Any) -> None:
@@ -54,5 +54,5 @@ class Watch(Callback):
 
 
 def _name(trainer: Trainer) -> str:
-    """The command: validate, test or predict."""
+    """Name of the command: validate, test or predict; empty if the trainer runs none."""
     return "" if trainer.state.fn is None else trainer.state.fn.value

@@ -9,22 +9,22 @@ SHIPPED = ("digits_blip2", "digits_llava", "digits_mllama")
 GRIDS = {
     "digits_blip2": ((4, 4),),
     "digits_llava": ((6, 6),),
-    "digits_mllama": ((3, 3), (3, 6), (6, 3), (6, 6)),  # of 1, 2, 2 and 4 tiles
+    "digits_mllama": ((3, 3), (3, 6), (6, 3), (6, 6)),  # 1, 2, 2 and 4 tiles
 }
-"""For each shipped model the scenes it knows: `grids` of `write_scenes`."""
+"""Grids (rows, columns) of the scenes that each shipped model knows: the argument `grids` of `write_scenes`."""
 
 PROMPTS = {
     "digits_blip2": "Question: {} Short answer:",
     "digits_llava": "<image> Question: {} Short answer:",
     "digits_mllama": "<|image|>Question: {} Short answer:",
 }
-"""For each shipped model the prompt it was trained with: `prompt` of `VQADataModule`."""
+"""Prompt that each shipped model was trained with: the argument `prompt` of `VQADataModule`."""
 
 
 def shipped(name: str) -> Path:
-    """The folder of a model that comes with the package, with its processor: one of `SHIPPED`.
+    """Return the folder of a shipped model and its processor; `name` is one of `SHIPPED`.
 
-    All answer questions about digit scenes, on the grids of `GRIDS` and in the prompts of `PROMPTS`.
+    All shipped models answer questions about digit scenes, on the grids of `GRIDS` and in the prompts of `PROMPTS`.
 
     Raises:
         DataError: no model of that name is shipped.

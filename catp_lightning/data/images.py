@@ -1,4 +1,4 @@
-"""Image files read as RGB, upright and of bounded size: a data set's files are foreign, and may be made to do harm."""
+"""Read image files as RGB, upright and of bounded size: files of a foreign data set may be damaged or malicious."""
 
 import math
 import mmap
@@ -13,40 +13,42 @@ import numpy as np
 from PIL import Image, ImageOps
 
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")
-"""What is read, told by a file's content. Pillow knows fifty more; for some it starts other programs."""
+"""Formats that are read, told by a file's content. Pillow knows fifty more; for some it starts other programs."""
 
 MAX_PIXELS = 2**26
-"""Unpacked at most, unless a split says otherwise: 8192 x 8192, a photo of 64 megapixels, 192 MiB as RGB."""
+"""Default limit on the pixels of a decoded image: 8192 x 8192, a photo of 64 megapixels, 192 MiB as RGB."""
 
 KEPT_PIXELS = 2**24
-"""Handed on at most, 48 MiB as RGB: no processor of transformers reads an image of more pixels than 4096 x 4096."""
+"""Limit on the pixels of a returned image, 48 MiB as RGB: no processor of transformers reads more than 4096 x 4096."""
 
 MAX_RATIO = 1000
-"""Of the sides: processors that scale the short side up to a fixed length would make gigabytes of a thinner image."""
+"""Limit on the ratio of an image's sides: processors that scale the short side up to a fixed length would make
+gigabytes of a thinner image."""
 
 MAX_BYTES = 2**27
-"""Of a file. Metadata, which is read before a size is known, may be all of it."""
+"""Limit on the bytes of a file. Metadata, which is read before an image's size is known, may be all of it."""
 
 MAX_SCANS = 100
-"""Of a JPEG: a scan of a hundred bytes has to be decoded over the whole image. Progressive ones have about ten."""
+"""Limit on the scans of a JPEG: a scan of a hundred bytes has to be decoded over the whole image. Progressive JPEGs
+have about ten."""
 
 MAX_PIECES = 2**16
-"""Strips or tiles of a TIFF, and numbers in any of its tags: Pillow makes a Python object of each."""
+"""Limit on the strips or tiles of a TIFF, and on the numbers in any of its tags: Pillow makes an object of each."""
 
 
 def read_image(path: Path, max_pixels: int = MAX_PIXELS) -> Image.Image:
-    """The image in a file: RGB, upright as its EXIF data says, at most `KEPT_PIXELS` large, without metadata.
+    """Return the image in a file: RGB, upright as its EXIF data says, at most `KEPT_PIXELS` pixels, without metadata.
 
     Of several frames the first is taken, transparency is ignored, and of 16 bits of grey the upper 8 are read. Images
     above `KEPT_PIXELS` are scaled down to it with their aspect ratio; smaller ones keep every pixel.
 
     Args:
-        path: of a regular file.
-        max_pixels: that are unpacked at most; `PIL.Image.MAX_IMAGE_PIXELS` holds as well where it is lower.
+        path: path of a regular file.
+        max_pixels: limit on the pixels that are decoded; `PIL.Image.MAX_IMAGE_PIXELS` holds as well where it is lower.
 
     Raises:
         Exception: of any type, for damaged files make Pillow's decoders raise OSError, SyntaxError, zlib.error and
-            more. What this function refuses is an OSError that says what is allowed.
+            more. A file that this function itself refuses is an OSError that says what is allowed.
     """
     if not path.is_file():  # opening a pipe would wait for ever
         raise OSError("it is no file")
@@ -65,7 +67,7 @@ def read_image(path: Path, max_pixels: int = MAX_PIXELS) -> Image.Image:
 
 
 def _check_size(image: Image.Image, max_pixels: int) -> None:
-    """Of what is about to be unpacked."""
+    """Raise OSError if an image, which is not decoded yet, has too many pixels, too thin a shape or too large tiles."""
     width, height = image.size
     most = min(max_pixels, Image.MAX_IMAGE_PIXELS or max_pixels)  # Pillow itself refuses only twice as many
     if width * height > most:
@@ -75,7 +77,7 @@ def _check_size(image: Image.Image, max_pixels: int) -> None:
         )
     if max(width, height) > MAX_RATIO * min(width, height):
         raise OSError(f"it is {width} x {height} pixels; one side may be {MAX_RATIO} times the other at most")
-    tile = [getattr(image, "tag_v2", {}).get(tag, 1) for tag in (322, 323)]  # a TIFF's, unpacked whole
+    tile = [getattr(image, "tag_v2", {}).get(tag, 1) for tag in (322, 323)]  # a TIFF's, each decoded whole
     if not all(isinstance(side, int) for side in tile) or math.prod(tile) > most:
         raise OSError(f"its tiles are of {' x '.join(map(str, tile))} pixels, more than {most:,}")
 
@@ -84,7 +86,7 @@ _MARKER = re.compile(rb"\xff+[^\x00\xff\xd0-\xd7]")  # restart markers and stuff
 
 
 def _check_scans(file: BinaryIO) -> None:
-    """Count the scans of a JPEG; other files pass."""
+    """Raise OSError if a JPEG has more than `MAX_SCANS` scans; other files pass."""
     head = file.read(3)
     file.seek(0)
     if head != b"\xff\xd8\xff":
@@ -98,11 +100,11 @@ def _check_scans(file: BinaryIO) -> None:
             place = found.end() + int.from_bytes(content[found.end() : found.end() + 2])
 
 
-_TIFF = (b"II*\0", b"II\0*", b"MM\0*", b"MM*\0", b"II+\0", b"MM\0+")  # two of them are wrong, and read by Pillow
+_TIFF = (b"II*\0", b"II\0*", b"MM\0*", b"MM*\0", b"II+\0", b"MM\0+")  # two are malformed, but Pillow reads them
 
 
 def _check_pieces(file: BinaryIO) -> None:
-    """Refuse a TIFF whose first directory has a tag of too many numbers; other files pass."""
+    """Raise OSError if a tag in the first directory of a TIFF has more than `MAX_PIECES` numbers; other files pass."""
     head = file.read(4)
     file.seek(0)
     if head not in _TIFF:
@@ -114,7 +116,7 @@ def _check_pieces(file: BinaryIO) -> None:
     for number in range(min(count, MAX_PIECES)):
         start = place + struct.calcsize(order + many) + number * struct.calcsize(order + entry)
         tag, kind, numbers = _unpacked(file, order + entry, start)
-        plain = kind in (1, 2, 6, 7) and tag not in (273, 324)  # bytes and text stay what they are, but for places
+        plain = kind in (1, 2, 6, 7) and tag not in (273, 324)  # bytes and text stay as they are, offsets do not
         if numbers > MAX_PIECES and not plain:
             raise OSError(f"it is a TIFF whose tag {tag} has {numbers:,} numbers, more than {MAX_PIECES:,}")
     file.seek(0)
@@ -135,18 +137,18 @@ def _rgb(image: Image.Image) -> Image.Image:
         scale = math.sqrt(KEPT_PIXELS / pixels)
         rgb = rgb.resize((int(rgb.width * scale), int(rgb.height * scale)), Image.Resampling.BICUBIC)
     rgb.info = {key: value for key, value in image.info.items() if key in _TURNING}
-    with suppress(Exception):  # damaged EXIF data turn nothing
+    with suppress(Exception):  # with damaged EXIF data the image is not turned
         rgb = ImageOps.exif_transpose(rgb)
-    rgb.info = {}  # texts and profiles would be kept as long as the image
+    rgb.info = {}  # or texts and colour profiles would be held as long as the image
     return rgb
 
 
 _TURNING = ("exif", "Raw profile type exif", "xmp", "XML:com.adobe.xmp")
-"""Where Pillow looks for how an image is to be turned."""
+"""Keys of `Image.info` in which Pillow looks for an image's orientation."""
 
 
 def _eight_bits(image: Image.Image) -> Image.Image:
-    """Of 16 bits of grey, which Pillow would cut off at 255, the upper 8."""
+    """Return 16-bit grey, which Pillow would clip at 255, as its upper 8 bits."""
     values = np.asarray(image).clip(0, 2**16 - 1)
     values >>= 8
     return Image.fromarray(values.astype(np.uint8))

@@ -1,4 +1,4 @@
-"""Text of a question that a tokenizer would not read as text: special tokens, and what stands for an image."""
+"""Find parts of a question that a tokenizer would not read as text: special tokens and image placeholders."""
 
 import unicodedata
 from collections.abc import Sequence
@@ -8,20 +8,21 @@ BRACKETS = {"<": ">", "[": "]", "{": "}", "(": ")", "|": "|", "｟": "｠"}
 
 
 def marks_in(questions: Sequence[str], prompt: str, processor: Any) -> list[str | None]:
-    """Of each question the first token that is control, not text; None: all of it is text.
+    """Return for each question the first control token in it, or None if all of it is text.
 
-    Special tokens are, in every spelling that the tokenizer parses (other letter case, say, where it lowers them), and
-    added ones that look like them, in brackets. Added words and spaces are text.
+    Control tokens are special tokens, in every spelling that the tokenizer parses (other letter case, say, where it
+    lowers them), and added tokens that look like them, in brackets. Other added words and spaces are text. Strings that
+    the processor itself reads as images or videos are looked for first.
 
     Args:
         questions: the questions.
-        prompt: the text around each, with `{}` where it goes.
-        processor: of a vision-language model.
+        prompt: the text around each question, with `{}` where the question goes.
+        processor: processor of a vision-language model.
     """
     tokenizer, images = processor.tokenizer, _image_marks(processor)
     found = [next((mark for mark in images if mark in question), None) for question in questions]
     controls = _controls(tokenizer)
-    if not getattr(tokenizer, "is_fast", False):  # which says nothing of where in a text its tokens were
+    if not getattr(tokenizer, "is_fast", False):  # slow: it does not say where in a text its tokens were
         marks = [(mark, _plain(mark)) for mark in controls.values()]
         parsed = [next((mark for mark, text in marks if text in _plain(question)), None) for question in questions]
     else:
@@ -45,10 +46,10 @@ def _parsed(
     ids: Sequence[int],
     spans: Sequence[tuple[int, int]],
 ) -> str | None:
-    """The first of `controls` that a tokenizer read in the question's part of a text."""
+    """Return the first of `controls` that the tokenizer parsed in the question's range of a text, or None."""
     for number, (first, last) in zip(ids, spans, strict=True):
         inside = text[max(first, question.start) : min(last, question.stop)].strip()
-        # A word that is unknown is text: the unknown token counts where its own name was read.
+        # An unknown word is text: the unknown token counts as control only where its own name was written.
         if number in controls and inside and (number != tokenizer.unk_token_id or _is(tokenizer, inside)):
             return controls[number]
     return None
@@ -63,7 +64,7 @@ def _controls(tokenizer: Any) -> dict[int, str]:
 
 
 def image_token_id(processor: Any) -> int | None:
-    """What stands for an image in the ids a processor makes; None: that is not known."""
+    """Return the token id that stands for an image in a processor's input ids; None if it is not known."""
     number = getattr(processor, "image_token_id", None)
     if number is None and getattr(processor, "image_token", None) is not None:
         number = processor.tokenizer.convert_tokens_to_ids(str(processor.image_token))
@@ -71,7 +72,7 @@ def image_token_id(processor: Any) -> int | None:
 
 
 def _image_marks(processor: Any) -> list[str]:
-    """What a processor itself reads as an image, or as the start or the end of one, whatever text it stands in."""
+    """Return strings that a processor itself reads as an image or video, or its start or end, anywhere in a text."""
     tokens = {name: value for name, value in vars(processor).items() if value and name.endswith("token")}
     return [str(token) for name, token in tokens.items() if "image" in name or "video" in name]
 
@@ -81,7 +82,7 @@ def _in_brackets(token: str) -> bool:
 
 
 def _is(tokenizer: Any, text: str) -> bool:
-    """Whether a text is the unknown token's own name, as the tokenizer compares them."""
+    """True if a text is the unknown token's own name, as the tokenizer's normalizer compares them."""
     normalizer = tokenizer.backend_tokenizer.normalizer
     compared = [part if normalizer is None else normalizer.normalize_str(part) for part in (text, tokenizer.unk_token)]
     return compared[0].strip() == compared[1].strip()

@@ -31,7 +31,7 @@ KINDS = ("how many", "is there", "largest or smallest", "which digit")
 
 @dataclass(frozen=True)
 class DigitPool:
-    """Digits that scenes are drawn from: `images` float32 [N, 16, 16] in [0, 1], `labels` int64 [N]."""
+    """N digits that scenes are drawn from: `images` float32 [N, 16, 16] in [0, 1], `labels` int64 [N]."""
 
     images: np.ndarray
     labels: np.ndarray
@@ -57,7 +57,7 @@ class Question:
 
 @cache
 def digit_pool(split: Split) -> DigitPool:
-    """The digits of one split: 1,200 for training, 240 for calibration, 357 for test; no image is in two of them."""
+    """Return a split's digits: 1,200 for training, 240 for calibration, 357 for test; no image is in two splits."""
     digits = load_digits()
     rest, train = train_test_split(
         np.arange(len(digits.target)), test_size=1200, random_state=SPLIT_SEED, stratify=digits.target
@@ -69,7 +69,7 @@ def digit_pool(split: Split) -> DigitPool:
 
 
 def draw_scene(rng: np.random.Generator, pool: DigitPool, rows: int = GRID, columns: int = GRID) -> Scene:
-    """One to three digits in different cells of a grid, each at its own contrast, on a noisy background."""
+    """Draw one to three digits in different cells of a grid, each at its own contrast, on a noisy background."""
     count = rng.integers(1, MOST_DIGITS + 1)
     cells = rng.choice(rows * columns, count, replace=False)
     drawn = rng.choice(len(pool.labels), count, replace=False)
@@ -100,7 +100,7 @@ def ask_extreme(rng: np.random.Generator, grid: np.ndarray) -> Question:
 
 
 def ask_which(rng: np.random.Generator, grid: np.ndarray) -> Question:
-    """Four times in five about a cell that holds a digit."""
+    """Ask which digit a cell holds: four times in five a cell that holds one, otherwise any cell of the grid."""
     cells = np.argwhere(grid != EMPTY) if rng.random() < 0.8 else np.argwhere(np.ones_like(grid))
     row, column = rng.choice(cells)
     answer = "none" if grid[row, column] == EMPTY else str(grid[row, column])
@@ -127,14 +127,18 @@ def write_scenes(
 
     Args:
         folder: created if it does not exist.
-        split: which pool the digits come from.
-        questions: how many, at least 1.
-        seed: of the scenes and questions; image ids of different splits or seeds do not meet.
-        questions_per_image: how many questions share one image, as in VQAv2 itself.
+        split: pool that the digits come from.
+        questions: number of questions, at least 1.
+        seed: seed of scenes and questions; image ids of different splits, or of seeds that differ modulo 1000, do not
+            meet.
+        questions_per_image: number of questions that share one image, at least 1; several do in VQAv2 itself.
         grids: rows and columns of cells; pictures take them in turn, and every kind of question is asked about each.
 
     Returns:
         `folder`, as a path.
+
+    Raises:
+        ValueError: `questions` or `questions_per_image` is below 1.
     """
     if questions < 1 or questions_per_image < 1:
         raise ValueError(
@@ -148,7 +152,7 @@ def write_scenes(
     for number in range(questions):
         image_id = (salt * 1000 + seed % 1000) * 1_000_000 + number // questions_per_image
         if number % questions_per_image == 0:
-            rounds = number // max(len(KINDS), questions_per_image)  # of all kinds of question: each grid gets them all
+            rounds = number // max(len(KINDS), questions_per_image)  # each goes through all kinds of question
             scene = draw_scene(rng, pool, *grids[rounds % len(grids)])
             buffer = BytesIO()
             Image.fromarray(scene.image).convert("RGB").save(buffer, format="png")

@@ -20,15 +20,15 @@ SETTINGS = {
     "patch_size": "config.vision_config.patch_size",
     "vision_feature_select_strategy": "config.vision_feature_select_strategy",
 }
-"""What tells a processor how many tokens an image takes, and where the model's config has it."""
+"""Processor attributes that say how many tokens an image takes, and where the model's config has each of them."""
 
 
 class VQABatch(TypedDict):
     """A batch of B questions, on one device.
 
-    `inputs` is what the processor returns for the model: `pixel_values`, and `input_ids` and `attention_mask` int64
-    [B, T], left padded. `question_ids` and `image_ids` are int64 [B]; `answers`, ten a question, are absent where the
-    split has no annotations.
+    `inputs` holds what the processor returns for the model: `pixel_values`, and `input_ids` and `attention_mask` int64
+    [B, T], left padded to T columns. `question_ids` and `image_ids` are int64 [B]; `answers`, ten a question, are
+    absent where the split has no annotations.
     """
 
     inputs: dict[str, Tensor]
@@ -38,8 +38,9 @@ class VQABatch(TypedDict):
 
 
 def collate(examples: Sequence[VQAExample], processor: Any, prompt: str) -> VQABatch:
-    """Examples to a batch; `prompt` holds `{}` where the question goes. Every image is a list of its own, the one form
-    that processors of one and of several images a sample both take.
+    """Collate examples into a batch; `prompt` holds `{}` where the question goes.
+
+    Every image is a list of its own, the one form that processors of one and of several images a sample both take.
 
     Raises:
         DataError: a question holds text that the tokenizer does not read as text; the processor cannot take an image or
@@ -84,7 +85,7 @@ def _processed(examples: Sequence[VQAExample], processor: Any, prompt: str) -> A
 
 
 def _incomplete(processor: Any) -> str | None:
-    """What a processor lacks to say where an image stands in a text; None: nothing that is known of."""
+    """Return an error message on the `SETTINGS` that a processor lacks to place images in a text; None: none lack."""
     lacking = [name for name in SETTINGS if getattr(processor, name, 0) is None]
     if not lacking:
         return None
@@ -98,7 +99,7 @@ def _incomplete(processor: Any) -> str | None:
 
 
 def _refused(examples: Sequence[VQAExample], processor: Any, prompt: str, error: Exception) -> str:
-    """Which question of a batch a processor cannot take."""
+    """Return an error message that names the first question of a batch that a processor cannot take."""
     for example in examples:
         try:
             _processed([example], processor, prompt)
@@ -125,7 +126,7 @@ class VQADataModule(LightningDataModule):
         batch_size: questions a batch.
         num_workers: processes that read images; 0 reads in the main process.
         fraction: share of every split's questions to keep, in (0, 1]; 0.1 with seed 42 is CATP's protocol on VQAv2 val.
-        seed: of that choice.
+        seed: seed of the choice of questions.
 
     Raises:
         DataError: `prompt` has no `{}`, a split that is asked for was not given, or as `VQADataset`.
@@ -162,14 +163,14 @@ class VQADataModule(LightningDataModule):
         self._datasets: dict[str, VQADataset] = {}
 
     def setup(self, stage: str | None = None) -> None:
-        """Read the stage's files at once, so that what is wrong with them is said before anything runs."""
+        """Read the stage's files at once, so that errors in them are raised before anything runs."""
         name = {"fit": "val", "validate": "val"}.get(stage or "", stage)
         for candidate in self.splits if name is None else [name]:
             if self.splits.get(candidate) is not None:
                 self._dataset(candidate)
 
     def calibration_dataloader(self) -> DataLoader[VQAExample]:
-        """For `trainer.predict(module, data.calibration_dataloader())`."""
+        """Return the loader of the calibration split, for `trainer.predict(module, data.calibration_dataloader())`."""
         return self._loader("calibration")
 
     def val_dataloader(self) -> DataLoader[VQAExample]:
@@ -179,7 +180,7 @@ class VQADataModule(LightningDataModule):
         return self._loader("test")
 
     def predict_dataloader(self) -> DataLoader[VQAExample]:
-        """The predict split; the test split where that is not given, then the val split."""
+        """Return the loader of the predict split; where that is not given of the test split, then of the val split."""
         return self._loader("predict")
 
     @cached_property

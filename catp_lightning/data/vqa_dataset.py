@@ -26,17 +26,17 @@ ANSWERS = 10  # people asked about each question; the official accuracy is defin
 
 @dataclass
 class VQASplit:
-    """Where one split lies.
+    """Files of one split in VQAv2's layout, and limits on reading them.
 
     Args:
         questions: the questions file, such as `v2_OpenEnded_mscoco_val2014_questions.json`.
         images: the folder of the images.
         annotations: the annotations file; None where no answers are known, as in VQAv2's test split.
         image_name: name of an image's file in the folder; `{image_id}` stands for its id.
-        allow_outside: read images that lie outside the folder too, where links or `image_name` lead. A data set from
-            elsewhere could otherwise have any file of this machine read as an image.
-        max_pixels: an image may have; it takes 3 to 16 bytes a pixel to unpack one. `PIL.Image.MAX_IMAGE_PIXELS` holds
-            as well.
+        allow_outside: read images that lie outside the folder too, where links or `image_name` lead. They are refused
+            by default, or a data set from elsewhere could have any file of this machine read as an image.
+        max_pixels: limit on the pixels of an image; decoding takes 3 to 16 bytes a pixel. `PIL.Image.MAX_IMAGE_PIXELS`
+            holds as well.
 
     Raises:
         DataError: `image_name` is the same for every image, or has other fields; `max_pixels` is below 1.
@@ -83,16 +83,16 @@ class _Question(NamedTuple):
 
 
 class VQADataset(Dataset[VQAExample]):
-    """The questions of a split, in the file's order; images are read when an item is.
+    """Questions of a split with their images, in the file's order; an image is read when its item is.
 
     Images are PNG, JPEG, WebP, GIF, BMP or TIFF by their content, whatever their names say. They are turned as their
     EXIF data says, of several frames the first is taken, transparency is ignored, and of 16 bits of grey the upper 8
-    are read. Those of more than 2**24 pixels, more than any processor reads, are scaled down to that as they are read.
+    are read. Images of more than 2**24 pixels, more than any processor reads, are scaled down to that as they are read.
 
     Args:
-        split: where the files are.
+        split: files of the split, and limits on reading them.
         fraction: share of the questions to keep, in (0, 1]; at least one is kept.
-        seed: of the choice. The same file, fraction and seed give the same questions.
+        seed: seed of the choice of questions. The same file, fraction and seed give the same questions.
 
     Raises:
         DataError: a file is missing, is not JSON, or not in VQAv2's layout; a question id is there twice; a chosen
@@ -127,12 +127,15 @@ class VQADataset(Dataset[VQAExample]):
         return Path(self.split.images) / self.split.image_name.format(image_id=image_id)
 
     def _inside(self, path: Path) -> bool:
-        """Whether a file lies in the folder of images, links followed; what cannot be followed is for its reader."""
+        """True if a file may be read: it lies in the folder of images, links followed, or `allow_outside` is set.
+
+        A path that cannot be followed counts as inside: reading it raises the error.
+        """
         if self.split.allow_outside:
             return True
         try:
             return path.resolve().is_relative_to(Path(self.split.images).resolve())
-        except (OSError, RuntimeError, ValueError):  # a loop of links, for one
+        except (OSError, RuntimeError, ValueError):  # such as a loop of links
             return True
 
     def _require_images(self) -> None:
@@ -178,13 +181,13 @@ class VQADataset(Dataset[VQAExample]):
 
 
 def _links_of(folder: Path) -> dict[str, bool]:
-    """What lies in a folder, and whether it is a link; nothing where there is no such folder."""
+    """Return the names in a folder, each with True if it is a link; {} if there is no such folder."""
     try:
         if not folder.is_dir():
             return {}
         with os.scandir(folder) as entries:
             return {entry.name: entry.is_symlink() for entry in entries}
-    except OSError as error:  # closed to us, or of a name that is too long
+    except OSError as error:  # no permission, or a name that is too long
         raise DataError(f"The folder of images {str(folder)!r:.200} cannot be read: {error!s:.200}.") from error
 
 
@@ -194,7 +197,7 @@ def check_fraction(fraction: float) -> None:
 
 
 def _read_records(path: str, key: str) -> list[Any]:
-    """The list under `key` of a JSON object."""
+    """Return the list under `key` of the JSON object in a file; raise DataError if it holds none."""
     try:
         content = json.loads(read_bytes(path))
     except FileNotFoundError as error:
@@ -235,7 +238,7 @@ def _read_questions(path: str) -> list[_Question]:
 
 
 def _read_answers(path: str, questions: Sequence[_Question]) -> list[list[str]]:
-    """The ten answers of each question, in the questions' order."""
+    """Return the ten answers of each question, in the questions' order."""
     annotations: dict[int, Any] = {}
     for index, record in enumerate(_read_records(path, "annotations")):
         where = f"{path}, annotation number {index}"

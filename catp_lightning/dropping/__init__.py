@@ -1,4 +1,4 @@
-"""How visual tokens leave a model, and how nothing outside it notices."""
+"""Drop visual tokens inside a running model, unnoticed by the code that calls it."""
 
 from collections.abc import Callable
 from typing import Any
@@ -35,14 +35,16 @@ def entry(
     needs: Needs = NOTHING,
     carried: Callable[[], Tensor | None] = lambda: None,
 ) -> Entry:
-    """Where visual tokens leave a model of this family; arguments as `PruneAtDecoderInput`.
+    """Return the object that drops visual tokens of a family's model at the place where its language model reads them.
 
     Args:
-        stages: decoder layers at whose entry they leave; none: before the first.
-        needs: what scorers and selectors read: of it prompts show what is seen inside the language model.
+        family: bound to the model.
+        choose, compact, forget, carried: as in `PruneAtDecoderInput`.
+        stages: decoder layers at whose entry tokens are dropped; empty: before the first layer.
+        needs: signals that scorers and selectors read; prompts have those that are seen inside the language model.
 
     Raises:
-        PruningError: stages are asked for where no decoder reads visual tokens as rows of its own.
+        PruningError: stages are given, but no decoder reads visual tokens as rows of its own.
     """
     if stages and family.reads != "decoder":
         raise PruningError(

@@ -1,4 +1,7 @@
-"""Caches of pruned prompts: only the context that filled one knows what it lacks, and only it decodes from it."""
+"""Key-value caches of pruned prompts, sealed so that only the context that filled one can decode from it.
+
+Only that context knows which columns are missing from the cache.
+"""
 
 from functools import cache as once
 from typing import Any
@@ -8,16 +11,17 @@ from torch import Tensor
 
 from catp_lightning.errors import PruningError
 
-SEALED = "_catp_sealed"  # on the class of a sealed layer: the class it had
-WHOLE = "_catp_whole"  # on caches whose prompt was seen and kept whole, and on their copies
+SEALED = "_catp_sealed"  # attribute of a sealed layer's class: the class that it was before
+WHOLE = "_catp_whole"  # attribute of caches, and of their copies, whose prompt was seen and kept whole
 
 
 @once
 def _sealed(kind: type) -> type:
-    """The class of a cache's layer of some kind while nothing may be added to it; copies of the layer are sealed too.
+    """Return the class of sealed cache layers whose own class is `kind`: an update of such a layer raises PruningError.
 
     A model that is not pruned, or not by the context that filled the cache, would take what is left of the prompt for
-    all of it. A sealed layer has `rows`, int64 [R]: of which row of the prefill each row of the batch is now.
+    all of it. Copies and pickles of a sealed layer are sealed too. Its attribute `rows`, int64 [R], is the row of the
+    prefill that each of the R rows of the batch continues.
     """
     own: Any = kind
 
@@ -26,7 +30,7 @@ def _sealed(kind: type) -> type:
         rows: Tensor
 
         def update(self, *args: Any, **kwargs: Any) -> Any:
-            if self.get_seq_length() == 0:  # it was emptied: what comes is another prompt
+            if self.get_seq_length() == 0:  # the cache was emptied: this is another prompt
                 _unseal(self)
                 return self.update(*args, **kwargs)
             raise PruningError(
@@ -66,7 +70,7 @@ def _is_sealed(layer: Any) -> bool:
 
 
 def kind_of(layer: Any) -> type:
-    """The class of a cache's layer as its model made it, sealed or not."""
+    """Return the class that a cache layer has when it is not sealed."""
     kind: type = getattr(type(layer), SEALED, type(layer))
     return kind
 
@@ -76,37 +80,41 @@ def _unseal(layer: Any) -> None:
 
 
 def layers_of(cache: Any) -> list[Any]:
-    """The layers of a cache; of an encoder-decoder's those of its self-attention first."""
+    """Return the layers of a cache; those of self-attention first in an encoder-decoder's cache."""
     parts = [getattr(cache, name, None) for name in ("self_attention_cache", "cross_attention_cache")]
     return [layer for part in (parts if parts[0] is not None else [cache]) for layer in getattr(part, "layers", ())]
 
 
 def seal(cache: Any, rows: Tensor) -> None:
-    """Say of a cache that it holds a shortened prompt, whose rows int64 [R] those of the batch continue."""
+    """Seal a cache's filled layers; each row of the batch continues the row of the prefill in `rows`, int64 [R]."""
     for layer in layers_of(cache):
-        if layer.get_seq_length() > 0:  # a call that failed has not come to all of them
+        if layer.get_seq_length() > 0:  # a failed call may not have reached all layers
             layer.__class__ = _sealed(kind_of(layer))
             layer.rows = rows
 
 
 def rows_of(cache: Any) -> Tensor | None:
-    """Which rows of a prefill the rows of its cache continue, int64 [R]; None: the cache is not sealed."""
+    """Return the row of the prefill that each row of a sealed cache continues, int64 [R]; None if it is not sealed."""
     return next((layer.rows for layer in layers_of(cache) if _is_sealed(layer)), None)
 
 
 class Opened:
-    """The cache that a running call of a pruned model may add to; sealed again when the call has ended."""
+    """Cache that the running call of a pruned model may add to; sealed again when the call has ended."""
 
     def __init__(self) -> None:
         self._cache: Any = None
         self._rows = torch.zeros(0, dtype=torch.int64, device="cpu")
 
     def open(self, cache: Any) -> Tensor:
-        """Which rows of its prefill a sealed cache's rows continue, int64 [R]. From here on it can be added to."""
+        """Unseal a cache and return the row of the prefill that each of its rows continues, int64 [R].
+
+        Raises:
+            PruningError: the cache is not sealed: it was not filled by a pruned prompt.
+        """
         rows = rows_of(cache)
         if rows is None:
             raise foreign_cache()
-        self.close()  # of a call that was interrupted
+        self.close()  # a cache that an interrupted call left open
         self._cache, self._rows = cache, rows
         for layer in layers_of(cache):
             _unseal(layer)
@@ -119,17 +127,17 @@ class Opened:
 
 
 def mark_whole(cache: Any) -> None:
-    """Say of a cache that it holds a prompt of which nothing was dropped."""
+    """Mark a cache as holding a prompt of which nothing was dropped."""
     setattr(cache, WHOLE, True)
 
 
 def is_short(cache: Any) -> bool | None:
-    """Whether a cache holds a shortened prompt; None where it was filled out of sight."""
+    """Return True if a cache holds a shortened prompt, False if a whole one, None if it was filled unseen."""
     return True if rows_of(cache) is not None else False if hasattr(cache, WHOLE) else None
 
 
 def foreign_cache() -> PruningError:
-    """Of a cache that another prompt than the last one filled."""
+    """Return the error for a cache that was not filled by the last pruned prompt."""
     return PruningError(
         "This cache was not filled by the last pruned prompt, or was changed since: it cannot be decoded from. "
         "Generate from the prompt again, and without assisted or prompt-lookup decoding."
@@ -137,7 +145,7 @@ def foreign_cache() -> PruningError:
 
 
 def refuse_static(cache: Any) -> None:
-    """Raise PruningError where a cache has a fixed length, or no layers that could say what they lack."""
+    """Raise PruningError if a cache has a fixed length, or has no layers that can be sealed."""
     if cache is not None and not any(hasattr(cache, name) for name in ("layers", "self_attention_cache")):
         raise PruningError(
             f"A cache of type {type(cache).__name__} cannot be pruned: it has no layers. Leave past_key_values out, or "

@@ -1,12 +1,13 @@
-"""How image rows leave a model whose text reads them by cross-attention: Llama-3.2-Vision.
+"""Dropping of image rows in a model whose text reads them by cross-attention: Llama-3.2-Vision.
 
-The plain model stores keys and values of every tile in every cross-attention layer, the empty tiles that pad an image
-included. Here rows that no text sees are never stored, rows that are dropped leave after the first cross-attention
-layer (its own cache included), and rows that only earlier text saw leave each layer's cache once it has run. So the
-prompt reads dropped rows in the first layer; what is generated reads them nowhere, with or without a cache.
+The unpruned model stores keys and values of every tile in every cross-attention layer, including the empty tiles that
+pad an image. Here, rows that no text sees are never stored, dropped rows leave after the first cross-attention layer
+(its own cache included), and rows that only earlier text saw leave each layer's cache once that layer has run. So the
+prompt reads dropped rows in the first cross-attention layer; generated tokens read them nowhere, with or without a
+cache.
 
-A text row that sees no image is left unmasked by the model and attends to all of its rows, padding included: what it
-reads is computed from the full states, in prefill. No text row leaves.
+A text row that sees no image is left unmasked by the model and attends to all image rows, padding included: in prefill,
+its output is computed from the full states. No text row is dropped.
 """
 
 from collections.abc import Callable, Iterator, Mapping
@@ -39,16 +40,19 @@ from catp_lightning.hooks import hooked
 
 @dataclass(frozen=True)
 class CrossAttended(Prompt):
-    """A prompt after its first cross-attention layer; T is images x tiles x rows of a tile, as in the plain model.
+    """Prompt after its first cross-attention layer.
+
+    B samples, H heads, D features; T is images x tiles x rows of a tile, as in the unpruned model.
 
     Attributes:
-        tokens: bool [B, T], the rows that text sees.
-        arguments: what the model was called with, by name; its tensors have B x beams rows.
+        tokens: bool [B, T], True for the image rows that text sees.
+        arguments: arguments of the model's call, by name; its tensors have B x beams rows.
         states: float [B, T, D], the model's cross_attention_states.
-        attention: float32 or float64 [B, H, T], what each head of the first cross-attention layer pays a row, summed
-            over the prompt's text rows that see an image; 0 where `tokens` is False. Text from the first label on is
-            no prompt; where it is all that sees an image, its first row counts. None where it was not asked for.
-        given: what the text model was called with, by name, without its cache.
+        attention: float32 or float64 [B, H, T], attention that each head of the first cross-attention layer pays to
+            each image row, summed over the prompt's text rows that see an image; 0 where `tokens` is False. Text from
+            the first label on does not belong to the prompt; if only such text sees an image, its first row counts.
+            None if the attention was not asked for.
+        given: arguments of the text model's call, by name, without its cache.
     """
 
     states: Tensor
@@ -57,19 +61,20 @@ class CrossAttended(Prompt):
 
 
 class PruneCrossAttention:
-    """Drops image rows of one model's cross-attention.
+    """Prune the image rows that one model reads by cross-attention.
 
     Args:
-        family: knows the model's parts.
-        choose: from a prompt, which of its `tokens` stay, bool [B, T]; called after the first cross-attention layer of
-            each prefill in which text sees an image.
-        forget: called when a prompt is refused: what was observed for it must not serve another.
-        observe: whether prompts have `attention`.
+        family: the model's family, which knows its parts.
+        choose: returns which of a prompt's `tokens` stay, bool [B, T]; called after the first cross-attention layer of
+            each prefill, and without any token to choose from if the prompt's text sees no image.
+        forget: called when a prompt is refused, so that what was observed for it does not serve another.
+        observe: True if prompts are to have `attention`.
 
     Attributes:
-        active: False: the model runs unpruned.
-        prompt_length: columns of a prompt that is called together with its answer, as if that had been generated.
-        labels_left_out: always 0, no text row leaves.
+        active: False if the model is to run unpruned.
+        prompt_length: number of columns of a prompt that is called together with its answer, as if the answer had been
+            generated; None in all other calls.
+        labels_left_out: always 0, because no text row is dropped.
     """
 
     labels_left_out = 0
@@ -90,15 +95,15 @@ class PruneCrossAttention:
 
     def _reset(self) -> None:
         self._opened.close()
-        self._given: Mapping[str, Any] = {}  # arguments of the call that is running
-        self._prefill: CrossAttentionPrefill | None = None  # that is running
-        self._changes: dict[str, Any] = {}  # arguments of the cross-attention layers in the call that is running
-        self._length: int | None = None  # of the prompt of the `generate` that is running
-        self._stored: CachedRows | None = None  # by the last prefill
+        self._given: Mapping[str, Any] = {}  # arguments of the running call of the text model
+        self._prefill: CrossAttentionPrefill | None = None  # the running prefill
+        self._changes: dict[str, Any] = {}  # replaced arguments of the cross-attention layers in the running call
+        self._length: int | None = None  # columns of the prompt of the running `generate`
+        self._stored: CachedRows | None = None  # what the last prefill cached
 
     @contextmanager
     def dropping(self) -> Iterator[None]:
-        """Hooks are in place only while inside."""
+        """Prune the model while inside; hooks are in place only there."""
         decoder = self.family.decoder
         with ExitStack() as undo:
             undo.callback(self._reset)
@@ -149,7 +154,7 @@ class PruneCrossAttention:
                 self._record_nothing(self._prefill.tokens, self._prefill.states)
 
     def _record_nothing(self, tokens: Tensor, states: Tensor) -> None:
-        """Of a prompt whose text sees no image: there is nothing to choose from, and the record says so."""
+        """Record an empty choice for a prompt whose text sees no image."""
         beams = self._watching.beams(len(tokens))
         self.choose(CrossAttended(tokens[::beams], self._watching.arguments, beams, states[::beams], None, self._given))
 
@@ -190,7 +195,10 @@ class PruneCrossAttention:
             self._changes = prefill.changes
 
     def _without_dropped(self, module: Any, hidden: Tensor, read: Tensor) -> Tensor:
-        """The first layer's output, where rows generated without a cache read what they would find in one."""
+        """Return the first layer's output in which rows that were generated without a cache read kept image rows only.
+
+        These are the image rows that a cache would hold. `read`, the layer's output over all rows, is [R, L, D].
+        """
         if self._length is None or hidden.shape[1] <= self._length:
             return read
         mask = self._changes["attention_mask"][:, :, self._length :]
@@ -224,21 +232,21 @@ class PruneCrossAttention:
         cache = cache if output is None else output.get("past_key_values")
         if cache is not None and stored is not None and prefill.complete and output is not None:
             mark_whole(cache)
-        elif cache is not None and stored is not None:  # a call that failed filled a part of it
+        elif cache is not None and stored is not None:  # also after a failed call, which filled a part of it
             seal(cache, torch.arange(len(prefill.states), dtype=torch.long, device=prefill.states.device))
         if output is not None:
             self._stored = stored
 
 
 def _image_rows(cache: Any, layer: int) -> int:
-    """How many image rows a cache holds."""
+    """Return the number of image rows that a cache holds in layer `layer`."""
     layers = getattr(cache, "layers", ())
     filled = layer < len(layers) and layers[layer].is_initialized and layers[layer].keys.numel() > 0
     return int(layers[layer].keys.shape[2]) if filled else 0
 
 
 def _refuse_other(cache: Any) -> None:
-    """Raise PruningError where layers of a cache cannot be shortened."""
+    """Raise PruningError if a cache has layers that cannot be shortened."""
     refuse_static(cache)
     other = {kind_of(layer).__name__ for layer in layers_of(cache) if kind_of(layer) is not DynamicLayer}
     if other:
@@ -249,7 +257,10 @@ def _refuse_other(cache: Any) -> None:
 
 
 def _before_labels(sees: Tensor, labels: Tensor | None) -> Tensor:
-    """Text rows that see an image and precede the first label, or else the first that sees one: bool [R, L]."""
+    """Return which text rows see an image and precede the first label, bool [R, L].
+
+    If none does, it is the first row that sees an image. `sees`, bool [R, L], are all text rows that see one.
+    """
     if labels is None:
         return sees
     answer = torch.zeros_like(sees)

@@ -1,7 +1,7 @@
-"""How a token is dropped: rows leave at the entry of the text decoder, and its output is handed back at full length.
+"""Dropping of tokens at the entry of the text decoder, whose output is handed back at full length.
 
-Outer code (labels, `logits[:, -1]`, generate, beams) never notices. Position ids stay those of the full prompt.
-During cached decoding the mask is rebuilt from the original column of every cached key.
+Outer code (labels, `logits[:, -1]`, generate, beams) never notices. Position ids stay those of the full prompt. During
+cached decoding the mask is rebuilt from the original column of every cached key.
 """
 
 import inspect
@@ -31,14 +31,15 @@ from catp_lightning.hooks import hooked
 
 
 class PruneAtDecoderInput:
-    """Drops rows at the entry of one model's decoder.
+    """Prune rows at the entry of one model's decoder; B samples, T visual tokens.
 
     Args:
-        family: knows the model's parts.
-        choose: from a prompt, which of its visual tokens stay, bool [B, T]; text always does.
-        compact: number the kept rows anew instead of leaving them their position ids.
-        forget: called when a prompt is refused: what was observed for it must not serve another.
-        carried: from which token each token's row is carried on after a choice, int64 [B, T]; None: nothing is merged.
+        family: the model's family, which knows its parts.
+        choose: returns which visual tokens of a prompt stay, bool [B, T]; text always stays.
+        compact: True to number the kept rows anew, False to leave them their position ids.
+        forget: called when a prompt is refused, so that what was observed for it does not serve another.
+        carried: called after a choice; returns int64 [B, T], for each token the token whose row carries it from then
+            on, -1 for none; None if nothing is merged.
     """
 
     def __init__(
@@ -54,19 +55,19 @@ class PruneAtDecoderInput:
         self.parameters = list(inspect.signature(family.decoder.forward).parameters)
         self.active = True
         self._prompts, self._labels = PromptCapture(family), Labels(family.model)
-        self._prompt: KeptSequence | None = None  # of the prefill that later decoding steps belong to
-        self._now: KeptSequence | None = None  # of the prefill that is running
-        self._filling = False  # whether the call that is running is a prefill
+        self._prompt: KeptSequence | None = None  # what the last prefill kept, for its decoding steps
+        self._now: KeptSequence | None = None  # the same for the running call
+        self._filling = False  # True if the running call is a prefill
         self._opened = Opened()
 
     @property
     def labels_left_out(self) -> int:
-        """How many labels of the last call were predicted from dropped rows."""
+        """Number of labels of the last call that were predicted from dropped rows."""
         return self._labels.left_out
 
     @contextmanager
     def dropping(self) -> Iterator[None]:
-        """Hooks are in place only while inside."""
+        """Prune the model while inside; hooks are in place only there."""
         decoder = self.family.decoder
         with ExitStack() as undo:
             undo.callback(self._opened.close)
@@ -155,7 +156,7 @@ class PruneAtDecoderInput:
             if cache is not None and output is not None and self._filling:
                 mark_whole(cache)
             return output
-        if self._filling and cache is not None:  # where the call failed, too: a part of it is filled
+        if self._filling and cache is not None:  # also after a failed call, which filled a part of it
             seal(cache, torch.arange(len(prompt.order), dtype=torch.long, device=prompt.order.device))
             prompt.cache = None if output is None else weakref.ref(cache)
         return of_each(output, prompt.scatter_states if self._filling else prompt.scatter_step)

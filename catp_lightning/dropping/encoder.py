@@ -1,7 +1,7 @@
-"""Dropping where an encoder-decoder language model (T5) reads the prompt: rows leave at the encoder's entry.
+"""Dropping of tokens at the entry of the encoder of an encoder-decoder language model (T5).
 
-T5 has no position ids but biases by relative position: block 0 makes them once for all blocks, from the rows' original
-positions here. The decoder's cross-attention sees the rows that stayed.
+T5 has no position ids; it adds a bias by relative position to its attention. Block 0 computes the bias once for all
+blocks, here from the rows' original positions. The decoder's cross-attention sees the rows that stayed.
 """
 
 import inspect
@@ -24,9 +24,10 @@ from catp_lightning.hooks import hooked
 
 
 class PruneAtEncoderInput:
-    """Drops rows at the entry of one language model's encoder; arguments as `PruneAtDecoderInput`.
+    """Prune rows at the entry of one language model's encoder.
 
-    No label is left out: they belong to the decoder, of which nothing is dropped.
+    Arguments are those of `PruneAtDecoderInput`, without `carried`. No label is left out of the loss (`labels_left_out`
+    is 0): labels belong to the decoder, of which nothing is dropped.
     """
 
     labels_left_out = 0
@@ -45,14 +46,14 @@ class PruneAtEncoderInput:
         self._caches: weakref.WeakKeyDictionary[Any, KeptSequence] = weakref.WeakKeyDictionary()
         self._handed_out: weakref.ref[Tensor] | None = None  # encoder states at full length
         self._opened = Opened()
-        self._rows: Tensor | None = None  # of the prompt, that the decoder's batch reads; None: nothing was dropped
+        self._rows: Tensor | None = None  # row of the prompt for each row of the decoder's batch; None: nothing dropped
         language_model: Any = family.language_model
         self.encoder, self.text_decoder = language_model.encoder, language_model.decoder
         self._block_names = list(inspect.signature(self.encoder.block[0].forward).parameters)
 
     @contextmanager
     def dropping(self) -> Iterator[None]:
-        """Hooks are in place only while inside."""
+        """Prune the model while inside; hooks are in place only there."""
         with ExitStack() as undo:
             undo.callback(self._opened.close)
             undo.enter_context(self._prompts.watching())
@@ -89,15 +90,18 @@ class PruneAtEncoderInput:
         first: Any = module
         bias = self._bias(first.layer[0].SelfAttention, self._prompt)
         bias, mask = bias.to(given["hidden_states"].dtype), given.get("attention_mask")
-        if mask is not None:  # older versions add it to a bias of their own only
+        if mask is not None:  # older versions of transformers add the mask to their own bias only
             hidden = ~mask if mask.dtype == torch.bool else mask < 0
             bias = bias.masked_fill(hidden, torch.finfo(bias.dtype).min)
-        changes = {"position_bias": bias}  # others read positional arguments where they were given
+        changes = {"position_bias": bias}  # an argument that was passed by position is replaced by position
         names = zip(self._block_names, args, strict=False)
         return tuple(changes.pop(name, value) for name, value in names), {**kwargs, **changes}
 
     def _bias(self, attention: Any, prompt: KeptSequence) -> Tensor:
-        """Block 0's bias [R, H, n, n], as its own code makes it of neighbouring positions."""
+        """Return block 0's position bias of the n kept rows, [R, H, n, n].
+
+        It is computed as T5's own code computes it for neighbouring positions.
+        """
         columns = torch.arange(prompt.mask.shape[1], device=prompt.order.device).expand(prompt.mask.shape)
         positions = prompt.gather_positions(columns, self.compact)
         buckets = attention._relative_position_bucket(
@@ -109,7 +113,10 @@ class PruneAtEncoderInput:
         return attention.relative_attention_bias(buckets).permute(0, 3, 1, 2)
 
     def _encoded(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
-        """What is read of single layers is handed out at full length; the decoder reads the last one's as it is."""
+        """Scatter the encoder's hidden states and attention maps of single layers to full length.
+
+        The last hidden state stays short, because the decoder reads it.
+        """
         prompt = self._prompt
         if prompt is None:
             return output
@@ -127,7 +134,7 @@ class PruneAtEncoderInput:
             return None
         self._check_cache(cache)
         full = None if self._handed_out is None else self._handed_out()
-        if isinstance(states, PrunedStates):  # a decoding loop by hand gives them back
+        if isinstance(states, PrunedStates):  # a hand-written decoding loop passes them back in
             if prompt is None or states is not full:
                 raise PruningError(NOT_OF_THIS_PROMPT.format("These encoder states were"))
             states = prompt.gather(states.as_subclass(Tensor))
@@ -148,7 +155,7 @@ class PruneAtEncoderInput:
         return args, {**kwargs, "encoder_hidden_states": states, "encoder_attention_mask": mask}
 
     def _check_cache(self, cache: Any) -> None:
-        """Raise PruningError where a cache in use belongs to another prompt than the last, if either was pruned."""
+        """Raise PruningError if a filled cache belongs to another prompt than the last and either was pruned."""
         if cache is None or cache.get_seq_length() == 0:
             return
         if self._caches.get(cache) is not self._prompt or (self._prompt is None and is_short(cache)):
@@ -161,7 +168,7 @@ class PruneAtEncoderInput:
             return
         no_dictionary = output is None or isinstance(output, tuple)
         cache = kwargs.get("past_key_values") if no_dictionary else output.get("past_key_values")
-        if cache is not None and not is_short(cache):  # where the call failed, too: a part of it is filled
+        if cache is not None and not is_short(cache):  # also after a failed call, which filled a part of it
             seal(cache, rows)
             if output is not None:
                 self._caches[cache] = prompt
@@ -176,6 +183,6 @@ class PruneAtEncoderInput:
             self._handed_out = weakref.ref(full)
 
     def _readers(self) -> Iterator[nn.Linear]:
-        """The layers of the decoder that read encoder states."""
+        """Yield the decoder's layers that read encoder states: key and value projections of cross-attention."""
         for block in self.text_decoder.block:
             yield from (block.layer[1].EncDecAttention.k, block.layer[1].EncDecAttention.v)

@@ -1,4 +1,7 @@
-"""Encoder states of a pruned prompt at full length: looked at anywhere, decoded from only where they were made."""
+"""Encoder states of a pruned prompt at full length.
+
+They can be read anywhere, but decoded from only by the pruned model that made them.
+"""
 
 import weakref
 from collections.abc import Iterable, Mapping
@@ -17,12 +20,14 @@ NOT_OF_THIS_PROMPT = (
 
 
 class PrunedStates(Tensor):
-    """States [R, L, D], zeros where a row was dropped. A decoder that is not pruned would read those rows as well.
+    """Encoder states [R, L, D], zeros where a row was dropped; no decoder may project them as they are.
 
-    What is made of them is of this kind too; copies and pickles are plain tensors.
+    R rows, L columns of the full prompt, D features. A projection by one of `readers` raises PruningError: a decoder
+    that is not pruned would read the zero rows as well. Results of operations on these states are `PrunedStates` too;
+    copies and pickles are plain tensors.
     """
 
-    readers: frozenset["weakref.ref[Tensor]"]  # weights of the decoder's cross-attention
+    readers: frozenset["weakref.ref[Tensor]"]  # weights of the decoder layers that may not project these states
 
     @classmethod
     def of(cls, states: Tensor, readers: Iterable[nn.Linear]) -> "PrunedStates":

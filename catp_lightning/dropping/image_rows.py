@@ -1,4 +1,4 @@
-"""Which image rows a prefill reads and stores, and what decoding finds of them."""
+"""Image rows that a cross-attention prefill reads and stores, and that its decoding steps find in the cache."""
 
 import weakref
 from dataclasses import dataclass
@@ -13,24 +13,26 @@ from catp_lightning.families.mllama import TextVisibility, read_unmasked
 
 
 class CrossAttentionPrefill:
-    """A prefill that is running. R is B times the beams, N the tiles of all images.
+    """State of a running prefill of a model that reads image rows by cross-attention.
+
+    R is B samples times the beams, T image rows, N tiles of all images, L text rows, D features.
 
     Attributes:
-        sight: what its text sees.
+        sight: the tiles that the call's text sees.
         states: float [R, T, D], all image rows.
-        tokens: bool [R, T], the rows that text sees.
-        rows: those that the next layer reads; fillers are masked.
-        changes: arguments of the next layer.
-        cached: those that caches are shortened to: decoding sees what the last text row saw.
-        complete: whether those are all rows, of which none that text sees is dropped: the model's own masks are right.
-        stored: what was cached, for later decoding steps.
+        tokens: bool [R, T], True for the image rows that text sees.
+        rows: image rows that the next layer reads; fillers are masked.
+        changes: replaced arguments of the next layer.
+        cached: image rows that caches are shortened to: decoding sees what the last text row saw.
+        complete: True if `cached` is all rows and none that text sees is dropped: then the model's own masks are right.
+        stored: the rows that were cached, for later decoding steps; None before the first layer has cached any.
     """
 
     def __init__(self, sight: TextVisibility, states: Tensor) -> None:
         self.sight, self.states = sight, states
         self.tile_rows = states.shape[1] // sight.tiles.shape[2]
         self.last = sight.last_tiles()
-        self.whole = ~self.last.any(1, keepdim=True)  # bool [R, 1]: decoding will attend to all rows, seen or not
+        self.whole = ~self.last.any(1, keepdim=True)  # bool [R, 1]: decoding sees no tile, and attends to all rows
         self.tokens = self._rows(sight.of_text.any(1))
         self.stored: CachedRows | None = None
         self.narrow(self.tokens)
@@ -39,7 +41,7 @@ class CrossAttentionPrefill:
         return tiles.repeat_interleave(self.tile_rows, 1)
 
     def narrow(self, keep: Tensor) -> None:
-        """From the next layer on, text reads only the rows `keep`, bool [R, T].
+        """Let text read only the image rows `keep`, bool [R, T], from the next layer on.
 
         Raises:
             PruningError: a sample keeps nothing of what its last text row sees.
@@ -59,15 +61,15 @@ class CrossAttentionPrefill:
             "cross_attention_states": self.rows.gather(self.states),
             "attention_mask": self.sight.mask_of(self.rows),
         }
-        self._left: list[tuple[int, Tensor]] = []  # by row of the batch: text rows that see nothing of what is kept
+        self._left: list[tuple[int, Tensor]] = []  # (row of the batch, its text rows that see no kept tile)
         if self.rows.order.shape[1] < keep.shape[1]:
             nothing = ~(self.sight.tiles & tiles[:, None]).any(2)
             self._left = [(row, nothing[row].nonzero()[:, 0]) for row in nothing.any(1).nonzero()[:, 0].tolist()]
 
     def repaired(self, module: Any, hidden: Tensor, output: Tensor) -> Tensor:
-        """Output [R, L, D] of a layer, as it is over all rows for text rows that see nothing of what is kept.
+        """Return a layer's output [R, L, D], recomputed over all image rows for text rows that see no kept one.
 
-        The model leaves those unmasked that see no image, and weighs all rows alike where it masks them all.
+        The model leaves text rows unmasked that see no image, and weighs all image rows alike where it masks them all.
         """
         output = output.clone() if self._left else output
         for row, at in self._left:
@@ -76,7 +78,7 @@ class CrossAttentionPrefill:
         return output
 
     def cut_cache(self, cache: Any, layer: int, used: KeptSequence) -> None:
-        """Shorten what a layer that read `used` has just cached."""
+        """Shorten what layer `layer` has just cached from the image rows that it read, `used`, to `cached`."""
         self.stored = CachedRows(self.cached, self.last, weakref.ref(cache))
         if self.cached is used:
             return
@@ -90,21 +92,31 @@ class CrossAttentionPrefill:
 
 @dataclass(frozen=True)
 class CachedRows:
-    """What a prefill left in its cache: `rows`, of the tiles bool [R, N] that its last text row saw."""
+    """Image rows that a prefill left in its cache.
+
+    Attributes:
+        rows: the cached image rows.
+        tiles: bool [R, N], the tiles that the last text row of the prefill saw.
+        cache: weak reference to the cache.
+    """
 
     rows: KeptSequence
     tiles: Tensor
     cache: weakref.ref[Any]
 
     def is_in(self, cache: Any, held: int) -> bool:
-        """Whether a cache of `held` image rows holds this."""
+        """Return True if `cache`, which holds `held` image rows, is the one that holds these rows."""
         return self.cache() is cache and self.rows.order.shape[1] == held
 
     def changes(self, sight: TextVisibility, at: Tensor) -> dict[str, Any]:
-        """Arguments of a decoding step's layers, for a batch of these rows of the prefill: int64 [R].
+        """Return the replaced arguments of the cross-attention layers in a decoding step.
+
+        Args:
+            sight: the tiles that the step's text sees.
+            at: int64 [R], the row of the prefill that each row of the batch continues.
 
         Raises:
-            PruningError: it sees what was not stored.
+            PruningError: the step sees tiles that were not stored.
         """
         rows, tiles = self.rows.of_rows(at), self.tiles.index_select(0, at)[:, None]
         attends_to_all = (sight.real & ~sight.sees)[..., None]
@@ -117,6 +129,6 @@ class CachedRows:
 
 
 def _stored(rows: Tensor, keep: Tensor) -> KeptSequence:
-    """Of the rows that are stored, bool [R, T], text reads those that are kept."""
+    """Return the sequence of the image rows `rows`, bool [R, T], of which text reads only `keep`, bool [R, T]."""
     order = kept_sequence(rows, keep).order
     return KeptSequence(order, keep.gather(1, order), keep)

@@ -1,4 +1,4 @@
-"""Labels of a shortened prompt: one that is predicted from a dropped row counts for nothing."""
+"""Labels of a shortened prompt: a label that is predicted from a dropped row does not count in the loss."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -10,10 +10,10 @@ from catp_lightning.hooks import hooked
 
 
 class Labels:
-    """Takes labels out of a call's loss, on a copy.
+    """Exclude labels from a call's loss, on a copy of the labels.
 
     Attributes:
-        left_out: how many labels of the last call were left out.
+        left_out: number of labels of the last call that were excluded.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -33,10 +33,12 @@ class Labels:
         return args, {**kwargs, "labels": self._given}
 
     def leave_out(self, keep: Tensor) -> None:
-        """A label is predicted from the row before it; where that row is gone there is nothing to compare.
+        """Set labels to -100 that would be predicted from dropped rows.
+
+        A label is predicted from the row before it; if that row is dropped, there is nothing to compare.
 
         Args:
-            keep: bool [R, L], which columns of the prompt stay. Labels may be of its last columns only.
+            keep: bool [R, L], columns of the prompt that stay. Labels may be of its last columns only.
         """
         if self._given is None:
             return

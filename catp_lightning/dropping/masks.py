@@ -1,4 +1,4 @@
-"""Attention masks of a shortened prompt. Windows of sliding attention are counted in original columns."""
+"""Attention masks of a shortened prompt; windows of sliding attention are counted in original columns."""
 
 from typing import Any
 
@@ -14,17 +14,17 @@ Masks = Tensor | dict[str, Tensor]
 
 
 def window(config: PreTrainedConfig) -> int | None:
-    """The number of columns a sliding layer sees; None where no layer slides."""
+    """Return the number of columns that a sliding-attention layer sees; None if no layer slides."""
     types = getattr(config, "layer_types", None)
     size = getattr(config, "sliding_window", None)
     return size if size and (types is None or "sliding_attention" in types) else None
 
 
 def two_dimensional(mask: Any, rows: int, length: int, device: torch.device) -> Tensor:
-    """The caller's mask as int64 [R, L]; generate leaves out one that is all ones.
+    """Return the caller's attention mask as int64 [R, L], ones if there is none: generate leaves out a mask of ones.
 
     Raises:
-        PruningError: it has another shape.
+        PruningError: the mask has another shape.
     """
     if mask is None:
         return torch.ones(rows, length, dtype=torch.long, device=device)
@@ -38,7 +38,7 @@ def two_dimensional(mask: Any, rows: int, length: int, device: torch.device) -> 
 
 
 def prefill_masks(given: Any, prompt: KeptSequence, config: PreTrainedConfig, dtype: torch.dtype) -> Masks:
-    """The decoder's mask at prefill, from the one its caller made of the full prompt.
+    """Return the decoder's mask at prefill, made from `given`, the mask that its caller made of the full prompt.
 
     Never None: gaps in position ids would be read as several packed sequences.
     """
@@ -54,7 +54,16 @@ def prefill_masks(given: Any, prompt: KeptSequence, config: PreTrainedConfig, dt
 def decoding_masks(
     prompt: KeptSequence, mask: Tensor, new: int, cache: Any, config: PreTrainedConfig, dtype: torch.dtype
 ) -> Masks:
-    """The decoder's mask of `new` rows after a shortened prefill: mask int64 [R, full length] is the caller's."""
+    """Return the decoder's mask of `new` rows after a shortened prefill.
+
+    Args:
+        prompt: columns that the prefill kept.
+        mask: int64 [R, full length], the caller's.
+        new: number of rows that the decoder is called on.
+        cache: says how many keys its sliding layers hold.
+        config: config of the decoder.
+        dtype: dtype of an additive mask.
+    """
     length = prompt.mask.shape[1]
     valid = torch.cat([prompt.short_mask, mask[:, length:]], 1)
     if not _window_binds(config, mask.shape[1]):
@@ -77,7 +86,7 @@ def sliding_layer(config: PreTrainedConfig) -> int:
 
 
 def on_both_axes(mask: Tensor, prompt: KeptSequence) -> Tensor:
-    """[1 or R, h, L, L] -> [R, h, n, n], fillers hidden."""
+    """Select the kept columns as queries and as keys, [1 or R, h, L, L] -> [R, h, n, n], and hide fillers."""
     rows, kept = prompt.order.shape
     mask = mask.expand(rows, *mask.shape[1:])
     mask = mask.gather(2, prompt.order[:, None, :, None].expand(-1, mask.shape[1], -1, mask.shape[3]))
@@ -86,7 +95,7 @@ def on_both_axes(mask: Tensor, prompt: KeptSequence) -> Tensor:
 
 
 def hide(mask: Tensor, hidden: Tensor) -> Tensor:
-    """A mask, boolean or additive, under which `hidden` keys are not seen either."""
+    """Return a mask, boolean or additive, under which keys where `hidden` is True are not seen either."""
     return mask & ~hidden if mask.dtype == torch.bool else mask.masked_fill(hidden, torch.finfo(mask.dtype).min)
 
 
@@ -98,7 +107,18 @@ def own_masks(
     dtype: torch.dtype,
     held: slice = slice(None),
 ) -> Masks:
-    """Causal masks by original columns [R, Q], [R, K], one for each type of layer; sliding ones of keys `held`."""
+    """Return causal masks by original columns, one for each type of layer if the config names types.
+
+    Masks are additive for eager attention, else boolean: [R, 1, Q, K], or [R, 1, Q, held keys] where a layer slides.
+
+    Args:
+        queries: int64 [R, Q], original columns of the queries.
+        keys: int64 [R, K], original columns of the keys.
+        valid: bool [R, K], False for keys that nobody sees.
+        config: config of the decoder.
+        dtype: dtype of an additive mask.
+        held: the keys that a sliding layer's cache holds.
+    """
     reach = window(config)
     distance = queries[:, :, None] - keys[:, None]
     full = (distance >= 0) & valid[:, None]
@@ -119,16 +139,19 @@ def _as_attention_takes_it(mask: Tensor, eager: bool, dtype: torch.dtype) -> Ten
 
 
 def of_columns(values: Tensor, rows: KeptSequence) -> Tensor:
-    """Values of a prompt's columns that are left: [..., 1 or R, L, D] -> [..., R, n, D]."""
+    """Select the kept columns: [..., 1 or R, L, D] -> [..., R, n, D]."""
     values = values.expand(*values.shape[:-3], len(rows.order), *values.shape[-2:])
     return values.gather(-2, rows.order[..., None].expand(*values.shape[:-2], -1, values.shape[-1]))
 
 
 def layer_mask(mask: Tensor | None, rows: KeptSequence, later: int, flash: bool) -> Tensor | None:
-    """A layer's mask over what is left of a prompt and over `later` columns after it, none at prefill.
+    """Return a layer's mask over the kept columns of a prompt and over `later` columns after it; None: causal.
 
     Args:
-        mask: over all columns, [1 or R, h, Q, L + later], or [R, L + later] of flash attention; None: causal.
+        mask: over all columns, [1 or R, h, Q, L + later], or [R, L + later] for flash attention; None: causal.
+        rows: the kept columns.
+        later: number of columns after the prompt, 0 at prefill.
+        flash: True for flash attention.
     """
     length, valid = rows.mask.shape[1], pad(rows.valid, (0, later), value=True)
     if flash:  # never None: gaps in position ids would be read as several packed sequences
@@ -136,7 +159,7 @@ def layer_mask(mask: Tensor | None, rows: KeptSequence, later: int, flash: bool)
         return torch.cat([rows.short_mask, after], 1)
     if mask is None and bool(valid.all()):
         return None
-    if mask is None:  # a decoding step without a mask is of one row
+    if mask is None:  # a decoding step without a mask has one query row
         mask = torch.ones(1, 1, 1 if later else length, length + later, dtype=torch.bool, device=valid.device)
         mask = mask if later else mask.tril()
     if not later:

@@ -1,4 +1,4 @@
-"""A prompt as it reaches the language model, and what is left of it once visual tokens are dropped."""
+"""Prompts as they reach the language model, and what is left of them once visual tokens are dropped."""
 
 import weakref
 from collections.abc import Callable, Iterator
@@ -16,12 +16,12 @@ from catp_lightning.errors import PruningError
 
 @dataclass(frozen=True)
 class Prompt:
-    """What a choice is made from; B samples, before beams are expanded.
+    """Prompt from which visual tokens are chosen; B samples, before beams are expanded, T visual tokens of the largest.
 
     Attributes:
-        tokens: bool [B, T], which visual tokens each sample has, in the order of their placeholders.
-        arguments: what the model itself was called with: pixel values, sizes of images and the like.
-        beams: how many rows the model's own tensors have for each sample; they lie next to each other.
+        tokens: bool [B, T], the visual tokens that each sample has, in the order of their placeholders.
+        arguments: arguments of the model's own call: pixel values, sizes of images and the like.
+        beams: number of rows that the model's own tensors have for each sample; they lie next to each other.
     """
 
     tokens: Tensor
@@ -31,16 +31,17 @@ class Prompt:
 
 @dataclass(frozen=True)
 class DecoderPrompt(Prompt):
-    """A prompt at the entry of the decoder, or of the encoder that reads it; R is B times the beams.
+    """Prompt at the entry of the decoder, or of the encoder that reads it; R is B samples times the beams, L columns.
 
     Attributes:
-        ids: int64 [B, L].
-        visual: bool [B, L], the placeholders among them.
-        embeds: float [R, L, D].
-        mask: int64 [R, L].
+        ids: int64 [B, L], token ids.
+        visual: bool [B, L], True for placeholders of visual tokens.
+        embeds: float [R, L, D], input embeddings.
+        mask: int64 [R, L], attention mask.
         positions: int64 [R, L], or [3 or 4, R, L] where an image's rows have coordinates.
-        is_prompt: bool [B, L], rows of the prompt itself: neither padding, nor from the first label on, nor generated.
-        generating: whether `generate` predicts an answer from its last row.
+        is_prompt: bool [B, L], True for rows of the prompt itself: neither padding, nor from the first label on, nor
+            generated.
+        generating: True if `generate` predicts an answer from the prompt's last row.
     """
 
     ids: Tensor
@@ -63,11 +64,15 @@ class DecoderPrompt(Prompt):
         positions: Tensor,
         is_prompt: Tensor,
     ) -> "DecoderPrompt":
-        """The prompt whose tokens are where `visual` says."""
+        """Return a prompt with the visual tokens whose placeholders are `visual`."""
         return cls(visual_tokens(visual), arguments, beams, ids, visual, embeds, mask, positions, is_prompt)
 
     def _refuse_end(self, columns: Tensor) -> None:
-        """Raise PruningError where the last row of a prompt does not stay: what is generated would follow nothing."""
+        """Raise PruningError if the last row of a prompt is dropped, as what is generated would follow nothing.
+
+        Args:
+            columns: bool [B, L], the columns that stay.
+        """
         last = self.is_prompt.shape[1] - 1 - self.is_prompt.flip(1).long().argmax(1, keepdim=True)
         gone = ~columns.gather(1, last)[:, 0] & self.is_prompt.any(1)
         if bool(gone.any()):
@@ -77,9 +82,10 @@ class DecoderPrompt(Prompt):
             )
 
     def text_columns(self) -> tuple[Tensor, Tensor]:
-        """Columns of the text rows that scorers read: int64 [B, R] and which of them exist, bool [B, R].
+        """Return the columns of the text rows that scorers read, int64 [B, R], and which of them exist, bool [B, R].
 
-        Those after the first visual token, which can see it; all where none is after it.
+        R is the number of text rows of the largest sample. They are those after the first visual token, which can see
+        it; all text rows if none is after it.
         """
         own = self.is_prompt & ~self.visual
         after = own & (self.visual.cumsum(1) > 0)
@@ -88,19 +94,22 @@ class DecoderPrompt(Prompt):
         return (~own).long().argsort(dim=1, stable=True)[:, :most], own.long().sort(1, descending=True)[0][:, :most] > 0
 
     def text(self) -> tuple[Tensor, Tensor]:
-        """Those rows: float [B, R, D], zeros beyond a sample's own, and which exist, bool [B, R]."""
+        """Return the embeddings of the text rows that scorers read, float [B, R, D], and which exist, bool [B, R].
+
+        The rows are those of `text_columns`; embeddings are zeros beyond a sample's own.
+        """
         columns, valid = self.text_columns()
         embeds = self.embeds[:: self.beams].detach()
         return embeds.gather(1, columns[..., None].expand(-1, -1, embeds.shape[-1])) * valid[..., None], valid
 
     def columns(self, keep: Tensor) -> Tensor:
-        """Columns that stay, text always: bool [B, T] of its visual tokens -> bool [R, L].
+        """Return the columns that stay, bool [R, L], given the visual tokens that stay, bool [B, T]; text always stays.
 
-        Where a token leaves, padding on the left leaves too, or the longest prompt would decide for all. Its last
-        column stays: a label may be predicted from it.
+        Where a token is dropped, padding on the left is dropped too, or the longest prompt would decide for all. The
+        last column of the padding stays: a label may be predicted from it.
 
         Raises:
-            PruningError: the row that an answer is generated from is gone.
+            PruningError: the row that an answer is generated from would be dropped.
         """
         own = columns_kept(self.visual, keep)
         if self.generating:
@@ -114,13 +123,13 @@ class DecoderPrompt(Prompt):
 
 @dataclass
 class KeptSequence:
-    """A prefill after dropping.
+    """Columns of a prompt that stay after dropping; R rows, L original columns, n kept columns of the longest row.
 
     Attributes:
-        order: int64 [R, n], original columns of the rows that stayed, ascending; rows that keep fewer are filled up.
+        order: int64 [R, n], original columns of the kept rows, ascending; rows that keep fewer have fillers among them.
         valid: bool [R, n], False for fillers.
         mask: int64 [R, L], the caller's mask of the full prompt.
-        cache: the cache this prefill filled, if any.
+        cache: weak reference to the cache that this prefill filled, if any.
     """
 
     order: Tensor
@@ -129,12 +138,12 @@ class KeptSequence:
     cache: weakref.ref[Any] | None = None
 
     def gather(self, full: Tensor) -> Tensor:
-        """Values of columns: [R, L] or [R, L, D] -> [R, n] or [R, n, D]."""
+        """Select the kept columns: [R, L] or [R, L, D] -> [R, n] or [R, n, D]."""
         index = self.order if full.dim() == 2 else self.order[..., None].expand(-1, -1, full.shape[-1])
         return full.gather(1, index)
 
     def gather_positions(self, positions: Tensor, compact: bool) -> Tensor:
-        """Position ids [..., R, L] -> [..., R, n]; `compact` closes the gaps that dropped columns leave."""
+        """Select position ids [..., R, L] -> [..., R, n]; `compact` closes the gaps that dropped columns leave."""
         short = positions.gather(-1, self.order.expand(*positions.shape[:-1], -1))
         if not compact:
             return short
@@ -142,16 +151,18 @@ class KeptSequence:
         return (short - dropped_before).where(self.short_mask.bool(), short)  # padding keeps what it had
 
     def scatter(self, short: Tensor) -> Tensor:
-        """[R, n, D] -> [R, L, D], zeros where a row was dropped."""
+        """Put values of kept columns back in their places: [R, n, D] -> [R, L, D], zeros where a row was dropped."""
         full = short.new_zeros(len(short), self.mask.shape[1], short.shape[-1])
         index = self.order[..., None].expand_as(short)
         return full.scatter(1, index, short.masked_fill(~self.valid[..., None], 0))  # a filler's may be NaN
 
     def scatter_keys(self, short: Tensor) -> Tensor:
-        """Attention to the rows that stayed, and to `m` after them: [R, H, q, n + m] -> [R, H, q, L + m].
+        """Put attention to kept columns back in its places over all columns: [R, H, q, n + m] -> [R, H, q, L + m].
+
+        The `m` last keys come after the prompt and stay as they are.
 
         Raises:
-            PruningError: a layer's cache holds other rows than those.
+            PruningError: the attention has fewer keys than columns were kept, as with the cache of a sliding layer.
         """
         kept, later = self.order.shape[1], short.shape[3] - self.order.shape[1]
         if later < 0:
@@ -164,15 +175,21 @@ class KeptSequence:
         return torch.cat([prompt, short[..., kept:]], 3)
 
     def scatter_attention(self, short: Tensor) -> Tensor:
-        """Attention among the rows that stayed: [R, H, n, n] -> [R, H, L, L], zeros where either is gone."""
+        """Put attention among kept columns back in its places: [R, H, n, n] -> [R, H, L, L].
+
+        It is zero where the query or the key was dropped.
+        """
         return self.scatter_keys(self.scatter_keys(short).transpose(2, 3)).transpose(2, 3)
 
     def scatter_states(self, short: Tensor) -> Tensor:
-        """States [R, n, D] or attention maps [R, H, n, n] of a prefill, over all columns."""
+        """Put states [R, n, D] or attention maps [R, H, n, n] of a prefill back in their places over all columns."""
         return self.scatter(short) if short.dim() == 3 else self.scatter_attention(short)
 
     def scatter_step(self, short: Tensor) -> Tensor:
-        """Those of a decoding step, whose own rows are all there."""
+        """Put attention maps of a decoding step back in their places over all columns; leave its states as they are.
+
+        A decoding step's own rows are all there: [R, q, D] of states, [R, H, q, n + m] of attention.
+        """
         return short if short.dim() == 3 else self.scatter_keys(short)
 
     @property
@@ -181,45 +198,50 @@ class KeptSequence:
 
     @property
     def dropped(self) -> Tensor:
-        """How many columns each row lost, padding apart: int64 [R]."""
+        """Number of columns that each row lost, without padding: int64 [R]."""
         return self.mask.sum(1) - self.short_mask.sum(1)
 
     @property
     def whole(self) -> bool:
-        """Whether nothing was dropped."""
+        """True if nothing was dropped."""
         return self.order.shape[1] == self.mask.shape[1] and bool(self.valid.all())
 
     def of_rows(self, rows: Tensor) -> "KeptSequence":
-        """What is left of each of these rows, int64 [R']: of beams, or of copies made after the prefill."""
+        """Return the kept columns of the rows `rows`, int64 [R']: of beams, or of copies made after the prefill."""
         order, valid, mask = (part.index_select(0, rows) for part in (self.order, self.valid, self.mask))
         return KeptSequence(order, valid, mask, self.cache)
 
 
 def visual_tokens(placeholders: Tensor) -> Tensor:
-    """Placeholders in a prompt, bool [B, L] -> which visual tokens each sample has, bool [B, T]."""
+    """Return which visual tokens each sample has, bool [B, T], given its placeholders, bool [B, L]."""
     counts = placeholders.sum(1)
     return torch.arange(int(counts.max()), device=counts.device) < counts[:, None]
 
 
 def columns_kept(placeholders: Tensor, keep: Tensor) -> Tensor:
-    """Columns of a prompt that stay, text always: bool [B, L], and bool [B, T] of its visual tokens -> bool [B, L]."""
+    """Return the columns of a prompt that stay, bool [B, L]; text always stays.
+
+    Args:
+        placeholders: bool [B, L], columns of visual tokens.
+        keep: bool [B, T], the visual tokens that stay.
+    """
     columns, own = ~placeholders, visual_tokens(placeholders)
     columns[placeholders] = keep[:, : own.shape[1]][own]  # these samples may be of a batch with more tokens
     return columns
 
 
 def kept_sequence(keep: Tensor, mask: Tensor) -> KeptSequence:
-    """What is left of a prompt: keep bool [R, L], mask int64 [R, L]."""
+    """Return what is left of a prompt: `keep`, bool [R, L], under the attention mask `mask`, int64 [R, L]."""
     most = int(keep.sum(1).max())
     order = (~keep).long().argsort(dim=1, stable=True)[:, :most].sort(1).values
     return KeptSequence(order, keep.gather(1, order), mask)
 
 
 def merged(rows: Tensor, visual: Tensor, carrier: Tensor) -> Tensor:
-    """Rows in which a visual token that carries others is the mean of all it carries, itself among them.
+    """Return rows in which a visual token that carries others is the mean of all it carries, itself among them.
 
     Args:
-        rows: float [R, L, D]; R is B times the beams, which lie next to each other.
+        rows: float [R, L, D]; R is B samples times the beams, which lie next to each other.
         visual: bool [B, L], the visual tokens among them.
         carrier: int64 [B, T], for each visual token the one whose row carries it: itself, or one that stays; -1: none.
     """
@@ -231,14 +253,20 @@ def merged(rows: Tensor, visual: Tensor, carrier: Tensor) -> Tensor:
 
 
 def merged_features(flat: Tensor, tokens: Tensor, carrier: Tensor) -> Tensor:
-    """The same of the features of all visual tokens, float [N, D], one after the other: bool [R, T], int64 [R, T]."""
+    """Return features of visual tokens in which a token that carries others is the mean of all it carries.
+
+    Args:
+        flat: float [N, D], features of all N visual tokens, one after the other.
+        tokens: bool [R, T], the visual tokens that each row has.
+        carrier: int64 [R, T], for each visual token the one whose row carries it; -1: none.
+    """
     values = flat.new_zeros(*tokens.shape, flat.shape[-1])
     values[tokens] = flat
     return group_means(values, carrier[:, : tokens.shape[1]].masked_fill(~tokens, -1))[tokens]
 
 
 def group_means(values: Tensor, carrier: Tensor) -> Tensor:
-    """The mean of each group in the place of the token that carries it; others as they were.
+    """Replace the token that carries a group by the group's mean; others stay as they were.
 
     Args:
         values: float [B, T, D].
@@ -250,7 +278,7 @@ def group_means(values: Tensor, carrier: Tensor) -> Tensor:
     wide = values.to(torch.promote_types(values.dtype, torch.float32))
     joins = (carrier >= 0).to(wide.dtype)
     index = carrier.clamp(min=0)
-    joining = wide.masked_fill(carrier[..., None] < 0, 0)  # a product would carry on what is not finite
+    joining = wide.masked_fill(carrier[..., None] < 0, 0)  # a product with 0 would keep NaN and infinities
     total = torch.zeros_like(wide).scatter_add(1, index[..., None].expand_as(wide), joining)
     count = torch.zeros_like(joins).scatter_add(1, index, joins)
     leads = (carrier == torch.arange(carrier.shape[1], device=carrier.device)) & (count > 1)
@@ -258,7 +286,7 @@ def group_means(values: Tensor, carrier: Tensor) -> Tensor:
 
 
 def of_each(output: Any, change: Callable[[Tensor], Tensor]) -> Any:
-    """A model's output, or a part of it, of which tensors are changed and caches are not."""
+    """Apply `change` to the tensors of a model's output, or of a part of it; caches stay as they are."""
     if isinstance(output, Tensor):
         return change(output)
     if isinstance(output, tuple):
@@ -271,7 +299,7 @@ def of_each(output: Any, change: Callable[[Tensor], Tensor]) -> Any:
 
 @contextmanager
 def forgetting(*forget: Callable[[], None]) -> Iterator[None]:
-    """Where what is done inside fails, what was seen of the call is forgotten: it must not serve another."""
+    """Call all of `forget` if the block raises: what was seen of a failed call must not serve another."""
     try:
         yield
     except BaseException:

@@ -1,4 +1,4 @@
-"""Finding a prompt's ids, mask and positions: what the caller gave, not what the model's outer code made of it."""
+"""Capture of a prompt's ids, mask and positions as the caller gave them, not as the model's outer code changed them."""
 
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -17,14 +17,14 @@ from catp_lightning.hooks import hooked
 
 
 class PromptCapture:
-    """Prompts of one model, as they reach its decoder (or the encoder that reads them).
+    """Capture of one model's prompts as they reach its decoder, or the encoder that reads them.
 
     Where `family.outer` is None, as in BLIP-2, whose generate never calls the model's forward, the embedding layer is
     the one place that sees ids; and the decoder gets the caller's own mask and positions.
 
     Attributes:
-        inside: whether the decoder is running; what its embedding layer sees then is no prompt.
-        given: a prompt that is known already, whatever the decoder is called with: it is answered again.
+        inside: True while the decoder is running; what its embedding layer sees then is no prompt.
+        given: prompt that is known already and answered again; it is returned whatever the decoder is called with.
     """
 
     given: DecoderPrompt | None = None
@@ -60,11 +60,11 @@ class PromptCapture:
             self._ids = args[0]
 
     def forget(self) -> None:
-        """The call that is running has failed: what was seen of it must not serve another."""
+        """Discard the ids of a call that has failed: they must not serve another."""
         self._ids = None
 
     def refuse_images(self) -> None:
-        """Raise PruningError where the call that continues a cache brings an image."""
+        """Raise PruningError if the call that continues a cache brings an image."""
         ids, self._ids = (self._ids if self.family.outer is None else self._watching.arguments.get("input_ids")), None
         if ids is not None and ids.shape[1] > 1 and bool(self._visual(ids).any()):
             raise PruningError(
@@ -73,7 +73,7 @@ class PromptCapture:
             )
 
     def refuse_continuing(self) -> None:
-        """Raise PruningError where the `generate` that is running was given the cache of a pruned prompt."""
+        """Raise PruningError if the running `generate` was given the cache of a pruned prompt."""
         if self._watching.continuing:
             raise PruningError(
                 "generate was given past_key_values that hold a pruned prompt, and takes their length for the number "
@@ -85,20 +85,23 @@ class PromptCapture:
         return torch.isin(ids, torch.tensor(self.family.placeholder_ids, device=ids.device, dtype=torch.int64))
 
     def mask(self, kwargs: dict[str, Any]) -> Any:
-        """The caller's mask, given what the decoder is called with."""
+        """Return the caller's attention mask, or None; `kwargs` are the arguments of the decoder's call."""
         return (kwargs if self.family.outer is None else self._watching.arguments).get("attention_mask")
 
     def positions(self, kwargs: dict[str, Any]) -> Tensor | None:
-        """The position ids the decoder is called with, if the caller gave any: others were read from a short cache."""
+        """Return the caller's position ids, given the arguments of the decoder's call; None if the caller gave none.
+
+        Position ids that outer code derived from the length of a shortened cache are wrong, and have to be made anew.
+        """
         if self.family.outer is not None and self._watching.arguments.get("position_ids") is None:
             return None
         return kwargs.get("position_ids")
 
     def take(self, kwargs: dict[str, Any]) -> DecoderPrompt | None:
-        """The prompt with which the decoder is called; None where it is called on text ids of its own.
+        """Return the prompt with which the decoder is called; None if it is called on text ids of its own.
 
         Raises:
-            PruningError: its ids are not known, or images were given that it has no place for.
+            PruningError: the prompt's ids are not known, or it has no place for images that were given.
         """
         if self.given is not None:
             return self.given
@@ -131,7 +134,11 @@ class PromptCapture:
         return replace(prompt, generating=generating)
 
     def _asks(self, real: Tensor) -> Tensor:
-        """Of rows that are no padding, bool [B, L], those of the prompt itself."""
+        """Return the columns of the prompt itself, bool [B, L], without an answer, generated or with labels.
+
+        Args:
+            real: bool [B, L], columns that are no padding; changed in place.
+        """
         length, labels = self._calls.prompt_length(real.shape[1]), self._calls.arguments.get("labels")
         if length is not None:
             real[:, length:] = False

@@ -1,4 +1,4 @@
-"""A prompt inside the decoder, at the stages where its rows leave."""
+"""Prompts inside the decoder, at the stages where visual tokens are dropped."""
 
 from dataclasses import dataclass
 
@@ -13,15 +13,16 @@ from catp_lightning.observation import Needs, Observation, Signal, Values
 
 @dataclass(frozen=True)
 class StagePrompt(DecoderPrompt):
-    """A prompt at the entry of one of the decoder's layers. All but `tokens` is as it entered the decoder.
+    """Prompt at the entry of one decoder layer; all fields but `tokens` are as the prompt entered the decoder.
 
     Attributes:
         tokens: bool [B, T], the visual tokens that are still there; T counts those of the full prompt.
         stage: number of the stage, 0 for the first.
-        layer: the layer that is about to run.
-        values: what was asked for, float32 or float64 where it is attention; 0 for a token that was not there.
-            `LAST_ROW` is of the prompt's last real row that is still there. With labels it is the last row before the
-            first label (the first row, if none is before it); what `generate` has generated does not count.
+        layer: number of the layer that is about to run.
+        values: signals that were asked for, float32 or float64 if they are attention; 0 for a token that was not there.
+            `Signal.LAST_TOKEN_ATTENTION` is of the prompt's last real row that is still there. With labels it is the
+            last row before the first label (the first row, if none is before it); what `generate` has generated does
+            not count.
     """
 
     stage: int
@@ -30,24 +31,25 @@ class StagePrompt(DecoderPrompt):
 
     @property
     def attention(self) -> Tensor | None:
-        """`LAST_ROW` of the layer before: [B, H, T]; None where it was not asked for."""
+        """Attention of the prompt's last row in the layer before, [B, H, T]; None if it was not asked for."""
         return self.values.get((Signal.LAST_TOKEN_ATTENTION, self.layer - 1))
 
     def observation(self) -> Observation:
-        """What scorers see: the tokens that are still there, as one image a sample."""
+        """Return the signals that scorers see: of the tokens that are still there, as one image per sample."""
         layers = {Signal.LAST_TOKEN_ATTENTION: self.layer, Signal.TEXT_TO_IMAGE_ATTENTION: self.layer}
         return Observation(self.tokens, layers, self.values, text=self.text_columns()[1])
 
 
 class DecoderPrefill:
-    """A prefill that is running; R is B times the beams.
+    """State of a running prefill of a decoder; R is B samples times the beams.
 
     Attributes:
-        prompt: as it entered the decoder.
+        prompt: the prompt as it entered the decoder.
+        needs: signals to collect.
         tokens: bool [B, T], the visual tokens that are still there.
-        rows: what is left of the prompt.
-        kept: the same after each stage so far.
-        values: what was seen so far, as `StagePrompt`'s.
+        rows: columns of the prompt that are left.
+        kept: columns that were left after each stage so far.
+        values: signals that were seen so far, as in `StagePrompt`.
     """
 
     def __init__(self, prompt: DecoderPrompt, needs: Needs) -> None:
@@ -61,17 +63,17 @@ class DecoderPrefill:
             self.values[Signal.TEXT_EMBEDS] = prompt.text()[0]
 
     def at(self, stage: int, layer: int, hidden: Tensor) -> StagePrompt:
-        """The prompt at a stage, whose rows [R, n, D] are about to enter a layer."""
+        """Return the prompt at a stage, whose rows `hidden`, [R, n, D], are about to enter layer `layer`."""
         values = dict(self.values)
         if Signal.HIDDEN_STATES in self.needs:
             values[Signal.HIDDEN_STATES] = self._visual(self.rows.scatter(hidden.detach())[:: self.prompt.beams])
         return StagePrompt(**{**vars(self.prompt), "tokens": self.tokens}, stage=stage, layer=layer, values=values)
 
     def narrow(self, keep: Tensor) -> KeptSequence:
-        """Of the visual tokens only `keep`, bool [B, T], stay. Returns what stays of the rows there were before.
+        """Drop all visual tokens but `keep`, bool [B, T], and return what stays of the rows there were before.
 
         Raises:
-            PruningError: nothing of a sample is left.
+            PruningError: no row of a sample is left.
         """
         self.tokens, before = keep & self.tokens, self.rows
         stays = kept_sequence(self.prompt.columns(self.tokens).gather(1, before.order), before.short_mask)
@@ -87,11 +89,19 @@ class DecoderPrefill:
         return stays
 
     def merged(self, hidden: Tensor, carrier: Tensor) -> Tensor:
-        """Rows [R, n, D] before they are narrowed, in which those that carry others are means: int64 [B, T]."""
+        """Return the rows of a layer in which tokens that carry others are means; called before rows are dropped.
+
+        Args:
+            hidden: float [R, n, D], the rows.
+            carrier: int64 [B, T], for each visual token the one whose row carries it; -1: none.
+        """
         return self.rows.gather(merged(self.rows.scatter(hidden), self.prompt.visual, carrier))
 
     def look(self, layer: int, query: Tensor, key: Tensor, mask: Tensor | None, scaling: float) -> Tensor:
-        """Note what rows of a layer pay the visual tokens: an `attention.Reduction` over R rows."""
+        """Record the attention from the requested query rows of a layer to the visual tokens.
+
+        It is an `attention.Reduction` over R rows, whose result is empty: the attention is stored in `values`.
+        """
         if (Signal.LAST_TOKEN_ATTENTION, layer) not in self.values and Signal.LAST_TOKEN_ATTENTION in self.needs:
             self.values[Signal.LAST_TOKEN_ATTENTION, layer] = self.last_row(query, key, mask, scaling)
         if (Signal.TEXT_TO_IMAGE_ATTENTION, layer) not in self.values and Signal.TEXT_TO_IMAGE_ATTENTION in self.needs:
@@ -103,7 +113,7 @@ class DecoderPrefill:
         return query.new_empty(0)
 
     def last_row(self, query: Tensor, key: Tensor, mask: Tensor | None, scaling: float) -> Tensor:
-        """What the row that answers pays the visual tokens: [B, H, T]."""
+        """Return the attention that the row which predicts the answer pays to the visual tokens: [B, H, T]."""
         order, real = (part[:: self.prompt.beams] for part in (self.rows.order, self.rows.short_mask))
         is_prompt = self.prompt.is_prompt.gather(1, order) & self.rows.valid[:: self.prompt.beams]
         last = is_prompt.shape[1] - 1 - is_prompt.flip(1).long().argmax(1)
@@ -113,17 +123,23 @@ class DecoderPrefill:
     def _paid(
         self, at: Tensor, valid: Tensor, query: Tensor, key: Tensor, mask: Tensor | None, scaling: float
     ) -> Tensor:
-        """What some rows of each sample pay the visual tokens: int64 [B, r], bool [B, r] -> [B, H, r, T]."""
+        """Return the attention that chosen rows of each sample pay to the visual tokens: [B, H, r, T].
+
+        Args:
+            at: int64 [B, r], places of the rows among those that are left.
+            valid: bool [B, r], False for rows that do not exist: their attention is 0.
+            query, key, mask, scaling: as of an `attention.Reduction`.
+        """
         beams, heads, few = self.prompt.beams, key.shape[1], at.shape[1]
         order = self.rows.order[::beams]
         each = torch.arange(len(at), device=at.device)[:, None]
         if mask is not None and mask.dim() == 4:
             seen = mask.expand(len(query), -1, -1, -1)[::beams].transpose(1, 2)[each, at].transpose(1, 2)
-        else:  # flash attention's, or none
+        else:  # the mask of flash attention, or none
             causal = torch.arange(order.shape[1], device=at.device) <= at[..., None]
             seen = (causal if mask is None else causal & mask[::beams, None].bool())[:, None]
         rows = query[::beams].transpose(1, 2)[each, at].transpose(1, 2)
-        shared = rows.unflatten(1, (heads, -1))  # heads that share a key are its queries
+        shared = rows.unflatten(1, (heads, -1))  # query heads that share a key head become its rows
         seen = seen.expand(-1, heads, -1, -1)[:, :, None].expand(-1, -1, shared.shape[2], -1, -1).flatten(2, 3)
         paid = (
             attention_map(shared.flatten(2, 3), key[::beams], seen, scaling)
@@ -136,7 +152,7 @@ class DecoderPrefill:
         return self._visual(columns.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
 
     def _visual(self, columns: Tensor) -> Tensor:
-        """Values of the prompt's columns, for its visual tokens: [B, L, ...] -> [B, T, ...]."""
+        """Select the values of visual tokens among those of the prompt's columns: [B, L, ...] -> [B, T, ...]."""
         found = columns.new_zeros(*self.tokens.shape, *columns.shape[2:])
         found[visual_tokens(self.prompt.visual)] = columns[self.prompt.visual]
         return found

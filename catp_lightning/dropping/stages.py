@@ -1,4 +1,4 @@
-"""Rows leave inside the decoder: at the entry of one of its layers, or of several in turn.
+"""Dropping of tokens inside the decoder: at the entry of one of its layers, or of several in turn.
 
 Layers before the first stage read and cache the full prompt, so lengths and positions that outer code takes from the
 first layer's cache stay right. From each stage on, layers get the mask and the positions of what is left, and cache no
@@ -32,21 +32,22 @@ NOTHING: Needs = {}
 
 
 class PruneAtDecoderLayers:
-    """Drops rows at the entry of some of a decoder's layers.
+    """Prune rows at the entry of some of a decoder's layers; B samples, T visual tokens.
 
-    Where a row is gone hidden states are zero; attention maps and caches stay as short as they were computed.
+    Hidden states and attention maps are zero where a row was dropped; caches stay as short as they were computed.
 
     Args:
-        family: knows the model's parts.
-        choose: from a prompt, which of its `tokens` stay, bool [B, T]; called at each stage of each prefill.
-        compact: must be False, the layers before the first stage have used the position ids.
-        forget: called when a prompt is refused: what was observed for it must not serve another.
-        stages: layers at whose entry rows leave, ascending, each at least 1 and less than the number of layers.
+        family: the model's family, which knows its parts.
+        choose: returns which of a prompt's `tokens` stay, bool [B, T]; called at each stage of each prefill.
+        compact: must be False, because the layers before the first stage have used the position ids.
+        forget: called when a prompt is refused, so that what was observed for it does not serve another.
+        stages: layers at whose entry rows are dropped, ascending, each at least 1 and less than the number of layers.
         needs: the signals that prompts have, of `observation.STAGED`.
-        carried: from which token each token's row is carried on after a choice, int64 [B, T]; None: nothing is merged.
+        carried: called after a choice; returns int64 [B, T], for each token the token whose row carries it from then
+            on, -1 for none; None if nothing is merged.
 
     Attributes:
-        active: False: the model runs unpruned.
+        active: False if the model is to run unpruned.
 
     Raises:
         PruningError: `stages` are other numbers, `compact` is True, or the decoder's attention does not allow it.
@@ -69,23 +70,23 @@ class PruneAtDecoderLayers:
         self._refuse(compact)
         self._prompts, self._labels = PromptCapture(family), Labels(family.model)
         self._looked_at = sorted({layer for at in stages for layer in self._layers_read(at)})
-        self._kept: list[KeptSequence] = []  # by the prefill that decoding steps belong to; none: nothing was dropped
-        self._cache: weakref.ref[Any] | None = None  # that it filled
+        self._kept: list[KeptSequence] = []  # columns kept at each stage of the last prefill; empty: all
+        self._cache: weakref.ref[Any] | None = None  # the cache that this prefill filled
         self._opened = Opened()
         self._reset()
 
     def _reset(self) -> None:
         self._opened.close()
-        self._prefill: DecoderPrefill | None = None  # that is running
-        self._step: list[KeptSequence] = []  # what is left at each stage, while a decoding step is running
-        self._later = 0  # columns after the prompt, in the same
-        self._changes: dict[str, Any] = {}  # arguments of the layers of the stage that is running
+        self._prefill: DecoderPrefill | None = None  # the running prefill
+        self._step: list[KeptSequence] = []  # columns left at each stage, in a running decoding step
+        self._later = 0  # number of columns after the prompt, in a running decoding step
+        self._changes: dict[str, Any] = {}  # replaced arguments of the running stage's layers
 
     def _layers_read(self, stage: int) -> Iterator[int]:
-        """Layers whose attention is read at a stage.
+        """Yield the layers whose attention is read at a stage, the entry of layer `stage`.
 
         Raises:
-            PruningError: one that has not run by then.
+            PruningError: a layer is read that has not run by then.
         """
         for signal in self.needs.keys() & BY_LAYER:
             for layer in self.needs[signal] or range(stage):
@@ -123,12 +124,12 @@ class PruneAtDecoderLayers:
 
     @property
     def labels_left_out(self) -> int:
-        """How many labels of the last call were predicted from rows that were gone after the last stage."""
+        """Number of labels of the last call that were predicted from rows that were gone after the last stage."""
         return self._labels.left_out
 
     @contextmanager
     def dropping(self, prompt: DecoderPrompt | None = None) -> Iterator[None]:
-        """Hooks are in place only while inside; with a prompt, the decoder is called on it again."""
+        """Prune the model while inside, where hooks are in place; with a prompt, the decoder is called on it again."""
         decoder: Any = self.family.decoder
         observed = {self.layers[at].self_attn: (partial(self._look, at), _nothing) for at in self._looked_at}
         with ExitStack() as undo:
@@ -203,7 +204,7 @@ class PruneAtDecoderLayers:
         return tuple(changes.pop(name, value) for name, value in zip(names, args, strict=False)), {**kwargs, **changes}
 
     def _begin(self, stage: int, given: dict[str, Any]) -> dict[str, Any]:
-        """Sets what is changed for all layers of a stage; returns what is changed for its first one besides."""
+        """Set the arguments replaced in all layers of a stage; return those replaced in its first layer only."""
         prefill, hidden = self._prefill, given["hidden_states"]
         if prefill is None:
             rows = self._step[stage]
@@ -238,7 +239,7 @@ class PruneAtDecoderLayers:
         if prefill is None or prefill.rows.whole:
             return
         cache = kwargs.get("past_key_values") if output is None else output.get("past_key_values")
-        if cache is not None:  # where the call failed, too: a part of it is filled
+        if cache is not None:  # also after a failed call, which filled a part of it
             seal(cache, torch.arange(len(prefill.rows.order), dtype=torch.long, device=prefill.rows.order.device))
         if output is None:
             return
@@ -248,12 +249,15 @@ class PruneAtDecoderLayers:
             output.hidden_states = tuple(self._restored(at, x) for at, x in enumerate(output.hidden_states))
 
     def _restored(self, layer: int, hidden: Tensor | None) -> Tensor | None:
-        """What entered a layer, before rows left there; what left the last one counts as one more."""
+        """Return what entered a layer, before rows were dropped there, at full length.
+
+        What left the last layer counts as the input of one more.
+        """
         begun = bisect_left(self.stages, layer)
         return hidden if begun == 0 or hidden is None else self._kept[begun - 1].scatter(hidden)
 
     def _attention(self, layer: int, paid: Tensor | None, kept: list[KeptSequence], step: bool) -> Tensor | None:
-        """A layer's attention maps over all columns, zeros where a row is gone."""
+        """Return a layer's attention maps over all columns, zeros where a row was dropped."""
         begun = bisect_right(self.stages, layer)
         if begun == 0 or paid is None:
             return paid
@@ -261,4 +265,4 @@ class PruneAtDecoderLayers:
 
 
 def _nothing(value: Tensor) -> None:
-    """What was looked at is kept by the prefill."""
+    """No-op: the prefill has already recorded the attention."""

@@ -1,4 +1,4 @@
-"""What the model itself was called with: seen before its own code turns it into something else."""
+"""Arguments of a model's running calls, captured before the model's own code turns them into something else."""
 
 import inspect
 import threading
@@ -15,47 +15,48 @@ from catp_lightning.hooks import Seen, hooked, replaced
 
 
 class ModelCall(dict[str, Any]):
-    """Arguments of one call, by name. It stands for the call: what is known of it is kept as long as it lasts."""
+    """Arguments of one model call, by name; hashable by identity, so that per-call state can be keyed on it."""
 
     __hash__ = object.__hash__  # type: ignore[assignment]
     __eq__ = object.__eq__
 
 
 class CallTracker:
-    """Follows the calls of one model.
+    """Tracker of one model's running calls and their arguments.
 
     Attributes:
-        arguments: by name, what `outer` was called with, while it runs.
-        given: what the user called: generate's arguments while it runs, else `arguments`. Newer versions of generate
-            read pixels before they expand beams and hand on features alone.
-        samples: how many samples `generate`, where one is running, was given; later tensors have a row for each beam.
-        in_decoder: whether the decoder is running, as whoever hooks it says.
-        continuing: whether `generate`, where one is running, was given the cache of a pruned prompt.
+        arguments: arguments of `outer`, by name, while it runs; else empty.
+        given: arguments of the user's call: generate's while it runs, else `arguments`. Newer versions of generate read
+            pixels before they expand beams and hand on features alone.
+        samples: number of samples that the running `generate` was given, or None; later tensors have a row for each
+            beam.
+        in_decoder: True while the decoder is running; set by the code that hooks it.
+        continuing: True if the running `generate` was given the cache of a pruned prompt.
 
     Raises:
         PruningError: from a call that is running while another thread's is, or while the context is left.
 
     Args:
-        model: whose `generate` is followed.
+        model: the model whose `generate` is followed.
         outer: the module below the head, which turns ids and pixels into the decoder's input.
     """
 
     def __init__(self, model: PreTrainedModel, outer: nn.Module) -> None:
         self.model, self.outer = model, outer
-        self._calls: list[ModelCall] = []  # those that are running; a hook may call the model again
+        self._calls: list[ModelCall] = []  # running calls, the innermost last; a hook may call the model again
         self.samples: int | None = None
         self._generating: ModelCall | None = None
         self._length: int | None = None
         self.continuing = self.in_decoder = False
         self._inside, self._lock = False, threading.Lock()
-        self._thread, self._depth = 0, 0  # which thread is calling the model; how many calls inside each other
+        self._thread, self._depth = 0, 0  # the calling thread; number of nested calls
         self._names = list(inspect.signature(outer.forward).parameters)
         kind: Any = type(model)
         self._generates = list(inspect.signature(kind.generate).parameters)[1:]
 
     @contextmanager
     def watching(self) -> Iterator[None]:
-        """Hooks are in place only while inside."""
+        """Follow the model's calls while inside; hooks are in place only there."""
         with ExitStack() as undo:
             undo.callback(self._calls.clear)
             undo.callback(setattr, self, "_inside", False)
@@ -67,7 +68,7 @@ class CallTracker:
 
     @contextmanager
     def to_its_end(self) -> Iterator[None]:
-        """Around a call.
+        """Raise an error if the call made inside ends after the watching context was left.
 
         Raises:
             PruningError: the call has outlived the context: what it did after that was not pruned, or failed.
@@ -94,7 +95,7 @@ class CallTracker:
 
     def _end(self) -> None:
         with self._lock:
-            if self._thread == threading.get_ident():  # not one that was refused
+            if self._thread == threading.get_ident():  # not a thread that was refused
                 self._depth = max(self._depth - 1, 0)
 
     @property
@@ -106,13 +107,16 @@ class CallTracker:
         return self.arguments if self._generating is None else self._generating
 
     def beams(self, rows: int) -> int:
-        """How many of `rows` belong to each sample."""
+        """Return how many of `rows` belong to each sample of the running `generate`; 1 outside of it."""
         return rows // self.samples if self.samples and rows % self.samples == 0 else 1
 
     def prompt_length(self, columns: int) -> int | None:
-        """Of the running `generate`, where a call has so many columns; what it has generated counts for nothing.
+        """Return the number of columns of the running `generate`'s prompt, without those that it has generated.
 
-        None outside of `generate`: where a prompt ends and its answer begins is not known there.
+        None outside of `generate`, where it is not known where a prompt ends and its answer begins.
+
+        Args:
+            columns: number of columns of the call; the first call's are the prompt.
         """
         if self._generating is None:
             return None
@@ -129,7 +133,7 @@ class CallTracker:
         self._end()
 
     def interrupted(self) -> None:
-        """After an interrupt no hook is called: what is known of the calls that it ended is forgotten."""
+        """Forget all running calls after an interrupt, when no hook is called for their ends."""
         self._calls.clear()
         self._depth, self.in_decoder = 0, False
 
@@ -158,7 +162,7 @@ def _outlived() -> PruningError:
 
 
 class _Watched(Seen):
-    """A forward that is followed to its end, even where its module's hooks are gone by then."""
+    """Forward of a module that is followed to its end, even if the module's hooks are gone by then."""
 
     by: CallTracker
 
@@ -173,8 +177,8 @@ class _Watched(Seen):
 
 @contextmanager
 def _watched(module: nn.Module, by: CallTracker) -> Iterator[None]:
-    """While inside, calls of a module that outlive the context are refused."""
-    own = module.__dict__["forward"]  # hooks have set one
+    """Refuse calls of a module that outlive the context; its forward is replaced while inside."""
+    own = module.__dict__["forward"]  # set by the hooks
     seen = _Watched(own)
     seen.by = by
     try:  # from here on: an interrupt may come at any line

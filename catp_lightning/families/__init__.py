@@ -1,4 +1,4 @@
-"""Families of models, and finding the model to prune in whatever a user hands over."""
+"""Families of models, and the search for the model to prune in any module that a user hands over."""
 
 from torch import nn
 from transformers import PreTrainedModel
@@ -15,11 +15,11 @@ FAMILIES: tuple[type[Family], ...] = (Blip2, InstructBlip, InstructBlipVideo, Ll
 
 
 def find_family(module: nn.Module, name: str | None = None) -> Family:
-    """The family of the model to prune: the outermost supported one in `module`, under PEFT or DDP too.
+    """Return the family of the model to prune: the outermost supported model in `module`, under PEFT or DDP too.
 
     Args:
         module: a Hugging Face model, or any module that holds one.
-        name: which, where several are held: the attribute path, "student" or "net.student" for example.
+        name: attribute path of the model, if several are held: "student" or "net.student" for example.
 
     Raises:
         PruningError: there is none, there are several and `name` chooses none of them, or it cannot be pruned.

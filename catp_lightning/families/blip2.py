@@ -1,4 +1,4 @@
-"""BLIP-2 and its relatives: the language model reads Q-Former query tokens."""
+"""BLIP-2 and its relatives: the language model reads query tokens of a Q-Former."""
 
 from collections.abc import Mapping
 from dataclasses import replace
@@ -72,7 +72,7 @@ class Blip2(Family):
 
     @property
     def tokens_per_image(self) -> int:
-        """Query tokens of each image, or frame."""
+        """Number of query tokens of each image or frame."""
         return int(self.model.config.num_query_tokens)
 
     @property
@@ -97,7 +97,10 @@ class Blip2(Family):
         return super().positions(mask)
 
     def check_images(self, visual: Tensor, given: Mapping[str, Any]) -> None:
-        """Placeholders are filled in turn with what there is, and the model does not count them."""
+        """Raise PruningError if the placeholders of the prompts are not as many as the query tokens of the images.
+
+        The model fills placeholders in turn with what there is, and does not count them.
+        """
         pixels = given.get("pixel_values")
         if pixels is None:
             return
@@ -135,7 +138,11 @@ class Blip2(Family):
         return AttentionSite(vision, vision.encoder.layers[-1].self_attn, _received_over_heads)
 
     def _received_by_queries(self, query: Tensor, key: Tensor, mask: Tensor | None, scaling: float) -> Tensor:
-        """From the other query tokens: InstructBLIP's Q-Former has the words of the question behind them."""
+        """Return the attention that each query token receives from all query tokens, [B, H, T].
+
+        InstructBLIP's Q-Former has the words of the question behind its query tokens; they are left out. Arguments are
+        those of an `attention.Reduction`.
+        """
         tokens = self.tokens_per_image
         mask = mask if mask is None or mask.dim() == 2 or mask.shape[2] == 1 else mask[:, :, :tokens]
         return attention_received(query[:, :, :tokens], key, mask, scaling)[:, :, :tokens]
@@ -149,7 +156,7 @@ class Blip2(Family):
         if not wanted and values:
             return Observation.of_equal(len(next(iter(values.values()))), self.tokens_per_image, self.layers(), values)
         prompt = cast("DecoderPrompt", prompt)
-        sample = prompt.visual.nonzero()[:: self.tokens_per_image, 0]  # of each image
+        sample = prompt.visual.nonzero()[:: self.tokens_per_image, 0]  # the sample of each image
         values, text = dict(values), None
         if Signal.IMAGE_EMBEDS in wanted:
             read = prompt.embeds[:: prompt.beams][prompt.visual].detach()
@@ -178,7 +185,7 @@ class InstructBlip(Blip2):
 
 
 class InstructBlipVideo(Blip2):
-    """InstructBLIP for video: query tokens of each frame, one frame after the other."""
+    """InstructBLIP for video: the language model reads query tokens of each frame, one frame after the other."""
 
     name = "instructblip-video"
     classes = ("InstructBlipVideoForConditionalGeneration",)

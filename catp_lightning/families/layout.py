@@ -1,4 +1,4 @@
-"""Which placeholders belong to which image, for every way in which models cut, pad and pool images."""
+"""Assignment of placeholders to images, for every way in which models cut, pad and pool images."""
 
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -18,15 +18,15 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Image:
-    """An image, or a frame of a video.
+    """Image, or frame of a video, and the visual tokens that a model makes of it.
 
     Attributes:
-        tokens: how many placeholders it has.
-        pixels: its own, of any shape, without padding: they identify it.
-        protected: bool [tokens], those that stand for no patch and always stay; None: none.
-        crops: int64 [tokens], the crop each is of; None where the image is not cut.
-        shape: rows and columns of its patches; None: a square where their number is one, of each crop.
-        patches: int64 [tokens], which of these patches each token is, line by line; None: all, in their order.
+        tokens: number of its placeholders.
+        pixels: its own pixels, of any shape, without padding: they identify it.
+        protected: bool [tokens], tokens that stand for no patch and always stay; None: there are none.
+        crops: int64 [tokens], the crop that each token is of; None if the image is not cut.
+        shape: rows and columns of its patches; None: a square of each crop where their number allows one.
+        patches: int64 [tokens], number of each token's patch, line by line; None: all patches, in their order.
     """
 
     tokens: int
@@ -37,10 +37,10 @@ class Image:
     patches: Tensor | None = None
 
     def places(self) -> Tensor:
-        """Part, row and column of each token's patch: int64 [tokens, 3], row and column -1 where it stands for none.
+        """Return part, row and column of each token's patch: int64 [tokens, 3], row and column -1 if it has none.
 
-        Crops are parts of their own; only where line ends stand among them do those beyond the first, the whole
-        image, make one picture together. Patches whose grid is not known are one line.
+        Each crop is a part of its own. But if line ends stand among the crops beyond the first, which is the whole
+        image, those crops make one picture together. Patches whose grid is not known are one line.
         """
         ends = (
             torch.zeros(self.tokens, dtype=torch.bool, device="cpu") if self.protected is None else self.protected.cpu()
@@ -65,19 +65,20 @@ class Image:
 
 
 def _square(patches: int) -> tuple[int, int]:
-    """Rows and columns of a square of patches, or of one line where their number is no square."""
+    """Return rows and columns of a square of patches, or of one line if their number is no square."""
     side = math.isqrt(patches)
     return (side, side) if side * side == patches else (1, max(1, patches))
 
 
 @dataclass(frozen=True)
 class Layout:
-    """Images in the order of their placeholders; I images, T tokens of the largest.
+    """Images of a batch in the order of their placeholders; I images, T tokens of the largest.
 
     Attributes:
-        images: one for each row below.
-        valid, protected: bool [I, T].
-        crops: int64 [I, T], or None.
+        images: the image of each row below.
+        valid: bool [I, T], tokens that each image has.
+        protected: bool [I, T], tokens that stand for no patch and always stay.
+        crops: int64 [I, T], the crop that each token is of; None if no image is cut.
     """
 
     images: Sequence[Image]
@@ -87,7 +88,12 @@ class Layout:
 
     @classmethod
     def of(cls, images: Mapping[int, list[Image]], ids: Tensor, visual: Tensor) -> "Layout":
-        """From images by placeholder id, prompts int64 [B, L], and their placeholders bool [B, L].
+        """Make a layout of images and the prompts that they belong to.
+
+        Args:
+            images: images by placeholder id, in the order of their features.
+            ids: int64 [B, L], token ids of the prompts.
+            visual: bool [B, L], placeholders of the prompts.
 
         Raises:
             PruningError: images have another number of tokens than there are placeholders.
@@ -117,18 +123,22 @@ class Layout:
         return cls(ordered, valid, protected, crops if cut else None)
 
     def padded(self, flat: Tensor) -> Tensor:
-        """Values of all visual tokens in the order of placeholders, [N, ...] -> [I, T, ...]."""
+        """Regroup values of all visual tokens, in the order of placeholders, by image: [N, ...] -> [I, T, ...]."""
         found = flat.new_zeros(*self.valid.shape, *flat.shape[1:])
         found[self.valid] = flat
         return found
 
     def samples(self, visual: Tensor) -> Tensor:
-        """The sample each image belongs to: bool [B, L] -> int64 [I]."""
+        """Return the sample that each image belongs to, int64 [I], given the placeholders `visual`, bool [B, L]."""
         first = self.valid.sum(1).cumsum(0) - self.valid.sum(1)
         return visual.nonzero()[first, 0]
 
     def tokens(self, values: list[Tensor]) -> Tensor:
-        """Values of each image's tokens, each [..., tokens] -> [I, ..., T]."""
+        """Stack values of each image's tokens, [..., tokens], padded with zeros to [I, ..., T].
+
+        Raises:
+            PruningError: the values are of other numbers of tokens than the images have.
+        """
         found = [value.shape[-1] for value in values]
         expected = [image.tokens for image in self.images]
         if found != expected:
@@ -140,14 +150,14 @@ class Layout:
         return torch.stack(padded).to(self.valid.device)
 
     def places(self) -> Tensor:
-        """Where the patch of each token lies in its image: int64 [I, T, 3], as `Image.places`."""
+        """Return part, row and column of each token's patch, as `Image.places`: int64 [I, T, 3], padded with -1."""
         found = [image.places() for image in self.images]
         device, widest = self.valid.device, self.valid.shape[1]
         padded = [torch.nn.functional.pad(places, (0, 0, 0, widest - len(places)), value=-1) for places in found]
         return torch.stack(padded).to(device) if padded else torch.zeros(0, 0, 3, dtype=torch.int64, device=device)
 
     def fingerprints(self) -> Tensor:
-        """A checksum of each image's pixels: int64 [I]."""
+        """Return a checksum of each image's pixels: int64 [I]."""
         return torch.cat([fingerprint(image.pixels[None]) for image in self.images]).to(self.valid.device)
 
 
@@ -156,18 +166,27 @@ Reader = Callable[[Any, "DecoderPrompt", Mapping[int, int]], Images]
 
 
 def pictures(arguments: Mapping[str, Any]) -> Tensor | None:
-    """The pixels of images; Video-LLaVA called them otherwise."""
+    """Return the pixels of the images in a call's arguments, or None.
+
+    Video-LLaVA has another name for them, `pixel_values_images`.
+    """
     pixels = arguments.get("pixel_values")
     return arguments.get("pixel_values_images") if pixels is None else pixels
 
 
 def equal_images(model: Any, prompt: "DecoderPrompt", counts: Mapping[int, int]) -> Images:
-    """Every picture that the vision part reads has the same number of tokens."""
+    """Return the images of a model that makes the same number of tokens of every picture its vision part reads.
+
+    `counts` are numbers of placeholders by id.
+
+    Raises:
+        PruningError: the pictures cannot share the placeholders equally.
+    """
     token = int(model.config.image_token_id)
     pixels = pictures(prompt.arguments)
     if pixels is None:
         return {}
-    if pixels.dim() == 5:  # pictures of each sample, filled up with pictures of zeros
+    if pixels.dim() == 5:  # pictures of each sample, padded with pictures of zeros
         pixels = pixels.flatten(0, 1)
         pixels = pixels[pixels.flatten(1).any(1)]
     each, rest = divmod(counts[token], len(pixels))
@@ -180,7 +199,7 @@ def equal_images(model: Any, prompt: "DecoderPrompt", counts: Mapping[int, int])
 
 
 def tiled_images(model: Any, prompt: "DecoderPrompt", counts: Mapping[int, int]) -> Images:
-    """InternVL: the tiles of one image stand in one run of placeholders."""
+    """Return the images of InternVL, where the tiles of one image stand in one run of placeholders."""
     (token, tiles), *_ = equal_images(model, prompt, counts).items() or [(0, [])]
     columns = (prompt.ids == token).flatten().nonzero()[:, 0].tolist()
     images: list[list[Image]] = []
@@ -198,7 +217,10 @@ def _joined(tiles: list[Image]) -> Image:
 
 
 def sized_images(model: Any, prompt: "DecoderPrompt", counts: Mapping[int, int]) -> Images:
-    """Mistral 3, LightOnOCR, Pixtral: images of their own size, padded to the largest; `image_sizes` [I, 2] pixels."""
+    """Return the images of Mistral 3, LightOnOCR and Pixtral: of their own size, padded to the largest.
+
+    The call's argument `image_sizes` [I, 2] gives heights and widths in pixels.
+    """
     pixels, sizes = pictures(prompt.arguments), prompt.arguments.get("image_sizes")
     if pixels is None or sizes is None:
         return {}
@@ -218,10 +240,11 @@ def sized_images(model: Any, prompt: "DecoderPrompt", counts: Mapping[int, int])
 
 
 def gridded_images(model: Any, prompt: "DecoderPrompt", counts: Mapping[int, int]) -> Images:
-    """Qwen-VL: patches of all images one after the other; `image_grid_thw` [I, 3] counts them. A frame is a t.
+    """Return the images and frames of Qwen-VL and models like it, whose patches lie one image after the other.
 
-    A square of patches makes a token, of a side that the config gives or, in VideoLLaMA 3, `image_merge_sizes` [I]; its
-    `video_compression_mask`, bool for each token of all videos, says which of them the prompt has.
+    The call's argument `image_grid_thw` [I, 3] counts them by time, height and width; each time step is a frame. A
+    square of patches makes a token; its side is given by the config or, in VideoLLaMA 3, by `image_merge_sizes` [I].
+    The `video_compression_mask` of VideoLLaMA 3, bool for each token of all videos, says which of them the prompt has.
     """
     config, given = model.config, prompt.arguments
     found: Images = {}
@@ -246,12 +269,12 @@ def gridded_images(model: Any, prompt: "DecoderPrompt", counts: Mapping[int, int
             Image(rows * columns if own is None else len(own), part, shape=(rows, columns), patches=own)
             for (rows, columns), own, part in zip(shapes, patches, pixels.split(areas), strict=True)
         ]
-        # A frame that is like the one before may have no token left.
+        # A frame that resembles the one before may have no token left.
         found[int(token)] = found.get(int(token), []) + [image for image in images if image.tokens]
     return found
 
 
-# In their prompts frames of videos stand as images do: the image token between its marks.
+# Models whose prompts mark frames of videos like images: by the image token between a start and an end token.
 IMAGE_TOKEN_ONLY = {"glm4v", "glm4v_moe", "glm46v", "glm_ocr", "glmga"}
 IMAGES: dict[str, Reader] = {
     "internvl": tiled_images,

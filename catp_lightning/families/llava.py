@@ -1,4 +1,4 @@
-"""The LLaVA family: CLIP or SigLIP patches, projected one by one; some cut an image into crops, some read videos."""
+"""LLaVA family: CLIP or SigLIP patches, projected one by one; some models cut an image into crops, some read videos."""
 
 from collections.abc import Mapping
 from dataclasses import replace
@@ -37,8 +37,8 @@ WITHOUT_CLASS = {"siglip_vision_model"}
 class Llava(Placeholder):
     """LLaVA-1.5 and its descendants.
 
-    Of images the attention of the vision tower is observed, in the layer whose output is projected and those before
-    it: what [CLS] gives each patch, or what a patch receives where the tower has no [CLS]. Of videos it is not.
+    For images, the attention of the vision tower is observed in the layer whose output is projected and in those before
+    it: what [CLS] pays to each patch, or what a patch receives if the tower has no [CLS]. For videos it is not.
     """
 
     classes = tuple(sorted(TYPES.values()))
@@ -86,7 +86,7 @@ class Llava(Placeholder):
         return {Signal.VISION_ATTENTION: blocks, Signal.VISION_KEYS: blocks} if blocks else {}
 
     def _blocks(self) -> int:
-        """How many blocks of the tower lead to the features: 0 where their attention cannot be told by patch."""
+        """Return the number of tower blocks that lead to the features; 0 if their attention is not known by patch."""
         tower = getattr(self.model.model, "vision_tower", None)
         layer = getattr(self.model.config, "vision_feature_layer", None)
         if tower is None or not isinstance(layer, int):
@@ -130,7 +130,7 @@ class Llava(Placeholder):
 
     @property
     def _full(self) -> bool:
-        """Whether the tower's first row, [CLS] where it has one, is a token too."""
+        """True if the tower's first row, [CLS] where it has one, is a token too."""
         return getattr(self.model.config, "vision_feature_select_strategy", "default") == "full"
 
     def _videos(self, prompt: "DecoderPrompt") -> dict[int, list[Image]]:
@@ -139,7 +139,7 @@ class Llava(Placeholder):
             return {}
         token = int(self.model.config.video_token_id)
         tokens, frames = int((prompt.ids == token).sum()) // len(videos), videos.shape[1]
-        newline = int(self.kind == "llava_onevision")  # ends a video
+        newline = int(self.kind == "llava_onevision")  # the token that ends a video
         each = (tokens - newline) // frames
         protected = None
         if self.kind == "video_llava":  # each frame begins with its [CLS]
@@ -152,9 +152,12 @@ class Llava(Placeholder):
         return {token: plain}
 
     def _cut_images(self, prompt: "DecoderPrompt") -> list[Image]:
-        """Images cut into crops: the model's own packing says where tokens of each crop and line ends come to lie."""
+        """Return images that are cut into crops.
+
+        The model's own packing says where tokens of each crop and line ends come to lie.
+        """
         pixels, crops = prompt.arguments["pixel_values"], self._crop_counts(prompt.arguments)
-        if pixels.dim() == 5:  # filled up to the largest number of crops
+        if pixels.dim() == 5:  # padded to the largest number of crops
             own = [image[:count] for image, count in zip(pixels, crops, strict=True)]
         else:
             own = list(pixels.split(crops))
@@ -163,7 +166,7 @@ class Llava(Placeholder):
         return [
             Image(
                 len(share), image, protected=share.sum(1) < 0.5, crops=share.argmax(1)
-            )  # resampled: of the crop with most
+            )  # a resampled token is of the crop with the largest share
             for share, image in zip(self._packed(of_crop, prompt.arguments), own, strict=True)
         ]
 
@@ -183,7 +186,15 @@ class Llava(Placeholder):
         ]
 
     def _packed(self, features: list[Tensor], arguments: Mapping[str, Any]) -> list[Tensor]:
-        """Numbers for each patch of each crop, [crops, patches, F] an image, as the model packs features: 0 at ends."""
+        """Pack values of each patch of each crop as the model packs features.
+
+        Args:
+            features: of each image [crops, patches, F].
+            arguments: arguments of the model's call.
+
+        Returns:
+            Of each image [tokens, F], 0 at line ends.
+        """
         model, width = self.model.model, features[0].shape[-1]
         newline = features[0].new_zeros(width)
         if self.kind == "llava_onevision":
@@ -200,7 +211,15 @@ class Llava(Placeholder):
         return {key: self._of_images(value, prompt.arguments) for key, value in values.items()}
 
     def _of_images(self, value: Tensor, arguments: Mapping[str, Any]) -> list[Tensor]:
-        """Attention [P, H, N] of pictures, the crops of images, as their tokens lie: [H, tokens] for each image."""
+        """Regroup attention of pictures by the images that they are crops of, in the order of the images' tokens.
+
+        Args:
+            value: [P, H, N]: P pictures, H heads, N patches.
+            arguments: arguments of the model's call.
+
+        Returns:
+            Of each image [H, tokens].
+        """
         crops = self._crop_counts(arguments) if self.kind in CUT else [1] * len(arguments["pixel_values"])
         if self._has_class and self._full:  # [CLS] always stays
             value = pad(value, (1, 0))
@@ -214,20 +233,23 @@ class Llava(Placeholder):
 
 
 def _from_class(query: Tensor, key: Tensor, mask: Tensor | None, scaling: float) -> Tensor:
-    """What [CLS], the first row, gives each patch: [B, H, N]."""
+    """Return the attention that [CLS], the first row, pays to each patch: [B, H, N]."""
     return attention_map(query[:, :, :1], key, mask, scaling)[:, :, 0, 1:]
 
 
 def _received(query: Tensor, key: Tensor, mask: Tensor | None, scaling: float) -> Tensor:
-    """What each patch receives, on average over rows: [B, H, N]."""
+    """Return the attention that each patch receives, on average over query rows: [B, H, N]."""
     return attention_received(query, key, mask, scaling) / query.shape[2]
 
 
 def _keys(query: Tensor, key: Tensor, mask: Tensor | None, scaling: float) -> Tensor:
-    """Key vectors of the patches, mean over heads, in float32 at least: [B, D, N]."""
+    """Return the key vectors of the patches, mean over heads, in float32 at least: [B, D, N]."""
     return key.to(torch.promote_types(key.dtype, torch.float32)).mean(1).transpose(1, 2)
 
 
 def _keys_without_class(query: Tensor, key: Tensor, mask: Tensor | None, scaling: float) -> Tensor:
-    """The same where the first row is [CLS]."""
+    """Return the key vectors of the patches where the first row is [CLS], which is left out: [B, D, N].
+
+    Mean over heads, in float32 at least.
+    """
     return _keys(query, key, mask, scaling)[..., 1:]

@@ -1,4 +1,4 @@
-"""Why nothing that a user handed over can be pruned: what was looked for, what was found, and what that lacks."""
+"""Errors for a module in which nothing can be pruned: what was looked for, what was found, and what that lacks."""
 
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
@@ -13,7 +13,7 @@ TORCHS_OWN = vars(nn.Module()).keys()
 
 
 def lacks(model: PreTrainedModel) -> str | None:
-    """What keeps a Hugging Face model from being one whose decoder reads visual tokens in a prompt; None: nothing."""
+    """Return why a Hugging Face model is not one whose decoder reads visual tokens in a prompt; None if it is one."""
     return next(_reasons(model), None)
 
 
@@ -40,7 +40,7 @@ def _reasons(model: PreTrainedModel) -> Iterator[str]:
 
 
 def refuse_other(module: Any) -> None:
-    """Raise PruningError where this is no module at all: a list of models, a pipeline, a name."""
+    """Raise PruningError if `module` is no torch module, but a list of models, a pipeline or a name, for example."""
     if isinstance(module, nn.Module):
         return
     inside = [f"a {type(part).__name__} at {place}" for place, part in _models(module, "it", 2)]
@@ -56,10 +56,10 @@ def _hint(module: Any) -> str:
 
 
 def no_model(module: nn.Module, classes: Iterable[str]) -> PruningError:
-    """The error where a module holds no supported model.
+    """Return the error for a module that holds no supported model.
 
     Args:
-        module: that was searched.
+        module: the module that was searched.
         classes: names of the Hugging Face classes that are supported.
     """
     found = [f"{_at(path, part)} {lacks(part) or 'is not supported'}" for path, part in _outermost(module)]
@@ -91,7 +91,7 @@ def _listed(found: list[str]) -> str:
 
 
 def _outermost(module: nn.Module) -> Iterator[tuple[str, PreTrainedModel]]:
-    """Hugging Face models that are part of no other one."""
+    """Yield attribute path and model of each Hugging Face model in a module that is part of no other one."""
     seen: list[str] = []
     for path, part in module.named_modules():
         if isinstance(part, PreTrainedModel) and not any(not outer or path.startswith(f"{outer}.") for outer in seen):
@@ -100,7 +100,10 @@ def _outermost(module: nn.Module) -> Iterator[tuple[str, PreTrainedModel]]:
 
 
 def _out_of_sight(module: nn.Module) -> Iterator[tuple[str, PreTrainedModel]]:
-    """Hugging Face models that a module holds where torch does not look: in lists, dictionaries, other objects."""
+    """Yield place and model of Hugging Face models that a module holds where torch does not look.
+
+    Those places are lists, dictionaries and other objects.
+    """
     there = set(module.modules())
     for path, part in module.named_modules():
         for name, value in vars(part).items():
@@ -110,7 +113,13 @@ def _out_of_sight(module: nn.Module) -> Iterator[tuple[str, PreTrainedModel]]:
 
 
 def _models(value: Any, place: str, depth: int) -> Iterator[tuple[str, PreTrainedModel]]:
-    """Hugging Face models in a value, and where: of objects their attributes, `depth` levels of containers."""
+    """Yield place and model of the Hugging Face models in a value.
+
+    Args:
+        value: a module, a container, or an object whose attributes are searched.
+        place: where the value is, for an error message.
+        depth: levels of containers and objects that are searched.
+    """
     if isinstance(value, nn.Module):
         yield from ((f"{place}.{path}".rstrip("."), model) for path, model in _outermost(value))
         return

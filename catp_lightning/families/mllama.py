@@ -21,17 +21,19 @@ if TYPE_CHECKING:
     from catp_lightning.dropping.prompt import KeptSequence, Prompt
 
 IMPLEMENTATIONS = ("eager", "sdpa")
-TEXT_ROWS = 64  # at a time: their attention to 6,404 image rows of one sample then takes 50 MB for 32 heads
+TEXT_ROWS = 64  # text rows at a time: their attention to 6,404 image rows of one sample then takes 50 MB for 32 heads
 
 
 @dataclass(frozen=True)
 class TextVisibility:
-    """What the text of one call sees. R rows of the batch, N tiles of all images; the rows of a tile are alike.
+    """Image tiles that the text of one call sees.
+
+    R rows of the batch, L text rows, T image rows, N tiles of all images. All rows of a tile are seen alike.
 
     Attributes:
         real: bool [R, L], False for padding.
-        sees: bool [R, L], rows, of text or padding, that see an image.
-        tiles: bool [R, L, N], the tiles that each of them sees.
+        sees: bool [R, L], True for rows, of text or padding, that see an image.
+        tiles: bool [R, L, N], the tiles that each of these rows sees.
         mask: float [R, 1, L, T], the model's own: 0 or the lowest number; 0 throughout where a text row sees nothing.
     """
 
@@ -42,7 +44,11 @@ class TextVisibility:
 
     @classmethod
     def of(cls, kwargs: Mapping[str, Any], tile_rows: int) -> "TextVisibility":
-        """From what the text model is called with.
+        """Read the visibility from the arguments of the text model's call.
+
+        Args:
+            kwargs: the arguments, by name.
+            tile_rows: number of image rows of a tile.
 
         Raises:
             PruningError: the caller gave no cross_attention_mask.
@@ -61,23 +67,23 @@ class TextVisibility:
 
     @property
     def of_text(self) -> Tensor:
-        """The same as `tiles`, of text alone."""
+        """Tiles that each row sees, as `tiles` but False for padding: bool [R, L, N]."""
         return self.tiles & self.real[..., None]
 
     def last_tiles(self) -> Tensor:
-        """The tiles that the last row of text sees: bool [R, N]."""
+        """Return the tiles that the last row of text sees: bool [R, N]."""
         last = self.real.shape[1] - 1 - self.real.flip(1).long().argmax(1)
         return self.of_text[torch.arange(len(last), device=last.device), last]
 
     def mask_of(self, rows: "KeptSequence") -> Tensor:
-        """The mask over the rows that stay: text that sees an image does not see fillers. [R, 1, L, n]"""
+        """Return the mask over the kept image rows, [R, 1, L, n]; text that sees an image does not see fillers."""
         mask = self.mask.gather(3, rows.order[:, None, None].expand(-1, 1, self.mask.shape[2], -1))
         fillers = ~rows.valid[:, None, None] & self.sees[:, None, :, None]
         return mask.masked_fill(fillers, torch.finfo(mask.dtype).min)
 
 
 class Mllama(Family):
-    """Llama-3.2-Vision. Its visual tokens are rows: [CLS] and patches of each tile, `tiles` tiles for every image."""
+    """Llama-3.2-Vision. Its visual tokens are image rows: [CLS] and patches of each tile, `tiles` tiles an image."""
 
     name = "mllama"
     classes = ("MllamaForConditionalGeneration",)
@@ -123,18 +129,18 @@ class Mllama(Family):
 
     @property
     def cross_attention(self) -> list[Any]:
-        """The attention modules that read the image, in their order."""
+        """Attention modules that read the image, in their order."""
         return [layer.cross_attn for layer in self.decoder.layers if hasattr(layer, "cross_attn")]
 
     @property
     def tiles(self) -> int:
-        """Tiles of every image, those that only pad it included."""
+        """Number of tiles of every image, those that only pad it included."""
         config: Any = self.model.config.vision_config
         return int(config.max_num_tiles)
 
     @property
     def rows_per_tile(self) -> int:
-        """[CLS] and patches."""
+        """Number of rows of a tile: [CLS] and patches."""
         return int(self.model.model.vision_model.num_patches)
 
     @property
@@ -157,7 +163,7 @@ class Mllama(Family):
         return self.signals | {Signal.CROSS_ATTENTION_TO_IMAGE}
 
     def attention_site(self, signal: Signal, layer: int) -> AttentionSite:
-        raise NotImplementedError(signal)  # all signals are of the prompt
+        raise NotImplementedError(signal)  # all signals are read from the prompt
 
     def output_site(self, signal: Signal) -> OutputSite:
         raise NotImplementedError(signal)
@@ -166,7 +172,7 @@ class Mllama(Family):
         prompt = cast("CrossAttended", prompt)
         by_image = (-1, self.tiles * self.rows_per_tile)
         valid = prompt.tokens.unflatten(1, by_image).flatten(0, 1)
-        images = valid.any(1)  # an image that no text sees is none
+        images = valid.any(1)  # an image that no text sees does not count
         found: Values = {}
         if prompt.attention is not None:
             found[Signal.CROSS_ATTENTION_TO_IMAGE, 0] = (
@@ -189,7 +195,11 @@ class Mllama(Family):
         return Observation(valid[images], self.layers(), found, crops=tile.expand(int(images.sum()), -1))
 
     def _places(self, tile: Tensor) -> Tensor:
-        """Tile, row and column of each of an image's rows, -1 for a [CLS]: int64 [T] -> [T, 3]."""
+        """Return tile, row and column of each of an image's rows, int64 [T, 3]; row and column are -1 for a [CLS].
+
+        Args:
+            tile: int64 [T], the tile that each row is of.
+        """
         patch = torch.arange(len(tile), dtype=torch.int64, device=tile.device) % self.rows_per_tile - 1
         side = math.isqrt(self.rows_per_tile - 1)
         row = torch.where(patch < 0, -1, patch // side)
@@ -197,13 +207,16 @@ class Mllama(Family):
 
 
 def attention_of(module: Any, hidden: Tensor, states: Tensor, mask: Tensor) -> Tensor:
-    """What each head of a cross-attention module pays image rows, summed over text rows: float32 at least, [H, T].
+    """Return the attention that each head of a cross-attention module pays to image rows, summed over text rows.
 
     Args:
         module: one of a model's `cross_attention`.
         hidden: float [n, D], text rows.
         states: float [T, D], image rows.
         mask: float [n, T], added to the logits.
+
+    Returns:
+        [H, T], float32 at least.
     """
     query, key = _heads(module, "q", hidden), _heads(module, "k", states)
     key = key.repeat_interleave(module.num_key_value_groups, 0)[None]
@@ -214,23 +227,29 @@ def attention_of(module: Any, hidden: Tensor, states: Tensor, mask: Tensor) -> T
 
 
 def read_unmasked(module: Any, hidden: Tensor, states: Tensor, evenly: Tensor) -> Tensor:
-    """A cross-attention module's output for text rows that attend to all image rows: [n, D].
+    """Return a cross-attention module's output for text rows that attend to all image rows: [n, D].
 
     Args:
         module: one of a model's `cross_attention`.
         hidden: float [n, D], text rows.
         states: float [T, D], image rows.
-        evenly: bool [n], text rows that weigh them all alike, as softmax does where everything is masked.
+        evenly: bool [n], text rows that weigh all image rows alike, as softmax does where everything is masked.
     """
     query, key, value = _heads(module, "q", hidden), _heads(module, "k", states), _heads(module, "v", states)
     query = query.masked_fill(evenly[:, None], 0)
-    shared = query.unflatten(0, (len(key), -1)).flatten(1, 2)  # heads that share a key are rows to it
+    shared = query.unflatten(0, (len(key), -1)).flatten(1, 2)  # query heads that share a key head become its rows
     read = scaled_dot_product_attention(shared[None], key[None], value[None], scale=module.scaling)[0]
     return module.o_proj(read.reshape(query.shape).transpose(0, 1).flatten(1))
 
 
 def _heads(module: Any, name: str, rows: Tensor) -> Tensor:
-    """Queries, keys or values of some rows as the module itself makes them: [n, D] -> [heads, n, width]."""
+    """Return queries, keys or values of rows as the module itself makes them: [n, D] -> [heads, n, width].
+
+    Args:
+        module: a cross-attention module.
+        name: "q", "k" or "v".
+        rows: float [n, D].
+    """
     heads = getattr(module, f"{name}_proj")(rows).unflatten(-1, (-1, module.head_dim)).transpose(0, 1)
     norm = getattr(module, f"{name}_norm", None)
     return heads if norm is None else norm(heads)

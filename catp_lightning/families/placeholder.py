@@ -1,4 +1,4 @@
-"""Any model whose text decoder reads visual tokens in the place of placeholder ids."""
+"""Family of any model whose text decoder reads visual tokens in the place of placeholder ids."""
 
 import inspect
 from collections.abc import Mapping
@@ -19,7 +19,7 @@ from catp_lightning.saying import warn
 if TYPE_CHECKING:
     from catp_lightning.dropping.prompt import DecoderPrompt, KeptSequence, Prompt
 
-# Shown to be exact by the tests. Others are pruned where nothing speaks against it, with a warning.
+# Models whose pruning the tests show to be exact. Others are pruned, with a warning, if nothing speaks against it.
 TYPES = {
     "cosmos3_edge": "Cosmos3EdgeForConditionalGeneration",
     "cosmos3_omni": "Cosmos3OmniForConditionalGeneration",
@@ -52,21 +52,21 @@ KNOWN_INPUTS = {
     *("output_attentions", "output_hidden_states", "return_dict", "cache_position"),
     *("visual_pos_masks", "deepstack_visual_embeds"),  # shortened below
 }
-# What a model below the head may take beside a text model's inputs where each of its pictures has as many tokens.
+# Inputs, beyond a text model's, of a model below the head that makes the same number of tokens of each picture.
 PICTURES = {
     *("pixel_values", "high_res_pixel_values", "pixel_mask", "pixel_attention_mask", "mm_encoder_outputs"),
     *("vision_feature_layer", "vision_feature_select_strategy", "interpolate_pos_encoding"),
     *("token_type_ids", "mm_token_type_ids", "labels", "logits_to_keep", "output_router_logits"),
 }
-# Their decoders are causal, and position ids count columns: a recorded prompt is all there is to know.
+# Models with a causal decoder and position ids that count columns: a recorded prompt is enough to answer it again.
 REPLAYABLE = {"idefics3", "internvl", "smolvlm"}
 KNOWN_LAYERS = {"full_attention", "sliding_attention"}
 
 
 class Placeholder(Family):
-    """A vision-language model with an image token in its config and a text decoder.
+    """Vision-language model with an image token in its config and a text decoder.
 
-    Tokens are compared by what the decoder receives: projected features, one to a placeholder.
+    Tokens are compared by what the decoder receives: projected features, one for each placeholder.
     """
 
     classes = tuple(sorted(set(TYPES.values())))
@@ -140,7 +140,7 @@ class Placeholder(Family):
             )
 
     def _unknown_sizes(self) -> str:
-        """Inputs that may say how many tokens each image has, of a model nobody read; empty: all are known."""
+        """Return inputs that may say how many tokens each image has, of an untested model type; empty if none."""
         if self.model.config.model_type in self.types:
             return ""
         return ", ".join(sorted(inspect.signature(self.outer.forward).parameters.keys() - KNOWN_INPUTS - PICTURES))
@@ -170,17 +170,20 @@ class Placeholder(Family):
         if self.model.config.model_type == "paligemma":
             return super().positions(mask) + 1
         deltas = getattr(self.outer, "rope_deltas", None)
-        if deltas is None or len(mask) % len(deltas):  # those of an earlier batch: this one has no image
+        if deltas is None or len(mask) % len(deltas):  # deltas of an earlier batch: this one has no image
             return super().positions(mask)
         columns = (mask.cumsum(1) - 1).clamp(min=0) + deltas.repeat_interleave(len(mask) // len(deltas), 0)
         return columns.expand(3, -1, -1)
 
     def gather_extras(self, kwargs: Mapping[str, Any], prompt: "KeptSequence") -> dict[str, Any]:
-        """Qwen3-VL adds features of earlier vision layers to the visual rows after the first decoder layers."""
+        """Return the decoder's inputs for visual rows, shortened like the prompt.
+
+        Qwen3-VL adds features of earlier vision layers to the visual rows after the first decoder layers.
+        """
         visual = kwargs.get("visual_pos_masks")
         if visual is None:
             return {}
-        place = (visual.flatten().cumsum(0) - 1).view(visual.shape)  # of each visual row in the flat list of features
+        place = (visual.flatten().cumsum(0) - 1).view(visual.shape)  # index of each visual row's features
         stays = prompt.gather(visual.long()).bool()
         index = prompt.gather(place)[stays]
         return {
@@ -192,7 +195,7 @@ class Placeholder(Family):
         features = kwargs.get("deepstack_visual_embeds")
         if features is None:
             return {}
-        beams = len(features[0]) // int(visual.sum())  # features lie in the order of placeholders, beams after beams
+        beams = len(features[0]) // int(visual.sum())  # features lie in the order of placeholders, for all beams
         tokens, carrier = (part.repeat_interleave(beams, 0) for part in (visual_tokens(visual), carrier))
         return {"deepstack_visual_embeds": [merged_features(flat, tokens, carrier) for flat in features]}
 
@@ -216,7 +219,7 @@ class Placeholder(Family):
         raise NotImplementedError(signal)
 
     def images(self, prompt: "DecoderPrompt", counts: Mapping[int, int]) -> dict[int, list[Image]]:
-        """Images and frames by placeholder id, in the order of their features; counts: placeholders by id."""
+        """Return images and frames by placeholder id, in order of features; counts: number of placeholders by id."""
         return IMAGES.get(self.model.config.model_type, equal_images)(self.model, prompt, counts)
 
     def observation(self, values: Values, wanted: frozenset[Signal], prompt: "Prompt") -> Observation:
@@ -236,7 +239,7 @@ class Placeholder(Family):
         for signal in wanted & {
             Signal.IMAGE_FEATURES,
             Signal.IMAGE_EMBEDS,
-        }:  # features are projected before they are one to a token
+        }:  # features are one to a token only after projection
             found[signal] = layout.padded(prompt.embeds[:: prompt.beams][prompt.visual].detach())
         text = None
         if Signal.TEXT_EMBEDS in wanted:
@@ -249,5 +252,8 @@ class Placeholder(Family):
         return Observation(layout.valid, self.layers(), found, layout.protected, layout.crops, text)
 
     def on_tokens(self, values: Values, prompt: "DecoderPrompt") -> dict[Any, list[Tensor]]:
-        """What was observed of patches, for the tokens of each image in the order of features: [..., tokens]."""
+        """Return, for each signal that was observed by patch, its values for the tokens of each image: [..., tokens].
+
+        Images are in the order of their features.
+        """
         return {}

@@ -1,4 +1,4 @@
-"""Scorers by the name a policy calls them."""
+"""Scorers, by their name in a policy."""
 
 from catp_lightning.scorers.base import AttentionScorer, Scorer
 from catp_lightning.scorers.catp import CATP
@@ -47,6 +47,6 @@ _OWN: dict[str, type[Scorer]] = {
     "random": Random,
 }
 SCORERS = Registry(_OWN)
-"""Those above, and what other packages bring by an entry point of the group `catp_lightning.scorers`."""
+"""Scorers by name: those of this package, and those of other packages' entry points of `catp_lightning.scorers`."""
 
 __all__ = ["SCORERS", "AttentionScorer", "Scorer"]

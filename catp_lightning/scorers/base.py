@@ -1,4 +1,4 @@
-"""What every scorer is: a frozen dataclass whose one method is the equation of its paper."""
+"""Base classes of scorers: frozen dataclasses whose one method is the equation of their paper."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
@@ -14,12 +14,12 @@ from catp_lightning.observation import Needs, Observation
 
 @dataclass(frozen=True)
 class Scorer(ABC):
-    """Ranks visual tokens; the higher, the sooner kept.
+    """Base class of methods that score visual tokens; a token with a higher score is kept sooner.
 
     Attributes:
         selector: name of the selector this method uses unless the policy names another.
-        control: whether the method is a control that any real method must beat, and no finding of a calibration.
-        published: whether it is a rule that its authors publish as a method: a control may be one too.
+        control: True if the method is a control: any real method must beat it, and it is no finding of a calibration.
+        published: True if its authors publish the rule as a method; a control may be one too.
     """
 
     selector: ClassVar[str] = "top-k"
@@ -29,31 +29,32 @@ class Scorer(ABC):
     @property
     @abstractmethod
     def needs(self) -> Needs:
-        """The signals `score` reads, with their layers."""
+        """Signals that `score` reads, with their layers."""
 
     def stages(self, depth: int) -> tuple[int, ...]:
-        """Layers of a decoder of `depth` layers at whose entry tokens are scored and leave; none: before the first."""
+        """Layers of a decoder of `depth` layers at whose entry tokens are scored and dropped; empty: before layer 0."""
         return ()
 
     def stage_counts(self, keep: int | float, tokens: Tensor, stage: int, stages: int, seen: Observation) -> Tensor:
-        """How many of each sample's `tokens`, int64 [B], stay after a stage; each stage drops as large a share.
+        """Number of tokens of each sample that stay after a stage, int64 [B]; every stage drops the same share.
 
         Args:
-            keep: the budget, of what is left after the last stage.
-            tokens: how many the sample had before the first.
-            stage: number of the stage, 0 for the first of `stages`.
-            seen: what is observed there.
+            keep: the budget that holds after the last stage.
+            tokens: int64 [B], number of tokens of each of B samples before the first stage.
+            stage: number of the stage, from 0.
+            stages: number of stages.
+            seen: the signals at the stage.
         """
         return even_counts(keep, tokens, (stage + 1) / stages)
 
     @abstractmethod
     def score(self, seen: Observation) -> Tensor:
-        """Scores of every image's tokens: float [I, T]."""
+        """Scores of the tokens of every image: float [I, T], I images of at most T tokens."""
 
 
 @dataclass(frozen=True)
 class EqualScores(Scorer):
-    """A method that ranks no token above another: what stays is its selector's to say."""
+    """Base class of methods that score all tokens 0, so that their selector alone decides which are kept."""
 
     @property
     def needs(self) -> Needs:
@@ -65,12 +66,12 @@ class EqualScores(Scorer):
 
 @dataclass(frozen=True)
 class AttentionScorer(Scorer):
-    """A scorer that is a weighted sum of votes, one number for each token from each attention head.
+    """Base class of scorers that sum weighted votes: one number for each token from each attention head.
 
     Attributes:
         layers: the layers that vote, counted from 0, or from -1 for the last; None: all.
-        head_weights: a row for each of those layers, a number for each head, negative ones too; None: all equal.
-        slot_weights: a number for each token of an image, added to what the heads say; None: none.
+        head_weights: [L, H], a weight for each head of each of those L layers, which may be negative; None: all 1.
+        slot_weights: [T], a number for each token of an image, added to the sum of the votes; None: all 0.
     """
 
     layers: tuple[int, ...] | None = None
@@ -88,7 +89,7 @@ class AttentionScorer(Scorer):
 
     @abstractmethod
     def votes(self, seen: Observation) -> Tensor:
-        """One number a head: float [I, L, H, T]."""
+        """Votes of each of H heads in L layers for each token: float [I, L, H, T]."""
 
     def score(self, seen: Observation) -> Tensor:
         votes = self.votes(seen)
@@ -96,7 +97,7 @@ class AttentionScorer(Scorer):
         return scores if self.slot_weights is None else scores + slot_scores(self.slot_weights, scores)
 
     def weights(self, votes: Tensor) -> Tensor | None:
-        """`head_weights` as a tensor [L, H] like the votes."""
+        """Return `head_weights` as a tensor [L, H] of the votes' dtype, on their device; None if there are none."""
         if self.head_weights is None:
             return None
         return torch.tensor(self.head_weights, dtype=votes.dtype, device=votes.device)
@@ -104,17 +105,18 @@ class AttentionScorer(Scorer):
 
 @dataclass(frozen=True)
 class PaidAttention(AttentionScorer):
-    """Votes that are attention a token is paid: as it is, or on the scale on which calibration fits head weights.
+    """Base class of scorers whose votes are the attention that a token gets.
 
     Attributes:
-        scale: "attention", probabilities; or "log", their logarithm, standardised over the tokens of an image.
+        scale: "attention", the probabilities; or "log", their logarithm, standardised over the tokens of an image: the
+            scale on which calibration fits head weights.
     """
 
     scale: Literal["attention", "log"] = "attention"
 
     @abstractmethod
     def attention(self, seen: Observation) -> Tensor:
-        """What each head pays each token: float [I, L, H, T]."""
+        """Attention that each token gets from each of H heads in L layers: float [I, L, H, T]."""
 
     def votes(self, seen: Observation) -> Tensor:
         attention = self.attention(seen)
@@ -122,9 +124,13 @@ class PaidAttention(AttentionScorer):
 
 
 def standardised_log(attention: Tensor, droppable: Tensor) -> Tensor:
-    """Logarithms with mean 0 and standard deviation 1 over an image's tokens: [I, L, H, T], bool [I, T] -> same.
+    """Log attention with mean 0 and standard deviation 1 over an image's droppable tokens, as float [I, L, H, T].
 
-    Where `droppable` is False they are 0; equal ones are 0 too. Attention below 1e-20 counts as that.
+    Tokens that are not droppable get 0, and so do all tokens of an image whose attention is equal everywhere.
+
+    Args:
+        attention: float [I, L, H, T]; values below 1e-20 count as 1e-20.
+        droppable: bool [I, T].
 
     >>> there = torch.tensor([[True, True, False]])
     >>> standardised_log(torch.tensor([[[[1.0, 10.0, 0.0]]]]), there)[..., :2].flatten().round()
@@ -137,10 +143,10 @@ def standardised_log(attention: Tensor, droppable: Tensor) -> Tensor:
 
 
 def slot_scores(weights: Sequence[float], like: Tensor) -> Tensor:
-    """What each slot, the place of a token in its image, is worth: T numbers -> float [I, T] as `like`.
+    """Scores by slot, the place of a token in its image: T weights -> float [I, T], with dtype and device of `like`.
 
     Raises:
-        ValueError: an image has another number of tokens.
+        ValueError: the images have another number of tokens than there are weights.
     """
     if len(weights) != like.shape[1]:
         raise ValueError(f"there are {len(weights)} slot weights; an image of this model has {like.shape[1]} tokens.")
@@ -148,10 +154,10 @@ def slot_scores(weights: Sequence[float], like: Tensor) -> Tensor:
 
 
 def weigh(votes: Tensor, head_weights: Tensor | None = None) -> Tensor:
-    """Sum over layers and heads: float [I, L, H, T], [L, H] or None -> [I, T].
+    """Sum of votes over layers and heads, weighted if weights are given: [I, L, H, T], [L, H] or None -> [I, T].
 
     Raises:
-        ValueError: the weights have another shape than the votes' layers and heads.
+        ValueError: `head_weights` is not of the shape [L, H] of the votes.
     """
     if head_weights is None:
         return votes.sum((1, 2))

@@ -12,7 +12,7 @@ from catp_lightning.scorers.base import AttentionScorer, weigh
 
 @dataclass(frozen=True)
 class CATP(AttentionScorer):
-    """Every (layer, head, image token) ranks the queries by the attention they pay it and gives them 0 to T-1 points.
+    """Borda count: every (layer, head, image token) ranks the query tokens by attention and gives them 0 to T-1 points.
 
     arXiv 2404.08567, section 3 (cross-attention voting), and its image-token weights. The weighted vote multiplies
     the points by the image token's weight; the authors' last code multiplies probabilities before ranking, which
@@ -20,7 +20,7 @@ class CATP(AttentionScorer):
 
     Attributes:
         image_weight: "received" weighs an image token's votes by the attention it receives in the vision tower's last
-            block, summed over heads and rows; "none": every image token counts once.
+            block, summed over heads and rows; "none" weighs the votes of all image tokens equally.
     """
 
     image_weight: Literal["none", "received"] = "none"
@@ -44,8 +44,8 @@ def borda_vote(attention: Tensor, head_weights: Tensor | None = None, image_weig
         image_weights: float [B, N], the weight of each image token's votes; None: all 1.
 
     Returns:
-        float [B, Q]; without weights between 0 and L * H * N * (Q - 1). Of equal attention the lower index ranks
-        higher.
+        float [B, Q]; without weights between 0 and L * H * N * (Q - 1). Where attention is equal, the query token with
+        the lower index ranks higher.
 
     Example:
         >>> rows = [[0.7, 0.2], [0.1, 0.5], [0.2, 0.3]]  # 3 queries, 2 image tokens
@@ -59,10 +59,10 @@ def borda_vote(attention: Tensor, head_weights: Tensor | None = None, image_weig
 
 
 def borda_points(attention: Tensor) -> Tensor:
-    """Points 0 to Q-1 that each image token gives each query: [..., Q, N] -> the same shape.
+    """Points 0 to Q-1 that each of N image tokens gives each of Q query tokens: [..., Q, N] -> the same shape.
 
-    A query has as many points as queries it beats. Comparing pairs, one query against all at a time, needs no sort and
-    no memory beyond the result; two argsorts cost 3.5 times as much.
+    A query token gets a point for every query token that it beats. Comparing pairs, one query token against all at a
+    time, needs no sort and no memory beyond the result; two argsorts cost 3.5 times as much.
     """
     queries = attention.shape[-2]
     small = torch.uint8 if queries <= 256 else torch.int32  # additions of bytes take half the time of floats
@@ -75,7 +75,7 @@ def borda_points(attention: Tensor) -> Tensor:
 
 
 def _summed(points: Tensor, image_weights: Tensor | None) -> Tensor:
-    """Over image tokens: [B, L, H, Q, N], [B, N] or None -> [B, L, H, Q]."""
+    """Sum points over image tokens, weighted if weights are given: [B, L, H, Q, N], [B, N] or None -> [B, L, H, Q]."""
     if image_weights is None:
         return points.sum(-1)
     return torch.einsum("blhqn,bn->blhq", points, image_weights.to(points))

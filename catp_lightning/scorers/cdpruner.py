@@ -1,4 +1,4 @@
-"""CDPruner: how near a token is to the words of the prompt (2506.10967, section 3.3)."""
+"""CDPruner: similarity of a token to the text of the prompt (2506.10967, section 3.3)."""
 
 from dataclasses import dataclass
 from typing import ClassVar
@@ -11,16 +11,17 @@ from catp_lightning.observation import Needs, Observation, Signal
 from catp_lightning.scorers.base import Scorer
 
 CONSTANT = 1e-6
-"""Relevances that differ by less are equal: rounding must not be stretched to the whole of 0 to 1."""
+"""Range of an image's relevances up to which they count as equal, so that rounding errors are not scaled up to 0..1."""
 
 
 @dataclass(frozen=True)
 class CDPruner(Scorer):
-    """Cosine of the token and the mean of the prompt's text, from 0 for the image's least to 1 for its highest.
+    """Cosine similarity of the token and the mean of the prompt's text rows, scaled to 0..1 over each image's tokens.
 
     Its selector, `conditional-dpp`, adds diversity. The authors compare in the space of CLIP's text encoder, which
-    Hugging Face's LLaVA does not have: here both are as the language model reads them. Their code takes the negative
-    of the cosine, the paper the cosine itself, as here. Without text, or where all are equally relevant, all are 1.
+    Hugging Face's LLaVA does not have: here tokens and text are compared as the language model reads them. Their code
+    takes the negative of the cosine, the paper the cosine itself, as here. Without text, or where all tokens are
+    equally relevant, all scores are 1.
     """
 
     selector: ClassVar[str] = "conditional-dpp"
@@ -38,7 +39,7 @@ class CDPruner(Scorer):
         droppable = seen.droppable & ~relevance.isnan()
         least = relevance.masked_fill(~droppable, torch.inf).amin(1, keepdim=True)
         most = relevance.masked_fill(~droppable, -torch.inf).amax(1, keepdim=True)
-        tells = most - least > CONSTANT  # without text all are 0
+        tells = most - least > CONSTANT  # without text all relevances are 0
         scaled = torch.where(tells, (relevance - least) / (most - least).where(tells, 1), 1)
         return scaled.clamp(0, 1).masked_fill(relevance.isnan(), torch.nan)
 

@@ -1,4 +1,4 @@
-"""Controls: rules that look at no attention. A method that does not beat them is not ahead."""
+"""Controls: rules that read no attention, which a method must beat to show that its scores are worth anything."""
 
 from dataclasses import dataclass
 from typing import ClassVar
@@ -13,7 +13,7 @@ from catp_lightning.scorers.base import EqualScores, Scorer, slot_scores
 
 @dataclass(frozen=True)
 class L2Norm(Scorer):
-    """Euclidean norm of the token as it leaves the vision part; a baseline of 2404.08567."""
+    """Control: Euclidean norm of the token as it leaves the vision part; a baseline of 2404.08567."""
 
     control: ClassVar[bool] = True
     published: ClassVar[bool] = False
@@ -29,10 +29,10 @@ class L2Norm(Scorer):
 
 @dataclass(frozen=True)
 class Position(Scorer):
-    """The first tokens, a baseline of 2404.08567; or, with weights, what calibration found each slot to be worth.
+    """Control: the first tokens (a baseline of 2404.08567), or the slots to which calibration gave the highest weights.
 
     Attributes:
-        weights: a number for each token of an image; None: the earlier, the higher.
+        weights: the score of each slot, one number for each token of an image; None: the earlier, the higher.
     """
 
     control: ClassVar[bool] = True
@@ -50,12 +50,12 @@ class Position(Scorer):
 
 @dataclass(frozen=True)
 class Stride(Scorer):
-    """Evenly spaced tokens in their order, line by line: every second at one half, every fourth at a quarter.
+    """Control: evenly spaced tokens in reading order: every second token at keep 1/2, every fourth at keep 1/4.
 
-    Where tokens are patches of an image `grid` spreads them evenly in both directions, and is the harder control.
+    Where tokens are patches of an image, `grid` spreads them evenly in both directions and is the harder control.
 
     Tokens are ranked by their bit-reversed index (the van der Corput order), so that a smaller budget keeps a subset
-    of a larger one, and every budget is spread as evenly as a nested order can be.
+    of a larger one, and every budget is spread as evenly as a nested order allows.
     """
 
     control: ClassVar[bool] = True
@@ -76,7 +76,7 @@ class Stride(Scorer):
 
 @dataclass(frozen=True)
 class Grid(EqualScores):
-    """All tokens are equal: its selector, `grid`, keeps evenly spaced rows and columns of the image."""
+    """Control: equal scores for all tokens; its selector, `grid`, keeps evenly spaced rows and columns of the image."""
 
     selector: ClassVar[str] = "grid"
     control: ClassVar[bool] = True
@@ -85,10 +85,10 @@ class Grid(EqualScores):
 
 @dataclass(frozen=True)
 class Random(Scorer):
-    """Random tokens, drawn from the seed and the image's pixels: batch, rank and decoding step do not matter.
+    """Control: random tokens, drawn from the seed and the image's pixels, not from batch, rank or decoding step.
 
     Attributes:
-        seed: of 64 bits, with its sign.
+        seed: a signed 64-bit integer.
     """
 
     control: ClassVar[bool] = True

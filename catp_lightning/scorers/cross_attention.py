@@ -1,4 +1,4 @@
-"""Mean log attention: a softer vote than a rank, and much cheaper."""
+"""Mean log cross-attention: a softer vote than CATP's ranks, and much cheaper."""
 
 from dataclasses import dataclass
 
@@ -10,9 +10,10 @@ from catp_lightning.scorers.base import AttentionScorer
 
 @dataclass(frozen=True)
 class CrossAttention(AttentionScorer):
-    """Each head votes by the mean over image tokens of log attention, standardised over the tokens of the image.
+    """Mean log attention of a query token over image tokens, a vote of each head, standardised over the query tokens.
 
-    Ours; the votes that calibration regresses on. A mean of probabilities would say nothing: each row sums to 1.
+    Our own method; calibration regresses on these votes. A mean of probabilities would be the same for every query
+    token, as each row of attention sums to 1.
     """
 
     @property
@@ -24,6 +25,6 @@ class CrossAttention(AttentionScorer):
 
 
 def standardise(scores: Tensor) -> Tensor:
-    """Mean 0 and standard deviation 1 over the last axis; equal scores become 0."""
+    """Scale scores to mean 0 and standard deviation 1 over the last axis; equal scores become 0."""
     centred = scores - scores.mean(-1, keepdim=True)
     return centred / centred.pow(2).mean(-1, keepdim=True).sqrt().clamp(min=1e-6)

@@ -11,13 +11,13 @@ from catp_lightning.scorers.base import Scorer
 
 @dataclass(frozen=True)
 class DART(Scorer):
-    """The L1 norm of the row that enters `layer` says which tokens are pivots; the selector `dart` does the rest.
+    """L1 norm of the token's row as it enters `layer`; the selector `dart` takes the highest norms as pivots.
 
-    The budget is of all visual tokens of a sample. The authors' code takes the norm of the keys of the layer before and
-    has four pivots in the text besides; here pivots are visual.
+    The budget counts all visual tokens of a sample together. The authors' code takes the norm of the keys of the layer
+    before and has four more pivots in the text; here all pivots are visual tokens.
 
     Attributes:
-        layer: the decoder layer at whose entry tokens leave, from 1.
+        layer: the decoder layer at whose entry tokens are dropped, from 1.
     """
 
     selector = "dart"

@@ -9,9 +9,9 @@ from catp_lightning.scorers.base import EqualScores
 
 @dataclass(frozen=True)
 class DivPrune(EqualScores):
-    """All tokens are equal: its selector, `max-min`, keeps those that lie far from each other (section 3, MMDP).
+    """Equal scores for all tokens; its selector, `max-min`, keeps tokens far from each other (section 3, MMDP).
 
-    A published rule, and a control too: it looks at no attention and no question.
+    A published method, and a control too: it reads neither attention nor the question.
     """
 
     selector: ClassVar[str] = "max-min"

@@ -1,4 +1,4 @@
-"""Downsampling: the image at a lower resolution, a control."""
+"""Downsampling, a control: the image at a lower resolution."""
 
 from dataclasses import dataclass
 from typing import ClassVar
@@ -8,7 +8,7 @@ from catp_lightning.scorers.base import EqualScores
 
 @dataclass(frozen=True)
 class Downsample(EqualScores):
-    """All tokens are equal: its selector, `pool`, keeps the mean of each cell of a coarser grid."""
+    """Control: equal scores for all tokens; its selector, `pool`, keeps the mean of each cell of a coarser grid."""
 
     selector: ClassVar[str] = "pool"
     control: ClassVar[bool] = True

@@ -10,10 +10,10 @@ from catp_lightning.scorers.base import PaidAttention
 
 @dataclass(frozen=True)
 class FasterVLM(PaidAttention):
-    """Attention that [CLS] pays the patch, over heads, in the layer whose output the language model reads.
+    """Attention from [CLS] to the patch, summed over heads, in the layer whose output the language model reads.
 
-    A tower without [CLS] (SigLIP) has no such row: there it is the attention a patch receives on average, which is
-    not in the paper. Layers are those that lead to the features: -1 is the last of them.
+    In a vision tower without [CLS] (SigLIP) the score is the attention that a patch receives on average, which is not
+    in the paper. `layers` counts only the layers of the tower that lead to the features: -1 is the last of them.
     """
 
     layers: tuple[int, ...] | None = (-1,)

@@ -10,10 +10,10 @@ from catp_lightning.scorers.base import PaidAttention
 
 @dataclass(frozen=True)
 class LastRow(PaidAttention):
-    """Attention of the prompt's last row in layers that have run: the score of both methods below.
+    """Attention from the prompt's last row in decoder layers before tokens are dropped; base of FastV and PyramidDrop.
 
     Attributes:
-        layers: decoder layers, counted from 0, or from -1 for the one before the layer where tokens leave.
+        layers: decoder layers, counted from 0, or from -1 for the one before the layer where tokens are dropped.
     """
 
     layers: tuple[int, ...] | None = (-1,)
@@ -28,13 +28,13 @@ class LastRow(PaidAttention):
 
 @dataclass(frozen=True)
 class FastV(LastRow):
-    """Attention that the last row of the prompt pays a visual token in the layer before `layer`, where tokens leave.
+    """Attention that a token gets from the prompt's last row in the decoder layer before `layer`.
 
-    The budget is of all visual tokens of a sample. Every sample has a choice of its own, and padding is masked; the
-    authors' code applies the first sample's choice to all and drops the padding mask.
+    The budget counts all visual tokens of a sample together. Tokens are chosen for every sample separately, and padding
+    is masked; the authors' code applies the first sample's choice to all and drops the padding mask.
 
     Attributes:
-        layer: the decoder layer at whose entry tokens leave, from 1; the paper's K.
+        layer: the decoder layer at whose entry tokens are dropped, from 1; the paper's K.
     """
 
     layer: int = 2
@@ -55,13 +55,13 @@ class FastV(LastRow):
 
 @dataclass(frozen=True)
 class PyramidDrop(LastRow):
-    """PyramidDrop (2410.17247, section 3): FastV's score anew at several layers, each dropping the same share.
+    """PyramidDrop (2410.17247, section 3): FastV's score at several layers, each of which drops the same share.
 
-    The budget is what is left after the last stage. The paper's share, one half at each quarter of the depth, is
-    keep = 1/8 here.
+    The budget holds after the last stage. The paper's setting, one half at each quarter of the depth, is keep = 1/8
+    here.
 
     Attributes:
-        stages_at: the decoder layers at whose entry tokens leave; None: at each quarter of the depth.
+        stages_at: the decoder layers at whose entry tokens are dropped; None: at each quarter of the depth.
     """
 
     stages_at: tuple[int, ...] | None = None

@@ -1,4 +1,4 @@
-"""Attention on the regions of an image that the vision tower itself attends to."""
+"""Cross-attention to the regions of an image that the vision tower itself attends to."""
 
 from dataclasses import dataclass
 
@@ -12,11 +12,12 @@ from catp_lightning.scorers.cross_attention import standardise
 
 @dataclass(frozen=True)
 class RegionAttention(AttentionScorer):
-    """Each head votes by the log of the attention a token pays image tokens, weighted by what those receive.
+    """Log cross-attention of a query token, weighted by the attention that image tokens receive in the vision tower.
 
-    Ours. log sum_n w[n] A[q, n], standardised over the tokens of the image; w[n] is the attention that image token n
-    receives in the vision tower's last block, summed over heads and rows (the image weight of 2404.08567's code). A
-    token that looks at background scores low, whatever its rank there.
+    Our own method. The vote of a head for query token q is log sum_n w[n] A[q, n], standardised over the query tokens
+    of the image; A is its attention, and w[n] the attention that image token n receives in the vision tower's last
+    block, summed over heads and rows (the image weight of 2404.08567's code) and scaled to sum to 1. A query token that
+    attends to the background scores low, however it ranks there.
     """
 
     @property

@@ -1,4 +1,4 @@
-"""Names to scorers: those of this package, and those that other packages bring by an entry point."""
+"""Registry of scorers by name: those of this package, and those of other packages' entry points."""
 
 import inspect
 import signal
@@ -16,19 +16,19 @@ from catp_lightning.saying import warn
 from catp_lightning.scorers.base import Scorer
 
 GROUP = "catp_lightning.scorers"
-"""The entry point group: `<name users write> = "<module>:<class>"` in a package's pyproject.toml."""
+"""Entry point group of scorers: `<name users write> = "<module>:<class>"` in a package's pyproject.toml."""
 
 
 class Registry(Mapping[str, type[Scorer]]):
-    """Scorers by name; the names of installed packages are read on first use, a scorer is imported when looked up.
+    """Mapping of names to scorers. Entry points are read on first use; a scorer is imported when it is looked up.
 
     Args:
-        own: the scorers of this package. Their names cannot be taken: another package's that is called alike is left
-            out, with a warning.
+        own: the scorers of this package. Their names cannot be taken: a scorer of another package with one of them is
+            left out, with a warning.
 
     Raises:
-        PolicyError: on looking a name up, where another package's cannot be imported, is no scorer, cannot be made
-            without arguments, or where two packages bring the same name.
+        PolicyError: when a name is looked up: the scorer of another package cannot be imported, is not a `Scorer`,
+            cannot be made without arguments, or two packages register the same name.
     """
 
     def __init__(self, own: Mapping[str, type[Scorer]]) -> None:
@@ -57,7 +57,7 @@ class Registry(Mapping[str, type[Scorer]]):
             self._loaded[name] = _load(others[name])
         return self._loaded[name]
 
-    def __contains__(self, name: object) -> bool:  # Mapping's would import
+    def __contains__(self, name: object) -> bool:  # Mapping's would import the scorer
         return name in self._own or name in self._others
 
     def __iter__(self) -> Iterator[str]:
@@ -66,7 +66,7 @@ class Registry(Mapping[str, type[Scorer]]):
         yield from others
 
     def usable(self) -> Iterator[tuple[str, type[Scorer]]]:
-        """Names and scorers, without those of other packages that do not work; each of these warns."""
+        """Iterate over names and scorers; another package's that raises PolicyError is left out with a warning."""
         for name in self:
             try:
                 scorer = self[name]
@@ -79,12 +79,12 @@ class Registry(Mapping[str, type[Scorer]]):
         return len(self._own) + len(self._others)
 
     def name_of(self, scorer: Scorer) -> str:
-        """How a scorer is called here; of one that is not here, the name of its class."""
+        """Name of a scorer in this registry; the name of its class if it is not registered."""
         known = {**self._loaded, **self._own}
         return next((name for name, cls in known.items() if cls is type(scorer)), type(scorer).__qualname__)
 
     def is_own(self, scorer: Scorer) -> bool:
-        """Whether a scorer is one of this package's."""
+        """True if the scorer is one of this package."""
         return type(scorer) in self._own.values()
 
 
@@ -110,9 +110,13 @@ def _load(points: list[EntryPoint]) -> type[Scorer]:
 
 @contextmanager
 def _faults(point: EntryPoint, what: str) -> Iterator[None]:
-    """While inside, code of another package runs: whatever it raises, `SystemExit` too, becomes a PolicyError.
+    """Context that turns whatever another package's code raises, `SystemExit` too, into a PolicyError.
 
-    An exception that a signal brings, of Ctrl-C or of a scheduler, is not that code's and goes its way.
+    Nothing is turned once SIGINT or SIGTERM (Ctrl-C, a scheduler) has arrived: the exception is then the signal's.
+
+    Args:
+        point: the entry point of the scorer.
+        what: what is wrong with the scorer, for the error message.
     """
     with _signals() as arrived:
         try:
@@ -127,7 +131,10 @@ def _faults(point: EntryPoint, what: str) -> Iterator[None]:
 
 @contextmanager
 def _signals() -> Iterator[list[int]]:
-    """While inside, the signals that came; their handlers run as ever. Only the main thread has any."""
+    """Context that yields a list of the SIGINT and SIGTERM signals that arrive inside it; their handlers still run.
+
+    The list stays empty outside the main thread.
+    """
     arrived: list[int] = []
     if threading.current_thread() is not threading.main_thread():
         yield arrived
@@ -147,7 +154,7 @@ def _signals() -> Iterator[list[int]]:
         yield arrived
     finally:
         for number in watched:
-            if signal.getsignal(number) is handle:  # what was imported may have set its own
+            if signal.getsignal(number) is handle:  # the imported package may have installed its own
                 signal.signal(number, before[number])
 
 

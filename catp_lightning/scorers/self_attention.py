@@ -1,4 +1,4 @@
-"""Self-attention received, the rival named SpAtten in CATP's tables (2404.08567, section 4)."""
+"""Self-attention received by a token, the method named SpAtten in CATP's tables (2404.08567, section 4)."""
 
 from dataclasses import dataclass
 

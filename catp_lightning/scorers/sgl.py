@@ -1,4 +1,4 @@
-"""SGL: a small model of the same kind says where the large one should look (2412.03324, small VLM-guided pruning)."""
+"""SGL: the attention of a small model of the same kind prunes the large one (2412.03324, small VLM-guided pruning)."""
 
 from dataclasses import dataclass
 
@@ -10,17 +10,18 @@ from catp_lightning.scorers.base import PaidAttention
 
 @dataclass(frozen=True)
 class SGL(PaidAttention):
-    """Attention that a visual token gets in a guide model, summed over its layers, its heads and rows of text.
+    """Attention that a visual token gets in a guide model, summed over the guide's layers, heads and text rows.
 
-    The rows are the prompt's text after the sample's first visual token, and what the guide generates, greedily, up to
-    the end of its answer; the last token it generates has no row. `prune(model, policy, guide=small_model)` runs the
-    guide once for each prompt. Tokens leave before the large model's decoder; the paper has them leave inside it, after
-    a few layers. The authors' code reads one sample at a time, and of its text only what follows the last visual token.
+    The text rows are the prompt's text after the sample's first visual token, and the tokens that the guide generates,
+    greedily, up to the end of its answer; the last token it generates has no row. `prune(model, policy,
+    guide=small_model)` runs the guide once for each prompt. Tokens are dropped before the large model's decoder; in the
+    paper they are dropped inside it, after a few layers. The authors' code reads one sample at a time, and only the
+    text that follows its last visual token.
 
     Attributes:
-        layers: of the guide, counted from 0, or from -1 for the last; None: all, as in the paper.
-        answer_tokens: how many tokens the guide generates at most, at least 1; whatever the large model is asked for,
-            so that a prompt has one choice.
+        layers: layers of the guide, counted from 0, or from -1 for the last; None: all, as in the paper.
+        answer_tokens: the most tokens that the guide generates, at least 1; it does not depend on the number asked of
+            the large model, so that a prompt always keeps the same tokens.
     """
 
     answer_tokens: int = 16

@@ -1,4 +1,4 @@
-"""SparseVLM: text rows that are about the image rate its tokens inside the decoder (2410.04417, section 3)."""
+"""SparseVLM: attention inside the decoder from the text rows that are relevant to the image (2410.04417, section 3)."""
 
 import math
 from dataclasses import dataclass
@@ -14,30 +14,30 @@ from catp_lightning.scorers.base import AttentionScorer
 
 DEPTH, LAYERS = 32, (2, 6, 15)
 TOKENS, LISTS = 576, ((66, 30, 17), (303, 110, 36), (300, 200, 110))
-"""Of LLaVA-1.5-7B: how many visual tokens stay after each of those layers, for each of the paper's budgets."""
+"""Number of LLaVA-1.5-7B's 576 visual tokens that stay after each layer of `LAYERS`, for each budget of the paper."""
 
 
 @dataclass(frozen=True)
 class SparseVLM(AttentionScorer):
-    """Mean attention that the raters pay a visual token in the layer before each of several stages.
+    """Mean attention that a visual token gets from the raters, relevant text rows, in the layer before each stage.
 
     Raters are the text rows more relevant to the image than the average text row, chosen once from what the language
-    model reads: relevance is the softmax over text rows of a visual token's products with them, mean over the visual
-    tokens. Where all are equally relevant, all are raters. The budget is what is left of a sample's tokens after the
-    last stage, those that carry recycled ones included. The authors' code scores in layers 2, 6 and 15 of 32 and drops
-    after them (`stages_at=[3, 7, 16]`), and adds recycled tokens to its budgets.
+    model reads: relevance is the softmax over text rows of a visual token's dot products with them, averaged over the
+    visual tokens. Where all text rows are equally relevant, all are raters. The budget counts the tokens of a sample
+    that are left after the last stage, those that carry recycled tokens included. The authors' code scores in layers 2,
+    6 and 15 of 32 and drops after them (`stages_at=[3, 7, 16]`), and adds recycled tokens to its budgets.
 
-    `schedule="budget"` keeps the numbers of the paper's lists at its budgets of 110, 36 and 17 of 576; of other budgets
-    the logarithms of shares are interpolated (below the least extrapolated in proportion), and, where there are other
-    than three stages, between those too. `schedule="rank"` drops at each stage
-    `scale` * (tokens - rank), the rank that of the raters' attention [raters, tokens], mean over heads, and
-    never goes below the budget: it may end above it.
+    `schedule="budget"` keeps the numbers of the paper's lists at its budgets of 110, 36 and 17 of 576 tokens. For other
+    budgets the logarithms of the shares are interpolated (extrapolated in proportion below the least budget), and for
+    another number of stages than three they are interpolated between stages too. `schedule="rank"` drops
+    `scale` * (tokens - rank) tokens at each stage, where rank is the matrix rank of the raters' attention
+    [raters, tokens], averaged over heads. It never goes below the budget, but may end above it.
 
     Attributes:
         layers: decoder layers whose attention is read, counted from 0, or from -1 for the one before each stage.
-        schedule: how many stay after each stage.
-        scale: of the rank schedule, above 0; 1 keeps as many tokens as the rank.
-        stages_at: the decoder layers at whose entry tokens leave; None: layers 2, 6 and 15 of 32, in proportion.
+        schedule: rule for the number of tokens that stay after each stage, "budget" or "rank".
+        scale: factor of the rank schedule, above 0; 1 keeps as many tokens as the rank.
+        stages_at: the decoder layers at whose entry tokens are dropped; None: layers 2, 6 and 15 of 32, in proportion.
     """
 
     selector = "recycle"
@@ -78,34 +78,38 @@ class SparseVLM(AttentionScorer):
         return paid.sum(3) / count.clamp(min=1)[:, None, None, None]
 
     def _rated(self, seen: Observation) -> tuple[Tensor, Tensor]:
-        """What raters pay the tokens that are still there, 0 elsewhere: float [I, L, H, R, T]; how many rate: [I]."""
+        """Attention from the raters to the tokens that are left, and the number of raters.
+
+        Returns:
+            float [I, L, H, R, T], R text rows, 0 where a row is no rater or a token is not there; and int64 [I].
+        """
         assert seen.text is not None  # observed with the rows themselves
         chosen = raters(seen[Signal.IMAGE_EMBEDS], seen[Signal.TEXT_EMBEDS], seen.text)
         rated = chosen[:, None, None, :, None] & seen.valid[:, None, None, None]
         return seen.by_layer(Signal.TEXT_TO_IMAGE_ATTENTION, self.layers).masked_fill(~rated, 0.0), chosen.sum(1)
 
     def _ranks(self, seen: Observation) -> Tensor:
-        """The rank of each sample's attention, raters by tokens: int64 [I]."""
+        """Matrix rank of each sample's attention [raters, tokens], averaged over layers and heads: int64 [I]."""
         paid, count = self._rated(seen)
         if not paid.shape[3]:  # prompts without text
             return torch.zeros_like(count)
         rated = paid.mean((1, 2)).nan_to_num().cpu().double()  # few numbers, and not every device has double
-        values = torch.linalg.svdvals(rated)  # padding with zeros adds zeros
+        values = torch.linalg.svdvals(rated)  # padding with zeros adds singular values of zero
         larger = count.maximum(seen.valid.sum(1)).cpu()
         least = values.amax(1) * larger * torch.finfo(paid.dtype).eps
         return (values > least[:, None]).sum(1).to(paid.device)
 
 
 def raters(read: Tensor, text: Tensor, valid: Tensor) -> Tensor:
-    """Text rows that are more relevant to the visual tokens than the average text row.
+    """Mask of the text rows that are more relevant to the visual tokens than the average text row.
 
     Args:
-        read: float [B, T, D], visual tokens as the language model reads them, zeros beyond a sample's own.
-        text: float [B, R, D], text rows alike.
-        valid: bool [B, R], which of those there are.
+        read: float [B, T, D], visual tokens as the language model reads them, zeros where a sample has no token.
+        text: float [B, R, D], text rows as the language model reads them.
+        valid: bool [B, R], True where a sample has a text row.
 
     Returns:
-        bool [B, R]; all of a sample's rows where none exceeds the average by more than rounding.
+        bool [B, R]; True for all text rows of a sample if none exceeds the average by more than rounding.
     """
     dtype = torch.promote_types(read.dtype, torch.float32)
     with torch.autocast(read.device.type, enabled=False):
@@ -118,7 +122,7 @@ def raters(read: Tensor, text: Tensor, valid: Tensor) -> Tensor:
 
 
 def _scheduled(keep: int | float, tokens: int, part: float) -> int:
-    """How many of `tokens` stay after `part` of the stages."""
+    """Number of `tokens` that stay after a share `part` of the stages under `schedule="budget"`."""
     last = keep_count(keep, tokens) / max(1, tokens)
     if last in (0, 1):
         return tokens

@@ -1,4 +1,4 @@
-"""Trimmed Llama: what text reads of the image in the first cross-attention layer (2504.00557)."""
+"""Trimmed Llama: attention from text to image in the first cross-attention layer (2504.00557)."""
 
 from dataclasses import dataclass
 from typing import ClassVar
@@ -11,10 +11,10 @@ from catp_lightning.scorers.base import PaidAttention
 
 @dataclass(frozen=True)
 class TrimmedLlama(PaidAttention):
-    """Attention that a row of the image gets from the text, summed over text rows and heads.
+    """Attention that an image token gets from the text in a cross-attention layer, summed over text rows and heads.
 
-    Its selector keeps what any head ranks high; with `top-k` the sum over heads decides. The sum over text rows is
-    our reading of the paper, which does not say how they are put together.
+    Its selector, `union`, keeps the tokens that any head ranks high; with `top-k` the sum over heads decides. The sum
+    over text rows is our reading of the paper, which does not say how they are combined.
     """
 
     selector: ClassVar[str] = "union"

@@ -1,4 +1,4 @@
-"""VisionZip: tokens that [CLS] attends to, and means of the rest (2412.04467, section 3)."""
+"""VisionZip: the tokens that [CLS] attends to most, and means of the others (2412.04467, section 3)."""
 
 from dataclasses import dataclass
 from typing import ClassVar
@@ -8,7 +8,7 @@ from catp_lightning.scorers.fastervlm import FasterVLM
 
 @dataclass(frozen=True)
 class VisionZip(FasterVLM):
-    """FasterVLM's score finds the dominant tokens; its selector, `context-merge`, merges the others.
+    """FasterVLM's score, which finds the dominant tokens; its selector, `context-merge`, merges the other tokens.
 
     Tokens are merged as the language model reads them; the authors merge before the projector, and count [CLS] itself
     among the dominant tokens.

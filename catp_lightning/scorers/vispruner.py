@@ -8,9 +8,9 @@ from catp_lightning.scorers.fastervlm import FasterVLM
 
 @dataclass(frozen=True)
 class VisPruner(FasterVLM):
-    """FasterVLM's score; its selector, `prune-similar`, keeps the highest and fills up with tokens unlike each other.
+    """FasterVLM's score; its selector, `prune-similar`, keeps the highest scores and adds tokens unlike each other.
 
-    Tokens are compared as the language model's side of the projector gives them; the authors compare them before it.
+    Tokens are compared after the projector; the authors compare them before it.
     """
 
     selector: ClassVar[str] = "prune-similar"

@@ -11,14 +11,14 @@ from catp_lightning.scorers.base import EqualScores
 
 @dataclass(frozen=True)
 class VisualExit(EqualScores):
-    """From `layer` on there are no visual tokens; up to there nothing is pruned.
+    """Drops all visual tokens at the entry of decoder layer `layer`; the layers before it read all of them.
 
-    Nothing is ranked: `keep` is ignored and all scores are 0. keep 1.0 is the unpruned model as for every scorer, so
-    give any other. Both papers choose the layer: VTW the first whose answers on a calibration set diverge little from
-    the full model's, DyVTE by a small network for each input; here the policy names it, the same for all samples.
+    All scores are 0, and `keep` is ignored, except that keep 1.0 is the unpruned model as for every scorer: give any
+    other. Both papers choose the layer: VTW takes the first whose answers on a calibration set diverge little from the
+    full model's, DyVTE asks a small network for each input; here the policy names it, the same for all samples.
 
     Attributes:
-        layer: the decoder layer at whose entry visual tokens leave, from 1; None: half of the depth.
+        layer: the decoder layer at whose entry visual tokens are dropped, from 1; None: half of the depth.
     """
 
     layer: int | None = None
@@ -31,11 +31,11 @@ class VisualExit(EqualScores):
 
     @property
     def needs(self) -> Needs:
-        return {Signal.HIDDEN_STATES: None}  # what exists only where tokens can leave inside a decoder
+        return {Signal.HIDDEN_STATES: None}  # not read: only decoders inside which tokens can be dropped have it
 
     def stages(self, depth: int) -> tuple[int, ...]:
         return (max(1, depth // 2) if self.layer is None else self.layer,)
 
     def stage_counts(self, keep: int | float, tokens: Tensor, stage: int, stages: int, seen: Observation) -> Tensor:
-        """None: int64 [B] zeros, whatever `keep` is; of equal scores none stays either."""
+        """Return int64 [B] zeros, whatever `keep` is: no visual token stays."""
         return torch.zeros_like(tokens)

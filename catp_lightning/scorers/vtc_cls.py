@@ -10,14 +10,14 @@ from catp_lightning.scorers.fastervlm import FasterVLM
 
 @dataclass(frozen=True)
 class VTCCLS(FasterVLM):
-    """FasterVLM's score, summed over the deep layers that lead to the features; the mean ranks alike.
+    """FasterVLM's score, summed over the deep layers of the vision tower that lead to the features.
 
-    The default is that of the authors' code: of the 23 layers that lead to the features of LLaVA-1.5 those from 16 on,
-    and as large a share of any other tower.
+    A mean over layers would give the same ranking. The default is that of the authors' code: layers from 16 on of the
+    23 that lead to the features of LLaVA-1.5, and the same share of the layers of any other tower.
 
     Attributes:
-        layers: counted from 0, or from -1 for the last that leads to the features; None: the last seven 23rds of them,
-            at least one.
+        layers: layers of the vision tower, counted from 0, or from -1 for the last that leads to the features; None:
+            the last seven 23rds of them, at least one.
     """
 
     layers: tuple[int, ...] | None = None

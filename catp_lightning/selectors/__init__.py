@@ -1,4 +1,4 @@
-"""Selectors by the name a policy calls them."""
+"""Selectors, by their name in a policy."""
 
 from catp_lightning.selectors.base import Selector, without_autocast
 from catp_lightning.selectors.conditional_dpp import ConditionalDPP

@@ -12,8 +12,8 @@ from catp_lightning.selectors.dpp import exact_similarity, greedy_ranks, most_in
 class ConditionalDPP(FeatureSelector):
     """Greedy MAP of a k-DPP with kernel diag(r) S diag(r): r is the score, S the cosine similarity of the tokens.
 
-    Tokens are compared as they leave the vision part. Scores are relevances from 0 up: what is lower, or not a number,
-    counts as 0.
+    Tokens are compared as they leave the vision part. Scores are relevances, at least 0; a negative score, NaN or
+    infinity counts as 0.
     """
 
     def ranks(self, scores: Tensor, visual: Tensor, most: int, vectors: Tensor | None) -> Tensor:

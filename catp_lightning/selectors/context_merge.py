@@ -1,4 +1,4 @@
-"""The most relevant tokens as they are, all others merged into a few (VisionZip, 2412.04467, section 3)."""
+"""Keeps the most relevant tokens and merges all others into a few (VisionZip, 2412.04467, section 3)."""
 
 import math
 from dataclasses import dataclass
@@ -14,15 +14,16 @@ from catp_lightning.selectors.similarity import rounded_similarity
 
 @dataclass(frozen=True)
 class ContextMerge(Selector):
-    """Dominant tokens have the highest scores; of the others evenly spaced ones carry those most similar to them.
+    """Keeps dominant tokens, those with the highest scores, and context tokens, which carry the tokens similar to them.
 
-    Similarity is the cosine of the keys in the last layer of the vision tower that leads to the features, averaged
-    over heads. A context token is the mean of all it carries, itself among them; the authors' code adds the mean of the
-    others to it. Of targets equally similar the first is taken. The share of context tokens is
-    rounded to the nearest number, and at least one token is dominant.
+    Context tokens are evenly spaced among the tokens that are not dominant; each of the others is merged into the
+    context token most similar to it, the first if several are. Similarity is the cosine of the keys in the last layer
+    of the vision tower that leads to the features, averaged over heads. A context token becomes the mean of all that it
+    carries, itself included; the authors' code adds the mean of the others to it. The number of context tokens is
+    rounded to the nearest, and at least one token is dominant.
 
     Attributes:
-        context: the share of the budget that is context tokens; the authors take 10 of 64.
+        context: share of the budget that goes to context tokens, from 0 to 1; the authors take 10 of 64.
     """
 
     nested: ClassVar[bool] = False
@@ -54,7 +55,7 @@ class ContextMerge(Selector):
         return torch.where(keep, itself, nearest).masked_fill(lost, -1)
 
     def _parts(self, scores: Tensor, visual: Tensor, counts: Tensor) -> tuple[Tensor, Tensor]:
-        """Which tokens are dominant, and which the targets that others are merged into: bool [R, T] each."""
+        """Masks of the dominant tokens, and of the context tokens into which others are merged: bool [R, T] each."""
         context = torch.tensor(
             [self._context(count) for count in counts.tolist()], device=counts.device, dtype=torch.int64
         )
@@ -65,5 +66,5 @@ class ContextMerge(Selector):
         return dominant, left & (place % step == 0) & (place < step * context[:, None])
 
     def _context(self, count: int) -> int:
-        """How many of `count` tokens are context tokens."""
+        """Number of context tokens in a budget of `count` tokens."""
         return min(count - 1, math.floor(count * self.context + 0.5))

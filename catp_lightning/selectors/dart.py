@@ -1,4 +1,4 @@
-"""Tokens least like a few pivots (DART, 2502.11494, section 4)."""
+"""Keeps a few pivots and the tokens least similar to them (DART, 2502.11494, section 4)."""
 
 from dataclasses import dataclass
 from typing import ClassVar
@@ -12,19 +12,20 @@ from catp_lightning.selectors.base import FeatureSelector, ranked
 
 @dataclass(frozen=True)
 class DART(FeatureSelector):
-    """The tokens with the highest scores are pivots; each in turn takes its share of the tokens least similar to it.
+    """Keeps the tokens with the highest scores as pivots, and for each a share of the tokens least similar to it.
 
-    Similarity is the cosine of the rows that enter the layer where tokens leave. All pivots stay; the budget beyond
-    them is dealt to them evenly, what is left over to those that score highest. With a budget of `pivots` or fewer the
-    pivots are all that stays. Of equal similarities the lowest index is taken, a token whose similarity is NaN last.
-    The authors' code takes pivots in the order of a set, normalises rows with the model's last norm before it compares
-    them, and rounds the shares, so that its number of tokens is near the budget; here it is the budget.
+    Similarity is the cosine of the rows that enter the layer where tokens are dropped. The budget beyond the pivots is
+    shared out evenly among them, the remainder to the pivots with the highest scores. With a budget of `pivots` or
+    fewer only pivots are kept. Where similarities are equal the lowest index is taken; a token whose similarity is NaN
+    is taken last. The authors' code takes pivots in the order of a set, normalises rows with the model's last norm
+    before it compares them, and rounds the shares, so that it keeps about as many tokens as the budget; here exactly as
+    many.
 
     Attributes:
-        pivots: how many, at least 1; the authors' code has four visual ones.
+        pivots: number of pivots, at least 1; the authors' code has four visual ones.
     """
 
-    nested: ClassVar[bool] = False  # another budget deals other shares
+    nested: ClassVar[bool] = False  # another budget gives the pivots other shares
     compared: ClassVar[Signal] = Signal.HIDDEN_STATES
 
     pivots: int = 4

@@ -1,4 +1,4 @@
-"""Relevance with diversity: the most probable set of a determinantal point process, found greedily."""
+"""Relevance and diversity: the most probable set of a determinantal point process (DPP), found greedily."""
 
 import math
 from dataclasses import dataclass
@@ -13,21 +13,22 @@ from catp_lightning.scorers.cross_attention import standardise
 from catp_lightning.selectors.base import Selector, without_autocast
 
 RIDGE = 1e-4
-"""Added to the diagonal: with more tokens than the kernel's rank the choice is still defined."""
+"""Added to the kernel's diagonal, so that a choice of more tokens than the kernel's rank is still defined."""
 
 
 @dataclass(frozen=True)
 class DPP(Selector):
     """Greedy MAP of a k-DPP with kernel diag(q) S diag(q), q = exp(relevance * standardised score / 2).
 
-    The kernel of CDPruner (2506.10967, section 3.3) with a strength, as 1709.05135 solves it. S is the cosine
-    similarity of the tokens' cross-attention maps, or of the tokens themselves: two query tokens that look at the
-    same patches are worth one. Under "regions" patches count by the attention they receive in the vision tower's last
-    block: S is the cosine of the inner product weighted by it.
+    The kernel of CDPruner (2506.10967, section 3.3) with a strength added, solved by the algorithm of 1709.05135. S is
+    the cosine similarity of the tokens' cross-attention maps, or of the tokens themselves: of two query tokens that
+    attend to the same patches, one is enough.
 
     Attributes:
-        relevance: how much the scores count beside diversity; 0 is diversity alone, negative turns the scores round.
-        similarity: what tokens are compared by.
+        relevance: weight of the scores beside diversity; 0 is diversity alone, a negative value reverses the scores.
+        similarity: signal by which tokens are compared: "cross-attention" maps; "regions", the same maps, with the
+            inner product weighted by the attention that patches receive in the vision tower's last block; or
+            "outputs", the tokens as they leave the vision part.
         layers: the cross-attention layers whose maps are compared, counted from 0; None: all. Heads are kept apart.
     """
 
@@ -55,9 +56,9 @@ class DPP(Selector):
         return greedy_ranks(self.kernel(scores, visual, exact_similarity(vectors)), visual, most)
 
     def kernel(self, scores: Tensor, visual: Tensor, similarity: Tensor) -> Tensor:
-        """diag(q) S diag(q): float [R, T], bool [R, T], float [R, T, T] -> float [R, T, T]."""
+        """DPP kernel diag(q) S diag(q) from scores [R, T], mask [R, T] and similarity S [R, T, T]: float [R, T, T]."""
         scores = torch.where(scores.isfinite(), scores, 0).to(similarity.dtype)
-        largest = most_in_a_kernel(similarity.dtype)  # beyond, squares would not be finite
+        largest = most_in_a_kernel(similarity.dtype)  # squares of larger values would not be finite
         scores = scores / (scores.abs().amax(1, keepdim=True) / largest).clamp(min=1)
         relevance = torch.zeros_like(scores)
         for count in visual.sum(1).unique().tolist():  # a row's own tokens are standardised among themselves
@@ -71,42 +72,45 @@ class DPP(Selector):
 
 
 def most_in_a_kernel(dtype: torch.dtype) -> float:
-    """The largest quality of a token: a kernel has its square, and that is squared again."""
+    """Largest quality of a token in a kernel of `dtype`: the kernel holds its square, which is squared once more."""
     return torch.finfo(dtype).max ** 0.25
 
 
 def exact_similarity(vectors: Tensor) -> Tensor:
-    """`cosine_similarity` for kernels, float64 [R, T, T]; on Apple's GPUs, which have no float64, float32.
+    """Cosine similarity of all pairs of tokens, for DPP kernels: float [R, T, F] -> float64 [R, T, T].
 
-    What a token adds beyond the kernel's rank, at most the features' dimension, is next to nothing. In float32 it would
-    be rounding, and what differs by batch and device would choose.
+    Beyond the kernel's rank, at most F, a token's gain is close to 0. In float32 it would be mostly rounding error,
+    which differs by batch and device and would decide the choice. On Apple's GPUs, which have no float64, the result is
+    float32.
     """
     return cosine_similarity(vectors, torch.float32 if vectors.device.type == "mps" else torch.float64)
 
 
 def cosine_similarity(vectors: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
-    """Of all pairs of tokens, in `dtype` at least: [R, T, F] -> [R, T, T]."""
+    """Cosine similarity of all pairs of tokens, in `dtype` at least: [R, T, F] -> [R, T, T]; NaN becomes 0."""
     vectors = F.normalize(vectors.to(torch.promote_types(vectors.dtype, dtype)), dim=-1)
     with without_autocast(vectors):
         similarity = torch.nan_to_num(vectors @ vectors.transpose(1, 2))
-    similarity.diagonal(dim1=1, dim2=2).fill_(1)  # exactly: or rounding, which differs by batch, breaks ties
+    similarity.diagonal(dim1=1, dim2=2).fill_(1)  # exactly 1: rounding, which differs by batch, would break ties
     return similarity
 
 
 def greedy_ranks(kernel: Tensor, visual: Tensor, most: int) -> Tensor:
-    """Greedy maximum a posteriori set of a k-DPP: each step adds the token with the largest gain in log-determinant.
+    """Greedy maximum a posteriori (MAP) set of a k-DPP: each step adds the token with the largest log-determinant gain.
 
     Args:
         kernel: float [R, T, T], symmetric, positive semi-definite, finite.
-        visual: bool [R, T], tokens that may be chosen.
+        visual: bool [R, T], True for tokens that may be chosen.
         most: number of steps.
 
     Returns:
-        int64 [R, T], the step at which a token is added; `most` where it is not. Of equal gains the lowest index wins.
+        int64 [R, T], the step at which a token is added; `most` if it is not added. Where gains are equal the lowest
+        index wins.
 
-    1709.05135, algorithm 1: a Cholesky factor grown by one column a step, O(T k) a step. In exact arithmetic no gain is
-    less than the ridge, and no entry of a column takes more than what is above it. Rounding knows no such bounds:
-    beyond the kernel's rank its errors would grow with each step until nothing is a number any more.
+    1709.05135, algorithm 1: a Cholesky factor that grows by one column a step, at a cost of O(T k) a step. In exact
+    arithmetic no gain falls below the ridge, and no entry of a column takes more from a gain than its excess over the
+    ridge. Both bounds are enforced here: beyond the kernel's rank rounding errors would otherwise grow with each step
+    until values are NaN.
     """
     rows, size = torch.arange(len(kernel), device=kernel.device), kernel.shape[1]
     kernel = kernel + RIDGE * torch.eye(size, dtype=kernel.dtype, device=kernel.device)

@@ -1,4 +1,4 @@
-"""Evenly spaced rows and columns of an image: the two-dimensional control."""
+"""Keeps evenly spaced rows and columns of an image: the two-dimensional control."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -15,12 +15,12 @@ from catp_lightning.selectors.base import Selector
 
 @dataclass(frozen=True)
 class Grid(Selector):
-    """Keeps evenly spaced patches of evenly spaced rows, as far apart down as across; scores do not count.
+    """Keeps evenly spaced patches of evenly spaced rows, as far apart down as across; scores are ignored.
 
-    Of n patches in R rows of W, round(sqrt(n R / W)) rows are used, each at the middle of an equal share of the image,
-    and in each row evenly many patches, placed alike: at a quarter every second row and column. Crops and tiles each
-    get a share of the budget by their size. A token that is no patch, the [CLS] of a tile, comes last. Where the grid
-    of an image is not known, its tokens are one row.
+    To keep n patches of an image of R rows of W patches, round(sqrt(n R / W)) rows are used, each at the middle of an
+    equal share of the image, and in each row the same number of patches, placed likewise: at keep 1/4, every second row
+    and column. Crops and tiles each get a share of the budget by their size. A token that stands for no patch, such as
+    the [CLS] of a tile, is kept last. Where the grid of an image is not known, its tokens count as one row.
     """
 
     nested: ClassVar[bool] = False
@@ -34,7 +34,7 @@ class Grid(Selector):
         return {Signal.PATCH_POSITION: None}
 
     def vectors(self, seen: Observation) -> Tensor:
-        """Part, row and column of each token: int64 [I, T, 3]."""
+        """Part (crop or tile), row and column of each token's patch: int64 [I, T, 3]; row -1: no patch."""
         return seen[Signal.PATCH_POSITION]
 
     def select(self, scores: Tensor, visual: Tensor, counts: Tensor, vectors: Tensor | None) -> Tensor:
@@ -54,11 +54,11 @@ class Grid(Selector):
 
 @lru_cache(maxsize=1024)
 def spread(widths: tuple[tuple[int, ...], ...], count: int) -> tuple[int, ...]:
-    """Places, ascending, of `count` evenly spaced patches.
+    """Indices, ascending, of `count` evenly spaced patches of an image.
 
     Args:
-        widths: of each part of an image, how many patches each of its rows has.
-        count: at most all of them.
+        widths: number of patches in each row of each part (crop or tile) of the image.
+        count: number of patches to choose, at most all of them.
 
     >>> spread(((4, 4, 4, 4),), 4), spread(((3, 3), (1,)), 7)
     ((5, 7, 13, 15), (0, 1, 2, 3, 4, 5, 6))
@@ -74,7 +74,7 @@ def spread(widths: tuple[tuple[int, ...], ...], count: int) -> tuple[int, ...]:
 
 
 def _chosen_rows(widths: Sequence[int], count: int) -> list[int]:
-    """The rows that `count` patches of a part are spread over; as many more as it takes to hold them all."""
+    """Rows of a part over which `count` patches are spread; more rows where the planned ones cannot hold them all."""
     if count == 0:
         return []
     several = max(1, min(len(widths), count, round((count * len(widths) ** 2 / sum(widths)) ** 0.5)))
@@ -84,12 +84,12 @@ def _chosen_rows(widths: Sequence[int], count: int) -> list[int]:
 
 
 def _middles(length: int, count: int) -> list[int]:
-    """The middles of `count` equal shares of `length` places."""
+    """Indices of the middles of `count` equal shares of `length` places."""
     return [(2 * share + 1) * length // (2 * count) for share in range(count)]
 
 
 def _shares(sizes: Sequence[int], count: int) -> list[int]:
-    """`count` dealt out by size, none getting more than its own."""
+    """Divide `count`, at most the sum of `sizes`, in proportion to `sizes`; no share exceeds its size."""
     ends = [0]
     for size in sizes:
         ends.append(ends[-1] + size)

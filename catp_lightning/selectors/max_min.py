@@ -1,4 +1,4 @@
-"""Tokens as far from each other as can be, found greedily (DivPrune, 2503.02175)."""
+"""Keeps tokens as far from each other as possible, found greedily (DivPrune, 2503.02175)."""
 
 from dataclasses import dataclass
 
@@ -11,10 +11,10 @@ from catp_lightning.selectors.similarity import rounded_similarity
 
 @dataclass(frozen=True)
 class MaxMin(FeatureSelector):
-    """Each step adds the token whose nearest in the set is farthest away; distance is 1 - cosine (algorithm 1).
+    """Keeps, step by step, the token farthest from the nearest token kept; distance is 1 - cosine (algorithm 1).
 
-    Scores do not count. The first is the token whose nearest other is farthest away. Of equal distances the lowest
-    index wins; a token that is not a number comes last.
+    Scores are ignored. The first token is the one whose nearest other token is farthest away. Where distances are equal
+    the lowest index wins; a token with NaN in its features is kept last.
     """
 
     def ranks(self, scores: Tensor, visual: Tensor, most: int, vectors: Tensor | None) -> Tensor:

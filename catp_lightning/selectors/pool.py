@@ -1,4 +1,4 @@
-"""Means over the cells of a coarser grid: the image at a lower resolution."""
+"""Keeps means over the cells of a coarser grid: the image at a lower resolution."""
 
 import math
 from dataclasses import dataclass
@@ -15,11 +15,11 @@ from catp_lightning.selectors.base import Selector
 
 @dataclass(frozen=True)
 class Pool(Selector):
-    """Each cell of a coarser grid is kept as the mean of its tokens, carried by the token nearest to its centre.
+    """Keeps each cell of a coarser grid as the mean of its tokens, carried by the token nearest to the cell's centre.
 
-    The grid has as many cells as the budget allows, and of those that have as many it is the one nearest to a square,
-    the wider of two: what is left of the budget is not used (13 tokens of a 12 x 12 image are 3 x 4 cells). Sides of
-    cells differ by one token at most. Of tokens equally near to a centre the first carries. Scores do not count.
+    The grid is the one with the most cells that the budget allows, and among those the one nearest to a square, the
+    wider of two; the rest of the budget is not used (13 tokens of a 12 x 12 image are 3 x 4 cells). Sides of cells
+    differ by one token at most. Of tokens equally near to a centre the first is the carrier. Scores are ignored.
 
     Raises:
         PruningError: tokens are not known to be the patches of one square image, line by line.
@@ -34,7 +34,11 @@ class Pool(Selector):
             raise ValueError(f'per is {self.per!r}; means over the cells of an image\'s grid are for each "image".')
 
     def vectors(self, seen: Observation) -> Tensor:
-        """Line and column of each token: float [I, T, 2], 0 where there is none."""
+        """Line and column of each token in its square image: float [I, T, 2], 0 where an image has no token.
+
+        Raises:
+            PruningError: tokens are not known to be the patches of one square image, line by line.
+        """
         if seen.crops is not None or not bool((seen.droppable == seen.valid).all()):
             raise _refused("they are of several crops, or have line ends or a [CLS] among them")
         counts = seen.valid.sum(1)
@@ -61,7 +65,13 @@ def _refused(reason: str) -> PruningError:
 
 
 def _carriers(visual: Tensor, counts: Tensor, vectors: Tensor | None) -> Tensor:
-    """Which token carries each: bool [R, T], int64 [R], float [R, T, 2] -> int64 [R, T], -1 for one that is none."""
+    """Index of the token that carries each token: int64 [R, T], -1 where a row has no token.
+
+    Args:
+        visual: bool [R, T], True where a row has a token.
+        counts: int64 [R], budget of each row.
+        vectors: float [R, T, 2], line and column of each token.
+    """
     assert vectors is not None  # `vectors` above always gives some
     found = torch.full(visual.shape, -1, device=visual.device, dtype=torch.int64)
     for row, (own, count) in enumerate(zip(visual.sum(1).tolist(), counts.tolist(), strict=True)):
@@ -75,21 +85,21 @@ def _carriers(visual: Tensor, counts: Tensor, vectors: Tensor | None) -> Tensor:
 
 @cache
 def _table(side: int, count: int) -> list[list[int]]:
-    """For each line and column of a square image the number of the token that carries it, line by line."""
+    """Index, counted line by line, of the token that carries the one at each [line][column] of a square image."""
     high, wide = grid(side, count)
     centre = [[_middle(place, cells, side) for place in range(side)] for cells in (high, wide)]
     return [[centre[0][line] * side + centre[1][column] for column in range(side)] for line in range(side)]
 
 
 def _middle(place: int, cells: int, side: int) -> int:
-    """The line in the middle of the cell that a line is in, the first of two: cell c begins at c * side / cells."""
+    """Middle line of the cell that line `place` belongs to, the first of two; cell c begins at c * side / cells."""
     cell = place * cells // side
     first, after = -(-cell * side // cells), -(-(cell + 1) * side // cells)
     return (first + after - 1) // 2
 
 
 def grid(side: int, count: int) -> tuple[int, int]:
-    """Lines and columns of the grid with the most cells, at most `count`, and of those the one nearest to a square.
+    """Lines and columns of the grid with the most cells, at most `count`; of several, the one nearest to a square.
 
     >>> grid(12, 36), grid(12, 18), grid(12, 13), grid(12, 7), grid(3, 9)
     ((6, 6), (3, 6), (3, 4), (1, 7), (3, 3))

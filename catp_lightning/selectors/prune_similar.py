@@ -1,4 +1,4 @@
-"""The most relevant tokens, and of the others those that are unlike each other (VisPruner, 2412.01818v2)."""
+"""Keeps the most relevant tokens, and of the others those that are unlike each other (VisPruner, 2412.01818v2)."""
 
 from dataclasses import dataclass
 from typing import ClassVar
@@ -10,22 +10,23 @@ from catp_lightning.selectors.base import FeatureSelector, ranked
 from catp_lightning.selectors.similarity import rounded_similarity
 
 AT_A_TIME = 8
-"""Tokens dropped in a round, as in the authors' code."""
+"""Number of tokens that a round drops at most, as in the authors' code."""
 
 
 @dataclass(frozen=True)
 class PruneSimilar(FeatureSelector):
-    """A share of the budget goes to the highest scores, the rest to what is left once similar tokens are dropped.
+    """Keeps the highest scores for a share of the budget, and for the rest the tokens least similar to each other.
 
-    The tokens left, highest score first, are dealt to two sides in turn. Of the first side those most similar to their
-    nearest on the second (cosine of the tokens as they leave the vision part) are dropped, 8 at a time; what stays of
-    it, most similar first, and then the second side are dealt anew, until the budget is met. Of equal similarity
-    the one that came first stays. A round never drops more than is wanted, nor than half of the tokens left: there, and
-    at odd numbers of tokens left, the authors' code fails. It rounds the share down as here, but to 0 at a budget of 1.
-    Tokens whose features are not numbers stay only where the budget exceeds all others.
+    The other tokens, highest score first, are dealt to two sides in turn. Of the first side the tokens most similar to
+    their nearest on the second side (cosine of the tokens as they leave the vision part) are dropped, 8 at a time. The
+    rest of the first side, most similar first, and then the second side are dealt again, until the budget is met. Of
+    tokens of equal similarity the one that came first stays. A round never drops more than needed, nor more than half
+    of the tokens left; in that case, and for an odd number of tokens left, the authors' code fails. It rounds the share
+    down as here, but to 0 at a budget of 1. Tokens with NaN in their features are kept only if the budget exceeds the
+    number of all others.
 
     Attributes:
-        important: the share of the budget that goes to the highest scores, at least one token unless it is 0.
+        important: share of the budget that goes to the highest scores, from 0 to 1; at least one token unless it is 0.
     """
 
     nested: ClassVar[bool] = False
@@ -43,7 +44,7 @@ class PruneSimilar(FeatureSelector):
         order = (ranked(scores, visual) + last * visual.shape[1]).argsort(1)
         keep = torch.zeros_like(visual)
         sizes = torch.stack([sound.sum(1).maximum(counts), counts], 1)
-        for size in sizes.unique(dim=0):  # rows alike are worked on together
+        for size in sizes.unique(dim=0):  # rows of equal sizes are worked on together
             rows = (sizes == size).all(1).nonzero()[:, 0]
             tokens, count = (int(number) for number in size)
             chosen = self._chosen(order[rows, :tokens], count, vectors[rows])
@@ -51,7 +52,7 @@ class PruneSimilar(FeatureSelector):
         return keep
 
     def _chosen(self, order: Tensor, count: int, vectors: Tensor) -> Tensor:
-        """Tokens of rows that have as many: int64 [R, n], highest score first -> int64 [R, count]."""
+        """Tokens kept in rows of n tokens each: indices int64 [R, n], highest score first -> int64 [R, count]."""
         top = min(count, max(int(count * self.important), int(self.important > 0)))
         important, left = order[:, :top], order[:, top:]
         if top == count:

@@ -1,4 +1,4 @@
-"""Similarity of tokens for methods that compare similarities with each other."""
+"""Similarity of tokens, for selectors that compare similarities with each other."""
 
 from torch import Tensor
 
@@ -6,9 +6,10 @@ from catp_lightning.selectors.dpp import cosine_similarity
 
 
 def rounded_similarity(vectors: Tensor) -> Tensor:
-    """Cosine of all pairs of tokens to five decimals: float [R, T, F] -> [R, T, T].
+    """Cosine similarity of all pairs of tokens, rounded to five decimals: float [R, T, F] -> [R, T, T].
 
-    What is equal but for rounding, as that of tokens that are the same, is a tie then: or rounding, which differs by
-    batch and device, would break it. Of a token that is 0, or not a number, it is 0 with any other.
+    Similarities that differ only by rounding error, such as those of identical tokens, become equal; otherwise the
+    error, which differs by batch and device, would break the tie. A token that is 0 or NaN has similarity 0 to any
+    other.
     """
     return cosine_similarity(vectors).round(decimals=5)

@@ -1,4 +1,4 @@
-"""The k highest scores."""
+"""Keeps the k highest scores."""
 
 from dataclasses import dataclass
 
@@ -9,7 +9,7 @@ from catp_lightning.selectors.base import Selector, ranked
 
 @dataclass(frozen=True)
 class TopK(Selector):
-    """Keeps the tokens with the highest scores; of equal scores the lowest index wins."""
+    """Keeps the tokens with the highest scores; where scores are equal the lowest index wins."""
 
     def ranks(self, scores: Tensor, visual: Tensor, most: int, vectors: Tensor | None) -> Tensor:
         return ranked(scores, visual)

@@ -1,1 +1,1 @@
-"""`catp sweep`: any list of methods, on one model or on all shipped ones, side by side."""
+"""The command `catp sweep`: compare any list of methods side by side, on one model or on all shipped ones."""

@@ -1,4 +1,4 @@
-"""`catp sweep`: the model and data of a configuration, or each shipped model on digit scenes."""
+"""Command line of `catp sweep`, on the model and data of a configuration or on each shipped model with digit scenes."""
 
 import json
 import sys
@@ -41,20 +41,20 @@ SCENES: dict[str, tuple[int, str]] = {
     "seed": (0, "Of those scenes."),
 }
 DRAWS = 3
-"""Calibrations of a shipped model, each on questions of its own."""
+"""Default number of calibrations of a shipped model, each on questions of its own."""
 QUIET: dict[str, Any] = {"logger": False, "enable_model_summary": False, "enable_checkpointing": False}
 OWN = ("-h", "--help", "--print_config", "--model", "--model.model", "--model.class_path", "--model.init_args.model")
 SPLITS: tuple[Split, Split] = ("calibration", "test")
 
 
 class Sweep(Command):
-    """Compares methods on one model; `found` is the table, once it has run.
+    """Command that compares methods on one model; `found` is the table, once it has run.
 
     Args:
         args: the arguments after `sweep`.
-        summary: what the command does.
-        preparation: it ends when the first question is read.
-        lines: say how far it is.
+        summary: description of the command in its help.
+        preparation: set to be over when the first question is read.
+        lines: progress lines of the sweep.
     """
 
     stage: ClassVar[Stage] = "predict"
@@ -100,7 +100,7 @@ class Sweep(Command):
         return []
 
     def watching(self) -> list[Callback]:
-        return []  # how far a sweep is are jobs, not batches
+        return []  # the progress of a sweep is counted in jobs, not in batches
 
     def run(self) -> None:
         """Run every job that no earlier run has finished, and write the model's table and plot."""
@@ -115,7 +115,7 @@ class Sweep(Command):
             device=self.trainer.strategy.root_device,
             settings={"module": self.settings, "precision": str(self.trainer.precision)},
         )
-        if self.config.ckpt_path is not None:  # once: Lightning gives the module its weights
+        if self.config.ckpt_path is not None:  # predicting once has Lightning load the weights
             first: Any = [next(iter(test()))]
             self._predict(DataLoader(first, batch_size=None), None, ckpt_path=self.config.ckpt_path)
         self.found = sweep_model(
@@ -131,7 +131,7 @@ class Sweep(Command):
         )
 
     def _predict(self, loader: Any, callback: Callback | None, **options: Any) -> Sequence[Any]:
-        """`trainer.predict` on a loader, through the datamodule's hooks."""
+        """Run `trainer.predict` on a loader, through the datamodule's hooks; returns its predictions."""
         callbacks = [] if callback is None else [callback]
         trainer: Trainer = self.instantiate_trainer(callbacks=callbacks, **QUIET, enable_progress_bar=False)
         with reads(self.datamodule, loader):
@@ -139,7 +139,7 @@ class Sweep(Command):
 
 
 def sweep(args: list[str], summary: str, preparation: Preparation) -> None:
-    """The command: `args` are those after `sweep`."""
+    """Run `catp sweep`; `args` are the arguments after `sweep`."""
     ahead = ArgumentParser(add_help=False, allow_abbrev=False)
     ahead.add_argument("-c", "--config")
     ahead.add_argument("--models")
@@ -150,15 +150,15 @@ def sweep(args: list[str], summary: str, preparation: Preparation) -> None:
         raise ArgumentError(
             None, "--models names shipped models, --config and --model one of your own: give one of them."
         )
-    preparation.lines.close()  # each model has its own
+    preparation.lines.close()  # each model has lines of its own
     if own:
         with at_most(processors()), telling_of_scenes():
             _run(args, summary, preparation)
         return
     models = listed(known.models) if known.models else list(SHIPPED)
     for model in models:
-        shipped(model)  # raises where it is none
-    with at_most(1):  # they are small, see the demo
+        shipped(model)  # raises where it is not a shipped one
+    with at_most(1):  # shipped models are small, see the demo
         tables = [
             _run([*_shipped_args(Path(known.output), model), *args], summary, preparation, model) for model in models
         ]
@@ -167,7 +167,7 @@ def sweep(args: list[str], summary: str, preparation: Preparation) -> None:
 
 
 def _run(args: list[str], summary: str, preparation: Preparation, model: str | None = None) -> ModelTable:
-    """Run a sweep; scenes for a shipped model are not written where an argument is wrong."""
+    """Run a sweep on one model; scenes for a shipped model are not written where an argument is wrong."""
     with quiet(), Lines(f"sweep: preparing {model or 'the model'}", sys.stdout) as lines:
         running = Sweep(args, summary, preparation, lines)
         if model is not None:
@@ -177,12 +177,12 @@ def _run(args: list[str], summary: str, preparation: Preparation, model: str | N
 
 
 def _of_model(arg: str) -> bool:
-    """Whether an option names a model, or asks for what does not depend on one; others change a shipped model's."""
+    """True if an option names a model, or depends on none, as --help does; others apply to a shipped model."""
     return arg.partition("=")[0] in OWN
 
 
 def _shipped_args(output: Path, model: str) -> list[str]:
-    """The options that name a shipped model and scenes for it."""
+    """Return the options that name a shipped model and the scenes for it."""
     data: dict[str, Any] = {"processor": model, "prompt": PROMPTS[model], "batch_size": 64}
     for split in SPLITS:
         place = _scenes(output, model, split)
@@ -206,7 +206,7 @@ def _write_scenes(config: Any, model: str) -> None:
 
 
 def save_all(tables: Sequence[ModelTable], folder: Path) -> None:
-    """One table and one plot of several models."""
+    """Write one table (`table.md`, `table.json`) and one plot (`accuracy.png`) of several models."""
     write_text(folder / "table.md", combined(tables))
     write_json(folder / "table.json", [table.to_json() for table in tables], indent=2)
     write_bytes(folder / "accuracy.png", png(figure(tables), dpi=120))
@@ -215,16 +215,16 @@ def save_all(tables: Sequence[ModelTable], folder: Path) -> None:
 
 
 def listed(value: Any) -> list[str]:
-    """Names from a list, or from text with commas between them, in brackets or without."""
+    """Return names from a list, or from text with commas between them, in brackets or without."""
     several = value if isinstance(value, list) else str(value).strip("[] ").split(",")
     return [name for one in several if (name := str(one).strip("\"' "))]
 
 
 def budgets(value: Any) -> list[int | float]:
-    """Budgets from one, from a list, or from text with commas between them: 1 is a token, 1.0 is everything.
+    """Return budgets from one, from a list, or from text with commas between them: 1 is a token, 1.0 is everything.
 
     Raises:
-        PolicyError: one is not allowed, or named twice.
+        PolicyError: a budget is not allowed or named twice, or none is named.
     """
     several = value if isinstance(value, list) else [_number(one) for one in listed(value)]
     for keep in several:
@@ -235,7 +235,7 @@ def budgets(value: Any) -> list[int | float]:
 
 
 def _number(text: str) -> Any:
-    """A whole number, another, or what is none, for `check_keep` to refuse."""
+    """Return a text as int or else as float; unchanged if it is no number, for `check_keep` to refuse."""
     for kind in (int, float):
         with suppress(ValueError):
             return kind(text)
@@ -246,8 +246,14 @@ Loader = Callable[[], Any]
 
 
 def loaders(datamodule: Any) -> tuple[Loader, Loader | None]:
-    """What gives a loader of the compared questions (the test split's, or where there is none the validation split's),
-    and one of the calibration split; None: there is none."""
+    """Return a function that makes the loader of the compared questions, and one for the calibration split, or None.
+
+    The compared questions are the test split's, or where there is none the validation split's. None: the datamodule has
+    no calibration split.
+
+    Raises:
+        ArgumentError: there is no datamodule.
+    """
     if datamodule is None:
         raise ArgumentError(None, "A sweep needs data: give --data, or a configuration that names it.")
     datamodule.prepare_data()
@@ -269,7 +275,7 @@ def loaders(datamodule: Any) -> tuple[Loader, Loader | None]:
 
 @contextmanager
 def reads(datamodule: Any, loader: Any) -> Iterator[None]:
-    """While inside, prediction reads this loader; the datamodule's hooks on batches run as ever."""
+    """Context in which prediction reads `loader`; the datamodule's hooks on batches run as usual."""
     changed = {"predict_dataloader": lambda: loader, "setup": lambda stage: None, "prepare_data": lambda: None}
     before = {name: vars(datamodule)[name] for name in changed if name in vars(datamodule)}
     try:

@@ -17,7 +17,7 @@ SHADES = (
     *("royalblue", "darkorange", "forestgreen", "blueviolet", "saddlebrown", "orchid", "olive", "darkturquoise"),
     *("navy", "goldenrod", "mediumseagreen", "indigo", "tan", "steelblue", "yellowgreen", "hotpink"),
 )
-"""Without red, which is the reference's, and grey, the controls'."""
+"""Colours of methods: without red, which is the reference's, and grey, the controls'."""
 MARKERS = "osD^v<>ph*PXd"
 CAPTION = (
     "Grey, dashed, hollow: controls. Dash-dotted: tokens leave inside the decoder, whose first layers read more;\n"
@@ -26,7 +26,7 @@ CAPTION = (
 
 
 def figure(tables: Sequence[ModelTable]) -> Figure:
-    """Accuracy over tokens kept, agreement where the data has no right answers.
+    """Plot accuracy over visual tokens kept, or agreement where the data has no right answers, a panel for each model.
 
     The reference is thick and crimson, controls are grey and dashed, methods that drop tokens inside the decoder, whose
     first layers read more, are dash-dotted, and the unpruned model is the dotted line. One method looks the same in
@@ -77,12 +77,15 @@ def _panel(axes: Axes, table: ModelTable, looks: Mapping[str, Mapping[str, Any]]
 
 
 def _place(row: Row) -> float:
-    """Tokens kept; where none is, there is no such place on the axis: what a layer reads, the mean over all."""
+    """Return a row's place on the token axis: tokens kept, or the mean that a layer reads where no token is kept.
+
+    A logarithmic axis has no place for 0.
+    """
     return float(row["tokens"] or row["tokens_per_layer"])
 
 
 def _looks(tables: Sequence[ModelTable]) -> dict[str, dict[str, Any]]:
-    """Colour, marker and line of each method, in any panel."""
+    """Return colour, marker and line style of each method, the same in every panel."""
     titles = dict.fromkeys(row["method"] for table in tables for row in table.rows[1:])
     inside = {row["method"] for table in tables for row in table.rows if "tokens_per_layer" in row}
     controls = {row["method"] for table in tables for row in table.rows if row["control"]}
@@ -100,7 +103,10 @@ def _looks(tables: Sequence[ModelTable]) -> dict[str, dict[str, Any]]:
 
 
 def _height(tables: Sequence[ModelTable], title: str) -> float:
-    """A method's mean at each table's smallest budget; the unpruned model stands above all."""
+    """Return a method's mean at each table's smallest budget, by which the legend is sorted.
+
+    The unpruned model gets 2.0, above all.
+    """
     last = []
     for table in tables:
         measure = "accuracy" if table.measured else "agreement"

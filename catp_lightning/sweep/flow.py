@@ -1,4 +1,4 @@
-"""The jobs of one model, those of an earlier run taken over, and the table they make."""
+"""Sweep of one model: its jobs, of which those that an earlier run finished are reused, and the table they make."""
 
 import copy
 import json
@@ -41,15 +41,15 @@ FULL = "no pruning"
 
 @dataclass(frozen=True)
 class Reading:
-    """A model, what it is asked, and how it answers.
+    """One model of a sweep with its questions, and the function that predicts the answers.
 
     Attributes:
-        module: holds the model; its prediction step returns answers.
-        test: gives a loader of the compared questions.
-        calibration: gives one of the calibration split; None: there is none.
-        predict: `trainer.predict` on a loader, with a callback or without one.
-        device: that the model runs on.
-        settings: what answers depend on beside weights, data and policy; JSON types.
+        module: module that holds the model; its prediction step returns answers.
+        test: returns a loader of the compared questions.
+        calibration: returns a loader of the calibration split; None: there is no such split.
+        predict: `trainer.predict` on a loader, with a callback or None.
+        device: device that the model runs on.
+        settings: settings that answers depend on beside weights, data and policy; JSON types.
     """
 
     module: LightningModule
@@ -71,18 +71,19 @@ def sweep_model(
     preparation: Preparation,
     draws: int = 1,
 ) -> ModelTable:
-    """Compare methods on one model; what an earlier run has finished is not done again.
+    """Compare methods on one model and return the table; jobs that an earlier run has finished are not run again.
 
     Args:
         reading: the model and its questions.
-        names: methods, of `SCORERS` and `CALIBRATED`.
-        budgets: at which each is compared.
-        layers: whether attention scorers are asked layer by layer as well.
+        names: methods: names in `SCORERS`, `CALIBRATED`, or `CALIBRATED` before a scorer's name.
+        budgets: budgets at which each method is compared.
+        layers: compare attention scorers with each single layer as well.
         reference: the method that others are compared with; None: `CALIBRATED`, or the first.
-        draws: parts of the calibration split to calibrate on, each by itself.
-        output: gets a folder named as the model: `table.md`, `table.json`, `accuracy.png`, `jobs` and `policies`.
-        lines: say what is being done.
-        preparation: it ends before the first question is read.
+        draws: number of parts of the calibration split to calibrate on, each by itself.
+        output: folder in which one named as the model gets `table.md`, `table.json`, `accuracy.png`, `jobs` and
+            `policies`.
+        lines: progress lines, told what is being done.
+        preparation: set to be over before the first question is read.
 
     Raises:
         PolicyError: the reference is not among the methods, or none of them makes sense on the model.
@@ -95,7 +96,7 @@ def sweep_model(
     name = Path(str(family.describe()["name"])).name
     name = family.name if name in ("", "..") else name
     lines.now = f"{name}: reading the questions"
-    loaders = _calibration_draws(reading, draws) if calibrations else []  # what is missing is said before the work
+    loaders = _calibration_draws(reading, draws) if calibrations else []  # errors come before the work
     asked = reading.test()
     preparation.over = True
     folder, batches = output / name, list(asked)
@@ -136,7 +137,7 @@ def sweep_model(
 def _outcomes(
     jobs: Sequence[Job], runner: Jobs, notes: dict[str, str], name: str, console: Console, lines: Lines
 ) -> Iterator[tuple[Job, Outcome]]:
-    """What each job gave; one that the model refuses when it runs becomes a note."""
+    """Yield each job with its outcome, reused or run now; a job that the model refuses when it runs becomes a note."""
     done = {job: outcome for job in jobs if (outcome := runner.finished(job)) is not None}
     if done:
         console.print(rich_text(f"{name} {len(done)} of {len(jobs)} jobs were finished by an earlier run."))
@@ -158,10 +159,10 @@ def _outcomes(
 
 
 def _calibration_draws(reading: Reading, draws: int) -> list[Any]:
-    """Loaders of `draws` parts of the calibration split that follow each other; none where there is no split.
+    """Return loaders of `draws` consecutive parts of the calibration split; [] if there is no such split.
 
     Raises:
-        PolicyError: the split cannot be divided, or is too small to be.
+        PolicyError: the split cannot be divided, or has fewer questions than `draws`.
     """
     if reading.calibration is None:
         return []
@@ -190,9 +191,9 @@ def calibrated(
     folder: Path,
     console: Console,
 ) -> list[PruningPolicy] | str:
-    """A policy for each budget, those of an earlier run where nothing has changed; or why there is none.
+    """Return a policy for each budget, an earlier run's if nothing has changed; or the reason why there is none.
 
-    `loader` gives the calibration data; `scorer` is the one method that is calibrated; empty: everything competes.
+    `loader` gives the calibration data; `scorer` is the one method that is calibrated, or "": all candidates compete.
     """
     file = folder / "settings.json"
     now = {**settings, "data": data_fingerprint(loader), "keep": [repr(keep) for keep in budgets]}
@@ -259,7 +260,7 @@ def _result(
 
 
 def _images(full: Outcome, batches: Sequence[Any]) -> list[int]:
-    """The image of each question; where the data does not say, each question is about one of its own."""
+    """Return the image id of each question; where the data has none, a different one for each question."""
     images = _column(batches, "image_ids")
     return images if len(images) == len(full.answers) else list(range(len(full.answers)))
 
@@ -270,7 +271,7 @@ def _column(batches: Sequence[Any], key: str) -> list[Any]:
 
 
 def _guide(family: Family, device: torch.device) -> Callable[[], Any]:
-    """For methods that ask another model: a copy of the same one, made once, when it is needed."""
+    """Return a function that gives the guide of guided methods: a copy of the model itself, made once, when needed."""
     copies: list[Any] = []
 
     def guide() -> Any:
@@ -283,7 +284,7 @@ def _guide(family: Family, device: torch.device) -> Callable[[], Any]:
 
 
 def _named(title: str) -> str:
-    """A title without what it says in brackets: `random` for `random (3 seeds)`."""
+    """Return a title without its part in brackets: `random` for `random (3 seeds)`."""
     return title.partition(" (")[0]
 
 
@@ -297,7 +298,7 @@ def _check_reference(reference: str | None, titles: Sequence[str], notes: Mappin
 
 
 def _reference(wanted: str | None, outcomes: Mapping[Job, Outcome], notes: Mapping[str, str]) -> str:
-    """The title of the reference; where the one asked for is not in the table, `CALIBRATED` or the first one."""
+    """Return the title of the reference: `wanted` if it is in the table, otherwise `CALIBRATED` or the first one."""
     titles = list(dict.fromkeys(job.title for job in outcomes))
     chosen = [title for title in titles if wanted in (title, _named(title))]
     return (chosen or [title for title in titles if title == CALIBRATED] or titles)[0]

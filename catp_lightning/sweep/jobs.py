@@ -1,4 +1,4 @@
-"""One method at one budget: a real prediction run, whose answers are kept in a file of their own."""
+"""Jobs of a sweep: one method at one budget is a real prediction run, whose answers are kept in a file of their own."""
 
 import hashlib
 import json
@@ -19,21 +19,22 @@ from catp_lightning.policy import PruningPolicy
 from catp_lightning.sweep.methods import Job
 
 Predict = Callable[[Callback | None], Sequence[Any]]
-"""What `trainer.predict` returns for the compared questions, with a callback or without one."""
+"""`trainer.predict` on the compared questions, with a callback or None: returns the predictions."""
 
 UNPRUNED = "unpruned.json"
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a prediction run gave.
+    """Answers of one prediction run, and the visual tokens it kept.
 
     Attributes:
-        question_ids: in the order of the data.
-        answers: one a question.
-        tokens_kept: mean visual tokens kept of a sample; None: nothing was pruned.
-        tokens_per_layer: mean visual tokens that a layer of the decoder reads; None: as many as were kept.
-        visual_tokens: mean visual tokens of a sample before; None: nothing was pruned, or nothing was left.
+        question_ids: ids of the questions, in the order of the data.
+        answers: one answer a question.
+        tokens_kept: mean number of visual tokens kept of a sample; None: nothing was pruned.
+        tokens_per_layer: mean number of visual tokens that a layer of the decoder reads; None: as many as were kept.
+        visual_tokens: mean number of visual tokens of a sample before pruning; None: nothing was pruned, or no token
+            was kept.
     """
 
     question_ids: list[int]
@@ -44,13 +45,14 @@ class Outcome:
 
 
 class Jobs:
-    """Runs jobs, or reads what an earlier run of the same left.
+    """Runner of a sweep's jobs, which saves their outcomes and reuses those of an earlier run with equal settings.
 
     Args:
-        folder: for a file a job.
+        folder: folder that gets a file for each job.
         predict: runs the model on the compared questions.
-        settings: what every answer depends on beside the policy; JSON types. A file with other settings is replaced.
-        guide: gives the model that guided methods ask.
+        settings: settings that every answer depends on beside the policy; JSON types. A file with other settings is
+            replaced.
+        guide: returns the model whose attention guided methods read.
     """
 
     def __init__(
@@ -59,18 +61,21 @@ class Jobs:
         self.folder, self._predict, self._settings, self._guide = folder, predict, dict(settings), guide
 
     def finished(self, job: Job | None) -> Outcome | None:
-        """What an earlier run left of a job, None for the unpruned model's; None where that is not the same."""
+        """Return the outcome of a job that an earlier run saved with the same settings and policy; None: there is none.
+
+        `job` None is the unpruned run.
+        """
         try:
             saved = json.loads(read_bytes(self._file(job)))
             return Outcome(**saved["outcome"]) if saved["settings"] == self._of(job) else None
-        except (OSError, ValueError, KeyError, TypeError):  # none, or damaged
+        except (OSError, ValueError, KeyError, TypeError):  # no file, or a damaged one
             return None
 
     def run(self, job: Job | None) -> Outcome:
-        """Answer all questions, pruned by the callback that users add; None: unpruned.
+        """Answer all questions, pruned by `TokenPruning` as users add it (`job` None: unpruned), and save the outcome.
 
         Raises:
-            PruningError, PolicyError: the model cannot be pruned so.
+            PruningError, PolicyError: the model cannot be pruned by the job's policy.
             DataError: the module's prediction step returns something else than answers.
         """
         guide = self._guide() if job is not None and job.guided else None
@@ -88,7 +93,7 @@ class Jobs:
 
 
 def described(policy: PruningPolicy) -> dict[str, Any]:
-    """What a policy does, without what was found out about it."""
+    """Return a policy as a dict without `evidence` and `model`: only the settings that determine what it prunes."""
     return {key: value for key, value in policy.to_dict().items() if key not in ("evidence", "model")}
 
 
@@ -117,7 +122,7 @@ def _outcome(predictions: Sequence[Any], figures: Mapping[str, float]) -> Outcom
 
 
 def data_fingerprint(batches: Iterable[Any]) -> str:
-    """A checksum of everything in some batches, wherever it lies: 16 hex digits."""
+    """Return a checksum of everything in some batches, on whatever device it lies: 16 hex digits."""
     found = hashlib.sha256()
     for batch in batches:
         _add(found, batch)

@@ -1,4 +1,4 @@
-"""Which methods a sweep compares on a model, and why some make no sense there."""
+"""Methods that a sweep compares on a model, and the reasons why others make no sense there."""
 
 import difflib
 import re
@@ -16,26 +16,28 @@ from catp_lightning.scorers import SCORERS, AttentionScorer
 
 ALL, CALIBRATED = "all", "calibrated"
 IMPROVED = ("fastervlm", "fastv", "trimmed-llama")
-"""Methods whose own layers and head weights `all` calibrates, beside the free choice."""
+"""Scorers whose own layers and head weights `all` calibrates, beside the calibration where all candidates compete."""
 RANDOM_SEEDS = (0, 1, 2)
 SETTINGS: dict[str, tuple[tuple[str, dict[str, Any], dict[str, Any]], ...]] = {
     "catp": (("catp weighted by image token", {"image_weight": "received"}, {}),),
     "trimmed-llama": (("trimmed-llama at equal rows", {}, {"budget": "rows"}),),
 }
-"""Other published settings of a method that are compared too: title, arguments of the scorer and of the selector."""
+"""Other published settings of a scorer that are compared too: title, arguments of the scorer and of the selector."""
 GUIDED = "{} (guided by the model itself)"
 
 
 @dataclass(frozen=True)
 class Rule:
-    """A method without its budget.
+    """One method with its arguments, without a budget.
 
     Attributes:
-        title: its name in tables; several rules of one title are averaged.
-        name: unique.
-        control: whether it is a control that a real method must beat.
-        guided: whether another model's attention is read; here it is the model's own.
-        selector_args: of the method's own selector.
+        title: name in tables; several rules of one title are averaged.
+        name: unique name.
+        scorer: name of the scorer.
+        args: arguments of the scorer.
+        control: True if it is a control that a real method must beat.
+        guided: True if it reads the attention of a guide, another model; in a sweep that is a copy of the model itself.
+        selector_args: arguments of the scorer's own selector.
     """
 
     title: str
@@ -52,7 +54,7 @@ class Rule:
 
 @dataclass(frozen=True, eq=False)
 class Job:
-    """One method at one budget: title and name as a rule's, and what is pruned by."""
+    """One method at one budget: the policy that prunes, with title, name, control and guided as in `Rule`."""
 
     title: str
     name: str
@@ -66,7 +68,7 @@ class Job:
 
 
 def check_names(names: Sequence[str]) -> None:
-    """Raise PolicyError where a name is none of a method."""
+    """Raise PolicyError if a name is not a method's, or if there is no name."""
     shown = ", ".join(sorted([*SCORERS, CALIBRATED, ALL]))
     known = [*SCORERS, CALIBRATED, *(f"{CALIBRATED} {name}" for name in SCORERS), ALL]
     for name in names:
@@ -79,31 +81,31 @@ def check_names(names: Sequence[str]) -> None:
 
 
 def named(names: Sequence[str]) -> list[str]:
-    """The names, each once, with `ALL` spelled out."""
+    """Return the names of methods, each once, with `ALL` expanded."""
     every = [*SCORERS, CALIBRATED, *(f"{CALIBRATED} {name}" for name in IMPROVED)]
     spelled = [own for name in names for own in (every if name == ALL else [name])]
     return list(dict.fromkeys(spelled))
 
 
 def is_calibrated(name: str) -> bool:
-    """Whether a name asks for a calibration: of everything, or of one method, `calibrated fastv`."""
+    """True if a name asks for a calibration: `calibrated`, of all candidates, or of one method, `calibrated fastv`."""
     return name.partition(" ")[0] == CALIBRATED
 
 
 def rules(names: Sequence[str], family: Family, layers: bool) -> tuple[list[Rule], dict[str, str]]:
-    """The rules of some scorers that make sense on a model, and for each of the others the reason why not.
+    """Return the rules of the named scorers that make sense on a model, and by title the reason why others do not.
 
     Args:
-        names: of `SCORERS`.
-        family: of the model.
-        layers: whether every attention scorer is also asked layer by layer.
+        names: names of scorers, in `SCORERS`.
+        family: family of the model.
+        layers: add a rule for each single layer of every attention scorer.
     """
     found: list[Rule] = []
     refused: dict[str, tuple[str, str]] = {}
     for name in names:
         try:
             several = list(_of_scorer(name, family, layers))
-        except PolicyError as error:  # of another package, and broken
+        except PolicyError as error:  # a broken scorer of another package
             refused[name] = (name, str(error))
             continue
         for rule in several:
@@ -111,7 +113,7 @@ def rules(names: Sequence[str], family: Family, layers: bool) -> tuple[list[Rule
                 _try(rule, family)
                 found.append(rule)
             except (PruningError, PolicyError) as error:
-                refused.setdefault(name, (rule.title, str(error)))  # of its layers one reason is enough
+                refused.setdefault(name, (rule.title, str(error)))  # one reason is enough for all layers of a scorer
     return found, dict(refused.values())
 
 
@@ -127,14 +129,14 @@ def _of_scorer(name: str, family: Family, layers: bool) -> Iterator[Rule]:
         yield Rule(title, title, name, scorer_args, scorer.control, guided, selector_args)
     if layers:
         for args in _single_layers(scorer(), family):
-            at = "at layer" if "layer" in args else "layer"  # where tokens leave, or which layer is asked
+            at = "at layer" if "layer" in args else "layer"  # tokens leave there, or its attention is read
             title = f"{name} {at} {next(iter(args.values()))}".replace("[", "").replace("]", "")
             yield Rule(title, title, name, args, scorer.control, guided)
 
 
 def _single_layers(scorer: Any, family: Family) -> Iterator[dict[str, Any]]:
-    """Arguments for each layer a scorer could ask alone; none where it asks no attention, or there is no choice."""
-    if scorer.stages(family.depth):  # `layer` is where tokens leave, and the one before it is asked
+    """Yield scorer arguments for each layer it could read alone; none if it reads no attention or has no choice."""
+    if scorer.stages(family.depth):  # tokens leave at `layer`; the one before it scores them
         if any(part.name == "layer" for part in fields(scorer)):
             yield from ({"layer": n} for n in range(1, family.depth))
         return
@@ -146,8 +148,8 @@ def _single_layers(scorer: Any, family: Family) -> Iterator[dict[str, Any]]:
 
 
 def _try(rule: Rule, family: Family) -> None:
-    """Raise PruningError or PolicyError where the model cannot be pruned by a rule; the model is not touched."""
-    if rule.guided:  # by a copy of the model, which is not made to ask
+    """Raise PruningError or PolicyError if the model cannot be pruned by a rule; the model is not touched."""
+    if rule.guided:  # the guide, a copy of the model, is not made for this check
         refuse_without_rows(family)
         return
     Pruning(family, rule.policy(0.5))

@@ -1,4 +1,4 @@
-"""The tables of a sweep: one for each model, with a part for each budget, and one for several models."""
+"""Tables of a sweep: one for each model, with a part for each budget, and one for several models."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -20,14 +20,15 @@ method stands first. A method that does not beat the controls is not ahead.
 
 @dataclass(frozen=True)
 class ModelTable:
-    """What was found about one model.
+    """Table of a sweep's results on one model.
 
     Attributes:
-        name: of the model.
-        about: what was asked, in a line.
+        name: name of the model.
+        about: number of questions and images, in a line.
         reference: the title of the method that the others are compared with.
-        rows: of `Comparison.rows`, with `control`, `published` (whether a control is a published rule as well), and
-            `accuracy_share` where accuracy was measured; None: of 0.
+        rows: rows of `Comparison.rows`, the unpruned model's first, with `control`, `published` (True if a control is
+            a published rule as well) and, where accuracy was measured, `accuracy_share`, the accuracy as a share of
+            the unpruned model's; None if that is 0.
         notes: by title, why a method is not in the table.
     """
 
@@ -43,11 +44,11 @@ class ModelTable:
 
     @property
     def measured(self) -> bool:
-        """Whether the data has the right answers."""
+        """True if the data has right answers, so that accuracy was measured."""
         return "accuracy" in self.rows[0]
 
     def at(self, keep: int | float) -> list[Row]:
-        """The rows of a budget, the best first, below the unpruned model's."""
+        """Return the rows of a budget, the best first, below the unpruned model's row."""
         rows = [row for row in self.rows if repr(row["keep"]) == repr(keep)]  # 1 and 1.0 are two budgets
         measure = "accuracy" if self.measured else "agreement"
         return [self.rows[0], *sorted(rows, key=lambda row: -row[measure])]
@@ -63,7 +64,7 @@ class ModelTable:
         return "\n".join(parts)
 
     def _reasons(self) -> str:
-        """Why methods are not in the table, those of one reason together."""
+        """Return a Markdown list of why methods are not in the table, grouped by reason."""
         titles: dict[str, list[str]] = {}
         for title, why in self.notes.items():
             titles.setdefault(why, []).append(title)
@@ -93,7 +94,10 @@ class ModelTable:
         return [*cells, _interval(row, "reference_ahead", "+") if "reference_ahead" in row else ""]
 
     def ratios(self) -> str:
-        """Calibrated accuracy over that of self-attention pruning: the headline measure of CATP, 2404.08567."""
+        """Return a Markdown table of calibrated accuracy over that of self-attention pruning; "" if there is none.
+
+        The ratio is the headline measure of CATP, arXiv 2404.08567.
+        """
         lines = []
         for keep in self.budgets:
             found = {row["method"]: row.get("accuracy") for row in self.at(keep)}
@@ -113,8 +117,10 @@ class ModelTable:
 
 
 def combined(tables: Sequence[ModelTable]) -> str:
-    """Accuracy as a share of the unpruned model's, a column for each model and budget; agreement where none was
-    measured."""
+    """Return a Markdown table of several models, a row for each method, a column for each model and budget.
+
+    Cells are accuracy as a share of the unpruned model's, or agreement where accuracy was not measured.
+    """
     columns = [(table, keep) for table in tables for keep in table.budgets]
     methods = dict.fromkeys(row["method"] for table in tables for row in table.rows[1:])
     kinds = {row["method"]: kind(row) for table in tables for row in table.rows}
@@ -134,14 +140,14 @@ def combined(tables: Sequence[ModelTable]) -> str:
 
 
 def kind(row: Row) -> str:
-    """What stands behind a method's name where it is a control."""
+    """Return the text that marks a control behind its name; "" for other methods."""
     if not row["control"]:
         return ""
     return " (published, also a control)" if row.get("published") else " (control)"
 
 
 def share(row: Row) -> str:
-    """Accuracy, or agreement, in percent of the unpruned model's; of an accuracy of 0 there is none."""
+    """Return accuracy in percent of the unpruned model's, or agreement in percent; "-" if that accuracy is 0."""
     value = row.get("accuracy_share", row["agreement"])
     return "-" if value is None else f"{100 * value:.1f}"
 
