@@ -83,7 +83,7 @@ def broken(
     rng, truth, count = np.random.default_rng(seed), answered.disagreement, 0
     for _ in range(redraws):
         chosen = walk(promise, drawn(answered, images, rng, by_text), images).chosen
-        count += chosen is not None and truth[chosen] > promise.max_disagreement
+        count += chosen is not None and bool(truth[chosen] > promise.max_disagreement)
     return count
 
 

@@ -1,15 +1,17 @@
-"""Print the tables of docs/results.md from a finished sweep.
+"""Print the tables of docs/results.md from a finished sweep, and draw its plot.
 
     catp sweep --layers true --output runs/sweep
     python -m benchmarks.sweep_results runs/sweep > runs/sweep/results.md
 
 Each model has a row for each method and a column for each budget: accuracy with its 95% interval and, where a method
 has several draws, their spread; then how far *calibrated* is ahead in agreement, with *ahead*, *level* or *behind* by
-the interval; then what each calibration chose.
+the interval; then what each calibration chose. `runs/sweep/methods.png` is the sweep's plot without the methods at
+single layers, which would hide the others.
 """
 
 import argparse
 import json
+import re
 from collections.abc import Mapping, Sequence
 from fractions import Fraction
 from pathlib import Path
@@ -18,13 +20,17 @@ from typing import Any
 import numpy as np
 
 from catp_lightning.calibration.controls import verdict
+from catp_lightning.calibration.figures import png
 from catp_lightning.comparison import markdown_table, over_draws
+from catp_lightning.files import write_bytes
 from catp_lightning.locations import budget_file_name
 from catp_lightning.policy import PruningPolicy
 from catp_lightning.safe_text import Markdown
-from catp_lightning.sweep.table import kind
+from catp_lightning.sweep.figure import figure
+from catp_lightning.sweep.table import ModelTable, kind
 
 Row = Mapping[str, Any]
+LAYER = re.compile(r" layer \d+$")  # ends the title of a method at a single layer
 NEAR = 0.02  # a method that keeps more tokens than the reference by over this share is shown with its tokens
 
 
@@ -100,12 +106,29 @@ def _counted(names: Sequence[str]) -> str:
     )
 
 
+def plot(tables: Sequence[Mapping[str, Any]]) -> bytes:
+    """Return the plot of the sweep as a PNG file, without methods at single layers."""
+    shown = [
+        ModelTable(
+            table["model"],
+            table["about"],
+            table["reference"],
+            [row for row in table["rows"] if not LAYER.search(row["method"])],
+        )
+        for table in tables
+    ]
+    return png(figure(shown), dpi=120)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path)
     folder = parser.parse_args().folder
-    for file in sorted(folder.glob("*/table.json")):
-        print(tables(json.loads(file.read_text(encoding="utf-8")), file.parent))
+    files = sorted(folder.glob("*/table.json"))
+    found = [json.loads(file.read_text(encoding="utf-8")) for file in files]
+    for table, file in zip(found, files, strict=True):
+        print(tables(table, file.parent))
+    write_bytes(folder / "methods.png", plot(found))
 
 
 if __name__ == "__main__":

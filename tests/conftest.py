@@ -1,6 +1,7 @@
 """Settings that hold for every test, doctests included; set on import, before any library reads them."""
 
 import os
+import signal
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # a test that needs the hub fails at once instead of waiting for it
 os.environ["WANDB_MODE"] = "offline"
@@ -13,6 +14,9 @@ import torch
 from hypothesis import settings
 
 collect_ignore = ["existing_project"]  # somebody else's project: test_existing_project.py runs a copy of it
+
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as a shell starts what it runs in the background
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 torch.set_num_threads(1)  # the same sums in the same order with any number of workers
 
