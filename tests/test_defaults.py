@@ -155,7 +155,7 @@ def test_every_tensor_that_is_made_names_its_dtype_and_its_device() -> None:
     root, wrong = Path(catp_lightning.__file__).parent, []
     for file in sorted(root.rglob("*.py")):
         for node in ast.walk(ast.parse(file.read_text())):
-            if not isinstance(node, ast.ModelCall) or not isinstance(node.func, ast.Attribute):
+            if not isinstance(node, ast.Call) or not isinstance(node.func, ast.Attribute):
                 continue
             of_torch = isinstance(node.func.value, ast.Name) and node.func.value.id == "torch"
             if of_torch and node.func.attr in FACTORIES:

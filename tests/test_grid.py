@@ -185,7 +185,7 @@ def test_a_class_comes_last_and_crops_may_have_a_budget_each() -> None:
 
 def test_queries_have_no_grid_and_a_sample_has_several() -> None:
     row = BY_NAME["Blip2-OPT"]
-    with pytest.raises(PruningError, match="reads place"), prune(row.model(), PruningPolicy("grid", keep=0.5)):
+    with pytest.raises(PruningError, match="reads patch-position"), prune(row.model(), PruningPolicy("grid", keep=0.5)):
         pass
     with pytest.raises(PolicyError, match='per is "sample"'):
         PruningPolicy("grid", selector_args={"per": "sample"})

@@ -167,7 +167,7 @@ def test_what_cannot_be_answered_again_exactly_is_refused(name: str) -> None:
 
 def test_a_method_that_does_not_run_here_cannot_be_calibrated_here() -> None:
     family = find_family(BY_NAME["Llava"].model())
-    for method, why in (("catp", "cross-attention"), ("trimmed-llama", "text-attention")):
+    for method, why in (("catp", "cross-attention"), ("trimmed-llama", "cross-attention-to-image")):
         with pytest.raises(PruningError, match=f"'{method}' cannot be calibrated here.*{why}"):
             Plan.of(family, PruningPolicy(method, keep=0.5))
     with pytest.raises(PolicyError, match=r"no scorer 'fastw'.*'fastv'"):

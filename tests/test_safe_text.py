@@ -237,12 +237,12 @@ def test_no_formula_and_no_tex_is_drawn_whatever_matplotlibs_settings_say() -> N
         assert pixels(r"\input{x}").startswith(b"\x89PNG")
 
 
-def calls() -> Iterator[tuple[str, ast.ModelCall, str]]:
+def calls() -> Iterator[tuple[str, ast.Call, str]]:
     """Every call in the package: where, the call, and what is called."""
     folder = Path(catp_lightning.__file__).parent
     for file in sorted(folder.rglob("*.py")):
         for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
-            if isinstance(node, ast.ModelCall):
+            if isinstance(node, ast.Call):
                 yield f"{file.relative_to(folder)}:{node.lineno}", node, ast.unparse(node.func)
 
 

@@ -214,10 +214,10 @@ def test_relevance_of_cdpruner_is_the_cosine_with_the_mean_word_stretched_over_t
         ]
         expected = [(one - min(near)) / (max(near) - min(near)) for one in near]
         assert scores[image, :tokens].tolist() == pytest.approx(expected, abs=1e-9)
-    always = torch.zeros_like(valid)
-    always[0, int(scores[0].argmax())] = True  # a line's end is no token of the image
-    ends = SCORERS["cdpruner"]().score(Observation(valid, {}, seen.values, always, text=words))
-    assert ends[0][~always[0]].max() == 1.0
+    protected = torch.zeros_like(valid)
+    protected[0, int(scores[0].argmax())] = True  # a line's end is no token of the image
+    ends = SCORERS["cdpruner"]().score(Observation(valid, {}, seen.values, protected, text=words))
+    assert ends[0][~protected[0]].max() == 1.0
 
 
 def test_relevance_of_a_token_that_is_not_a_number_is_none() -> None:
@@ -383,7 +383,7 @@ def test_grids_of_hand_computed_budgets() -> None:
     [
         (Observation.of_equal(1, 6, {}, {}), "an image has 6 of them, which is no square number"),
         (square([3], crops=torch.zeros(1, 9, dtype=torch.long)), "several crops"),
-        (square([3], always=torch.arange(9)[None] == 8), "line ends"),
+        (square([3], protected=torch.arange(9)[None] == 8), "line ends"),
     ],
 )
 def test_what_is_no_square_grid_is_not_pooled(seen: Observation, says: str) -> None:
