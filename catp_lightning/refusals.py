@@ -1,6 +1,6 @@
 """What is refused before anything is pruned: a policy for another model, a rule that makes no sense here."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -80,13 +80,18 @@ def _compiled(part: nn.Module) -> str | None:
 
 @contextmanager
 def compiled_inside(*modules: nn.Module) -> Iterator[None]:
-    """At the end nothing in these modules is compiled in place any more: they are what they were."""
+    """Undo, when the context is left, the in-place compilation of parts of these modules that was done inside."""
+    before = _compiled_in_place(modules)
     try:
         yield
     finally:
-        for part in {part for module in modules for part in module.modules()}:
-            if part.__dict__.get("_compiled_call_impl") is not None:
-                del part.__dict__["_compiled_call_impl"]
+        for part in _compiled_in_place(modules) - before:
+            del part.__dict__["_compiled_call_impl"]
+
+
+def _compiled_in_place(modules: Iterable[nn.Module]) -> set[nn.Module]:
+    parts = (part for module in modules for part in module.modules())
+    return {part for part in parts if part.__dict__.get("_compiled_call_impl") is not None}
 
 
 @contextmanager
