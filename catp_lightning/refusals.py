@@ -1,6 +1,6 @@
 """Checks before anything is pruned, which refuse a policy for another model, or a rule that makes no sense here."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -83,13 +83,19 @@ def _compiled(part: nn.Module) -> str | None:
 
 @contextmanager
 def compiled_inside(*modules: nn.Module) -> Iterator[None]:
-    """Undo the in-place compilation of all parts of these modules when the context is left."""
+    """Undo, when the context is left, the in-place compilation of parts of these modules that was done inside."""
+    before = _compiled_in_place(modules)
     try:
         yield
     finally:
-        for part in {part for module in modules for part in module.modules()}:
-            if part.__dict__.get("_compiled_call_impl") is not None:
-                del part.__dict__["_compiled_call_impl"]
+        for part in _compiled_in_place(modules) - before:
+            del part.__dict__["_compiled_call_impl"]
+
+
+def _compiled_in_place(modules: Iterable[nn.Module]) -> set[nn.Module]:
+    """Return all parts of some modules that are compiled in place."""
+    parts = (part for module in modules for part in module.modules())
+    return {part for part in parts if part.__dict__.get("_compiled_call_impl") is not None}
 
 
 @contextmanager

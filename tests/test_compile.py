@@ -122,6 +122,15 @@ def test_a_loop_compiled_as_the_message_says_is_pruned_and_nothing_is_compiled_a
     assert same(unpruned(module), unpruned(plain))
 
 
+def test_a_part_beside_the_model_that_was_compiled_before_stays_compiled() -> None:
+    module = CompilesWhenLoopsStart()
+    module.loss = torch.nn.Linear(2, 2)
+    module.loss.compile(backend="eager")
+    trainer(TokenPruning(HALF)).predict(module, module.loader())
+    assert module.loss._compiled_call_impl is not None
+    assert not any(part._compiled_call_impl for part in module.model.modules())
+
+
 @pytest.mark.slow
 def test_training_steps_may_be_compiled_and_validation_beside_them_is_pruned() -> None:
     seen = []
