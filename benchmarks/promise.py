@@ -99,8 +99,7 @@ def limit(redraws: int, confidence: float = CONFIDENCE) -> int:
 def split_of(model: str, folder: Path, split: Split, images: int, seed: int) -> VQASplit:
     """Write scenes with all four kinds of question about each image, and return them as a split."""
     place = write_scenes(folder, split, images * len(KINDS), seed, len(KINDS), GRIDS[model])
-    files = [str(place / name) for name in ("questions.json", "images", "annotations.json")]
-    return VQASplit(*files, image_name="{image_id:012d}.png")
+    return VQASplit.of_scenes(place)
 
 
 def answered_by(

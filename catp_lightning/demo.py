@@ -54,7 +54,7 @@ RULES = {
 """Fixed rules of the table: names of candidates, and the names that the table shows."""
 
 
-def run_demo(output: str = "runs/demo", questions: int = 500, calibration_questions: int = 512, seed: int = 0) -> None:
+def run_demo(output: str, questions: int, calibration_questions: int, seed: int) -> None:
     """Calibrate the shipped BLIP-2 on digit scenes and compare it, pruned, with every fixed rule.
 
     Args:
@@ -182,12 +182,7 @@ def _result(
 def scenes_split(folder: Path, split: Split, questions: int, seed: int) -> VQASplit:
     """Write digit scenes into `folder/data/<split>` and return them as a split."""
     place = write_scenes(folder / "data" / split, split, questions, seed)
-    return VQASplit(
-        str(place / "questions.json"),
-        str(place / "images"),
-        str(place / "annotations.json"),
-        image_name="{image_id:012d}.png",
-    )
+    return VQASplit.of_scenes(place)
 
 
 @contextmanager

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal, Self, TypeVar, get_args
 from catp_lightning.errors import PolicyError
 from catp_lightning.files import write_text
 from catp_lightning.frozen import DEEPEST, LARGEST, check_size, frozen, too_large
-from catp_lightning.locations import find
+from catp_lightning.locations import POLICY, find
 from catp_lightning.saying import warn
 from catp_lightning.scorers import SCORERS, Scorer
 from catp_lightning.selectors import SELECTORS, Selector
@@ -20,7 +20,6 @@ from catp_lightning.typed import build
 
 FORMAT_VERSION = 1
 
-FILE_NAME = "policy.json"
 
 if TYPE_CHECKING:
     Budget = int | float
@@ -170,7 +169,7 @@ class PruningPolicy:
             path: a file; a path without a suffix is a folder, which gets `policy.json`.
         """
         path, values = Path(path), self.to_dict()
-        file = path if path.suffix else path / FILE_NAME
+        file = path if path.suffix else path / POLICY
         text = json.dumps(values, indent=2, allow_nan=False)
         if len(text) >= LARGEST:  # with indentation it would be too large to load
             text = json.dumps(values, allow_nan=False)

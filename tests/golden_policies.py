@@ -19,10 +19,10 @@ import lightning as L
 import torch
 
 from catp_lightning import CrossAttentionCalibration, VQAModule
+from catp_lightning.cli import main as catp
 from catp_lightning.data import GRIDS, PROMPTS, SHIPPED, shipped
 from catp_lightning.data.scenes import write_scenes
 from catp_lightning.data.vqa import VQADataModule, VQASplit
-from catp_lightning.demo import run_demo
 from catp_lightning.files import write_text
 
 FOLDER = Path(__file__).parent / "golden"
@@ -60,8 +60,7 @@ def cases() -> Iterator[Case]:
 def calibrated(case: Case, module: VQAModule, folder: Path) -> str:
     """The policies that a calibration writes, as a JSON list; `folder` takes its data and files."""
     place = write_scenes(folder / "scenes", "calibration", IMAGES * QUESTIONS, case.seed, QUESTIONS, GRIDS[case.model])
-    files = [str(place / name) for name in ("questions.json", "images", "annotations.json")]
-    split = VQASplit(*files, image_name="{image_id:012d}.png")
+    split = VQASplit.of_scenes(place)
     data = VQADataModule(str(shipped(case.model)), calibration=split, batch_size=40, prompt=PROMPTS[case.model])
     budgets: dict[str, Any] = {"max_disagreement": PROMISE} if case.promise else {"keep": list(BUDGETS)}
     callback = CrossAttentionCalibration(folder / "policies", scorer=case.scorer, **budgets)
@@ -73,7 +72,7 @@ def calibrated(case: Case, module: VQAModule, folder: Path) -> str:
 
 def demo_table(folder: Path) -> str:
     """The table that the demo writes into `folder`."""
-    run_demo(str(folder))
+    catp(["demo", "--output", str(folder)])
     return (folder / "table.md").read_text()
 
 

@@ -20,21 +20,9 @@ from tests.oracles import IMAGE, VIDEO, Decoder
 from tests.test_families import generate
 
 BY_NAME = {row.name: row for row in ROWS}
+WITH_PATCHES = ("Llava", "LlavaNext", "LlavaOnevision", "VideoLlava", "Qwen2.5-VL", "SmolVLM", "Mistral3")
 RULES: list[tuple[str, dict[str, Any]]] = [
-    *(
-        (name, {"scorer": scorer})
-        for name in (
-            "Llava",
-            "LlavaNext",
-            "LlavaOnevision",
-            "VideoLlava",
-            "Qwen2.5-VL",
-            "SmolVLM",
-            "Mistral3",
-            "Mllama",
-        )
-        for scorer in ("random", "stride", "l2-norm")
-    ),
+    *((name, {"scorer": scorer}) for name in (*WITH_PATCHES, "Mllama") for scorer in ("random", "stride", "l2-norm")),
     *((name, {"scorer": "fastervlm"}) for name in ("Llava", "LlavaNext", "LlavaOnevision")),
     ("LlavaNext", {"scorer": "fastervlm", "selector_args": {"per": "crop"}}),
     *((n, {"scorer": s}) for n in ("Llava", "LlavaNext") for s in ("vtc-cls", "vispruner", "visionzip")),
@@ -43,20 +31,7 @@ RULES: list[tuple[str, dict[str, Any]]] = [
     ("LlavaNext", {"scorer": "vispruner", "selector_args": {"per": "crop"}}),
     ("LlavaOnevision", {"scorer": "visionzip", "selector_args": {"per": "sample"}}),
     ("Llava", {"scorer": "downsample"}),
-    *(
-        (name, {"scorer": "grid"})
-        for name in (
-            "Llava",
-            "LlavaNext",
-            "LlavaOnevision",
-            "VideoLlava",
-            "Qwen2.5-VL",
-            "SmolVLM",
-            "Mistral3",
-            "InternVL",
-            "Mllama",
-        )
-    ),
+    *((name, {"scorer": "grid"}) for name in (*WITH_PATCHES, "InternVL", "Mllama")),
     ("LlavaNext", {"scorer": "grid", "selector_args": {"per": "crop"}}),
     ("Mllama", {"scorer": "trimmed-llama", "selector_args": {"budget": "rows"}}),
     ("LlavaNext", {"scorer": "l2-norm", "selector": "dpp", "selector_args": {"similarity": "outputs"}}),

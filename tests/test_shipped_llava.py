@@ -47,9 +47,8 @@ def test_its_log_says_at_least_90_percent_on_2000_unseen_questions() -> None:
 
 def test_it_answers_at_least_nine_in_ten_questions_about_digits_it_never_saw(tmp_path: Path) -> None:
     place = write_scenes(tmp_path, "test", 200, seed=7, grids=((6, 6),))
-    files = (str(place / part) for part in ("questions.json", "images", "annotations.json"))
     model = str(shipped("digits_llava"))
-    data = VQADataModule(model, test=VQASplit(*files, image_name="{image_id:012d}.png"), prompt=PROMPT, batch_size=50)
+    data = VQADataModule(model, test=VQASplit.of_scenes(place), prompt=PROMPT, batch_size=50)
     trainer = L.Trainer(accelerator="cpu", logger=False, enable_progress_bar=False, enable_checkpointing=False)
     (figures,) = trainer.test(VQAModule(model), data, verbose=False)
     assert figures["test/vqa_accuracy"] >= 0.9

@@ -93,8 +93,7 @@ def test_its_log_says_at_least_90_percent_on_2000_unseen_questions() -> None:
 
 def test_it_answers_at_least_nine_in_ten_questions_about_digits_it_never_saw(tmp_path: Path) -> None:
     place = write_scenes(tmp_path, "test", 400, seed=7, grids=tuple(TILES))
-    files = (str(place / part) for part in ("questions.json", "images", "annotations.json"))
-    split = VQASplit(*files, image_name="{image_id:012d}.png")
+    split = VQASplit.of_scenes(place)
     data = VQADataModule(str(FOLDER), test=split, prompt=PROMPT, batch_size=50)
     (figures,) = L.Trainer(**TRAINER).test(VQAModule(str(FOLDER)), data, verbose=False)
     assert figures["test/vqa_accuracy"] >= 0.9

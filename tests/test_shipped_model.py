@@ -21,8 +21,7 @@ TRAINER = {"accelerator": "cpu", "logger": False, "enable_progress_bar": False, 
 def data(tmp_path_factory: pytest.TempPathFactory) -> VQADataModule:
     def split(name: str, questions: int) -> VQASplit:
         place = write_scenes(tmp_path_factory.mktemp(name), name, questions, seed=7)
-        files = (str(place / part) for part in ("questions.json", "images", "annotations.json"))
-        return VQASplit(*files, image_name="{image_id:012d}.png")
+        return VQASplit.of_scenes(place)
 
     model = str(shipped("digits_blip2"))
     return VQADataModule(model, calibration=split("calibration", 256), test=split("test", 200), batch_size=64)

@@ -70,9 +70,7 @@ def outcome(output: Path, name: str) -> dict[str, Any]:
 
 def test_the_table_holds_what_a_loop_over_the_questions_finds(swept: Path) -> None:
     place = swept / "digits_blip2/data/test"
-    split = VQASplit(
-        *(str(place / name) for name in ("questions.json", "images", "annotations.json")), "{image_id:012d}.png"
-    )
+    split = VQASplit.of_scenes(place)
     data, module = VQADataModule(str(shipped("digits_blip2")), test=split), VQAModule(str(shipped("digits_blip2")))
     truth = json.loads((place / "annotations.json").read_text())["annotations"]
     truth = [item["multiple_choice_answer"] for item in truth]

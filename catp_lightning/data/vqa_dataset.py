@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from string import Formatter
-from typing import Any, NamedTuple, NotRequired, TypedDict
+from typing import Any, NamedTuple, NotRequired, Self, TypedDict
 
 import numpy as np
 from PIL import Image
@@ -48,6 +48,12 @@ class VQASplit:
     image_name: str = "COCO_val2014_{image_id:012d}.jpg"
     allow_outside: bool = False
     max_pixels: int = MAX_PIXELS
+
+    @classmethod
+    def of_scenes(cls, folder: Path) -> Self:
+        """Return the split that `scenes.write_scenes` wrote into `folder`."""
+        questions, images, annotations = (str(folder / name) for name in ("questions.json", "images", "annotations.json"))
+        return cls(questions, images, annotations, "{image_id:012d}.png")
 
     def __post_init__(self) -> None:
         if self.max_pixels < 1:

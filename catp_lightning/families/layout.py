@@ -87,13 +87,12 @@ class Layout:
     crops: Tensor | None
 
     @classmethod
-    def of(cls, images: Mapping[int, list[Image]], ids: Tensor, visual: Tensor) -> "Layout":
+    def of(cls, images: Mapping[int, list[Image]], ids: Tensor) -> "Layout":
         """Make a layout of images and the prompts that they belong to.
 
         Args:
             images: images by placeholder id, in the order of their features.
             ids: int64 [B, L], token ids of the prompts.
-            visual: bool [B, L], placeholders of the prompts.
 
         Raises:
             PruningError: images have another number of tokens than there are placeholders.

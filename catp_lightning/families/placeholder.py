@@ -234,7 +234,7 @@ class Placeholder(Family):
         images: dict[int, list[Image]] = {token: [] for token, count in counts.items() if count} | self.images(
             prompt, counts
         )
-        layout = Layout.of(images, prompt.ids, prompt.visual)
+        layout = Layout.of(images, prompt.ids)
         found: Values = {key: layout.tokens(value) for key, value in self.on_tokens(values, prompt).items()}
         for signal in wanted & {
             Signal.IMAGE_FEATURES,
