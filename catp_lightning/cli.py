@@ -1,7 +1,6 @@
 """The command `catp`: it runs a subcommand and shows errors as one message on standard error."""
 
 import argparse
-import difflib
 import os
 import re
 import sys
@@ -9,7 +8,7 @@ import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
-from catp_lightning.errors import DataError, PolicyError, PruningError
+from catp_lightning.errors import DataError, PolicyError, PruningError, did_you_mean
 from catp_lightning.progress import Lines, Preparation
 from catp_lightning.safe_text import printable
 
@@ -83,8 +82,7 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
     parser = _parser()
     chosen = parser.parse_args(arguments)
     if chosen.command not in SUMMARIES:
-        near = difflib.get_close_matches(chosen.command, SUMMARIES, n=1)
-        hint = f" Did you mean {near[0]!r}?" if near else ""
+        hint = did_you_mean(chosen.command, SUMMARIES)
         parser.error(f"there is no command {chosen.command!r}; there are {', '.join(SUMMARIES)}.{hint}")
     return chosen
 

@@ -177,10 +177,7 @@ class Calibrate(Command):
         parser.add_argument("--max_disagreement", type=float | None, help=help_)
         parser.add_argument("--confidence", type=float, default=CONFIDENCE, help="Of that promise.")
         help_ = "The one method whose layers and head weights are calibrated; without it rules compete."
-        parser.add_argument("--scorer", type=str | None, help=help_)
-        help_ = "Its arguments: '{layer: 2}' is where fastv drops."
-        parser.add_argument("--scorer_args", type=dict[str, Any] | None, help=help_)
-        parser.add_argument("--selector", type=str | None, help="Its selector, instead of its own.")
+        _add_method(parser, help_)
         help_ = "Where the policy goes: a file, or a folder, which several budgets need. The report goes beside it."
         parser.add_argument("--output", type=str, default="policy", help=help_)
 
@@ -222,10 +219,7 @@ class Validate(Command):
         )
         parser.add_argument("--policy", type=str | None, help=help_)
         help_ = "A fixed rule to prune by, instead of a policy: the name of a method, `stride` or `fastv`."
-        parser.add_argument("--scorer", type=str | None, help=help_)
-        help_ = "Its arguments: '{layer: 2}' is where fastv drops."
-        parser.add_argument("--scorer_args", type=dict[str, Any] | None, help=help_)
-        parser.add_argument("--selector", type=str | None, help="Its selector, instead of its own.")
+        _add_method(parser, help_)
         help_ = (
             "The budget: 0.5 or 1.0 is a share, 16 or 1 a number of tokens. Of a --scorer, by default 0.5; or which of "
             "a folder of policies that holds several."
@@ -274,6 +268,14 @@ class Predict(Validate):
             return super().callbacks()
         require_writable(Path(output), folder=False)
         return [*super().callbacks(), AnswerWriter(output)]
+
+
+def _add_method(parser: LightningArgumentParser, help_: str) -> None:
+    """Add the options that name a method; `help_` says what --scorer is for."""
+    parser.add_argument("--scorer", type=str | None, help=help_)
+    of_arguments = "Its arguments: '{layer: 2}' is where fastv drops."
+    parser.add_argument("--scorer_args", type=dict[str, Any] | None, help=of_arguments)
+    parser.add_argument("--selector", type=str | None, help="Its selector, instead of its own.")
 
 
 COMMANDS: dict[str, type[Command]] = {"calibrate": Calibrate, "validate": Validate, "test": Test, "predict": Predict}

@@ -1,5 +1,8 @@
 """Errors a person can act on: a message says what was wrong, the value, what is allowed, what to do next."""
 
+import difflib
+from collections.abc import Iterable
+
 from catp_lightning.safe_text import one_line, printable
 
 
@@ -25,3 +28,13 @@ class DataError(_Told, ValueError):
 
 class PruningError(_Told, RuntimeError):
     """A model, a call or an option cannot be pruned exactly; nothing is ever left unpruned in silence."""
+
+
+def did_you_mean(name: object, known: Iterable[str]) -> str:
+    """Return the end of a message on an unknown name, with the known one nearest to it; "" if none is near.
+
+    >>> did_you_mean("strid", ["random", "stride"]), did_you_mean("x", ["stride"])
+    (" Did you mean 'stride'?", '')
+    """
+    near = difflib.get_close_matches(str(name)[:100], list(known), n=1)
+    return f" Did you mean {near[0]!r}?" if near else ""

@@ -1,6 +1,5 @@
 """`PruningPolicy`: a pruning decision, its model and its evidence, passed from calibration to use as JSON."""
 
-import difflib
 import json
 import math
 import reprlib
@@ -9,7 +8,7 @@ from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Self, TypeVar, get_args
 
-from catp_lightning.errors import PolicyError
+from catp_lightning.errors import PolicyError, did_you_mean
 from catp_lightning.files import write_text
 from catp_lightning.frozen import DEEPEST, LARGEST, check_size, frozen, too_large
 from catp_lightning.locations import POLICY, find
@@ -232,8 +231,7 @@ def _keep_from_json(value: Any) -> Any:
 
 def _lookup(kind: str, name: Any, known: Mapping[str, type[Method]]) -> type[Method]:
     if not isinstance(name, str) or name not in known:
-        near = difflib.get_close_matches(str(name)[:100], known, n=1)
-        hint = f" Did you mean {near[0]!r}?" if near else ""
+        hint = did_you_mean(name, known)
         raise PolicyError(f"There is no {kind} {name!r:.200}; known are {', '.join(sorted(known))}.{hint}")
     return known[name]
 

@@ -1,13 +1,12 @@
 """Policies as arguments: a `PruningPolicy`, a path or address of one, or its fields in a configuration file."""
 
-import difflib
 import reprlib
 from collections.abc import Mapping
 from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from catp_lightning.errors import PolicyError
+from catp_lightning.errors import PolicyError, did_you_mean
 from catp_lightning.policy import PruningPolicy, check_keep
 
 if TYPE_CHECKING:
@@ -45,9 +44,9 @@ def policy_or_path(source: Any) -> str | Path | PruningPolicy | None:
     known = [field.name for field in fields(PruningPolicy)]
     for name in values:
         if name not in known:
-            near = difflib.get_close_matches(str(name)[:100], known, n=1)
-            hint = f" Did you mean {near[0]!r}?" if near else ""
-            raise PolicyError(f"A policy has no field {name!r:.200}; it has {', '.join(known)}.{hint}")
+            raise PolicyError(
+                f"A policy has no field {name!r:.200}; it has {', '.join(known)}.{did_you_mean(name, known)}"
+            )
     if "keep" in values and not isinstance(keep := values["keep"], Mapping):
         check_keep(keep)
         values["keep"] = {"tokens": keep} if isinstance(keep, int) else {"share": keep}

@@ -52,8 +52,8 @@ class VQASplit:
     @classmethod
     def of_scenes(cls, folder: Path) -> Self:
         """Return the split that `scenes.write_scenes` wrote into `folder`."""
-        questions, images, annotations = (str(folder / name) for name in ("questions.json", "images", "annotations.json"))
-        return cls(questions, images, annotations, "{image_id:012d}.png")
+        questions, annotations = str(folder / "questions.json"), str(folder / "annotations.json")
+        return cls(questions, str(folder / "images"), annotations, "{image_id:012d}.png")
 
     def __post_init__(self) -> None:
         if self.max_pixels < 1:

@@ -1,12 +1,11 @@
 """Methods that a sweep compares on a model, and the reasons why others make no sense there."""
 
-import difflib
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any
 
-from catp_lightning.errors import PolicyError, PruningError
+from catp_lightning.errors import PolicyError, PruningError, did_you_mean
 from catp_lightning.families import Family
 from catp_lightning.guide import refuse_without_rows
 from catp_lightning.observation import BY_LAYER, Signal
@@ -73,9 +72,7 @@ def check_names(names: Sequence[str]) -> None:
     known = [*SCORERS, CALIBRATED, *(f"{CALIBRATED} {name}" for name in SCORERS), ALL]
     for name in names:
         if name not in known:
-            near = difflib.get_close_matches(name, known, n=1)
-            hint = f" Did you mean {near[0]!r}?" if near else ""
-            raise PolicyError(f"There is no scorer {name!r}; known are {shown}.{hint}")
+            raise PolicyError(f"There is no scorer {name!r}; known are {shown}.{did_you_mean(name, known)}")
     if not names:
         raise PolicyError(f"No scorer is named; known are {shown}.")
 
