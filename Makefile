@@ -3,7 +3,7 @@
 # make test-all     the slow tests too
 # make test-oldest  the fast tests with the oldest versions pyproject.toml allows, in .venv-oldest
 # make test-quantised  the tests of quantised models, in .venv-quantised: torchao and bitsandbytes are large and talkative
-# make lint         ruff and mypy; make format repairs what ruff can
+# make lint         ruff, mypy, and which package may import which; make format repairs what ruff can
 # make build        wheel and source archive in dist/
 # make clean        removes what tools left behind; results in runs/ and the environments stay
 #
@@ -53,6 +53,7 @@ lint: .venv/.installed
 	.venv/bin/ruff check .
 	.venv/bin/ruff format --check .
 	.venv/bin/mypy
+	.venv/bin/lint-imports --no-cache
 
 format: .venv/.installed
 	.venv/bin/ruff check --fix .

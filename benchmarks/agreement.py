@@ -31,19 +31,21 @@ from scipy.stats import t as student
 
 from catp_lightning import CrossAttentionCalibration, PruningPolicy, VQAModule
 from catp_lightning.calibration.plan import Plan
-from catp_lightning.calibration.recorder import Recorder
-from catp_lightning.calibration.sets import token_ranks
-from catp_lightning.comparison import Comparison, Result, figure, markdown, markdown_table
-from catp_lightning.counts import keep_count
+from catp_lightning.calibration.replay.recorder import Recorder
+from catp_lightning.calibration.search.ranks import token_ranks
+from catp_lightning.cli.demo import CALIBRATED, QUIET, RULES, fixed_rules, predict, scenes_split
 from catp_lightning.data import shipped
 from catp_lightning.data.vqa import VQADataModule
-from catp_lightning.demo import CALIBRATED, QUIET, RULES, fixed_rules, predict, quiet, scenes_split
-from catp_lightning.families import find_family
-from catp_lightning.files import write_json, write_text
-from catp_lightning.locations import budget_file_name
-from catp_lightning.observation import join
-from catp_lightning.overlap import decode_images
+from catp_lightning.evaluation.comparison import Comparison, Result, figure, markdown
+from catp_lightning.methods.budget import keep_count
+from catp_lightning.methods.observation import join
+from catp_lightning.models import find_family
+from catp_lightning.policy.images import decode_images
+from catp_lightning.policy.locations import budget_file_name
 from catp_lightning.safe_text import Markdown as MarkdownText
+from catp_lightning.utils.files import write_json, write_text
+from catp_lightning.utils.markdown import markdown_table
+from catp_lightning.utils.messages import quiet
 
 BUDGETS = (0.5, 0.25, 0.125, 0.0625)
 BATCH = 64

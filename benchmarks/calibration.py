@@ -28,16 +28,17 @@ from rich.table import Table
 from benchmarks.observed_attention import BORDA, MEAN_LOG, SDPA, SHAPES, interleaved, ratios, vision_cases
 from catp_lightning import CrossAttentionCalibration
 from catp_lightning.calibration.plan import Plan
-from catp_lightning.calibration.recorder import Recorder
+from catp_lightning.calibration.replay.recorder import Recorder
 from catp_lightning.callbacks.context import LoopContext, Stage
+from catp_lightning.cli.demo import BUDGETS, QUIET, scenes_split
 from catp_lightning.data import shipped
 from catp_lightning.data.vqa import VQADataModule, VQASplit
-from catp_lightning.demo import BUDGETS, QUIET, quiet, scenes_split
-from catp_lightning.families import find_family
-from catp_lightning.files import write_json
+from catp_lightning.methods.scorers import SCORERS, AttentionScorer
+from catp_lightning.models import find_family
+from catp_lightning.modules.vqa import VQAModule
 from catp_lightning.policy import PruningPolicy
-from catp_lightning.scorers import SCORERS, AttentionScorer
-from catp_lightning.vqa_module import VQAModule
+from catp_lightning.utils.files import write_json
+from catp_lightning.utils.messages import quiet
 
 PLAIN, WHOLE = "plain predict", "whole calibration"
 FIRST, STEPS = "the user's steps, observed, and setting up", "the user's steps, read again"

@@ -16,12 +16,12 @@ from rich.progress import track
 from transformers import AutoProcessor
 
 from catp_lightning.calibration.plan import Plan
-from catp_lightning.calibration.recorder import Recorder
+from catp_lightning.calibration.replay.recorder import Recorder
 from catp_lightning.data import shipped
 from catp_lightning.data.scenes import EMPTY, GRID, digit_pool, draw_scene
-from catp_lightning.families import find_family
-from catp_lightning.observation import Signal
-from catp_lightning.vqa_module import VQAModule
+from catp_lightning.methods.observation import Signal
+from catp_lightning.models import find_family
+from catp_lightning.modules.vqa import VQAModule
 
 GENERAL = ["How many digits are there?", "What is the largest digit?", "What is the smallest digit?"]
 QUESTIONS = [

@@ -17,13 +17,13 @@ from rich.table import Table
 from torch import Tensor
 from transformers import Blip2Config, Blip2ForConditionalGeneration, Blip2QFormerConfig, Blip2VisionConfig, OPTConfig
 
-from catp_lightning.dropping import Prompt
-from catp_lightning.dropping.watching import ModelCall
-from catp_lightning.families import find_family
-from catp_lightning.observation import Needs, Signal
-from catp_lightning.observing import Observer
-from catp_lightning.scorers import SCORERS, Scorer
-from catp_lightning.scorers.catp import CATP
+from catp_lightning.methods.observation import Needs, Signal
+from catp_lightning.methods.scorers import SCORERS, Scorer
+from catp_lightning.methods.scorers.catp import CATP
+from catp_lightning.models import find_family
+from catp_lightning.prompt.call import ModelCall
+from catp_lightning.pruning.observer import Observer
+from catp_lightning.pruning.sites import Prompt
 
 SHAPES = {  # vision width, layers, heads, pixels; Q-Former width, layers, heads
     "small": (256, 4, 8, 224, 256, 6, 8),

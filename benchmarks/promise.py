@@ -24,17 +24,18 @@ from rich.console import Console
 from scipy.stats import binom
 
 from catp_lightning import CrossAttentionCalibration, PruningPolicy, VQAModule
-from catp_lightning.calibration.budget import GRID, Promise, walk
-from catp_lightning.calibration.statistics import DrawnQuestions
-from catp_lightning.comparison import markdown_table
+from catp_lightning.calibration.fit.sums import DrawnQuestions
+from catp_lightning.calibration.search.promise import GRID, Promise, walk
+from catp_lightning.cli.demo import QUIET, predict
 from catp_lightning.data import GRIDS, PROMPTS, SHIPPED, shipped
 from catp_lightning.data.scenes import KINDS, Split, write_scenes
 from catp_lightning.data.vqa import VQADataModule
 from catp_lightning.data.vqa_dataset import VQASplit
-from catp_lightning.demo import QUIET, predict, quiet
-from catp_lightning.files import write_json, write_text
-from catp_lightning.fingerprint import mix
-from catp_lightning.locations import budget_file_name
+from catp_lightning.policy.locations import budget_file_name
+from catp_lightning.utils.files import write_json, write_text
+from catp_lightning.utils.hashing import mix
+from catp_lightning.utils.markdown import markdown_table
+from catp_lightning.utils.messages import quiet
 
 IMAGES, CALIBRATION_QUESTIONS, BATCH = 1000, 512, 64
 PROMISES, CHECKED, REDRAWS, CONFIDENCE = (0.05, 0.09, 0.12), (150, 200, 400, 800), 2000, 0.95

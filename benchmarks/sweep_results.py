@@ -19,15 +19,16 @@ from typing import Any
 
 import numpy as np
 
-from catp_lightning.calibration.controls import verdict
-from catp_lightning.calibration.figures import png
-from catp_lightning.comparison import markdown_table, over_draws
-from catp_lightning.files import write_bytes
-from catp_lightning.locations import budget_file_name
+from catp_lightning.calibration.report.controls import verdict
+from catp_lightning.evaluation.comparison import over_draws
+from catp_lightning.evaluation.sweep.figure import figure
+from catp_lightning.evaluation.sweep.table import ModelTable, kind
 from catp_lightning.policy import PruningPolicy
+from catp_lightning.policy.locations import budget_file_name
 from catp_lightning.safe_text import Markdown
-from catp_lightning.sweep.figure import figure
-from catp_lightning.sweep.table import ModelTable, kind
+from catp_lightning.utils.files import write_bytes
+from catp_lightning.utils.markdown import markdown_table
+from catp_lightning.utils.plots import png
 
 Row = Mapping[str, Any]
 LAYER = re.compile(r" layer \d+$")  # ends the title of a method at a single layer

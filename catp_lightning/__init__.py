@@ -6,10 +6,10 @@ from catp_lightning.errors import DataError, PolicyError, PruningError
 
 if TYPE_CHECKING:
     from catp_lightning.callbacks import AnswerWriter, CrossAttentionCalibration, TokenPruning
-    from catp_lightning.module import PrunedModule
+    from catp_lightning.modules.pruned import PrunedModule
+    from catp_lightning.modules.vqa import VQAModule
     from catp_lightning.policy import PruningPolicy
     from catp_lightning.pruning import Pruning, prune
-    from catp_lightning.vqa_module import VQAModule
 
     __version__: str
 else:
@@ -18,14 +18,14 @@ else:
         "AnswerWriter": "callbacks",
         "CrossAttentionCalibration": "callbacks",
         "TokenPruning": "callbacks",
-        "PrunedModule": "module",
+        "PrunedModule": "modules.pruned",
         "PruningPolicy": "policy",
         "Pruning": "pruning",
         "prune": "pruning",
-        "VQAModule": "vqa_module",
+        "VQAModule": "modules.vqa",
     }
 
-    _ROOMS = ("callbacks", "calibration", "data", "families", "metrics", "policy", "pruning", "scorers", "selectors")
+    _ROOMS = ("callbacks", "calibration", "data", "methods", "metrics", "models", "modules", "policy", "pruning")
 
     def __getattr__(name: str) -> object:
         from importlib import import_module

@@ -19,11 +19,11 @@ import lightning as L
 import torch
 
 from catp_lightning import CrossAttentionCalibration, VQAModule
-from catp_lightning.cli import main as catp
+from catp_lightning.cli.main import main as catp
 from catp_lightning.data import GRIDS, PROMPTS, SHIPPED, shipped
 from catp_lightning.data.scenes import write_scenes
 from catp_lightning.data.vqa import VQADataModule, VQASplit
-from catp_lightning.files import write_text
+from catp_lightning.utils.files import write_text
 
 FOLDER = Path(__file__).parent / "golden"
 DEMO = FOLDER / "demo.md"

@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader, DistributedSampler, IterableDataset
 from catp_lightning.callbacks.answer_writer import AnswerWriter, merge_answers
 from catp_lightning.data.vqa import VQADataModule
 from catp_lightning.errors import DataError
-from catp_lightning.vqa_module import VQAModule
+from catp_lightning.modules.vqa import VQAModule
 from tests.processes import Ended, in_fork, two_nodes
 from tests.tiny_vqa import opt_config, save_model, scenes
 

@@ -7,8 +7,8 @@ import torch
 from transformers import DynamicCache
 
 from catp_lightning import PruningError, PruningPolicy, prune
-from catp_lightning.answers import Answer, compare_with_unpruned, listening
-from catp_lightning.families import find_family
+from catp_lightning.models import find_family
+from catp_lightning.pruning.answers import Answer, compare_with_unpruned, listening
 from tests.models import GREEDY, random_blip2
 from tests.test_prune_errors import state
 

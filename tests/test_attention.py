@@ -7,12 +7,12 @@ from transformers import Blip2ForConditionalGeneration
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from catp_lightning import PruningError
-from catp_lightning.attention import attention_map, attention_received, observe_attention
-from catp_lightning.dropping import Prompt
-from catp_lightning.dropping.watching import ModelCall
-from catp_lightning.families import find_family
-from catp_lightning.observation import Observation, Signal
-from catp_lightning.observing import Observer
+from catp_lightning.methods.observation import Observation, Signal
+from catp_lightning.models import find_family
+from catp_lightning.prompt.attention import attention_map, attention_received, observe_attention
+from catp_lightning.prompt.call import ModelCall
+from catp_lightning.pruning.observer import Observer
+from catp_lightning.pruning.sites import Prompt
 from tests.models import SHAPES, random_blip2
 
 ALL = {

@@ -24,16 +24,17 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from catp_lightning import AnswerWriter, CrossAttentionCalibration, PolicyError, PruningPolicy, TokenPruning
-from catp_lightning.calibration import resume, split
-from catp_lightning.calibration.replay import Replay
-from catp_lightning.calibration.report import report
-from catp_lightning.calibration.resume import CalibrationCheckpoint
-from catp_lightning.calibration.statistics import PartCounts
-from catp_lightning.comparison import Comparison, save_comparison
+from catp_lightning.calibration import checkpoint as resume
+from catp_lightning.calibration import split
+from catp_lightning.calibration.checkpoint import CalibrationCheckpoint
+from catp_lightning.calibration.fit.sums import PartCounts
+from catp_lightning.calibration.replay.base import Replay
+from catp_lightning.calibration.report.report import report
+from catp_lightning.cli.sweep import save_all
 from catp_lightning.data.scenes import write_scenes
-from catp_lightning.files import check_writable, write_bytes
-from catp_lightning.sweep.command import save_all
-from catp_lightning.sweep.table import ModelTable
+from catp_lightning.evaluation.comparison import Comparison, save_comparison
+from catp_lightning.evaluation.sweep.table import ModelTable
+from catp_lightning.utils.files import check_writable, write_bytes
 from tests.models import GREEDY, Shape, random_blip2, random_inputs
 from tests.processes import Ended, free_port, in_fork, in_program
 from tests.test_answer_writer import Returning, named
@@ -285,7 +286,7 @@ def test_what_cannot_be_written_at_the_end_is_written_by_the_next_run_without_me
     assert (tmp_path / "p.json.partial-0.safetensors").is_file()
     file.rmdir()
     probed.clear()
-    monkeypatch.setattr("catp_lightning.calibration.competition.Race.compare", _never)
+    monkeypatch.setattr("catp_lightning.calibration.search.race.Race.compare", _never)
     assert calibrate(path).policies == [policy] and not probed
     assert sorted(one.name for one in tmp_path.iterdir()) == ["p-report", "p.json"]
     assert (tmp_path / "p-report/report.md").is_file()

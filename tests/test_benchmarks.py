@@ -8,10 +8,11 @@ import pytest
 
 from benchmarks.agreement import BEST, BUDGETS, met, paired_interval, replayed, spread, verdicts
 from catp_lightning import PruningPolicy, VQAModule
-from catp_lightning.comparison import Comparison, Result, figure, markdown
+from catp_lightning.cli.demo import CALIBRATED, predict, scenes_split
 from catp_lightning.data import shipped
 from catp_lightning.data.vqa import VQADataModule
-from catp_lightning.demo import CALIBRATED, predict, quiet, scenes_split
+from catp_lightning.evaluation.comparison import Comparison, Result, figure, markdown
+from catp_lightning.utils.messages import quiet
 
 PLAIN = "diversity of outputs (plain DPP)"
 

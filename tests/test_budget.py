@@ -14,9 +14,9 @@ from hypothesis import strategies as st
 from scipy.optimize import brentq
 from scipy.stats import binom
 
-from catp_lightning.calibration.budget import GRID, Promise, descending, upper_bound, walk
-from catp_lightning.counts import keep_count
+from catp_lightning.calibration.search.promise import GRID, Promise, descending, upper_bound, walk
 from catp_lightning.errors import PolicyError
+from catp_lightning.methods.budget import keep_count
 
 REDRAWS = 2_000
 BREAKS = int(binom.ppf(0.999, REDRAWS, 0.05))

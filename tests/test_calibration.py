@@ -13,15 +13,15 @@ from torch.utils.data import DataLoader
 from transformers import GenerationConfig
 
 from catp_lightning import PolicyError, PruningError, PruningPolicy, prune
-from catp_lightning.answers import compare_with_unpruned
 from catp_lightning.calibration import split
-from catp_lightning.calibration.candidates import default_candidates
+from catp_lightning.calibration.fit.sums import CandidateSums, DrawnQuestions, ImageSet, ProbeSums, RankCorrelation
 from catp_lightning.calibration.plan import Plan
-from catp_lightning.calibration.replay import agreement, divergence
+from catp_lightning.calibration.replay.base import agreement, divergence
+from catp_lightning.calibration.search.candidates import default_candidates
 from catp_lightning.calibration.split import FOLDS, fold_of, part_of, round_bounds, round_of
-from catp_lightning.calibration.statistics import CandidateSums, DrawnQuestions, ImageSet, ProbeSums, RankCorrelation
 from catp_lightning.callbacks.calibration import CrossAttentionCalibration
-from catp_lightning.families import find_family
+from catp_lightning.models import find_family
+from catp_lightning.pruning.answers import compare_with_unpruned
 from tests.models import GREEDY, random_blip2, random_inputs
 from tests.test_prune_errors import state
 
@@ -121,7 +121,7 @@ def test_the_figures_are_what_running_each_candidate_pruned_gives(tmp_path: Path
 
 
 def _fingerprints(batch: dict[str, Tensor]) -> Tensor:
-    from catp_lightning.fingerprint import fingerprint
+    from catp_lightning.utils.hashing import fingerprint
 
     return fingerprint(batch["pixel_values"])
 

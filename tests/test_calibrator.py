@@ -12,22 +12,22 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from catp_lightning import PolicyError, PruningError, PruningPolicy, prune
-from catp_lightning.answers import compare_with_unpruned
 from catp_lightning.calibration import split
-from catp_lightning.calibration.budget import Promise
 from catp_lightning.calibration.calibrator import Calibrator
-from catp_lightning.calibration.candidates import Candidate, fitted_candidates
-from catp_lightning.calibration.competition import Race
-from catp_lightning.calibration.fitting import fit, fit_without
+from catp_lightning.calibration.fit.fitting import fit, fit_without
 from catp_lightning.calibration.plan import Plan
-from catp_lightning.calibration.recorder import Recorder
-from catp_lightning.calibration.sets import token_ranks
+from catp_lightning.calibration.replay.recorder import Recorder
+from catp_lightning.calibration.replay.samples import Samples
+from catp_lightning.calibration.search.candidates import Candidate, fitted_candidates
+from catp_lightning.calibration.search.promise import Promise
+from catp_lightning.calibration.search.race import Race
+from catp_lightning.calibration.search.ranks import token_ranks
 from catp_lightning.calibration.split import FOLDS, fold_of, part_of, round_bounds, round_of
-from catp_lightning.calibration.stages import Samples
 from catp_lightning.callbacks import CrossAttentionCalibration
-from catp_lightning.families import find_family
-from catp_lightning.fingerprint import fingerprint
-from catp_lightning.observation import join
+from catp_lightning.methods.observation import join
+from catp_lightning.models import find_family
+from catp_lightning.pruning.answers import compare_with_unpruned
+from catp_lightning.utils.hashing import fingerprint
 from tests.models import Shape, random_blip2
 from tests.test_calibration import Module, calibrate, data, figures
 

@@ -15,15 +15,15 @@ import yaml
 from jsonargparse import ArgumentError
 
 import catp_lightning
-from catp_lightning import progress
-from catp_lightning.cli import SUMMARIES, main
+from catp_lightning.cli.main import SUMMARIES, main
 from catp_lightning.data import shipped
 from catp_lightning.data.scenes import write_scenes
 from catp_lightning.data.vqa import VQADataModule
 from catp_lightning.errors import DataError, PolicyError
-from catp_lightning.locations import budget_file_name
+from catp_lightning.modules.vqa import VQAModule
 from catp_lightning.policy import PruningPolicy
-from catp_lightning.vqa_module import VQAModule
+from catp_lightning.policy.locations import budget_file_name
+from catp_lightning.utils import progress
 from tests.tiny_vqa import QUERIES, opt_config, save_model, scenes
 
 ROOT = Path(__file__).parent.parent
@@ -143,7 +143,7 @@ def test_a_policy_is_calibrated_validated_and_predicted_with(made, capsys):
 
 @pytest.mark.slow
 def test_calibration_ends_with_what_was_chosen_what_it_keeps_and_what_it_cost(made):
-    command = [sys.executable, "-c", "from catp_lightning.cli import main; main()", "calibrate"]
+    command = [sys.executable, "-c", "from catp_lightning.cli.main import main; main()", "calibrate"]
     options = ["--keep", "[0.5, 1]", "--trainer.enable_progress_bar", "true", "--output", "policies"]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
@@ -416,7 +416,7 @@ def test_a_corrupt_image_read_by_a_worker_process_is_one_message(made, tmp_path,
 
 
 def process(*args: object) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-c", "from catp_lightning.cli import main; main()", *map(str, args)]
+    command = [sys.executable, "-c", "from catp_lightning.cli.main import main; main()", *map(str, args)]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     return subprocess.run(command, capture_output=True, text=True, check=False, timeout=900, env=environment)
 
@@ -494,7 +494,7 @@ def test_help_names_every_command_and_shipped_configuration(capsys):
 def test_help_versions_and_misspelt_commands_import_nothing_that_takes_long():
     code = """
 import sys
-from catp_lightning.cli import main
+from catp_lightning.cli.main import main
 for args in ([], ["--version"], ["calibrat"], ["demo", "--help"], ["scenes", "--qestions", "4"]):
     before = {"torch", "lightning", "transformers", "sklearn", "numpy"} & sys.modules.keys()
     try:

@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from catp_lightning.comparison import Comparison, Result, markdown, save_comparison
+from catp_lightning.evaluation.comparison import Comparison, Result, markdown, save_comparison
 
 IMAGES = [1, 1, 2, 3, 3, 3, 4, 5]
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, get_worker_info
 
 from catp_lightning import CrossAttentionCalibration, PruningError, PruningPolicy, TokenPruning, prune
-from catp_lightning.hooks import OURS, Seen
+from catp_lightning.utils.hooks import OURS, Seen
 from tests.families import ROWS
 from tests.models import GREEDY, random_blip2, random_inputs
 from tests.test_families import EVERYTHING, uneven

@@ -14,13 +14,13 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from catp_lightning import PolicyError, PruningError, PruningPolicy, TokenPruning, prune
-from catp_lightning.counts import keep_count
-from catp_lightning.observation import Observation, Signal
-from catp_lightning.scorers.dart import DART as DartScorer
-from catp_lightning.scorers.sparsevlm import SparseVLM, raters
-from catp_lightning.scorers.visual_exit import VisualExit
-from catp_lightning.selectors.dart import DART
-from catp_lightning.selectors.recycle import Recycle, split
+from catp_lightning.methods.budget import keep_count
+from catp_lightning.methods.observation import Observation, Signal
+from catp_lightning.methods.scorers.dart import DART as DartScorer
+from catp_lightning.methods.scorers.sparsevlm import SparseVLM, raters
+from catp_lightning.methods.scorers.visual_exit import VisualExit
+from catp_lightning.methods.selectors.dart import DART
+from catp_lightning.methods.selectors.recycle import Recycle, split
 from tests.families import Row
 from tests.models import random_blip2
 from tests.oracles import IMAGE

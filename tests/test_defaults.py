@@ -13,11 +13,11 @@ from torch import Tensor
 
 import catp_lightning
 from catp_lightning import PolicyError, PruningError, PruningPolicy, prune
+from catp_lightning.methods.observation import Observation, Signal
+from catp_lightning.methods.scorers import SCORERS
+from catp_lightning.methods.scorers.catp import CATP
+from catp_lightning.methods.scorers.controls import Stride
 from catp_lightning.metrics import Agreement, TokensKept, VQAAccuracy
-from catp_lightning.observation import Observation, Signal
-from catp_lightning.scorers import SCORERS
-from catp_lightning.scorers.catp import CATP
-from catp_lightning.scorers.controls import Stride
 from tests.families import ROWS
 from tests.test_calibration import Module, calibrate, data
 

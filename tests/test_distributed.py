@@ -42,7 +42,7 @@ from pathlib import Path
 from catp_lightning.callbacks import CrossAttentionCalibration
 from catp_lightning.data import PROMPTS, shipped
 from catp_lightning.data.vqa import VQADataModule, VQASplit
-from catp_lightning.vqa_module import VQAModule
+from catp_lightning.modules.vqa import VQAModule
 
 if __name__ == "__main__":
     processes, folder, name = int(sys.argv[1]), Path(sys.argv[2]), sys.argv[3]

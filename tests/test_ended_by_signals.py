@@ -22,9 +22,9 @@ from catp_lightning import (
     PruningPolicy,
     TokenPruning,
 )
-from catp_lightning.calibration.replay import Replay
+from catp_lightning.calibration.replay.base import Replay
 from catp_lightning.callbacks import calibration
-from catp_lightning.locks import only_run, refuse_running
+from catp_lightning.utils.locks import only_run, refuse_running
 from tests.processes import Ended, in_fork, in_program, ranks
 from tests.test_answer_writer import Returning, lines, named
 from tests.test_answer_writer import run as answer
@@ -37,7 +37,7 @@ CODES = {signal.SIGTERM: 143, signal.SIGINT: 130}
 @pytest.fixture(autouse=True)
 def _small(monkeypatch: pytest.MonkeyPatch) -> None:
     small(monkeypatch.setattr)
-    monkeypatch.setattr("catp_lightning.calibration.resume.EVERY", 100)
+    monkeypatch.setattr("catp_lightning.calibration.checkpoint.EVERY", 100)
 
 
 @pytest.fixture(scope="module")

@@ -20,8 +20,8 @@ from transformers import (
 )
 
 from catp_lightning import PruningError, PruningPolicy, prune
-from catp_lightning.answers import Answer, compare_with_unpruned, listening
-from catp_lightning.families import find_family
+from catp_lightning.models import find_family
+from catp_lightning.pruning.answers import Answer, compare_with_unpruned, listening
 from tests.tiny_vqa import QUERIES, SIZE, build_model, build_processor, opt_config, t5_config
 
 ENDS, COUNT, MOST = [6, 9, 12, 15, 18, 21], 12, 8

@@ -15,19 +15,19 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from catp_lightning import CrossAttentionCalibration, PolicyError, PruningError, PruningPolicy, prune
-from catp_lightning.answers import compare_with_unpruned
-from catp_lightning.calibration import importance
-from catp_lightning.calibration.candidates import Candidate, default_candidates, fitted_candidates
-from catp_lightning.calibration.fitting import Fitted, VoterFit
-from catp_lightning.calibration.heads import HeadFit
-from catp_lightning.calibration.layers import LayerChoice
+from catp_lightning.calibration.fit import probes as importance
+from catp_lightning.calibration.fit.fitting import Fitted, VoterFit
+from catp_lightning.calibration.fit.heads import HeadFit
+from catp_lightning.calibration.fit.layers import LayerChoice
 from catp_lightning.calibration.plan import Plan
+from catp_lightning.calibration.search.candidates import Candidate, default_candidates, fitted_candidates
 from catp_lightning.calibration.split import part_of
-from catp_lightning.families import find_family
-from catp_lightning.fingerprint import fingerprint
-from catp_lightning.observation import Observation, Signal
-from catp_lightning.scorers import SCORERS
-from catp_lightning.scorers.controls import Random
+from catp_lightning.methods.observation import Observation, Signal
+from catp_lightning.methods.scorers import SCORERS
+from catp_lightning.methods.scorers.controls import Random
+from catp_lightning.models import find_family
+from catp_lightning.pruning.answers import compare_with_unpruned
+from catp_lightning.utils.hashing import fingerprint
 from tests.families import ROWS, Row
 
 BY_NAME = {row.name: row for row in ROWS}

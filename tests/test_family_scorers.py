@@ -12,9 +12,9 @@ import transformers as hf
 from torch import Tensor
 
 from catp_lightning import PolicyError, PruningError, PruningPolicy, prune
-from catp_lightning.answers import compare_with_unpruned
-from catp_lightning.families import find_family
-from catp_lightning.scorers import SCORERS
+from catp_lightning.methods.scorers import SCORERS
+from catp_lightning.models import find_family
+from catp_lightning.pruning.answers import compare_with_unpruned
 from tests.families import GATED, ROWS, TOWER, Row, Sample, clip, llava_onevision, pictures, prompts, video, with_counts
 from tests.oracles import IMAGE, VIDEO, Decoder
 from tests.test_families import generate

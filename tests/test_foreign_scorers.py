@@ -8,11 +8,11 @@ import torch
 from torch import Tensor
 
 from catp_lightning import PruningError, PruningPolicy, prune
-from catp_lightning.observation import Observation
-from catp_lightning.scorers import SCORERS
-from catp_lightning.scorers.controls import Stride
-from catp_lightning.selectors import SELECTORS
-from catp_lightning.selectors.top_k import TopK
+from catp_lightning.methods.observation import Observation
+from catp_lightning.methods.scorers import SCORERS
+from catp_lightning.methods.scorers.controls import Stride
+from catp_lightning.methods.selectors import SELECTORS
+from catp_lightning.methods.selectors.top_k import TopK
 from tests.models import random_blip2
 
 

@@ -14,9 +14,9 @@ import torch
 
 import catp_lightning
 from catp_lightning import PolicyError, PruningPolicy, prune
-from catp_lightning.calibration.candidates import Candidate
-from catp_lightning.frozen import LARGEST, MOST, FrozenDict, FrozenList
-from catp_lightning.typed import LAYERS, NUMBERS
+from catp_lightning.calibration.search.candidates import Candidate
+from catp_lightning.policy.frozen import LARGEST, MOST, FrozenDict, FrozenList
+from catp_lightning.policy.typed import LAYERS, NUMBERS
 from tests.models import random_blip2
 
 POLICY = PruningPolicy(

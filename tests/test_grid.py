@@ -13,11 +13,11 @@ from torch import Tensor
 from transformers.models.llava_next.modeling_llava_next import get_anyres_image_grid_shape
 
 from catp_lightning import PolicyError, PruningError, PruningPolicy, prune
-from catp_lightning.choosing import choose_tokens
-from catp_lightning.families import find_family
-from catp_lightning.families.layout import Image
-from catp_lightning.observation import Observation, Signal
-from catp_lightning.selectors.grid import Grid, spread
+from catp_lightning.methods.observation import Observation, Signal
+from catp_lightning.methods.selection import choose_tokens
+from catp_lightning.methods.selectors.grid import Grid, spread
+from catp_lightning.models import find_family
+from catp_lightning.models.layout import Image
 from tests.families import ROWS
 
 BY_NAME = {row.name: row for row in ROWS}

@@ -20,18 +20,18 @@ from hypothesis import strategies as st
 from safetensors.torch import load as tensors_of
 
 from catp_lightning import PolicyError, PrunedModule, PruningError, PruningPolicy, prune
-from catp_lightning.calibration.candidates import Candidate
+from catp_lightning.calibration.checkpoint import CalibrationCheckpoint, _checksum
+from catp_lightning.calibration.fit.sums import PartCounts, TokenCounts
 from catp_lightning.calibration.plan import why_not
-from catp_lightning.calibration.resume import CalibrationCheckpoint, _checksum
-from catp_lightning.calibration.statistics import PartCounts, TokenCounts
+from catp_lightning.calibration.search.candidates import Candidate
 from catp_lightning.callbacks import calibration
 from catp_lightning.callbacks.calibration import CrossAttentionCalibration
 from catp_lightning.callbacks.token_pruning import load_policy
-from catp_lightning.families import find_family
-from catp_lightning.frozen import DEEPEST
-from catp_lightning.refusals import check_model
-from catp_lightning.scorers import SCORERS
-from catp_lightning.selectors import SELECTORS
+from catp_lightning.methods.scorers import SCORERS
+from catp_lightning.methods.selectors import SELECTORS
+from catp_lightning.models import find_family
+from catp_lightning.policy.frozen import DEEPEST
+from catp_lightning.pruning.refusals import check_model
 from tests.fuzzing import Mutator
 from tests.models import GREEDY, random_blip2, random_inputs
 
@@ -179,7 +179,7 @@ def test_numbers_of_numpy_and_tuples_are_kept_as_json_has_them(folder: Path) -> 
     policy = PruningPolicy(scorer_args={"layers": (0, 1)}, keep=np.float64(0.25))
     assert type(policy.keep) is float and policy.scorer_args == {"layers": [0, 1]}
     assert PruningPolicy.from_dict(policy.to_dict()) == policy
-    from catp_lightning.locations import budget_file_name
+    from catp_lightning.policy.locations import budget_file_name
 
     assert budget_file_name(np.float64(0.25)) == "keep-0.25.json"
 

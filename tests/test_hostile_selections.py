@@ -11,10 +11,10 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from catp_lightning import PruningPolicy, prune
-from catp_lightning.counts import even_counts, keep_count
-from catp_lightning.families import find_family
-from catp_lightning.selectors import SELECTORS, Selector
-from catp_lightning.selectors.dpp import greedy_ranks
+from catp_lightning.methods.budget import even_counts, keep_count
+from catp_lightning.methods.selectors import SELECTORS, Selector
+from catp_lightning.methods.selectors.dpp import greedy_ranks
+from catp_lightning.models import find_family
 from tests.families import ROWS, Row
 from tests.test_family_scorers import RULES
 

@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 
 from catp_lightning import PruningPolicy, prune
-from catp_lightning.dropping import DecoderPrompt
-from catp_lightning.families import find_family
-from catp_lightning.families.layout import Layout
-from catp_lightning.families.placeholder import Placeholder
+from catp_lightning.models import find_family
+from catp_lightning.models.layout import Layout
+from catp_lightning.models.placeholder import Placeholder
+from catp_lightning.pruning.sites import DecoderPrompt
 from tests.families import ROWS, Row
 from tests.newer_families import NEWER
 from tests.oracles import IMAGE, VIDEO, Inputs, visual_columns

@@ -9,19 +9,20 @@ import torch
 from torch import Tensor, nn
 
 from catp_lightning import PruningPolicy, prune
-from catp_lightning.calibration import importance
 from catp_lightning.calibration.calibrator import Calibrator
-from catp_lightning.calibration.importance import WORST, Columns, head_votes, probe, random_subset, sizes
+from catp_lightning.calibration.fit import probes as importance
+from catp_lightning.calibration.fit.probes import WORST, Columns, head_votes, probe, random_subset, sizes
+from catp_lightning.calibration.fit.probing import Probing
+from catp_lightning.calibration.fit.sums import ProbeSums
 from catp_lightning.calibration.plan import VOTERS, Plan
-from catp_lightning.calibration.recorder import Recorder
-from catp_lightning.calibration.replay import _distinct
+from catp_lightning.calibration.replay.base import _distinct
+from catp_lightning.calibration.replay.recorder import Recorder
+from catp_lightning.calibration.replay.samples import Samples
 from catp_lightning.calibration.split import fold_of, part_of
-from catp_lightning.calibration.stages import Probing, Samples
-from catp_lightning.calibration.statistics import ProbeSums
-from catp_lightning.dropping import visual_tokens
-from catp_lightning.families import find_family
-from catp_lightning.fingerprint import fingerprint
-from catp_lightning.observation import Signal
+from catp_lightning.methods.observation import Signal
+from catp_lightning.models import find_family
+from catp_lightning.pruning.sites import visual_tokens
+from catp_lightning.utils.hashing import fingerprint
 from tests.models import GREEDY, IMAGE, PAD, random_blip2
 
 EOS = 2

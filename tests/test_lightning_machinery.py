@@ -16,7 +16,7 @@ from lightning.pytorch.tuner import Tuner
 from torch.utils.data import DataLoader
 
 from catp_lightning import PruningError, PruningPolicy, TokenPruning, prune
-from catp_lightning.scorers import SCORERS
+from catp_lightning.methods.scorers import SCORERS
 from tests.test_token_pruning import (
     HALF,
     Answering,

@@ -11,9 +11,9 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from catp_lightning import PruningError, PruningPolicy, prune
-from catp_lightning.dropping.prompt import group_means
+from catp_lightning.methods.selectors import SELECTORS, Selector
+from catp_lightning.prompt.merging import group_means
 from catp_lightning.pruning import Pruning
-from catp_lightning.selectors import SELECTORS, Selector
 from tests.families import ROWS, Row
 from tests.oracles import Decoder, Inputs, columns_kept, hooked, visual_columns
 from tests.test_families import exact, generate, scale

@@ -6,9 +6,9 @@ from pathlib import Path
 import pytest
 
 from catp_lightning import PolicyError, PruningError, PruningPolicy
-from catp_lightning.families import find_family
+from catp_lightning.methods.scorers import SCORERS
+from catp_lightning.models import find_family
 from catp_lightning.pruning import Pruning
-from catp_lightning.scorers import SCORERS
 from tests.families import ROWS, Row
 
 PAGE = Path(__file__).parents[1] / "docs" / "methods.md"

@@ -14,11 +14,12 @@ from transformers import DynamicCache, MllamaConfig, MllamaForConditionalGenerat
 from transformers.cache_utils import DynamicLayer
 from transformers.models.mllama.configuration_mllama import MllamaTextConfig, MllamaVisionConfig
 
-from catp_lightning.dropping.cross_attention import CrossAttended, PruneCrossAttention
 from catp_lightning.errors import PruningError
-from catp_lightning.families.mllama import Mllama
-from catp_lightning.fingerprint import fingerprint
-from catp_lightning.observation import Signal
+from catp_lightning.methods.observation import Signal
+from catp_lightning.models.mllama import Mllama
+from catp_lightning.prompt.prompt import CrossAttended
+from catp_lightning.pruning.sites.cross_attention import PruneCrossAttention
+from catp_lightning.utils.hashing import fingerprint
 
 IMAGE, PAD, LENGTH, TILES, ROWS = 99, 0, 14, 4, 17  # 16 patches and [CLS] in a tile
 TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-10}

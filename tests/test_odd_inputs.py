@@ -22,7 +22,7 @@ from catp_lightning import PruningError, PruningPolicy, TokenPruning, prune
 from catp_lightning.data import PROMPTS, shipped
 from catp_lightning.data.vqa import VQADataModule, VQADataset, VQASplit, collate
 from catp_lightning.errors import DataError, PolicyError
-from catp_lightning.vqa_module import VQAModule
+from catp_lightning.modules.vqa import VQAModule
 from tests.fuzzing import Mutator
 from tests.test_calibration import ForwardModule, calibrate, data
 from tests.test_hostile_policies import canary, many  # noqa: F401

@@ -17,14 +17,15 @@ import torch
 from lightning.pytorch import LightningModule
 from torch.utils.data import DataLoader, IterableDataset
 
-from catp_lightning import overlap
 from catp_lightning.callbacks.token_pruning import TokenPruning
 from catp_lightning.errors import PolicyError
-from catp_lightning.fingerprint import fingerprint
-from catp_lightning.module import PrunedModule
-from catp_lightning.overlap import OverlapCheck, decode_images, encode_images
+from catp_lightning.metrics import overlap
+from catp_lightning.metrics.overlap import OverlapCheck
+from catp_lightning.modules.pruned import PrunedModule
 from catp_lightning.policy import PruningPolicy
+from catp_lightning.policy.images import decode_images, encode_images
 from catp_lightning.pruning import prune
+from catp_lightning.utils.hashing import fingerprint
 from tests.families import ROWS
 from tests.models import random_inputs
 from tests.test_token_pruning import HALF, Answering, same, trainer, two_images
@@ -265,7 +266,7 @@ PROGRAM = """
 import torch
 from torch.utils.data import DataLoader
 from catp_lightning.callbacks import TokenPruning
-from catp_lightning.module import PrunedModule
+from catp_lightning.modules.pruned import PrunedModule
 from tests.test_overlap import Answering, batches, calibrated_on, hashes, loader, trainer
 
 if __name__ == "__main__":

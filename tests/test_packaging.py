@@ -69,7 +69,7 @@ def test_the_wheel_names_its_license_its_python_and_the_catp_command(wheel: zipf
     assert "License-Expression: Apache-2.0\n" in files["METADATA"]
     assert "Requires-Python: >=3.11\n" in files["METADATA"]
     assert files["LICENSE"] == (ROOT / "LICENSE").read_text()
-    assert files["entry_points.txt"].split() == ["[console_scripts]", "catp", "=", "catp_lightning.cli:main"]
+    assert files["entry_points.txt"].split() == ["[console_scripts]", "catp", "=", "catp_lightning.cli.main:main"]
 
 
 @pytest.mark.slow

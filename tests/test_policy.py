@@ -11,10 +11,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from catp_lightning import PolicyError, PruningPolicy, locations
-from catp_lightning.files import write_text
-from catp_lightning.locations import budget_file_name
-from catp_lightning.scorers import SCORERS
+from catp_lightning import PolicyError, PruningPolicy
+from catp_lightning.methods.scorers import SCORERS
+from catp_lightning.policy import locations
+from catp_lightning.policy.locations import budget_file_name
+from catp_lightning.utils.files import write_text
 
 DPP = PruningPolicy(
     scorer="catp",

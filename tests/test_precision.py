@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from catp_lightning import CrossAttentionCalibration, PruningPolicy, TokenPruning, prune
-from catp_lightning.attention import attention_map
+from catp_lightning.prompt.attention import attention_map
 from tests.families import ROWS
 from tests.test_calibration import Module, data
 from tests.test_families import state

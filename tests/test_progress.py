@@ -11,9 +11,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from catp_lightning import progress
-from catp_lightning.progress import Lines, shows_bars
-from catp_lightning.threads import at_most, processors
+from catp_lightning.utils import progress
+from catp_lightning.utils.progress import Lines, shows_bars
+from catp_lightning.utils.threads import at_most, processors
 
 ROOT = Path(__file__).parent.parent
 
@@ -145,7 +145,7 @@ def test_threads_are_lowered_for_a_while_unless_the_user_names_a_number(monkeypa
 
 
 def test_threads_of_the_command_sleep_while_they_wait_for_each_other() -> None:
-    code = "import os; from catp_lightning.cli import main\ntry: main()\nexcept SystemExit: pass\n"
+    code = "import os; from catp_lightning.cli.main import main\ntry: main()\nexcept SystemExit: pass\n"
     code += "print(os.environ['OMP_WAIT_POLICY'], 'torch' in __import__('sys').modules)"
     environment = {name: value for name, value in os.environ.items() if name != "OMP_WAIT_POLICY"}
     for given, found in ({}, "PASSIVE"), ({"OMP_WAIT_POLICY": "ACTIVE"}, "ACTIVE"):

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from catp_lightning import PolicyError, PruningPolicy, TokenPruning
-from catp_lightning.calibration.budget import Promise, upper_bound
+from catp_lightning.calibration.search.promise import Promise, upper_bound
 from catp_lightning.calibration.split import part_of
 from catp_lightning.callbacks import CrossAttentionCalibration
 from tests.test_calibration import Module, data

@@ -9,10 +9,11 @@ from rich.console import Console
 
 from benchmarks.promise import CHECKED, KINDS, Answered, answered_by, broken, calibrated, drawn, limit, split_of
 from catp_lightning import CrossAttentionCalibration, PruningPolicy, VQAModule
-from catp_lightning.calibration.budget import GRID, Promise
+from catp_lightning.calibration.search.promise import GRID, Promise
+from catp_lightning.cli.demo import QUIET, predict
 from catp_lightning.data import PROMPTS, shipped
 from catp_lightning.data.vqa import VQADataModule
-from catp_lightning.demo import QUIET, predict, quiet
+from catp_lightning.utils.messages import quiet
 
 
 def unequal(images: int = 600, kindest_first: bool = False) -> Answered:

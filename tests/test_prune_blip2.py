@@ -9,8 +9,8 @@ from transformers import Blip2ForConditionalGeneration
 
 from catp_lightning import PruningPolicy, prune
 from catp_lightning.calibration.plan import why_not
-from catp_lightning.families import find_family
-from catp_lightning.scorers import SCORERS
+from catp_lightning.methods.scorers import SCORERS
+from catp_lightning.models import find_family
 from tests.models import GREEDY, IMAGE, SHAPES, random_blip2
 
 FAMILY = find_family(random_blip2()[0])

@@ -12,7 +12,7 @@ from torch import nn
 from transformers import DynamicCache, PreTrainedModel, StaticCache
 
 from catp_lightning import PolicyError, PruningError, PruningPolicy, prune
-from catp_lightning.families import find_family
+from catp_lightning.models import find_family
 from tests.families import ROWS
 from tests.models import GREEDY, SHAPES, random_blip2
 from tests.oracles import IMAGE

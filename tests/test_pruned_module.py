@@ -21,7 +21,7 @@ from torchmetrics import MeanMetric
 
 from catp_lightning.callbacks.token_pruning import TokenPruning
 from catp_lightning.errors import PolicyError, PruningError
-from catp_lightning.module import PrunedModule
+from catp_lightning.modules.pruned import PrunedModule
 from catp_lightning.policy import PruningPolicy
 from catp_lightning.pruning import prune
 from tests.models import random_blip2

@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader
 
 from catp_lightning import CrossAttentionCalibration, PrunedModule, PruningError, PruningPolicy, TokenPruning, prune
 from catp_lightning.callbacks.answer_writer import AnswerWriter
-from catp_lightning.vqa_module import VQAModule
+from catp_lightning.modules.vqa import VQAModule
 from tests.models import random_blip2
 from tests.test_calibration import SHORT, Module, data
 from tests.test_token_pruning import HALF, footprint, same

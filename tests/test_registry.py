@@ -15,13 +15,13 @@ from pathlib import Path
 import pytest
 
 from catp_lightning import PolicyError, PruningPolicy
-from catp_lightning.scorers import SCORERS
-from catp_lightning.scorers.controls import Random, Stride
-from catp_lightning.scorers.registry import Registry
+from catp_lightning.methods.scorers import SCORERS
+from catp_lightning.methods.scorers.controls import Random, Stride
+from catp_lightning.methods.scorers.registry import Registry
 
 ROOT = Path(__file__).parent.parent
 MODULES = {
-    "good": "from catp_lightning.scorers.controls import Stride\nclass Good(Stride):\n    pass\n",
+    "good": "from catp_lightning.methods.scorers.controls import Stride\nclass Good(Stride):\n    pass\n",
     "fails": "import a_library_that_is_not_there\n",
     "quits": "raise SyntaxError('made by hand')\n",
     "exits": "import sys\nsys.exit(3)\n",
@@ -31,18 +31,19 @@ MODULES = {
     "shown": "class Meta(type):\n    def __repr__(cls): raise SystemExit(4)\nclass Good(metaclass=Meta): pass\n",
     "hints": (
         "from __future__ import annotations\nfrom dataclasses import dataclass\n"
-        "from catp_lightning.scorers.controls import Stride\n"
+        "from catp_lightning.methods.scorers.controls import Stride\n"
         "@dataclass(frozen=True)\nclass Good(Stride):\n    number: Nowhere = 3\n"
     ),
     "needs": (
-        "from catp_lightning.scorers.controls import Stride\nclass Good(Stride):\n    needs = ['outputs']\n"
+        "from catp_lightning.methods.scorers.controls import Stride\nclass Good(Stride):\n    needs = ['outputs']\n"
         "class Failing(Stride):\n    @property\n    def needs(self): raise SystemExit(5)\n"
         "class Quits(Stride):\n    def __init__(self): raise SystemExit(6)\n"
     ),
     "wrong": "class Good:\n    pass\nnumber = 3\n",
-    "abstract": "from catp_lightning.scorers import Scorer\nclass Good(Scorer):\n    def score(self, seen): ...\n",
+    "abstract": "from catp_lightning.methods.scorers import Scorer\n"
+    "class Good(Scorer):\n    def score(self, seen): ...\n",
     "asks": (
-        "from dataclasses import dataclass\nfrom catp_lightning.scorers.controls import Stride\n"
+        "from dataclasses import dataclass\nfrom catp_lightning.methods.scorers.controls import Stride\n"
         "@dataclass(frozen=True)\nclass Good(Stride):\n    number: int\n"
     ),
 }
@@ -204,7 +205,7 @@ def section(title: str) -> str:
 CHECK = """
 import json, runpy, sys
 import catp_lightning
-from catp_lightning.scorers import SCORERS
+from catp_lightning.methods.scorers import SCORERS
 known, early = "largest-feature" in SCORERS, "catp_largest_feature" in sys.modules
 used = runpy.run_path("use.py")
 features = []
@@ -247,10 +248,11 @@ def test_what_contributing_says_about_a_package_outside_works_word_for_word(tmp_
 
 def test_the_five_steps_inside_name_what_is_there() -> None:
     told = section("Add a method in five steps")
-    assert "one line in `_OWN`" in told and "`catp_lightning/scorers/__init__.py`" in told
+    assert "one line in `_OWN`" in told and "`catp_lightning/methods/scorers/__init__.py`" in told
     (example,) = re.findall(r"```python\n(.*?)```", told, flags=re.DOTALL)
-    names = "from dataclasses import dataclass\nfrom torch import Tensor\nfrom catp_lightning.scorers import Scorer\n"
-    names += "from catp_lightning.observation import Needs, Observation, Signal\n"
+    names = "from dataclasses import dataclass\nfrom torch import Tensor\n"
+    names += "from catp_lightning.methods.scorers import Scorer\n"
+    names += "from catp_lightning.methods.observation import Needs, Observation, Signal\n"
     namespace: dict[str, type] = {}
     exec(names + textwrap.dedent(example), namespace)
     registry = Registry({**{name: SCORERS[name] for name in ("random", "stride")}, "l1-norm": namespace["L1Norm"]})

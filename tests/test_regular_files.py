@@ -11,10 +11,10 @@ from pathlib import Path
 import pytest
 
 from catp_lightning import DataError, PolicyError, PruningPolicy
-from catp_lightning import files as files_module
 from catp_lightning.data.vqa_dataset import VQADataset, VQASplit
-from catp_lightning.files import check_writable, read_bytes, write_text
-from catp_lightning.frozen import LARGEST
+from catp_lightning.policy.frozen import LARGEST
+from catp_lightning.utils import files as files_module
+from catp_lightning.utils.files import check_writable, read_bytes, write_text
 
 
 def pipe(place: Path) -> None:

@@ -9,13 +9,14 @@ from torch import Tensor
 from transformers import LogitsProcessor, PreTrainedModel
 
 from catp_lightning import PolicyError, PruningError, PruningPolicy, prune
+from catp_lightning.calibration.fit.probing import Probing
 from catp_lightning.calibration.plan import Plan
-from catp_lightning.calibration.recorder import Recorder
-from catp_lightning.calibration.replay import Replay, Variants
-from catp_lightning.calibration.stages import Probing, Samples
-from catp_lightning.choosing import images_to_samples
-from catp_lightning.families import find_family
-from catp_lightning.observation import Observation, Signal
+from catp_lightning.calibration.replay.base import Replay, Variants
+from catp_lightning.calibration.replay.recorder import Recorder
+from catp_lightning.calibration.replay.samples import Samples
+from catp_lightning.methods.observation import Observation, Signal
+from catp_lightning.methods.selection import images_to_samples
+from catp_lightning.models import find_family
 from catp_lightning.pruning import Pruning
 from tests.families import ROWS, Row
 from tests.oracles import IMAGE, VIDEO, Inputs

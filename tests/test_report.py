@@ -17,8 +17,8 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from catp_lightning import PruningPolicy
-from catp_lightning.calibration.controls import against
-from catp_lightning.calibration.figures import (
+from catp_lightning.calibration.report.controls import against
+from catp_lightning.calibration.report.figures import (
     CONTROLS,
     correlation_figure,
     head_figure,
@@ -26,8 +26,8 @@ from catp_lightning.calibration.figures import (
     retention_figure,
     slot_figure,
 )
-from catp_lightning.calibration.page import CAPTIONS, SHOWN
-from catp_lightning.calibration.report import COLUMNS, FIGURES, candidate_rows, report, report_folder
+from catp_lightning.calibration.report.page import CAPTIONS, SHOWN
+from catp_lightning.calibration.report.report import COLUMNS, FIGURES, candidate_rows, report, report_folder
 from catp_lightning.callbacks import CrossAttentionCalibration
 from tests.models import GREEDY, random_blip2, random_inputs
 

@@ -27,16 +27,17 @@ from torch.utils.data import DataLoader, IterableDataset
 from torchmetrics import Metric
 
 from catp_lightning import PolicyError
-from catp_lightning.calibration import resume, split
-from catp_lightning.calibration.competition import Race
+from catp_lightning.calibration import checkpoint as resume
+from catp_lightning.calibration import split
+from catp_lightning.calibration.checkpoint import CalibrationCheckpoint
+from catp_lightning.calibration.fit.sums import DrawnQuestions, ImageSet, PartCounts, ProbeSums
 from catp_lightning.calibration.identity import model_fingerprint
-from catp_lightning.calibration.replay import Replay
-from catp_lightning.calibration.resume import CalibrationCheckpoint
+from catp_lightning.calibration.replay.base import Replay
+from catp_lightning.calibration.search.race import Race
 from catp_lightning.calibration.split import part_of
-from catp_lightning.calibration.statistics import DrawnQuestions, ImageSet, PartCounts, ProbeSums
 from catp_lightning.callbacks import calibration
 from catp_lightning.callbacks.calibration import CrossAttentionCalibration
-from catp_lightning.fingerprint import fingerprint
+from catp_lightning.utils.hashing import fingerprint
 from tests.models import GREEDY, random_blip2, random_inputs
 
 BATCHES, BATCH = 7, 5

@@ -20,16 +20,17 @@ from rich.progress import Progress, TextColumn
 
 import catp_lightning
 from catp_lightning import PruningPolicy
-from catp_lightning.calibration.figures import png
-from catp_lightning.calibration.page import page
-from catp_lightning.calibration.report import candidate_rows, report
-from catp_lightning.cli import main
-from catp_lightning.comparison import console_tables, figure, markdown, markdown_table
+from catp_lightning.calibration.report.page import page
+from catp_lightning.calibration.report.report import candidate_rows, report
+from catp_lightning.cli.main import main
 from catp_lightning.errors import DataError, PolicyError, PruningError
+from catp_lightning.evaluation.comparison import console_tables, figure, markdown
+from catp_lightning.evaluation.sweep.figure import figure as sweep_figure
+from catp_lightning.evaluation.sweep.table import ModelTable, combined
 from catp_lightning.safe_text import LONGEST, figure_text, markdown_text, one_line, printable, rich_text
-from catp_lightning.saying import rank_zero_info, rank_zero_warn, warn
-from catp_lightning.sweep.figure import figure as sweep_figure
-from catp_lightning.sweep.table import ModelTable, combined
+from catp_lightning.utils.markdown import markdown_table
+from catp_lightning.utils.messages import rank_zero_info, rank_zero_warn, warn
+from catp_lightning.utils.plots import png
 from tests.test_report import policies  # noqa: F401
 
 HOSTILE = {
@@ -116,7 +117,7 @@ def test_the_command_line_shows_an_error_and_obeys_nothing(
     def fails(*_: object) -> None:
         raise ValueError(HOSTILE[name])
 
-    monkeypatch.setattr("catp_lightning.cli._run", fails)
+    monkeypatch.setattr("catp_lightning.cli.main._run", fails)
     with pytest.raises(SystemExit):
         main(["demo"])
     told = capsys.readouterr().err
@@ -256,7 +257,7 @@ def test_every_line_and_warning_of_ours_goes_through_the_place_that_makes_it_saf
         if place.startswith(("saying.py", "safe_text.py")):
             continue
         if name in ("warnings.warn", "rank_zero.rank_zero_warn", "rank_zero.rank_zero_info"):
-            unsafe.append(f"{place}: {name}; use catp_lightning.saying")
+            unsafe.append(f"{place}: {name}; use catp_lightning.utils.messages")
         if name == "TextColumn" and not any(word.arg == "markup" for word in call.keywords):
             unsafe.append(f"{place}: {name} reads markup in a description")
         if name == "print" or name.endswith((".print", ".add_row")):

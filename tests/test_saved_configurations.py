@@ -12,7 +12,7 @@ from lightning.pytorch.cli import LightningCLI, SaveConfigCallback
 from lightning.pytorch.demos.boring_classes import BoringDataModule, BoringModel
 
 from catp_lightning import PolicyError, PrunedModule, PruningPolicy, TokenPruning
-from catp_lightning.sources import policy_or_path
+from catp_lightning.policy.sources import policy_or_path
 
 TRAINER = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False, "accelerator": "cpu"}
 DPP = PruningPolicy("catp", {"layers": [0, -1]}, "dpp", {"relevance": -1.5}, keep=1)

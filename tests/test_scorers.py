@@ -9,15 +9,15 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from catp_lightning import PolicyError, PruningPolicy
-from catp_lightning.fingerprint import fingerprint, mix, uniform
-from catp_lightning.observation import Observation, Signal, join
-from catp_lightning.scorers import SCORERS
-from catp_lightning.scorers.catp import CATP, borda_points, borda_vote
-from catp_lightning.scorers.controls import Random, Stride
-from catp_lightning.scorers.cross_attention import CrossAttention
-from catp_lightning.scorers.region_attention import RegionAttention
-from catp_lightning.scorers.self_attention import SelfAttention
-from catp_lightning.selectors.dpp import DPP
+from catp_lightning.methods.observation import Observation, Signal, join
+from catp_lightning.methods.scorers import SCORERS
+from catp_lightning.methods.scorers.catp import CATP, borda_points, borda_vote
+from catp_lightning.methods.scorers.controls import Random, Stride
+from catp_lightning.methods.scorers.cross_attention import CrossAttention
+from catp_lightning.methods.scorers.region_attention import RegionAttention
+from catp_lightning.methods.scorers.self_attention import SelfAttention
+from catp_lightning.methods.selectors.dpp import DPP
+from catp_lightning.utils.hashing import fingerprint, mix, uniform
 
 
 def seen(

@@ -8,11 +8,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from catp_lightning.counts import keep_count
-from catp_lightning.observation import Observation, Signal
-from catp_lightning.selectors import SELECTORS
-from catp_lightning.selectors.dpp import DPP, cosine_similarity, greedy_ranks
-from catp_lightning.selectors.top_k import TopK
+from catp_lightning.methods.budget import keep_count
+from catp_lightning.methods.observation import Observation, Signal
+from catp_lightning.methods.selectors import SELECTORS
+from catp_lightning.methods.selectors.dpp import DPP, cosine_similarity, greedy_ranks
+from catp_lightning.methods.selectors.top_k import TopK
 
 
 def slow_greedy(kernel: Tensor, count: int) -> set[int]:

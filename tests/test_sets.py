@@ -12,20 +12,20 @@ from hypothesis import strategies as st
 from sklearn.linear_model import Ridge
 from torch import Tensor
 
-from catp_lightning.calibration import sets
-from catp_lightning.calibration.candidates import Candidate, default_candidates, fitted_candidates
-from catp_lightning.calibration.fitting import Fitted, fit, fit_without, rounded
-from catp_lightning.calibration.heads import fit_heads
-from catp_lightning.calibration.importance import Columns, random_subset
+from catp_lightning.calibration.fit.fitting import Fitted, fit, fit_without, rounded
+from catp_lightning.calibration.fit.heads import fit_heads
+from catp_lightning.calibration.fit.probes import Columns, pair_rows, random_subset
+from catp_lightning.calibration.fit.sums import FoldSums, ProbeSums
+from catp_lightning.calibration.fit.ties import Tolerance
 from catp_lightning.calibration.plan import VOTERS, Plan
-from catp_lightning.calibration.sets import pair_rows, token_ranks
+from catp_lightning.calibration.search import ranks as sets
+from catp_lightning.calibration.search.candidates import Candidate, default_candidates, fitted_candidates
+from catp_lightning.calibration.search.ranks import token_ranks
 from catp_lightning.calibration.split import FOLDS
-from catp_lightning.calibration.statistics import FoldSums, ProbeSums
-from catp_lightning.calibration.ties import Tolerance
-from catp_lightning.choosing import choose_tokens, score_tokens
-from catp_lightning.counts import keep_count
-from catp_lightning.families import Family, find_family
-from catp_lightning.observation import Observation, Signal
+from catp_lightning.methods.budget import keep_count
+from catp_lightning.methods.observation import Observation, Signal
+from catp_lightning.methods.selection import choose_tokens, score_tokens
+from catp_lightning.models import Family, find_family
 from tests.models import random_blip2
 
 COLUMNS = Columns(dict.fromkeys(VOTERS, ((0, 1), 4)), 8)

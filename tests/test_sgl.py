@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader
 from transformers import PreTrainedModel
 
 from catp_lightning import PolicyError, PrunedModule, PruningError, PruningPolicy, TokenPruning, prune
-from catp_lightning.guide import rows_paid
+from catp_lightning.pruning.guide import rows_paid
 from tests.families import GATED, ROWS, TOKENS, Row, clip
 from tests.oracles import END, IMAGE, START, VIDEO, Inputs
 from tests.test_families import state

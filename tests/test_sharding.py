@@ -16,8 +16,8 @@ from torch.utils.data import DataLoader
 from catp_lightning.callbacks.calibration import CrossAttentionCalibration
 from catp_lightning.callbacks.token_pruning import TokenPruning
 from catp_lightning.errors import PruningError
-from catp_lightning.families import find_family
-from catp_lightning.module import PrunedModule
+from catp_lightning.models import find_family
+from catp_lightning.modules.pruned import PrunedModule
 from catp_lightning.policy import PruningPolicy
 from catp_lightning.pruning import prune
 from tests.families import ROWS

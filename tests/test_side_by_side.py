@@ -24,8 +24,8 @@ from torch.utils.data import DataLoader
 from transformers import LlavaForConditionalGeneration, PreTrainedModel
 
 from catp_lightning import CrossAttentionCalibration, PruningError, PruningPolicy, TokenPruning, prune
-from catp_lightning.calibration import heads
-from catp_lightning.files import write_text
+from catp_lightning.calibration.fit import heads
+from catp_lightning.utils.files import write_text
 from tests import test_calibration
 from tests.families import ROWS
 from tests.models import random_blip2

@@ -11,9 +11,9 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from catp_lightning import PruningPolicy, prune
-from catp_lightning.families import find_family
-from catp_lightning.observation import Needs, Observation, Signal
-from catp_lightning.scorers import Scorer
+from catp_lightning.methods.observation import Needs, Observation, Signal
+from catp_lightning.methods.scorers import Scorer
+from catp_lightning.models import find_family
 from tests.families import GATED, ROWS, TOWER, Image, Row, Sample, clip, pictures, prompts, siglip
 from tests.oracles import IMAGE, VIDEO, Decoder, EncoderDecoder, Inputs, hooked, visual_columns
 from tests.test_families import exact

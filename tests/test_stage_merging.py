@@ -9,10 +9,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from catp_lightning.dropping.stage_prompt import StagePrompt
-from catp_lightning.dropping.stages import PruneAtDecoderLayers
-from catp_lightning.families import find_family
-from catp_lightning.observation import Signal
+from catp_lightning.methods.observation import Signal
+from catp_lightning.models import find_family
+from catp_lightning.pruning.sites.decoder_layers import PruneAtDecoderLayers
+from catp_lightning.pruning.sites.stage_prompt import StagePrompt
 from tests.families import Row
 from tests.oracles import IMAGE, VIDEO, Inputs, hooked, visual_columns
 from tests.test_families import BEAMS, exact, generate, scale

@@ -15,12 +15,12 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from catp_lightning import PruningError
-from catp_lightning.dropping.masks import layer_mask
-from catp_lightning.dropping.prompt import DecoderPrompt
-from catp_lightning.dropping.stage_prompt import DecoderPrefill, StagePrompt
-from catp_lightning.dropping.stages import PruneAtDecoderLayers
-from catp_lightning.families import find_family
-from catp_lightning.observation import Signal
+from catp_lightning.methods.observation import Signal
+from catp_lightning.models import find_family
+from catp_lightning.prompt.masks import layer_mask
+from catp_lightning.prompt.prompt import DecoderPrompt
+from catp_lightning.pruning.sites.decoder_layers import PruneAtDecoderLayers
+from catp_lightning.pruning.sites.stage_prompt import DecoderPrefill, StagePrompt
 from tests.families import ROWS, Row
 from tests.oracles import IMAGE, Decoder, Inputs, cache_of, columns_kept, hidden_in, hooked, of_rows
 from tests.test_families import BEAMS, SAMPLED, SEVERAL, STEPS, PlantedError, exact, fail, generate, scale, state

@@ -16,10 +16,10 @@ from torch.utils.data import DataLoader, IterableDataset
 from catp_lightning.callbacks.calibration import CrossAttentionCalibration
 from catp_lightning.callbacks.token_pruning import TokenPruning
 from catp_lightning.errors import PruningError
-from catp_lightning.fingerprint import fingerprint
-from catp_lightning.module import PrunedModule
-from catp_lightning.overlap import encode_images
+from catp_lightning.modules.pruned import PrunedModule
 from catp_lightning.policy import PruningPolicy
+from catp_lightning.policy.images import encode_images
+from catp_lightning.utils.hashing import fingerprint
 from tests.models import GREEDY, random_blip2, random_inputs
 from tests.processes import Ended, in_fork, in_program, ranks, two_nodes
 

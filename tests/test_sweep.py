@@ -19,22 +19,22 @@ from lightning.pytorch import LightningDataModule, Trainer
 from PIL import Image
 
 from catp_lightning.callbacks import TokenPruning
-from catp_lightning.cli import main
-from catp_lightning.comparison import Comparison, Result
-from catp_lightning.comparison import figure as plain
+from catp_lightning.cli.main import main
+from catp_lightning.cli.sweep import budgets, listed
 from catp_lightning.data import GRIDS, PROMPTS, SHIPPED, shipped
 from catp_lightning.data.scenes import CELL, write_scenes
 from catp_lightning.data.vqa import VQADataModule, VQASplit
 from catp_lightning.errors import DataError, PolicyError
-from catp_lightning.families import find_family
+from catp_lightning.evaluation.comparison import Comparison, Result
+from catp_lightning.evaluation.comparison import figure as plain
+from catp_lightning.evaluation.sweep.figure import figure
+from catp_lightning.evaluation.sweep.flow import Reading, _calibration_draws
+from catp_lightning.evaluation.sweep.methods import named, rules
+from catp_lightning.evaluation.sweep.table import ModelTable
+from catp_lightning.models import find_family
+from catp_lightning.modules.vqa import VQAModule
 from catp_lightning.policy import PruningPolicy
 from catp_lightning.pruning import prune
-from catp_lightning.sweep.command import budgets, listed
-from catp_lightning.sweep.figure import figure
-from catp_lightning.sweep.flow import Reading, _calibration_draws
-from catp_lightning.sweep.methods import named, rules
-from catp_lightning.sweep.table import ModelTable
-from catp_lightning.vqa_module import VQAModule
 
 ROOT = Path(__file__).parent.parent
 QUESTIONS = 24
@@ -158,7 +158,7 @@ def test_only_what_has_changed_is_run_again(tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_a_killed_sweep_ends_in_the_same_table_and_repeats_no_finished_job(swept: Path, tmp_path: Path) -> None:
     counts = ["--questions", str(QUESTIONS), "--calibration_questions", "8", "--output", str(tmp_path)]
-    code = "from catp_lightning.cli import main; main()"
+    code = "from catp_lightning.cli.main import main; main()"
     command = [sys.executable, "-c", code, "sweep", *ARGS, *counts, "--trainer.accelerator", "cpu"]
     process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     deadline = time.monotonic() + 900  # of a machine with other work

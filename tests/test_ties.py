@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from catp_lightning.calibration.calibrator import NOTHING
-from catp_lightning.calibration.ties import Tolerance
+from catp_lightning.calibration.fit.ties import Tolerance
 from tests.test_calibration import Module, data
 from tests.test_calibrator import finished
 

@@ -12,16 +12,16 @@ from torch import Tensor
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from catp_lightning import PolicyError, PruningError, PruningPolicy, prune
-from catp_lightning.choosing import choose_tokens
 from catp_lightning.data import shipped
 from catp_lightning.data.scenes import digit_pool, draw_scene
-from catp_lightning.observation import Observation, Signal, Values
-from catp_lightning.scorers import SCORERS
-from catp_lightning.scorers.vtc_cls import VTCCLS
-from catp_lightning.selectors import SELECTORS
-from catp_lightning.selectors.context_merge import ContextMerge
-from catp_lightning.selectors.pool import Pool, grid
-from catp_lightning.selectors.prune_similar import PruneSimilar
+from catp_lightning.methods.observation import Observation, Signal, Values
+from catp_lightning.methods.scorers import SCORERS
+from catp_lightning.methods.scorers.vtc_cls import VTCCLS
+from catp_lightning.methods.selection import choose_tokens
+from catp_lightning.methods.selectors import SELECTORS
+from catp_lightning.methods.selectors.context_merge import ContextMerge
+from catp_lightning.methods.selectors.pool import Pool, grid
+from catp_lightning.methods.selectors.prune_similar import PruneSimilar
 from tests.families import ROWS
 
 BY_NAME = {row.name: row for row in ROWS}

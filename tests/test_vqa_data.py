@@ -13,7 +13,7 @@ from PIL import Image
 from catp_lightning.data import PROMPTS, shipped
 from catp_lightning.data.vqa import VQADataModule, VQADataset, VQASplit
 from catp_lightning.errors import DataError
-from catp_lightning.vqa_module import VQAModule
+from catp_lightning.modules.vqa import VQAModule
 from tests.tiny_vqa import QUERIES, build_processor, opt_config, save_model, scenes
 
 

@@ -9,7 +9,7 @@ from transformers import AutoModelForImageTextToText
 
 from catp_lightning.data.vqa import VQADataModule, VQASplit, collate
 from catp_lightning.errors import DataError
-from catp_lightning.vqa_module import VQAModule
+from catp_lightning.modules.vqa import VQAModule
 from tests.tiny_vqa import QUERIES, build_processor, opt_config, save_model, scenes, t5_config
 
 PROMPT = "Question: {} Short answer:"

@@ -13,7 +13,7 @@ from lightning.pytorch.loggers import CSVLogger, WandbLogger
 from torch.utils.data import DataLoader
 
 from catp_lightning import PruningPolicy
-from catp_lightning.calibration.report import COLUMNS, report_folder
+from catp_lightning.calibration.report.report import COLUMNS, report_folder
 from catp_lightning.callbacks import CrossAttentionCalibration
 from tests.test_report import Module, samples
 

@@ -14,19 +14,21 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from catp_lightning.calibration.budget import Promise
-from catp_lightning.calibration.candidates import Candidate, default_candidates, fitted_candidates
-from catp_lightning.calibration.competition import Check, Race
-from catp_lightning.calibration.evidence import CalibrationResult
-from catp_lightning.calibration.fitting import Fitted, fit, fit_without
+from catp_lightning.calibration.fit.fitting import Fitted, fit, fit_without
+from catp_lightning.calibration.fit.probing import Probing
+from catp_lightning.calibration.fit.ties import Tolerance
+from catp_lightning.calibration.passes import Stage
 from catp_lightning.calibration.plan import Plan
+from catp_lightning.calibration.replay.samples import Samples
+from catp_lightning.calibration.report.evidence import CalibrationResult
+from catp_lightning.calibration.search.candidates import Candidate, default_candidates, fitted_candidates
+from catp_lightning.calibration.search.promise import Promise
+from catp_lightning.calibration.search.race import Check, Race
 from catp_lightning.calibration.split import CHECKED, FOLDS, PROMISED, part_of, round_bounds, round_of
-from catp_lightning.calibration.stages import Probing, Samples, Stage
-from catp_lightning.calibration.ties import Tolerance
 from catp_lightning.errors import PolicyError
-from catp_lightning.observation import Needs, Signal, join
+from catp_lightning.methods.observation import Needs, Signal, join
 from catp_lightning.policy import PruningPolicy, check_keep
-from catp_lightning.saying import rank_zero_warn
+from catp_lightning.utils.messages import rank_zero_warn
 
 SURVIVORS = 4  # one in this many candidates goes on to the next round
 

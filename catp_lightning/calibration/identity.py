@@ -6,8 +6,8 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor, nn
 
-from catp_lightning.calibration.stages import Samples
-from catp_lightning.fingerprint import mix
+from catp_lightning.calibration.replay.samples import Samples
+from catp_lightning.utils.hashing import mix
 
 SAMPLED = 1024  # values of each parameter, at most, whose places its fingerprint depends on
 

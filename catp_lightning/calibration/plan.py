@@ -7,15 +7,16 @@ from typing import Protocol
 from torch import nn
 
 from catp_lightning.errors import PolicyError, PruningError
-from catp_lightning.families import Family
-from catp_lightning.guide import Guide
-from catp_lightning.observation import BY_LAYER, Needs, Signal, join
+from catp_lightning.methods.observation import BY_LAYER, Needs, Signal, join
+from catp_lightning.methods.scorers import AttentionScorer, Scorer
+from catp_lightning.methods.scorers.cross_attention import CrossAttention
+from catp_lightning.methods.scorers.fastervlm import FasterVLM
+from catp_lightning.methods.scorers.region_attention import RegionAttention
+from catp_lightning.methods.scorers.trimmed_llama import TrimmedLlama
+from catp_lightning.models import Family
 from catp_lightning.policy import PruningPolicy
-from catp_lightning.scorers import AttentionScorer, Scorer
-from catp_lightning.scorers.cross_attention import CrossAttention
-from catp_lightning.scorers.fastervlm import FasterVLM
-from catp_lightning.scorers.region_attention import RegionAttention
-from catp_lightning.scorers.trimmed_llama import TrimmedLlama
+from catp_lightning.pruning.guide import Guide
+from catp_lightning.pruning.pruner import Pruning, instead_of
 
 VOTERS: dict[str, AttentionScorer] = {"cross-attention": CrossAttention(), "region-attention": RegionAttention()}
 """Scorers for models with a Q-Former whose head weights are fitted, by name."""
@@ -71,8 +72,6 @@ class Plan:
     def _of_method(cls, family: Family, method: PruningPolicy, guide: nn.Module | None) -> "Plan":
         refusal = why_not(family, method.with_keep(0.5), guide)
         if refusal is not None:
-            from catp_lightning.pruning import instead_of
-
             raise PruningError(f"{method.scorer!r} cannot be calibrated here. {refusal}{instead_of(method, family)}")
         scorer, asked = method.build_scorer(), None
         if guide is not None and Signal.GUIDE_ATTENTION in scorer.needs:
@@ -157,8 +156,6 @@ class Rule(Protocol):
 
 def why_not(family: Family, rule: PruningPolicy | Rule, guide: nn.Module | None = None) -> str | None:
     """Return the reason why a policy, or a rule at any budget, cannot prune this model; None if it can."""
-    from catp_lightning.pruning import Pruning
-
     try:
         Pruning(family, rule if isinstance(rule, PruningPolicy) else rule.policy(0.5), guide=guide)
     except (PruningError, PolicyError) as error:

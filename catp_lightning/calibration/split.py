@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from catp_lightning.fingerprint import mix
+from catp_lightning.utils.hashing import mix
 
 PARTS = ("learn", "check")
 """Parts of a calibration split: everything is fitted and chosen on the first; the second only checks."""

@@ -17,8 +17,8 @@ from lightning.pytorch.utilities import CombinedLoader
 from catp_lightning.callbacks.context import LoopContext, Stage
 from catp_lightning.callbacks.signals import ended_by, tell
 from catp_lightning.callbacks.strategies import on_all, on_first
-from catp_lightning.files import check_writable, explained, write_text
-from catp_lightning.locks import only_run, refuse_running
+from catp_lightning.utils.files import check_writable, explained, write_text
+from catp_lightning.utils.locks import only_run, refuse_running
 
 Place = tuple[int, ...]
 """Sort key of an answer: (data loader, index of the sample or batch, share of the data, number in the batch)."""

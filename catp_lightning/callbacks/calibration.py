@@ -13,30 +13,30 @@ from lightning.pytorch import LightningModule, Trainer
 from torch import nn
 from tqdm import tqdm
 
-from catp_lightning.calibration.budget import GRID, Promise, descending
 from catp_lightning.calibration.calibrator import Calibrator
-from catp_lightning.calibration.competition import Race
-from catp_lightning.calibration.controls import doubts
+from catp_lightning.calibration.checkpoint import CalibrationCheckpoint
 from catp_lightning.calibration.identity import batch_fingerprints, model_fingerprint
 from catp_lightning.calibration.plan import Plan
-from catp_lightning.calibration.recorder import Recorder
-from catp_lightning.calibration.report import PAGE, report, report_folder
-from catp_lightning.calibration.resume import CalibrationCheckpoint
-from catp_lightning.calibration.stages import Samples
+from catp_lightning.calibration.replay.recorder import Recorder
+from catp_lightning.calibration.replay.samples import Samples
+from catp_lightning.calibration.report.controls import doubts
+from catp_lightning.calibration.report.report import PAGE, report, report_folder
+from catp_lightning.calibration.search.promise import GRID, Promise, descending
+from catp_lightning.calibration.search.race import Race
 from catp_lightning.callbacks.context import LoopContext, Stage
 from catp_lightning.callbacks.loaders import Amount, refuse_unordered
 from catp_lightning.callbacks.signals import end_if_told, ended_by, tell
 from catp_lightning.callbacks.steps import StepFunction, batches_again, recorded_steps
 from catp_lightning.callbacks.strategies import on_first, refuse_sharded
 from catp_lightning.errors import PolicyError, PruningError
-from catp_lightning.families import Family, find_family
-from catp_lightning.files import check_writable
-from catp_lightning.locations import POLICY, budget_file_name, policies_beside
-from catp_lightning.locks import only_run, refuse_running
+from catp_lightning.models import Family, find_family
 from catp_lightning.policy import Budget, PruningPolicy, check_keep
-from catp_lightning.progress import Lines, batch_of, shows_bars
-from catp_lightning.refusals import compiled_inside, occupied, refuse_unprunable
-from catp_lightning.saying import rank_zero_info, rank_zero_warn
+from catp_lightning.policy.locations import POLICY, budget_file_name, policies_beside
+from catp_lightning.pruning.refusals import compiled_inside, occupied, refuse_unprunable
+from catp_lightning.utils.files import check_writable
+from catp_lightning.utils.locks import only_run, refuse_running
+from catp_lightning.utils.messages import rank_zero_info, rank_zero_warn
+from catp_lightning.utils.progress import Lines, batch_of, shows_bars
 
 MANY = 2**20  # tokens assumed per image where images differ in size; sorts budgets in shares before budgets in tokens
 

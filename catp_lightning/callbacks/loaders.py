@@ -10,7 +10,7 @@ from lightning.pytorch.utilities import CombinedLoader
 from scipy.stats import binom
 from torch.utils.data import DataLoader, IterableDataset
 
-from catp_lightning.calibration.budget import Promise
+from catp_lightning.calibration.search.promise import Promise
 from catp_lightning.calibration.split import PROMISED
 from catp_lightning.errors import PolicyError, PruningError
 

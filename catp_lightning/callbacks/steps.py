@@ -8,7 +8,7 @@ from typing import Any
 from lightning.pytorch import Trainer
 from lightning.pytorch.strategies import Strategy
 
-from catp_lightning.calibration.recorder import Recorder
+from catp_lightning.calibration.replay.recorder import Recorder
 
 StepFunction = Callable[..., Any]
 

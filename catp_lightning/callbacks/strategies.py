@@ -5,8 +5,8 @@ from collections.abc import Callable
 import torch
 from lightning.pytorch import Trainer
 
-from catp_lightning.either import is_a
 from catp_lightning.errors import PruningError
+from catp_lightning.utils.compat import is_a
 
 _DEEPSPEED = (
     "{name} cannot be used under {strategy}: DeepSpeed runs the model in an engine of its own, whose hooks at ZeRO "

@@ -11,20 +11,21 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import nn
 from torchmetrics import MeanMetric
 
-from catp_lightning.answers import AnswerComparison, compare_with_unpruned
 from catp_lightning.callbacks.calibration import CrossAttentionCalibration
 from catp_lightning.callbacks.context import LoopContext, Stage
 from catp_lightning.callbacks.strategies import refuse_deepspeed, refuse_without_validation
-from catp_lightning.checkpoints import POLICY_KEY, missing_policy, stored_policy, warn_where_another
-from catp_lightning.either import is_a
 from catp_lightning.errors import PruningError
-from catp_lightning.loggers import tell
 from catp_lightning.metrics import Agreement, TokensKept
-from catp_lightning.overlap import OverlapCheck, decode_images, has_images, overlap_check
+from catp_lightning.metrics.overlap import OverlapCheck, overlap_check
 from catp_lightning.policy import Budget, PruningPolicy, check_keep
+from catp_lightning.policy.checkpoints import POLICY_KEY, missing_policy, stored_policy, warn_where_another
+from catp_lightning.policy.images import decode_images, has_images
+from catp_lightning.policy.sources import Source, policy_or_path
 from catp_lightning.pruning import Pruning, prune
-from catp_lightning.saying import rank_zero_info, rank_zero_warn
-from catp_lightning.sources import Source, policy_or_path
+from catp_lightning.pruning.answers import AnswerComparison, compare_with_unpruned
+from catp_lightning.utils.compat import is_a
+from catp_lightning.utils.loggers import tell
+from catp_lightning.utils.messages import rank_zero_info, rank_zero_warn
 
 
 @dataclass

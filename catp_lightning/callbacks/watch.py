@@ -4,7 +4,7 @@ from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 
-from catp_lightning.progress import Lines, Preparation, batch_of
+from catp_lightning.utils.progress import Lines, Preparation, batch_of
 
 
 class Watch(Callback):

@@ -16,7 +16,7 @@ from PIL import Image
 from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
 
-from catp_lightning.files import write_bytes, write_json
+from catp_lightning.utils.files import write_bytes, write_json
 
 Split = Literal["train", "calibration", "test"]
 

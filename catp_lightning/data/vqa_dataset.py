@@ -19,7 +19,7 @@ from torch.utils.data import Dataset
 
 from catp_lightning.data.images import MAX_PIXELS, read_image
 from catp_lightning.errors import DataError
-from catp_lightning.files import read_bytes
+from catp_lightning.utils.files import read_bytes
 
 ANSWERS = 10  # people asked about each question; the official accuracy is defined for ten
 

@@ -1,0 +1,1 @@
+"""Fitting: random subsets of tokens are probed, and token positions, layers and heads are fitted to their sums."""

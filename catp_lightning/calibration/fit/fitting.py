@@ -1,0 +1,159 @@
+"""Fit the relevance that candidates use from the probes' sums: slots, layers, head weights, a fixed set."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import numpy as np
+
+from catp_lightning.calibration.fit.heads import HeadFit, fit_heads
+from catp_lightning.calibration.fit.layers import LayerChoice, choose_layers
+from catp_lightning.calibration.fit.probes import Columns
+from catp_lightning.calibration.fit.sums import FoldSums
+from catp_lightning.calibration.fit.ties import Tolerance
+
+
+@dataclass(frozen=True)
+class VoterFit:
+    """Fit of one voter: its chosen layers and the weights of their heads.
+
+    Attributes:
+        choice: selection of layers, in the order they were added.
+        layers: the chosen layers, ascending.
+        fit: weights of their heads, fitted together with the slots; None if no layer was chosen.
+        selected: True if any head was selected.
+    """
+
+    choice: LayerChoice
+    layers: tuple[int, ...] = ()
+    fit: HeadFit | None = None
+    selected: bool = False
+
+    @property
+    def slot_weights(self) -> list[float]:
+        """Value of each slot, fitted together with the heads."""
+        assert self.fit is not None
+        return rounded(self.fit.slots)
+
+    def head_weights(self, heads: int) -> list[list[float]]:
+        """Return the head weights, a row for each chosen layer; `heads` is the number of heads of a layer."""
+        assert self.fit is not None
+        return [rounded(row) for row in self.fit.weights.reshape(len(self.layers), heads)]
+
+
+@dataclass(frozen=True)
+class Fitted:
+    """All findings of the probes.
+
+    Attributes:
+        slots: value of each slot, fitted without heads; empty without slots.
+        greedy: a score for each slot, the highest of which form the best fixed set; None if there are too many slots,
+            or none.
+        voters: fit of each voter, by name.
+    """
+
+    slots: list[float] = field(default_factory=list)
+    greedy: list[float] | None = None
+    voters: Mapping[str, VoterFit] = field(default_factory=dict)
+
+    def evidence(self, columns: Columns) -> dict[str, Any]:
+        """Return the findings as plain numbers, for the policy's evidence."""
+        return {
+            "slots": self.slots,
+            **{name: _evidence(found, columns.voters[name][1]) for name, found in self.voters.items()},
+        }
+
+
+def fit(sums: FoldSums, pairs: FoldSums | None, columns: Columns, ties: Tolerance) -> Fitted:
+    """Fit slots, layers, head weights and the fixed set of the candidates, from sums alone.
+
+    Args:
+        sums: sums of `columns` over all processes.
+        pairs: sums of pairs of slots, if those were measured.
+        columns: column layout of a probe's row.
+        ties: tolerance within which layers and sets are equally good.
+    """
+    slots, voters = columns.of_slots, {}
+    for name, (layers_read, _) in columns.voters.items():
+        choice = choose_layers(sums, columns.of_voter(name), slots, ties)
+        choice = replace(
+            choice,
+            layers=tuple(layers_read[place] for place in choice.layers),
+            steps=tuple((layers_read[step[0]], *step[1:]) for step in choice.steps),
+        )
+        layers = tuple(sorted(choice.layers))
+        found = fit_heads(sums, columns.of_heads(name, layers), slots) if layers else None
+        voters[name] = VoterFit(choice, layers, found, found is not None and found.selected)
+    return Fitted(_slots(sums, columns), _greedy(pairs, columns, ties), voters)
+
+
+def fit_without(
+    fold: int, sums: FoldSums, pairs: FoldSums | None, columns: Columns, like: Fitted, ties: Tolerance
+) -> Fitted:
+    """Fit again without one fold, to be measured on it: layers that `like` chose, weights that never saw the fold."""
+    sums, pairs = sums.without(fold), None if pairs is None else pairs.without(fold)
+    voters = {
+        name: replace(found, fit=fit_heads(sums, columns.of_heads(name, found.layers), columns.of_slots))
+        if found.selected
+        else found
+        for name, found in like.voters.items()
+    }
+    return Fitted(_slots(sums, columns), _greedy(pairs, columns, ties), voters)
+
+
+def _slots(sums: FoldSums, columns: Columns) -> list[float]:
+    """Return the value of each slot without heads: ridge regression on the slots alone."""
+    if not columns.slots:
+        return []
+    own = sums.columns(columns.of_slots)
+    gram, moment = own.gram.sum(0), own.moment.sum(0)
+    ridge = 0.01 * max(1e-12, gram.diagonal().mean())
+    return rounded(np.linalg.solve(gram + ridge * np.eye(len(moment)), moment))
+
+
+def _greedy(pairs: FoldSums | None, columns: Columns, ties: Tolerance) -> list[float] | None:
+    """Return a score for each slot by the order in which it joins the fixed set that keeps the answers best.
+
+    The gain of a set is modelled as a quadratic function of its members, fitted to the probes: a value for each slot,
+    and one for each pair beyond that (negative for two redundant slots). The set is grown greedily.
+    """
+    if pairs is None:
+        return None
+    gram, moment = pairs.gram.sum(0), pairs.moment.sum(0)
+    ridge = 0.1 * max(1e-12, gram.diagonal().mean())
+    worth = np.zeros((columns.slots, columns.slots))
+    worth[np.triu_indices(columns.slots)] = np.linalg.solve(gram + ridge * np.eye(len(moment)), moment)
+    gain, together = worth.diagonal().copy(), np.triu(worth, 1) + np.triu(worth, 1).T
+    scores, scale, rest = np.zeros(columns.slots), float(np.abs(gain).max()), list(range(columns.slots))
+    for step in range(columns.slots):
+        best = rest.pop(ties.order((-gain[rest]).tolist(), scale)[0])
+        scores[best] = columns.slots - step
+        gain = gain + together[best]
+    return scores.tolist()
+
+
+def rounded(values: np.ndarray) -> list[float]:
+    """Round to six significant digits, so that sums added in another order give the same value or its neighbour.
+
+    Other batches and processes add in another order. With fewer digits, neighbours would be too far apart: with four,
+    by up to a thousandth.
+    """
+    return [float(f"{value:.6g}") for value in values]
+
+
+def _evidence(found: VoterFit, heads: int) -> dict[str, Any]:
+    steps = [{"layer": s[0], "explained": float(s[1]), "error": float(s[2])} for s in found.choice.steps]
+    shown: dict[str, Any] = {
+        "layers": list(found.layers),
+        "layer_steps": steps,
+        "layer_stability": [float(share) for share in found.choice.stability],
+    }
+    if found.fit is not None:
+        shown |= {
+            "head_weights": found.head_weights(heads),
+            "head_stability": found.fit.stability.reshape(len(found.layers), heads).tolist(),
+            "explained": float(found.fit.explained),
+            "explained_error": float(found.fit.explained_error),
+            "strength": float(found.fit.strength),
+        }
+    return shown

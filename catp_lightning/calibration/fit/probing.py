@@ -1,0 +1,94 @@
+"""Stages of a calibration: each reads the split once and adds up its findings in metrics."""
+
+from collections.abc import Sequence
+
+import torch
+from torchmetrics import Metric
+
+from catp_lightning.calibration.fit.probes import Columns, head_votes, pair_rows, probe, sizes
+from catp_lightning.calibration.fit.sums import (
+    ImageSet,
+    PartCounts,
+    ProbeSums,
+    RankCorrelation,
+    TokenCounts,
+)
+from catp_lightning.calibration.passes import Belongs
+from catp_lightning.calibration.plan import Plan
+from catp_lightning.calibration.replay.samples import Samples
+from catp_lightning.calibration.split import fold_of
+from catp_lightning.methods.observation import Signal
+from catp_lightning.methods.selection import images_to_samples, protected_tokens
+from catp_lightning.methods.selectors import without_autocast
+
+PAIRS = 40
+"""Limit on the slots up to which pairs are fitted too: the sums grow with the fourth power of their number."""
+
+
+class Probing:
+    """Stage that probes the learning part by random subsets, and notes image fingerprints and rank correlations."""
+
+    title = "measuring what each visual token is worth"
+
+    def __init__(
+        self, plan: Plan, budgets: Sequence[int | float], part_of: Belongs, device: torch.device | None
+    ) -> None:
+        self.plan, self.columns, self.part_of = plan, Columns.of(plan), part_of
+        self.sizes = sizes(budgets, plan.family.tokens_per_image) if self.columns.total else []
+        self.sums = ProbeSums(self.columns.total).to(device)
+        self.images, self.parts = ImageSet().to(device), PartCounts().to(device)
+        self.tokens, self.unsound = TokenCounts().to(device), ImageSet().to(device)
+        nothing = torch.empty(0, dtype=torch.int64, device=device)  # a process may have no batch
+        self.images.update(nothing)
+        self.unsound.update(nothing)
+        self.metrics: dict[str, Metric] = {
+            "probes": self.sums,
+            "images": self.images,
+            "parts": self.parts,
+            "tokens": self.tokens,
+            "unsound": self.unsound,
+        }
+        self.correlations = {
+            name: RankCorrelation(len(layers)).to(device) for name, (layers, _) in self.columns.voters.items()
+        }
+        self.metrics |= {f"correlation of {name}": metric for name, metric in self.correlations.items()}
+        self.pairs: ProbeSums | None = None
+        slots = self.columns.slots
+        if 0 < slots <= PAIRS:
+            self.metrics["pairs"] = self.pairs = ProbeSums(slots * (slots + 1) // 2).to(device)
+
+    def see(self, samples: Samples) -> None:
+        # One NaN would make all sums NaN, and nothing can be learnt where the model itself gives no finite answer.
+        sound = samples.replay.sound()
+        self.unsound.update(samples.keys[~sound])
+        if sound.any():
+            self._measure(samples if bool(sound.all()) else samples.where(sound))
+
+    def _measure(self, samples: Samples) -> None:
+        part = self.part_of(samples.images)
+        self.parts.update(part)
+        self.images.update(samples.seen[Signal.IMAGE_HASH])
+        self.tokens.update(samples.seen.droppable.sum(1))
+        voted_on = samples.seen if samples.inside is None else samples.inside
+        whole = voted_on.droppable.all(1)  # padding or protected tokens would shift an image's ranks
+        with without_autocast(part):
+            for name, metric in self.correlations.items():
+                metric.update(self.plan.voters[name].votes(voted_on).sum(2)[whole])
+        if (part == 0).any():
+            self._probe(samples.where(part == 0))
+
+    def _probe(self, samples: Samples) -> None:
+        seen = samples.seen if samples.inside is None else samples.inside
+        votes = head_votes(self.plan.voters.values(), seen, samples.visual)
+        fold, owner = fold_of(samples.images), None
+        stay = protected_tokens(samples.seen, samples.visual) if samples.inside is None else None
+        stay = stay if stay is not None and bool(stay.any()) else None
+        if self.plan.family.reads == "cross-attention":  # the text must see at least one row of each image
+            valid = samples.seen.valid
+            images = torch.arange(len(valid), device=valid.device)[:, None].expand(valid.shape)
+            owner = images_to_samples(images, valid, samples.visual, 0)
+        for number, size in enumerate(self.sizes):
+            found = probe(samples.replay, votes, samples.images, size, number, self.columns.slots, owner, stay)
+            self.sums.update(fold, found.rows, found.gain)
+            if self.pairs is not None:
+                self.pairs.update(fold, pair_rows(found.slots), found.gain)

@@ -1,0 +1,1 @@
+"""Replays: recorded prompts are answered again with other tokens kept."""

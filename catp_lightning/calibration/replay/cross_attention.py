@@ -1,0 +1,106 @@
+"""Replay of prompts whose text reads image rows by cross-attention: Llama-3.2-Vision."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+
+from catp_lightning.calibration.replay.base import (
+    Replay,
+    answering_rows,
+    first_answers,
+    picked,
+    some_answers,
+    text_fingerprint,
+)
+from catp_lightning.errors import PruningError
+from catp_lightning.models import Family
+from catp_lightning.models.mllama import Mllama
+from catp_lightning.pruning.answers import Answer
+from catp_lightning.pruning.sites import CrossAttended, PruneCrossAttention
+
+BY_ROW = ("attention_mask", "cross_attention_states", "cross_attention_mask", "full_text_row_masked_out_mask")
+
+
+@dataclass(frozen=True)
+class RowsReplay(Replay):
+    """Replay of a batch of prompts as the text model received them.
+
+    Attributes:
+        seen: image rows that each text sees: bool [B, T].
+        given: arguments of the text model by name, with B rows each.
+    """
+
+    seen: Tensor
+    given: Mapping[str, Tensor]
+
+    @classmethod
+    def of(cls, family: Family, prompt: CrossAttended, answers: Answer) -> "RowsReplay":
+        """Build the replay of recorded prompts; of several beams or answers to a prompt, the first is replayed.
+
+        Raises:
+            PruningError: the prompt reached the text model as embeddings.
+        """
+        ids = prompt.given.get("input_ids")
+        if ids is None:
+            raise PruningError("Calibration answers prompts again from their ids: pass input_ids, not inputs_embeds.")
+        given = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+        given |= {name: prompt.given[name] for name in BY_ROW if prompt.given.get(name) is not None}
+        columns = torch.arange(ids.shape[1], device=ids.device).expand_as(ids)
+        positions = prompt.given.get("position_ids")
+        given["position_ids"] = columns if positions is None else positions.expand_as(ids)
+        states = given["cross_attention_states"]
+        given["cross_attention_states"] = states.reshape(len(ids), -1, states.shape[-1])  # from one entry per tile
+        given = {name: value[:: prompt.beams] for name, value in given.items()}
+        first, rows = first_answers(answers, len(prompt.tokens), family.decoder_config.vocab_size)
+        return cls(family, first, rows, prompt.tokens, given)
+
+    @property
+    def tokens(self) -> Tensor:
+        return self.seen
+
+    @property
+    def lengths(self) -> Tensor:
+        return self.given["attention_mask"].sum(1)
+
+    @property
+    def questions(self) -> Tensor:
+        return text_fingerprint(self.given["input_ids"], self.given["attention_mask"] == 1)
+
+    def of_samples(self, index: Tensor) -> "RowsReplay":
+        given = {name: value[index] for name, value in self.given.items()}
+        return replace(self, seen=self.seen[index], given=given, answers=some_answers(self.answers, index))
+
+    def log_probabilities(self, keep: Tensor, carrier: Tensor | None = None) -> Tensor:
+        assert carrier is None  # selectors that merge are refused here
+        family, length = cast(Mllama, self.family), self.given["input_ids"].shape[1]
+        entry = PruneCrossAttention(family, lambda prompt: keep)
+        entry.prompt_length = length
+        needed, place = answering_rows(self.answers, self.answers.row[:, None], length)
+        with entry.dropping():
+            hidden = family.decoder(**self._forced(), use_cache=False).last_hidden_state
+        return picked(family.model.lm_head(hidden[:, needed]), place)
+
+    def _forced(self) -> dict[str, Any]:
+        """Return the text model's arguments for prompt and answer; answers see what the prompt's last token sees."""
+        forced, given = self.answers.ids[:, :-1], self.given
+        steps = torch.arange(1, forced.shape[1] + 1, device=forced.device)
+        real = given["attention_mask"]
+        last = real.shape[1] - 1 - real.flip(1).argmax(1)
+
+        def extended(name: str) -> Tensor:
+            """Extend an argument [B, 1, L, n] over the answer: the row of the prompt's last token is repeated."""
+            value = given[name]
+            end = value[torch.arange(len(value), device=value.device), :, last][:, :, None]
+            return torch.cat([value, end.expand(-1, -1, forced.shape[1], -1)], 2)
+
+        return {
+            "input_ids": torch.cat([given["input_ids"], forced], 1),
+            "attention_mask": torch.cat([real, torch.ones_like(forced)], 1),
+            "position_ids": torch.cat([given["position_ids"], given["position_ids"].amax(1, keepdim=True) + steps], 1),
+            "cross_attention_states": given["cross_attention_states"],
+            "cross_attention_mask": extended("cross_attention_mask"),
+            "full_text_row_masked_out_mask": extended("full_text_row_masked_out_mask"),
+        }

@@ -1,0 +1,68 @@
+"""Batches of recorded samples."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from catp_lightning.calibration.replay.base import Replay
+from catp_lightning.methods.observation import Observation, Signal
+from catp_lightning.utils.hashing import mix
+
+
+@dataclass(frozen=True)
+class Samples:
+    """Batch of B recorded samples with I images.
+
+    Attributes:
+        replay: prompts of the samples and the unpruned answers.
+        seen: signals of the images.
+        images: int64 [B], fingerprint of each sample's first image; 0 for a sample without images.
+        inside: signals observed inside the language model, as one image per sample; None if there are none.
+    """
+
+    replay: Replay
+    seen: Observation
+    images: Tensor
+
+    inside: Observation | None = None
+
+    @classmethod
+    def of(cls, replay: Replay, seen: Observation, inside: Observation | None = None) -> "Samples":
+        of_images, images = _sample_of_images(replay.tokens, seen), seen[Signal.IMAGE_HASH]
+        first = torch.zeros(len(replay.tokens), dtype=torch.int64, device=images.device)
+        # Backwards, so that of several images of a sample the first is written last.
+        for image in reversed(range(len(images))):
+            first[of_images[image]] = images[image]
+        return cls(replay, seen, first, inside)
+
+    def where(self, chosen: Tensor) -> "Samples":
+        """Return the samples where `chosen`, bool [B], is True."""
+        return Samples(
+            self.replay.of_samples(chosen),
+            self.seen.of_images(chosen[_sample_of_images(self.visual, self.seen)]),
+            self.images[chosen],
+            None if self.inside is None else self.inside.of_images(chosen),
+        )
+
+    @property
+    def visual(self) -> Tensor:
+        """Visual tokens of each sample: bool [B, T]."""
+        return self.replay.tokens
+
+    @property
+    def keys(self) -> Tensor:
+        """Checksum of each sample's first image and question: int64 [B]."""
+        return mix(self.images ^ self.replay.questions)
+
+    @property
+    def key(self) -> int:
+        """Checksum of all images and questions, independent of their order."""
+        together = self.keys.sum() + mix(self.seen[Signal.IMAGE_HASH]).sum()
+        return int(together)
+
+
+def _sample_of_images(visual: Tensor, seen: Observation) -> Tensor:
+    """Return the index of the sample that each image belongs to: int64 [I]."""
+    ends = visual.sum(1).cumsum(0)
+    return torch.bucketize(seen.valid.sum(1).cumsum(0) - 1, ends, right=True)

@@ -1,0 +1,1 @@
+"""What a calibration tells: evidence in the policy, page, figures, log."""

@@ -1,0 +1,182 @@
+"""Render a calibration as a page of Markdown, from the evidence of its policies."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from catp_lightning.calibration.report.controls import against
+from catp_lightning.calibration.report.figures import visual_tokens, voters
+from catp_lightning.policy import PruningPolicy
+from catp_lightning.safe_text import markdown_text
+from catp_lightning.utils.markdown import markdown_table
+
+SHOWN = 20
+"""Number of candidates in a budget's table, which shows all controls too."""
+
+CAPTIONS = {
+    "retention": (
+        "What is kept: the share of samples answered as by the unpruned model, over visual tokens kept; bars are 95% "
+        "intervals, thin lines are controls, and higher is better."
+    ),
+    "layers": (
+        "Each layer by itself: the same share when CATP, or the method whose layers were asked, reads that one alone, "
+        "at each budget; dashed is the chosen policy. Where the points lie apart, it matters which layer is read."
+    ),
+    "heads": (
+        "Weights of the heads of the chosen layers: red heads vote for tokens that help the answer, blue heads for "
+        "tokens that are better dropped, and blank ones were not selected."
+    ),
+    "slots": (
+        "What keeping each slot changes in the log-probability of the unpruned answer, a mean over images: blue slots "
+        "are better dropped, if any has to be."
+    ),
+    "rank_correlation": (
+        "How alike two layers rank the tokens of an image (Spearman's correlation, a mean over images): near 1 they "
+        "say the same, near 0 they have nothing to do with each other."
+    ),
+}
+"""Captions of the figures by file name without suffix, in the order of the page."""
+
+
+def page(policies: Sequence[PruningPolicy], lines: Mapping[str, str], figures: Sequence[str]) -> str:
+    """Return the report of a calibration as Markdown.
+
+    Args:
+        policies: policies of one calibration.
+        lines: what was chosen, what it keeps and what it cost, in a sentence each.
+        figures: names of the figures that exist, as in `CAPTIONS`; their files lie beside the page.
+    """
+    evidence = policies[0].evidence
+    parts = ", ".join(f"{count} samples to {part}" for part, count in evidence["samples"].items())
+    sections = [
+        f"# Calibration of {markdown_text((policies[0].model or {})['type'])}",
+        "".join(f"- **{name.capitalize()}**: {markdown_text(text)}\n" for name, text in lines.items()),
+        f"## Budgets\n\n{_budgets(policies)}",
+        f"The split: {parts}. Intervals are Wilson's, of 95%. The last column is how far the choice is ahead of the "
+        "control that agreed most on the checked samples, paired by sample, with a 95% interval over images; *level* "
+        "where that contains 0.",
+        *([_promise(policies[0])] if "promise" in evidence else []),
+        *_figures(figures, ("retention", "layers")),
+        "## What the probes found",
+        "Layers are found by forward selection, then heads by a signed sparse fit; shares are of the variance of the "
+        "answers' log-probability, on images left out, ± a standard error.",
+        "".join(f"- {markdown_text(name)}: {_found(fit)}\n" for name, fit in voters(policies[0]).items()),
+        *_figures(figures, ("heads", "slots", "rank_correlation")),
+        *(_candidates(policy) for policy in policies if policy.evidence["candidates"]),
+    ]
+    return "\n\n".join(part.strip("\n") for part in sections) + "\n"
+
+
+def percent(value: float) -> str:
+    return f"{value:.1%}"
+
+
+def interval(ends: Sequence[float]) -> str:
+    return f"{ends[0]:.1%} to {ends[1]:.1%}"
+
+
+def _figures(there: Sequence[str], names: Sequence[str]) -> Iterator[str]:
+    for name in names:
+        if name in there:
+            yield f"![{name.replace('_', ' ')}]({name}.png)\n\n{CAPTIONS[name]}"
+
+
+def _budgets(policies: Sequence[PruningPolicy]) -> str:
+    evidence, total = policies[0].evidence, visual_tokens(policies[0])
+    controls = {row["name"] for policy in policies for row in policy.evidence["candidates"] if row["control"]}
+    rows = [
+        [
+            point["keep"],
+            f"{point['tokens']} of {total}",
+            f"{point['chosen']}{' (a control)' if point['chosen'] in controls else ''}",
+            percent(point["agreement"]),
+            interval(point["interval"]),
+            evidence["samples"]["check"],
+            against(point) or "-",
+        ]
+        for point in evidence["retention"]
+    ]
+    header = ("keep", "visual tokens", "chosen", "agreement", "95% interval", "samples checked", "and the best control")
+    return markdown_table(header, rows)
+
+
+def _promise(policy: PruningPolicy) -> str:
+    promise = policy.evidence["promise"]
+    most, confidence, images = promise["max_disagreement"], promise["confidence"], promise["images"]
+    rows = [
+        [
+            step["keep"],
+            f"{step['disagreed']} of {images}",
+            f"{step['bound']:.2%}",
+            "yes" if step["tested"] else "no",
+            "yes" if step["holds"] else "no",
+        ]
+        for step in promise["steps"]
+    ]
+    if any(step["holds"] for step in promise["steps"]):
+        said = (
+            f"With confidence {confidence:.4g}, the policy at keep {policy.keep} answers at most {most:.4g} of new "
+            "images otherwise than the unpruned model; of each image one question counts, drawn at random among those "
+            "asked about it."
+        )
+    else:
+        said = (
+            f"No budget was found to change at most {most:.4g} of the answers with confidence {confidence:.4g}: the "
+            "policy keeps all tokens, so that nothing changes."
+        )
+    return (
+        f"## The promise\n\n{said} It was tested on {images} images that nothing was decided on, from the largest "
+        "budget down; the first whose bound exceeds the promise ends the test.\n\n"
+        + markdown_table(("keep", "disagreed", "bound", "tested", "holds"), rows)
+    )
+
+
+def _found(fit: Mapping[str, Any]) -> str:
+    """Describe in words the layers and heads that were fitted for one voter."""
+    if not fit["layers"]:
+        return "nothing; no layer's votes predict the answers better than chance on left-out images."
+    steps = ", ".join(
+        f"layer {step['layer']} ({_explained(step['explained'], step['error'])} of the variance, chosen again in "
+        f"{fit['layer_stability'][step['layer']]:.0%} of the fits that leave a fold out)"
+        for step in fit["layer_steps"]
+    )
+    weights, stability = np.array(fit["head_weights"]), np.array(fit["head_stability"])
+    chosen = weights != 0
+    if not chosen.any():
+        return f"{steps}; but no selection of heads predicts the answers better than chance on left-out images."
+    return (
+        f"{steps}; {chosen.sum()} of {chosen.size} heads, which explain "
+        f"{_explained(fit['explained'], fit['explained_error'])} of the variance beyond the slots, each found again "
+        f"with the same sign in {stability[chosen].min():.0%} to {stability[chosen].max():.0%} of those fits."
+    )
+
+
+def _explained(share: float, error: float) -> str:
+    return f"{share:.2%} ± {error:.2%}"
+
+
+def _candidates(policy: PruningPolicy) -> str:
+    everyone = policy.evidence["candidates"]
+    shown = [row for place, row in enumerate(everyone) if place < SHOWN or row["control"]]
+    rows = [
+        [
+            row["name"],
+            "yes" if row["control"] else "",
+            row["choose"]["samples"],
+            f"{row['choose']['divergence']:.4f} ± {row['choose']['divergence_error']:.4f}",
+            percent(row["choose"]["agreement"]),
+            f"{percent(row['check']['agreement'])} ({interval(row['check']['interval'])})" if row["check"] else "",
+        ]
+        for row in shown
+    ]
+    header = ("candidate", "control", "samples", "divergence", "agreement", "agreement, checked")
+    more = len(everyone) - len(shown)
+    rest = f"{more} more candidates are not shown" if more else "These are all candidates"
+    return (
+        f"## Candidates at keep {policy.keep}\n\n{markdown_table(header, rows)}\n"
+        f"{rest}; the figures of all {len(everyone)} are in the policy's evidence. Candidates that left early "
+        "answered fewer samples and stand below those that stayed; controls and single layers are checked however "
+        "they do. Divergence, which decides, is the mean over answer "
+        "tokens of KL(unpruned || pruned) in nats, with its standard error."
+    )

@@ -1,0 +1,215 @@
+"""Report a calibration: three lines for the terminal, a page with figures, and both wherever the trainer logs."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from lightning.pytorch.loggers import Logger
+
+from catp_lightning.calibration.report.controls import against
+from catp_lightning.calibration.report.figures import (
+    correlation_figure,
+    head_figure,
+    layer_figure,
+    retention_figure,
+    slot_figure,
+    visual_tokens,
+)
+from catp_lightning.calibration.report.page import interval, page, percent
+from catp_lightning.policy import PruningPolicy
+from catp_lightning.safe_text import one_line
+from catp_lightning.utils.compat import is_a
+from catp_lightning.utils.files import write_bytes, write_text
+from catp_lightning.utils.loggers import tell
+from catp_lightning.utils.plots import png
+
+COLUMNS = (
+    "candidate",
+    "control",
+    "samples",
+    "divergence",
+    "agreement",
+    "checked divergence",
+    "checked agreement",
+    "low",
+    "high",
+)
+"""Columns of the logged table of candidates."""
+
+FIGURES = {
+    "retention": retention_figure,
+    "layers": layer_figure,
+    "heads": head_figure,
+    "slots": slot_figure,
+    "rank_correlation": correlation_figure,
+}
+"""Functions that draw the figures of a report, by file name without suffix."""
+
+PAGE = "report.md"
+
+
+def report(
+    policies: Sequence[PruningPolicy],
+    files: Sequence[Path],
+    folder: Path,
+    loggers: Sequence[Logger],
+    seconds: float,
+    plain_seconds: float | None = None,
+    step: int = 0,
+) -> list[str]:
+    """Write `report.md` and its figures into `folder`, and log the same wherever the trainer logs.
+
+    Args:
+        policies: policies of one calibration.
+        files: file of each policy.
+        folder: folder of the report; figures of an older report that this one lacks are removed.
+        loggers: loggers of the trainer.
+        seconds: time that the calibration took.
+        plain_seconds: time that the prediction alone took, if known.
+        step: step of the trainer; custom loggers may need it.
+
+    Returns:
+        Three lines for the terminal: what was chosen, what it keeps, what it cost.
+    """
+    lines = {"chosen": _chosen(policies), "keeps": _keeps(policies), "cost": _cost(policies, seconds, plain_seconds)}
+    drawn = {name: figure for name, draw in FIGURES.items() if (figure := draw(policies)) is not None}
+    images = {name: png(figure) for name, figure in drawn.items()}
+    text = page(policies, lines, list(images))
+    _write(folder, text, images)
+
+    def log(logger: Logger) -> None:
+        if is_a(logger, "WandbLogger"):
+            _log_to_wandb(logger, policies, files, text, images)
+        elif metrics := _metrics(policies):
+            logger.log_metrics(metrics, step=step)
+
+    tell(loggers, f"What the calibration found is in {folder}; it", log)
+    return [f"catp: {name}: {line}" for name, line in lines.items()]
+
+
+def report_folder(path: Path) -> Path:
+    """Return the folder for a policy's report: inside the policy's folder, or beside a policy that is a file.
+
+    >>> str(report_folder(Path("policies"))), str(report_folder(Path("runs/policy.json")))
+    ('policies/report', 'runs/policy-report')
+    """
+    return path.with_name(f"{path.stem}-report") if path.suffix else path / "report"
+
+
+def candidate_rows(policy: PruningPolicy) -> list[list[Any]]:
+    """Return a row of `COLUMNS` for each candidate, best first; its check is None if it was eliminated before."""
+    rows = []
+    for row in policy.evidence["candidates"]:
+        choose, check = row["choose"], row["check"]
+        checks = [check["divergence"], check["agreement"], *check["interval"]] if check else [None] * 4
+        found = [choose["samples"], choose["divergence"], choose["agreement"]]
+        rows.append([one_line(row["name"]), row["control"], *found, *checks])
+    return rows
+
+
+def _chosen(policies: Sequence[PruningPolicy]) -> str:
+    if _unpruned(policies):
+        return "no pruning: no budget keeps the promise"
+    said = []
+    for policy in policies:
+        control = " (a control: no finding of this calibration beats it)" if policy.evidence["control"] else ""
+        said.append(f"{policy.evidence['chosen']} at keep {policy.keep}{control}")
+    smallest = ", the smallest budget that keeps the promise" if "promise" in policies[0].evidence else ""
+    return "; ".join(said) + smallest
+
+
+def _keeps(policies: Sequence[PruningPolicy]) -> str:
+    evidence, total = policies[0].evidence, visual_tokens(policies[0])
+    if _unpruned(policies):
+        promise = evidence["promise"]
+        first = promise["steps"][0]
+        return (
+            f"all {total} tokens, so every answer; at keep {first['keep']} {first['disagreed']} of {promise['images']} "
+            f"images disagree, which allows up to {first['bound']:.2%}, above {promise['max_disagreement']:.4g}"
+        )
+    points = {repr(point["keep"]): point for point in evidence["retention"]}
+    said = [
+        f"{percent(point['agreement'])} ({interval(point['interval'])}) with {point['tokens']} of {total} tokens"
+        + (f", {compared}" if (compared := against(point)) else "")
+        for policy in policies
+        for point in [points[repr(policy.keep)]]
+    ]
+    line = f"of {evidence['samples']['check']} answers it was not chosen on, {'; '.join(said)}"
+    return line + (f"; {_promised(evidence['promise'])}" if "promise" in evidence else "")
+
+
+def _promised(promise: Mapping[str, Any]) -> str:
+    last = [step for step in promise["steps"] if step["holds"]][-1]
+    return (
+        f"at most {promise['max_disagreement']:.4g} of new images disagree, with confidence "
+        f"{promise['confidence']:.4g} ({last['disagreed']} of {promise['images']} did)"
+    )
+
+
+def _cost(policies: Sequence[PruningPolicy], seconds: float, plain_seconds: float | None) -> str:
+    samples = sum(policies[0].evidence["samples"].values())
+    times = f", {seconds / plain_seconds:.1f} times the prediction alone" if plain_seconds else ""
+    return f"{seconds:,.1f} s for {samples} samples{times}"
+
+
+def _unpruned(policies: Sequence[PruningPolicy]) -> bool:
+    """Return True if a promise was asked for that no budget keeps."""
+    return not policies[0].evidence["candidates"]
+
+
+def _write(folder: Path, text: str, images: Mapping[str, bytes]) -> None:
+    for name, image in images.items():
+        write_bytes(folder / f"{name}.png", image)
+    write_text(folder / PAGE, text)
+    for name in FIGURES.keys() - images.keys():
+        (folder / f"{name}.png").unlink(missing_ok=True)
+
+
+def _metrics(policies: Sequence[PruningPolicy]) -> dict[str, float]:
+    """Return agreement and divergence of each policy on the checking part; none for one that keeps all tokens."""
+    metrics = {}
+    for policy in policies:
+        for row in policy.evidence["candidates"]:
+            if row["name"] == policy.evidence["chosen"]:
+                metrics[f"catp/keep-{policy.keep}/agreement"] = row["check"]["agreement"]
+                metrics[f"catp/keep-{policy.keep}/divergence"] = row["check"]["divergence"]
+    return metrics
+
+
+def _log_to_wandb(
+    logger: Any,
+    policies: Sequence[PruningPolicy],
+    files: Sequence[Path],
+    text: str,
+    images: Mapping[str, bytes],
+) -> None:
+    """Log metrics, tables, figures and an artifact of the policies; save the page and the policies beside the run."""
+    import wandb
+
+    first = policies[0].evidence
+    config = {
+        "budgets": [policy.keep for policy in policies],
+        "candidates": len(first["candidates"]),
+        "samples": first["samples"],
+        "model": dict(policies[0].model or {}),
+        "chosen": {str(policy.keep): policy.evidence["chosen"] for policy in policies},
+    }
+    run = logger.experiment
+    if run.disabled:  # its folder is temporary, and nobody removes it
+        return
+    place = Path(run.dir)
+    _write(place / "report", text, images)
+    for policy, file in zip(policies, files, strict=True):
+        policy.save(place / file.name)  # beside the run: an offline artifact lies in a staging folder
+    run.config.update({"catp": config}, allow_val_change=True)
+    shown: dict[str, Any] = dict(_metrics(policies))
+    for policy in policies:
+        if rows := candidate_rows(policy):
+            shown[f"catp/keep-{policy.keep}/candidates"] = wandb.Table(columns=list(COLUMNS), data=rows)
+    for name in images:
+        shown[f"catp/{name}"] = wandb.Image(str(place / "report" / f"{name}.png"))
+    run.log(shown)  # one dictionary: each call is a step of its own
+    artifact = wandb.Artifact("catp-policy", type="catp-policy", metadata=config)
+    for file in files:
+        artifact.add_file(str(file))
+    run.log_artifact(artifact)

@@ -1,0 +1,182 @@
+"""Stages that compare candidates by their answers to recorded samples: the rounds, and the check of the choice."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torchmetrics import Metric
+
+from catp_lightning.calibration.fit.probes import floored
+from catp_lightning.calibration.fit.sums import CandidateSums, DrawnQuestions, ImageAgreement
+from catp_lightning.calibration.passes import Belongs
+from catp_lightning.calibration.plan import Plan
+from catp_lightning.calibration.replay.base import Variants
+from catp_lightning.calibration.replay.samples import Samples
+from catp_lightning.calibration.search.candidates import Candidate
+from catp_lightning.calibration.search.ranks import is_nested, limits, method_ranks, methods
+from catp_lightning.calibration.split import fold_of
+from catp_lightning.methods.scorers import Scorer
+from catp_lightning.methods.selection import Choice, choose_tokens, protected_tokens, score_tokens
+from catp_lightning.methods.selectors import Selector
+from catp_lightning.policy import PruningPolicy
+from catp_lightning.pruning import Pruning
+
+
+class Race:
+    """Stage in which candidates answer the samples of one round, or of the checking part.
+
+    Args:
+        title: name of the stage, shown to the user.
+        plan: plan of the calibration.
+        candidates: a list of candidates for each fold, fitted without the fold they are measured on; or a single list
+            for all folds.
+        budgets: budgets at which candidates are compared.
+        alive: for each budget, the indices of the candidates that are still compared.
+        belongs: selects the samples of this stage.
+        device: device of the sums.
+    """
+
+    def __init__(
+        self,
+        title: str,
+        plan: Plan,
+        candidates: Sequence[Sequence[Candidate]],
+        budgets: Sequence[int | float],
+        alive: Sequence[Sequence[int]],
+        belongs: Belongs,
+        device: torch.device | None,
+    ) -> None:
+        self.title, self.plan, self.budgets, self.alive, self.belongs = title, plan, budgets, alive, belongs
+        self.running = sorted(set().union(*alive))
+        several = [[of_fold[number] for number in self.running] for of_fold in candidates]
+        first = [candidate.policy(1.0) for candidate in several[0]]
+        self.rules = [
+            [rule if one == same else one.policy(1.0) for one, same, rule in zip(own, several[0], first, strict=True)]
+            for own in several
+        ]
+        places = range(len(self.running))
+        shared = [n for n in places if all(rules[n] is first[n] for rules in self.rules)]
+        entering = [n for n in places if not first[n].build_scorer().stages(plan.family.depth)]
+        ranked = [n for n in entering if is_nested(_method(first[n]))]
+        self._inside = [n for n in places if n not in entering]
+        self._anew = [n for n in entering if n not in ranked]
+        alone = [*self._anew, *self._inside]
+        self._policies = [[{n: own[n].policy(keep) for n in alone} for keep in budgets] for own in several]
+        self._by_fold = any(n not in shared for n in alone)
+        self._shared = [n for n in ranked if n in shared]
+        self._own = [n for n in ranked if n not in shared]
+        self._of_all = methods([first[n] for n in self._shared])
+        self._of_fold = [methods([of_fold[n] for n in self._own]) for of_fold in self.rules]
+        self.sums = CandidateSums(len(budgets), len(candidates[0])).to(device)
+        self.metrics: dict[str, Metric] = {"candidates": self.sums}
+
+    def see(self, samples: Samples) -> None:
+        chosen = self.belongs(samples.images)
+        if chosen.any():
+            self.compare(samples.where(chosen))
+
+    def compare(self, samples: Samples) -> list[Tensor]:
+        """Return, for each budget, bool [N, B]: True if the answer of one of its N candidates is the unpruned one."""
+        if not self._by_fold:
+            return self._compare(samples, 0)
+        fold = fold_of(samples.images)
+        same = [torch.empty(len(alive), len(fold), dtype=torch.bool, device=fold.device) for alive in self.alive]
+        for number in fold.unique().tolist():
+            for budget, agreed in enumerate(self._compare(samples.where(fold == number), number)):
+                same[budget][:, fold == number] = agreed
+        return same
+
+    def _compare(self, samples: Samples, fold: int) -> list[Tensor]:
+        """Run `compare` with non-nested policies of `fold`; all samples are of it if these policies differ by fold."""
+        visual, found, order = samples.visual, [], []
+        if not visual.any():  # there is nothing to prune: every answer is the unpruned one
+            same = [torch.ones(len(alive), len(visual), dtype=torch.bool, device=visual.device) for alive in self.alive]
+            for budget, agreed in enumerate(same):
+                numbers = torch.tensor(self.alive[budget], device=visual.device, dtype=torch.int64)
+                self.sums.update(budget, numbers, torch.zeros_like(agreed, dtype=torch.float64), agreed)
+            return same
+        allowed = [limits(keep, samples.seen, visual) for keep in self.budgets]
+        ranks = self._ranks(samples, max(1, *(int(limit.max()) for limit in allowed)))
+        stay = protected_tokens(samples.seen, visual)
+        for budget, (limit, alive) in enumerate(zip(allowed, self.alive, strict=True)):
+            running = [self.running.index(number) for number in alive]
+            ranked = [place for place in running if place in self._shared or place in self._own]
+            others = [place for place in running if place not in ranked]
+            policies = self._policies[fold][budget]
+            chosen = [self._other(samples, policies[place], place in self._inside) for place in others]
+            found.append(Variants((ranks[ranked] < limit) | stay, chosen))
+            order.append(
+                torch.tensor(
+                    [[*ranked, *others].index(place) for place in running], device=ranks.device, dtype=torch.int64
+                )
+            )
+        same = []
+        compared = samples.replay.compare_each(found)
+        for budget, (diverged, agreed) in enumerate(compared):
+            numbers, place = torch.tensor(self.alive[budget], device=ranks.device, dtype=torch.int64), order[budget]
+            self.sums.update(budget, numbers, -floored(-diverged[place]), agreed[place])
+            same.append(agreed[place])
+        return same
+
+    def _other(self, samples: Samples, policy: PruningPolicy, inside: bool) -> Choice | Pruning:
+        """Return the choice of a candidate without nested ranking, or its pruning if it chooses inside the decoder."""
+        if isinstance(policy.keep, float) and policy.keep == 1.0:
+            visual = samples.visual
+            return Choice(visual, torch.zeros(visual.shape, device=visual.device, dtype=torch.float32))
+        if inside:
+            return Pruning(self.plan.family, policy)
+        scorer, selector = _method(policy)
+        scores = score_tokens(scorer, samples.seen, samples.visual)
+        return choose_tokens(scores, selector, policy.keep, samples.seen, samples.visual)
+
+    def _ranks(self, samples: Samples, most: int) -> Tensor:
+        """Return the rank at which tokens join each candidate's set, `most` without nested ranking: int64 [N, B, T]."""
+        visual, fold = samples.visual, fold_of(samples.images)
+        ranks = torch.full((len(self.running), *visual.shape), most, device=visual.device, dtype=torch.int64)
+        if self._shared:
+            ranks[self._shared] = method_ranks(self._of_all, samples.seen, visual, most)
+        for number in fold.unique().tolist() if self._own else []:
+            here = samples.where(fold == number)
+            found = method_ranks(self._of_fold[number], here.seen, here.visual, most)
+            rows = (fold == number).nonzero()[:, 0]
+            ranks[torch.tensor(self._own, dtype=torch.int64, device=ranks.device)[:, None], rows, : found.shape[2]] = (
+                found
+            )
+        return ranks
+
+
+def _method(policy: PruningPolicy) -> tuple[Scorer, Selector]:
+    return policy.build_scorer(), policy.build_selector()
+
+
+class Check(Race):
+    """Stage that compares the frozen policies with the references on samples on which nothing was decided.
+
+    The first candidate alive at a budget is the chosen one. A promise is tested on its answers to one question of each
+    image; with the references it is compared by all answers, image by image.
+    """
+
+    def __init__(
+        self,
+        plan: Plan,
+        candidates: Sequence[Candidate],
+        budgets: Sequence[int | float],
+        alive: Sequence[Sequence[int]],
+        belongs: Belongs,
+        device: torch.device | None,
+    ) -> None:
+        super().__init__("checking the chosen policies", plan, [candidates], budgets, alive, belongs, device)
+        self._most = max(map(len, alive))
+        self.drawn = DrawnQuestions(len(budgets)).to(device)
+        self.by_image = ImageAgreement(len(budgets), self._most).to(device)
+        nothing = torch.empty(0, dtype=torch.int64, device=device)  # a process may have no batch
+        self.drawn.update(nothing, nothing, nothing.expand(len(budgets), 0))
+        self.by_image.update(nothing, nothing.expand(len(budgets), self._most, 0))
+        self.metrics |= {"drawn questions": self.drawn, "by image": self.by_image}
+
+    def compare(self, samples: Samples) -> list[Tensor]:
+        same = super().compare(samples)
+        self.drawn.update(samples.images, samples.keys, torch.stack([agreed[0] for agreed in same]))
+        padded = [torch.nn.functional.pad(agreed, (0, 0, 0, self._most - len(agreed))) for agreed in same]
+        self.by_image.update(samples.images, torch.stack(padded))
+        return same

@@ -1,0 +1,89 @@
+"""Compute the set of tokens that each of many candidates keeps; what candidates share is computed once."""
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from catp_lightning.methods.budget import keep_count
+from catp_lightning.methods.observation import Observation
+from catp_lightning.methods.scorers import Scorer
+from catp_lightning.methods.selection import images_to_samples, score_tokens
+from catp_lightning.methods.selectors import Selector
+from catp_lightning.methods.selectors.dpp import DPP, exact_similarity, greedy_ranks
+from catp_lightning.policy import PruningPolicy
+
+KERNELS = 2**20  # elements of the DPP kernels that are held at a time, 8 MiB
+
+
+Method = tuple[Scorer, Selector]
+
+
+def methods(rules: Sequence[PruningPolicy]) -> list[Method]:
+    """Build the scorer and selector of each policy, once: checking their arguments takes longer than a small batch."""
+    return [(rule.build_scorer(), rule.build_selector()) for rule in rules]
+
+
+def token_ranks(rules: Sequence[PruningPolicy], seen: Observation, visual: Tensor, most: int) -> Tensor:
+    """Return `method_ranks` of policies, whatever their budget."""
+    return method_ranks(methods(rules), seen, visual, most)
+
+
+def method_ranks(rules: Sequence[Method], seen: Observation, visual: Tensor, most: int) -> Tensor:
+    """Return the rank at which each token joins each rule's set, so that one result serves all budgets.
+
+    Args:
+        rules: scorer and selector of each of C rules.
+        seen: signals of I images that the rules read.
+        visual: bool [B, T], visual tokens of each sample.
+        most: number of tokens of an image that are to be ranked.
+
+    Returns:
+        int64 [C, B, T]: 0 for the first of an image's droppable tokens to join; `most` or more for a droppable token
+        that stays out and for padding. The ranks of protected tokens, which always stay, mean nothing.
+    """
+    scores: dict[Scorer, Tensor] = {}
+    similarities: dict[Selector, Tensor] = {}
+    ranks: list[Tensor] = []
+    kernels: dict[int, Tensor] = {}
+    droppable = seen.droppable
+    for number, (scorer, selector) in enumerate(rules):
+        if scorer not in scores:
+            scores[scorer] = score_tokens(scorer, seen, visual)
+        if not isinstance(selector, DPP):
+            ranks.append(selector.ranks(scores[scorer], droppable, most, selector.vectors(seen)))
+            continue
+        kind = replace(selector, relevance=0.0)
+        if kind not in similarities:
+            similarities[kind] = exact_similarity(selector.vectors(seen))
+        kernels[number] = selector.kernel(scores[scorer], droppable, similarities[kind])
+        ranks.append(droppable)  # placeholder: kernels of many candidates are solved together
+        if len(kernels) * kernels[number].numel() >= KERNELS:
+            _solve(kernels, ranks, droppable, most)
+    _solve(kernels, ranks, droppable, most)
+    return images_to_samples(torch.stack(ranks, 2), seen.valid, visual, most).permute(2, 0, 1)
+
+
+def _solve(kernels: dict[int, Tensor], ranks: list[Tensor], droppable: Tensor, most: int) -> None:
+    """Solve the DPP kernels together, put their solutions into the candidates' places in `ranks`, clear `kernels`."""
+    if not kernels:
+        return
+    together = torch.cat(list(kernels.values()))
+    solved = greedy_ranks(together, droppable.repeat(len(kernels), 1), most).chunk(len(kernels))
+    for number, found in zip(kernels, solved, strict=True):
+        ranks[number] = found
+    kernels.clear()
+
+
+def is_nested(method: Method) -> bool:
+    """Return True if one ranking of each image's tokens determines what a method keeps at every budget."""
+    selector = method[1]
+    return selector.nested and selector.per == "image"
+
+
+def limits(keep: int | float, seen: Observation, visual: Tensor) -> Tensor:
+    """Return how many droppable tokens the image of each visual token keeps: int64 [B, T]; 0 where no token is."""
+    counts = [keep_count(keep, count) for count in seen.droppable.sum(1).tolist()]
+    own = torch.tensor(counts, device=visual.device, dtype=torch.int64)[:, None].expand(seen.valid.shape)
+    return images_to_samples(own, seen.valid, visual, 0)

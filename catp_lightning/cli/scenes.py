@@ -1,0 +1,87 @@
+"""The commands `catp demo` and `catp scenes`: options are parsed before anything that takes long is imported."""
+
+import os
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+from jsonargparse import ArgumentParser
+
+from catp_lightning.cli.options import parsed
+from catp_lightning.data import GRIDS, shipped
+from catp_lightning.safe_text import one_line
+from catp_lightning.utils.files import require_writable
+from catp_lightning.utils.progress import Preparation
+
+
+def scenes(args: list[str], summary: str, preparation: Preparation) -> None:
+    """Run `catp scenes`; `args` are the arguments after `scenes`."""
+
+    def write(
+        output: str = "data/digits",
+        questions: int = 1000,
+        calibration_questions: int = 512,
+        seed: int = 0,
+        model: str = "digits_blip2",
+    ) -> None:
+        """Write digit scenes with questions.
+
+        Args:
+            output: the folder that gets `calibration` and `test`, in VQAv2's layout; no digit is in both.
+            questions: number of questions of the test split.
+            calibration_questions: number of questions of the calibration split.
+            seed: seed of the scenes and questions.
+            model: the shipped model that the scenes are for: digits_blip2, digits_llava or digits_mllama.
+        """
+        shipped(model)  # raises where it is not a shipped one
+        _check(output, seed, {"calibration": calibration_questions, "test": questions})
+        from catp_lightning.data.scenes import Split, write_scenes
+
+        preparation.over = True
+        counts: dict[Split, int] = {"calibration": calibration_questions, "test": questions}
+        for split, count in counts.items():
+            preparation.lines.now = f"scenes: {count} questions of the {split} split"
+            place = write_scenes(os.path.join(output, split), split, count, seed, grids=GRIDS[model])
+            print(one_line(f"{count} questions in {place}"), flush=True)
+
+    _call("scenes", write, args, summary)
+
+
+def demo(args: list[str], summary: str, preparation: Preparation) -> None:
+    """Run `catp demo`; `args` are the arguments after `demo`."""
+
+    def run(output: str = "runs/demo", questions: int = 500, calibration_questions: int = 512, seed: int = 0) -> None:
+        """Run the demo on the shipped BLIP-2.
+
+        Args:
+            output: folder for the results: policies, table, plot and an offline Weights & Biases run.
+            questions: number of test questions, about digits that neither training nor calibration saw.
+            calibration_questions: number of questions the policies are chosen on.
+            seed: seed of the scenes.
+        """
+        _check(output, seed, {"calibration": calibration_questions, "test": questions})
+        print("The demo takes about two minutes where nothing else runs; importing torch comes first.", flush=True)
+        from catp_lightning.cli.demo import run_demo
+
+        preparation.end()
+        run_demo(output, questions, calibration_questions, seed)
+
+    _call("demo", run, args, summary)
+
+
+def _check(output: str, seed: int, counts: Mapping[str, int]) -> None:
+    """Raise ValueError if scenes cannot be drawn with this seed or these counts, OSError if not written to `output`."""
+    if few := [f"{count} for the {split} split" for split, count in counts.items() if count < 1]:
+        raise ValueError(f"The number of questions is {' and '.join(few)}; it must be at least 1.")
+    if seed < 0:
+        raise ValueError(f"seed is {seed}; it must be at least 0.")
+    require_writable(Path(output), folder=True)
+
+
+def _call(name: str, function: Callable[..., None], args: list[str], summary: str) -> None:
+    parser = ArgumentParser(
+        prog=f"catp {name}", usage=f"catp {name} [options]", description=summary, exit_on_error=False
+    )
+    parser.add_argument("-c", "--config", action="config", help="A YAML file with these options.")
+    parser.add_function_arguments(function)
+    chosen = parsed(parser, args).as_dict()
+    function(**{key: value for key, value in chosen.items() if key != "config"})

@@ -1,0 +1,1 @@
+"""Methods of token pruning: the signals they read, scorers, selectors, and how many tokens a budget keeps."""

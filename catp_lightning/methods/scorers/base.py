@@ -1,0 +1,169 @@
+"""Base classes of scorers: frozen dataclasses whose one method is the equation of their paper."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+import torch
+from torch import Tensor
+
+from catp_lightning.methods.budget import even_counts
+from catp_lightning.methods.observation import Needs, Observation
+
+
+@dataclass(frozen=True)
+class Scorer(ABC):
+    """Base class of methods that score visual tokens; a token with a higher score is kept sooner.
+
+    Attributes:
+        selector: name of the selector this method uses unless the policy names another.
+        control: True if the method is a control: any real method must beat it, and it is no finding of a calibration.
+        published: True if its authors publish the rule as a method; a control may be one too.
+    """
+
+    selector: ClassVar[str] = "top-k"
+    control: ClassVar[bool] = False
+    published: ClassVar[bool] = True
+
+    @property
+    @abstractmethod
+    def needs(self) -> Needs:
+        """Signals that `score` reads, with their layers."""
+
+    def stages(self, depth: int) -> tuple[int, ...]:
+        """Layers of a decoder of `depth` layers at whose entry tokens are scored and dropped; empty: before layer 0."""
+        return ()
+
+    def stage_counts(self, keep: int | float, tokens: Tensor, stage: int, stages: int, seen: Observation) -> Tensor:
+        """Number of tokens of each sample that stay after a stage, int64 [B]; every stage drops the same share.
+
+        Args:
+            keep: the budget that holds after the last stage.
+            tokens: int64 [B], number of tokens of each of B samples before the first stage.
+            stage: number of the stage, from 0.
+            stages: number of stages.
+            seen: the signals at the stage.
+        """
+        return even_counts(keep, tokens, (stage + 1) / stages)
+
+    @abstractmethod
+    def score(self, seen: Observation) -> Tensor:
+        """Scores of the tokens of every image: float [I, T], I images of at most T tokens."""
+
+
+@dataclass(frozen=True)
+class EqualScores(Scorer):
+    """Base class of methods that score all tokens 0, so that their selector alone decides which are kept."""
+
+    @property
+    def needs(self) -> Needs:
+        return {}
+
+    def score(self, seen: Observation) -> Tensor:
+        return torch.zeros(seen.valid.shape, dtype=torch.float32, device=seen.valid.device)
+
+
+@dataclass(frozen=True)
+class AttentionScorer(Scorer):
+    """Base class of scorers that sum weighted votes: one number for each token from each attention head.
+
+    Attributes:
+        layers: the layers that vote, counted from 0, or from -1 for the last; None: all.
+        head_weights: [L, H], a weight for each head of each of those L layers, which may be negative; None: all 1.
+        slot_weights: [T], a number for each token of an image, added to the sum of the votes; None: all 0.
+    """
+
+    layers: tuple[int, ...] | None = None
+    head_weights: tuple[tuple[float, ...], ...] | None = None
+    slot_weights: tuple[float, ...] | None = None
+
+    def __post_init__(self) -> None:
+        if self.layers is not None and not self.layers:
+            raise ValueError("layers is empty: name at least one layer, or None for all.")
+        if self.head_weights is not None:
+            if len({len(row) for row in self.head_weights}) != 1:
+                raise ValueError("head_weights needs rows of equal length, a number for each head.")
+            if self.layers is not None and len(self.head_weights) != len(self.layers):
+                raise ValueError(f"head_weights has {len(self.head_weights)} rows for {len(self.layers)} layers.")
+
+    @abstractmethod
+    def votes(self, seen: Observation) -> Tensor:
+        """Votes of each of H heads in L layers for each token: float [I, L, H, T]."""
+
+    def score(self, seen: Observation) -> Tensor:
+        votes = self.votes(seen)
+        scores = weigh(votes, self.weights(votes))
+        return scores if self.slot_weights is None else scores + slot_scores(self.slot_weights, scores)
+
+    def weights(self, votes: Tensor) -> Tensor | None:
+        """Return `head_weights` as a tensor [L, H] of the votes' dtype, on their device; None if there are none."""
+        if self.head_weights is None:
+            return None
+        return torch.tensor(self.head_weights, dtype=votes.dtype, device=votes.device)
+
+
+@dataclass(frozen=True)
+class PaidAttention(AttentionScorer):
+    """Base class of scorers whose votes are the attention that a token gets.
+
+    Attributes:
+        scale: "attention", the probabilities; or "log", their logarithm, standardised over the tokens of an image: the
+            scale on which calibration fits head weights.
+    """
+
+    scale: Literal["attention", "log"] = "attention"
+
+    @abstractmethod
+    def attention(self, seen: Observation) -> Tensor:
+        """Attention that each token gets from each of H heads in L layers: float [I, L, H, T]."""
+
+    def votes(self, seen: Observation) -> Tensor:
+        attention = self.attention(seen)
+        return attention if self.scale == "attention" else standardised_log(attention, seen.droppable)
+
+
+def standardised_log(attention: Tensor, droppable: Tensor) -> Tensor:
+    """Log attention with mean 0 and standard deviation 1 over an image's droppable tokens, as float [I, L, H, T].
+
+    Tokens that are not droppable get 0, and so do all tokens of an image whose attention is equal everywhere.
+
+    Args:
+        attention: float [I, L, H, T]; values below 1e-20 count as 1e-20.
+        droppable: bool [I, T].
+
+    >>> there = torch.tensor([[True, True, False]])
+    >>> standardised_log(torch.tensor([[[[1.0, 10.0, 0.0]]]]), there)[..., :2].flatten().round()
+    tensor([-1.,  1.])
+    """
+    there = droppable[:, None, None].to(attention.dtype)
+    logs, count = attention.clamp(min=1e-20).log() * there, there.sum(-1, keepdim=True).clamp(min=1)
+    centred = (logs - logs.sum(-1, keepdim=True) / count) * there
+    return centred / (centred.square().sum(-1, keepdim=True) / count).sqrt().clamp(min=1e-6)
+
+
+def slot_scores(weights: Sequence[float], like: Tensor) -> Tensor:
+    """Scores by slot, the place of a token in its image: T weights -> float [I, T], with dtype and device of `like`.
+
+    Raises:
+        ValueError: the images have another number of tokens than there are weights.
+    """
+    if len(weights) != like.shape[1]:
+        raise ValueError(f"there are {len(weights)} slot weights; an image of this model has {like.shape[1]} tokens.")
+    return torch.tensor(weights, device=like.device, dtype=like.dtype).expand_as(like)
+
+
+def weigh(votes: Tensor, head_weights: Tensor | None = None) -> Tensor:
+    """Sum of votes over layers and heads, weighted if weights are given: [I, L, H, T], [L, H] or None -> [I, T].
+
+    Raises:
+        ValueError: `head_weights` is not of the shape [L, H] of the votes.
+    """
+    if head_weights is None:
+        return votes.sum((1, 2))
+    if head_weights.shape != votes.shape[1:3]:
+        raise ValueError(
+            f"head_weights has shape {tuple(head_weights.shape)}; the votes come from {votes.shape[1]} layers of "
+            f"{votes.shape[2]} heads."
+        )
+    return torch.einsum("blht,lh->bt", votes, head_weights.to(votes))

@@ -1,0 +1,133 @@
+"""SparseVLM: attention inside the decoder from the text rows that are relevant to the image (2410.04417, section 3)."""
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from catp_lightning.methods.budget import keep_count
+from catp_lightning.methods.observation import Needs, Observation, Signal
+from catp_lightning.methods.scorers.base import AttentionScorer
+
+DEPTH, LAYERS = 32, (2, 6, 15)
+TOKENS, LISTS = 576, ((66, 30, 17), (303, 110, 36), (300, 200, 110))
+"""Number of LLaVA-1.5-7B's 576 visual tokens that stay after each layer of `LAYERS`, for each budget of the paper."""
+
+
+@dataclass(frozen=True)
+class SparseVLM(AttentionScorer):
+    """Mean attention that a visual token gets from the raters, relevant text rows, in the layer before each stage.
+
+    Raters are the text rows more relevant to the image than the average text row, chosen once from what the language
+    model reads: relevance is the softmax over text rows of a visual token's dot products with them, averaged over the
+    visual tokens. Where all text rows are equally relevant, all are raters. The budget counts the tokens of a sample
+    that are left after the last stage, those that carry recycled tokens included. The authors' code scores in layers 2,
+    6 and 15 of 32 and drops after them (`stages_at=[3, 7, 16]`), and adds recycled tokens to its budgets.
+
+    `schedule="budget"` keeps the numbers of the paper's lists at its budgets of 110, 36 and 17 of 576 tokens. For other
+    budgets the logarithms of the shares are interpolated (extrapolated in proportion below the least budget), and for
+    another number of stages than three they are interpolated between stages too. `schedule="rank"` drops
+    `scale` * (tokens - rank) tokens at each stage, where rank is the matrix rank of the raters' attention
+    [raters, tokens], averaged over heads. It never goes below the budget, but may end above it.
+
+    Attributes:
+        layers: decoder layers whose attention is read, counted from 0, or from -1 for the one before each stage.
+        schedule: rule for the number of tokens that stay after each stage, "budget" or "rank".
+        scale: factor of the rank schedule, above 0; 1 keeps as many tokens as the rank.
+        stages_at: the decoder layers at whose entry tokens are dropped; None: layers 2, 6 and 15 of 32, in proportion.
+    """
+
+    selector = "recycle"
+
+    layers: tuple[int, ...] | None = (-1,)
+    schedule: Literal["budget", "rank"] = "budget"
+    scale: float = 1.0
+    stages_at: tuple[int, ...] | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.scale <= 0:
+            raise ValueError(f"scale is {self.scale}; a share of the tokens beyond the rank is dropped: above 0.")
+
+    @property
+    def needs(self) -> Needs:
+        return {Signal.TEXT_TO_IMAGE_ATTENTION: self.layers, Signal.TEXT_EMBEDS: None, Signal.IMAGE_EMBEDS: None}
+
+    def stages(self, depth: int) -> tuple[int, ...]:
+        if self.stages_at is not None:
+            return self.stages_at
+        return tuple(sorted({max(1, round(depth * layer / DEPTH)) for layer in LAYERS}))
+
+    def stage_counts(self, keep: int | float, tokens: Tensor, stage: int, stages: int, seen: Observation) -> Tensor:
+        if self.schedule == "budget":
+            counts = [_scheduled(keep, count, (stage + 1) / stages) for count in tokens.tolist()]
+            return torch.tensor(counts, device=tokens.device, dtype=torch.int64)
+        least = torch.tensor(
+            [keep_count(keep, count) for count in tokens.tolist()], device=tokens.device, dtype=torch.int64
+        )
+        left = seen.valid.sum(1)
+        beyond = (left - self._ranks(seen)).tolist()
+        dropped = [math.floor(min(self.scale * n + 1e-9, own)) for n, own in zip(beyond, left.tolist(), strict=True)]
+        return (left - torch.tensor(dropped, device=tokens.device, dtype=torch.int64)).maximum(least)
+
+    def votes(self, seen: Observation) -> Tensor:
+        paid, count = self._rated(seen)
+        return paid.sum(3) / count.clamp(min=1)[:, None, None, None]
+
+    def _rated(self, seen: Observation) -> tuple[Tensor, Tensor]:
+        """Attention from the raters to the tokens that are left, and the number of raters.
+
+        Returns:
+            float [I, L, H, R, T], R text rows, 0 where a row is no rater or a token is not there; and int64 [I].
+        """
+        assert seen.text is not None  # observed with the rows themselves
+        chosen = raters(seen[Signal.IMAGE_EMBEDS], seen[Signal.TEXT_EMBEDS], seen.text)
+        rated = chosen[:, None, None, :, None] & seen.valid[:, None, None, None]
+        return seen.by_layer(Signal.TEXT_TO_IMAGE_ATTENTION, self.layers).masked_fill(~rated, 0.0), chosen.sum(1)
+
+    def _ranks(self, seen: Observation) -> Tensor:
+        """Matrix rank of each sample's attention [raters, tokens], averaged over layers and heads: int64 [I]."""
+        paid, count = self._rated(seen)
+        if not paid.shape[3]:  # prompts without text
+            return torch.zeros_like(count)
+        rated = paid.mean((1, 2)).nan_to_num().cpu().double()  # few numbers, and not every device has double
+        values = torch.linalg.svdvals(rated)  # padding with zeros adds singular values of zero
+        larger = count.maximum(seen.valid.sum(1)).cpu()
+        least = values.amax(1) * larger * torch.finfo(paid.dtype).eps
+        return (values > least[:, None]).sum(1).to(paid.device)
+
+
+def raters(read: Tensor, text: Tensor, valid: Tensor) -> Tensor:
+    """Mask of the text rows that are more relevant to the visual tokens than the average text row.
+
+    Args:
+        read: float [B, T, D], visual tokens as the language model reads them, zeros where a sample has no token.
+        text: float [B, R, D], text rows as the language model reads them.
+        valid: bool [B, R], True where a sample has a text row.
+
+    Returns:
+        bool [B, R]; True for all text rows of a sample if none exceeds the average by more than rounding.
+    """
+    dtype = torch.promote_types(read.dtype, torch.float32)
+    with torch.autocast(read.device.type, enabled=False):
+        products = read.to(dtype) @ text.to(dtype).transpose(1, 2)
+    shares = products.masked_fill(~valid[:, None], -torch.inf).softmax(-1).nan_to_num()  # NaN: a sample without text
+    own = read.ne(0).any(-1)
+    relevance = (shares * own[..., None]).sum(1) / own.sum(1, keepdim=True).clamp(min=1)
+    above = valid & (relevance * valid.sum(1, keepdim=True) > 1 + 1e-5)  # a softmax over R rows: their average is 1 / R
+    return above | (valid & ~above.any(1, keepdim=True))
+
+
+def _scheduled(keep: int | float, tokens: int, part: float) -> int:
+    """Number of `tokens` that stay after a share `part` of the stages under `schedule="budget"`."""
+    last = keep_count(keep, tokens) / max(1, tokens)
+    if last in (0, 1):
+        return tokens
+    budgets = np.log([*(counts[-1] / TOKENS for counts in LISTS), 1])
+    at, listed = np.log(last), max(np.log(last), budgets[0])
+    early = [np.interp(listed, budgets, np.log([*(c[n] / TOKENS for c in LISTS), 1])) for n in (0, 1)]
+    logs = [0, *(value * at / listed for value in early), at]
+    return keep_count(float(np.exp(np.interp(part * 3, range(4), logs))), tokens)

@@ -1,0 +1,30 @@
+"""Selectors, by their name in a policy."""
+
+from catp_lightning.methods.selectors.base import Selector, without_autocast
+from catp_lightning.methods.selectors.conditional_dpp import ConditionalDPP
+from catp_lightning.methods.selectors.context_merge import ContextMerge
+from catp_lightning.methods.selectors.dart import DART
+from catp_lightning.methods.selectors.dpp import DPP
+from catp_lightning.methods.selectors.grid import Grid
+from catp_lightning.methods.selectors.max_min import MaxMin
+from catp_lightning.methods.selectors.pool import Pool
+from catp_lightning.methods.selectors.prune_similar import PruneSimilar
+from catp_lightning.methods.selectors.recycle import Recycle
+from catp_lightning.methods.selectors.top_k import TopK
+from catp_lightning.methods.selectors.union import Union
+
+SELECTORS: dict[str, type[Selector]] = {
+    "top-k": TopK,
+    "dpp": DPP,
+    "union": Union,
+    "dart": DART,
+    "recycle": Recycle,
+    "prune-similar": PruneSimilar,
+    "context-merge": ContextMerge,
+    "max-min": MaxMin,
+    "conditional-dpp": ConditionalDPP,
+    "grid": Grid,
+    "pool": Pool,
+}
+
+__all__ = ["SELECTORS", "Selector", "without_autocast"]

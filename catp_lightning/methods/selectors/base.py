@@ -1,0 +1,118 @@
+"""Base classes of selectors, which choose the tokens to keep from scores and a budget."""
+
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+import torch
+from torch import Tensor
+
+from catp_lightning.methods.observation import Needs, Observation, Signal
+
+
+@dataclass(frozen=True)
+class Selector:
+    """Base class of methods that choose the tokens to keep in each row; a row is an image, or all images of a sample.
+
+    Attributes:
+        per: unit of the budget: each "image" or frame of a video; each "crop" or tile (the image where it is not cut);
+            or the whole "sample".
+        nested: True if a smaller budget keeps a subset of a larger one; such a selector implements `ranks`, any other
+            `select`.
+        merges: True if kept tokens carry dropped ones; such a selector implements `carriers` too.
+        needs_grid: True if tokens must be the patches of one square image, line by line.
+    """
+
+    nested: ClassVar[bool] = True
+    merges: ClassVar[bool] = False
+    needs_grid: ClassVar[bool] = False
+
+    per: Literal["image", "crop", "sample"] = "image"
+
+    @property
+    def needs(self) -> Needs:
+        """Signals that the selector reads beside the scores, with their layers."""
+        return {}
+
+    def vectors(self, seen: Observation) -> Tensor | None:
+        """Vectors by which tokens are compared, float [I, T, F features]; None if the selector reads only scores."""
+        return None
+
+    def ranks(self, scores: Tensor, visual: Tensor, most: int, vectors: Tensor | None) -> Tensor:
+        """Rank of each token in the order in which tokens are kept: a smaller budget keeps a subset of a larger one.
+
+        Args:
+            scores: float [R, T], R rows.
+            visual: bool [R, T], True for tokens that exist and may be chosen.
+            most: number of tokens of each row to rank.
+            vectors: float [R, T, F], as from `vectors`, or None.
+
+        Returns:
+            int64 [R, T]: 0 for the first token kept, 1 for the next; `most` or more for tokens that are not ranked.
+        """
+        raise NotImplementedError(f"{type(self).__name__} chooses anew at every budget.")
+
+    def select(self, scores: Tensor, visual: Tensor, counts: Tensor, vectors: Tensor | None) -> Tensor:
+        """Choose the tokens to keep.
+
+        Args:
+            scores: float [R, T].
+            visual: bool [R, T], True for tokens that exist and may be chosen.
+            counts: int64 [R], number of tokens to keep, at most the row's own.
+            vectors: float [R, T, F], as from `vectors`, or None.
+
+        Returns:
+            bool [R, T], `counts` True in each row; `union` with budget "head" may keep more, `pool` fewer.
+        """
+        return self.ranks(scores, visual, int(counts.max()), vectors) < counts[:, None]
+
+    def carriers(self, keep: Tensor, scores: Tensor, visual: Tensor, vectors: Tensor | None) -> Tensor:
+        """Index of the kept token that carries each token; the carrier's row becomes the mean of all that it carries.
+
+        Args:
+            keep: bool [R, T], the choice of `select`.
+            scores: float [R, T].
+            visual: bool [R, T], True for tokens that exist and may be chosen.
+            vectors: float [R, T, F], as from `vectors`, or None.
+
+        Returns:
+            int64 [R, T]: a kept token's own index, the carrier's index for a token that is merged, -1 for a token that
+            is dropped.
+        """
+        raise NotImplementedError(f"{type(self).__name__} merges nothing.")
+
+
+@dataclass(frozen=True)
+class FeatureSelector(Selector):
+    """Base class of selectors that compare tokens by one signal, in float32 at least.
+
+    Attributes:
+        compared: the signal by which tokens are compared, [I, T, D], D features.
+    """
+
+    compared: ClassVar[Signal] = Signal.IMAGE_FEATURES
+
+    @property
+    def needs(self) -> Needs:
+        return {self.compared: None}
+
+    def vectors(self, seen: Observation) -> Tensor:
+        features = seen[self.compared]
+        return features.to(torch.promote_types(features.dtype, torch.float32))
+
+
+def without_autocast(like: Tensor) -> torch.autocast:
+    """Context without autocast on the device of `like`.
+
+    Autocast would round weighted sums and similarities to half precision, and ties would then decide the choice.
+    """
+    return torch.autocast(like.device.type, enabled=False)
+
+
+def ranked(scores: Tensor, visual: Tensor) -> Tensor:
+    """Rank of each token by its score, 0 for the highest: float [R, T], bool [R, T] -> int64 [R, T].
+
+    The lowest index wins a tie. NaN ranks last among the tokens where `visual` is True; all others rank after these.
+    """
+    order = scores.masked_fill(scores.isnan(), -torch.inf).argsort(dim=1, descending=True, stable=True)
+    there = visual.gather(1, order).long().argsort(dim=1, descending=True, stable=True)
+    return order.gather(1, there).argsort(1)

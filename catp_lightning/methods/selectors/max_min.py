@@ -1,0 +1,35 @@
+"""Keeps tokens as far from each other as possible, found greedily (DivPrune, 2503.02175)."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from catp_lightning.methods.selectors.base import FeatureSelector
+from catp_lightning.methods.selectors.similarity import rounded_similarity
+
+
+@dataclass(frozen=True)
+class MaxMin(FeatureSelector):
+    """Keeps, step by step, the token farthest from the nearest token kept; distance is 1 - cosine (algorithm 1).
+
+    Scores are ignored. The first token is the one whose nearest other token is farthest away. Where distances are equal
+    the lowest index wins; a token with NaN in its features is kept last.
+    """
+
+    def ranks(self, scores: Tensor, visual: Tensor, most: int, vectors: Tensor | None) -> Tensor:
+        assert vectors is not None  # `vectors` above always gives some
+        sound = visual & ~vectors.isnan().any(-1)
+        distance = 1 - rounded_similarity(vectors)
+        others = sound[:, None] & ~torch.eye(visual.shape[1], dtype=torch.bool, device=visual.device)
+        nearest = distance.masked_fill(~others, torch.inf).amin(2)
+        ranks = torch.full(visual.shape, most, device=visual.device, dtype=torch.int64)
+        rows = torch.arange(len(visual), device=visual.device)
+        for step in range(most):
+            open_ = nearest.masked_fill(~sound, -1).masked_fill(~visual | (ranks < most), -torch.inf)
+            best = open_.argmax(1)
+            there = open_[rows, best] > -torch.inf
+            ranks[rows, best] = torch.where(there, step, ranks[rows, best])
+            reach = distance[rows, best]
+            nearest = reach if step == 0 else nearest.minimum(reach)
+        return ranks

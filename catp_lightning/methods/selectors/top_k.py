@@ -1,0 +1,15 @@
+"""Keeps the k highest scores."""
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from catp_lightning.methods.selectors.base import Selector, ranked
+
+
+@dataclass(frozen=True)
+class TopK(Selector):
+    """Keeps the tokens with the highest scores; where scores are equal the lowest index wins."""
+
+    def ranks(self, scores: Tensor, visual: Tensor, most: int, vectors: Tensor | None) -> Tensor:
+        return ranked(scores, visual)

@@ -1,0 +1,142 @@
+"""Llama-3.2-Vision: some layers of the language model read image rows by cross-attention, from a cache of their own."""
+
+import math
+from collections.abc import Mapping
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from transformers import MllamaForConditionalGeneration, PreTrainedModel
+
+from catp_lightning.errors import PruningError
+from catp_lightning.methods.observation import Observation, Signal, Values
+from catp_lightning.models.base import AttentionSite, Family, OutputSite, Reads
+from catp_lightning.prompt.attention import PREFIX
+from catp_lightning.prompt.prompt import CrossAttended, Prompt
+from catp_lightning.utils.hashing import fingerprint
+
+IMPLEMENTATIONS = ("eager", "sdpa")
+
+
+class Mllama(Family):
+    """Llama-3.2-Vision. Its visual tokens are image rows: [CLS] and patches of each tile, `tiles` tiles an image."""
+
+    name = "mllama"
+    classes = ("MllamaForConditionalGeneration",)
+    reads: Reads = "cross-attention"
+    model: MllamaForConditionalGeneration
+
+    @classmethod
+    def handles(cls, model: PreTrainedModel) -> bool:
+        return isinstance(model, MllamaForConditionalGeneration)
+
+    def check(self) -> None:
+        if not self.cross_attention:
+            raise PruningError(
+                "This Llama-3.2-Vision has no cross-attention layers (text_config.cross_attention_layers is empty): "
+                "its text never reads an image. Load a checkpoint that has them."
+            )
+        implementation = str(self.decoder.config._attn_implementation).removeprefix(PREFIX)
+        if implementation not in IMPLEMENTATIONS:
+            raise PruningError(
+                f"Llama-3.2-Vision cannot be pruned under attn_implementation={implementation!r}, which does not take "
+                f"its cross-attention mask. Load the model with {' or '.join(map(repr, IMPLEMENTATIONS))}."
+            )
+
+    def shape(self) -> Mapping[str, int]:
+        return {
+            "cross_attention_layers": len(self.cross_attention),
+            "heads": self.decoder.config.num_attention_heads,
+            "rows_per_tile": self.rows_per_tile,
+            "tiles": self.tiles,
+        }
+
+    @property
+    def placeholder_ids(self) -> tuple[int, ...]:
+        return (int(self.model.config.image_token_index),)
+
+    @property
+    def outer(self) -> nn.Module:
+        return self.model.model
+
+    @property
+    def decoder(self) -> Any:
+        return self.model.model.language_model
+
+    @property
+    def cross_attention(self) -> list[Any]:
+        """Attention modules that read the image, in their order."""
+        return [layer.cross_attn for layer in self.decoder.layers if hasattr(layer, "cross_attn")]
+
+    @property
+    def tiles(self) -> int:
+        """Number of tiles of every image, those that only pad it included."""
+        config: Any = self.model.config.vision_config
+        return int(config.max_num_tiles)
+
+    @property
+    def rows_per_tile(self) -> int:
+        """Number of rows of a tile: [CLS] and patches."""
+        return int(self.model.model.vision_model.num_patches)
+
+    @property
+    def replayable(self) -> bool:
+        return True
+
+    @property
+    def most_tokens(self) -> int:
+        return self.tiles * self.rows_per_tile
+
+    def layers(self) -> Mapping[Signal, int]:
+        return {Signal.CROSS_ATTENTION_TO_IMAGE: 1}
+
+    @property
+    def signals(self) -> frozenset[Signal]:
+        return frozenset({Signal.IMAGE_FEATURES, Signal.PATCH_POSITION, Signal.IMAGE_HASH})
+
+    @property
+    def at_entry(self) -> frozenset[Signal]:
+        return self.signals | {Signal.CROSS_ATTENTION_TO_IMAGE}
+
+    def attention_site(self, signal: Signal, layer: int) -> AttentionSite:
+        raise NotImplementedError(signal)  # all signals are read from the prompt
+
+    def output_site(self, signal: Signal) -> OutputSite:
+        raise NotImplementedError(signal)
+
+    def observation(self, values: Values, wanted: frozenset[Signal], prompt: Prompt) -> Observation:
+        prompt = cast(CrossAttended, prompt)
+        by_image = (-1, self.tiles * self.rows_per_tile)
+        valid = prompt.tokens.unflatten(1, by_image).flatten(0, 1)
+        images = valid.any(1)  # an image that no text sees does not count
+        found: Values = {}
+        if prompt.attention is not None:
+            found[Signal.CROSS_ATTENTION_TO_IMAGE, 0] = (
+                prompt.attention.unflatten(2, by_image).transpose(1, 2).flatten(0, 1)[images]
+            )
+        if Signal.IMAGE_FEATURES in wanted:
+            found[Signal.IMAGE_FEATURES] = prompt.states.unflatten(1, by_image).flatten(0, 1)[images].detach()
+        if Signal.IMAGE_HASH in wanted and prompt.arguments.get("pixel_values") is None:
+            raise PruningError(
+                "The call brought no pixel_values, so images cannot be told apart. Pass them, not precomputed "
+                "cross_attention_states; or choose a scorer that draws nothing from the image (l2-norm, trimmed-llama)."
+            )
+        if Signal.IMAGE_HASH in wanted:
+            found[Signal.IMAGE_HASH] = fingerprint(
+                prompt.arguments["pixel_values"][:: prompt.beams].flatten(0, 1)[images]
+            )
+        tile = torch.arange(self.tiles, device=valid.device).repeat_interleave(self.rows_per_tile)
+        if Signal.PATCH_POSITION in wanted:
+            found[Signal.PATCH_POSITION] = self._places(tile).expand(int(images.sum()), -1, -1)
+        return Observation(valid[images], self.layers(), found, crops=tile.expand(int(images.sum()), -1))
+
+    def _places(self, tile: Tensor) -> Tensor:
+        """Return tile, row and column of each of an image's rows, int64 [T, 3]; row and column are -1 for a [CLS].
+
+        Args:
+            tile: int64 [T], the tile that each row is of.
+        """
+        patch = torch.arange(len(tile), dtype=torch.int64, device=tile.device) % self.rows_per_tile - 1
+        side = math.isqrt(self.rows_per_tile - 1)
+        row = torch.where(patch < 0, -1, patch // side)
+        return torch.stack([tile, row, torch.where(patch < 0, -1, patch % side)], 1)

@@ -1,0 +1,258 @@
+"""Family of any model whose text decoder reads visual tokens in the place of placeholder ids."""
+
+import inspect
+from collections.abc import Mapping
+from typing import Any, cast
+
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from catp_lightning.errors import PruningError
+from catp_lightning.methods.observation import Observation, Signal, Values
+from catp_lightning.models.base import AttentionSite, Family, OutputSite
+from catp_lightning.models.layout import IMAGES, Image, Layout, equal_images
+from catp_lightning.models.missing import lacks
+from catp_lightning.prompt.kept import KeptSequence
+from catp_lightning.prompt.masks import window
+from catp_lightning.prompt.merging import merged_features
+from catp_lightning.prompt.prompt import DecoderPrompt, Prompt, visual_tokens
+from catp_lightning.utils.messages import warn
+
+# Models whose pruning the tests show to be exact. Others are pruned, with a warning, if nothing speaks against it.
+TYPES = {
+    "cosmos3_edge": "Cosmos3EdgeForConditionalGeneration",
+    "cosmos3_omni": "Cosmos3OmniForConditionalGeneration",
+    "exaone4_5": "Exaone4_5_ForConditionalGeneration",
+    "gemma3": "Gemma3ForConditionalGeneration",
+    "glm46v": "Glm46VForConditionalGeneration",
+    "glm4v": "Glm4vForConditionalGeneration",
+    "glm4v_moe": "Glm4vMoeForConditionalGeneration",
+    "glm_ocr": "GlmOcrForConditionalGeneration",
+    "glmga": "Glm46VForConditionalGeneration",
+    "hyperclovax_vision_v2": "HyperCLOVAXVisionV2ForConditionalGeneration",
+    "idefics3": "Idefics3ForConditionalGeneration",
+    "internvl": "InternVLForConditionalGeneration",
+    "lighton_ocr": "LightOnOcrForConditionalGeneration",
+    "minimax_m3_vl": "MiniMaxM3SparseForConditionalGeneration",
+    "mistral3": "Mistral3ForConditionalGeneration",
+    "paddleocr_vl": "PaddleOCRVLForConditionalGeneration",
+    "paligemma": "PaliGemmaForConditionalGeneration",
+    "qwen2_5_omni_thinker": "Qwen2_5OmniThinkerForConditionalGeneration",
+    "qwen2_5_vl": "Qwen2_5_VLForConditionalGeneration",
+    "qwen2_vl": "Qwen2VLForConditionalGeneration",
+    "qwen3_omni_moe_thinker": "Qwen3OmniMoeThinkerForConditionalGeneration",
+    "qwen3_vl": "Qwen3VLForConditionalGeneration",
+    "qwen3_vl_moe": "Qwen3VLMoeForConditionalGeneration",
+    "smolvlm": "SmolVLMForConditionalGeneration",
+    "video_llama_3": "VideoLlama3ForConditionalGeneration",
+}
+KNOWN_INPUTS = {
+    *("input_ids", "inputs_embeds", "attention_mask", "position_ids", "past_key_values", "use_cache", "kwargs"),
+    *("output_attentions", "output_hidden_states", "return_dict", "cache_position"),
+    *("visual_pos_masks", "deepstack_visual_embeds"),  # shortened below
+}
+# Inputs, beyond a text model's, of a model below the head that makes the same number of tokens of each picture.
+PICTURES = {
+    *("pixel_values", "high_res_pixel_values", "pixel_mask", "pixel_attention_mask", "mm_encoder_outputs"),
+    *("vision_feature_layer", "vision_feature_select_strategy", "interpolate_pos_encoding"),
+    *("token_type_ids", "mm_token_type_ids", "labels", "logits_to_keep", "output_router_logits"),
+}
+# Models with a causal decoder and position ids that count columns: a recorded prompt is enough to answer it again.
+REPLAYABLE = {"idefics3", "internvl", "smolvlm"}
+KNOWN_LAYERS = {"full_attention", "sliding_attention"}
+
+
+class Placeholder(Family):
+    """Vision-language model with an image token in its config and a text decoder.
+
+    Tokens are compared by what the decoder receives: projected features, one for each placeholder.
+    """
+
+    classes = tuple(sorted(set(TYPES.values())))
+    types: Mapping[str, str] = TYPES
+
+    @property
+    def name(self) -> str:  # type: ignore[override]
+        return str(self.model.config.model_type).replace("_", "-")
+
+    @classmethod
+    def handles(cls, model: PreTrainedModel) -> bool:
+        return lacks(model) is None
+
+    def check(self) -> None:
+        if self.model.config.image_token_id is None:
+            raise PruningError(
+                f"The config of this {type(self.model).__name__} has image_token_id None, so its visual tokens cannot "
+                "be found. Load a checkpoint saved by a recent transformers, or set model.config.image_token_id."
+            )
+        unknown = sorted(inspect.signature(self.decoder.forward).parameters.keys() - KNOWN_INPUTS)
+        if unknown:
+            raise PruningError(
+                f"{type(self.decoder).__name__} also takes {', '.join(unknown)}, which may have a row for each column "
+                "of the prompt: it is not known how to shorten that, so it cannot be pruned exactly."
+            )
+        config = self.decoder_config
+        unknown = sorted(set(getattr(config, "layer_types", None) or ()) - KNOWN_LAYERS)
+        if unknown:
+            raise PruningError(
+                f"{type(self.decoder).__name__} has layers of type {', '.join(unknown)}; full and sliding attention "
+                "can be pruned exactly. Use a checkpoint without them."
+            )
+        if window(config) is not None and "flash" in str(config._attn_implementation):
+            raise PruningError(
+                f"{type(self.decoder).__name__} has sliding windows, which flash attention counts in the rows that are "
+                'left, not in those that were there. Load the model with attn_implementation="sdpa".'
+            )
+        if getattr(config, "output_router_logits", False):
+            raise PruningError(
+                f"{type(self.decoder).__name__} has output_router_logits=True: the loss of its router is computed of "
+                "every row of the prompt, and dropped rows have none. Set it to False in the text config."
+            )
+        if self.model.config.model_type not in self.types:
+            sizes = self._unknown_sizes()
+            warn(
+                f"{type(self.model).__name__} is not among the models whose pruning was tested to be exact. Its "
+                "decoder takes nothing unknown, so it should be; compare a few answers at keep=1.0 and with a mask."
+                f"{sizes and f' Its images take {sizes}, so most scorers are refused; choose= is not.'}",
+                stacklevel=2,
+            )
+
+    def check_use(self, by_image: bool, stages: tuple[int, ...], compact: bool) -> None:
+        name = type(self.model).__name__
+        if by_image and (unknown := self._unknown_sizes()):
+            raise PruningError(
+                f"{name} also takes {unknown}: how it makes tokens of images is not known, so they cannot be scored. "
+                "Choose them yourself, prune(..., choose=...), or let them leave inside the decoder, where a budget "
+                "is of the whole sample: fastv, visual-exit."
+            )
+        vision = getattr(self.model.config, "vision_config", None)
+        added = len(getattr(vision, "deepstack_visual_indexes", None) or ())
+        if stages and stages[0] < added:
+            raise PruningError(
+                f"{name} adds features to all visual tokens after each of its first {added} layers, and tokens are to "
+                f"leave at layer {stages[0]}: choose layers from {added} on."
+            )
+        if compact and hasattr(self.outer, "get_rope_index"):
+            raise PruningError(
+                f'positions="compact" has no meaning in {name}: visual tokens have coordinates in their image, not '
+                'places in a row, and dropping them leaves no gap. Use positions="original".'
+            )
+
+    def _unknown_sizes(self) -> str:
+        """Return inputs that may say how many tokens each image has, of an untested model type; empty if none."""
+        if self.model.config.model_type in self.types:
+            return ""
+        return ", ".join(sorted(inspect.signature(self.outer.forward).parameters.keys() - KNOWN_INPUTS - PICTURES))
+
+    @property
+    def replayable(self) -> bool:
+        return self.model.config.model_type in REPLAYABLE and window(self.decoder_config) is None
+
+    def shape(self) -> Mapping[str, int]:
+        config = self.decoder_config
+        return {"layers": config.num_hidden_layers, "heads": config.num_attention_heads}
+
+    @property
+    def placeholder_ids(self) -> tuple[int, ...]:
+        ids = (self.model.config.image_token_id, getattr(self.model.config, "video_token_id", None))
+        return tuple(int(token) for token in ids if token is not None)
+
+    @property
+    def outer(self) -> nn.Module:
+        return self.model.model
+
+    @property
+    def decoder(self) -> nn.Module:
+        return self.model.model.get_decoder()
+
+    def positions(self, mask: Tensor) -> Tensor:
+        if self.model.config.model_type == "paligemma":
+            return super().positions(mask) + 1
+        deltas = getattr(self.outer, "rope_deltas", None)
+        if deltas is None or len(mask) % len(deltas):  # deltas of an earlier batch: this one has no image
+            return super().positions(mask)
+        columns = (mask.cumsum(1) - 1).clamp(min=0) + deltas.repeat_interleave(len(mask) // len(deltas), 0)
+        return columns.expand(3, -1, -1)
+
+    def gather_extras(self, kwargs: Mapping[str, Any], prompt: KeptSequence) -> dict[str, Any]:
+        """Return the decoder's inputs for visual rows, shortened like the prompt.
+
+        Qwen3-VL adds features of earlier vision layers to the visual rows after the first decoder layers.
+        """
+        visual = kwargs.get("visual_pos_masks")
+        if visual is None:
+            return {}
+        place = (visual.flatten().cumsum(0) - 1).view(visual.shape)  # index of each visual row's features
+        stays = prompt.gather(visual.long()).bool()
+        index = prompt.gather(place)[stays]
+        return {
+            "visual_pos_masks": stays,
+            "deepstack_visual_embeds": [embeds[index] for embeds in kwargs["deepstack_visual_embeds"]],
+        }
+
+    def merge_extras(self, kwargs: Mapping[str, Any], visual: Tensor, carrier: Tensor) -> dict[str, Any]:
+        features = kwargs.get("deepstack_visual_embeds")
+        if features is None:
+            return {}
+        beams = len(features[0]) // int(visual.sum())  # features lie in the order of placeholders, for all beams
+        tokens, carrier = (part.repeat_interleave(beams, 0) for part in (visual_tokens(visual), carrier))
+        return {"deepstack_visual_embeds": [merged_features(flat, tokens, carrier) for flat in features]}
+
+    def layers(self) -> Mapping[Signal, int]:
+        return {}
+
+    @property
+    def signals(self) -> frozenset[Signal]:
+        return self.at_entry
+
+    @property
+    def at_entry(self) -> frozenset[Signal]:
+        return frozenset(
+            {Signal.IMAGE_FEATURES, Signal.IMAGE_EMBEDS, Signal.TEXT_EMBEDS, Signal.PATCH_POSITION, Signal.IMAGE_HASH}
+        )
+
+    def attention_site(self, signal: Signal, layer: int) -> AttentionSite:
+        raise NotImplementedError(signal)
+
+    def output_site(self, signal: Signal) -> OutputSite:
+        raise NotImplementedError(signal)
+
+    def images(self, prompt: DecoderPrompt, counts: Mapping[int, int]) -> dict[int, list[Image]]:
+        """Return images and frames by placeholder id, in order of features; counts: number of placeholders by id."""
+        return IMAGES.get(self.model.config.model_type, equal_images)(self.model, prompt, counts)
+
+    def observation(self, values: Values, wanted: frozenset[Signal], prompt: Prompt) -> Observation:
+        prompt = cast(DecoderPrompt, prompt)
+        counts = {token: int((prompt.ids == token).sum()) for token in self.placeholder_ids}
+        if not any(name.startswith("pixel_values") for name, value in prompt.arguments.items() if value is not None):
+            raise PruningError(
+                "The prompt has image tokens, but the call brought no pixel_values, so it is not known which token is "
+                "of which image. Pass pixel_values, not precomputed image features, and call the model's own generate "
+                "or forward inside the context, not a copy of the method that was taken before; or use keep=1.0."
+            )
+        images: dict[int, list[Image]] = {token: [] for token, count in counts.items() if count} | self.images(
+            prompt, counts
+        )
+        layout = Layout.of(images, prompt.ids)
+        found: Values = {key: layout.tokens(value) for key, value in self.on_tokens(values, prompt).items()}
+        for signal in wanted & {
+            Signal.IMAGE_FEATURES,
+            Signal.IMAGE_EMBEDS,
+        }:  # features are one to a token only after projection
+            found[signal] = layout.padded(prompt.embeds[:: prompt.beams][prompt.visual].detach())
+        text = None
+        if Signal.TEXT_EMBEDS in wanted:
+            samples = layout.samples(prompt.visual)
+            found[Signal.TEXT_EMBEDS], text = (part[samples] for part in prompt.text())
+        if Signal.IMAGE_HASH in wanted:
+            found[Signal.IMAGE_HASH] = layout.fingerprints()
+        if Signal.PATCH_POSITION in wanted:
+            found[Signal.PATCH_POSITION] = layout.places()
+        return Observation(layout.valid, self.layers(), found, layout.protected, layout.crops, text)
+
+    def on_tokens(self, values: Values, prompt: DecoderPrompt) -> dict[Any, list[Tensor]]:
+        """Return, for each signal that was observed by patch, its values for the tokens of each image: [..., tokens].
+
+        Images are in the order of their features.
+        """
+        return {}

@@ -1,0 +1,1 @@
+"""LightningModules: a wrapper that prunes, and a ready module for Hugging Face models."""

@@ -1,0 +1,240 @@
+"""`PruningPolicy`: a pruning decision, its model and its evidence, passed from calibration to use as JSON."""
+
+import json
+import math
+import reprlib
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, Self, TypeVar, get_args
+
+from catp_lightning.errors import PolicyError, did_you_mean
+from catp_lightning.methods.scorers import SCORERS, Scorer
+from catp_lightning.methods.selectors import SELECTORS, Selector
+from catp_lightning.policy.frozen import DEEPEST, LARGEST, check_size, frozen, too_large
+from catp_lightning.policy.locations import POLICY, find
+from catp_lightning.policy.typed import build
+from catp_lightning.utils.files import write_text
+from catp_lightning.utils.messages import warn
+
+FORMAT_VERSION = 1
+
+
+if TYPE_CHECKING:
+    Budget = int | float
+else:
+    # For signatures that the command line reads. It tries the types of a union in order, and typing's cache makes that
+    # the order in which the union was first written anywhere: YAML's 1, one token, could become 1.0, all tokens.
+    Budget = Any
+
+Positions = Literal["original", "compact"]
+Method = TypeVar("Method")
+
+
+@dataclass(frozen=True)
+class PruningPolicy:
+    """Method, budget and settings by which visual tokens are pruned, with the evidence of a calibration.
+
+    Dictionaries are copied in their JSON form and frozen with all that they hold: checked values cannot change, and a
+    policy that is saved and loaded is equal. `to_dict` gives plain dictionaries, which may be changed.
+
+    Attributes:
+        scorer: name of the method that scores tokens; it has a default selector.
+        scorer_args: arguments of the scorer, checked against its typed fields.
+        selector: name of the selector, "top-k" or "dpp" for example; None: the scorer's default.
+        selector_args: arguments of the selector, checked likewise; `per` is the unit of the budget.
+        keep: a share, float in (0, 1], or a number of tokens, int >= 1; rounded up, at least 1, at most all.
+        positions: "original" leaves every token its position id; "compact" renumbers the kept tokens.
+        model: type, name and shape of the model that the policy was made for; None: any model that has the signals the
+            scorer reads.
+        evidence: findings of a calibration; not used when pruning.
+        format_version: version of the file format; 1.
+
+    Raises:
+        PolicyError: a field has the wrong type or a value that is not allowed, or the fields together are larger than
+            4 MiB.
+
+    Example:
+        >>> policy = PruningPolicy(scorer="catp", scorer_args={"layers": [0]}, keep=0.25)
+        >>> PruningPolicy.from_dict(policy.to_dict()) == policy
+        True
+    """
+
+    scorer: str = "catp"
+    scorer_args: Mapping[str, Any] = field(default_factory=dict)
+    selector: str | None = None
+    selector_args: Mapping[str, Any] = field(default_factory=dict)
+    keep: Budget = 0.5
+    positions: Positions = "original"
+    model: Mapping[str, Any] | None = None
+    evidence: Mapping[str, Any] = field(default_factory=dict)
+    format_version: int = FORMAT_VERSION
+
+    def __post_init__(self) -> None:
+        check_keep(self.keep)
+        if self.positions not in get_args(Positions):
+            raise PolicyError(f"positions is {self.positions!r:.200}; allowed are {', '.join(get_args(Positions))}.")
+        if isinstance(self.keep, float):
+            object.__setattr__(self, "keep", float(self.keep))  # numpy's float64 is a float, but has another repr
+        for name in ("scorer_args", "selector_args", "evidence", "model"):
+            if name != "model" or self.model is not None:
+                object.__setattr__(self, name, frozen(name, getattr(self, name)))
+        if type(self.format_version) is not int or not 1 <= self.format_version <= FORMAT_VERSION:
+            raise PolicyError(
+                f"format_version is {self.format_version!r:.200}; this version of catp-lightning has {FORMAT_VERSION}."
+            )
+        if len(json.dumps([self.scorer_args, self.selector_args, self.evidence, self.model])) > LARGEST - 1024:
+            raise PolicyError(too_large("This policy"))
+        self.build_scorer()
+        self.build_selector()
+
+    def build_scorer(self) -> Scorer:
+        """Build the scorer with its arguments."""
+        return _method("scorer", self.scorer, SCORERS, self.scorer_args)
+
+    def build_selector(self) -> Selector:
+        """Build the selector with its arguments; without a name, the scorer's default selector."""
+        name = _lookup("scorer", self.scorer, SCORERS).selector if self.selector is None else self.selector
+        return _method("selector", name, SELECTORS, self.selector_args)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the fields as plain JSON types.
+
+        `keep` is {"share": 1.0} or {"tokens": 1}, because JSON does not tell a float from an int.
+        """
+        values = {part.name: getattr(self, part.name) for part in fields(self)}
+        values["keep"] = {"tokens": self.keep} if isinstance(self.keep, int) else {"share": self.keep}
+        return dict(json.loads(json.dumps(values, allow_nan=False)))
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Self:
+        """Return the policy with the fields that `to_dict` gave.
+
+        Unknown keys and a newer format version warn and are ignored.
+
+        Raises:
+            PolicyError: a value is wrong.
+        """
+        if not isinstance(values, Mapping) or not all(isinstance(key, str) for key in values):
+            raise PolicyError(f"a policy must be a dictionary with names as keys, got {_SHORT.repr(values)}.")
+        check_size("a policy", values, DEEPEST + 1)
+        names = {f.name for f in fields(cls)}
+        unknown = sorted(set(values) - names)
+        if unknown:
+            warn(
+                f"The policy has keys this version of catp-lightning does not know: {', '.join(unknown):.200}. "
+                "They are ignored.",
+                stacklevel=2,
+            )
+        known = {key: value for key, value in values.items() if key in names}
+        version = known.get("format_version", FORMAT_VERSION)
+        if type(version) is int and version > FORMAT_VERSION:
+            warn(
+                f"The policy has format_version {version!r:.50}, this version of catp-lightning reads up to "
+                f"{FORMAT_VERSION}: what its fields mean may have changed. Update catp-lightning, or calibrate again.",
+                stacklevel=2,
+            )
+            known["format_version"] = FORMAT_VERSION
+        if "keep" in known:
+            known["keep"] = _keep_from_json(known["keep"])
+        if not isinstance(known.get("scorer", ""), str) or not isinstance(known.get("selector", ""), str | None):
+            raise PolicyError(
+                f"scorer and selector are names, got {known.get('scorer')!r:.200} and {known.get('selector')!r:.200}."
+            )
+        return cls(**known)
+
+    def __repr__(self) -> str:
+        """Short text: scorer, budget and fields that differ from their defaults; evidence and long values are cut."""
+        shown = [f"scorer={self.scorer!r}", f"keep={self.keep!r}"]
+        for part in fields(self):
+            value = getattr(self, part.name)
+            if part.name in ("scorer", "keep", "format_version") or value in (None, {}, "original"):
+                continue
+            if part.name == "evidence":
+                chosen = f", chosen {_SHORT.repr(value['chosen'])}" if "chosen" in value else ""
+                shown.append(f"evidence=<{len(value)} entries{chosen}>")
+            else:
+                shown.append(f"{part.name}={_SHORT.repr(dict(value) if isinstance(value, dict) else value)}")
+        return f"{type(self).__name__}({', '.join(shown)})"
+
+    def with_keep(self, keep: int | float) -> Self:
+        """Return a copy of the policy with another budget."""
+        return replace(self, keep=keep)
+
+    def save(self, path: str | Path) -> Path:
+        """Write the policy as JSON, atomically, and return the file's path.
+
+        Args:
+            path: a file; a path without a suffix is a folder, which gets `policy.json`.
+        """
+        path, values = Path(path), self.to_dict()
+        file = path if path.suffix else path / POLICY
+        text = json.dumps(values, indent=2, allow_nan=False)
+        if len(text) >= LARGEST:  # with indentation it would be too large to load
+            text = json.dumps(values, allow_nan=False)
+        return write_text(file, text + "\n")
+
+    @classmethod
+    def load(cls, path: str | Path, keep: int | float | None = None) -> Self:
+        """Load a policy from a file, a folder, Weights & Biases or the Hugging Face hub.
+
+        Args:
+            path: a file; a folder with `policy.json` or one `keep-<value>.json` for each budget;
+                "wandb://entity/project/name:alias" for an artifact; "hf://user/repo" for a repository of the hub,
+                "hf://user/repo@revision" for a branch, tag or commit of it.
+            keep: the budget to take from a folder that holds several; a single policy must be for this budget.
+
+        Raises:
+            PolicyError: there is no such file, it is damaged, not a regular file or larger than 4 MiB, or only other
+                budgets than `keep` are there, or several are there and `keep` is None.
+        """
+        if keep is not None:
+            check_keep(keep)
+        file, values = find(path, keep)
+        try:
+            return cls.from_dict(values)
+        except PolicyError as error:
+            raise PolicyError(f"{file}: {error}") from error
+
+
+_SHORT = reprlib.Repr()
+_SHORT.maxstring = _SHORT.maxother = 40
+_SHORT.maxdict = _SHORT.maxlist = 4
+_SHORT.maxlevel = 3
+
+
+def check_keep(keep: Any) -> None:
+    """Raise PolicyError unless `keep` is a float in (0, 1] or an int >= 1."""
+    allowed = "keep is a share, a float in (0, 1], or a number of tokens, an int of at least 1"
+    if isinstance(keep, bool) or not isinstance(keep, int | float):
+        raise PolicyError(f"keep is {keep!r:.200}; {allowed}.")
+    if isinstance(keep, int) and keep.bit_length() > 63:
+        raise PolicyError(f"keep is a number of {keep.bit_length()} bits; {allowed}, and no model has 2**63 of them.")
+    if isinstance(keep, int) and keep < 1:
+        raise PolicyError(f"keep is {keep}; {allowed}.")
+    if isinstance(keep, float) and not (math.isfinite(keep) and 0 < keep <= 1):
+        hint = (
+            f" For {keep:g} tokens write keep={keep:.0f}, without the point." if keep > 1 and keep.is_integer() else ""
+        )
+        raise PolicyError(f"keep is {keep}; {allowed}.{hint}")
+
+
+def _keep_from_json(value: Any) -> Any:
+    if isinstance(value, Mapping) and len(value) == 1:
+        (kind, number), *_ = value.items()
+        if kind == "share" and isinstance(number, int | float) and not isinstance(number, bool) and abs(number) < 2**63:
+            return float(number)
+        if kind == "tokens" and isinstance(number, int) and not isinstance(number, bool):
+            return number
+    raise PolicyError(f'keep is {value!r:.200}; in a file it is {{"share": 0.5}} or {{"tokens": 16}}.')
+
+
+def _lookup(kind: str, name: Any, known: Mapping[str, type[Method]]) -> type[Method]:
+    if not isinstance(name, str) or name not in known:
+        hint = did_you_mean(name, known)
+        raise PolicyError(f"There is no {kind} {name!r:.200}; known are {', '.join(sorted(known))}.{hint}")
+    return known[name]
+
+
+def _method(kind: str, name: str, known: Mapping[str, type[Method]], args: Mapping[str, Any]) -> Method:
+    return build(_lookup(kind, name, known), args, f"{kind} {name!r}")

@@ -1,0 +1,189 @@
+"""Arguments of a model's running calls, captured before the model's own code turns them into something else."""
+
+import inspect
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from catp_lightning.errors import PruningError
+from catp_lightning.prompt.caches import is_short
+from catp_lightning.utils.hooks import Seen, hooked, replaced
+
+
+class ModelCall(dict[str, Any]):
+    """Arguments of one model call, by name; hashable by identity, so that per-call state can be keyed on it."""
+
+    __hash__ = object.__hash__  # type: ignore[assignment]
+    __eq__ = object.__eq__
+
+
+class CallTracker:
+    """Tracker of one model's running calls and their arguments.
+
+    Attributes:
+        arguments: arguments of `outer`, by name, while it runs; else empty.
+        given: arguments of the user's call: generate's while it runs, else `arguments`. Newer versions of generate read
+            pixels before they expand beams and hand on features alone.
+        samples: number of samples that the running `generate` was given, or None; later tensors have a row for each
+            beam.
+        in_decoder: True while the decoder is running; set by the code that hooks it.
+        continuing: True if the running `generate` was given the cache of a pruned prompt.
+
+    Raises:
+        PruningError: from a call that is running while another thread's is, or while the context is left.
+
+    Args:
+        model: the model whose `generate` is followed.
+        outer: the module below the head, which turns ids and pixels into the decoder's input.
+    """
+
+    def __init__(self, model: PreTrainedModel, outer: nn.Module) -> None:
+        self.model, self.outer = model, outer
+        self._calls: list[ModelCall] = []  # running calls, the innermost last; a hook may call the model again
+        self.samples: int | None = None
+        self._generating: ModelCall | None = None
+        self._length: int | None = None
+        self.continuing = self.in_decoder = False
+        self._inside, self._lock = False, threading.Lock()
+        self._thread, self._depth = 0, 0  # the calling thread; number of nested calls
+        self._names = list(inspect.signature(outer.forward).parameters)
+        kind: Any = type(model)
+        self._generates = list(inspect.signature(kind.generate).parameters)[1:]
+
+    @contextmanager
+    def watching(self) -> Iterator[None]:
+        """Follow the model's calls while inside; hooks are in place only there."""
+        with ExitStack() as undo:
+            undo.callback(self._calls.clear)
+            undo.callback(setattr, self, "_inside", False)
+            self._inside = True
+            undo.enter_context(hooked(self.outer, self._call, self._called, always=True))
+            undo.enter_context(_watched(self.outer, self))
+            undo.enter_context(replaced(self.model, "generate", self._generate))
+            yield
+
+    @contextmanager
+    def to_its_end(self) -> Iterator[None]:
+        """Raise an error if the call made inside ends after the watching context was left.
+
+        Raises:
+            PruningError: the call has outlived the context: what it did after that was not pruned, or failed.
+        """
+        inside = self._inside
+        try:
+            yield
+        except Exception as error:
+            if inside and not self._inside:
+                raise _outlived() from error
+            raise
+        if inside and not self._inside:
+            raise _outlived()
+
+    def _begin(self) -> None:
+        own = threading.get_ident()
+        with self._lock:
+            if self._depth and self._thread != own:
+                raise PruningError(
+                    "Another thread is calling this pruned model. What is kept belongs to one call at a time: make the "
+                    "calls one after the other, or give each thread a model of its own."
+                )
+            self._thread, self._depth = own, self._depth + 1
+
+    def _end(self) -> None:
+        with self._lock:
+            if self._thread == threading.get_ident():  # not a thread that was refused
+                self._depth = max(self._depth - 1, 0)
+
+    @property
+    def arguments(self) -> ModelCall:
+        return self._calls[-1] if self._calls else ModelCall()
+
+    @property
+    def given(self) -> ModelCall:
+        return self.arguments if self._generating is None else self._generating
+
+    def beams(self, rows: int) -> int:
+        """Return how many of `rows` belong to each sample of the running `generate`; 1 outside of it."""
+        return rows // self.samples if self.samples and rows % self.samples == 0 else 1
+
+    def prompt_length(self, columns: int) -> int | None:
+        """Return the number of columns of the running `generate`'s prompt, without those that it has generated.
+
+        None outside of `generate`, where it is not known where a prompt ends and its answer begins.
+
+        Args:
+            columns: number of columns of the call; the first call's are the prompt.
+        """
+        if self._generating is None:
+            return None
+        self._length = columns if self._length is None else self._length  # its first call has the prompt alone
+        return self._length
+
+    def _call(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        self._begin()
+        self._calls.append(ModelCall({**dict(zip(self._names, args, strict=False)), **kwargs}))
+
+    def _called(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        if self._depth and self._thread == threading.get_ident():
+            del self._calls[-1:]  # arguments are not held longer than the call lasts
+        self._end()
+
+    def interrupted(self) -> None:
+        """Forget all running calls after an interrupt, when no hook is called for their ends."""
+        self._calls.clear()
+        self._depth, self.in_decoder = 0, False
+
+    def _generate(self, generate: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        if not self._inside:
+            raise _outlived()
+        self._begin()
+        prompt = kwargs.get("input_ids", args[0] if args else kwargs.get("inputs"))
+        before = self.samples, self._generating, self._length, self.continuing
+        self.samples = len(prompt) if isinstance(prompt, Tensor) else None
+        self._generating, self._length = ModelCall({**dict(zip(self._generates, args, strict=False)), **kwargs}), None
+        self.continuing = bool(is_short(kwargs.get("past_key_values")))
+        try:
+            with self.to_its_end():
+                return generate(*args, **kwargs)
+        finally:
+            self.samples, self._generating, self._length, self.continuing = before
+            self._end()
+
+
+def _outlived() -> PruningError:
+    return PruningError(
+        "The prune context was left while this call was running in another thread, or before it began: its answer "
+        "would be pruned in part. Wait for it inside the context, by thread.join() for example."
+    )
+
+
+class _Watched(Seen):
+    """Forward of a module that is followed to its end, even if the module's hooks are gone by then."""
+
+    by: CallTracker
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        try:
+            with self.by.to_its_end():
+                return super().__call__(*args, **kwargs)
+        except (KeyboardInterrupt, SystemExit, GeneratorExit):
+            self.by.interrupted()
+            raise
+
+
+@contextmanager
+def _watched(module: nn.Module, by: CallTracker) -> Iterator[None]:
+    """Refuse calls of a module that outlive the context; its forward is replaced while inside."""
+    own = module.__dict__["forward"]  # set by the hooks
+    seen = _Watched(own)
+    seen.by = by
+    try:  # from here on: an interrupt may come at any line
+        module.__dict__["forward"] = seen
+        yield
+    finally:
+        if module.__dict__.get("forward") is seen:
+            module.__dict__["forward"] = own

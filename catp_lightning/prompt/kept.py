@@ -1,0 +1,122 @@
+"""What is left of a prompt once rows are dropped, and how its outputs are put back over all columns."""
+
+import weakref
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.utils import ModelOutput
+
+from catp_lightning.errors import PruningError
+
+
+@dataclass
+class KeptSequence:
+    """Columns of a prompt that stay after dropping; R rows, L original columns, n kept columns of the longest row.
+
+    Attributes:
+        order: int64 [R, n], original columns of the kept rows, ascending; rows that keep fewer have fillers among them.
+        valid: bool [R, n], False for fillers.
+        mask: int64 [R, L], the caller's mask of the full prompt.
+        cache: weak reference to the cache that this prefill filled, if any.
+    """
+
+    order: Tensor
+    valid: Tensor
+    mask: Tensor
+    cache: weakref.ref[Any] | None = None
+
+    def gather(self, full: Tensor) -> Tensor:
+        """Select the kept columns: [R, L] or [R, L, D] -> [R, n] or [R, n, D]."""
+        index = self.order if full.dim() == 2 else self.order[..., None].expand(-1, -1, full.shape[-1])
+        return full.gather(1, index)
+
+    def gather_positions(self, positions: Tensor, compact: bool) -> Tensor:
+        """Select position ids [..., R, L] -> [..., R, n]; `compact` closes the gaps that dropped columns leave."""
+        short = positions.gather(-1, self.order.expand(*positions.shape[:-1], -1))
+        if not compact:
+            return short
+        dropped_before = self.mask.cumsum(1).gather(1, self.order) - self.short_mask.cumsum(1)
+        return (short - dropped_before).where(self.short_mask.bool(), short)  # padding keeps what it had
+
+    def scatter(self, short: Tensor) -> Tensor:
+        """Put values of kept columns back in their places: [R, n, D] -> [R, L, D], zeros where a row was dropped."""
+        full = short.new_zeros(len(short), self.mask.shape[1], short.shape[-1])
+        index = self.order[..., None].expand_as(short)
+        return full.scatter(1, index, short.masked_fill(~self.valid[..., None], 0))  # a filler's may be NaN
+
+    def scatter_keys(self, short: Tensor) -> Tensor:
+        """Put attention to kept columns back in its places over all columns: [R, H, q, n + m] -> [R, H, q, L + m].
+
+        The `m` last keys come after the prompt and stay as they are.
+
+        Raises:
+            PruningError: the attention has fewer keys than columns were kept, as with the cache of a sliding layer.
+        """
+        kept, later = self.order.shape[1], short.shape[3] - self.order.shape[1]
+        if later < 0:
+            raise PruningError(
+                "Attention of a layer with a sliding window cannot be put back where columns were dropped. Leave "
+                "output_attentions out, or ask for it without a cache."
+            )
+        prompt = short[..., :kept].transpose(1, 3).flatten(2)
+        prompt = self.scatter(prompt).unflatten(2, (short.shape[2], short.shape[1])).transpose(1, 3)
+        return torch.cat([prompt, short[..., kept:]], 3)
+
+    def scatter_attention(self, short: Tensor) -> Tensor:
+        """Put attention among kept columns back in its places: [R, H, n, n] -> [R, H, L, L].
+
+        It is zero where the query or the key was dropped.
+        """
+        return self.scatter_keys(self.scatter_keys(short).transpose(2, 3)).transpose(2, 3)
+
+    def scatter_states(self, short: Tensor) -> Tensor:
+        """Put states [R, n, D] or attention maps [R, H, n, n] of a prefill back in their places over all columns."""
+        return self.scatter(short) if short.dim() == 3 else self.scatter_attention(short)
+
+    def scatter_step(self, short: Tensor) -> Tensor:
+        """Put attention maps of a decoding step back in their places over all columns; leave its states as they are.
+
+        A decoding step's own rows are all there: [R, q, D] of states, [R, H, q, n + m] of attention.
+        """
+        return short if short.dim() == 3 else self.scatter_keys(short)
+
+    @property
+    def short_mask(self) -> Tensor:
+        return self.gather(self.mask) * self.valid
+
+    @property
+    def dropped(self) -> Tensor:
+        """Number of columns that each row lost, without padding: int64 [R]."""
+        return self.mask.sum(1) - self.short_mask.sum(1)
+
+    @property
+    def whole(self) -> bool:
+        """True if nothing was dropped."""
+        return self.order.shape[1] == self.mask.shape[1] and bool(self.valid.all())
+
+    def of_rows(self, rows: Tensor) -> "KeptSequence":
+        """Return the kept columns of the rows `rows`, int64 [R']: of beams, or of copies made after the prefill."""
+        order, valid, mask = (part.index_select(0, rows) for part in (self.order, self.valid, self.mask))
+        return KeptSequence(order, valid, mask, self.cache)
+
+
+def kept_sequence(keep: Tensor, mask: Tensor) -> KeptSequence:
+    """Return what is left of a prompt: `keep`, bool [R, L], under the attention mask `mask`, int64 [R, L]."""
+    most = int(keep.sum(1).max())
+    order = (~keep).long().argsort(dim=1, stable=True)[:, :most].sort(1).values
+    return KeptSequence(order, keep.gather(1, order), mask)
+
+
+def of_each(output: Any, change: Callable[[Tensor], Tensor]) -> Any:
+    """Apply `change` to the tensors of a model's output, or of a part of it; caches stay as they are."""
+    if isinstance(output, Tensor):
+        return change(output)
+    if isinstance(output, tuple):
+        return tuple(of_each(value, change) for value in output)
+    if isinstance(output, ModelOutput):
+        for name, value in output.items():
+            output[name] = of_each(value, change)
+    return output

@@ -1,0 +1,170 @@
+"""Prompts as they reach the language model, and what is left of them once visual tokens are dropped."""
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from catp_lightning.errors import PruningError
+from catp_lightning.prompt.call import ModelCall
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """Prompt from which visual tokens are chosen; B samples, before beams are expanded, T visual tokens of the largest.
+
+    Attributes:
+        tokens: bool [B, T], the visual tokens that each sample has, in the order of their placeholders.
+        arguments: arguments of the model's own call: pixel values, sizes of images and the like.
+        beams: number of rows that the model's own tensors have for each sample; they lie next to each other.
+    """
+
+    tokens: Tensor
+    arguments: ModelCall
+    beams: int
+
+
+@dataclass(frozen=True)
+class DecoderPrompt(Prompt):
+    """Prompt at the entry of the decoder, or of the encoder that reads it; R is B samples times the beams, L columns.
+
+    Attributes:
+        ids: int64 [B, L], token ids.
+        visual: bool [B, L], True for placeholders of visual tokens.
+        embeds: float [R, L, D], input embeddings.
+        mask: int64 [R, L], attention mask.
+        positions: int64 [R, L], or [3 or 4, R, L] where an image's rows have coordinates.
+        is_prompt: bool [B, L], True for rows of the prompt itself: neither padding, nor from the first label on, nor
+            generated.
+        generating: True if `generate` predicts an answer from the prompt's last row.
+    """
+
+    ids: Tensor
+    visual: Tensor
+    embeds: Tensor
+    mask: Tensor
+    positions: Tensor
+    is_prompt: Tensor
+    generating: bool = field(default=False, kw_only=True)
+
+    @classmethod
+    def of(
+        cls,
+        arguments: ModelCall,
+        beams: int,
+        ids: Tensor,
+        visual: Tensor,
+        embeds: Tensor,
+        mask: Tensor,
+        positions: Tensor,
+        is_prompt: Tensor,
+    ) -> "DecoderPrompt":
+        """Return a prompt with the visual tokens whose placeholders are `visual`."""
+        return cls(visual_tokens(visual), arguments, beams, ids, visual, embeds, mask, positions, is_prompt)
+
+    def _refuse_end(self, columns: Tensor) -> None:
+        """Raise PruningError if the last row of a prompt is dropped, as what is generated would follow nothing.
+
+        Args:
+            columns: bool [B, L], the columns that stay.
+        """
+        last = self.is_prompt.shape[1] - 1 - self.is_prompt.flip(1).long().argmax(1, keepdim=True)
+        gone = ~columns.gather(1, last)[:, 0] & self.is_prompt.any(1)
+        if bool(gone.any()):
+            raise PruningError(
+                f"The prompt of sample {int(gone.nonzero()[0])} ends in an image whose last token is dropped: "
+                "an answer would be predicted from nothing. Put text after the image, as chat templates do."
+            )
+
+    def text_columns(self) -> tuple[Tensor, Tensor]:
+        """Return the columns of the text rows that scorers read, int64 [B, R], and which of them exist, bool [B, R].
+
+        R is the number of text rows of the largest sample. They are those after the first visual token, which can see
+        it; all text rows if none is after it.
+        """
+        own = self.is_prompt & ~self.visual
+        after = own & (self.visual.cumsum(1) > 0)
+        own = after | (own & ~after.any(1, keepdim=True))
+        most = int(own.sum(1).max())
+        return (~own).long().argsort(dim=1, stable=True)[:, :most], own.long().sort(1, descending=True)[0][:, :most] > 0
+
+    def text(self) -> tuple[Tensor, Tensor]:
+        """Return the embeddings of the text rows that scorers read, float [B, R, D], and which exist, bool [B, R].
+
+        The rows are those of `text_columns`; embeddings are zeros beyond a sample's own.
+        """
+        columns, valid = self.text_columns()
+        embeds = self.embeds[:: self.beams].detach()
+        return embeds.gather(1, columns[..., None].expand(-1, -1, embeds.shape[-1])) * valid[..., None], valid
+
+    def columns(self, keep: Tensor) -> Tensor:
+        """Return the columns that stay, bool [R, L], given the visual tokens that stay, bool [B, T]; text always stays.
+
+        Where a token is dropped, padding on the left is dropped too, or the longest prompt would decide for all. The
+        last column of the padding stays: a label may be predicted from it.
+
+        Raises:
+            PruningError: the row that an answer is generated from would be dropped.
+        """
+        own = columns_kept(self.visual, keep)
+        if self.generating:
+            self._refuse_end(own)
+        columns = own.repeat_interleave(self.beams, 0)
+        if bool(columns.all()):
+            return columns
+        begun = (self.mask.cumsum(1) > 0)[:, 1:]
+        return columns & torch.nn.functional.pad(begun, (0, 1), value=True)
+
+
+def visual_tokens(placeholders: Tensor) -> Tensor:
+    """Return which visual tokens each sample has, bool [B, T], given its placeholders, bool [B, L]."""
+    counts = placeholders.sum(1)
+    return torch.arange(int(counts.max()), device=counts.device) < counts[:, None]
+
+
+def columns_kept(placeholders: Tensor, keep: Tensor) -> Tensor:
+    """Return the columns of a prompt that stay, bool [B, L]; text always stays.
+
+    Args:
+        placeholders: bool [B, L], columns of visual tokens.
+        keep: bool [B, T], the visual tokens that stay.
+    """
+    columns, own = ~placeholders, visual_tokens(placeholders)
+    columns[placeholders] = keep[:, : own.shape[1]][own]  # these samples may be of a batch with more tokens
+    return columns
+
+
+@contextmanager
+def forgetting(*forget: Callable[[], None]) -> Iterator[None]:
+    """Call all of `forget` if the block raises: what was seen of a failed call must not serve another."""
+    try:
+        yield
+    except BaseException:
+        for each in forget:
+            each()
+        raise
+
+
+@dataclass(frozen=True)
+class CrossAttended(Prompt):
+    """Prompt after its first cross-attention layer.
+
+    B samples, H heads, D features; T is images x tiles x rows of a tile, as in the unpruned model.
+
+    Attributes:
+        tokens: bool [B, T], True for the image rows that text sees.
+        arguments: arguments of the model's call, by name; its tensors have B x beams rows.
+        states: float [B, T, D], the model's cross_attention_states.
+        attention: float32 or float64 [B, H, T], attention that each head of the first cross-attention layer pays to
+            each image row, summed over the prompt's text rows that see an image; 0 where `tokens` is False. Text from
+            the first label on does not belong to the prompt; if only such text sees an image, its first row counts.
+            None if the attention was not asked for.
+        given: arguments of the text model's call, by name, without its cache.
+    """
+
+    states: Tensor
+    attention: Tensor | None
+    given: Mapping[str, Any]

@@ -1,0 +1,134 @@
+"""Collection, in one forward of the vision part, of the signals that scorers and selectors need."""
+
+import weakref
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from catp_lightning.errors import PruningError
+from catp_lightning.methods.observation import BY_LAYER, Needs, Observation, Signal, Values
+from catp_lightning.models import Family
+from catp_lightning.prompt.attention import Reduction, observe_attention
+from catp_lightning.prompt.call import ModelCall
+from catp_lightning.pruning.sites import Prompt
+from catp_lightning.utils.hooks import hooked
+
+ATTENTION = frozenset(
+    {
+        Signal.CROSS_ATTENTION,
+        Signal.SELF_ATTENTION,
+        Signal.VISION_ATTENTION,
+        Signal.VISION_KEYS,
+        Signal.VISION_ATTENTION_RECEIVED,
+    }
+)
+
+Looks = list[tuple[Reduction, Callable[[Tensor], None]]]
+
+
+class Observer:
+    """Observer of one model's vision part; `take` hands over what its last forward showed.
+
+    Raises:
+        PruningError: a signal or a layer is asked for that the model does not have.
+    """
+
+    def __init__(self, family: Family, needs: Needs) -> None:
+        self.family = family
+        self.active = True
+        self.sites = list(_sites(family, needs))
+        self.at_entry = family.at_entry & needs.keys()
+        self.values: Values = {}
+        self._taken: weakref.WeakKeyDictionary[ModelCall, Values] = weakref.WeakKeyDictionary()
+
+    @contextmanager
+    def watching(self) -> Iterator[None]:
+        """Observe the model while inside; attention is observed and hooks are in place only there."""
+        attention: dict[PreTrainedModel, dict[nn.Module, Looks]] = {}
+        with ExitStack() as undo:
+            for signal, layer in self.sites:
+                key = (signal, layer) if signal in BY_LAYER else signal
+                if signal in ATTENTION:
+                    site = self.family.attention_site(signal, layer)
+                    looks = attention.setdefault(site.owner, {}).setdefault(site.module, [])
+                    looks.append((site.reduction, self._storing(key)))
+                else:
+                    output = self.family.output_site(signal)
+                    undo.enter_context(hooked(output.module, after=self._reading(key, output.read)))
+            for owner, modules in attention.items():
+                undo.enter_context(observe_attention(owner, {module: _all(x) for module, x in modules.items()}))
+            yield
+
+    def forget(self) -> None:
+        """Discard what was seen of a call that has failed."""
+        self.values.clear()
+        self._taken.clear()
+
+    def take(self, prompt: Prompt) -> Observation:
+        """Return the signals of the last forward of the vision part, and of the prompt.
+
+        The signals of a forward are handed over to one call only; later steps of the same call get them again.
+
+        Raises:
+            PruningError: the vision part was not run in this call.
+        """
+        values, self.values = self.values, {}
+        values = values or self._taken.get(prompt.arguments, {})  # generate without a cache: images are seen once
+        if len(values) < len(self.sites):
+            raise PruningError(
+                "The language model was called without the vision part being run in the same call, so its tokens "
+                "cannot be scored. Pass pixel_values, not precomputed image features; or use keep=1.0."
+            )
+        self._taken[prompt.arguments] = values
+        return self.family.observation(values, self.at_entry, prompt)
+
+    def _storing(self, key: Signal | tuple[Signal, int]) -> Callable[[Tensor], None]:
+        def store(value: Tensor) -> None:
+            if self.active:
+                self.values[key] = value
+
+        return store
+
+    def _reading(self, key: Signal | tuple[Signal, int], read: Callable[..., Tensor]) -> Callable[..., None]:
+        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+            if self.active:
+                self.values[key] = read(args, kwargs, output).detach()
+
+        return hook
+
+
+def _all(looks: Looks) -> tuple[Callable[..., Any], Callable[[Any], None]]:
+    """Combine several (reduction, store) pairs for one module's attention into one."""
+
+    def store(values: list[Tensor]) -> None:
+        for (_, storing), value in zip(looks, values, strict=True):
+            storing(value)
+
+    return lambda *attention: [reduction(*attention) for reduction, _ in looks], store
+
+
+def _sites(family: Family, needs: Needs) -> Iterator[tuple[Signal, int]]:
+    there = family.signals | family.layers().keys()
+    for signal, layers in needs.items():
+        if signal not in there:
+            raise PruningError(f"The policy reads {_named(signal)}, which {type(family.model).__name__} does not show.")
+        if signal in family.at_entry:
+            continue
+        if signal not in BY_LAYER:
+            yield signal, 0
+            continue
+        count = family.layers()[signal]
+        for layer in range(count) if layers is None else layers:
+            if not -count <= layer < count:
+                raise PruningError(
+                    f"The policy reads layer {layer} of {_named(signal)}; this model has "
+                    f"{count}, numbered 0 to {count - 1}. Calibrate again, or name layers it has."
+                )
+        yield from ((signal, layer) for layer in sorted({n % count for n in (layers or range(count))}))
+
+
+def _named(signal: Signal) -> str:
+    return signal.name.lower().replace("_", "-")

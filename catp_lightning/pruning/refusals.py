@@ -1,0 +1,156 @@
+"""Checks before anything is pruned, which refuse a policy for another model, or a rule that makes no sense here."""
+
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+from torch import nn
+
+from catp_lightning.errors import PolicyError, PruningError
+from catp_lightning.methods.observation import STAGED, Needs, Signal
+from catp_lightning.methods.selectors import Selector
+from catp_lightning.models import Family
+from catp_lightning.policy import PruningPolicy
+from catp_lightning.utils.hooks import not_copied
+from catp_lightning.utils.messages import warn
+
+MARK = "_catp_pruning"
+"""Attribute of a model while it is being pruned, calibrated, or asked as a guide."""
+
+
+def check_model(policy: PruningPolicy, family: Family) -> None:
+    """Raise PolicyError if a policy was made for another architecture; warn if it was made for another checkpoint."""
+    if policy.model is None:
+        return
+    made_for, here = dict(policy.model), family.describe()
+    names = made_for.pop("name", ""), here.pop("name", "")
+    if made_for != here:
+        raise PolicyError(
+            f"The policy was made for {_described(made_for)}; this model is {_described(here)}. "
+            "Calibrate again with CrossAttentionCalibration, or load the model it was made for."
+        )
+    if all(names) and names[0] != names[1]:
+        warn(
+            f"The policy was made for the checkpoint {names[0]!r} and is used on {names[1]!r} of the same shape: "
+            "what it promises was measured on the first.",
+            stacklevel=4,
+        )
+
+
+def _described(model: Mapping[str, Any]) -> str:
+    shape = [f"{value} {key.replace('_', ' ')}" for key, value in model.items() if key != "type"]
+    return f"{model.get('type', 'a model')} with {', '.join(shape)}" if shape else str(model.get("type", "unknown"))
+
+
+def refuse_unprunable(module: nn.Module, family: Family) -> None:
+    """Raise PruningError if a model is being pruned already, or if it, or a step that calls it, was compiled before."""
+    if MARK in family.model.__dict__:
+        raise _occupied(family)
+    parts = {part: path for path, part in (*family.model.named_modules(), *module.named_modules())}
+    own = set(family.model.modules())
+    for part, path in parts.items():
+        # A part beside the model, a loss for example, may be compiled: nothing is pruned there.
+        if (how := _compiled(part)) is not None and (part in own or family.model in part.modules()):
+            raise PruningError(
+                f"{type(part).__name__}{path and f' {path!r}'} was compiled before pruning ({how}), and compiled code "
+                "may run past what is pruned. Hand over the module itself, not what torch.compile made of it, enter "
+                "prune first and compile inside. Under a Trainer compile in on_validation_start, on_test_start or "
+                "on_predict_start of your module, which run inside: self.model.compile(), for example, or of a part of "
+                "it; what is compiled in place there is no longer when the loop has ended. To train compiled and "
+                "validate pruned, compile the training step alone: "
+                "module.training_step = torch.compile(module.training_step)."
+            )
+
+
+_CALLED = ("forward", "generate", "validation_step", "test_step", "predict_step")
+
+
+def _compiled(part: nn.Module) -> str | None:
+    """Return how a module was compiled; None if it was not.
+
+    Training steps may be compiled: they run outside of every context.
+    """
+    if hasattr(part, "_orig_mod"):
+        return "torch.compile(module)"
+    if getattr(part, "_compiled_call_impl", None) is not None:
+        return "module.compile()"
+    for name in _CALLED:
+        call = part.__dict__.get(name) or getattr(type(part), name, None)
+        if hasattr(call, "_torchdynamo_orig_callable") and not hasattr(call, "_torchdynamo_disable"):
+            return f"torch.compile(module.{name})"
+    return None
+
+
+@contextmanager
+def compiled_inside(*modules: nn.Module) -> Iterator[None]:
+    """Undo, when the context is left, the in-place compilation of parts of these modules that was done inside."""
+    before = _compiled_in_place(modules)
+    try:
+        yield
+    finally:
+        for part in _compiled_in_place(modules) - before:
+            del part.__dict__["_compiled_call_impl"]
+
+
+def _compiled_in_place(modules: Iterable[nn.Module]) -> set[nn.Module]:
+    """Return all parts of some modules that are compiled in place."""
+    parts = (part for module in modules for part in module.modules())
+    return {part for part in parts if part.__dict__.get("_compiled_call_impl") is not None}
+
+
+@contextmanager
+def occupied(family: Family) -> Iterator[None]:
+    """Reserve a model while inside: no other context can have it, in this thread or another.
+
+    Raises:
+        PruningError: another context has the model.
+    """
+    mark = object()
+    try:  # from here on: an interrupt may come at any line
+        if family.model.__dict__.setdefault(MARK, mark) is not mark:  # in one step: threads may ask at the same time
+            raise _occupied(family)
+        with not_copied(family.model):
+            yield
+    finally:
+        if family.model.__dict__.get(MARK) is mark:
+            del family.model.__dict__[MARK]
+
+
+def _occupied(family: Family) -> PruningError:
+    return PruningError(
+        f"This {type(family.model).__name__} is being pruned already, or calibrated, or asked as a guide: leave that "
+        "context first, prune does not nest. What runs at the same time needs a model of its own."
+    )
+
+
+def refuse_at_stages(policy: PruningPolicy, selector: Selector, wanted: Needs) -> None:
+    """Raise PolicyError if tokens are dropped inside the decoder and the policy needs what is seen only before it.
+
+    That is a signal outside of `observation.STAGED`, or a budget of each image.
+    """
+    per = policy.selector_args.get("per", "sample")
+    if per != "sample" or not (wanted.keys() - {Signal.IMAGE_HASH}) <= STAGED:
+        raise PolicyError(
+            f"scorer {policy.scorer!r} drops tokens inside the decoder, where a budget is of the whole sample and "
+            f"only the decoder's own rows are seen: leave selector and selector_args out (selector is "
+            f"{policy.selector!r}, selector_args {dict(policy.selector_args)})."
+        )
+
+
+def refuse_merging(policy: PruningPolicy, selector: Selector, family: Family) -> None:
+    """Raise PruningError if a selector that merges tokens cannot work on a model.
+
+    Either no decoder reads visual tokens as rows, or they have no grid to be averaged on.
+    """
+    if selector.needs_grid and not family.has_grid:
+        raise PruningError(
+            f"The policy's {policy.selector or policy.scorer!r} averages tokens over a square grid, and those of "
+            f"{type(family.model).__name__} are none: they are queries, or of several crops, or have line ends or a "
+            "[CLS] among them. Use it on a LLaVA-1.5, or choose another control: stride works on every model."
+        )
+    if family.reads != "decoder":
+        raise PruningError(
+            f"The policy's {policy.selector or policy.scorer!r} merges tokens, which is exact where a decoder reads "
+            f"them as rows; {type(family.model).__name__} reads them by {family.reads}. Choose another selector; "
+            "docs/methods.md lists them."
+        )

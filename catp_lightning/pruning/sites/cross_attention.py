@@ -1,0 +1,247 @@
+"""Dropping of image rows in a model whose text reads them by cross-attention: Llama-3.2-Vision.
+
+The unpruned model stores keys and values of every tile in every cross-attention layer, including the empty tiles that
+pad an image. Here, rows that no text sees are never stored, dropped rows leave after the first cross-attention layer
+(its own cache included), and rows that only earlier text saw leave each layer's cache once that layer has run. So the
+prompt reads dropped rows in the first cross-attention layer; generated tokens read them nowhere, with or without a
+cache.
+
+A text row that sees no image is left unmasked by the model and attends to all image rows, padding included: in prefill,
+its output is computed from the full states. No text row is dropped.
+"""
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.cache_utils import DynamicLayer
+
+from catp_lightning.errors import PruningError
+from catp_lightning.models.mllama import Mllama
+from catp_lightning.prompt.caches import (
+    Opened,
+    foreign_cache,
+    is_short,
+    kind_of,
+    layers_of,
+    mark_whole,
+    refuse_static,
+    rows_of,
+    seal,
+)
+from catp_lightning.prompt.call import CallTracker
+from catp_lightning.prompt.prompt import CrossAttended, forgetting
+from catp_lightning.prompt.visibility import TextVisibility, attention_of
+from catp_lightning.pruning.sites.image_rows import CachedRows, CrossAttentionPrefill
+from catp_lightning.utils.hooks import hooked
+
+
+class PruneCrossAttention:
+    """Prune the image rows that one model reads by cross-attention.
+
+    Args:
+        family: the model's family, which knows its parts.
+        choose: returns which of a prompt's `tokens` stay, bool [B, T]; called after the first cross-attention layer of
+            each prefill, and without any token to choose from if the prompt's text sees no image.
+        forget: called when a prompt is refused, so that what was observed for it does not serve another.
+        observe: True if prompts are to have `attention`.
+
+    Attributes:
+        active: False if the model is to run unpruned.
+        prompt_length: number of columns of a prompt that is called together with its answer, as if the answer had been
+            generated; None in all other calls.
+        labels_left_out: always 0, because no text row is dropped.
+    """
+
+    labels_left_out = 0
+    prompt_length: int | None = None
+
+    def __init__(
+        self,
+        family: Mllama,
+        choose: Callable[[CrossAttended], Tensor],
+        forget: Callable[[], None] = lambda: None,
+        observe: bool = False,
+    ) -> None:
+        self.family, self.choose, self.forget, self.observe = family, choose, forget, observe
+        self.active = True
+        self._watching = CallTracker(family.model, family.model)
+        self._opened = Opened()
+        self._reset()
+
+    def _reset(self) -> None:
+        self._opened.close()
+        self._given: Mapping[str, Any] = {}  # arguments of the running call of the text model
+        self._prefill: CrossAttentionPrefill | None = None  # the running prefill
+        self._changes: dict[str, Any] = {}  # replaced arguments of the cross-attention layers in the running call
+        self._length: int | None = None  # columns of the prompt of the running `generate`
+        self._stored: CachedRows | None = None  # what the last prefill cached
+
+    @contextmanager
+    def dropping(self) -> Iterator[None]:
+        """Prune the model while inside; hooks are in place only there."""
+        decoder = self.family.decoder
+        with ExitStack() as undo:
+            undo.callback(self._reset)
+            undo.enter_context(self._watching.watching())
+            undo.enter_context(hooked(decoder, self._enter, self._leave, always=True))
+            for module in self.family.cross_attention:
+                undo.enter_context(hooked(module, self._before, self._after))
+            yield
+
+    def _enter(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        self._prefill, self._changes = None, {}
+        if not self.active:
+            return
+        self._given = {name: value for name, value in kwargs.items() if name != "past_key_values"}
+        cache, states = kwargs.get("past_key_values"), kwargs.get("cross_attention_states")
+        held = _image_rows(cache, self.family.cross_attention[0].layer_idx)
+        if states is None and held == 0:  # text alone
+            if cache is None or cache.get_seq_length() == 0:
+                text = kwargs["inputs_embeds"] if kwargs.get("input_ids") is None else kwargs["input_ids"]
+                self._record_nothing(text.new_zeros(len(text), 0, dtype=torch.bool), text.new_zeros(len(text), 0, 0))
+            return
+        if getattr(self.family.decoder, "gradient_checkpointing", False) and self.family.decoder.training:
+            raise PruningError(
+                "Rows cannot leave while gradients are checkpointed: layers run a second time, after the call. Use "
+                "model.gradient_checkpointing_disable(), or put the model in evaluation mode."
+            )
+        with forgetting(self.forget):
+            _refuse_other(cache)
+            if kwargs.get("output_attentions", getattr(self.family.decoder.config, "output_attentions", False)):
+                raise PruningError(
+                    "Attention to image rows cannot be shown while rows are dropped: text before an image reads all of "
+                    "them, other text only those that stay. Leave output_attentions out; output_hidden_states works."
+                )
+            sight = TextVisibility.of(kwargs, self.family.rows_per_tile)
+            if states is None:
+                self._changes = self._decode(cache, held, sight)
+                return
+            if held:
+                raise PruningError(
+                    "An image came with a cache that holds image rows already, and cannot be added to it. Generate "
+                    "from the whole text again, with all of its images and without past_key_values."
+                )
+            self._length = self.prompt_length or self._watching.prompt_length(sight.real.shape[1])
+            self._prefill = CrossAttentionPrefill(sight, states.reshape(len(sight.real), -1, states.shape[-1]))
+            if bool(self._prefill.tokens.any()):
+                self._changes = self._prefill.changes
+            else:
+                self._record_nothing(self._prefill.tokens, self._prefill.states)
+
+    def _record_nothing(self, tokens: Tensor, states: Tensor) -> None:
+        """Record an empty choice for a prompt whose text sees no image."""
+        beams = self._watching.beams(len(tokens))
+        self.choose(CrossAttended(tokens[::beams], self._watching.arguments, beams, states[::beams], None, self._given))
+
+    def _decode(self, cache: Any, held: int, sight: TextVisibility) -> dict[str, Any]:
+        if is_short(cache) is False:  # it holds all rows, and the model's own masks are right
+            return {}
+        at = rows_of(cache)
+        if self._stored is None or not self._stored.is_in(cache, held) or at is None or len(at) != len(sight.real):
+            raise foreign_cache()
+        changes = self._stored.changes(sight, at)
+        self._opened.open(cache)
+        return changes
+
+    def _before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        return (args, {**kwargs, **self._changes}) if self._changes else None
+
+    def _after(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
+        prefill, cache = self._prefill, kwargs.get("past_key_values")
+        if prefill is None:
+            return None
+        read, used = prefill.repaired(module, kwargs["hidden_states"], output[0]), prefill.rows
+        if self._changes and module is self.family.cross_attention[0]:
+            with forgetting(self.forget):
+                self._narrow(prefill, module, kwargs)
+            read = self._without_dropped(module, kwargs["hidden_states"], read)
+        if cache is not None:
+            prefill.cut_cache(cache, module.layer_idx, used)
+        return (read, *output[1:])
+
+    def _narrow(self, prefill: CrossAttentionPrefill, module: nn.Module, kwargs: dict[str, Any]) -> None:
+        beams = self._watching.beams(len(prefill.tokens))
+        tokens, states = prefill.tokens[::beams], prefill.states[::beams]
+        attention = self._attention(prefill, module, kwargs, beams) if self.observe else None
+        prompt = CrossAttended(tokens, self._watching.arguments, beams, states, attention, self._given)
+        keep = self.choose(prompt) & tokens
+        if not torch.equal(keep, tokens):
+            prefill.narrow(keep.repeat_interleave(beams, 0))
+            self._changes = prefill.changes
+
+    def _without_dropped(self, module: Any, hidden: Tensor, read: Tensor) -> Tensor:
+        """Return the first layer's output in which rows that were generated without a cache read kept image rows only.
+
+        These are the image rows that a cache would hold. `read`, the layer's output over all rows, is [R, L, D].
+        """
+        if self._length is None or hidden.shape[1] <= self._length:
+            return read
+        mask = self._changes["attention_mask"][:, :, self._length :]
+        states = self._changes["cross_attention_states"]
+        again = module.forward(hidden[:, self._length :], cross_attention_states=states, attention_mask=mask)
+        return torch.cat([read[:, : self._length], again[0]], 1)
+
+    @torch.no_grad()
+    def _attention(
+        self, prefill: CrossAttentionPrefill, module: nn.Module, kwargs: dict[str, Any], beams: int
+    ) -> Tensor:
+        hidden, states, mask = (kwargs[k] for k in ("hidden_states", "cross_attention_states", "attention_mask"))
+        is_prompt = _before_labels(prefill.sight.of_text.any(2), self._watching.arguments.get("labels"))
+        if self._length is not None:
+            is_prompt[:, self._length :] = False
+        paid = torch.stack(
+            [
+                attention_of(module, hidden[row, is_prompt[row]], states[row], mask[row, 0, is_prompt[row]])
+                for row in range(0, len(is_prompt), beams)
+            ]
+        )
+        order = prefill.rows.order[::beams, None].expand_as(paid)
+        return paid.new_zeros(*paid.shape[:2], prefill.tokens.shape[1]).scatter(2, order, paid)
+
+    def _leave(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        self._opened.close()
+        prefill, self._prefill, self._changes, self._given = self._prefill, None, {}, {}
+        if prefill is None:
+            return
+        cache, stored = kwargs.get("past_key_values"), prefill.stored
+        cache = cache if output is None else output.get("past_key_values")
+        if cache is not None and stored is not None and prefill.complete and output is not None:
+            mark_whole(cache)
+        elif cache is not None and stored is not None:  # also after a failed call, which filled a part of it
+            seal(cache, torch.arange(len(prefill.states), dtype=torch.long, device=prefill.states.device))
+        if output is not None:
+            self._stored = stored
+
+
+def _image_rows(cache: Any, layer: int) -> int:
+    """Return the number of image rows that a cache holds in layer `layer`."""
+    layers = getattr(cache, "layers", ())
+    filled = layer < len(layers) and layers[layer].is_initialized and layers[layer].keys.numel() > 0
+    return int(layers[layer].keys.shape[2]) if filled else 0
+
+
+def _refuse_other(cache: Any) -> None:
+    """Raise PruningError if a cache has layers that cannot be shortened."""
+    refuse_static(cache)
+    other = {kind_of(layer).__name__ for layer in layers_of(cache) if kind_of(layer) is not DynamicLayer}
+    if other:
+        raise PruningError(
+            f"A cache of {', '.join(sorted(other))} cannot be pruned, one of DynamicLayer can. "
+            "Leave cache_implementation at its default."
+        )
+
+
+def _before_labels(sees: Tensor, labels: Tensor | None) -> Tensor:
+    """Return which text rows see an image and precede the first label, bool [R, L].
+
+    If none does, it is the first row that sees an image. `sees`, bool [R, L], are all text rows that see one.
+    """
+    if labels is None:
+        return sees
+    answer = torch.zeros_like(sees)
+    answer[:, -labels.shape[1] :] = (labels.to(sees.device) != -100).cumsum(1) > 0
+    prompt = sees & ~answer
+    return prompt | (sees & (sees.cumsum(1) == 1) & ~prompt.any(1, keepdim=True))

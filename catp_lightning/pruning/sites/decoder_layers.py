@@ -1,0 +1,269 @@
+"""Dropping of tokens inside the decoder: at the entry of one of its layers, or of several in turn.
+
+Layers before the first stage read and cache the full prompt, so lengths and positions that outer code takes from the
+first layer's cache stay right. From each stage on, layers get the mask and the positions of what is left, and cache no
+more. The decoder's output is handed back at full length.
+"""
+
+import inspect
+import weakref
+from bisect import bisect_left, bisect_right
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from catp_lightning.errors import PruningError
+from catp_lightning.methods.observation import BY_LAYER, Needs
+from catp_lightning.models.base import Family
+from catp_lightning.prompt.attention import PREFIX, SUPPORTED, observe_attention
+from catp_lightning.prompt.caches import Opened, foreign_cache, is_short, refuse_static, rows_of, seal
+from catp_lightning.prompt.kept import KeptSequence
+from catp_lightning.prompt.labels import Labels
+from catp_lightning.prompt.masks import layer_mask, of_columns, window
+from catp_lightning.prompt.prompt import DecoderPrompt, forgetting
+from catp_lightning.pruning.sites.prompt_capture import PromptCapture
+from catp_lightning.pruning.sites.stage_prompt import DecoderPrefill, StagePrompt
+from catp_lightning.utils.hooks import hooked
+
+NOTHING: Needs = {}
+
+
+class PruneAtDecoderLayers:
+    """Prune rows at the entry of some of a decoder's layers; B samples, T visual tokens.
+
+    Hidden states and attention maps are zero where a row was dropped; caches stay as short as they were computed.
+
+    Args:
+        family: the model's family, which knows its parts.
+        choose: returns which of a prompt's `tokens` stay, bool [B, T]; called at each stage of each prefill.
+        compact: must be False, because the layers before the first stage have used the position ids.
+        forget: called when a prompt is refused, so that what was observed for it does not serve another.
+        stages: layers at whose entry rows are dropped, ascending, each at least 1 and less than the number of layers.
+        needs: the signals that prompts have, of `observation.STAGED`.
+        carried: called after a choice; returns int64 [B, T], for each token the token whose row carries it from then
+            on, -1 for none; None if nothing is merged.
+
+    Attributes:
+        active: False if the model is to run unpruned.
+
+    Raises:
+        PruningError: `stages` are other numbers, `compact` is True, or the decoder's attention does not allow it.
+    """
+
+    def __init__(
+        self,
+        family: Family,
+        choose: Callable[[StagePrompt], Tensor],
+        compact: bool,
+        forget: Callable[[], None],
+        stages: tuple[int, ...],
+        needs: Needs = NOTHING,
+        carried: Callable[[], Tensor | None] = lambda: None,
+    ) -> None:
+        self.family, self.choose, self.forget, self.carried = family, choose, forget, carried
+        self.stages, self.needs, self.active = stages, needs, True
+        self.layers: list[Any] = list(family.decoder.get_submodule("layers").children())
+        self.parameters = list(inspect.signature(family.decoder.forward).parameters)
+        self._refuse(compact)
+        self._prompts, self._labels = PromptCapture(family), Labels(family.model)
+        self._looked_at = sorted({layer for at in stages for layer in self._layers_read(at)})
+        self._kept: list[KeptSequence] = []  # columns kept at each stage of the last prefill; empty: all
+        self._cache: weakref.ref[Any] | None = None  # the cache that this prefill filled
+        self._opened = Opened()
+        self._reset()
+
+    def _reset(self) -> None:
+        self._opened.close()
+        self._prefill: DecoderPrefill | None = None  # the running prefill
+        self._step: list[KeptSequence] = []  # columns left at each stage, in a running decoding step
+        self._later = 0  # number of columns after the prompt, in a running decoding step
+        self._changes: dict[str, Any] = {}  # replaced arguments of the running stage's layers
+
+    def _layers_read(self, stage: int) -> Iterator[int]:
+        """Yield the layers whose attention is read at a stage, the entry of layer `stage`.
+
+        Raises:
+            PruningError: a layer is read that has not run by then.
+        """
+        for signal in self.needs.keys() & BY_LAYER:
+            for layer in self.needs[signal] or range(stage):
+                if not -stage <= layer < stage:
+                    raise PruningError(
+                        f"The policy reads layer {layer} of the decoder where tokens leave at layer {stage}: by then "
+                        f"layers 0 to {stage - 1} have run. Name one of those, or -1 for the last of them."
+                    )
+                yield layer % stage
+
+    def _refuse(self, compact: bool) -> None:
+        name, depth, config = type(self.family.decoder).__name__, len(self.layers), self.family.decoder_config
+        if not self.stages or list(self.stages) != sorted({*self.stages} & {*range(1, depth)}):
+            raise PruningError(
+                f"Tokens cannot leave at the layers {list(self.stages)} of {name}, which has {depth}: give ascending "
+                f"numbers from 1 to {depth - 1}."
+            )
+        if compact:
+            raise PruningError(
+                f'positions="compact" is not possible where tokens leave at layer {self.stages[0]}: the layers before '
+                'it have used their position ids. Use positions="original".'
+            )
+        types = {*(getattr(config, "layer_types", None) or ())} - {"full_attention"}
+        if types or window(config) is not None:
+            raise PruningError(
+                f"{name} has layers of type {', '.join(sorted(types)) or 'sliding_attention'}: which columns their "
+                "caches hold cannot be told where layers cache different numbers of rows. Choose a scorer that drops "
+                "tokens before the decoder, or a checkpoint without such layers."
+            )
+        if str(config._attn_implementation).removeprefix(PREFIX) not in SUPPORTED:
+            raise PruningError(
+                f"{name} has attn_implementation={config._attn_implementation!r}, whose masks cannot be shortened. "
+                f"Load the model with one of {', '.join(SUPPORTED)}."
+            )
+
+    @property
+    def labels_left_out(self) -> int:
+        """Number of labels of the last call that were predicted from rows that were gone after the last stage."""
+        return self._labels.left_out
+
+    @contextmanager
+    def dropping(self, prompt: DecoderPrompt | None = None) -> Iterator[None]:
+        """Prune the model while inside, where hooks are in place; with a prompt, the decoder is called on it again."""
+        decoder: Any = self.family.decoder
+        observed = {self.layers[at].self_attn: (partial(self._look, at), _nothing) for at in self._looked_at}
+        with ExitStack() as undo:
+            undo.callback(self._reset)
+            undo.callback(setattr, self._prompts, "given", None)
+            self._prompts.given = prompt
+            for watching in (self._prompts, self._labels):
+                undo.enter_context(watching.watching())
+            undo.enter_context(observe_attention(decoder, observed))
+            undo.enter_context(hooked(decoder, self._enter, self._leave, always=True))
+            for at, layer in enumerate(self.layers[self.stages[0] :], self.stages[0]):
+                stage = self.stages.index(at) if at in self.stages else None
+                before = partial(self._before, stage, list(inspect.signature(layer.forward).parameters))
+                undo.enter_context(hooked(layer, before))
+            yield
+
+    def _enter(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        self._reset()
+        if not self.active:
+            return
+        kwargs = {**dict(zip(self.parameters, args, strict=False)), **kwargs}
+        cache = kwargs.get("past_key_values")
+        self._prompts.inside = True
+        with forgetting(self._prompts.forget, self.forget):
+            refuse_static(cache)
+            past = 0 if cache is None else cache.get_seq_length()
+            if past == 0:
+                self._start_prefill(kwargs)
+            else:
+                self._start_decoding(kwargs, cache, past)
+
+    def _start_prefill(self, kwargs: dict[str, Any]) -> None:
+        self._kept, self._cache = [], None
+        prompt = self._prompts.take(kwargs)
+        if prompt is None:  # text alone
+            return
+        added = len(kwargs.get("deepstack_visual_embeds") or ())
+        if added > self.stages[0]:
+            raise PruningError(
+                f"{type(self.family.model).__name__} adds features to all visual tokens after each of its first "
+                f"{added} layers, and tokens are to leave at layer {self.stages[0]}: choose layers from {added} on."
+            )
+        self._prefill = DecoderPrefill(prompt, self.needs)
+
+    def _start_decoding(self, kwargs: dict[str, Any], cache: Any, past: int) -> None:
+        self._prompts.refuse_images()
+        if not self._kept and not is_short(cache) and cache.get_seq_length(self.stages[-1]) == past:
+            return  # its prefill was not shortened
+        rows = kwargs["inputs_embeds"] if kwargs.get("input_ids") is None else kwargs["input_ids"]
+        own = self._cache() if self._cache is not None else None
+        held = [(kept, cache.get_seq_length(at)) for at, kept in zip(self.stages, self._kept, strict=False)]
+        later = {past - kept.mask.shape[1] for kept, _ in held} | {n - kept.order.shape[1] for kept, n in held}
+        at = rows_of(cache)
+        if own is not cache or len(later) != 1 or min(later) < 0 or at is None or len(at) != len(rows):
+            raise foreign_cache()
+        self._step, self._later = [kept.of_rows(at) for kept in self._kept], later.pop() + rows.shape[1]
+        self._opened.open(cache)
+
+    def _look(self, layer: int, query: Tensor, key: Tensor, mask: Tensor | None, scaling: float) -> Tensor:
+        if self._prefill is None:  # a decoding step chooses nothing
+            return query.new_empty(0)
+        return self._prefill.look(layer, query, key, mask, scaling)
+
+    def _before(
+        self, stage: int | None, names: list[str], module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
+        first = {}
+        if stage is not None and (self._prefill is not None or self._later):
+            with forgetting(self._prompts.forget, self.forget):
+                first = self._begin(stage, {**dict(zip(names, args, strict=False)), **kwargs})
+        changes = {**self._changes, **first}
+        return tuple(changes.pop(name, value) for name, value in zip(names, args, strict=False)), {**kwargs, **changes}
+
+    def _begin(self, stage: int, given: dict[str, Any]) -> dict[str, Any]:
+        """Set the arguments replaced in all layers of a stage; return those replaced in its first layer only."""
+        prefill, hidden = self._prefill, given["hidden_states"]
+        if prefill is None:
+            rows = self._step[stage]
+        else:
+            keep = self.choose(prefill.at(stage, self.stages[stage], hidden))
+            carrier = self.carried()
+            hidden = hidden if carrier is None else prefill.merged(hidden, carrier)
+            hidden = prefill.narrow(keep).gather(hidden)
+            rows = prefill.rows
+            if stage + 1 == len(self.stages):
+                self._labels.leave_out(prefill.prompt.columns(prefill.tokens))
+        if rows.whole:
+            return {}
+        flash = "flash" in str(self.family.decoder_config._attn_implementation)
+        self._changes = {"attention_mask": layer_mask(given.get("attention_mask"), rows, self._later, flash)}
+        if prefill is None:
+            return {}
+        if given.get("position_ids") is not None:
+            self._changes["position_ids"] = of_columns(given["position_ids"][..., None], rows)[..., 0]
+        if given.get("position_embeddings") is not None:
+            self._changes["position_embeddings"] = tuple(of_columns(x, rows) for x in given["position_embeddings"])
+        return {"hidden_states": hidden}
+
+    def _leave(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        self._prompts.inside = False
+        prefill, step = self._prefill, self._step
+        self._reset()
+        kept = step if prefill is None else prefill.kept
+        if kept and output is not None and output.get("attentions") is not None:
+            maps = enumerate(output.attentions)
+            output.attentions = tuple(self._attention(layer, paid, kept, bool(step)) for layer, paid in maps)
+        if prefill is None or prefill.rows.whole:
+            return
+        cache = kwargs.get("past_key_values") if output is None else output.get("past_key_values")
+        if cache is not None:  # also after a failed call, which filled a part of it
+            seal(cache, torch.arange(len(prefill.rows.order), dtype=torch.long, device=prefill.rows.order.device))
+        if output is None:
+            return
+        self._kept, self._cache = prefill.kept, None if cache is None else weakref.ref(cache)
+        output.last_hidden_state = prefill.rows.scatter(output.last_hidden_state)
+        if output.get("hidden_states") is not None:
+            output.hidden_states = tuple(self._restored(at, x) for at, x in enumerate(output.hidden_states))
+
+    def _restored(self, layer: int, hidden: Tensor | None) -> Tensor | None:
+        """Return what entered a layer, before rows were dropped there, at full length.
+
+        What left the last layer counts as the input of one more.
+        """
+        begun = bisect_left(self.stages, layer)
+        return hidden if begun == 0 or hidden is None else self._kept[begun - 1].scatter(hidden)
+
+    def _attention(self, layer: int, paid: Tensor | None, kept: list[KeptSequence], step: bool) -> Tensor | None:
+        """Return a layer's attention maps over all columns, zeros where a row was dropped."""
+        begun = bisect_right(self.stages, layer)
+        if begun == 0 or paid is None:
+            return paid
+        return kept[begun - 1].scatter_keys(paid) if step else kept[begun - 1].scatter_attention(paid)
+
+
+def _nothing(value: Tensor) -> None:
+    """No-op: the prefill has already recorded the attention."""

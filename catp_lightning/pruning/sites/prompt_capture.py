@@ -1,0 +1,147 @@
+"""Capture of a prompt's ids, mask and positions as the caller gave them, not as the model's outer code changed them."""
+
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from catp_lightning.errors import PruningError
+from catp_lightning.models.base import Family
+from catp_lightning.prompt.call import CallTracker
+from catp_lightning.prompt.masks import two_dimensional
+from catp_lightning.prompt.prompt import DecoderPrompt
+from catp_lightning.utils.hooks import hooked
+
+
+class PromptCapture:
+    """Capture of one model's prompts as they reach its decoder, or the encoder that reads them.
+
+    Where `family.outer` is None, as in BLIP-2, whose generate never calls the model's forward, the embedding layer is
+    the one place that sees ids; and the decoder gets the caller's own mask and positions.
+
+    Attributes:
+        inside: True while the decoder is running; what its embedding layer sees then is no prompt.
+        given: prompt that is known already and answered again; it is returned whatever the decoder is called with.
+    """
+
+    given: DecoderPrompt | None = None
+
+    def __init__(self, family: Family) -> None:
+        self.family = family
+        self._watching = CallTracker(family.model, family.outer or family.model)
+        # Labels are seen at the outermost model only.
+        self._calls = self._watching if family.outer is None else CallTracker(family.model, family.model)
+        self._ids: Tensor | None = None
+
+    @property
+    def inside(self) -> bool:
+        return self._watching.in_decoder
+
+    @inside.setter
+    def inside(self, running: bool) -> None:
+        self._watching.in_decoder = running
+
+    @contextmanager
+    def watching(self) -> Iterator[None]:
+        with ExitStack() as undo:
+            undo.enter_context(self._watching.watching())
+            if self.family.outer is not None:
+                undo.enter_context(self._calls.watching())
+            else:
+                embeddings = self.family.model.get_input_embeddings()
+                undo.enter_context(hooked(embeddings, self._see_ids))
+            yield
+
+    def _see_ids(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if not self.inside and args and args[0].dim() == 2:
+            self._ids = args[0]
+
+    def forget(self) -> None:
+        """Discard the ids of a call that has failed: they must not serve another."""
+        self._ids = None
+
+    def refuse_images(self) -> None:
+        """Raise PruningError if the call that continues a cache brings an image."""
+        ids, self._ids = (self._ids if self.family.outer is None else self._watching.arguments.get("input_ids")), None
+        if ids is not None and ids.shape[1] > 1 and bool(self._visual(ids).any()):
+            raise PruningError(
+                "An image came with a cache that holds the text before it, and would be read unpruned. Generate from "
+                "the whole text again, with all of its images and without past_key_values."
+            )
+
+    def refuse_continuing(self) -> None:
+        """Raise PruningError if the running `generate` was given the cache of a pruned prompt."""
+        if self._watching.continuing:
+            raise PruningError(
+                "generate was given past_key_values that hold a pruned prompt, and takes their length for the number "
+                "of columns that have been read: it would read some again. Generate from the whole text again, with "
+                "all of its images and without past_key_values."
+            )
+
+    def _visual(self, ids: Tensor) -> Tensor:
+        return torch.isin(ids, torch.tensor(self.family.placeholder_ids, device=ids.device, dtype=torch.int64))
+
+    def mask(self, kwargs: dict[str, Any]) -> Any:
+        """Return the caller's attention mask, or None; `kwargs` are the arguments of the decoder's call."""
+        return (kwargs if self.family.outer is None else self._watching.arguments).get("attention_mask")
+
+    def positions(self, kwargs: dict[str, Any]) -> Tensor | None:
+        """Return the caller's position ids, given the arguments of the decoder's call; None if the caller gave none.
+
+        Position ids that outer code derived from the length of a shortened cache are wrong, and have to be made anew.
+        """
+        if self.family.outer is not None and self._watching.arguments.get("position_ids") is None:
+            return None
+        return kwargs.get("position_ids")
+
+    def take(self, kwargs: dict[str, Any]) -> DecoderPrompt | None:
+        """Return the prompt with which the decoder is called; None if it is called on text ids of its own.
+
+        Raises:
+            PruningError: the prompt's ids are not known, or it has no place for images that were given.
+        """
+        if self.given is not None:
+            return self.given
+        ids, self._ids = self._ids, None
+        if self.family.outer is not None:
+            ids = self._watching.arguments.get("input_ids")
+        embeds = kwargs.get("inputs_embeds")
+        if embeds is None:
+            return None
+        rows, length = embeds.shape[:2]
+        if ids is None or ids.shape[1] != length or rows % len(ids):
+            raise PruningError(
+                "The prompt reached the language model without its token ids, so its visual tokens cannot be found. "
+                "Pass input_ids (and pixel_values), not inputs_embeds; chunked prefill and assisted decoding cannot be "
+                "pruned."
+            )
+        ids = ids[:: self._watching.beams(len(ids))].to(embeds.device)
+        mask = self.mask(kwargs)
+        if isinstance(mask, Tensor) and mask.dim() == 2 and rows % len(mask) == 0:
+            mask = mask.repeat_interleave(rows // len(mask), 0)
+        mask = two_dimensional(mask, rows, length, embeds.device)
+        positions = kwargs.get("position_ids")
+        positions = self.family.positions(mask) if positions is None else positions.to(embeds.device)
+        positions = positions.expand(*positions.shape[:-2], rows, length)
+        beams, visual = rows // len(ids), self._visual(ids)
+        self.family.check_images(visual, self._watching.given)
+        is_prompt = self._asks(mask[::beams] != 0)
+        prompt = DecoderPrompt.of(self._watching.given, beams, ids, visual, embeds, mask, positions, is_prompt)
+        generating = self.family.reads == "decoder" and self._calls.prompt_length(is_prompt.shape[1]) is not None
+        return replace(prompt, generating=generating)
+
+    def _asks(self, real: Tensor) -> Tensor:
+        """Return the columns of the prompt itself, bool [B, L], without an answer, generated or with labels.
+
+        Args:
+            real: bool [B, L], columns that are no padding; changed in place.
+        """
+        length, labels = self._calls.prompt_length(real.shape[1]), self._calls.arguments.get("labels")
+        if length is not None:
+            real[:, length:] = False
+        if labels is not None and self.family.reads == "decoder":  # an encoder reads no answer
+            real[:, -labels.shape[1] :] &= (labels.to(real.device) != -100).cumsum(1) == 0
+        return real

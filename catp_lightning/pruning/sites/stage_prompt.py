@@ -1,0 +1,160 @@
+"""Prompts inside the decoder, at the stages where visual tokens are dropped."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from catp_lightning.errors import PruningError
+from catp_lightning.methods.observation import Needs, Observation, Signal, Values
+from catp_lightning.prompt.attention import attention_map
+from catp_lightning.prompt.kept import KeptSequence, kept_sequence
+from catp_lightning.prompt.merging import merged
+from catp_lightning.prompt.prompt import DecoderPrompt, visual_tokens
+
+
+@dataclass(frozen=True)
+class StagePrompt(DecoderPrompt):
+    """Prompt at the entry of one decoder layer; all fields but `tokens` are as the prompt entered the decoder.
+
+    Attributes:
+        tokens: bool [B, T], the visual tokens that are still there; T counts those of the full prompt.
+        stage: number of the stage, 0 for the first.
+        layer: number of the layer that is about to run.
+        values: signals that were asked for, float32 or float64 if they are attention; 0 for a token that was not there.
+            `Signal.LAST_TOKEN_ATTENTION` is of the prompt's last real row that is still there. With labels it is the
+            last row before the first label (the first row, if none is before it); what `generate` has generated does
+            not count.
+    """
+
+    stage: int
+    layer: int
+    values: Values
+
+    @property
+    def attention(self) -> Tensor | None:
+        """Attention of the prompt's last row in the layer before, [B, H, T]; None if it was not asked for."""
+        return self.values.get((Signal.LAST_TOKEN_ATTENTION, self.layer - 1))
+
+    def observation(self) -> Observation:
+        """Return the signals that scorers see: of the tokens that are still there, as one image per sample."""
+        layers = {Signal.LAST_TOKEN_ATTENTION: self.layer, Signal.TEXT_TO_IMAGE_ATTENTION: self.layer}
+        return Observation(self.tokens, layers, self.values, text=self.text_columns()[1])
+
+
+class DecoderPrefill:
+    """State of a running prefill of a decoder; R is B samples times the beams.
+
+    Attributes:
+        prompt: the prompt as it entered the decoder.
+        needs: signals to collect.
+        tokens: bool [B, T], the visual tokens that are still there.
+        rows: columns of the prompt that are left.
+        kept: columns that were left after each stage so far.
+        values: signals that were seen so far, as in `StagePrompt`.
+    """
+
+    def __init__(self, prompt: DecoderPrompt, needs: Needs) -> None:
+        self.prompt, self.needs, self.tokens = prompt, needs, prompt.tokens
+        self.rows = kept_sequence(torch.ones_like(prompt.mask, dtype=torch.bool), prompt.mask)
+        self.kept: list[KeptSequence] = []
+        self.values: Values = {}
+        if Signal.IMAGE_EMBEDS in needs:
+            self.values[Signal.IMAGE_EMBEDS] = self._visual(prompt.embeds[:: prompt.beams].detach())
+        if Signal.TEXT_EMBEDS in needs:
+            self.values[Signal.TEXT_EMBEDS] = prompt.text()[0]
+
+    def at(self, stage: int, layer: int, hidden: Tensor) -> StagePrompt:
+        """Return the prompt at a stage, whose rows `hidden`, [R, n, D], are about to enter layer `layer`."""
+        values = dict(self.values)
+        if Signal.HIDDEN_STATES in self.needs:
+            values[Signal.HIDDEN_STATES] = self._visual(self.rows.scatter(hidden.detach())[:: self.prompt.beams])
+        return StagePrompt(**{**vars(self.prompt), "tokens": self.tokens}, stage=stage, layer=layer, values=values)
+
+    def narrow(self, keep: Tensor) -> KeptSequence:
+        """Drop all visual tokens but `keep`, bool [B, T], and return what stays of the rows there were before.
+
+        Raises:
+            PruningError: no row of a sample is left.
+        """
+        self.tokens, before = keep & self.tokens, self.rows
+        stays = kept_sequence(self.prompt.columns(self.tokens).gather(1, before.order), before.short_mask)
+        emptied = before.short_mask.any(1) & ~stays.short_mask.any(1)
+        if bool(emptied.any()):
+            raise PruningError(
+                f"All tokens of sample {int(emptied.nonzero()[0]) // self.prompt.beams} are visual and all of them "
+                "leave: no row is left to answer from. Give the sample a prompt with text, or choose a scorer that "
+                "keeps some."
+            )
+        self.rows = KeptSequence(before.order.gather(1, stays.order), stays.valid, before.mask)
+        self.kept.append(self.rows)
+        return stays
+
+    def merged(self, hidden: Tensor, carrier: Tensor) -> Tensor:
+        """Return the rows of a layer in which tokens that carry others are means; called before rows are dropped.
+
+        Args:
+            hidden: float [R, n, D], the rows.
+            carrier: int64 [B, T], for each visual token the one whose row carries it; -1: none.
+        """
+        return self.rows.gather(merged(self.rows.scatter(hidden), self.prompt.visual, carrier))
+
+    def look(self, layer: int, query: Tensor, key: Tensor, mask: Tensor | None, scaling: float) -> Tensor:
+        """Record the attention from the requested query rows of a layer to the visual tokens.
+
+        It is an `attention.Reduction` over R rows, whose result is empty: the attention is stored in `values`.
+        """
+        if (Signal.LAST_TOKEN_ATTENTION, layer) not in self.values and Signal.LAST_TOKEN_ATTENTION in self.needs:
+            self.values[Signal.LAST_TOKEN_ATTENTION, layer] = self.last_row(query, key, mask, scaling)
+        if (Signal.TEXT_TO_IMAGE_ATTENTION, layer) not in self.values and Signal.TEXT_TO_IMAGE_ATTENTION in self.needs:
+            columns, valid = self.prompt.text_columns()
+            order = self.rows.order[:: self.prompt.beams]
+            place = torch.arange(order.shape[1], device=order.device).expand_as(order)
+            at = torch.zeros_like(self.prompt.ids).scatter(1, order, place).gather(1, columns)
+            self.values[Signal.TEXT_TO_IMAGE_ATTENTION, layer] = self._paid(at, valid, query, key, mask, scaling)
+        return query.new_empty(0)
+
+    def last_row(self, query: Tensor, key: Tensor, mask: Tensor | None, scaling: float) -> Tensor:
+        """Return the attention that the row which predicts the answer pays to the visual tokens: [B, H, T]."""
+        order, real = (part[:: self.prompt.beams] for part in (self.rows.order, self.rows.short_mask))
+        is_prompt = self.prompt.is_prompt.gather(1, order) & self.rows.valid[:: self.prompt.beams]
+        last = is_prompt.shape[1] - 1 - is_prompt.flip(1).long().argmax(1)
+        at = last.where(is_prompt.any(1), real.argmax(1))[:, None]
+        return self._paid(at, torch.ones_like(at, dtype=torch.bool), query, key, mask, scaling)[:, :, 0]
+
+    def _paid(
+        self, at: Tensor, valid: Tensor, query: Tensor, key: Tensor, mask: Tensor | None, scaling: float
+    ) -> Tensor:
+        """Return the attention that chosen rows of each sample pay to the visual tokens: [B, H, r, T].
+
+        Args:
+            at: int64 [B, r], places of the rows among those that are left.
+            valid: bool [B, r], False for rows that do not exist: their attention is 0.
+            query, key, mask, scaling: as of an `attention.Reduction`.
+        """
+        beams, heads, few = self.prompt.beams, key.shape[1], at.shape[1]
+        order = self.rows.order[::beams]
+        each = torch.arange(len(at), device=at.device)[:, None]
+        if mask is not None and mask.dim() == 4:
+            seen = mask.expand(len(query), -1, -1, -1)[::beams].transpose(1, 2)[each, at].transpose(1, 2)
+        else:  # the mask of flash attention, or none
+            causal = torch.arange(order.shape[1], device=at.device) <= at[..., None]
+            seen = (causal if mask is None else causal & mask[::beams, None].bool())[:, None]
+        rows = query[::beams].transpose(1, 2)[each, at].transpose(1, 2)
+        shared = rows.unflatten(1, (heads, -1))  # query heads that share a key head become its rows
+        seen = seen.expand(-1, heads, -1, -1)[:, :, None].expand(-1, -1, shared.shape[2], -1, -1).flatten(2, 3)
+        paid = (
+            attention_map(shared.flatten(2, 3), key[::beams], seen, scaling)
+            .unflatten(2, (shared.shape[2], few))
+            .flatten(1, 2)
+        )
+        columns = paid.new_zeros(*paid.shape[:3], self.prompt.mask.shape[1])
+        columns = columns.scatter(3, order[:, None, None].expand_as(paid), paid)
+        columns = columns.masked_fill(~valid[:, None, :, None], 0.0)  # a row of padding sees nothing: it is NaN
+        return self._visual(columns.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
+
+    def _visual(self, columns: Tensor) -> Tensor:
+        """Select the values of visual tokens among those of the prompt's columns: [B, L, ...] -> [B, T, ...]."""
+        found = columns.new_zeros(*self.tokens.shape, *columns.shape[2:])
+        found[visual_tokens(self.prompt.visual)] = columns[self.prompt.visual]
+        return found
