@@ -1,45 +1,6 @@
-"""Families of models, and the search for the model to prune in any module that a user hands over."""
+"""Families of models: where things are in each kind of Hugging Face model, one file a family."""
 
-from torch import nn
-from transformers import PreTrainedModel
-
-from catp_lightning.errors import PruningError
 from catp_lightning.models.base import Family
-from catp_lightning.models.blip2 import Blip2, InstructBlip, InstructBlipVideo
-from catp_lightning.models.llava import Llava
-from catp_lightning.models.missing import no_model, refuse_other
-from catp_lightning.models.mllama import Mllama
-from catp_lightning.models.placeholder import Placeholder
-
-FAMILIES: tuple[type[Family], ...] = (Blip2, InstructBlip, InstructBlipVideo, Llava, Mllama, Placeholder)
-
-
-def find_family(module: nn.Module, name: str | None = None) -> Family:
-    """Return the family of the model to prune: the outermost supported model in `module`, under PEFT or DDP too.
-
-    Args:
-        module: a Hugging Face model, or any module that holds one.
-        name: attribute path of the model, if several are held: "student" or "net.student" for example.
-
-    Raises:
-        PruningError: there is none, there are several and `name` chooses none of them, or it cannot be pruned.
-    """
-    refuse_other(module)
-    supported: dict[str, tuple[type[Family], PreTrainedModel]] = {}
-    for path, part in module.named_modules():
-        inside = any(not outer or path.startswith(f"{outer}.") for outer in supported)
-        family = next((f for f in FAMILIES if isinstance(part, PreTrainedModel) and f.handles(part)), None)
-        if family is not None and not inside:
-            supported[path] = (family, part)
-    if not supported:
-        raise no_model(module, [name for family in FAMILIES for name in family.classes])
-    listed = ", ".join(f"{path or 'itself'} ({type(part).__name__})" for path, (_, part) in supported.items())
-    if name is not None and name not in supported:
-        raise PruningError(f"There is no supported model at {name!r}; there are: {listed}.")
-    if name is None and len(supported) > 1:
-        raise PruningError(f'{type(module).__name__} holds several models: {listed}. Choose one with model="<name>".')
-    family, model = supported[name] if name is not None else next(iter(supported.values()))
-    return family(model)
-
+from catp_lightning.models.find import FAMILIES, find_family
 
 __all__ = ["FAMILIES", "Family", "find_family"]

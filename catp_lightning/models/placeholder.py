@@ -2,7 +2,7 @@
 
 import inspect
 from collections.abc import Mapping
-from typing import Any, cast
+from typing import Any, ClassVar, cast
 
 from torch import Tensor, nn
 from transformers import PreTrainedModel
@@ -10,7 +10,8 @@ from transformers import PreTrainedModel
 from catp_lightning.errors import PruningError
 from catp_lightning.methods.observation import Observation, Signal, Values
 from catp_lightning.models.base import AttentionSite, Family, OutputSite
-from catp_lightning.models.layout import IMAGES, Image, Layout, equal_images
+from catp_lightning.models.images import Image, equal_images
+from catp_lightning.models.layout import Layout
 from catp_lightning.models.missing import lacks
 from catp_lightning.prompt.kept import KeptSequence
 from catp_lightning.prompt.masks import window
@@ -18,34 +19,6 @@ from catp_lightning.prompt.merging import merged_features
 from catp_lightning.prompt.prompt import DecoderPrompt, Prompt, visual_tokens
 from catp_lightning.utils.messages import warn
 
-# Models whose pruning the tests show to be exact. Others are pruned, with a warning, if nothing speaks against it.
-TYPES = {
-    "cosmos3_edge": "Cosmos3EdgeForConditionalGeneration",
-    "cosmos3_omni": "Cosmos3OmniForConditionalGeneration",
-    "exaone4_5": "Exaone4_5_ForConditionalGeneration",
-    "gemma3": "Gemma3ForConditionalGeneration",
-    "glm46v": "Glm46VForConditionalGeneration",
-    "glm4v": "Glm4vForConditionalGeneration",
-    "glm4v_moe": "Glm4vMoeForConditionalGeneration",
-    "glm_ocr": "GlmOcrForConditionalGeneration",
-    "glmga": "Glm46VForConditionalGeneration",
-    "hyperclovax_vision_v2": "HyperCLOVAXVisionV2ForConditionalGeneration",
-    "idefics3": "Idefics3ForConditionalGeneration",
-    "internvl": "InternVLForConditionalGeneration",
-    "lighton_ocr": "LightOnOcrForConditionalGeneration",
-    "minimax_m3_vl": "MiniMaxM3SparseForConditionalGeneration",
-    "mistral3": "Mistral3ForConditionalGeneration",
-    "paddleocr_vl": "PaddleOCRVLForConditionalGeneration",
-    "paligemma": "PaliGemmaForConditionalGeneration",
-    "qwen2_5_omni_thinker": "Qwen2_5OmniThinkerForConditionalGeneration",
-    "qwen2_5_vl": "Qwen2_5_VLForConditionalGeneration",
-    "qwen2_vl": "Qwen2VLForConditionalGeneration",
-    "qwen3_omni_moe_thinker": "Qwen3OmniMoeThinkerForConditionalGeneration",
-    "qwen3_vl": "Qwen3VLForConditionalGeneration",
-    "qwen3_vl_moe": "Qwen3VLMoeForConditionalGeneration",
-    "smolvlm": "SmolVLMForConditionalGeneration",
-    "video_llama_3": "VideoLlama3ForConditionalGeneration",
-}
 KNOWN_INPUTS = {
     *("input_ids", "inputs_embeds", "attention_mask", "position_ids", "past_key_values", "use_cache", "kwargs"),
     *("output_attentions", "output_hidden_states", "return_dict", "cache_position"),
@@ -57,19 +30,25 @@ PICTURES = {
     *("vision_feature_layer", "vision_feature_select_strategy", "interpolate_pos_encoding"),
     *("token_type_ids", "mm_token_type_ids", "labels", "logits_to_keep", "output_router_logits"),
 }
-# Models with a causal decoder and position ids that count columns: a recorded prompt is enough to answer it again.
-REPLAYABLE = {"idefics3", "internvl", "smolvlm"}
 KNOWN_LAYERS = {"full_attention", "sliding_attention"}
 
 
 class Placeholder(Family):
     """Vision-language model with an image token in its config and a text decoder.
 
-    Tokens are compared by what the decoder receives: projected features, one for each placeholder.
+    Tokens are compared by what the decoder receives: projected features, one for each placeholder. A subclass lists the
+    model types whose pruning the tests show to be exact. Any other model is of this class: it is pruned, with a
+    warning, if nothing speaks against it.
+
+    Attributes:
+        types: model types in the configs of its models; empty: all that no other family lists.
+        can_replay: True if a recorded prompt is enough to answer it again: the decoder is causal and position ids count
+            columns.
     """
 
-    classes = tuple(sorted(set(TYPES.values())))
-    types: Mapping[str, str] = TYPES
+    types: ClassVar[tuple[str, ...]] = ()
+    classes: ClassVar[tuple[str, ...]] = ()
+    can_replay: ClassVar[bool] = False
 
     @property
     def name(self) -> str:  # type: ignore[override]
@@ -77,7 +56,7 @@ class Placeholder(Family):
 
     @classmethod
     def handles(cls, model: PreTrainedModel) -> bool:
-        return lacks(model) is None
+        return (not cls.types or model.config.model_type in cls.types) and lacks(model) is None
 
     def check(self) -> None:
         if self.model.config.image_token_id is None:
@@ -108,7 +87,7 @@ class Placeholder(Family):
                 f"{type(self.decoder).__name__} has output_router_logits=True: the loss of its router is computed of "
                 "every row of the prompt, and dropped rows have none. Set it to False in the text config."
             )
-        if self.model.config.model_type not in self.types:
+        if not self.types:
             sizes = self._unknown_sizes()
             warn(
                 f"{type(self.model).__name__} is not among the models whose pruning was tested to be exact. Its "
@@ -140,13 +119,13 @@ class Placeholder(Family):
 
     def _unknown_sizes(self) -> str:
         """Return inputs that may say how many tokens each image has, of an untested model type; empty if none."""
-        if self.model.config.model_type in self.types:
+        if self.types:
             return ""
         return ", ".join(sorted(inspect.signature(self.outer.forward).parameters.keys() - KNOWN_INPUTS - PICTURES))
 
     @property
     def replayable(self) -> bool:
-        return self.model.config.model_type in REPLAYABLE and window(self.decoder_config) is None
+        return self.can_replay and window(self.decoder_config) is None
 
     def shape(self) -> Mapping[str, int]:
         config = self.decoder_config
@@ -166,8 +145,6 @@ class Placeholder(Family):
         return self.model.model.get_decoder()
 
     def positions(self, mask: Tensor) -> Tensor:
-        if self.model.config.model_type == "paligemma":
-            return super().positions(mask) + 1
         deltas = getattr(self.outer, "rope_deltas", None)
         if deltas is None or len(mask) % len(deltas):  # deltas of an earlier batch: this one has no image
             return super().positions(mask)
@@ -218,8 +195,13 @@ class Placeholder(Family):
         raise NotImplementedError(signal)
 
     def images(self, prompt: DecoderPrompt, counts: Mapping[int, int]) -> dict[int, list[Image]]:
-        """Return images and frames by placeholder id, in order of features; counts: number of placeholders by id."""
-        return IMAGES.get(self.model.config.model_type, equal_images)(self.model, prompt, counts)
+        """Return images and frames by placeholder id, in the order of their features.
+
+        Args:
+            prompt: the prompts that they belong to.
+            counts: number of placeholders by id.
+        """
+        return equal_images(self.model, prompt, counts)
 
     def observation(self, values: Values, wanted: frozenset[Signal], prompt: Prompt) -> Observation:
         prompt = cast(DecoderPrompt, prompt)

@@ -1,0 +1,11 @@
+"""Idefics 3 and SmolVLM: every picture, crops included, has the same number of tokens."""
+
+from catp_lightning.models.placeholder import Placeholder
+
+
+class Idefics(Placeholder):
+    """Idefics 3 and its small descendant SmolVLM."""
+
+    types = ("idefics3", "smolvlm")
+    classes = ("Idefics3ForConditionalGeneration", "SmolVLMForConditionalGeneration")
+    can_replay = True

@@ -1,0 +1,85 @@
+"""LLaVA-NeXT and LLaVA-NeXT-Video: an image is cut into crops, whose tokens are packed with line ends."""
+
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+from transformers.models.llava_next.modeling_llava_next import image_size_to_num_patches
+
+from catp_lightning.models.images import Image, Images, pictures, video_frames
+from catp_lightning.models.llava import Llava
+from catp_lightning.prompt.prompt import DecoderPrompt
+
+
+class LlavaNext(Llava):
+    """LLaVA-NeXT and LLaVA-NeXT-Video."""
+
+    types: ClassVar[tuple[str, ...]] = ("llava_next", "llava_next_video")
+    classes: ClassVar[tuple[str, ...]] = ("LlavaNextForConditionalGeneration", "LlavaNextVideoForConditionalGeneration")
+
+    @property
+    def tokens_per_image(self) -> int | None:
+        return None
+
+    @property
+    def most_tokens(self) -> int | None:
+        pinpoints = getattr(self.model.config, "image_grid_pinpoints", None)
+        if not pinpoints:
+            return None
+        side = self.model.config.vision_config.image_size
+        crops = max(-(-height // side) * -(-width // side) for height, width in pinpoints)
+        return (crops + 1) * self._patches()
+
+    def images(self, prompt: DecoderPrompt, counts: Mapping[int, int]) -> Images:
+        found = self._videos(prompt)
+        if pictures(prompt.arguments) is not None:
+            found = {**found, int(self.model.config.image_token_id): self._cut_images(prompt)}
+        return found
+
+    def _videos(self, prompt: DecoderPrompt) -> Images:
+        return video_frames(self.model, prompt)
+
+    def _cut_images(self, prompt: DecoderPrompt) -> list[Image]:
+        """Return images that are cut into crops.
+
+        The model's own packing says where tokens of each crop and line ends come to lie.
+        """
+        pixels, crops = prompt.arguments["pixel_values"], self._crop_counts(prompt.arguments)
+        if pixels.dim() == 5:  # padded to the largest number of crops
+            own = [image[:count] for image, count in zip(pixels, crops, strict=True)]
+        else:
+            own = list(pixels.split(crops))
+        places = [torch.eye(count, max(crops), dtype=torch.float32, device=pixels.device) for count in crops]
+        of_crop = [place[:, None].expand(-1, self._patches(), -1) for place in places]
+        # A resampled token is of the crop with the largest share.
+        return [
+            Image(len(share), image, protected=share.sum(1) < 0.5, crops=share.argmax(1))
+            for share, image in zip(self._packed(of_crop, prompt.arguments), own, strict=True)
+        ]
+
+    def _crop_counts(self, arguments: Mapping[str, Any]) -> list[int]:
+        """Return the number of crops of each image, the whole image included."""
+        sizes, config, several = arguments["image_sizes"], self.model.config, arguments.get("batch_num_images")
+        cut = [True] * len(sizes) if several is None else [n == 1 for n in several for _ in range(n)]
+        return [
+            image_size_to_num_patches(size, config.image_grid_pinpoints, config.vision_config.image_size) if own else 1
+            for size, own in zip(sizes, cut, strict=True)
+        ]
+
+    def _packed(self, features: list[Tensor], arguments: Mapping[str, Any]) -> list[Tensor]:
+        """Pack values of each patch of each crop as the model packs features.
+
+        Args:
+            features: of each image [crops, patches, F].
+            arguments: arguments of the model's call.
+
+        Returns:
+            Of each image [tokens, F], 0 at line ends.
+        """
+        newline = features[0].new_zeros(features[0].shape[-1])
+        return self.model.model.pack_image_features(features, arguments["image_sizes"], "default", newline)[0]
+
+    def _of_images(self, value: Tensor, arguments: Mapping[str, Any]) -> list[Tensor]:
+        crops = self._pictures(value, self._crop_counts(arguments))
+        return [packed.T for packed in self._packed([own.transpose(1, 2) for own in crops], arguments)]

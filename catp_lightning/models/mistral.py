@@ -1,0 +1,17 @@
+"""Mistral 3 and LightOnOCR: images keep their own size and are padded to the largest."""
+
+from collections.abc import Mapping
+
+from catp_lightning.models.images import Images, sized_images
+from catp_lightning.models.placeholder import Placeholder
+from catp_lightning.prompt.prompt import DecoderPrompt
+
+
+class Mistral(Placeholder):
+    """Mistral 3, and LightOnOCR, which reads images like it."""
+
+    types = ("lighton_ocr", "mistral3")
+    classes = ("LightOnOcrForConditionalGeneration", "Mistral3ForConditionalGeneration")
+
+    def images(self, prompt: DecoderPrompt, counts: Mapping[int, int]) -> Images:
+        return sized_images(self.model, prompt, counts)
