@@ -19,10 +19,10 @@ from torch.utils.data import DataLoader, IterableDataset
 
 from catp_lightning.callbacks.token_pruning import TokenPruning
 from catp_lightning.errors import PolicyError
-from catp_lightning.metrics import overlap
 from catp_lightning.metrics.overlap import OverlapCheck
 from catp_lightning.modules.pruned import PrunedModule
 from catp_lightning.policy import PruningPolicy
+from catp_lightning.policy import images as policy_images
 from catp_lightning.policy.images import decode_images, encode_images
 from catp_lightning.pruning import prune
 from catp_lightning.utils.hashing import fingerprint
@@ -245,7 +245,7 @@ def test_all_images_up_to_the_most_come_back_exactly_and_from_numpy_too() -> Non
 def test_beyond_the_most_a_sample_is_kept_whatever_the_order_and_the_number_is_an_estimate(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(overlap, "MOST", 1000)
+    monkeypatch.setattr(policy_images, "MOST", 1000)
     found = torch.arange(12_000)
     images, count = decode_images(encode_images(found))
     assert (len(images), count) == (1000, 12_000)

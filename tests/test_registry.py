@@ -99,8 +99,8 @@ def test_iterating_over_the_values_imports_all(install: Callable[..., None]) -> 
         ),
         ("outside_quits:Good", "cannot be imported: SyntaxError: made by hand"),
         ("outside_good:Missing", "cannot be imported: AttributeError: .*Missing"),
-        ("outside_wrong:Good", "is no class under catp_lightning.scorers.Scorer, but <class 'outside_wrong.Good'>"),
-        ("outside_wrong:number", "is no class under catp_lightning.scorers.Scorer, but 3"),
+        ("outside_wrong:Good", "is no class under catp_lightning.methods.scorers.Scorer, but <class 'outside_wrong.Good'>"),
+        ("outside_wrong:number", "is no class under catp_lightning.methods.scorers.Scorer, but 3"),
         ("outside_abstract:Good", "lacks needs"),
         ("outside_asks:Good", "cannot be made without arguments: TypeError"),
         ("outside_exits:Good", "cannot be imported: SystemExit: 3"),
@@ -117,7 +117,7 @@ def test_a_broken_one_says_which_package_and_why_and_only_when_used(
     install: Callable[..., None], monkeypatch: pytest.MonkeyPatch, value: str, says: str
 ) -> None:
     install("catp-broken", broken=value)
-    monkeypatch.setattr("catp_lightning.policy.SCORERS", Registry({"random": Random}))
+    monkeypatch.setattr("catp_lightning.policy.policy.SCORERS", Registry({"random": Random}))
     assert PruningPolicy(scorer="random").build_scorer() == Random()
     expected = rf"scorer 'broken' of the package catp-broken 1\.2 \(entry point broken = {value}\) {says}"
     with pytest.raises(PolicyError, match=expected):
@@ -192,7 +192,7 @@ def test_an_unknown_name_is_answered_with_the_nearest_of_other_packages_too(
     install: Callable[..., None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     install("catp-good", brand_new="outside_fails:Good")
-    monkeypatch.setattr("catp_lightning.policy.SCORERS", Registry({"random": Random}))
+    monkeypatch.setattr("catp_lightning.policy.policy.SCORERS", Registry({"random": Random}))
     with pytest.raises(PolicyError, match=r"known are brand-new, random\. Did you mean 'brand-new'\?"):
         PruningPolicy(scorer="brandnew")
 

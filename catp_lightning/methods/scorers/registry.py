@@ -97,7 +97,7 @@ def _load(points: list[EntryPoint]) -> type[Scorer]:
         found = point.load()
     with _faults(point, "is no scorer"):
         if not isinstance(found, type) or not issubclass(found, Scorer):
-            raise _refusal(point, f"is no class under catp_lightning.scorers.Scorer, but {found!r:.100}")
+            raise _refusal(point, f"is no class under catp_lightning.methods.scorers.Scorer, but {found!r:.100}")
         if inspect.isabstract(found):
             raise _refusal(point, f"lacks {', '.join(sorted(found.__abstractmethods__))}")
         get_type_hints(found)  # what a policy's arguments are checked against
