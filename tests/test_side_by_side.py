@@ -9,7 +9,8 @@ import sys
 import threading
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -18,6 +19,7 @@ from typing import Any
 import pytest
 import torch
 from lightning.pytorch import Callback, LightningModule
+from lightning.pytorch.trainer.connectors import data_connector
 from sklearn import linear_model
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
@@ -412,6 +414,25 @@ def test_two_threads_that_prune_first_at_the_same_time_find_both_names_of_observ
         assert done.returncode == 0, done.stderr.decode()[-2000:]
 
 
+@pytest.fixture
+def _loaders_one_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let one Trainer at a time ask for its loaders.
+
+    Lightning replaces methods of torch's DataLoader and BatchSampler meanwhile: two Trainers that ask together fail
+    without any of our code. Their loops run at the same time all the same.
+    """
+    lock = threading.Lock()
+    replacing = data_connector._replace_dunder_methods
+
+    @contextmanager
+    def alone(base: type, *args: Any) -> Iterator[None]:
+        with lock if base is DataLoader else nullcontext(), replacing(base, *args):
+            yield
+
+    monkeypatch.setattr(data_connector, "_replace_dunder_methods", alone)
+
+
+@pytest.mark.usefixtures("_loaders_one_at_a_time")
 def test_trainers_in_two_threads_predict_as_they_do_alone() -> None:
     modules = [Answering(), Other()]
     expected = [by_hand(module) for module in modules]
@@ -426,6 +447,7 @@ def test_trainers_in_two_threads_predict_as_they_do_alone() -> None:
     assert all(same(unpruned(module), full) for module, full in zip(modules, plain, strict=True))
 
 
+@pytest.mark.usefixtures("_loaders_one_at_a_time")
 def test_one_callback_in_two_threads_is_refused_in_one_or_serves_both() -> None:
     modules, pruning = [Answering(), Other()], TokenPruning(HALF)
     expected = [by_hand(module) for module in modules]
@@ -440,6 +462,7 @@ def test_one_callback_in_two_threads_is_refused_in_one_or_serves_both() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("_loaders_one_at_a_time")
 def test_calibrations_in_two_threads_find_what_they_find_alone(tmp_path: Path) -> None:
     batches = test_calibration.data(24, 12)
 
