@@ -99,7 +99,10 @@ def test_iterating_over_the_values_imports_all(install: Callable[..., None]) -> 
         ),
         ("outside_quits:Good", "cannot be imported: SyntaxError: made by hand"),
         ("outside_good:Missing", "cannot be imported: AttributeError: .*Missing"),
-        ("outside_wrong:Good", "is no class under catp_lightning.methods.scorers.Scorer, but <class 'outside_wrong.Good'>"),
+        (
+            "outside_wrong:Good",
+            "is no class under catp_lightning.methods.scorers.Scorer, but <class 'outside_wrong.Good'>",
+        ),
         ("outside_wrong:number", "is no class under catp_lightning.methods.scorers.Scorer, but 3"),
         ("outside_abstract:Good", "lacks needs"),
         ("outside_asks:Good", "cannot be made without arguments: TypeError"),
