@@ -275,8 +275,8 @@ def test_recycling_is_density_peak_clustering_of_what_is_dropped(seed: int, toke
     scores[0, seed % tokens] = math.nan
     own = there.sum(1)
     counts = (own * torch.tensor([seed % 5 + 1, 2, 1]) / 5).ceil().long().minimum(own)
-    keep = Recycle().select(scores, there, counts, vectors)
-    carrier = Recycle().carriers(keep, scores, there, vectors)
+    keep = Recycle().select(scores, there, counts, vectors).keep
+    carrier = Recycle().select(scores, there, keep.sum(1), vectors).destination
     assert torch.equal(keep.sum(1), counts) and not (keep & ~there).any()
     for row in range(3):
         places = there[row].nonzero()[:, 0].tolist()
@@ -289,9 +289,17 @@ def test_three_recycled_tokens_by_hand() -> None:
     """Of 12 tokens 4 stay: 3 by score; the next 3 are at 0, 1 and 5: 0 is densest (first of a tie) and farthest."""
     vectors = torch.tensor([9.0, 9.0, 9.0, 0.0, 1.0, 5.0, *[9.0] * 6])[None, :, None]
     scores, there = -torch.arange(12.0)[None], torch.ones(1, 12, dtype=torch.bool)
-    keep = Recycle().select(scores, there, torch.tensor([4]), vectors)
+    keep = Recycle().select(scores, there, torch.tensor([4]), vectors).keep
     assert keep[0].nonzero()[:, 0].tolist() == [0, 1, 2, 3]
-    assert Recycle().carriers(keep, scores, there, vectors)[0].tolist() == [0, 1, 2, 3, 3, 3, *[-1] * 6]
+    assert Recycle().select(scores, there, keep.sum(1), vectors).destination[0].tolist() == [
+        0,
+        1,
+        2,
+        3,
+        3,
+        3,
+        *[-1] * 6,
+    ]
 
 
 @pytest.mark.parametrize("selector", [Recycle(), DART()], ids=["recycle", "dart"])
@@ -299,10 +307,10 @@ def test_rows_that_are_nan_or_all_alike_are_chosen_from_all_the_same(selector: A
     scores, there = torch.zeros(2, 40), torch.ones(2, 40, dtype=torch.bool)
     vectors = torch.ones(2, 40, 3)
     vectors[1, 7:12] = math.nan
-    keep = selector.select(scores, there, torch.tensor([5, 5]), vectors)
+    keep = selector.select(scores, there, torch.tensor([5, 5]), vectors).keep
     assert keep.sum(1).tolist() == [5, 5] and keep[0].nonzero()[:, 0].tolist() == [0, 1, 2, 3, 4]
     if selector.merges:
-        carrier = selector.carriers(keep, scores, there, vectors)
+        carrier = selector.select(scores, there, keep.sum(1), vectors).destination
         assert all(keep[row, own] for row in (0, 1) for own in carrier[row].tolist() if own >= 0)
 
 
@@ -338,7 +346,7 @@ def test_dart_keeps_what_is_least_like_each_pivot_in_turn(seed: int, tokens: int
     selector = DART(pivots=pivots)
     keep = selector.select(
         scores, there, counts, selector.vectors(Observation(there, {}, {Signal.HIDDEN_STATES: vectors}))
-    )
+    ).keep
     for row in range(3):
         places = there[row].nonzero()[:, 0].tolist()
         expected = dart_by_hand(scores[row].tolist(), places, int(counts[row]), vectors[row].tolist(), pivots)
@@ -353,7 +361,7 @@ def test_two_pivots_by_hand(budget: int, stay: list[int]) -> None:
     """The first takes what points away from it, (-1, 0), then (0, -1); the second what is least like (0, 9)."""
     vectors = torch.tensor([[[10.0, 0.0], [0.0, 9.0], [1.0, 0.0], [-1.0, 0.0], [0.0, -1.0], [1.0, 1.0]]])
     there = torch.ones(1, 6, dtype=torch.bool)
-    keep = DART(pivots=2).select(vectors.abs().sum(-1), there, torch.tensor([budget]), vectors)
+    keep = DART(pivots=2).select(vectors.abs().sum(-1), there, torch.tensor([budget]), vectors).keep
     assert keep[0].nonzero()[:, 0].tolist() == stay
 
 
@@ -373,11 +381,11 @@ def test_sparsevlm_ends_at_the_budget_with_recycled_tokens_in_it(row: Row) -> No
     with prune(model, PruningPolicy(scorer="sparsevlm", keep=0.3)) as pruning:
         cache = model(**inputs, use_cache=True).past_key_values
     counts = row.oracle.tokens(inputs).sum(1)
-    assert pruning.keep is not None and pruning.carrier is not None
+    assert pruning.keep is not None and pruning.destination is not None
     assert pruning.keep.sum(1).tolist() == [keep_count(0.3, count) for count in counts.tolist()]
     itself = torch.arange(pruning.keep.shape[1])
-    assert torch.equal(pruning.carrier == itself, pruning.keep), "those that stay carry themselves"
-    assert (pruning.carrier >= 0).sum() > pruning.keep.sum(), "and some carry others"
+    assert torch.equal(pruning.destination == itself, pruning.keep), "those that stay carry themselves"
+    assert (pruning.destination >= 0).sum() > pruning.keep.sum(), "and some carry others"
     lengths = [cache.get_seq_length(layer) for layer in range(4)]
     assert lengths[0] > lengths[1] > lengths[2] == lengths[3]  # stages 1 and 2
 

@@ -11,6 +11,7 @@ from catp_lightning import PruningError, PruningPolicy, prune
 from catp_lightning.methods.observation import Observation
 from catp_lightning.methods.scorers import SCORERS
 from catp_lightning.methods.scorers.controls import Stride
+from catp_lightning.methods.selection import Selection
 from catp_lightning.methods.selectors import SELECTORS
 from catp_lightning.methods.selectors.top_k import TopK
 from tests.models import random_blip2
@@ -101,8 +102,8 @@ def test_what_a_selector_returns_is_checked_too(
     monkeypatch: pytest.MonkeyPatch, returned: Callable[[Tensor], Any], says: str
 ) -> None:
     class Odd(TopK):
-        def select(self, *args: Any) -> Tensor:
-            return returned(super().select(*args))
+        def select(self, *args: Any) -> Selection:
+            return Selection(returned(super().select(*args).keep))
 
     monkeypatch.setitem(SELECTORS, "odd", Odd)
     model, inputs = random_blip2()

@@ -13,8 +13,8 @@ from torch import Tensor
 from transformers.models.llava_next.modeling_llava_next import get_anyres_image_grid_shape
 
 from catp_lightning import PolicyError, PruningError, PruningPolicy, prune
+from catp_lightning.methods.method import select_tokens
 from catp_lightning.methods.observation import Observation, Signal
-from catp_lightning.methods.selection import choose_tokens
 from catp_lightning.methods.selectors.grid import Grid, spread
 from catp_lightning.models import find_family
 from catp_lightning.models.layout import Image
@@ -176,10 +176,10 @@ def test_a_class_comes_last_and_crops_may_have_a_budget_each() -> None:
     seen = replace(seen_of(place), crops=place[..., 0])
     scores = torch.zeros(1, 34)
     for keep, per, expected in ((8, "image", 8), (4, "crop", 8), (32, "image", 32), (33, "image", 33)):
-        chosen = choose_tokens(scores, Grid(per=per), keep, seen, seen.valid).keep  # type: ignore[arg-type]
+        chosen = select_tokens(scores, Grid(per=per), keep, seen, seen.valid).keep  # type: ignore[arg-type]
         assert chosen.sum() == expected
         assert int(chosen[0, [0, 17]].sum()) == max(0, expected - 32), "patches first"
-    half = choose_tokens(scores, Grid(), 8, seen, seen.valid).keep[0]
+    half = select_tokens(scores, Grid(), 8, seen, seen.valid).keep[0]
     assert half[:17].sum() == half[17:].sum() == 4 and torch.equal(half[:17], half[17:])
 
 

@@ -79,7 +79,7 @@ def rows(draw: st.DrawFn) -> dict[str, Tensor]:
 
 
 def select(selector: Selector, given: Mapping[str, Tensor]) -> Tensor:
-    return selector.select(given["scores"], given["visual"], given["counts"], given["vectors"])
+    return selector.select(given["scores"], given["visual"], given["counts"], given["vectors"]).keep
 
 
 @pytest.mark.parametrize("selector", MAKES, ids=repr)
@@ -97,7 +97,7 @@ def test_a_selector_keeps_the_budgeted_number_of_tokens_that_exist_whatever_the_
         assert torch.equal(kept, counts)
     assert torch.equal(select(selector, given), keep), "the same again"
     if selector.merges:
-        carrier = selector.carriers(keep, given["scores"], visual, given["vectors"])
+        carrier = selector.select(given["scores"], visual, keep.sum(1), given["vectors"]).destination
         itself = torch.arange(keep.shape[1]).expand_as(keep)
         assert torch.equal(carrier[keep], itself[keep]), "what stays carries itself"
         assert (carrier[~visual] == -1).all()
@@ -163,7 +163,7 @@ def test_equal_scores_go_to_the_lowest_index_and_what_is_no_number_comes_last() 
             given["vectors"] = torch.ones(1, 300, 2)
         assert select(selector, given)[0, :90].all(), name
     scores = torch.tensor([[NAN, 1.0, -INF, INF, 0.0, NAN]])
-    kept = SELECTORS["top-k"]().select(scores, visual[:, :6], torch.tensor([3]), None)
+    kept = SELECTORS["top-k"]().select(scores, visual[:, :6], torch.tensor([3]), None).keep
     assert kept.tolist() == [[False, True, False, True, True, False]]
 
 
@@ -175,7 +175,7 @@ def test_a_strong_relevance_beside_diversity_still_ranks_by_score_where_its_expo
     for strength in (50.0, 1e4, 1e308):
         dpp = SELECTORS["dpp"](relevance=strength)  # type: ignore[call-arg]
         for count in (1, 8, 42, 60):
-            keep = dpp.select(scores, visual, torch.full((4,), count), vectors)
+            keep = dpp.select(scores, visual, torch.full((4,), count), vectors).keep
             assert keep.sum(1).tolist() == [count] * 4
             assert keep[best].all(), "the highest score stays"
 
@@ -185,7 +185,7 @@ def test_a_relevance_whose_square_is_no_number_is_the_highest_and_spoils_no_othe
     visual = torch.ones(1, 5, dtype=torch.bool)
     vectors = (torch.eye(5, dtype=torch.float64) + 0.3)[None]
     for count, kept in ((1, [1]), (2, [1, 2]), (3, [1, 2, 3]), (4, [0, 1, 2, 3])):
-        keep = SELECTORS["conditional-dpp"]().select(scores, visual, torch.tensor([count]), vectors)
+        keep = SELECTORS["conditional-dpp"]().select(scores, visual, torch.tensor([count]), vectors).keep
         assert keep[0].nonzero()[:, 0].tolist() == kept
 
 

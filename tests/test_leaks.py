@@ -365,7 +365,7 @@ def test_a_record_that_is_kept_holds_only_choices() -> None:
         record = vars(pruning)
         own = [record["keep"], record["scores"], *record["tokens_per_layer"], *record["images"]]
         own += [tensor for choice in pruning.choices for tensor in choice]
-        own += [pruning.carrier] if pruning.carrier is not None else []
+        own += [pruning.destination] if pruning.destination is not None else []
         assert len(pruning.choices) == 1
         for tensor in own:
             assert not tensor.requires_grad and tensor.untyped_storage().nbytes() <= 8 * pruning.keep.numel(), case

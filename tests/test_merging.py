@@ -11,8 +11,9 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from catp_lightning import PruningError, PruningPolicy, prune
+from catp_lightning.methods.selection import Selection
 from catp_lightning.methods.selectors import SELECTORS, Selector
-from catp_lightning.prompt.merging import group_means
+from catp_lightning.prompt.merging import merge_groups
 from catp_lightning.pruning import Pruning
 from tests.families import ROWS, Row
 from tests.oracles import Decoder, Inputs, columns_kept, hooked, visual_columns
@@ -36,19 +37,15 @@ class Scripted(Selector):
     nested: ClassVar[bool] = False
     merges: ClassVar[bool] = True
 
-    def select(self, scores: Tensor, visual: Tensor, counts: Tensor, vectors: Tensor | None) -> Tensor:
-        keep = torch.zeros_like(visual)
+    def select(self, scores: Tensor, visual: Tensor, counts: Tensor, vectors: Tensor | None) -> Selection:
+        keep, destination = torch.zeros_like(visual), torch.full_like(visual, -1, dtype=torch.long)
         for row, order in enumerate(orders(scores, visual)):
             if order:
-                keep[row, order[: int(counts[row]) + order[0] % 2]] = True
-        return keep
-
-    def carriers(self, keep: Tensor, scores: Tensor, visual: Tensor, vectors: Tensor | None) -> Tensor:
-        found = torch.full_like(keep, -1, dtype=torch.long)
-        for row, order in enumerate(orders(scores, visual)):
-            for token, carrier in script(order, int(keep[row].sum())).items():
-                found[row, token] = carrier
-        return found
+                kept = int(counts[row]) + order[0] % 2
+                keep[row, order[:kept]] = True
+                for token, into in script(order, min(kept, len(order))).items():
+                    destination[row, token] = into
+        return Selection(keep, destination)
 
 
 def orders(scores: Tensor, visual: Tensor) -> Iterator[list[int]]:
@@ -109,7 +106,7 @@ def written(rows: Tensor, columns: Tensor, carrier: Tensor) -> Tensor:
 def merged(row: Row, model: PreTrainedModel, inputs: Inputs, pruning: Pruning) -> Iterator[None]:
     """The oracle: while inside, `model` reads the means at the carriers' places, and tokens that left are masked."""
     columns, length = visual_columns(inputs), inputs["input_ids"].shape[1]
-    keep, carrier = pruning.keep, pruning.carrier
+    keep, carrier = pruning.keep, pruning.destination
     assert keep is not None and carrier is not None
 
     def write(stack: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
@@ -152,7 +149,7 @@ def test_merging_equals_writing_the_means_in_prefill_and_six_decoding_steps(row:
     with prune(model, policy()) as pruning:
         prefill = model(**forward).logits
         tokens, steps = generate(row, model, inputs)
-    keep, carrier = pruning.keep, pruning.carrier
+    keep, carrier = pruning.keep, pruning.destination
     sizes = [len(own) for sample in groups(carrier) for own in sample.values()]
     lost = row.oracle.tokens(inputs) & (carrier < 0)
     assert 1 in sizes and max(sizes) > 2 and lost.any(), "groups of one, of several, and tokens that are lost"
@@ -175,9 +172,9 @@ def test_beams_and_uncached_decoding_find_what_the_oracle_finds(row: Row, settin
     model, inputs = row.model(), row.inputs(of_one_image(row))
     with prune(model, policy()) as pruning:
         model(**row.oracle.forward_inputs(inputs))
-        keep, carrier = pruning.keep, pruning.carrier
+        keep, carrier = pruning.keep, pruning.destination
         tokens, steps = generate(row, model, inputs, **settings)
-    assert torch.equal(pruning.keep, keep) and torch.equal(pruning.carrier, carrier), "the prompt's, before beams"
+    assert torch.equal(pruning.keep, keep) and torch.equal(pruning.destination, carrier), "the prompt's, before beams"
     with merged(row, model, inputs, pruning):
         expected_tokens, expected_steps = generate(row, model, inputs, **settings)
     assert torch.equal(tokens, expected_tokens)
@@ -190,14 +187,14 @@ def test_what_is_merged_does_not_depend_on_the_batch_or_padding(row: Row) -> Non
     model = row.model()
     with prune(model, policy()) as pruning:
         _, together = generate(row, model, row.inputs(everyone))
-    keep, carrier, atol = pruning.keep, pruning.carrier, row.tolerance() * scale(together)
+    keep, carrier, atol = pruning.keep, pruning.destination, row.tolerance() * scale(together)
     for rows, pads in [*(([one], 0) for one in everyone), (everyone[::-1], 4)]:
         with prune(model, policy()) as pruning:
             _, steps = generate(row, model, row.inputs(rows, pads))
-        if pruning.carrier is not None:  # a sample without an image has nothing to choose from
-            width = pruning.carrier.shape[1]
+        if pruning.destination is not None:  # a sample without an image has nothing to choose from
+            width = pruning.destination.shape[1]
             assert torch.equal(pruning.keep, keep[rows, :width])
-            assert torch.equal(pruning.carrier, carrier[rows, :width])
+            assert torch.equal(pruning.destination, carrier[rows, :width])
         exact(steps, together[rows], atol=atol)
 
 
@@ -206,7 +203,7 @@ def test_keep_marks_the_rows_that_carry_and_only_those_that_stay_carry(row: Row)
     model, inputs = row.model(), row.inputs(range(len(row.samples())))
     with prune(model, policy()) as pruning:
         model(**row.oracle.forward_inputs(inputs))
-    keep, carrier, tokens = pruning.keep, pruning.carrier, row.oracle.tokens(inputs)
+    keep, carrier, tokens = pruning.keep, pruning.destination, row.oracle.tokens(inputs)
     assert carrier.dtype == torch.long and carrier.shape == tokens.shape
     for sample in range(len(tokens)):
         for token in range(tokens.shape[1]):
@@ -246,7 +243,7 @@ def test_carriers_are_counted_in_the_sample_whatever_the_budget_is_of(name: str,
             places = [token - (start if per == "image" else 0) for token in order]
             told = script(places, count + places[0] % 2)
             expected |= {token + order[0] - places[0]: lead + order[0] - places[0] for token, lead in told.items()}
-        found = {token: lead for token, lead in enumerate(pruning.carrier[sample].tolist()) if lead >= 0}
+        found = {token: lead for token, lead in enumerate(pruning.destination[sample].tolist()) if lead >= 0}
         assert found == expected
     assert several or name == "Blip2-OPT", "a sample has several images"
 
@@ -270,7 +267,7 @@ def test_tokens_without_a_patch_carry_themselves_alone() -> None:
         for per in ("image", "crop", "sample"):
             with prune(model, policy(per=per)) as pruning:
                 model(**inputs)
-            for own, led in zip(ends, groups(pruning.carrier), strict=True):
+            for own, led in zip(ends, groups(pruning.destination), strict=True):
                 assert all(led[token] == [token] for token in own)
 
 
@@ -280,7 +277,7 @@ def test_crops_merge_within_themselves() -> None:
     with prune(row.model(), policy(per="crop")) as pruning:
         row.model()(**row.inputs())
     crop_of = [0, 0, 0, 0, 1, 1, 2, 2, -1, 1, 1, 2, 2, -2]
-    leads = groups(pruning.carrier)[0]
+    leads = groups(pruning.destination)[0]
     assert {len(own) for own in leads.values()} > {1}, "something is merged"
     for lead, own in leads.items():
         assert {crop_of[token] for token in own} == {crop_of[lead]}
@@ -297,7 +294,7 @@ def test_bfloat16_is_finite_and_a_group_of_one_is_bit_identical(row: Row) -> Non
             _, steps = generate(row, model, inputs)
         assert steps.isfinite().all()
         full, columns = entering(row, model, inputs)["inputs_embeds"], visual_columns(inputs)
-        means, (led,) = written(full, columns, pruning.carrier)[0], groups(pruning.carrier)
+        means, (led,) = written(full, columns, pruning.destination)[0], groups(pruning.destination)
         token_at = {at: token for token, at in enumerate(columns[0].nonzero()[:, 0].tolist())}
         stay = columns_kept(inputs, pruning.keep)[0].nonzero()[:, 0].tolist()
         for at, vector in zip(stay, short, strict=True):
@@ -333,17 +330,17 @@ def test_a_budget_of_one_token_merges_into_one_row_a_sample() -> None:
 @pytest.mark.parametrize("value", [torch.nan, torch.inf])
 def test_a_lost_token_that_is_not_finite_spoils_no_mean(value: float) -> None:
     values = torch.tensor([[[1.0], [3.0], [value], [5.0]]])
-    assert group_means(values, torch.tensor([[0, 0, -1, 3]]))[0, [0, 3], 0].tolist() == [2.0, 5.0]
-    assert group_means(values, torch.tensor([[0, 2, 2, 3]]))[0, [0, 3], 0].tolist() == [1.0, 5.0]
+    assert merge_groups(values, torch.tensor([[0, 0, -1, 3]]))[0, [0, 3], 0].tolist() == [2.0, 5.0]
+    assert merge_groups(values, torch.tensor([[0, 2, 2, 3]]))[0, [0, 3], 0].tolist() == [1.0, 5.0]
 
 
 def test_the_record_forgets_what_was_merged_in_the_prompt_before() -> None:
     row = BY_NAME["Llava"]
     with prune(row.model(), policy()) as pruning:
         row.model()(**row.inputs())
-        assert pruning.carrier is not None
+        assert pruning.destination is not None
         row.model()(input_ids=torch.full((1, 6), 5), attention_mask=torch.ones(1, 6, dtype=torch.long))
-        assert pruning.carrier is None and not pruning.keep.any()
+        assert pruning.destination is None and not pruning.keep.any()
 
 
 def names(rows: Sequence[Row]) -> list[str]:

@@ -16,6 +16,7 @@ from transformers.models.mllama.configuration_mllama import MllamaTextConfig, Ml
 
 from catp_lightning.errors import PruningError
 from catp_lightning.methods.observation import Signal
+from catp_lightning.methods.selection import Selection
 from catp_lightning.models.mllama import Mllama
 from catp_lightning.prompt.prompt import CrossAttended
 from catp_lightning.pruning.sites.cross_attention import PruneCrossAttention
@@ -145,7 +146,7 @@ def uneven(prompt: CrossAttended) -> Tensor:
 
 @contextmanager
 def dropping(model: nn.Module, choose: Callable[[CrossAttended], Tensor], **more: Any) -> Iterator[PruneCrossAttention]:
-    rows = PruneCrossAttention(Mllama(model), choose, **more)
+    rows = PruneCrossAttention(Mllama(model), lambda prompt: Selection(choose(prompt)), **more)
     with rows.dropping():
         yield rows
 
@@ -537,7 +538,7 @@ class TestRefused:
             self.step(model, cache)
 
     def test_a_cache_of_an_earlier_context(self, model: nn.Module) -> None:
-        rows = PruneCrossAttention(Mllama(model), uneven)
+        rows = PruneCrossAttention(Mllama(model), lambda prompt: Selection(uneven(prompt)))
         self.rows.active = False
         with rows.dropping():
             cache = model(**self.inputs, use_cache=True).past_key_values

@@ -129,7 +129,7 @@ def test_merged_tokens_are_replayed_as_they_are_read() -> None:
     replay, _, _, answers = recorded(row, inputs)
     with prune(model, PruningPolicy("visionzip", keep=0.4)) as pruning:
         expected = forced_logits(model, inputs, answers)
-    close(replay.log_probabilities(pruning.keep, pruning.carrier), expected)
+    close(replay.log_probabilities(pruning.keep, pruning.destination), expected)
     assert (replay.log_probabilities(pruning.keep) - expected).abs().max() > 1e-4, "merging matters"
 
 

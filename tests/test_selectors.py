@@ -41,15 +41,15 @@ def test_the_dpp_kernel_weighs_relevance_against_similarity() -> None:
     scores = torch.randn(4, 7, dtype=torch.float64, generator=generator)
     visual, counts = torch.ones(4, 7, dtype=torch.bool), torch.full((4,), 3)
     for strength in (-2.0, 0.0, 0.7):
-        keep = DPP(relevance=strength).select(scores, visual, counts, vectors)
+        keep = DPP(relevance=strength).select(scores, visual, counts, vectors).keep
         for row in range(4):
             unit = vectors[row] / vectors[row].norm(dim=-1, keepdim=True)
             standard = (scores[row] - scores[row].mean()) / scores[row].std(correction=0)
             quality = torch.diag(torch.exp(strength * standard / 2))
             similarity = (unit @ unit.T).fill_diagonal_(1)
             assert set(keep[row].nonzero()[:, 0].tolist()) == slow_greedy(quality @ similarity @ quality, 3)
-    strongly = DPP(relevance=200.0).select(scores, visual, counts, vectors)
-    assert torch.equal(strongly, TopK().select(scores, visual, counts, None)), "relevance alone is top-k"
+    strongly = DPP(relevance=200.0).select(scores, visual, counts, vectors).keep
+    assert torch.equal(strongly, TopK().select(scores, visual, counts, None).keep), "relevance alone is top-k"
 
 
 @pytest.mark.parametrize("layers", [None, (1,), (0, 2)])
@@ -88,7 +88,11 @@ def test_regions_compare_maps_by_the_inner_product_weighted_by_attention_receive
 def test_a_twin_is_worth_nothing_to_diversity() -> None:
     vectors = torch.eye(4, dtype=torch.float64)[None].clone()
     vectors[0, 1] = vectors[0, 0]  # tokens 0 and 1 look at the same thing
-    keep = DPP(relevance=0.0).select(torch.zeros(1, 4), torch.ones(1, 4, dtype=torch.bool), torch.tensor([3]), vectors)
+    keep = (
+        DPP(relevance=0.0)
+        .select(torch.zeros(1, 4), torch.ones(1, 4, dtype=torch.bool), torch.tensor([3]), vectors)
+        .keep
+    )
     assert keep.tolist() == [[True, False, True, True]]
 
 
@@ -97,7 +101,7 @@ def test_rows_of_different_length_keep_their_own_number(name: str) -> None:
     visual = torch.arange(6) < torch.tensor([6, 3, 1])[:, None]
     scores = torch.rand(3, 6).masked_fill(~visual, -torch.inf)
     counts = torch.tensor([4, 2, 1])
-    keep = SELECTORS[name]().select(scores, visual, counts, torch.randn(3, 6, 4))
+    keep = SELECTORS[name]().select(scores, visual, counts, torch.randn(3, 6, 4)).keep
     assert keep.sum(1).tolist() == [4, 2, 1] and not (keep & ~visual).any()
 
 
@@ -106,7 +110,7 @@ def test_the_union_at_equal_rows_is_what_heads_pick_in_turn_until_the_budget_is_
     heads, scores = torch.rand(6, 12, 3, generator=generator), torch.rand(6, 12, generator=generator)
     visual = torch.rand(6, 12, generator=generator) < 0.8
     for count in (1, 2, 5):
-        keep = SELECTORS["union"](budget="rows").select(scores, visual, torch.full((6,), count), heads)
+        keep = SELECTORS["union"](budget="rows").select(scores, visual, torch.full((6,), count), heads).keep
         assert (keep.sum(1) == count).all() and not (keep & ~visual).any()
         for row in range(6):
             there = visual[row].nonzero()[:, 0].tolist()
@@ -121,25 +125,27 @@ def test_the_union_at_equal_rows_is_what_heads_pick_in_turn_until_the_budget_is_
 def test_the_union_keeps_what_any_head_ranks_high_and_nothing_else() -> None:
     heads = torch.tensor([[[4.0, 3, 2, 1, 0], [0, 1, 2, 3, 4], [4, 3, 2, 1, 9]]]).transpose(1, 2)
     visual = torch.tensor([[True, True, True, True, False]])
-    keep = SELECTORS["union"]().select(torch.zeros(1, 5), visual, torch.tensor([2]), heads)
+    keep = SELECTORS["union"]().select(torch.zeros(1, 5), visual, torch.tensor([2]), heads).keep
     assert keep.tolist() == [[True, True, True, True, False]]  # the first two, the last two that exist, the first two
-    keep = SELECTORS["union"]().select(torch.zeros(1, 5), visual, torch.tensor([1]), heads)
+    keep = SELECTORS["union"]().select(torch.zeros(1, 5), visual, torch.tensor([1]), heads).keep
     assert keep.tolist() == [[True, False, False, True, False]]
 
 
 @pytest.mark.parametrize("name", ["top-k", "dpp"])
 def test_ties_go_to_the_lowest_index_and_nan_is_never_worth_more_than_a_number(name: str) -> None:
     visual, vectors = torch.ones(1, 5, dtype=torch.bool), torch.eye(5)[None]
-    equal = SELECTORS[name]().select(torch.ones(1, 5), visual, torch.tensor([2]), vectors)
+    equal = SELECTORS[name]().select(torch.ones(1, 5), visual, torch.tensor([2]), vectors).keep
     assert equal.tolist() == [[True, True, False, False, False]]
-    many = SELECTORS[name]().select(
-        torch.ones(1, 200), torch.ones(1, 200) > 0, torch.tensor([90]), torch.eye(200)[None]
+    many = (
+        SELECTORS[name]()
+        .select(torch.ones(1, 200), torch.ones(1, 200) > 0, torch.tensor([90]), torch.eye(200)[None])
+        .keep
     )
     assert many[0, :90].all(), "sorting must be stable for long rows too"
     broken = torch.tensor([[torch.nan] * 5])
-    assert SELECTORS[name]().select(broken, visual, torch.tensor([3]), vectors).sum() == 3
+    assert SELECTORS[name]().select(broken, visual, torch.tensor([3]), vectors).keep.sum() == 3
     one = torch.tensor([[torch.nan, 1.0, 2.0, torch.nan, 3.0]])
-    assert TopK().select(one, visual, torch.tensor([3]), None).tolist() == [[False, True, True, False, True]]
+    assert TopK().select(one, visual, torch.tensor([3]), None).keep.tolist() == [[False, True, True, False, True]]
 
 
 @given(st.floats(0.001, 1.0), st.integers(1, 3000))

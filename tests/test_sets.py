@@ -23,8 +23,8 @@ from catp_lightning.calibration.search.candidates import Candidate, default_cand
 from catp_lightning.calibration.search.ranks import token_ranks
 from catp_lightning.calibration.split import FOLDS
 from catp_lightning.methods.budget import keep_count
+from catp_lightning.methods.method import score_tokens, select_tokens
 from catp_lightning.methods.observation import Observation, Signal
-from catp_lightning.methods.selection import choose_tokens, score_tokens
 from catp_lightning.models import Family, find_family
 from tests.models import random_blip2
 
@@ -130,7 +130,7 @@ def test_all_rules_together_keep_what_each_keeps_by_itself(
         for keep in budgets:
             expected = visual  # nothing to choose from
             if visual.any():
-                expected = choose_tokens(scores, rule.build_selector(), keep, seen, visual).keep
+                expected = select_tokens(scores, rule.build_selector(), keep, seen, visual).keep
             assert torch.equal(rank < keep_count(keep, 8), expected), (candidate.name, keep)
 
 
@@ -143,7 +143,7 @@ def test_autocast_changes_no_rank(candidates: list[Candidate]) -> None:
         assert torch.equal(token_ranks(rules, seen, visual, 4), plain)
         rule = PRUNED.policy(4)
         scores = score_tokens(rule.build_scorer(), seen, visual)
-        alone = choose_tokens(scores, rule.build_selector(), 4, seen, visual).keep
+        alone = select_tokens(scores, rule.build_selector(), 4, seen, visual).keep
     assert torch.equal(alone, token_ranks([rule], seen, visual, 4)[0] < 4), "and pruning chooses what was measured"
 
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from catp_lightning.methods.observation import Signal
+from catp_lightning.methods.selection import Selection
 from catp_lightning.models import find_family
 from catp_lightning.pruning.sites.decoder_layers import PruneAtDecoderLayers
 from catp_lightning.pruning.sites.stage_prompt import StagePrompt
@@ -33,12 +34,12 @@ class Merging:
     """Uneven's choice; every third token that leaves is lost, others are carried by one that stays, not the nearest."""
 
     uneven: Uneven = field(default_factory=Uneven)
-    carrier: Tensor | None = None
+    destination: Tensor | None = None
 
-    def __call__(self, prompt: StagePrompt) -> Tensor:
+    def __call__(self, prompt: StagePrompt) -> Selection:
         keep = self.uneven(prompt) & prompt.tokens
-        self.carrier = torch.tensor(carried_by_hand(keep.tolist(), prompt.tokens.tolist()))
-        return keep
+        self.destination = torch.tensor(carried_by_hand(keep.tolist(), prompt.tokens.tolist()))
+        return Selection(keep, self.destination)
 
 
 def carried_by_hand(keep: list[list[bool]], tokens: list[list[bool]]) -> list[list[int]]:
@@ -88,7 +89,7 @@ def written(
 
 
 def merging(model: Any, stages: tuple[int, ...], choose: Merging) -> PruneAtDecoderLayers:
-    return PruneAtDecoderLayers(find_family(model), choose, False, lambda: None, stages, {}, lambda: choose.carrier)
+    return PruneAtDecoderLayers(find_family(model), choose, False, lambda: None, stages)
 
 
 @every_model
@@ -106,7 +107,7 @@ def test_a_carried_mean_equals_the_mean_written_into_the_full_run(
     with merging(model, stages, choose := Merging()).dropping():
         prefill = model(**inputs).logits
         tokens, steps = generate(row, model, inputs)
-    assert choose.carrier is not None and choose.carrier.tolist() == carriers[-1]
+    assert choose.destination is not None and choose.destination.tolist() == carriers[-1]
     with masked(row, model, inputs, stages, keeps):
         dropped = model(**inputs).logits
         with written(row, model, inputs, stages, carriers):
@@ -150,15 +151,11 @@ def test_means_in_bfloat16_are_rounded_once() -> None:
     model, inputs = model_of(LLAMA, torch.bfloat16), LLAMA.inputs([0], dtype=torch.bfloat16)
     seen: list[Tensor] = []
     layer = stack_of(LLAMA, model).layers[1]
-    choose = Merging()
 
-    def all_in_one(prompt: StagePrompt) -> Tensor:
-        choose.carrier = torch.zeros(1, 9, dtype=torch.int64)
-        return torch.arange(9)[None] == 0
+    def all_in_one(prompt: StagePrompt) -> Selection:
+        return Selection(torch.arange(9)[None] == 0, torch.zeros(1, 9, dtype=torch.int64))
 
-    dropper = PruneAtDecoderLayers(
-        find_family(model), all_in_one, False, lambda: None, (1,), {}, lambda: choose.carrier
-    )
+    dropper = PruneAtDecoderLayers(find_family(model), all_in_one, False, lambda: None, (1,))
     before = layer.register_forward_pre_hook(
         lambda module, args, kwargs: seen.append(first(args, kwargs)), with_kwargs=True
     )
@@ -200,7 +197,8 @@ class Seeing:
 
 
 def seeing(model: Any, stages: tuple[int, ...], choose: Seeing) -> PruneAtDecoderLayers:
-    return PruneAtDecoderLayers(find_family(model), choose, False, lambda: None, stages, NEEDS)
+    decide = lambda prompt: Selection(choose(prompt))  # noqa: E731
+    return PruneAtDecoderLayers(find_family(model), decide, False, lambda: None, stages, NEEDS)
 
 
 def text_by_hand(inputs: Inputs, labels: Tensor | None) -> list[list[int]]:

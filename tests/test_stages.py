@@ -16,6 +16,7 @@ from transformers import PreTrainedModel
 
 from catp_lightning import PruningError
 from catp_lightning.methods.observation import Signal
+from catp_lightning.methods.selection import Selection
 from catp_lightning.models import find_family
 from catp_lightning.prompt.masks import layer_mask
 from catp_lightning.prompt.prompt import DecoderPrompt
@@ -120,7 +121,8 @@ class MostAttended:
 def stages_of(
     model: PreTrainedModel, stages: tuple[int, ...], choose: Callable[[StagePrompt], Tensor], observe: bool = False
 ) -> PruneAtDecoderLayers:
-    return PruneAtDecoderLayers(find_family(model), choose, False, lambda: None, stages, LAST_ROW if observe else {})
+    decide = lambda prompt: Selection(choose(prompt))  # noqa: E731
+    return PruneAtDecoderLayers(find_family(model), decide, False, lambda: None, stages, LAST_ROW if observe else {})
 
 
 def chosen(inputs: Inputs, row: Row, stages: tuple[int, ...], samples: list[int] | None = None) -> list[Tensor]:

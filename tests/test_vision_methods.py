@@ -14,10 +14,10 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 from catp_lightning import PolicyError, PruningError, PruningPolicy, prune
 from catp_lightning.data import shipped
 from catp_lightning.data.scenes import digit_pool, draw_scene
+from catp_lightning.methods.method import select_tokens
 from catp_lightning.methods.observation import Observation, Signal, Values
 from catp_lightning.methods.scorers import SCORERS
 from catp_lightning.methods.scorers.vtc_cls import VTCCLS
-from catp_lightning.methods.selection import choose_tokens
 from catp_lightning.methods.selectors import SELECTORS
 from catp_lightning.methods.selectors.context_merge import ContextMerge
 from catp_lightning.methods.selectors.pool import Pool, grid
@@ -142,7 +142,7 @@ def test_vispruner_drops_of_pairs_the_one_most_similar_to_its_counterpart(
     rows = [drawn(seed + n, tokens, tie) for n, (tokens, _) in enumerate(sizes)]
     counts = [math.ceil(keep * tokens) for tokens, keep in sizes]
     scores, vectors, visual = batch(rows)
-    keep = PruneSimilar(important=share).select(scores, visual, torch.tensor(counts), vectors)
+    keep = PruneSimilar(important=share).select(scores, visual, torch.tensor(counts), vectors).keep
     for row, (own, features) in enumerate(rows):
         expected = slow_prune_similar(own, features, counts[row], share)
         assert set(keep[row].nonzero()[:, 0].tolist()) == expected and len(expected) == counts[row]
@@ -156,8 +156,8 @@ def test_visionzip_merges_the_rest_into_the_evenly_spaced_most_similar(
     counts = [math.ceil(keep * tokens) for tokens, keep in sizes]
     scores, vectors, visual = batch(rows)
     selector = ContextMerge(context=share)
-    keep = selector.select(scores, visual, torch.tensor(counts), vectors)
-    carrier = selector.carriers(keep, scores, visual, vectors)
+    keep = selector.select(scores, visual, torch.tensor(counts), vectors).keep
+    carrier = selector.select(scores, visual, keep.sum(1), vectors).destination
     for row, (own, keys) in enumerate(rows):
         expected = slow_context_merge(own, keys, counts[row], share)
         assert carrier[row].tolist() == [expected.get(t, -1) for t in range(carrier.shape[1])]
@@ -173,7 +173,7 @@ def test_divprune_adds_the_token_farthest_from_its_nearest(
     counts = [math.ceil(keep * tokens) for tokens, keep in sizes]
     scores, vectors, visual = batch(rows)
     ranks = SELECTORS["max-min"]().ranks(scores, visual, max(counts), vectors)
-    keep = SELECTORS["max-min"]().select(scores, visual, torch.tensor(counts), vectors)
+    keep = SELECTORS["max-min"]().select(scores, visual, torch.tensor(counts), vectors).keep
     for row, (_, features) in enumerate(rows):
         order = slow_max_min(features, counts[row])
         assert [int(ranks[row, token]) for token in order] == list(range(counts[row]))
@@ -262,7 +262,7 @@ def test_of_a_hand_computed_row_vispruner_keeps_the_unlike() -> None:
     vectors = torch.tensor([[[9.0, 9], [1, 0], [2, 0], [0, 1], [-1, 0]]])
     scores = torch.tensor([[5.0, 4, 3, 2, 1]])
     visual = torch.ones(1, 5, dtype=torch.bool)
-    keep = PruneSimilar(important=0.25).select(scores, visual, torch.tensor([4]), vectors)
+    keep = PruneSimilar(important=0.25).select(scores, visual, torch.tensor([4]), vectors).keep
     assert keep.tolist() == [[True, False, True, True, True]]
 
 
@@ -270,7 +270,9 @@ def test_of_a_hand_computed_row_vispruner_keeps_the_unlike() -> None:
 def test_vispruner_meets_every_budget_at_every_residue(tokens: int) -> None:
     visual = torch.ones(1, tokens, dtype=torch.bool)
     for count in range(1, tokens + 1):
-        keep = PruneSimilar().select(torch.rand(1, tokens), visual, torch.tensor([count]), torch.randn(1, tokens, 3))
+        keep = (
+            PruneSimilar().select(torch.rand(1, tokens), visual, torch.tensor([count]), torch.randn(1, tokens, 3)).keep
+        )
         assert keep.sum() == count
 
 
@@ -278,17 +280,19 @@ def test_of_a_budget_of_one_the_most_attended_token_stays_alone() -> None:
     scores, vectors = torch.tensor([[1.0, 3, 2]]), torch.randn(1, 3, 4)
     visual, one = torch.ones(1, 3, dtype=torch.bool), torch.tensor([1])
     for selector in (PruneSimilar(), ContextMerge(), ContextMerge(context=1.0)):
-        assert selector.select(scores, visual, one, vectors).tolist() == [[False, True, False]]
-    keep = ContextMerge().select(scores, visual, one, vectors)
-    assert ContextMerge().carriers(keep, scores, visual, vectors).tolist() == [[-1, 1, -1]], "nothing is merged into it"
+        assert selector.select(scores, visual, one, vectors).keep.tolist() == [[False, True, False]]
+    keep = ContextMerge().select(scores, visual, one, vectors).keep
+    assert ContextMerge().select(scores, visual, keep.sum(1), vectors).destination.tolist() == [[-1, 1, -1]], (
+        "nothing is merged into it"
+    )
 
 
 def test_of_64_tokens_visionzip_keeps_54_dominant_and_10_context_tokens() -> None:
     scores, visual = torch.arange(576.0)[None], torch.ones(1, 576, dtype=torch.bool)
     vectors = torch.randn(1, 576, 8)
-    keep = ContextMerge().select(scores, visual, torch.tensor([64]), vectors)
+    keep = ContextMerge().select(scores, visual, torch.tensor([64]), vectors).keep
     assert keep[0].nonzero()[:, 0].tolist() == [*range(0, 520, 52), *range(522, 576)]
-    carrier = ContextMerge().carriers(keep, scores, visual, vectors)
+    carrier = ContextMerge().select(scores, visual, keep.sum(1), vectors).destination
     assert set(carrier.flatten().tolist()) == set(keep[0].nonzero()[:, 0].tolist()), "no token is lost"
 
 
@@ -298,19 +302,19 @@ def test_a_token_whose_features_are_not_numbers_comes_last() -> None:
     ranks = SELECTORS["max-min"]().ranks(torch.zeros(1, 12), visual, 12, vectors)
     assert int(ranks[0, 4]) == 11 and sorted(ranks[0].tolist()) == list(range(12))
     broken = torch.ones(1, 12).index_fill(1, torch.tensor([4]), torch.nan)
-    keep = SELECTORS["conditional-dpp"]().select(broken, visual, torch.tensor([5]), vectors)
+    keep = SELECTORS["conditional-dpp"]().select(broken, visual, torch.tensor([5]), vectors).keep
     assert keep.sum() == 5 and not keep[0, 4]
     for broken_at in range(12):
         rolled = vectors.roll(broken_at, 1)
         for count in range(1, 12):
-            keep = PruneSimilar().select(torch.arange(12.0)[None], visual, torch.tensor([count]), rolled)
+            keep = PruneSimilar().select(torch.arange(12.0)[None], visual, torch.tensor([count]), rolled).keep
             assert keep.sum() == count and not keep[0, (4 + broken_at) % 12]
-        assert PruneSimilar().select(torch.zeros(1, 12), visual, torch.tensor([12]), rolled).all()
+        assert PruneSimilar().select(torch.zeros(1, 12), visual, torch.tensor([12]), rolled).keep.all()
     scores = torch.full((1, 12), torch.nan)
     some = torch.arange(12)[None] % 2 == 1  # the others are line ends, or of another crop
     for name in COMPARED:
         for share, count in ((visual, 9), (some, 5), (some, 6)):
-            keep = SELECTORS[name]().select(scores, share, torch.tensor([count]), vectors.roll(1, 1))
+            keep = SELECTORS[name]().select(scores, share, torch.tensor([count]), vectors.roll(1, 1)).keep
             assert keep.sum() == count and not (keep & ~share).any(), name
 
 
@@ -321,19 +325,19 @@ def test_what_a_row_keeps_does_not_depend_on_its_batch_even_where_tokens_are_the
         rows = [drawn(seed + n, tokens, tie=name != "conditional-dpp") for n, tokens in enumerate((23, 9, 41))]
         scores, vectors, visual = batch(rows)
         scores, vectors, counts = scores.float(), vectors.float(), torch.tensor([7, 4, 19])
-        keep = selector.select(scores, visual, counts, vectors)
+        keep = selector.select(scores, visual, counts, vectors).keep
         own = scores[:1, :23], visual[:1, :23], vectors[:1, :23]
-        alone = selector.select(own[0], own[1], counts[:1], own[2])
+        alone = selector.select(own[0], own[1], counts[:1], own[2]).keep
         assert keep[:1, :23].equal(alone) and keep.sum(1).equal(counts)
         if selector.merges:
-            carrier = selector.carriers(keep, scores, visual, vectors)
-            assert carrier[:1, :23].equal(selector.carriers(alone, *own))
+            carrier = selector.select(scores, visual, keep.sum(1), vectors).destination
+            assert carrier[:1, :23].equal(selector.select(own[0], own[1], alone.sum(1), own[2]).destination)
 
 
 def test_equal_tokens_are_kept_from_the_first_on() -> None:
     vectors, visual, counts = torch.ones(1, 9, 4) * 0.3, torch.ones(1, 9, dtype=torch.bool), torch.tensor([3])
     for name in ("max-min", "conditional-dpp"):
-        assert SELECTORS[name]().select(torch.ones(1, 9), visual, counts, vectors)[0, :3].all()
+        assert SELECTORS[name]().select(torch.ones(1, 9), visual, counts, vectors).keep[0, :3].all()
 
 
 def slow_pool(side: int, count: int) -> list[int]:
@@ -365,11 +369,11 @@ def square(sides: list[int], **more: Any) -> Observation:
 def test_downsampling_is_the_mean_over_cells_of_a_coarser_grid(side: int) -> None:
     seen, scores = square([side, 12]), torch.zeros(2, 144)
     for count in range(1, side**2 + 1):
-        choice = choose_tokens(scores, Pool(), count, seen, seen.valid)
+        choice = select_tokens(scores, Pool(), count, seen, seen.valid)
         expected = slow_pool(side, count)
-        assert choice.carrier is not None and choice.carrier[0, : side**2].tolist() == expected
+        assert choice.destination is not None and choice.destination[0, : side**2].tolist() == expected
         assert choice.keep[0, : side**2].tolist() == [carrier == t for t, carrier in enumerate(expected)]
-        assert not choice.keep[0, side**2 :].any() and choice.carrier[0, side**2 :].eq(-1).all()
+        assert not choice.keep[0, side**2 :].any() and choice.destination[0, side**2 :].eq(-1).all()
 
 
 def test_grids_of_hand_computed_budgets() -> None:
@@ -448,9 +452,9 @@ def test_the_shipped_llava_reads_as_many_tokens_as_the_budget_says(
     real = inputs["attention_mask"].sum(1).max()
     assert output.past_key_values.layers[0].keys.shape[2] <= int(real) - 144 + count + 1
     merging = name in ("visionzip", "downsample")
-    assert (pruning.carrier is not None) is merging
+    assert (pruning.destination is not None) is merging
     if merging and count > 1:
-        assert pruning.carrier is not None and (pruning.carrier >= 0).all(), "every token lives on"
+        assert pruning.destination is not None and (pruning.destination >= 0).all(), "every token lives on"
 
 
 def test_downsampling_the_shipped_llava_is_reading_means_in_the_place_of_cells(

@@ -1,155 +1,34 @@
-"""Choice of the tokens that stay, from what was observed: pure tensors, shared by pruning and calibration."""
+"""Selection of the visual tokens that stay, and regrouping of values between images and samples."""
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from catp_lightning.errors import PolicyError, PruningError
-from catp_lightning.methods.budget import keep_count
 from catp_lightning.methods.observation import Observation
-from catp_lightning.methods.scorers import SCORERS, Scorer
-from catp_lightning.methods.selectors import Selector, without_autocast
 
 
 @dataclass(frozen=True)
-class Choice:
-    """Visual tokens that stay; B samples, T visual tokens of the largest.
+class Selection:
+    """Visual tokens that stay; R rows, of images or samples, T visual tokens of the largest.
 
     Attributes:
-        keep: bool [B, T], True for tokens that stay.
-        scores: float [B, T], scores that the tokens were ranked by; -inf where a sample has no token.
-        carrier: int64 [B, T], for each token the one whose row carries it: itself, another that stays, or -1 for none;
-            None if nothing is merged.
+        keep: bool [R, T], True for tokens that stay.
+        destination: int64 [R, T], for each token the one it is merged into, as in ToMe (2210.09461): itself if it
+            stays, -1 if it is dropped. A token that stays becomes the mean of all that are merged into it. None:
+            nothing is merged.
+        scores: float [R, T], scores that the tokens were ranked by; -inf where a row has no token; None: nothing was
+            scored.
     """
 
     keep: Tensor
-    scores: Tensor
-    carrier: Tensor | None = None
+    destination: Tensor | None = None
+    scores: Tensor | None = None
 
 
-def choose_tokens(scores: Tensor, selector: Selector, keep: int | float, seen: Observation, visual: Tensor) -> Choice:
-    """Return the visual tokens that stay; I images, T' tokens of the largest image.
-
-    Args:
-        scores: float [I, T'], a scorer's.
-        selector: turns scores into a set of tokens.
-        keep: the budget, of each image or of the whole sample as the selector's `per` says.
-        seen: signals that the selector compares tokens by.
-        visual: bool [B, T], the visual tokens that each sample has.
-    """
-    vectors = selector.vectors(seen)
-    by_sample = images_to_samples(scores, seen.valid, visual, -torch.inf)
-    if selector.per == "sample":
-        droppable = images_to_samples(seen.droppable, seen.valid, visual, False)
-        vectors = None if vectors is None else images_to_samples(vectors, seen.valid, visual, 0.0)
-        kept, carrier = _select(selector, by_sample, droppable, keep, vectors)
-        kept = kept | (visual & ~droppable)
-        return Choice(kept, by_sample, None if carrier is None else carrier.where(droppable, _own_destination(kept)))
-    kept = seen.valid & ~seen.droppable
-    carrier = _own_destination(kept)
-    for part in _parts(seen, selector.per):
-        own, carried = _select(selector, scores, part, keep, vectors)
-        kept = kept | own
-        carrier = carrier if carried is None else carried.where(part, carrier)
-    found = images_to_samples(kept, seen.valid, visual, False)
-    return Choice(found, by_sample, _to_sample_index(carrier, seen.valid, visual) if selector.merges else None)
-
-
-def _select(
-    selector: Selector, scores: Tensor, droppable: Tensor, keep: int | float, vectors: Tensor | None
-) -> tuple[Tensor, Tensor | None]:
-    kept = selector.select(scores, droppable, _budget(keep, droppable), vectors)
-    if (kept.dtype, kept.shape, kept.device) != (torch.bool, droppable.shape, droppable.device):
-        raise PruningError(
-            f"The selector {type(selector).__name__} gives {kept.dtype} of shape {tuple(kept.shape)} on {kept.device}; "
-            f"which tokens stay is bool of shape {tuple(droppable.shape)} on {droppable.device}."
-        )
-    return kept, selector.carriers(kept, scores, droppable, vectors) if selector.merges else None
-
-
-def _own_destination(kept: Tensor) -> Tensor:
-    """Return carriers where each kept token carries itself alone: bool [R, T] -> int64 [R, T], -1 for others."""
+def own_destination(kept: Tensor) -> Tensor:
+    """Return destinations where each kept token is its own and nothing is merged: bool [R, T] -> int64 [R, T]."""
     return torch.arange(kept.shape[1], device=kept.device).expand_as(kept).masked_fill(~kept, -1)
-
-
-def _to_sample_index(carrier: Tensor, valid: Tensor, visual: Tensor) -> Tensor:
-    """Convert carriers from indices within an image, int64 [I, T'], to indices within a sample, int64 [B, T]."""
-    numbers = (valid.flatten().cumsum(0) - 1).view_as(valid)  # index among all visual tokens, in placeholder order
-    placed_numbers = images_to_samples(numbers.gather(1, carrier.clamp(min=0)), valid, visual, 0)
-    first = visual.sum(1).cumsum(0) - visual.sum(1)
-    return (placed_numbers - first[:, None]).masked_fill(images_to_samples(carrier, valid, visual, -1) < 0, -1)
-
-
-def _parts(seen: Observation, per: str) -> Iterator[Tensor]:
-    """Yield tokens that share a budget, bool [I, T]: all droppable tokens of each image, or of one crop of each."""
-    if per != "crop" or seen.crops is None:
-        yield seen.droppable
-        return
-    for crop in range(int(seen.crops.max()) + 1):
-        yield seen.droppable & (seen.crops == crop)
-
-
-def score_tokens(scorer: Scorer, seen: Observation, visual: Tensor) -> Tensor:
-    """Return the scorer's scores, float [I, T'], after a check that every image's tokens are where they should be.
-
-    Raises:
-        PruningError: the samples' placeholders do not match the images (transformers would put one sample's features
-            into another), or another package's scorer fails.
-    """
-    own, images = visual.sum(1), seen.valid.sum(1)
-    ends = torch.isin(own.cumsum(0), torch.cat([images.new_zeros(1), images.cumsum(0)]))
-    if int(own.sum()) != int(images.sum()) or not bool(ends.all()):
-        wrong = "" if bool(ends.all()) else f" (sample {int((~ends).nonzero()[0])} does not end where an image ends)"
-        raise PruningError(
-            f"{seen.images} images with {_counts(images)} visual tokens were read, but the samples have "
-            f"{own.tolist()} placeholders{wrong}: features would reach the wrong sample. Give each sample as many "
-            "image tokens as its images need."
-        )
-    try:
-        with without_autocast(visual):
-            scores = scorer.score(seen)
-    except Exception as error:
-        if SCORERS.is_own(scorer) or isinstance(error, torch.OutOfMemoryError | PolicyError | PruningError):
-            raise
-        raise PruningError(
-            f"The scorer {SCORERS.name_of(scorer)!r} ({type(scorer).__module__}) failed on {seen.images} images with "
-            f"{_counts(images)} visual tokens: {type(error).__name__}: {error!s:.500}. {_REPAIR}"
-        ) from error
-    _check_scores(scorer, scores, seen)
-    return scores.detach()
-
-
-def _check_scores(scorer: Scorer, scores: Tensor, seen: Observation) -> None:
-    """Raise PruningError if another package's scorer gives what would fail, or go unnoticed, later on."""
-    expected = f"a tensor of real numbers of shape {tuple(seen.valid.shape)} on {seen.valid.device}"
-    if not isinstance(scores, Tensor):
-        found = f"a {type(scores).__name__}"
-    elif scores.shape != seen.valid.shape or scores.device != seen.valid.device:
-        found = f"one of shape {tuple(scores.shape)} on {scores.device}"
-    elif not scores.is_floating_point() or scores.layout != torch.strided:
-        found = f"one of {scores.dtype}, {scores.layout}"
-    else:
-        return
-    raise PruningError(
-        f"The scorer {SCORERS.name_of(scorer)!r} ({type(scorer).__module__}) gives {found}; scores are {expected}, a "
-        f"number for each token of each image. {_REPAIR}"
-    )
-
-
-_REPAIR = "Repair or uninstall the package that brings it; CONTRIBUTING.md says what a scorer is."
-
-
-def _counts(images: Tensor) -> str:
-    distinct = images.unique().tolist()
-    return str(distinct[0]) if len(distinct) == 1 else str(images.tolist())
-
-
-def _budget(keep: int | float, visual: Tensor) -> Tensor:
-    return torch.tensor(
-        [keep_count(keep, count) for count in visual.sum(1).tolist()], device=visual.device, dtype=torch.int64
-    )
 
 
 def images_to_samples(values: Tensor, valid: Tensor, visual: Tensor, fill: float | bool) -> Tensor:

@@ -148,13 +148,13 @@ class Family(ABC):
         """Return other inputs of the decoder that have a row for each column of the prompt, shortened like it."""
         return {}
 
-    def merge_extras(self, kwargs: Mapping[str, Any], visual: Tensor, carrier: Tensor) -> dict[str, Any]:
+    def merge_extras(self, kwargs: Mapping[str, Any], visual: Tensor, destination: Tensor) -> dict[str, Any]:
         """Return other inputs of the decoder that have a row for each column of the prompt, with visual tokens merged.
 
         Args:
             kwargs: arguments of the decoder's call.
             visual: bool [B, L], placeholders of the prompt.
-            carrier: int64 [B, T], for each visual token the one whose row carries it; -1: none.
+            destination: int64 [B, T], for each visual token the one that it is merged into; -1: none.
         """
         return {}
 

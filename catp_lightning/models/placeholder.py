@@ -167,13 +167,13 @@ class Placeholder(Family):
             "deepstack_visual_embeds": [embeds[index] for embeds in kwargs["deepstack_visual_embeds"]],
         }
 
-    def merge_extras(self, kwargs: Mapping[str, Any], visual: Tensor, carrier: Tensor) -> dict[str, Any]:
+    def merge_extras(self, kwargs: Mapping[str, Any], visual: Tensor, destination: Tensor) -> dict[str, Any]:
         features = kwargs.get("deepstack_visual_embeds")
         if features is None:
             return {}
         beams = len(features[0]) // int(visual.sum())  # features lie in the order of placeholders, for all beams
-        tokens, carrier = (part.repeat_interleave(beams, 0) for part in (visual_tokens(visual), carrier))
-        return {"deepstack_visual_embeds": [merged_features(flat, tokens, carrier) for flat in features]}
+        tokens, destination = (part.repeat_interleave(beams, 0) for part in (visual_tokens(visual), destination))
+        return {"deepstack_visual_embeds": [merged_features(flat, tokens, destination) for flat in features]}
 
     def layers(self) -> Mapping[Signal, int]:
         return {}

@@ -4,15 +4,17 @@ import weakref
 from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from dataclasses import replace
 from functools import partial
 
 import torch
 from torch import Tensor, nn
 
 from catp_lightning.errors import PruningError
+from catp_lightning.methods.method import score_tokens, select_tokens
 from catp_lightning.methods.observation import Needs, Observation, Signal, join
 from catp_lightning.methods.scorers import SCORERS
-from catp_lightning.methods.selection import Choice, choose_tokens, images_to_samples, score_tokens
+from catp_lightning.methods.selection import Selection, images_to_samples
 from catp_lightning.methods.selectors import without_autocast
 from catp_lightning.models import Family, find_family
 from catp_lightning.policy import PruningPolicy
@@ -42,9 +44,9 @@ class Pruning:
             first. B is the batch before beams are expanded, T the longest sample's count; False beyond a sample's own.
         scores: float [B, T], scores that the tokens were ranked by; -inf beyond a sample's own, None if nothing was
             scored.
-        carrier: int64 [B, T], for each visual token the one whose row carries it: itself if it stays, or one that stays
-            and now is the mean of all it carries, or -1 if it is lost; None if nothing is merged. With several stages
-            it is the last one's: what was lost or carried before is -1.
+        destination: int64 [B, T], for each visual token the one that it is merged into: itself if it stays, or one that
+            stays and now is the mean of all that were merged into it, or -1 if it is dropped; None if nothing is
+            merged. With several stages it is the last one's: what was dropped or merged before is -1.
         choices: (keep bool [B, T], counts int64 [B]) of each prefill since it was last cleared, at most 1,024; counts
             are the visual tokens that each sample had.
         tokens_per_layer: float [B] for each of `choices`: number of visual tokens that a layer of the decoder reads,
@@ -60,7 +62,7 @@ class Pruning:
         self.family, self.policy = family, policy
         self.keep: Tensor | None = None
         self.scores: Tensor | None = None
-        self.carrier: Tensor | None = None
+        self.destination: Tensor | None = None
         self.choices: deque[tuple[Tensor, Tensor]] = deque(maxlen=1024)
         self.tokens_per_layer: deque[Tensor] = deque(maxlen=1024)
         self.images: deque[Tensor] = deque(maxlen=1024)
@@ -86,8 +88,8 @@ class Pruning:
         self._observer = Observer(family, first if stages else wanted)
         compact = policy.positions == "compact"
         own: Pruning = weakref.proxy(self)  # no reference cycle: the model's memory is freed with its last reference
-        choose_of, forget = partial(Pruning._choose, own), partial(Pruning._forget, own)
-        self._entry = entry(family, choose_of, compact, forget, stages, wanted, lambda: own.carrier)
+        decide, forget = partial(Pruning._decide, own), partial(Pruning._forget, own)
+        self._entry = entry(family, decide, compact, forget, stages, wanted)
 
     def __repr__(self) -> str:
         """Return a short description: the model, what the policy keeps, and how much the last prefill kept."""
@@ -143,19 +145,18 @@ class Pruning:
         finally:
             self._forget()  # features and attention maps are large, and the record may be kept
 
-    def _choose(self, prompt: Prompt) -> Tensor:
-        """Return the visual tokens of a prompt that stay, bool [B, T], and record them."""
+    def _decide(self, prompt: Prompt) -> Selection:
+        """Return the selection of a prompt's visual tokens, [B, T], and record it."""
         visual = prompt.tokens
-        self.scores = self.carrier = None
         if self._given is not None:
-            self.keep = self._given(visual) & visual
+            selection = Selection(self._given(visual) & visual)
         elif self._everything or not visual.any():
-            self.keep = visual
+            selection = Selection(visual)
         else:
-            choice = self._at_stage(prompt) if isinstance(prompt, StagePrompt) else self._at_entry(prompt)
-            self.keep, self.scores, self.carrier = choice.keep, choice.scores, choice.carrier
-        self._note(prompt, self.keep)
-        return self.keep
+            selection = self._at_stage(prompt) if isinstance(prompt, StagePrompt) else self._at_entry(prompt)
+        self.keep, self.scores, self.destination = selection.keep, selection.scores, selection.destination
+        self._note(prompt, selection.keep)
+        return selection
 
     def _note(self, prompt: Prompt, keep: Tensor) -> None:
         """Record what a prefill keeps, once it has come to its last stage."""
@@ -185,7 +186,7 @@ class Pruning:
                 stacklevel=2,
             )
 
-    def _at_entry(self, prompt: Prompt) -> Choice:
+    def _at_entry(self, prompt: Prompt) -> Selection:
         seen = self._observer.take(prompt)
         if self._guide is not None and isinstance(prompt, DecoderPrompt):
             seen = self._guide.add(seen, prompt)
@@ -193,9 +194,9 @@ class Pruning:
             self.images.append(seen[Signal.IMAGE_HASH])
         self._check_budget(seen.droppable.sum(1))
         scores = score_tokens(self._scorer, seen, prompt.tokens)
-        return choose_tokens(scores, self._selector, self.policy.keep, seen, prompt.tokens)
+        return select_tokens(scores, self._selector, self.policy.keep, seen, prompt.tokens)
 
-    def _at_stage(self, prompt: StagePrompt) -> Choice:
+    def _at_stage(self, prompt: StagePrompt) -> Selection:
         seen, visual = prompt.observation(), prompt.tokens
         self._check_budget(prompt.visual.sum(1))
         if self._known and prompt.stage == 0:
@@ -205,13 +206,12 @@ class Pruning:
         with without_autocast(visual):
             return self._chosen_at(prompt, seen, scores, before)
 
-    def _chosen_at(self, prompt: StagePrompt, seen: Observation, scores: Tensor, before: Tensor) -> Choice:
+    def _chosen_at(self, prompt: StagePrompt, seen: Observation, scores: Tensor, before: Tensor) -> Selection:
         visual = prompt.tokens
         counts = self._scorer.stage_counts(self.policy.keep, before, prompt.stage, len(self.leave_at), seen)
         vectors = self._selector.vectors(seen)
-        keep = self._selector.select(scores, visual, counts.minimum(visual.sum(1)), vectors)
-        carrier = self._selector.carriers(keep, scores, visual, vectors) if self._selector.merges else None
-        return Choice(keep, scores, carrier)
+        selection = self._selector.select(scores, visual, counts.minimum(visual.sum(1)), vectors)
+        return replace(selection, scores=scores)
 
 
 @contextmanager

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from catp_lightning.methods.selection import Choice
+from catp_lightning.methods.selection import Selection
 from catp_lightning.models import Family
 from catp_lightning.pruning import Pruning
 from catp_lightning.pruning.answers import Answer
@@ -27,7 +27,7 @@ class Variants:
     """
 
     keep: Tensor
-    others: Sequence[Choice | Pruning] = ()
+    others: Sequence[Selection | Pruning] = ()
 
 
 @dataclass(frozen=True)
@@ -65,12 +65,12 @@ class Replay(ABC):
         """Return the replay of some of the samples: index is bool [B], or int64 of any length."""
 
     @abstractmethod
-    def log_probabilities(self, keep: Tensor, carrier: Tensor | None = None) -> Tensor:
+    def log_probabilities(self, keep: Tensor, destination: Tensor | None = None) -> Tensor:
         """Return log-probabilities [B, A, V] along the answer if only `keep` [B, T] of the visual tokens are read.
 
         They are those of every next token, A answer tokens, vocabulary V. A pruned greedy run gives the same answer
         exactly where the most likely token agrees all along the answer, so nothing needs to be generated again. For
-        merged tokens `carrier`, int64 [B, T], is the token that carries each.
+        merged tokens `destination`, int64 [B, T], is the token that each is merged into.
         """
 
     def pruned_log_probabilities(self, pruning: Pruning) -> Tensor:
@@ -130,8 +130,8 @@ class Replay(ABC):
             if isinstance(other, Pruning):
                 pruned = self.pruned_log_probabilities(other)
             else:
-                carrier = None if other.carrier is None else other.carrier[index]
-                pruned = self.log_probabilities(other.keep[index], carrier)
+                destination = None if other.destination is None else other.destination[index]
+                pruned = self.log_probabilities(other.keep[index], destination)
             diverged = torch.cat([diverged, divergence(full, pruned, self.answers.valid)[None]])
             agreed = torch.cat([agreed, agreement(full, pruned, self.answers.valid)[None]])
         return diverged, agreed

@@ -16,6 +16,7 @@ from catp_lightning.calibration.replay.base import (
     text_fingerprint,
 )
 from catp_lightning.errors import PruningError
+from catp_lightning.methods.selection import Selection
 from catp_lightning.models import Family
 from catp_lightning.models.mllama import Mllama
 from catp_lightning.pruning.answers import Answer
@@ -73,10 +74,10 @@ class RowsReplay(Replay):
         given = {name: value[index] for name, value in self.given.items()}
         return replace(self, seen=self.seen[index], given=given, answers=some_answers(self.answers, index))
 
-    def log_probabilities(self, keep: Tensor, carrier: Tensor | None = None) -> Tensor:
-        assert carrier is None  # selectors that merge are refused here
+    def log_probabilities(self, keep: Tensor, destination: Tensor | None = None) -> Tensor:
+        assert destination is None  # selectors that merge are refused here
         family, length = cast(Mllama, self.family), self.given["input_ids"].shape[1]
-        entry = PruneCrossAttention(family, lambda prompt: keep)
+        entry = PruneCrossAttention(family, lambda prompt: Selection(keep))
         entry.prompt_length = length
         needed, place = answering_rows(self.answers, self.answers.row[:, None], length)
         with entry.dropping():

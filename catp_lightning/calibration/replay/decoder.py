@@ -13,6 +13,7 @@ from catp_lightning.calibration.replay.base import (
     some_answers,
     text_fingerprint,
 )
+from catp_lightning.methods.selection import Selection
 from catp_lightning.models import Family
 from catp_lightning.pruning import Pruning
 from catp_lightning.pruning.answers import Answer
@@ -61,13 +62,15 @@ class DecoderReplay(Replay):
         prompt = DecoderPrompt.of(old.arguments, 1, *(part[index] for part in parts))
         return replace(self, prompt=prompt, answers=some_answers(self.answers, index))
 
-    def log_probabilities(self, keep: Tensor, carrier: Tensor | None = None) -> Tensor:
+    def log_probabilities(self, keep: Tensor, destination: Tensor | None = None) -> Tensor:
         keep = keep[:, : self.tokens.shape[1]]  # these samples may have fewer tokens than the batch's longest
         if self.layer:
-            stages = PruneAtDecoderLayers(self.family, lambda prompt: keep, False, lambda: None, (self.layer,))
+            stages = PruneAtDecoderLayers(
+                self.family, lambda prompt: Selection(keep), False, lambda: None, (self.layer,)
+            )
             return self._through(stages)
         prompt = self.prompt
-        embeds = prompt.embeds if carrier is None else merged(prompt.embeds, prompt.visual, carrier)
+        embeds = prompt.embeds if destination is None else merged(prompt.embeds, prompt.visual, destination)
         # Padding is not read, but with padding on the right, generate predicts the first token from a padded row.
         read = (prompt.mask == 1).scatter(1, self.answers.row[:, None], True)
         short = kept_sequence(columns_kept(prompt.visual, keep) & read, prompt.mask)

@@ -3,14 +3,13 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from torch import Tensor
-
 from catp_lightning.calibration.plan import Plan
 from catp_lightning.calibration.replay.base import Replay
 from catp_lightning.calibration.replay.cross_attention import RowsReplay
 from catp_lightning.calibration.replay.decoder import DecoderReplay
 from catp_lightning.errors import PruningError
 from catp_lightning.methods.observation import Needs, Observation, Signal
+from catp_lightning.methods.selection import Selection
 from catp_lightning.pruning.answers import Answer, listening
 from catp_lightning.pruning.observer import Observer
 from catp_lightning.pruning.sites import CrossAttended, DecoderPrompt, Prompt, StagePrompt, entry
@@ -64,12 +63,12 @@ class Recorder:
         if self.plan.guide is not None:
             self.plan.guide.forget()
 
-    def _record(self, prompt: Prompt) -> Tensor:
+    def _record(self, prompt: Prompt) -> Selection:
         seen = self._observer.take(prompt) if prompt.tokens.any() else None
         if seen is not None and self.plan.guide is not None and isinstance(prompt, DecoderPrompt):
             seen = self.plan.guide.add(seen, prompt)
         self._prompts.append((prompt, seen))
-        return prompt.tokens  # nothing is dropped: answers stay the usual ones
+        return Selection(prompt.tokens)  # nothing is dropped: answers stay the usual ones
 
     @contextmanager
     def recorded(self) -> Iterator[list[Recorded]]:

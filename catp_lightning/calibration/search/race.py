@@ -15,8 +15,9 @@ from catp_lightning.calibration.replay.samples import Samples
 from catp_lightning.calibration.search.candidates import Candidate
 from catp_lightning.calibration.search.ranks import is_nested, limits, method_ranks, methods
 from catp_lightning.calibration.split import fold_of
+from catp_lightning.methods.method import score_tokens, select_tokens
 from catp_lightning.methods.scorers import Scorer
-from catp_lightning.methods.selection import Choice, choose_tokens, protected_tokens, score_tokens
+from catp_lightning.methods.selection import Selection, protected_tokens
 from catp_lightning.methods.selectors import Selector
 from catp_lightning.policy import PruningPolicy
 from catp_lightning.pruning import Pruning
@@ -118,16 +119,16 @@ class Race:
             same.append(agreed[place])
         return same
 
-    def _other(self, samples: Samples, policy: PruningPolicy, inside: bool) -> Choice | Pruning:
+    def _other(self, samples: Samples, policy: PruningPolicy, inside: bool) -> Selection | Pruning:
         """Return the choice of a candidate without nested ranking, or its pruning if it chooses inside the decoder."""
         if isinstance(policy.keep, float) and policy.keep == 1.0:
             visual = samples.visual
-            return Choice(visual, torch.zeros(visual.shape, device=visual.device, dtype=torch.float32))
+            return Selection(visual)
         if inside:
             return Pruning(self.plan.family, policy)
         scorer, selector = _method(policy)
         scores = score_tokens(scorer, samples.seen, samples.visual)
-        return choose_tokens(scores, selector, policy.keep, samples.seen, samples.visual)
+        return select_tokens(scores, selector, policy.keep, samples.seen, samples.visual)
 
     def _ranks(self, samples: Samples, most: int) -> Tensor:
         """Return the rank at which tokens join each candidate's set, `most` without nested ranking: int64 [N, B, T]."""

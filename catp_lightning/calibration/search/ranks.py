@@ -7,9 +7,10 @@ import torch
 from torch import Tensor
 
 from catp_lightning.methods.budget import keep_count
+from catp_lightning.methods.method import score_tokens
 from catp_lightning.methods.observation import Observation
 from catp_lightning.methods.scorers import Scorer
-from catp_lightning.methods.selection import images_to_samples, score_tokens
+from catp_lightning.methods.selection import images_to_samples
 from catp_lightning.methods.selectors import Selector
 from catp_lightning.methods.selectors.dpp import DPP, exact_similarity, greedy_ranks
 from catp_lightning.policy import PruningPolicy

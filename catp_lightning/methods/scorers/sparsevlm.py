@@ -24,8 +24,8 @@ class SparseVLM(AttentionScorer):
     Raters are the text rows more relevant to the image than the average text row, chosen once from what the language
     model reads: relevance is the softmax over text rows of a visual token's dot products with them, averaged over the
     visual tokens. Where all text rows are equally relevant, all are raters. The budget counts the tokens of a sample
-    that are left after the last stage, those that carry recycled tokens included. The authors' code scores in layers 2,
-    6 and 15 of 32 and drops after them (`stages_at=[3, 7, 16]`), and adds recycled tokens to its budgets.
+    that are left after the last stage, those that recycled tokens are merged into included. The authors' code scores in
+    layers 2, 6 and 15 of 32 and drops after them (`stages_at=[3, 7, 16]`), and adds recycled tokens to its budgets.
 
     `schedule="budget"` keeps the numbers of the paper's lists at its budgets of 110, 36 and 17 of 576 tokens. For other
     budgets the logarithms of the shares are interpolated (extrapolated in proportion below the least budget), and for

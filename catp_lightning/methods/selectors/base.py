@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from catp_lightning.methods.observation import Needs, Observation, Signal
+from catp_lightning.methods.selection import Selection
 
 
 @dataclass(frozen=True)
@@ -18,7 +19,7 @@ class Selector:
             or the whole "sample".
         nested: True if a smaller budget keeps a subset of a larger one; such a selector implements `ranks`, any other
             `select`.
-        merges: True if kept tokens carry dropped ones; such a selector implements `carriers` too.
+        merges: True if other tokens are merged into kept ones: selections have a `destination`.
         needs_grid: True if tokens must be the patches of one square image, line by line.
     """
 
@@ -51,8 +52,8 @@ class Selector:
         """
         raise NotImplementedError(f"{type(self).__name__} chooses anew at every budget.")
 
-    def select(self, scores: Tensor, visual: Tensor, counts: Tensor, vectors: Tensor | None) -> Tensor:
-        """Choose the tokens to keep.
+    def select(self, scores: Tensor, visual: Tensor, counts: Tensor, vectors: Tensor | None) -> Selection:
+        """Choose the tokens to keep, and where the others are merged.
 
         Args:
             scores: float [R, T].
@@ -61,24 +62,9 @@ class Selector:
             vectors: float [R, T, F], as from `vectors`, or None.
 
         Returns:
-            bool [R, T], `counts` True in each row; `union` with budget "head" may keep more, `pool` fewer.
+            A selection of `counts` tokens in each row; `union` with budget "head" may keep more, `pool` fewer.
         """
-        return self.ranks(scores, visual, int(counts.max()), vectors) < counts[:, None]
-
-    def carriers(self, keep: Tensor, scores: Tensor, visual: Tensor, vectors: Tensor | None) -> Tensor:
-        """Index of the kept token that carries each token; the carrier's row becomes the mean of all that it carries.
-
-        Args:
-            keep: bool [R, T], the choice of `select`.
-            scores: float [R, T].
-            visual: bool [R, T], True for tokens that exist and may be chosen.
-            vectors: float [R, T, F], as from `vectors`, or None.
-
-        Returns:
-            int64 [R, T]: a kept token's own index, the carrier's index for a token that is merged, -1 for a token that
-            is dropped.
-        """
-        raise NotImplementedError(f"{type(self).__name__} merges nothing.")
+        return Selection(self.ranks(scores, visual, int(counts.max()), vectors) < counts[:, None])
 
 
 @dataclass(frozen=True)

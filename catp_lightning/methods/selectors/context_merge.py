@@ -8,19 +8,20 @@ import torch
 from torch import Tensor
 
 from catp_lightning.methods.observation import Needs, Observation, Signal
+from catp_lightning.methods.selection import Selection
 from catp_lightning.methods.selectors.base import Selector, ranked
 from catp_lightning.methods.selectors.similarity import rounded_similarity
 
 
 @dataclass(frozen=True)
 class ContextMerge(Selector):
-    """Keeps dominant tokens, those with the highest scores, and context tokens, which carry the tokens similar to them.
+    """Keeps dominant tokens, those with the highest scores, and merges the others into a few context tokens.
 
     Context tokens are evenly spaced among the tokens that are not dominant; each of the others is merged into the
     context token most similar to it, the first if several are. Similarity is the cosine of the keys in the last layer
-    of the vision tower that leads to the features, averaged over heads. A context token becomes the mean of all that it
-    carries, itself included; the authors' code adds the mean of the others to it. The number of context tokens is
-    rounded to the nearest, and at least one token is dominant.
+    of the vision tower that leads to the features, averaged over heads. A context token becomes the mean of all that
+    are merged into it, itself included; the authors' code adds the mean of the others to it. The number of context
+    tokens is rounded to the nearest, and at least one token is dominant.
 
     Attributes:
         context: share of the budget that goes to context tokens, from 0 to 1; the authors take 10 of 64.
@@ -42,17 +43,14 @@ class ContextMerge(Selector):
     def vectors(self, seen: Observation) -> Tensor:
         return seen.by_layer(Signal.VISION_KEYS, (-1,))[:, 0].transpose(1, 2)
 
-    def select(self, scores: Tensor, visual: Tensor, counts: Tensor, vectors: Tensor | None) -> Tensor:
-        dominant, target = self._parts(scores, visual, counts)
-        return dominant | target
-
-    def carriers(self, keep: Tensor, scores: Tensor, visual: Tensor, vectors: Tensor | None) -> Tensor:
+    def select(self, scores: Tensor, visual: Tensor, counts: Tensor, vectors: Tensor | None) -> Selection:
         assert vectors is not None  # `vectors` above always gives some
-        _, target = self._parts(scores, visual, keep.sum(1))
+        dominant, target = self._parts(scores, visual, counts)
+        keep = dominant | target
         nearest = rounded_similarity(vectors).masked_fill(~target[:, None], -torch.inf).argmax(2)
         itself = torch.arange(keep.shape[1], device=keep.device).expand_as(keep)
         lost = ~visual | ~(keep | target.any(1, keepdim=True))
-        return torch.where(keep, itself, nearest).masked_fill(lost, -1)
+        return Selection(keep, torch.where(keep, itself, nearest).masked_fill(lost, -1))
 
     def _parts(self, scores: Tensor, visual: Tensor, counts: Tensor) -> tuple[Tensor, Tensor]:
         """Masks of the dominant tokens, and of the context tokens into which others are merged: bool [R, T] each."""

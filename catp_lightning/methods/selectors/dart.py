@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from catp_lightning.methods.observation import Signal
+from catp_lightning.methods.selection import Selection
 from catp_lightning.methods.selectors.base import FeatureSelector, ranked
 
 
@@ -34,7 +35,7 @@ class DART(FeatureSelector):
         if self.pivots < 1:
             raise ValueError(f"pivots is {self.pivots}; tokens are compared with at least 1.")
 
-    def select(self, scores: Tensor, visual: Tensor, counts: Tensor, vectors: Tensor | None) -> Tensor:
+    def select(self, scores: Tensor, visual: Tensor, counts: Tensor, vectors: Tensor | None) -> Selection:
         assert vectors is not None
         order = ranked(scores, visual)
         pivots = counts.clamp(max=min(self.pivots, visual.shape[1]))
@@ -46,4 +47,4 @@ class DART(FeatureSelector):
             likeness = (directions * pivot[:, None]).sum(-1)  # not a product of matrices: equal rows must stay equal
             takes = (share + (turn < more)).where(turn < pivots, 0)
             keep = keep | (ranked(-likeness, visual & ~keep) < takes[:, None])
-        return keep
+        return Selection(keep)

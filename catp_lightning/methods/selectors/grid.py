@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from catp_lightning.methods.observation import Needs, Observation, Signal
+from catp_lightning.methods.selection import Selection
 from catp_lightning.methods.selectors.base import Selector
 
 
@@ -37,7 +38,7 @@ class Grid(Selector):
         """Part (crop or tile), row and column of each token's patch: int64 [I, T, 3]; row -1: no patch."""
         return seen[Signal.PATCH_POSITION]
 
-    def select(self, scores: Tensor, visual: Tensor, counts: Tensor, vectors: Tensor | None) -> Tensor:
+    def select(self, scores: Tensor, visual: Tensor, counts: Tensor, vectors: Tensor | None) -> Selection:
         assert vectors is not None  # `vectors` above always gives some
         places = vectors[..., :2].tolist()  # part and row
         keep = torch.zeros(visual.shape, dtype=torch.bool, device="cpu")
@@ -49,7 +50,7 @@ class Grid(Selector):
             widths = tuple(tuple(width for _, width in own) for _, own in groupby(lines, key=lambda line: line[0]))
             chosen = spread(widths, min(count, len(patches)))
             keep[image, [patches[place] for place in chosen] + others[: count - len(chosen)]] = True
-        return keep.to(visual.device)
+        return Selection(keep.to(visual.device))
 
 
 @lru_cache(maxsize=1024)

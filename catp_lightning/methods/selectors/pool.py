@@ -10,16 +10,17 @@ from torch import Tensor
 
 from catp_lightning.errors import PruningError
 from catp_lightning.methods.observation import Observation
+from catp_lightning.methods.selection import Selection
 from catp_lightning.methods.selectors.base import Selector
 
 
 @dataclass(frozen=True)
 class Pool(Selector):
-    """Keeps each cell of a coarser grid as the mean of its tokens, carried by the token nearest to the cell's centre.
+    """Keeps each cell of a coarser grid as the mean of its tokens, in the place of the one nearest to its centre.
 
     The grid is the one with the most cells that the budget allows, and among those the one nearest to a square, the
     wider of two; the rest of the budget is not used (13 tokens of a 12 x 12 image are 3 x 4 cells). Sides of cells
-    differ by one token at most. Of tokens equally near to a centre the first is the carrier. Scores are ignored.
+    differ by one token at most. Of tokens equally near to a centre the first is taken. Scores are ignored.
 
     Raises:
         PruningError: tokens are not known to be the patches of one square image, line by line.
@@ -49,12 +50,9 @@ class Pool(Selector):
         lines = torch.stack([place // sides[:, None].clamp(min=1), place % sides[:, None].clamp(min=1)], -1)
         return (lines * seen.valid[..., None]).float()
 
-    def select(self, scores: Tensor, visual: Tensor, counts: Tensor, vectors: Tensor | None) -> Tensor:
-        itself = torch.arange(visual.shape[1], device=visual.device)
-        return _carriers(visual, counts, vectors) == itself
-
-    def carriers(self, keep: Tensor, scores: Tensor, visual: Tensor, vectors: Tensor | None) -> Tensor:
-        return _carriers(visual, keep.sum(1), vectors)
+    def select(self, scores: Tensor, visual: Tensor, counts: Tensor, vectors: Tensor | None) -> Selection:
+        destination = _destinations(visual, counts, vectors)
+        return Selection(destination == torch.arange(visual.shape[1], device=visual.device), destination)
 
 
 def _refused(reason: str) -> PruningError:
@@ -64,8 +62,8 @@ def _refused(reason: str) -> PruningError:
     )
 
 
-def _carriers(visual: Tensor, counts: Tensor, vectors: Tensor | None) -> Tensor:
-    """Index of the token that carries each token: int64 [R, T], -1 where a row has no token.
+def _destinations(visual: Tensor, counts: Tensor, vectors: Tensor | None) -> Tensor:
+    """Index of the token that each token is merged into: int64 [R, T], -1 where a row has no token.
 
     Args:
         visual: bool [R, T], True where a row has a token.
@@ -85,7 +83,7 @@ def _carriers(visual: Tensor, counts: Tensor, vectors: Tensor | None) -> Tensor:
 
 @cache
 def _table(side: int, count: int) -> list[list[int]]:
-    """Index, counted line by line, of the token that carries the one at each [line][column] of a square image."""
+    """Index, counted line by line, of the token that the one at each [line][column] of a square image."""
     high, wide = grid(side, count)
     centre = [[_middle(place, cells, side) for place in range(side)] for cells in (high, wide)]
     return [[centre[0][line] * side + centre[1][column] for column in range(side)] for line in range(side)]

@@ -6,6 +6,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from catp_lightning.methods.selection import Selection
 from catp_lightning.methods.selectors.base import FeatureSelector, ranked
 from catp_lightning.methods.selectors.similarity import rounded_similarity
 
@@ -37,7 +38,7 @@ class PruneSimilar(FeatureSelector):
         if not 0 <= self.important <= 1:
             raise ValueError(f"important is {self.important}; it is a share of the budget, from 0 to 1.")
 
-    def select(self, scores: Tensor, visual: Tensor, counts: Tensor, vectors: Tensor | None) -> Tensor:
+    def select(self, scores: Tensor, visual: Tensor, counts: Tensor, vectors: Tensor | None) -> Selection:
         assert vectors is not None  # `vectors` above always gives some
         sound = visual & ~vectors.isnan().any(-1)
         last = (~sound).long() + (~visual).long()
@@ -49,7 +50,7 @@ class PruneSimilar(FeatureSelector):
             tokens, count = (int(number) for number in size)
             chosen = self._chosen(order[rows, :tokens], count, vectors[rows])
             keep[rows[:, None], chosen] = True
-        return keep
+        return Selection(keep)
 
     def _chosen(self, order: Tensor, count: int, vectors: Tensor) -> Tensor:
         """Tokens kept in rows of n tokens each: indices int64 [R, n], highest score first -> int64 [R, count]."""

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from catp_lightning.methods.observation import Signal
+from catp_lightning.methods.selection import Selection
 from catp_lightning.methods.selectors.base import FeatureSelector, ranked
 
 
@@ -14,7 +15,7 @@ from catp_lightning.methods.selectors.base import FeatureSelector, ranked
 class Recycle(FeatureSelector):
     """Keeps the highest scores, and the best 30% of the other tokens as means of clusters (recycled tokens).
 
-    n recycled tokens make n // 10 + 1 clusters. The token at a cluster's centre stays in its place and carries the
+    n recycled tokens make n // 10 + 1 clusters. The token at a cluster's centre stays in its place and becomes the
     mean; it counts in the budget, and at most half of the budget are such tokens: with a budget of one nothing is
     recycled. Clusters are found by density peaks on the rows that enter the layer where tokens are dropped: a token's
     density is exp of minus the mean squared distance to its k nearest neighbours, k the number of clusters; centres are
@@ -29,25 +30,18 @@ class Recycle(FeatureSelector):
     compared: ClassVar[Signal] = Signal.HIDDEN_STATES
     merges: ClassVar[bool] = True
 
-    def select(self, scores: Tensor, visual: Tensor, counts: Tensor, vectors: Tensor | None) -> Tensor:
-        carrier = self._carried(scores, visual, counts, vectors)
-        return carrier == torch.arange(carrier.shape[1], device=carrier.device)
-
-    def carriers(self, keep: Tensor, scores: Tensor, visual: Tensor, vectors: Tensor | None) -> Tensor:
-        return self._carried(scores, visual, keep.sum(1), vectors)
-
-    def _carried(self, scores: Tensor, visual: Tensor, counts: Tensor, vectors: Tensor | None) -> Tensor:
-        """Index of the token that carries each token, at budgets `counts` [R]: int64 [R, T], -1 for dropped tokens."""
+    def select(self, scores: Tensor, visual: Tensor, counts: Tensor, vectors: Tensor | None) -> Selection:
         assert vectors is not None
-        carrier = torch.full_like(visual, -1, dtype=torch.int64)
+        destination = torch.full_like(visual, -1, dtype=torch.int64)
         order = ranked(scores, visual).argsort(1)
         for row, (budget, tokens) in enumerate(zip(counts.tolist(), visual.sum(1).tolist(), strict=True)):
             kept, recycled, clusters = split(budget, tokens)
             best, next_ones = order[row, :kept], order[row, kept : kept + recycled].sort().values
-            carrier[row, best] = best
+            destination[row, best] = best
             if clusters:
-                carrier[row, next_ones] = next_ones[nearest_centres(vectors[row, next_ones], clusters)]
-        return carrier
+                destination[row, next_ones] = next_ones[nearest_centres(vectors[row, next_ones], clusters)]
+        itself = torch.arange(destination.shape[1], device=destination.device)
+        return Selection(destination == itself, destination)
 
 
 def split(budget: int, tokens: int) -> tuple[int, int, int]:

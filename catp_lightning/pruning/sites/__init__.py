@@ -3,10 +3,9 @@
 from collections.abc import Callable
 from typing import Any
 
-from torch import Tensor
-
 from catp_lightning.errors import PruningError
 from catp_lightning.methods.observation import Needs, Signal
+from catp_lightning.methods.selection import Selection
 from catp_lightning.models.base import Family
 from catp_lightning.models.mllama import Mllama
 from catp_lightning.prompt.kept import KeptSequence, kept_sequence
@@ -22,18 +21,17 @@ Entry = PruneAtDecoderInput | PruneAtDecoderLayers | PruneAtEncoderInput | Prune
 
 def entry(
     family: Family,
-    choose: Callable[[Any], Tensor],
+    decide: Callable[[Any], Selection],
     compact: bool,
     forget: Callable[[], None],
     stages: tuple[int, ...] = (),
     needs: Needs = NOTHING,
-    carried: Callable[[], Tensor | None] = lambda: None,
 ) -> Entry:
     """Return the object that drops visual tokens of a family's model at the place where its language model reads them.
 
     Args:
         family: bound to the model.
-        choose, compact, forget, carried: as in `PruneAtDecoderInput`.
+        decide, compact, forget: as in `PruneAtDecoderInput`.
         stages: decoder layers at whose entry tokens are dropped; empty: before the first layer.
         needs: signals that scorers and selectors read; prompts have those that are seen inside the language model.
 
@@ -47,12 +45,12 @@ def entry(
             "them."
         )
     if stages:
-        return PruneAtDecoderLayers(family, choose, compact, forget, stages, needs, carried)
+        return PruneAtDecoderLayers(family, decide, compact, forget, stages, needs)
     if isinstance(family, Mllama):
-        return PruneCrossAttention(family, choose, forget, observe=Signal.CROSS_ATTENTION_TO_IMAGE in needs)
+        return PruneCrossAttention(family, decide, forget, observe=Signal.CROSS_ATTENTION_TO_IMAGE in needs)
     if family.reads == "encoder":
-        return PruneAtEncoderInput(family, choose, compact, forget)
-    return PruneAtDecoderInput(family, choose, compact, forget, carried)
+        return PruneAtEncoderInput(family, decide, compact, forget)
+    return PruneAtDecoderInput(family, decide, compact, forget)
 
 
 __all__ = [

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from transformers.cache_utils import DynamicLayer
 
 from catp_lightning.errors import PruningError
+from catp_lightning.methods.selection import Selection
 from catp_lightning.models.mllama import Mllama
 from catp_lightning.prompt.caches import (
     Opened,
@@ -43,7 +44,7 @@ class PruneCrossAttention:
 
     Args:
         family: the model's family, which knows its parts.
-        choose: returns which of a prompt's `tokens` stay, bool [B, T]; called after the first cross-attention layer of
+        decide: returns the selection of a prompt's `tokens`, [B, T]; called after the first cross-attention layer of
             each prefill, and without any token to choose from if the prompt's text sees no image.
         forget: called when a prompt is refused, so that what was observed for it does not serve another.
         observe: True if prompts are to have `attention`.
@@ -61,11 +62,11 @@ class PruneCrossAttention:
     def __init__(
         self,
         family: Mllama,
-        choose: Callable[[CrossAttended], Tensor],
+        decide: Callable[[CrossAttended], Selection],
         forget: Callable[[], None] = lambda: None,
         observe: bool = False,
     ) -> None:
-        self.family, self.choose, self.forget, self.observe = family, choose, forget, observe
+        self.family, self.decide, self.forget, self.observe = family, decide, forget, observe
         self.active = True
         self._watching = CallTracker(family.model, family.model)
         self._opened = Opened()
@@ -134,7 +135,7 @@ class PruneCrossAttention:
     def _record_nothing(self, tokens: Tensor, states: Tensor) -> None:
         """Record an empty choice for a prompt whose text sees no image."""
         beams = self._watching.beams(len(tokens))
-        self.choose(CrossAttended(tokens[::beams], self._watching.arguments, beams, states[::beams], None, self._given))
+        self.decide(CrossAttended(tokens[::beams], self._watching.arguments, beams, states[::beams], None, self._given))
 
     def _decode(self, cache: Any, held: int, sight: TextVisibility) -> dict[str, Any]:
         if is_short(cache) is False:  # it holds all rows, and the model's own masks are right
@@ -167,7 +168,7 @@ class PruneCrossAttention:
         tokens, states = prefill.tokens[::beams], prefill.states[::beams]
         attention = self._attention(prefill, module, kwargs, beams) if self.observe else None
         prompt = CrossAttended(tokens, self._watching.arguments, beams, states, attention, self._given)
-        keep = self.choose(prompt) & tokens
+        keep = self.decide(prompt).keep & tokens
         if not torch.equal(keep, tokens):
             prefill.narrow(keep.repeat_interleave(beams, 0))
             self._changes = prefill.changes

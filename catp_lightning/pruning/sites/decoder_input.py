@@ -11,9 +11,10 @@ from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from catp_lightning.errors import PruningError
+from catp_lightning.methods.selection import Selection
 from catp_lightning.models.base import Family
 from catp_lightning.prompt.caches import Opened, foreign_cache, is_short, mark_whole, refuse_static, rows_of, seal
 from catp_lightning.prompt.kept import KeptSequence, kept_sequence, of_each
@@ -30,23 +31,19 @@ class PruneAtDecoderInput:
 
     Args:
         family: the model's family, which knows its parts.
-        choose: returns which visual tokens of a prompt stay, bool [B, T]; text always stays.
+        decide: returns the selection of a prompt's visual tokens, [B, T]; text always stays.
         compact: True to number the kept rows anew, False to leave them their position ids.
         forget: called when a prompt is refused, so that what was observed for it does not serve another.
-        carried: called after a choice; returns int64 [B, T], for each token the token whose row carries it from then
-            on, -1 for none; None if nothing is merged.
     """
 
     def __init__(
         self,
         family: Family,
-        choose: Callable[[DecoderPrompt], Tensor],
+        decide: Callable[[DecoderPrompt], Selection],
         compact: bool = False,
         forget: Callable[[], None] = lambda: None,
-        carried: Callable[[], Tensor | None] = lambda: None,
     ) -> None:
-        self.family, self.choose, self.compact, self.forget = family, choose, compact, forget
-        self.carried = carried
+        self.family, self.decide, self.compact, self.forget = family, decide, compact, forget
         self.parameters = list(inspect.signature(family.decoder.forward).parameters)
         self.active = True
         self._prompts, self._labels = PromptCapture(family), Labels(family.model)
@@ -89,7 +86,8 @@ class PruneAtDecoderInput:
         prompt = self._prompts.take(kwargs)
         if prompt is None:  # text alone
             return kwargs
-        keep = prompt.columns(self.choose(prompt))
+        selection = self.decide(prompt)
+        keep = prompt.columns(selection.keep)
         short = kept_sequence(keep, prompt.mask)
         if short.whole:
             return kwargs
@@ -100,10 +98,10 @@ class PruneAtDecoderInput:
             )
         self._prompt = self._now = short
         self._labels.leave_out(keep)
-        config, embeds, carrier = self.family.decoder_config, prompt.embeds, self.carried()
-        if carrier is not None:
-            embeds = merged(embeds, prompt.visual, carrier)
-            kwargs = {**kwargs, **self.family.merge_extras(kwargs, prompt.visual, carrier)}
+        config, embeds, destination = self.family.decoder_config, prompt.embeds, selection.destination
+        if destination is not None:
+            embeds = merged(embeds, prompt.visual, destination)
+            kwargs = {**kwargs, **self.family.merge_extras(kwargs, prompt.visual, destination)}
         return {
             **kwargs,
             **self.family.gather_extras(kwargs, short),

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from catp_lightning.errors import PruningError
 from catp_lightning.methods.observation import BY_LAYER, Needs
+from catp_lightning.methods.selection import Selection
 from catp_lightning.models.base import Family
 from catp_lightning.prompt.attention import PREFIX, SUPPORTED, observe_attention
 from catp_lightning.prompt.caches import Opened, foreign_cache, is_short, refuse_static, rows_of, seal
@@ -39,13 +40,11 @@ class PruneAtDecoderLayers:
 
     Args:
         family: the model's family, which knows its parts.
-        choose: returns which of a prompt's `tokens` stay, bool [B, T]; called at each stage of each prefill.
+        decide: returns the selection of a prompt's `tokens`, [B, T]; called at each stage of each prefill.
         compact: must be False, because the layers before the first stage have used the position ids.
         forget: called when a prompt is refused, so that what was observed for it does not serve another.
         stages: layers at whose entry rows are dropped, ascending, each at least 1 and less than the number of layers.
         needs: the signals that prompts have, of `observation.STAGED`.
-        carried: called after a choice; returns int64 [B, T], for each token the token whose row carries it from then
-            on, -1 for none; None if nothing is merged.
 
     Attributes:
         active: False if the model is to run unpruned.
@@ -57,14 +56,13 @@ class PruneAtDecoderLayers:
     def __init__(
         self,
         family: Family,
-        choose: Callable[[StagePrompt], Tensor],
+        decide: Callable[[StagePrompt], Selection],
         compact: bool,
         forget: Callable[[], None],
         stages: tuple[int, ...],
         needs: Needs = NOTHING,
-        carried: Callable[[], Tensor | None] = lambda: None,
     ) -> None:
-        self.family, self.choose, self.forget, self.carried = family, choose, forget, carried
+        self.family, self.decide, self.forget = family, decide, forget
         self.stages, self.needs, self.active = stages, needs, True
         self.layers: list[Any] = list(family.decoder.get_submodule("layers").children())
         self.parameters = list(inspect.signature(family.decoder.forward).parameters)
@@ -210,10 +208,10 @@ class PruneAtDecoderLayers:
         if prefill is None:
             rows = self._step[stage]
         else:
-            keep = self.choose(prefill.at(stage, self.stages[stage], hidden))
-            carrier = self.carried()
-            hidden = hidden if carrier is None else prefill.merged(hidden, carrier)
-            hidden = prefill.narrow(keep).gather(hidden)
+            selection = self.decide(prefill.at(stage, self.stages[stage], hidden))
+            if selection.destination is not None:
+                hidden = prefill.merged(hidden, selection.destination)
+            hidden = prefill.narrow(selection.keep).gather(hidden)
             rows = prefill.rows
             if stage + 1 == len(self.stages):
                 self._labels.leave_out(prefill.prompt.columns(prefill.tokens))

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from catp_lightning.errors import PruningError
+from catp_lightning.methods.selection import Selection
 from catp_lightning.models.base import Family
 from catp_lightning.prompt.caches import Opened, is_short, seal
 from catp_lightning.prompt.kept import KeptSequence, kept_sequence, of_each
@@ -27,7 +28,7 @@ from catp_lightning.utils.hooks import hooked
 class PruneAtEncoderInput:
     """Prune rows at the entry of one language model's encoder.
 
-    Arguments are those of `PruneAtDecoderInput`, without `carried`. No label is left out of the loss (`labels_left_out`
+    Arguments are those of `PruneAtDecoderInput`. Nothing is merged. No label is left out of the loss (`labels_left_out`
     is 0): labels belong to the decoder, of which nothing is dropped.
     """
 
@@ -36,11 +37,11 @@ class PruneAtEncoderInput:
     def __init__(
         self,
         family: Family,
-        choose: Callable[[DecoderPrompt], Tensor],
+        decide: Callable[[DecoderPrompt], Selection],
         compact: bool = False,
         forget: Callable[[], None] = lambda: None,
     ) -> None:
-        self.family, self.choose, self.compact, self.forget = family, choose, compact, forget
+        self.family, self.decide, self.compact, self.forget = family, decide, compact, forget
         self.active = True
         self._prompts = PromptCapture(family)
         self._prompt: KeptSequence | None = None
@@ -77,7 +78,7 @@ class PruneAtEncoderInput:
             prompt = self._prompts.take(kwargs)
             if prompt is None:  # text alone
                 return None
-            short = kept_sequence(prompt.columns(self.choose(prompt)), prompt.mask)
+            short = kept_sequence(prompt.columns(self.decide(prompt).keep), prompt.mask)
         if short.whole:
             return None
         self._prompt = short

@@ -90,14 +90,14 @@ class DecoderPrefill:
         self.kept.append(self.rows)
         return stays
 
-    def merged(self, hidden: Tensor, carrier: Tensor) -> Tensor:
-        """Return the rows of a layer in which tokens that carry others are means; called before rows are dropped.
+    def merged(self, hidden: Tensor, destination: Tensor) -> Tensor:
+        """Return the rows of a layer with tokens merged; called before rows are dropped.
 
         Args:
             hidden: float [R, n, D], the rows.
-            carrier: int64 [B, T], for each visual token the one whose row carries it; -1: none.
+            destination: int64 [B, T], for each visual token the one that it is merged into; -1: none.
         """
-        return self.rows.gather(merged(self.rows.scatter(hidden), self.prompt.visual, carrier))
+        return self.rows.gather(merged(self.rows.scatter(hidden), self.prompt.visual, destination))
 
     def look(self, layer: int, query: Tensor, key: Tensor, mask: Tensor | None, scaling: float) -> Tensor:
         """Record the attention from the requested query rows of a layer to the visual tokens.
