@@ -9,6 +9,8 @@ import argparse
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
+from types import SimpleNamespace
+from typing import Any
 
 import torch
 from rich.console import Console
@@ -22,8 +24,8 @@ from catp_lightning.methods.scorers import SCORERS, Scorer
 from catp_lightning.methods.scorers.catp import CATP
 from catp_lightning.models import find_family
 from catp_lightning.prompt.call import ModelCall
+from catp_lightning.prompt.prompt import Prompt
 from catp_lightning.pruning.observer import Observer
-from catp_lightning.pruning.sites import Prompt
 
 SHAPES = {  # vision width, layers, heads, pixels; Q-Former width, layers, heads
     "small": (256, 4, 8, 224, 256, 6, 8),
@@ -87,11 +89,12 @@ def vision_cases(shape: str, batch: int) -> dict[str, Callable[[], None]]:
     def observed(scorer: Scorer | None, needs: Needs) -> Callable[[], None]:
         def run() -> None:
             model.set_attn_implementation("sdpa")
-            observer = Observer(find_family(model), needs)
+            call: Any = SimpleNamespace(given=ModelCall())
+            observer = Observer(find_family(model), needs, call)
             with observer.watching():
                 vision_part(model, pixels)
             if scorer is not None:
-                scorer.score(observer.take(Prompt(torch.empty(0, 0), ModelCall(), 1)))
+                scorer.score(observer.take(Prompt(torch.empty(0, 0), call.given, 1)))
 
         return run
 

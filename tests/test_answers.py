@@ -6,9 +6,10 @@ import pytest
 import torch
 from transformers import DynamicCache
 
-from catp_lightning import PruningError, PruningPolicy, prune
+from catp_lightning import PruningError, PruningPolicy
 from catp_lightning.models import find_family
 from catp_lightning.pruning.answers import Answer, compare_with_unpruned, listening
+from catp_lightning.pruning.pruner import applied
 from tests.models import GREEDY, random_blip2
 from tests.test_prune_errors import state
 
@@ -29,9 +30,9 @@ def test_same_is_whether_the_generated_ids_are_equal_up_to_their_end(settings: d
     settings = {**settings, "min_new_tokens": 1}
     full = model.generate(**inputs, **settings)
     before = state(model)
-    with prune(model, HALF) as pruning:
+    with applied(model, HALF) as pruner:
         alone = model.generate(**inputs, **settings)
-        with compare_with_unpruned(pruning) as comparison:
+        with compare_with_unpruned(pruner) as comparison:
             assert torch.equal(model.generate(**inputs, **settings), alone), "the caller gets the pruned answer"
     width = max(full.shape[1], alone.shape[1])
     pad = lambda ids: torch.nn.functional.pad(ids, (0, width - ids.shape[1]), value=1)  # noqa: E731
@@ -43,7 +44,7 @@ def test_same_is_whether_the_generated_ids_are_equal_up_to_their_end(settings: d
 def test_a_forward_is_compared_at_the_last_prompt_row() -> None:
     model, inputs = random_blip2()
     full = model(**inputs).logits
-    with prune(model, HALF) as pruning, compare_with_unpruned(pruning) as comparison:
+    with applied(model, HALF) as pruner, compare_with_unpruned(pruner) as comparison:
         pruned = model(inputs["pixel_values"], inputs["input_ids"], attention_mask=inputs["attention_mask"]).logits
         labels = inputs["input_ids"].masked_fill(torch.arange(18) < 15, -100)
         model(**inputs, labels=labels)
@@ -54,7 +55,7 @@ def test_a_forward_is_compared_at_the_last_prompt_row() -> None:
 def test_a_cache_that_the_caller_hands_in_is_filled_by_the_pruned_run_alone() -> None:
     model, inputs = random_blip2()
     cache = DynamicCache(config=model.language_model.config)
-    with prune(model, HALF) as pruning, compare_with_unpruned(pruning) as comparison:
+    with applied(model, HALF) as pruner, compare_with_unpruned(pruner) as comparison:
         model(**inputs, past_key_values=cache)
         assert [layer.keys.shape[2] for layer in cache.layers] == [10 + 4] * 3
         token = inputs["input_ids"][:, -1:]
@@ -71,7 +72,7 @@ def test_answers_end_with_their_end_token() -> None:
 
 def test_sampled_answers_are_refused() -> None:
     model, inputs = random_blip2()
-    with prune(model, HALF) as pruning, compare_with_unpruned(pruning):
+    with applied(model, HALF) as pruner, compare_with_unpruned(pruner):
         with pytest.raises(PruningError, match="two runs of one model differ"):
             model.generate(**inputs, max_new_tokens=3, do_sample=True)
         model.language_model.generation_config.do_sample = True
@@ -97,8 +98,8 @@ def test_a_generate_that_somebody_else_set_on_the_model_is_called_and_stays() ->
 
 def test_a_generate_without_ids_is_refused_where_answers_are_compared() -> None:
     model, inputs = random_blip2()
-    with prune(model, HALF) as pruning:
+    with applied(model, HALF) as pruner:
         model.generate(pixel_values=inputs["pixel_values"], max_new_tokens=3)
-        assert pruning.keep.sum(1).tolist() == [4, 4, 4], "pruning itself works: BLIP-2 makes the ids"
-        with compare_with_unpruned(pruning), pytest.raises(PruningError, match="without input_ids"):
+        assert pruner.record.keep.sum(1).tolist() == [4, 4, 4], "pruning itself works: BLIP-2 makes the ids"
+        with compare_with_unpruned(pruner), pytest.raises(PruningError, match="without input_ids"):
             model.generate(pixel_values=inputs["pixel_values"], max_new_tokens=3, do_sample=False)

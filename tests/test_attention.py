@@ -1,5 +1,8 @@
 """Observed attention is the attention the model pays, and observing does not change what the model computes."""
 
+from types import SimpleNamespace
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -7,12 +10,12 @@ from transformers import Blip2ForConditionalGeneration
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from catp_lightning import PruningError
-from catp_lightning.methods.observation import Observation, Signal
+from catp_lightning.methods.observation import Needs, Observation, Signal
 from catp_lightning.models import find_family
 from catp_lightning.prompt.attention import attention_map, attention_received, observe_attention
-from catp_lightning.prompt.call import ModelCall
+from catp_lightning.prompt.call import CallTracker, ModelCall
+from catp_lightning.prompt.prompt import Prompt
 from catp_lightning.pruning.observer import Observer
-from catp_lightning.pruning.sites import Prompt
 from tests.models import SHAPES, random_blip2
 
 ALL = {
@@ -22,14 +25,18 @@ ALL = {
     Signal.IMAGE_FEATURES: None,
 }
 
-NO_PROMPT = Prompt(torch.empty(0, 0), ModelCall(), 1)  # a Q-Former does not need one
+
+def in_one_call(model: Blip2ForConditionalGeneration, needs: Needs) -> tuple[Observer, Prompt]:
+    """An observer that takes all that is run for one call, and a prompt of that call: a Q-Former does not need more."""
+    call: Any = SimpleNamespace(given=ModelCall())
+    return Observer(find_family(model), needs, call), Prompt(torch.empty(0, 0), call.given, 1)
 
 
 def observe(model: Blip2ForConditionalGeneration, inputs: dict[str, Tensor]) -> tuple[Observation, Tensor]:
-    observer = Observer(find_family(model), {**ALL, Signal.IMAGE_HASH: None})
+    observer, prompt = in_one_call(model, {**ALL, Signal.IMAGE_HASH: None})
     with torch.no_grad(), observer.watching():
         logits = model(**inputs).logits
-    return observer.take(NO_PROMPT), logits
+    return observer.take(prompt), logits
 
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
@@ -63,11 +70,11 @@ def test_what_is_observed_is_what_output_attentions_returns(shape: str, attentio
 
 def test_only_the_layers_asked_for_are_observed() -> None:
     model, inputs = random_blip2()
-    observer = Observer(find_family(model), {Signal.CROSS_ATTENTION: (-1,)})
+    observer, prompt = in_one_call(model, {Signal.CROSS_ATTENTION: (-1,)})
     with torch.no_grad(), observer.watching():
         model(**inputs)
         assert model.vision_model.config._attn_implementation == "sdpa", "nothing is observed there"
-    assert list(observer.values) == [(Signal.CROSS_ATTENTION, 1)]
+    assert list(prompt.arguments.signals) == [(Signal.CROSS_ATTENTION, 1)]
 
 
 def test_attention_under_masks_and_in_half_precision() -> None:
@@ -119,20 +126,21 @@ def test_an_implementation_that_cannot_be_observed_is_refused_before_anything_ch
 
 def test_nothing_is_kept_from_a_call_that_failed() -> None:
     model, inputs = random_blip2()
-    observer = Observer(find_family(model), {Signal.CROSS_ATTENTION: None})
+    calls = CallTracker(model, model)
+    observer = Observer(find_family(model), {Signal.CROSS_ATTENTION: None}, calls)
     hook = model.qformer.encoder.layer[1].register_forward_hook(lambda *args: 1 / 0)
-    with observer.watching():
+    with calls.watching(), observer.watching():
         with pytest.raises(ZeroDivisionError):
             model(**inputs)
         hook.remove()
         with pytest.raises(PruningError, match="without the vision part"):
-            observer.take(NO_PROMPT)
+            observer.take(Prompt(torch.empty(0, 0), calls.given, 1))
 
 
 def test_the_observer_sits_on_the_module_only_inside() -> None:
     model, _ = random_blip2()
     parts: list[nn.Module] = list(model.modules())
-    observer = Observer(find_family(model), ALL)
+    observer, _ = in_one_call(model, ALL)
     with observer.watching():
         assert sum("_catp_observer" in part.__dict__ for part in parts) == 2 + 4 + 1
         assert model.qformer.config._attn_implementation == "catp_sdpa"

@@ -22,6 +22,7 @@ from catp_lightning.calibration.split import FOLDS, fold_of, part_of, round_boun
 from catp_lightning.callbacks.calibration import CrossAttentionCalibration
 from catp_lightning.models import find_family
 from catp_lightning.pruning.answers import compare_with_unpruned
+from catp_lightning.pruning.pruner import applied
 from tests.models import GREEDY, random_blip2, random_inputs
 from tests.test_prune_errors import state
 
@@ -96,8 +97,8 @@ def test_the_figures_are_what_running_each_candidate_pruned_gives(tmp_path: Path
         "diversity of cross-attention",
     ):
         same, parts = [], []
-        with torch.no_grad(), prune(module, candidates[name].policy(7)) as pruning:  # noqa: SIM117
-            with compare_with_unpruned(pruning) as comparison:
+        with torch.no_grad(), applied(module, candidates[name].policy(7)) as pruner:  # noqa: SIM117
+            with compare_with_unpruned(pruner) as comparison:
                 for batch in batches:
                     module.net.generate(**batch, **SHORT)
                     same.append(comparison.same.pop())

@@ -27,6 +27,7 @@ from catp_lightning.callbacks import CrossAttentionCalibration
 from catp_lightning.methods.observation import join
 from catp_lightning.models import find_family
 from catp_lightning.pruning.answers import compare_with_unpruned
+from catp_lightning.pruning.pruner import applied
 from catp_lightning.utils.hashing import fingerprint
 from tests.models import Shape, random_blip2
 from tests.test_calibration import Module, calibrate, data, figures
@@ -102,7 +103,7 @@ def where(batches: list[Batch], chosen: Callable[[Tensor], Tensor]) -> list[Batc
 
 def agrees(module: Module, policy: PruningPolicy, batches: list[Batch]) -> Tensor:
     """By running the model pruned: bool [N]."""
-    with torch.no_grad(), prune(module, policy) as pruning, compare_with_unpruned(pruning) as comparison:
+    with torch.no_grad(), applied(module, policy) as pruner, compare_with_unpruned(pruner) as comparison:
         for batch in batches:
             module.predict_step(batch, 0)
     return torch.cat(comparison.same)

@@ -12,12 +12,13 @@ import torch
 from torch import Tensor
 
 import catp_lightning
-from catp_lightning import PolicyError, PruningError, PruningPolicy, prune
+from catp_lightning import PolicyError, PruningError, PruningPolicy
 from catp_lightning.methods.observation import Observation, Signal
 from catp_lightning.methods.scorers import SCORERS
 from catp_lightning.methods.scorers.catp import CATP
 from catp_lightning.methods.scorers.controls import Stride
 from catp_lightning.metrics import Agreement, TokensKept, VQAAccuracy
+from catp_lightning.pruning.pruner import applied
 from tests.families import ROWS
 from tests.test_calibration import Module, calibrate, data
 
@@ -47,11 +48,12 @@ def kept_by(name: str, scorer: str, default: torch.dtype | str | None) -> list[T
     model, inputs = row.model(torch.float32), row.inputs(dtype=torch.float32)
     forward = row.oracle.forward_inputs(inputs)
     try:
-        with torch.no_grad(), prune(model, PruningPolicy(scorer, keep=4)) as pruning, given(pruning, default):
+        with torch.no_grad(), applied(model, PruningPolicy(scorer, keep=4)) as pruner, given(pruner, default):
             model(**forward)
     except (PruningError, PolicyError):
         return None
-    return [pruning.keep, pruning.tokens_per_layer[-1], *([] if pruning.scores is None else [pruning.scores])]
+    pruning = pruner.record
+    return [pruning.keep, pruning.last.tokens_per_layer, *([] if pruning.scores is None else [pruning.scores])]
 
 
 @contextmanager
@@ -64,7 +66,7 @@ def given(pruning: Any, default: torch.dtype | str | None) -> Iterator[None]:
         with defaults(default):
             yield
     else:
-        own = {name: getattr(pruning, name) for name in ("_at_entry", "_at_stage")}
+        own = {name: getattr(pruning, name) for name in ("_select",)}
 
         def inside(choose: Any) -> Any:
             def chosen(prompt: Any) -> Any:

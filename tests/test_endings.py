@@ -19,9 +19,10 @@ from transformers import (
     TextIteratorStreamer,
 )
 
-from catp_lightning import PruningError, PruningPolicy, prune
+from catp_lightning import PruningError, PruningPolicy
 from catp_lightning.models import find_family
 from catp_lightning.pruning.answers import Answer, compare_with_unpruned, listening
+from catp_lightning.pruning.pruner import applied
 from tests.tiny_vqa import QUERIES, SIZE, build_model, build_processor, opt_config, t5_config
 
 ENDS, COUNT, MOST = [6, 9, 12, 15, 18, 21], 12, 8
@@ -188,7 +189,7 @@ def test_a_call_is_refused_by_what_transformers_makes_of_it(change: Any, call: M
     model, batch = model_and_batch()
     if change is not None:
         change(model)
-    with prune(model, EVERYTHING) as pruning, compare_with_unpruned(pruning) as comparison:
+    with applied(model, EVERYTHING) as pruner, compare_with_unpruned(pruner) as comparison:
         if says is None:
             model.generate(**batch, **call)
             assert comparison.same[0].all()
@@ -217,7 +218,7 @@ def drops_out(model: Blip2ForConditionalGeneration) -> ModelCall:
 @pytest.mark.parametrize("by_chance", [draws, drops_out])
 def test_answers_that_chance_decides_are_warned_of(by_chance: Callable[..., ModelCall]) -> None:
     model, batch = model_and_batch()
-    with prune(model, EVERYTHING) as pruning, compare_with_unpruned(pruning):
+    with applied(model, EVERYTHING) as pruner, compare_with_unpruned(pruner):
         with warnings.catch_warnings():
             warnings.simplefilter("error")
             model.generate(**batch, max_new_tokens=2, do_sample=False)
@@ -234,7 +235,7 @@ def test_a_streamer_is_given_the_pruned_answer_and_no_other() -> None:
     model, batch = model_and_batch()
     single = {name: value[:1] for name, value in batch.items()}
     streamer = TextIteratorStreamer(build_processor().tokenizer, skip_prompt=True)
-    with prune(model, PruningPolicy("stride", keep=1)) as pruning, compare_with_unpruned(pruning):
+    with applied(model, PruningPolicy("stride", keep=1)) as pruner, compare_with_unpruned(pruner):
         output = model.generate(**single, max_new_tokens=4, do_sample=False, streamer=streamer)
     assert "".join(streamer).split() == build_processor().tokenizer.decode(output[0, QUERIES + 6 :]).split()
     with pytest.raises(queue.Empty):

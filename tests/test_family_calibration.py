@@ -27,6 +27,7 @@ from catp_lightning.methods.scorers import SCORERS
 from catp_lightning.methods.scorers.controls import Random
 from catp_lightning.models import find_family
 from catp_lightning.pruning.answers import compare_with_unpruned
+from catp_lightning.pruning.pruner import applied
 from catp_lightning.utils.hashing import fingerprint
 from tests.families import ROWS, Row
 
@@ -83,7 +84,7 @@ def calibrate(row: Row, path: Path, monkeypatch: pytest.MonkeyPatch, **options: 
 def agreement(row: Row, policy: PruningPolicy, guide: nn.Module | None = None) -> tuple[float, float]:
     """Share of answers as the unpruned model's when it really is pruned, on the learning part and on the other."""
     same, model = [], row.model()
-    with prune(model, policy, guide=guide) as pruning, compare_with_unpruned(pruning) as comparison:
+    with applied(model, policy, guide=guide) as pruner, compare_with_unpruned(pruner) as comparison:
         for batch in data(row):
             model.generate(**batch, **SETTINGS)
             same.append(comparison.same.pop())
@@ -108,7 +109,7 @@ def first_images(row: Row, batch: dict[str, Tensor]) -> Tensor:
         row.model()(**row.oracle.forward_inputs(batch))
     tokens, marks = seen[0].valid.sum(1).tolist(), seen[0][Signal.IMAGE_HASH].tolist()
     first, image = [], 0
-    for left in pruning.choices[0][1].tolist():
+    for left in pruning.last.counts.tolist():
         first.append(marks[image] if left else 0)
         end = sum(tokens[:image]) + left
         while sum(tokens[:image]) < end:

@@ -15,6 +15,7 @@ from catp_lightning import PolicyError, PruningError, PruningPolicy, prune
 from catp_lightning.methods.scorers import SCORERS
 from catp_lightning.models import find_family
 from catp_lightning.pruning.answers import compare_with_unpruned
+from catp_lightning.pruning.pruner import applied
 from tests.families import GATED, ROWS, TOWER, Row, Sample, clip, llava_onevision, pictures, prompts, video, with_counts
 from tests.oracles import IMAGE, VIDEO, Decoder
 from tests.test_families import generate
@@ -236,7 +237,7 @@ def test_the_record_is_of_the_last_prefill_even_where_it_has_no_image() -> None:
             row.model()(**row.inputs())
             assert pruning.keep.any()
             row.model()(input_ids=torch.full((1, 6), 5), attention_mask=torch.ones(1, 6, dtype=torch.long))
-            assert len(pruning.keep) == 1 and not pruning.keep.any() and len(pruning.choices) == 2
+            assert len(pruning.keep) == 1 and not pruning.keep.any() and pruning.prefills == 2
 
 
 def test_nothing_of_a_call_is_held_after_it() -> None:
@@ -268,9 +269,9 @@ def test_answers_of_a_forward_step_are_compared_with_the_unpruned_models(name: s
     settings = {"labels": labels} if labels is not None else {"logits_to_keep": 1} if short else {}
     place = 0 if name == "Blip2-T5" else -1
     unpruned = model(**inputs, **settings).logits[:, place].argmax(-1)
-    with prune(model, PruningPolicy(scorer="stride", keep=0.2)) as pruning:
+    with applied(model, PruningPolicy(scorer="stride", keep=0.2)) as pruner:
         pruned = model(**inputs, **settings).logits[:, place].argmax(-1)
-        with compare_with_unpruned(pruning) as comparison:
+        with compare_with_unpruned(pruner) as comparison:
             model(**inputs, **settings)
             if short:
                 with pytest.raises(PruningError, match="asked for the last 1 rows of logits"):

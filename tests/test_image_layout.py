@@ -13,7 +13,7 @@ from catp_lightning import PruningPolicy, prune
 from catp_lightning.models import find_family
 from catp_lightning.models.layout import Layout
 from catp_lightning.models.placeholder import Placeholder
-from catp_lightning.pruning.sites import DecoderPrompt
+from catp_lightning.prompt.prompt import DecoderPrompt
 from tests.families import ROWS, Row
 from tests.newer_families import NEWER
 from tests.oracles import IMAGE, VIDEO, Inputs, visual_columns

@@ -21,7 +21,7 @@ from catp_lightning.calibration.replay.samples import Samples
 from catp_lightning.calibration.split import fold_of, part_of
 from catp_lightning.methods.observation import Signal
 from catp_lightning.models import find_family
-from catp_lightning.pruning.sites import visual_tokens
+from catp_lightning.prompt.prompt import visual_tokens
 from catp_lightning.utils.hashing import fingerprint
 from tests.models import GREEDY, IMAGE, PAD, random_blip2
 

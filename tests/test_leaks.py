@@ -22,6 +22,7 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedM
 
 import catp_lightning
 from catp_lightning import CrossAttentionCalibration, PrunedModule, PruningError, PruningPolicy, TokenPruning, prune
+from catp_lightning.pruning.pruner import applied
 from tests import test_calibration
 from tests.families import ROWS
 from tests.models import random_blip2
@@ -362,23 +363,20 @@ def test_a_record_that_is_kept_holds_only_choices() -> None:
             model(**inputs)  # with gradients
             if case.row != "Mllama":
                 model.get_image_features(inputs["pixel_values"])  # what is seen of it nobody takes
-        record = vars(pruning)
-        own = [record["keep"], record["scores"], *record["tokens_per_layer"], *record["images"]]
-        own += [tensor for choice in pruning.choices for tensor in choice]
-        own += [pruning.destination] if pruning.destination is not None else []
-        assert len(pruning.choices) == 1
+        own = [value for part in (pruning, pruning.last) for value in vars(part).values() if isinstance(value, Tensor)]
+        assert len(own) >= 5 and pruning.prefills == 1
         for tensor in own:
             assert not tensor.requires_grad and tensor.untyped_storage().nbytes() <= 8 * pruning.keep.numel(), case
-        values = [pruning._observer.values, pruning._observer._taken, getattr(pruning._guide, "_found", ())]
-        assert [len(value) for value in values] == [0, 0, 0], case
 
 
 @pytest.mark.slow
-def test_a_thousand_calls_in_one_context_grow_to_a_bound() -> None:
-    """Choices of the last 1,024 prefills are kept for whoever reads them; beyond that memory is flat."""
+def test_a_thousand_calls_in_one_context_hold_no_more_than_one() -> None:
+    """Only the last prefill is kept; whoever counts is told of each."""
     case = CASES[0]
     model, inputs = case.model(), case.inputs()
-    with prune(model, case.policy) as pruning:
+    counted = Counter[int]()
+    count = lambda prefill: counted.update([len(prefill.keep)])  # noqa: E731
+    with applied(model, case.policy, on_prefill=count) as pruner:
 
         def call(times: int) -> None:
             for _ in range(times):
@@ -387,7 +385,7 @@ def test_a_thousand_calls_in_one_context_grow_to_a_bound() -> None:
         call(1030)
         held = memory()
         assert growing(lambda: call(1), 333) == {}
-        assert len(pruning.choices) == len(pruning.tokens_per_layer) == 1024
+        assert counted.total() == pruner.record.prefills > 1030
         assert memory() - held < LITTLE
 
 

@@ -8,7 +8,7 @@ import pytest
 from catp_lightning import PolicyError, PruningError, PruningPolicy
 from catp_lightning.methods.scorers import SCORERS
 from catp_lightning.models import find_family
-from catp_lightning.pruning import Pruning
+from catp_lightning.pruning.pruner import Pruner
 from tests.families import ROWS, Row
 
 PAGE = Path(__file__).parents[1] / "docs" / "methods.md"
@@ -32,7 +32,7 @@ def runs(row: Row, scorer: str) -> bool:
     try:
         args = {"layer": 1} if scorer in ("fastv", "dart", "visual-exit") else {}
         args = {"stages_at": [1]} if scorer in ("pyramiddrop", "sparsevlm") else args
-        Pruning(family, PruningPolicy(scorer, args, keep=0.5), guide=guide)
+        Pruner(family, PruningPolicy(scorer, args, keep=0.5), guide=guide)
     except (PruningError, PolicyError) as error:
         REASONS.append(str(error))
         return False

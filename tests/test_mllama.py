@@ -147,7 +147,7 @@ def uneven(prompt: CrossAttended) -> Tensor:
 @contextmanager
 def dropping(model: nn.Module, choose: Callable[[CrossAttended], Tensor], **more: Any) -> Iterator[PruneCrossAttention]:
     rows = PruneCrossAttention(Mllama(model), lambda prompt: Selection(choose(prompt)), **more)
-    with rows.dropping():
+    with rows.installed():
         yield rows
 
 
@@ -432,13 +432,14 @@ def test_the_prompt_shows_what_the_first_layer_pays_each_row() -> None:
 def test_labels_give_the_loss_of_the_masked_run_and_none_is_left_out() -> None:
     model, inputs = model_of(torch.float64), inputs_of(CASES["one or two images, padded"])
     labels = inputs["input_ids"].where(inputs["attention_mask"].bool(), -100)
-    with dropping(model, uneven) as rows:
+    reported: list[int] = []
+    with dropping(model, uneven, report=reported.append):
         loss = model(**inputs, labels=labels).loss
     keep = uneven(CrossAttended(seen(inputs), {}, 1, labels, None, {}))
     with masking(model, keep):
         assert abs(model(**inputs, labels=labels).loss - loss) < 1e-10
     assert abs(model(**inputs, labels=labels).loss - loss) > 1e-3
-    assert rows.labels_left_out == 0
+    assert not reported
 
 
 def hooks(model: nn.Module) -> list[int]:
@@ -540,9 +541,9 @@ class TestRefused:
     def test_a_cache_of_an_earlier_context(self, model: nn.Module) -> None:
         rows = PruneCrossAttention(Mllama(model), lambda prompt: Selection(uneven(prompt)))
         self.rows.active = False
-        with rows.dropping():
+        with rows.installed():
             cache = model(**self.inputs, use_cache=True).past_key_values
-        with rows.dropping(), pytest.raises(PruningError, match="not filled by the last pruned prompt"):
+        with rows.installed(), pytest.raises(PruningError, match="not filled by the last pruned prompt"):
             self.step(model, cache)
         self.rows.active = True
 

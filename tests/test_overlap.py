@@ -25,6 +25,7 @@ from catp_lightning.policy import PruningPolicy
 from catp_lightning.policy import images as policy_images
 from catp_lightning.policy.images import decode_images, encode_images
 from catp_lightning.pruning import prune
+from catp_lightning.pruning.pruner import applied
 from catp_lightning.utils.hashing import fingerprint
 from tests.families import ROWS
 from tests.models import random_inputs
@@ -188,11 +189,12 @@ def test_images_are_looked_at_only_for_a_policy_that_knows_some_and_scores(polic
     module = Answering()
     with torch.no_grad(), prune(module.model, policy) as pruning:
         module.model(**module.inputs)
-    assert [image.tolist() for image in pruning.images] == ([hashes([module.inputs]).tolist()] if filled else [])
+    found = pruning.last.images
+    assert (None if found is None else found.tolist()) == (hashes([module.inputs]).tolist() if filled else None)
     for settings in ({"policy": policy.with_keep(1.0)}, {"policy": policy, "choose": lambda visual: visual}):
         with torch.no_grad(), prune(module.model, **settings) as pruning:
             module.model(**module.inputs)
-        assert not pruning.images
+        assert pruning.last.images is None
 
 
 GOOD = encode_images(torch.arange(4))
@@ -299,8 +301,9 @@ def test_images_are_seen_before_the_decoder_and_inside_it(scorer: str) -> None:
     model, inputs = row.model(), row.inputs()
     args = {"layer": 1} if scorer == "fastv" else {}
     known = {"images": encode_images(torch.tensor([1, 2, 3]))}
-    with torch.no_grad(), prune(model, PruningPolicy(scorer, args, keep=0.5, evidence=known)) as pruning:
+    policy, prefills = PruningPolicy(scorer, args, keep=0.5, evidence=known), []
+    with torch.no_grad(), applied(model, policy, on_prefill=prefills.append):
         model(**inputs)
         model.generate(**inputs, max_new_tokens=2, do_sample=False)
-    assert len(pruning.images) == 2, "once a prompt"
-    assert all(torch.equal(images, fingerprint(inputs["pixel_values"])) for images in pruning.images)
+    assert len(prefills) == 2, "once a prompt"
+    assert all(torch.equal(prefill.images, fingerprint(inputs["pixel_values"])) for prefill in prefills)

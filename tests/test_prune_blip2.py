@@ -214,7 +214,7 @@ def test_a_generated_image_token_is_text_like_any_other() -> None:
         text = model.generate(**inputs, **settings)
         again = model.generate(**inputs, **settings)
     assert text[:, -4:].eq(IMAGE).all() and torch.equal(text, again)
-    assert len(pruning.choices) == 2, "only prompts are pruned"
+    assert pruning.prefills == 2, "only prompts are pruned"
 
 
 @pytest.mark.parametrize(("keep", "told"), [(9, 1), (8, 0)])

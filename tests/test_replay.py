@@ -17,7 +17,7 @@ from catp_lightning.calibration.replay.samples import Samples
 from catp_lightning.methods.observation import Observation, Signal
 from catp_lightning.methods.selection import images_to_samples
 from catp_lightning.models import find_family
-from catp_lightning.pruning import Pruning
+from catp_lightning.pruning.pruner import Pruner
 from tests.families import ROWS, Row
 from tests.oracles import IMAGE, VIDEO, Inputs
 from tests.test_families import uneven
@@ -106,7 +106,7 @@ def test_a_replay_at_a_layer_is_the_pruned_run_whose_tokens_leave_there(name: st
         expected = forced_logits(model, inputs, answers)
     assert inside is not None and not torch.equal(pruning.keep, replay.tokens)
     close(replay.log_probabilities(pruning.keep), expected)
-    close(replay.pruned_log_probabilities(Pruning(find_family(model), policy)), expected)
+    close(replay.pruned_log_probabilities(Pruner(find_family(model), policy)), expected)
     assert (expected - replay.log_probabilities(replay.tokens)).abs().max() > 1e-3, "dropping matters"
 
 
@@ -118,8 +118,10 @@ def test_a_method_that_chooses_inside_the_decoder_is_replayed_as_it_prunes(score
     replay, _, _, answers = recorded(row, inputs, policy)
     with prune(model, policy):
         expected = forced_logits(model, inputs, answers)
-    diverged, agreed = replay.compare_each([Variants(replay.tokens[None], [Pruning(find_family(model), policy)])])[0]
-    close(replay.pruned_log_probabilities(Pruning(find_family(model), policy)), expected)
+    diverged, agreed = replay.compare_each(
+        [Variants(replay.tokens[None], pruners=[Pruner(find_family(model), policy)])]
+    )[0]
+    close(replay.pruned_log_probabilities(Pruner(find_family(model), policy)), expected)
     assert (diverged[0] < 1e-12).all() and agreed[0].all() and (diverged[1] > 1e-6).all()
 
 

@@ -377,5 +377,5 @@ def test_a_family_knows_how_many_tokens_an_image_has_and_whether_they_are_a_squa
     family = find_family(row.model())
     with prune(row.model(), PruningPolicy("stride", keep=0.5)) as pruning:
         row.model()(**row.inputs([0]))
-    assert pruning.choices[0][1].tolist() == [tokens] == [family.tokens_per_image]
+    assert pruning.last.counts.tolist() == [tokens] == [family.tokens_per_image]
     assert family.has_grid == grid

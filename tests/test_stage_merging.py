@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from catp_lightning.methods.observation import Signal
 from catp_lightning.methods.selection import Selection
 from catp_lightning.models import find_family
+from catp_lightning.pruning.sites import SiteSettings
 from catp_lightning.pruning.sites.decoder_layers import PruneAtDecoderLayers
 from catp_lightning.pruning.sites.stage_prompt import StagePrompt
 from tests.families import Row
@@ -89,7 +90,7 @@ def written(
 
 
 def merging(model: Any, stages: tuple[int, ...], choose: Merging) -> PruneAtDecoderLayers:
-    return PruneAtDecoderLayers(find_family(model), choose, False, lambda: None, stages)
+    return PruneAtDecoderLayers(find_family(model), choose, SiteSettings(stages))
 
 
 @every_model
@@ -104,7 +105,7 @@ def test_a_carried_mean_equals_the_mean_written_into_the_full_run(
     carriers = carriers_of(inputs, row, keeps)
     merged = [[own for own in sample if own >= 0] for sample in carriers[-1]]
     assert any(len(own) > len({*own}) for own in merged), "something is carried at the last stage"
-    with merging(model, stages, choose := Merging()).dropping():
+    with merging(model, stages, choose := Merging()).installed():
         prefill = model(**inputs).logits
         tokens, steps = generate(row, model, inputs)
     assert choose.destination is not None and choose.destination.tolist() == carriers[-1]
@@ -124,7 +125,7 @@ def test_a_carried_mean_equals_the_mean_written_into_the_full_run(
 def test_beams_find_what_the_full_run_with_means_finds(row: Row) -> None:
     model, inputs, stages = model_of(row), row.inputs(), (1, 3)
     keeps = chosen(inputs, row, stages)
-    with merging(model, stages, Merging()).dropping():
+    with merging(model, stages, Merging()).installed():
         tokens, steps = generate(row, model, inputs, **BEAMS)
     with (
         masked(row, model, inputs, stages, keeps),
@@ -138,10 +139,10 @@ def test_beams_find_what_the_full_run_with_means_finds(row: Row) -> None:
 @every_model
 def test_means_do_not_depend_on_the_batch_or_padding(row: Row) -> None:
     model, inputs, stages = model_of(row), row.inputs(), (1, 3)
-    with merging(model, stages, Merging()).dropping():
+    with merging(model, stages, Merging()).installed():
         _, together = generate(row, model, inputs)
     for rows, pads in [([sample], 0) for sample in range(len(together))] + [(list(range(len(together)))[::-1], 4)]:
-        with merging(model, stages, Merging(Uneven(rows))).dropping():
+        with merging(model, stages, Merging(Uneven(rows))).installed():
             _, steps = generate(row, model, row.inputs(rows, pads))
         exact(steps, together[rows], atol=1e-10 * scale(together))
 
@@ -155,11 +156,11 @@ def test_means_in_bfloat16_are_rounded_once() -> None:
     def all_in_one(prompt: StagePrompt) -> Selection:
         return Selection(torch.arange(9)[None] == 0, torch.zeros(1, 9, dtype=torch.int64))
 
-    dropper = PruneAtDecoderLayers(find_family(model), all_in_one, False, lambda: None, (1,))
+    dropper = PruneAtDecoderLayers(find_family(model), all_in_one, SiteSettings((1,)))
     before = layer.register_forward_pre_hook(
         lambda module, args, kwargs: seen.append(first(args, kwargs)), with_kwargs=True
     )
-    with dropper.dropping():
+    with dropper.installed():
         after = layer.register_forward_pre_hook(
             lambda module, args, kwargs: seen.append(first(args, kwargs)), with_kwargs=True
         )
@@ -198,7 +199,7 @@ class Seeing:
 
 def seeing(model: Any, stages: tuple[int, ...], choose: Seeing) -> PruneAtDecoderLayers:
     decide = lambda prompt: Selection(choose(prompt))  # noqa: E731
-    return PruneAtDecoderLayers(find_family(model), decide, False, lambda: None, stages, NEEDS)
+    return PruneAtDecoderLayers(find_family(model), decide, SiteSettings(stages, NEEDS))
 
 
 def text_by_hand(inputs: Inputs, labels: Tensor | None) -> list[list[int]]:
@@ -258,7 +259,7 @@ def test_what_scorers_see_is_what_an_eager_run_shows(row: Row, answered: bool, a
     if answered:
         real, length = inputs["attention_mask"].bool(), inputs["input_ids"].shape[1]
         labels = torch.where(real & (torch.arange(length) >= length - 3), inputs["input_ids"], -100)
-    with seeing(model, (1, 3), choose := Seeing()).dropping():
+    with seeing(model, (1, 3), choose := Seeing()).installed():
         model(**inputs, **({} if labels is None else {"labels": labels}))
     check_seen(row, inputs, choose, chosen(inputs, row, (1, 3)), labels)
 
@@ -266,7 +267,7 @@ def test_what_scorers_see_is_what_an_eager_run_shows(row: Row, answered: bool, a
 @every_model
 def test_beams_and_uncached_steps_show_what_the_forward_shows(row: Row) -> None:
     model, inputs = model_of(row), row.inputs([0, 2])  # older versions of generate mix several images up for beams
-    with seeing(model, (1, 3), choose := Seeing()).dropping():
+    with seeing(model, (1, 3), choose := Seeing()).installed():
         model(**inputs)
         generate(row, model, inputs, num_beams=3)
         generate(row, model, inputs, use_cache=False)
@@ -282,7 +283,7 @@ def test_a_sample_whose_image_comes_last_is_read_by_all_of_its_text() -> None:
     model = model_of(LLAMA, torch.float32)
     ids = torch.tensor([[5, 8, 13, *[IMAGE] * 9], [*[IMAGE] * 9, 5, 8, 13]])
     inputs = {**LLAMA.inputs([0, 0], dtype=torch.float32), "input_ids": ids, "attention_mask": torch.ones_like(ids)}
-    with seeing(model, (1, 3), choose := Seeing()).dropping():
+    with seeing(model, (1, 3), choose := Seeing()).installed():
         model(**inputs)
     rows = choose.seen[0].by_layer(Signal.TEXT_TO_IMAGE_ATTENTION, (0,))[:, 0]
     assert rows.shape[2] == 3 and not rows[0].any() and rows[1].any(), "text before an image pays it nothing"

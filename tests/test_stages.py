@@ -20,6 +20,7 @@ from catp_lightning.methods.selection import Selection
 from catp_lightning.models import find_family
 from catp_lightning.prompt.masks import layer_mask
 from catp_lightning.prompt.prompt import DecoderPrompt
+from catp_lightning.pruning.sites import SiteSettings
 from catp_lightning.pruning.sites.decoder_layers import PruneAtDecoderLayers
 from catp_lightning.pruning.sites.stage_prompt import DecoderPrefill, StagePrompt
 from tests.families import ROWS, Row
@@ -122,7 +123,7 @@ def stages_of(
     model: PreTrainedModel, stages: tuple[int, ...], choose: Callable[[StagePrompt], Tensor], observe: bool = False
 ) -> PruneAtDecoderLayers:
     decide = lambda prompt: Selection(choose(prompt))  # noqa: E731
-    return PruneAtDecoderLayers(find_family(model), decide, False, lambda: None, stages, LAST_ROW if observe else {})
+    return PruneAtDecoderLayers(find_family(model), decide, SiteSettings(stages, LAST_ROW if observe else {}))
 
 
 def chosen(inputs: Inputs, row: Row, stages: tuple[int, ...], samples: list[int] | None = None) -> list[Tensor]:
@@ -183,7 +184,7 @@ def test_dropping_equals_hiding_from_later_layers_in_prefill_and_decoding(
 ) -> None:
     model, inputs = model_of(row, dtype, attention), row.inputs(dtype=dtype)
     full, keeps, choose = model(**inputs).logits, chosen(inputs, row, stages), Uneven()
-    with stages_of(model, stages, choose).dropping():
+    with stages_of(model, stages, choose).installed():
         prefill = model(**inputs).logits
         assert [keep.tolist() for keep in choose.keeps] == [keep.tolist() for keep in keeps], "once a stage and prefill"
         tokens, steps = generate(row, model, inputs)
@@ -206,7 +207,7 @@ def test_caches_are_as_long_as_what_is_left(row: Row, stages: tuple[int, ...]) -
     keeps = chosen(inputs, row, stages)
     longest = [inputs["input_ids"].shape[1]] + [int(columns_kept(inputs, keep).sum(1).max()) for keep in keeps]
     assert longest == sorted({*longest}, reverse=True), "every stage must shorten the longest sample"
-    with stages_of(model, stages, Uneven()).dropping():
+    with stages_of(model, stages, Uneven()).installed():
         cache = cache_of(model(**inputs, use_cache=True))
     lengths = [cache.get_seq_length(layer) for layer in range(LAYERS)]
     assert lengths == [longest[sum(stage <= layer for stage in stages)] for layer in range(LAYERS)]
@@ -218,7 +219,7 @@ def test_hidden_states_come_back_at_full_length_with_zeros_for_rows_that_are_gon
     keeps, stack = chosen(inputs, row, stages), stack_of(row, model)
     outputs: list[Any] = []
     hook = stack.register_forward_hook(lambda module, args, output: outputs.append(output))
-    with stages_of(model, stages, Uneven()).dropping():
+    with stages_of(model, stages, Uneven()).installed():
         hook.remove()  # and after the one that hands the output back
         hook = stack.register_forward_hook(lambda module, args, output: outputs.append(output))
         model(**inputs, output_hidden_states=True)
@@ -240,7 +241,7 @@ def test_hidden_states_come_back_at_full_length_with_zeros_for_rows_that_are_gon
 @pytest.mark.parametrize("settings", [BEAMS, SEVERAL, SAMPLED], ids=["beams", "sequences", "sampling"])
 def test_beams_and_sampling_find_what_the_masked_model_finds(row: Row, settings: dict[str, Any]) -> None:
     model, inputs, stages = model_of(row), row.inputs(), (1, 3)
-    with stages_of(model, stages, choose := Uneven()).dropping():
+    with stages_of(model, stages, choose := Uneven()).installed():
         torch.manual_seed(3)
         tokens, steps = generate(row, model, inputs, **settings)
     keeps = chosen(inputs, row, stages)
@@ -258,7 +259,7 @@ def test_attention_decides_the_same_for_beams_and_without_a_cache(row: Row) -> N
     model, inputs = model_of(row), row.inputs([0, 2])
     prefills = []
     for settings in ({}, {"num_beams": 3}, {"use_cache": False}):
-        with stages_of(model, (1, 3), choose := MostAttended(), observe=True).dropping():
+        with stages_of(model, (1, 3), choose := MostAttended(), observe=True).installed():
             tokens, steps = generate(row, model, inputs, **settings)
         prefills.append((choose.keeps, choose.seen, tokens, steps))
     (cached, seen, tokens, steps), (beams, beams_seen, *_), (uncached, uncached_seen, *again) = prefills
@@ -277,7 +278,7 @@ def test_attention_decides_the_same_for_beams_and_without_a_cache(row: Row) -> N
 @every_model
 def test_generate_and_forward_observe_the_same_row(row: Row) -> None:
     model, inputs = model_of(row), row.inputs([1])
-    with stages_of(model, (1, 3), choose := MostAttended(), observe=True).dropping():
+    with stages_of(model, (1, 3), choose := MostAttended(), observe=True).installed():
         model(**inputs)
         generate(row, model, inputs)
     for stage in (0, 1):
@@ -287,7 +288,7 @@ def test_generate_and_forward_observe_the_same_row(row: Row) -> None:
 @every_model
 def test_a_decoding_loop_by_hand_equals_generate(row: Row) -> None:
     model, inputs = model_of(row), row.inputs()
-    with stages_of(model, (1, 3), Uneven()).dropping():
+    with stages_of(model, (1, 3), Uneven()).installed():
         tokens, steps = generate(row, model, inputs)
         looped = torch.stack([*row.oracle.loop(model, inputs, tokens, with_positions=True)], 1)
     exact(looped, steps, atol=1e-10 * scale(steps))
@@ -297,7 +298,7 @@ def test_a_decoding_loop_by_hand_equals_generate(row: Row) -> None:
 def test_a_decoding_loop_by_hand_without_position_ids_equals_the_masked_loop(row: Row) -> None:
     model, inputs, stages = model_of(row), row.inputs(), (1, 3)
     tokens = inputs["input_ids"][:, -STEPS:]
-    with stages_of(model, stages, Uneven()).dropping():
+    with stages_of(model, stages, Uneven()).installed():
         looped = torch.stack([*row.oracle.loop(model, inputs, tokens, with_positions=False)], 1)
     with masked(row, model, inputs, stages, chosen(inputs, row, stages)):
         expected = torch.stack([*row.oracle.loop(model, inputs, tokens, with_positions=False)], 1)
@@ -311,7 +312,7 @@ def test_a_cache_expanded_after_the_prefill_decodes_each_copy_alike(row: Row) ->
     mask = torch.cat([inputs["attention_mask"], torch.ones_like(token)], 1)
     decode, logits = model.get_submodule(row.oracle.stepper), []
     for copies in (1, 2):
-        with stages_of(model, (1, 3), Uneven()).dropping():
+        with stages_of(model, (1, 3), Uneven()).installed():
             cache = cache_of(model(**inputs, use_cache=True))
             cache.batch_repeat_interleave(copies)
             ids, more = of_rows(token, copies * len(token)), of_rows(mask, copies * len(mask))
@@ -323,11 +324,11 @@ def test_a_cache_expanded_after_the_prefill_decodes_each_copy_alike(row: Row) ->
 def test_a_sample_does_not_depend_on_its_batch_or_padding(row: Row) -> None:
     model, inputs = model_of(row), row.inputs()
     count, stages = len(inputs["input_ids"]), (1, 3)
-    with stages_of(model, stages, first := MostAttended(), observe=True).dropping():
+    with stages_of(model, stages, first := MostAttended(), observe=True).installed():
         _, together = generate(row, model, inputs)
     for rows, pads in [([sample], 0) for sample in range(count)] + [(list(range(count))[::-1], 4)]:
         part = row.inputs(rows, pads)
-        with stages_of(model, stages, choose := MostAttended(), observe=True).dropping():
+        with stages_of(model, stages, choose := MostAttended(), observe=True).installed():
             _, steps = generate(row, model, part)
         exact(steps, together[rows], atol=1e-10 * scale(together))
         for one, other in zip(choose.seen, first.seen, strict=True):
@@ -343,10 +344,13 @@ def test_the_loss_leaves_out_labels_predicted_from_rows_gone_at_the_last_stage(
     model, inputs = model_of(row), row.inputs()
     labels = row.oracle.labels(inputs)
     given, keeps = labels.clone(), chosen(inputs, row, stages)
-    with (dropper := stages_of(model, stages, Uneven())).dropping():
+    reported: list[int] = []
+    decide = lambda prompt: Selection(choose(prompt))  # noqa: E731
+    choose = Uneven()
+    with PruneAtDecoderLayers(find_family(model), decide, SiteSettings(stages), reported.append).installed():
         loss = model(**inputs, labels=labels).loss
     left_out = row.oracle.left_out(inputs, labels, keeps[-1])
-    assert left_out.any() and dropper.labels_left_out == left_out.sum()
+    assert left_out.any() and reported == [0, left_out.sum()]
     assert torch.equal(labels, given), "the caller's labels are not changed"
     unpruned = model(**inputs, labels=labels).loss
     with masked(row, model, inputs, stages, keeps):
@@ -376,10 +380,10 @@ def test_the_observed_row_is_that_of_an_eager_run(
     model, inputs, stages = model_of(row, dtype, attention), row.inputs(samples, dtype=dtype), (1, 3)
     mask = inputs["attention_mask"]
     last = mask.shape[1] - 1 - mask.flip(1).argmax(1)
-    with stages_of(model, stages, choose := MostAttended(), observe=True).dropping():
+    with stages_of(model, stages, choose := MostAttended(), observe=True).installed():
         observed = model(**inputs).logits
     keeps = choose.keeps
-    with stages_of(model, stages, lambda prompt: keeps[prompt.stage]).dropping():
+    with stages_of(model, stages, lambda prompt: keeps[prompt.stage]).installed():
         assert torch.equal(model(**inputs).logits, observed), "observing changes nothing"
     eager = model_of(row, dtype, "eager")
     with masked(row, eager, inputs, stages, keeps):
@@ -403,7 +407,7 @@ def test_with_labels_the_row_before_the_first_label_is_observed(row: Row) -> Non
     before[0] = real[0].long().argmax()
     maps = model(**inputs, output_attentions=True)
     maps = maps.get("language_model_outputs", maps).attentions[0]
-    with stages_of(model, (1,), choose := MostAttended(), observe=True).dropping():
+    with stages_of(model, (1,), choose := MostAttended(), observe=True).installed():
         model(**inputs, labels=labels)
         answered = {**inputs, "input_ids": torch.where(torch.arange(length) < length - 3, inputs["input_ids"], 50)}
         model(**answered, labels=torch.where(labels == -100, -100, answered["input_ids"]))
@@ -423,7 +427,7 @@ def test_where_the_prompt_ends_in_an_image_the_last_row_still_there_is_observed(
         seen.append(prompt)
         return keeps[prompt.stage]
 
-    with stages_of(model, (1, 3), choose, observe=True).dropping():
+    with stages_of(model, (1, 3), choose, observe=True).installed():
         model(**inputs)
     with masked(row, eager, inputs, (1, 3), keeps):
         maps = eager(**inputs, output_attentions=True).attentions
@@ -476,7 +480,7 @@ def test_masks_of_flash_attention_say_what_those_of_sdpa_say(pads: list[list[int
 
 def test_scorers_see_the_tokens_that_are_still_there_as_one_image_a_sample() -> None:
     model, inputs = model_of(LLAMA), LLAMA.inputs()
-    with stages_of(model, (1, 3), choose := MostAttended(), observe=True).dropping():
+    with stages_of(model, (1, 3), choose := MostAttended(), observe=True).installed():
         model(**inputs)
     seen = choose.seen[1].observation()
     assert torch.equal(seen.valid, choose.keeps[0])
@@ -487,7 +491,7 @@ def test_scorers_see_the_tokens_that_are_still_there_as_one_image_a_sample() -> 
 def test_keeping_everything_changes_nothing(row: Row) -> None:
     model, inputs = model_of(row), row.inputs()
     full, (tokens, steps) = model(**inputs).logits, generate(row, model, inputs)
-    with stages_of(model, (1, 3), lambda prompt: prompt.tokens).dropping():
+    with stages_of(model, (1, 3), lambda prompt: prompt.tokens).installed():
         assert torch.equal(model(**inputs).logits, full)
         kept_tokens, kept_steps = generate(row, model, inputs)
     assert torch.equal(kept_tokens, tokens) and torch.equal(kept_steps, steps)
@@ -496,7 +500,7 @@ def test_keeping_everything_changes_nothing(row: Row) -> None:
 def test_a_first_stage_that_keeps_everything_leaves_its_layers_whole() -> None:
     model, inputs, stages = model_of(LLAMA), LLAMA.inputs(), (1, 3)
     keeps = [LLAMA.oracle.tokens(inputs), chosen(inputs, LLAMA, (1,))[0]]
-    with stages_of(model, stages, lambda prompt: keeps[prompt.stage]).dropping(), given_to(LLAMA, model) as given:
+    with stages_of(model, stages, lambda prompt: keeps[prompt.stage]).installed(), given_to(LLAMA, model) as given:
         _, steps = generate(LLAMA, model, inputs)
     masks = [[call["attention_mask"] for call in given[layer]] for layer in (0, 2)]
     assert all(one is other for one, other in zip(*masks, strict=True)), "not even copied"
@@ -508,9 +512,9 @@ def test_a_first_stage_that_keeps_everything_leaves_its_layers_whole() -> None:
 def test_what_has_left_cannot_be_chosen_again() -> None:
     model, inputs, stages = model_of(LLAMA), LLAMA.inputs(), (1, 3)
     keeps = [keep := chosen(inputs, LLAMA, (1,))[0], torch.ones_like(keep)]
-    with stages_of(model, stages, lambda prompt: keeps[prompt.stage]).dropping():
+    with stages_of(model, stages, lambda prompt: keeps[prompt.stage]).installed():
         logits = model(**inputs).logits
-    with stages_of(model, (1,), lambda prompt: keep).dropping():
+    with stages_of(model, (1,), lambda prompt: keep).installed():
         assert torch.equal(model(**inputs).logits, logits)
 
 
@@ -519,7 +523,7 @@ def test_layers_are_given_the_positions_of_the_rows_that_are_left(row: Row) -> N
     """Flash attention reads position ids where rotary embeddings do not."""
     model, inputs = model_of(row), row.inputs([1])
     keep = chosen(inputs, row, (2,), [1])[0]
-    with stages_of(model, (2,), lambda prompt: keep).dropping(), given_to(row, model) as given:
+    with stages_of(model, (2,), lambda prompt: keep).installed(), given_to(row, model) as given:
         model(**inputs)
     columns = columns_kept(inputs, keep)[0]
     for layer in (2, 3):
@@ -535,7 +539,7 @@ def test_without_padding_and_with_equal_numbers_kept_no_mask_is_needed() -> None
     """The kernels of sdpa that take no mask are the fast ones."""
     model, inputs, stages = model_of(LLAMA), LLAMA.inputs([0, 0]), (2,)
     keeps = [torch.arange(9).expand(2, -1) % 2 == 0]
-    with stages_of(model, stages, lambda prompt: keeps[0]).dropping(), given_to(LLAMA, model) as given:
+    with stages_of(model, stages, lambda prompt: keeps[0]).installed(), given_to(LLAMA, model) as given:
         _, steps = generate(LLAMA, model, inputs)
     assert [call["attention_mask"] for call in given[3]] == [None] * STEPS
     with masked(LLAMA, model, inputs, stages, keeps):
@@ -546,7 +550,7 @@ def test_without_padding_and_with_equal_numbers_kept_no_mask_is_needed() -> None
 def test_text_alone_runs_unpruned() -> None:
     model, inputs = model_of(LLAMA), {"input_ids": torch.arange(10, 30).view(2, 10)}
     _, plain = generate(LLAMA, model, inputs)
-    with stages_of(model, (1, 3), Uneven()).dropping():
+    with stages_of(model, (1, 3), Uneven()).installed():
         _, steps = generate(LLAMA, model, inputs)
     assert torch.equal(steps, plain)
 
@@ -554,17 +558,17 @@ def test_text_alone_runs_unpruned() -> None:
 @every_model
 def test_the_model_is_what_it_was_after_return_and_after_exceptions(row: Row) -> None:
     model, inputs = model_of(row), row.inputs()
-    before, full, refused = state(model), model(**inputs).logits, []
-    with stages_of(model, (1, 3), MostAttended(), observe=True).dropping():
+    before, full = state(model), model(**inputs).logits
+    with stages_of(model, (1, 3), MostAttended(), observe=True).installed():
         assert state(model) != before
         pruned = model(**inputs).logits
     assert state(model) == before
-    failing = PruneAtDecoderLayers(find_family(model), fail, False, lambda: refused.append(1), (1, 3), LAST_ROW)
-    with pytest.raises(PlantedError), failing.dropping():
+    failing = PruneAtDecoderLayers(find_family(model), fail, SiteSettings((1, 3), LAST_ROW))
+    with pytest.raises(PlantedError), failing.installed():
         model(**inputs)
-    assert refused and state(model) == before
+    assert state(model) == before
     hook = stack_of(row, model).layers[2].register_forward_hook(fail)
-    with (dropper := stages_of(model, (1, 3), MostAttended(), observe=True)).dropping():
+    with (dropper := stages_of(model, (1, 3), MostAttended(), observe=True)).installed():
         with pytest.raises(PlantedError):
             generate(row, model, inputs)
         hook.remove()
@@ -583,7 +587,7 @@ def test_nothing_of_a_prompt_is_held_after_its_prefill() -> None:
         held.extend(map(weakref.ref, (prompt.embeds, prompt.attention)))
         return prompt.tokens & (torch.arange(prompt.tokens.shape[1]) < 3)
 
-    with stages_of(model, (1, 3), choose, observe=True).dropping():
+    with stages_of(model, (1, 3), choose, observe=True).installed():
         model(**inputs)
         assert [reference() for reference in held] == [None] * 4
 
@@ -591,7 +595,7 @@ def test_nothing_of_a_prompt_is_held_after_its_prefill() -> None:
 @every_model
 def test_bfloat16_is_finite(row: Row) -> None:
     model, inputs = model_of(row, torch.bfloat16), row.inputs(dtype=torch.bfloat16)
-    with stages_of(model, (1, 3), choose := MostAttended(), observe=True).dropping():
+    with stages_of(model, (1, 3), choose := MostAttended(), observe=True).installed():
         assert model(**inputs).logits.isfinite().all()
         _, steps = generate(row, model, inputs)
     assert steps.isfinite().all()
@@ -603,9 +607,9 @@ def test_two_models_are_pruned_at_once_without_meeting() -> None:
     droppers = [stages_of(model, (1, 3), MostAttended(), observe=True) for model in models]
     alone = []
     for dropper, model, given in zip(droppers, models, inputs, strict=True):
-        with dropper.dropping():
+        with dropper.installed():
             alone.append(model(**given).logits)
-    with droppers[0].dropping(), droppers[1].dropping():
+    with droppers[0].installed(), droppers[1].installed():
         for turn in (1, 0, 0, 1):
             assert torch.equal(models[turn](**inputs[turn]).logits, alone[turn])
 
@@ -615,7 +619,7 @@ def test_gradients_reach_the_tokens_that_stay_and_no_others_beyond_the_stage() -
     keep = torch.arange(9)[None] % 3 == 0
     hidden: list[Tensor] = []
     hook = stack_of(LLAMA, model).layers[0].register_forward_hook(lambda module, args, output: hidden.append(output))
-    with torch.enable_grad(), stages_of(model, stages, lambda prompt: keep).dropping():
+    with torch.enable_grad(), stages_of(model, stages, lambda prompt: keep).installed():
         logits = model(**inputs).logits[:, -1]
         (gradient,) = torch.autograd.grad(logits.square().sum(), hidden)
     hook.remove()
@@ -630,7 +634,7 @@ def test_layers_that_do_not_exist_or_descend_are_refused(stages: tuple[int, ...]
 
 def test_compact_positions_are_refused() -> None:
     with pytest.raises(PruningError, match="layers before it have used their position ids"):
-        PruneAtDecoderLayers(find_family(model_of(LLAMA)), Uneven(), True, lambda: None, (2,))
+        PruneAtDecoderLayers(find_family(model_of(LLAMA)), Uneven(), SiteSettings((2,), compact=True))
 
 
 @pytest.mark.parametrize("name", ["Gemma3", "Mistral3, sliding window"])
@@ -643,7 +647,7 @@ def test_layers_of_another_kind_are_refused() -> None:
     family = find_family(LLAMA.make())
     family.decoder_config.layer_types = ["linear_attention", "full_attention"] * 2
     with pytest.raises(PruningError, match="layers of type linear_attention"):
-        PruneAtDecoderLayers(family, Uneven(), False, lambda: None, (2,))
+        PruneAtDecoderLayers(family, Uneven(), SiteSettings((2,)))
 
 
 def test_flex_attention_is_refused() -> None:
@@ -657,7 +661,7 @@ def test_flex_attention_is_refused() -> None:
 def test_a_static_cache_is_refused(row: Row) -> None:
     model, inputs = model_of(row), row.inputs()
     before = state(model)
-    with stages_of(model, (1, 3), Uneven()).dropping(), pytest.raises(PruningError, match="static cache"):
+    with stages_of(model, (1, 3), Uneven()).installed(), pytest.raises(PruningError, match="static cache"):
         generate(row, model, inputs, cache_implementation="static")
     assert state(model) == before
 
@@ -666,7 +670,7 @@ def test_a_static_cache_is_refused(row: Row) -> None:
 def test_embeddings_without_ids_are_refused(row: Row) -> None:
     model, inputs = model_of(row), row.inputs()
     embeddings = model.get_input_embeddings()(inputs["input_ids"])
-    with stages_of(model, (1, 3), Uneven()).dropping(), pytest.raises(PruningError, match="inputs_embeds"):
+    with stages_of(model, (1, 3), Uneven()).installed(), pytest.raises(PruningError, match="inputs_embeds"):
         model(**{**inputs, "input_ids": None}, inputs_embeds=embeddings)
 
 
@@ -676,7 +680,7 @@ def test_caches_of_other_prompts_and_cut_caches_are_refused(row: Row) -> None:
     token, decode = inputs["input_ids"][:, -1:], model.get_submodule(row.oracle.stepper)
     mask = torch.cat([inputs["attention_mask"], torch.ones_like(token)], 1)
     plain = cache_of(model(**inputs, use_cache=True))
-    with stages_of(model, (1, 3), Uneven()).dropping():
+    with stages_of(model, (1, 3), Uneven()).installed():
         first, second = (cache_of(model(**inputs, use_cache=True)) for _ in range(2))
         for cache in (plain, first):
             with pytest.raises(PruningError, match="not filled by the last pruned prompt"):
@@ -694,7 +698,7 @@ def test_caches_of_other_prompts_and_cut_caches_are_refused(row: Row) -> None:
 @pytest.mark.parametrize("row", [LLAMA, MISTRAL], ids=repr)
 def test_an_image_after_what_is_cached_already_is_refused(row: Row) -> None:
     model, inputs = model_of(row), row.inputs([0])
-    with stages_of(model, (1, 3), Uneven()).dropping():
+    with stages_of(model, (1, 3), Uneven()).installed():
         for before in ({"input_ids": inputs["input_ids"][:, :2]}, inputs):  # text alone, and a pruned prompt
             cache = model(**before, use_cache=True).past_key_values
             mask = torch.ones(1, cache.get_seq_length() + inputs["input_ids"].shape[1], dtype=torch.long)
@@ -714,15 +718,15 @@ def test_where_features_are_added_after_early_layers_tokens_leave_only_after_the
     row = replace(BY_NAME["Qwen3-VL"], make=deepstack)
     model, inputs = model_of(row), row.inputs()
     with (
-        stages_of(model, (1, 3), Uneven()).dropping(),
+        stages_of(model, (1, 3), Uneven()).installed(),
         pytest.raises(PruningError, match=r"each of its first 2 layers.*choose layers from 2 on"),
     ):
         model(**inputs)
     for stages in ((2,), (2, 3)):
         keeps, full = chosen(inputs, row, stages), model(**inputs).logits
-        with stages_of(model, stages, MostAttended(), observe=True).dropping():
+        with stages_of(model, stages, MostAttended(), observe=True).installed():
             model(**inputs)
-        with stages_of(model, stages, Uneven()).dropping():
+        with stages_of(model, stages, Uneven()).installed():
             prefill = model(**inputs).logits
             _, steps = generate(row, model, inputs)
         with masked(row, model, inputs, stages, keeps):

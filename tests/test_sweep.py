@@ -35,6 +35,8 @@ from catp_lightning.models import find_family
 from catp_lightning.modules.vqa import VQAModule
 from catp_lightning.policy import PruningPolicy
 from catp_lightning.pruning import prune
+from catp_lightning.pruning.pruner import applied
+from catp_lightning.pruning.record import Prefill
 
 ROOT = Path(__file__).parent.parent
 QUESTIONS = 24
@@ -394,14 +396,15 @@ def test_tokens_per_layer_is_the_mean_over_layers_of_what_each_reads() -> None:
     """PyramidDrop on 144 tokens, stages at layers 1, 2, 3 of 4: counted from what is kept at each stage."""
     module = VQAModule(str(shipped("digits_llava")))
     inputs = _llava_inputs(3)
-    with torch.no_grad(), prune(module, PruningPolicy("pyramiddrop", keep=0.125)) as pruning:
+    found: list[Prefill] = []
+    with torch.no_grad(), applied(module, PruningPolicy("pyramiddrop", keep=0.125), on_prefill=found.append) as pruner:
         module.model.generate(**inputs, max_new_tokens=2, do_sample=False)
         module.model.generate(**inputs, max_new_tokens=2, do_sample=False)
-        assert pruning.leave_at == (1, 2, 3)
-        assert [found.tolist() for found in pruning.tokens_per_layer] == [[(144 + 72 + 36 + 18) / 4] * 3] * 2
+        assert pruner.leave_at == (1, 2, 3)
+    assert [prefill.tokens_per_layer.tolist() for prefill in found] == [[(144 + 72 + 36 + 18) / 4] * 3] * 2
     with torch.no_grad(), prune(module, PruningPolicy("stride", keep=0.125)) as pruning:
         module.model(**inputs)
-        assert [found.tolist() for found in pruning.tokens_per_layer] == [[18.0] * 3]
+        assert pruning.last.tokens_per_layer.tolist() == [18.0] * 3
 
 
 def _llava_inputs(count: int) -> dict[str, torch.Tensor]:

@@ -16,7 +16,7 @@ from catp_lightning.methods.scorers.trimmed_llama import TrimmedLlama
 from catp_lightning.models import Family
 from catp_lightning.policy import PruningPolicy
 from catp_lightning.pruning.guide import Guide
-from catp_lightning.pruning.pruner import Pruning, instead_of
+from catp_lightning.pruning.pruner import Pruner, instead_of
 
 VOTERS: dict[str, AttentionScorer] = {"cross-attention": CrossAttention(), "region-attention": RegionAttention()}
 """Scorers for models with a Q-Former whose head weights are fitted, by name."""
@@ -157,7 +157,7 @@ class Rule(Protocol):
 def why_not(family: Family, rule: PruningPolicy | Rule, guide: nn.Module | None = None) -> str | None:
     """Return the reason why a policy, or a rule at any budget, cannot prune this model; None if it can."""
     try:
-        Pruning(family, rule if isinstance(rule, PruningPolicy) else rule.policy(0.5), guide=guide)
+        Pruner(family, rule if isinstance(rule, PruningPolicy) else rule.policy(0.5), guide=guide)
     except (PruningError, PolicyError) as error:
         return str(error)
     return None

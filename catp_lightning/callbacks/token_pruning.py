@@ -21,8 +21,9 @@ from catp_lightning.policy import Budget, PruningPolicy, check_keep
 from catp_lightning.policy.checkpoints import POLICY_KEY, missing_policy, stored_policy, warn_where_another
 from catp_lightning.policy.images import decode_images, has_images
 from catp_lightning.policy.sources import Source, policy_or_path
-from catp_lightning.pruning import Pruning, prune
 from catp_lightning.pruning.answers import AnswerComparison, compare_with_unpruned
+from catp_lightning.pruning.pruner import applied
+from catp_lightning.pruning.record import Prefill
 from catp_lightning.utils.compat import is_a
 from catp_lightning.utils.loggers import tell
 from catp_lightning.utils.messages import rank_zero_info, rank_zero_warn
@@ -30,9 +31,15 @@ from catp_lightning.utils.messages import rank_zero_info, rank_zero_warn
 
 @dataclass
 class _Loop:
-    """Metrics of one loop, and the pruning that they are read from."""
+    """Metrics of one loop, and the prefills of the running batch.
 
-    pruning: Pruning
+    Attributes:
+        prefills: what was kept in each prefill since the last batch ended.
+        inside: True if tokens leave inside the decoder.
+    """
+
+    prefills: list[Prefill]
+    inside: bool
     tokens: TokensKept
     comparison: AnswerComparison | None
     agreement: Agreement
@@ -40,15 +47,12 @@ class _Loop:
     per_layer: MeanMetric
 
     def read_batch(self) -> None:
-        for keep, counts in self.pruning.choices:
-            self.tokens.update(keep, counts)
-        self.pruning.choices.clear()
-        for tokens in self.pruning.tokens_per_layer:
-            self.per_layer.update(tokens)
-        self.pruning.tokens_per_layer.clear()
+        for prefill in self.prefills:
+            self.tokens.update(prefill.keep, prefill.counts)
+            self.per_layer.update(prefill.tokens_per_layer)
         if self.overlap is not None:
-            self.overlap.see(self.pruning.images)
-        self.pruning.images.clear()
+            self.overlap.see(prefill.images for prefill in self.prefills if prefill.images is not None)
+        self.prefills.clear()
         if self.comparison is not None:
             for same in self.comparison.same:
                 self.agreement.update(same)
@@ -66,7 +70,7 @@ class _Loop:
                 "your module use another model, name it: TokenPruning(..., model=...)."
             )
             return {}
-        if self.pruning.leave_at:
+        if self.inside:
             per_layer = float(self.per_layer.compute())
             if not math.isclose(per_layer, figures["catp/tokens_kept"], rel_tol=1e-6):
                 figures["catp/tokens_per_layer"] = per_layer
@@ -176,13 +180,16 @@ class TokenPruning(LoopContext):
     @contextmanager
     def loop_context(self, trainer: Trainer, pl_module: LightningModule, stage: Stage) -> Iterator[None]:
         policy = self._current_policy()
+        prefills: list[Prefill] = []
+        device = trainer.strategy.root_device  # a metric outside the module is not moved by Lightning
         with ExitStack() as stack:
-            pruning = stack.enter_context(prune(pl_module, policy, model=self.model, guide=self.guide))
-            comparison = stack.enter_context(compare_with_unpruned(pruning)) if self.compare else None
-            device = trainer.strategy.root_device  # a metric outside the module is not moved by Lightning
+            pruner = stack.enter_context(
+                applied(pl_module, policy, model=self.model, guide=self.guide, on_prefill=prefills.append)
+            )
+            comparison = stack.enter_context(compare_with_unpruned(pruner)) if self.compare else None
             tokens, agreement = TokensKept().to(device), Agreement().to(device)
-            per_layer = MeanMetric().to(device)
-            self._loop = _Loop(pruning, tokens, comparison, agreement, overlap_check(policy, device), per_layer)
+            inside, overlap, per_layer = bool(pruner.leave_at), overlap_check(policy, device), MeanMetric().to(device)
+            self._loop = _Loop(prefills, inside, tokens, comparison, agreement, overlap, per_layer)
             try:
                 yield
             finally:

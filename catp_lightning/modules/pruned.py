@@ -18,7 +18,8 @@ from catp_lightning.metrics.overlap import OverlapCheck, overlap_check
 from catp_lightning.policy import PruningPolicy
 from catp_lightning.policy.checkpoints import POLICY_KEY, missing_policy, stored_policy, warn_where_another
 from catp_lightning.policy.sources import Source, policy_or_path
-from catp_lightning.pruning import prune
+from catp_lightning.pruning.pruner import applied
+from catp_lightning.pruning.record import Prefill
 from catp_lightning.utils.compat import is_a
 
 _STEPS = frozenset({"validation_step", "test_step", "predict_step"})
@@ -146,12 +147,12 @@ class PrunedModule(LightningModule):
     def _pruned(self, step: Callable[..., Any]) -> Callable[..., Any]:
         @functools.wraps(step)
         def pruned_step(*args: Any, **kwargs: Any) -> Any:
-            with prune(
-                self.inner, self._current_policy(), model=self.pruned_model, guide=self.pruning_guide
-            ) as pruning:
+            prefills: list[Prefill] = []
+            policy, model, guide = self._current_policy(), self.pruned_model, self.pruning_guide
+            with applied(self.inner, policy, model=model, guide=guide, on_prefill=prefills.append):
                 output = step(*args, **kwargs)
             if (overlap := self._current_overlap()) is not None:
-                overlap.see(pruning.images)
+                overlap.see(prefill.images for prefill in prefills if prefill.images is not None)
             return output
 
         return _seen_as(step, pruned_step)

@@ -2,7 +2,7 @@
 
 import inspect
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -15,19 +15,34 @@ from catp_lightning.utils.hooks import Seen, hooked, replaced
 
 
 class ModelCall(dict[str, Any]):
-    """Arguments of one model call, by name; hashable by identity, so that per-call state can be keyed on it."""
+    """Arguments of one model call, by name, and what is known of the call while it lasts.
 
-    __hash__ = object.__hash__  # type: ignore[assignment]
-    __eq__ = object.__eq__
+    Nothing of a call outlives it, however it ends: what was seen of one that failed cannot serve another.
+
+    Attributes:
+        signals: values that were observed in its vision part, by signal, or by signal and layer.
+        guide: attention in a guide model by layer, once the guide was asked.
+        ids: int64 [B, L], ids that the embedding layer was given and no prompt was made of yet; None: none.
+        labels: copy of its labels that a loss is computed of, changed once it is known which rows leave; None: no
+            labels, or changed already.
+    """
+
+    def __init__(self, arguments: Mapping[str, Any] | None = None) -> None:
+        super().__init__(arguments or {})
+        self.signals: dict[Any, Tensor] = {}
+        self.guide: dict[int, Tensor] = {}
+        self.ids: Tensor | None = None
+        self.labels: Tensor | None = None
 
 
 class CallTracker:
-    """Tracker of one model's running calls and their arguments.
+    """Tracker of one model's running calls: of its `generate`, its forward, and the forward of `outer`.
 
     Attributes:
-        arguments: arguments of `outer`, by name, while it runs; else empty.
-        given: arguments of the user's call: generate's while it runs, else `arguments`. Newer versions of generate read
-            pixels before they expand beams and hand on features alone.
+        arguments: the running call of `outer`; empty if there is none.
+        outermost: the running call of the model itself, which has the labels; empty if there is none.
+        given: the user's call: generate's while it runs, else `arguments`. Newer versions of generate read pixels
+            before they expand beams and hand on features alone.
         samples: number of samples that the running `generate` was given, or None; later tensors have a row for each
             beam.
         in_decoder: True while the decoder is running; set by the code that hooks it.
@@ -43,14 +58,15 @@ class CallTracker:
 
     def __init__(self, model: PreTrainedModel, outer: nn.Module) -> None:
         self.model, self.outer = model, outer
-        self._calls: list[ModelCall] = []  # running calls, the innermost last; a hook may call the model again
+        # Running calls, the innermost last: a hook may call the model again.
+        self._calls: dict[nn.Module, list[ModelCall]] = {outer: [], model: []}
         self.samples: int | None = None
         self._generating: ModelCall | None = None
         self._length: int | None = None
         self.continuing = self.in_decoder = False
         self._inside, self._lock = False, threading.Lock()
         self._thread, self._depth = 0, 0  # the calling thread; number of nested calls
-        self._names = list(inspect.signature(outer.forward).parameters)
+        self._names = {module: list(inspect.signature(module.forward).parameters) for module in self._calls}
         kind: Any = type(model)
         self._generates = list(inspect.signature(kind.generate).parameters)[1:]
 
@@ -58,11 +74,12 @@ class CallTracker:
     def watching(self) -> Iterator[None]:
         """Follow the model's calls while inside; hooks are in place only there."""
         with ExitStack() as undo:
-            undo.callback(self._calls.clear)
+            undo.callback(self._forget)
             undo.callback(setattr, self, "_inside", False)
             self._inside = True
-            undo.enter_context(hooked(self.outer, self._call, self._called, always=True))
-            undo.enter_context(_watched(self.outer, self))
+            for module in self._calls:
+                undo.enter_context(hooked(module, self._call, self._called, always=True))
+                undo.enter_context(_watched(module, self))
             undo.enter_context(replaced(self.model, "generate", self._generate))
             yield
 
@@ -98,9 +115,17 @@ class CallTracker:
             if self._thread == threading.get_ident():  # not a thread that was refused
                 self._depth = max(self._depth - 1, 0)
 
+    def _forget(self) -> None:
+        for running in self._calls.values():
+            running.clear()
+
     @property
     def arguments(self) -> ModelCall:
-        return self._calls[-1] if self._calls else ModelCall()
+        return self._calls[self.outer][-1] if self._calls[self.outer] else ModelCall()
+
+    @property
+    def outermost(self) -> ModelCall:
+        return self._calls[self.model][-1] if self._calls[self.model] else ModelCall()
 
     @property
     def given(self) -> ModelCall:
@@ -125,16 +150,16 @@ class CallTracker:
 
     def _call(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self._begin()
-        self._calls.append(ModelCall({**dict(zip(self._names, args, strict=False)), **kwargs}))
+        self._calls[module].append(ModelCall({**dict(zip(self._names[module], args, strict=False)), **kwargs}))
 
     def _called(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         if self._depth and self._thread == threading.get_ident():
-            del self._calls[-1:]  # arguments are not held longer than the call lasts
+            del self._calls[module][-1:]  # arguments are not held longer than the call lasts
         self._end()
 
     def interrupted(self) -> None:
         """Forget all running calls after an interrupt, when no hook is called for their ends."""
-        self._calls.clear()
+        self._forget()
         self._depth, self.in_decoder = 0, False
 
     def _generate(self, generate: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:

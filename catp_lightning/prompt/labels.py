@@ -1,36 +1,38 @@
 """Labels of a shortened prompt: a label that is predicted from a dropped row does not count in the loss."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 from torch import Tensor, nn
 
+from catp_lightning.prompt.call import CallTracker
 from catp_lightning.utils.hooks import hooked
 
 
 class Labels:
     """Exclude labels from a call's loss, on a copy of the labels.
 
-    Attributes:
-        left_out: number of labels of the last call that were excluded.
+    Args:
+        calls: tracker of the model's calls, whose context is entered first.
+        report: called with the number of labels of a call that are excluded: 0 as it begins, and again once it is known
+            which rows leave.
     """
 
-    def __init__(self, model: nn.Module) -> None:
-        self.model, self.left_out = model, 0
-        self._given: Tensor | None = None
+    def __init__(self, calls: CallTracker, report: Callable[[int], None]) -> None:
+        self.calls, self.report = calls, report
 
     @contextmanager
     def watching(self) -> Iterator[None]:
-        with hooked(self.model, self._see):
+        with hooked(self.calls.model, self._see):
             yield
 
     def _see(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        self._given, self.left_out = None, 0
+        self.report(0)
         if kwargs.get("labels") is None:
             return None
-        self._given = kwargs["labels"].clone()  # changed in place once it is known which rows go
-        return args, {**kwargs, "labels": self._given}
+        self.calls.outermost.labels = labels = kwargs["labels"].clone()
+        return args, {**kwargs, "labels": labels}
 
     def leave_out(self, keep: Tensor) -> None:
         """Set labels to -100 that would be predicted from dropped rows.
@@ -40,10 +42,11 @@ class Labels:
         Args:
             keep: bool [R, L], columns of the prompt that stay. Labels may be of its last columns only.
         """
-        if self._given is None:
+        call = self.calls.outermost
+        labels, call.labels = call.labels, None
+        if labels is None:
             return
-        predicted_from_dropped = ~keep[:, -self._given.shape[1] :][:, :-1].to(self._given.device)
-        later = self._given[:, 1:]
-        self.left_out = int((predicted_from_dropped & (later != -100)).sum())
+        predicted_from_dropped = ~keep[:, -labels.shape[1] :][:, :-1].to(labels.device)
+        later = labels[:, 1:]
+        self.report(int((predicted_from_dropped & (later != -100)).sum()))
         later[predicted_from_dropped] = -100
-        self._given = None

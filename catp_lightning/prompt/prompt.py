@@ -1,7 +1,6 @@
 """Prompts as they reach the language model, and what is left of them once visual tokens are dropped."""
 
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -9,6 +8,7 @@ import torch
 from torch import Tensor
 
 from catp_lightning.errors import PruningError
+from catp_lightning.methods.observation import Observation
 from catp_lightning.prompt.call import ModelCall
 
 
@@ -20,11 +20,22 @@ class Prompt:
         tokens: bool [B, T], the visual tokens that each sample has, in the order of their placeholders.
         arguments: arguments of the model's own call: pixel values, sizes of images and the like.
         beams: number of rows that the model's own tensors have for each sample; they lie next to each other.
+        stage: number of the stage at which it is decided on, 0 for the first.
     """
 
     tokens: Tensor
     arguments: ModelCall
     beams: int
+    stage: int = field(default=0, kw_only=True)
+
+    @property
+    def counts(self) -> Tensor:
+        """Number of visual tokens of each sample before any was dropped: int64 [B]."""
+        return self.tokens.sum(1)
+
+    def observation(self) -> Observation | None:
+        """Return the signals that were observed inside the language model; None if it was not entered yet."""
+        return None
 
 
 @dataclass(frozen=True)
@@ -135,17 +146,6 @@ def columns_kept(placeholders: Tensor, keep: Tensor) -> Tensor:
     columns, own = ~placeholders, visual_tokens(placeholders)
     columns[placeholders] = keep[:, : own.shape[1]][own]  # these samples may be of a batch with more tokens
     return columns
-
-
-@contextmanager
-def forgetting(*forget: Callable[[], None]) -> Iterator[None]:
-    """Call all of `forget` if the block raises: what was seen of a failed call must not serve another."""
-    try:
-        yield
-    except BaseException:
-        for each in forget:
-            each()
-        raise
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from catp_lightning.errors import PruningError
 from catp_lightning.models import Family
 from catp_lightning.pruning.endings import Endings, warned_of_chance
-from catp_lightning.pruning.pruner import Pruning
+from catp_lightning.pruning.pruner import Pruner
 from catp_lightning.utils.hooks import hooked, replaced
 
 
@@ -180,11 +180,11 @@ class AnswerComparison:
 
 
 @contextmanager
-def compare_with_unpruned(pruning: Pruning) -> Iterator[AnswerComparison]:
+def compare_with_unpruned(pruner: Pruner) -> Iterator[AnswerComparison]:
     """Make every top-level call twice while inside, unpruned first, and compare the answers.
 
     Args:
-        pruning: the record of the `prune` context this runs in; its model is listened to.
+        pruner: the pruning that this runs in, from `applied`; its model is listened to.
 
     Yields:
         The comparison, which grows with each call.
@@ -195,13 +195,13 @@ def compare_with_unpruned(pruning: Pruning) -> Iterator[AnswerComparison]:
     comparison, unpruned = AnswerComparison(), []
 
     def before(again: Callable[[], Answer]) -> None:
-        with pruning.suspended():
+        with pruner.suspended():
             unpruned.append(again())
 
     def after(answer: Answer) -> None:
         comparison.same.append(answer.same_as(unpruned.pop()))
 
-    with listening(pruning.family, after, before):
+    with listening(pruner.family, after, before):
         yield comparison
 
 

@@ -1,12 +1,11 @@
 """Guide: a small model run on the prompts of a large one, to see what text and answer attend to in the images."""
 
 import inspect
-import weakref
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -18,8 +17,8 @@ from catp_lightning.methods.observation import Observation, Signal
 from catp_lightning.methods.selectors import without_autocast
 from catp_lightning.models import Family, find_family
 from catp_lightning.prompt.attention import attention_map, observe_attention
+from catp_lightning.prompt.prompt import DecoderPrompt, Prompt, visual_tokens
 from catp_lightning.pruning.refusals import occupied
-from catp_lightning.pruning.sites import DecoderPrompt, visual_tokens
 
 TYPES = ("token_type_ids", "mm_token_type_ids")  # inputs with a number for each column of the prompt
 NOT_IMAGES = {
@@ -57,22 +56,17 @@ class Guide:
                 )
         read = range(self.depth) if layers is None else sorted({layer % self.depth for layer in layers})
         self._attentions: dict[int, nn.Module] = {layer: blocks[layer].self_attn for layer in read}
-        self._found: weakref.WeakKeyDictionary[Any, dict[int, Tensor]] = weakref.WeakKeyDictionary()
 
-    def forget(self) -> None:
-        """Discard what was found for a prompt whose call has failed."""
-        self._found.clear()
-
-    def add(self, seen: Observation, prompt: DecoderPrompt) -> Observation:
+    def add(self, seen: Observation, prompt: Prompt) -> Observation:
         """Return the signals of the large model with `Signal.GUIDE_ATTENTION` added.
 
         Raises:
             PruningError: the guide cannot read the prompt.
         """
-        by_layer = self._found.get(prompt.arguments)
-        if by_layer is None:  # not computed again in a step without a cache: the choice belongs to the prompt
-            by_layer = self._found[prompt.arguments] = self._read(prompt)
-        values = dict(seen.values)
+        call = prompt.arguments
+        if not call.guide:  # not computed again in a step without a cache: the choice belongs to the prompt
+            call.guide = self._read(cast(DecoderPrompt, prompt))
+        by_layer, values = call.guide, dict(seen.values)
         for layer, paid in by_layer.items():
             flat = paid.transpose(1, 2)[prompt.tokens]  # all visual tokens, in the order of their placeholders
             of_images = flat.new_zeros(*seen.valid.shape, flat.shape[-1])

@@ -1,6 +1,5 @@
 """Collection, in one forward of the vision part, of the signals that scorers and selectors need."""
 
-import weakref
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -9,11 +8,11 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from catp_lightning.errors import PruningError
-from catp_lightning.methods.observation import BY_LAYER, Needs, Observation, Signal, Values
+from catp_lightning.methods.observation import BY_LAYER, Needs, Observation, Signal
 from catp_lightning.models import Family
 from catp_lightning.prompt.attention import Reduction, observe_attention
-from catp_lightning.prompt.call import ModelCall
-from catp_lightning.pruning.sites import Prompt
+from catp_lightning.prompt.call import CallTracker
+from catp_lightning.prompt.prompt import Prompt
 from catp_lightning.utils.hooks import hooked
 
 ATTENTION = frozenset(
@@ -30,19 +29,22 @@ Looks = list[tuple[Reduction, Callable[[Tensor], None]]]
 
 
 class Observer:
-    """Observer of one model's vision part; `take` hands over what its last forward showed.
+    """Observer of one model's vision part, which stores what its forward shows in the running call.
+
+    Args:
+        family: the model's family.
+        needs: the signals to observe.
+        calls: tracker of the model's calls.
 
     Raises:
         PruningError: a signal or a layer is asked for that the model does not have.
     """
 
-    def __init__(self, family: Family, needs: Needs) -> None:
-        self.family = family
+    def __init__(self, family: Family, needs: Needs, calls: CallTracker) -> None:
+        self.family, self.calls = family, calls
         self.active = True
         self.sites = list(_sites(family, needs))
         self.at_entry = family.at_entry & needs.keys()
-        self.values: Values = {}
-        self._taken: weakref.WeakKeyDictionary[ModelCall, Values] = weakref.WeakKeyDictionary()
 
     @contextmanager
     def watching(self) -> Iterator[None]:
@@ -62,40 +64,33 @@ class Observer:
                 undo.enter_context(observe_attention(owner, {module: _all(x) for module, x in modules.items()}))
             yield
 
-    def forget(self) -> None:
-        """Discard what was seen of a call that has failed."""
-        self.values.clear()
-        self._taken.clear()
-
     def take(self, prompt: Prompt) -> Observation:
-        """Return the signals of the last forward of the vision part, and of the prompt.
+        """Return the signals of the prompt, and of the vision part as it last ran in the prompt's call.
 
-        The signals of a forward are handed over to one call only; later steps of the same call get them again.
+        In `generate` without a cache images are seen once, and every step gets the signals of that time.
 
         Raises:
             PruningError: the vision part was not run in this call.
         """
-        values, self.values = self.values, {}
-        values = values or self._taken.get(prompt.arguments, {})  # generate without a cache: images are seen once
+        values = dict(prompt.arguments.signals)
         if len(values) < len(self.sites):
             raise PruningError(
                 "The language model was called without the vision part being run in the same call, so its tokens "
                 "cannot be scored. Pass pixel_values, not precomputed image features; or use keep=1.0."
             )
-        self._taken[prompt.arguments] = values
         return self.family.observation(values, self.at_entry, prompt)
 
     def _storing(self, key: Signal | tuple[Signal, int]) -> Callable[[Tensor], None]:
         def store(value: Tensor) -> None:
             if self.active:
-                self.values[key] = value
+                self.calls.given.signals[key] = value
 
         return store
 
     def _reading(self, key: Signal | tuple[Signal, int], read: Callable[..., Tensor]) -> Callable[..., None]:
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
             if self.active:
-                self.values[key] = read(args, kwargs, output).detach()
+                self.calls.given.signals[key] = read(args, kwargs, output).detach()
 
         return hook
 

@@ -1,7 +1,6 @@
 """`prune(model, policy)`: the context in which a model reads fewer visual tokens."""
 
 import weakref
-from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import replace
@@ -12,15 +11,17 @@ from torch import Tensor, nn
 
 from catp_lightning.errors import PruningError
 from catp_lightning.methods.method import score_tokens, select_tokens
-from catp_lightning.methods.observation import Needs, Observation, Signal, join
+from catp_lightning.methods.observation import Needs, Signal, join
 from catp_lightning.methods.scorers import SCORERS
 from catp_lightning.methods.selection import Selection, images_to_samples
 from catp_lightning.methods.selectors import without_autocast
 from catp_lightning.models import Family, find_family
 from catp_lightning.policy import PruningPolicy
 from catp_lightning.policy.images import has_images
+from catp_lightning.prompt.prompt import Prompt
 from catp_lightning.pruning.guide import Guide, refuse_without_rows
 from catp_lightning.pruning.observer import Observer
+from catp_lightning.pruning.record import OnPrefill, Prefill, Pruning
 from catp_lightning.pruning.refusals import (
     check_model,
     compiled_inside,
@@ -29,75 +30,70 @@ from catp_lightning.pruning.refusals import (
     refuse_merging,
     refuse_unprunable,
 )
-from catp_lightning.pruning.sites import DecoderPrompt, Prompt, PruneAtDecoderLayers, StagePrompt, entry
+from catp_lightning.pruning.sites import SiteSettings, site_of
 from catp_lightning.utils.messages import warn
 
 Choose = Callable[[Tensor], Tensor]
 """Function that is given the visual tokens that exist, bool [B, T], and returns those that stay, bool [B, T]."""
 
 
-class Pruning:
-    """Pruning of one model, and the record of what was kept.
+class Pruner:
+    """Pruning of one model by a policy.
+
+    Args:
+        family: family of the model.
+        policy: the policy.
+        choose: decides instead of the policy's scorer, as in `prune`.
+        guide: a smaller model, or a module that holds one, for a scorer that reads its attention.
+        on_prefill: called with what each prefill kept.
 
     Attributes:
-        keep: bool [B, T], the visual tokens that stayed in the last prefill, in placeholder order; None before the
-            first. B is the batch before beams are expanded, T the longest sample's count; False beyond a sample's own.
-        scores: float [B, T], scores that the tokens were ranked by; -inf beyond a sample's own, None if nothing was
-            scored.
-        destination: int64 [B, T], for each visual token the one that it is merged into: itself if it stays, or one that
-            stays and now is the mean of all that were merged into it, or -1 if it is dropped; None if nothing is
-            merged. With several stages it is the last one's: what was dropped or merged before is -1.
-        choices: (keep bool [B, T], counts int64 [B]) of each prefill since it was last cleared, at most 1,024; counts
-            are the visual tokens that each sample had.
-        tokens_per_layer: float [B] for each of `choices`: number of visual tokens that a layer of the decoder reads,
-            the mean over its layers; more than the number that stay if tokens are dropped inside the decoder.
+        record: what users see.
         leave_at: decoder layers at whose entry tokens are dropped; empty: before the first.
-        images: fingerprints, int64 [I], of each prefill since it was last cleared, at most 1,024: only if the policy
-            says which images it was calibrated on and something is scored, for `OverlapCheck`.
+        site: place where tokens leave.
+
+    Raises:
+        PruningError: the model cannot be pruned by this policy.
     """
 
     def __init__(
-        self, family: Family, policy: PruningPolicy, choose: Choose | None = None, guide: nn.Module | None = None
+        self,
+        family: Family,
+        policy: PruningPolicy,
+        choose: Choose | None = None,
+        guide: nn.Module | None = None,
+        on_prefill: OnPrefill | None = None,
     ) -> None:
-        self.family, self.policy = family, policy
-        self.keep: Tensor | None = None
-        self.scores: Tensor | None = None
-        self.destination: Tensor | None = None
-        self.choices: deque[tuple[Tensor, Tensor]] = deque(maxlen=1024)
-        self.tokens_per_layer: deque[Tensor] = deque(maxlen=1024)
-        self.images: deque[Tensor] = deque(maxlen=1024)
-        self._given = choose
-        self._everything = policy.keep == 1.0 and isinstance(policy.keep, float)
+        self.family, self.policy, self.on_prefill = family, policy, on_prefill
+        self.record = Pruning(type(family.model).__name__, policy)
+        self._choose, self._everything = choose, policy.keep == 1.0 and isinstance(policy.keep, float)
         self._scorer, self._selector = policy.build_scorer(), policy.build_selector()
+        self._checked, self._read = False, torch.zeros(0, dtype=torch.int64, device="cpu")
+        self._images: Tensor | None = None
         scored = choose is None and not self._everything
         self._known = scored and has_images(policy)
-        self._checked = False
         needs = [self._scorer.needs, self._selector.needs] if scored else []
         wanted = join([*needs, {Signal.IMAGE_HASH: None}] if self._known else needs)
-        stages = () if self._everything and choose is None else self._scorer.stages(family.depth)
-        self.leave_at, self._read = stages, torch.zeros(0, dtype=torch.int64, device="cpu")
-        if scored or choose is not None:
-            family.check_use(scored and (self._known or not stages), stages, policy.positions == "compact")
-        if stages and scored:
-            refuse_at_stages(policy, self._selector, wanted)
-        if self._selector.merges and scored:
-            refuse_merging(policy, self._selector, family)
+        self.leave_at = () if self._everything and choose is None else self._scorer.stages(family.depth)
+        self._refuse(scored, wanted)
         self._guide = self._guided(guide, wanted) if Signal.GUIDE_ATTENTION in wanted else None
         wanted.pop(Signal.GUIDE_ATTENTION, None)
+        settings = SiteSettings(self.leave_at, wanted, policy.positions == "compact")
+        # No reference cycle: the model's memory is freed with its last reference.
+        own, record = weakref.proxy(self), self.record
+        self.site = site_of(family, partial(Pruner._decide, own), settings, partial(setattr, record, "labels_left_out"))
         first: Needs = {Signal.IMAGE_HASH: None} if self._known else {}
-        self._observer = Observer(family, first if stages else wanted)
-        compact = policy.positions == "compact"
-        own: Pruning = weakref.proxy(self)  # no reference cycle: the model's memory is freed with its last reference
-        decide, forget = partial(Pruning._decide, own), partial(Pruning._forget, own)
-        self._entry = entry(family, decide, compact, forget, stages, wanted)
+        self._observer = Observer(family, first if self.leave_at else wanted, self.site.calls)
 
-    def __repr__(self) -> str:
-        """Return a short description: the model, what the policy keeps, and how much the last prefill kept."""
-        found = "nothing read yet"
-        if self.keep is not None:
-            found = f"{int(self.keep.sum()):,} visual tokens kept of a batch of {len(self.keep)}"
-        policy = f"scorer={self.policy.scorer!r}, keep={self.policy.keep!r}"
-        return f"Pruning({type(self.family.model).__name__}, {policy}: {found})"
+    def _refuse(self, scored: bool, wanted: Needs) -> None:
+        """Raise PruningError if the model or its sites cannot do what the policy asks for."""
+        compact = self.policy.positions == "compact"
+        if scored or self._choose is not None:
+            self.family.check_use(scored and (self._known or not self.leave_at), self.leave_at, compact)
+        if self.leave_at and scored:
+            refuse_at_stages(self.policy, self._selector, wanted)
+        if self._selector.merges and scored:
+            refuse_merging(self.policy, self._selector, self.family)
 
     def _guided(self, guide: nn.Module | None, wanted: Needs) -> Guide:
         refuse_without_rows(self.family)
@@ -112,64 +108,46 @@ class Pruning:
         refuse_unprunable(guide, found.family)
         return found
 
-    def _forget(self) -> None:
-        self._observer.forget()
-        if self._guide is not None:
-            self._guide.forget()
-
-    @property
-    def stages(self) -> PruneAtDecoderLayers:
-        """Object that drops tokens inside the decoder; it exists only if the policy's scorer does so."""
-        assert isinstance(self._entry, PruneAtDecoderLayers)
-        return self._entry
-
-    @property
-    def labels_left_out(self) -> int:
-        """Number of labels of the last call that were predicted from dropped rows: they do not count in its loss."""
-        return self._entry.labels_left_out
-
     @contextmanager
     def suspended(self) -> Iterator[None]:
         """Let the model run unpruned while inside."""
-        self._observer.active = self._entry.active = False
+        self._observer.active = self.site.active = False
         try:
             yield
         finally:
-            self._observer.active = self._entry.active = True
+            self._observer.active = self.site.active = True
 
     @contextmanager
-    def applied(self) -> Iterator[None]:
-        try:
-            with self._observer.watching(), self._entry.dropping():
-                yield
-        finally:
-            self._forget()  # features and attention maps are large, and the record may be kept
+    def installed(self) -> Iterator[None]:
+        """Prune the model while inside; hooks are in place only there."""
+        with self._observer.watching(), self.site.installed():
+            yield
 
     def _decide(self, prompt: Prompt) -> Selection:
         """Return the selection of a prompt's visual tokens, [B, T], and record it."""
-        visual = prompt.tokens
-        if self._given is not None:
-            selection = Selection(self._given(visual) & visual)
+        visual, images = prompt.tokens, None
+        if self._choose is not None:
+            selection = Selection(self._choose(visual) & visual)
         elif self._everything or not visual.any():
             selection = Selection(visual)
         else:
-            selection = self._at_stage(prompt) if isinstance(prompt, StagePrompt) else self._at_entry(prompt)
-        self.keep, self.scores, self.destination = selection.keep, selection.scores, selection.destination
-        self._note(prompt, selection.keep)
+            selection, images = self._select(prompt)
+        record = self.record
+        record.keep, record.scores, record.destination = selection.keep, selection.scores, selection.destination
+        self._note(prompt, selection.keep, images)
         return selection
 
-    def _note(self, prompt: Prompt, keep: Tensor) -> None:
+    def _note(self, prompt: Prompt, keep: Tensor, images: Tensor | None) -> None:
         """Record what a prefill keeps, once it has come to its last stage."""
-        if not isinstance(prompt, StagePrompt):
-            self.choices.append((keep, prompt.tokens.sum(1)))
-            self.tokens_per_layer.append(keep.sum(1).float())
-            return
-        counts, stage, depth = prompt.visual.sum(1), prompt.stage, self.family.depth
-        before = counts * self.leave_at[0] if stage == 0 else self._read
-        self._read = before + keep.sum(1) * ((*self.leave_at, depth)[stage + 1] - self.leave_at[stage])
-        if stage + 1 == len(self.leave_at):
-            self.choices.append((keep, counts))
-            self.tokens_per_layer.append(self._read.to(torch.float32) / depth)
+        counts, stage, depth, stages = prompt.counts, prompt.stage, self.family.depth, self.leave_at or (0,)
+        if stage == 0:
+            self._read, self._images = counts * stages[0], images
+        self._read = self._read + keep.sum(1) * ((*stages, depth)[stage + 1] - stages[stage])
+        if stage + 1 == len(stages):
+            last = Prefill(keep, counts, self._read.to(torch.float32) / depth, self._images)
+            self.record.last, self.record.prefills = last, self.record.prefills + 1
+            if self.on_prefill is not None:
+                self.on_prefill(last)
 
     def _check_budget(self, tokens: Tensor) -> None:
         """Warn, at the first prefill, if the budget is more tokens than any image has.
@@ -186,32 +164,25 @@ class Pruning:
                 stacklevel=2,
             )
 
-    def _at_entry(self, prompt: Prompt) -> Selection:
-        seen = self._observer.take(prompt)
-        if self._guide is not None and isinstance(prompt, DecoderPrompt):
-            seen = self._guide.add(seen, prompt)
-        if self._known:
-            self.images.append(seen[Signal.IMAGE_HASH])
-        self._check_budget(seen.droppable.sum(1))
-        scores = score_tokens(self._scorer, seen, prompt.tokens)
-        return select_tokens(scores, self._selector, self.policy.keep, seen, prompt.tokens)
-
-    def _at_stage(self, prompt: StagePrompt) -> Selection:
-        seen, visual = prompt.observation(), prompt.tokens
-        self._check_budget(prompt.visual.sum(1))
-        if self._known and prompt.stage == 0:
-            self.images.append(self._observer.take(prompt)[Signal.IMAGE_HASH])
-        scores = images_to_samples(score_tokens(self._scorer, seen, visual), seen.valid, visual, -torch.inf)
-        before = prompt.visual.sum(1)
+    def _select(self, prompt: Prompt) -> tuple[Selection, Tensor | None]:
+        """Return the selection of a prompt by the policy's scorer and selector, and fingerprints of its images."""
+        visual, inside, images = prompt.tokens, prompt.observation(), None
+        if (self._known and prompt.stage == 0) or inside is None:
+            seen = self._observer.take(prompt)
+            images = seen[Signal.IMAGE_HASH] if self._known else None
+        if inside is None:
+            if self._guide is not None:
+                seen = self._guide.add(seen, prompt)
+            self._check_budget(seen.droppable.sum(1))
+            scores = score_tokens(self._scorer, seen, visual)
+            return select_tokens(scores, self._selector, self.policy.keep, seen, visual), images
+        self._check_budget(prompt.counts)
+        scores = images_to_samples(score_tokens(self._scorer, inside, visual), inside.valid, visual, -torch.inf)
+        keep, stages = self.policy.keep, len(self.leave_at)
+        counts = self._scorer.stage_counts(keep, prompt.counts, prompt.stage, stages, inside).minimum(visual.sum(1))
         with without_autocast(visual):
-            return self._chosen_at(prompt, seen, scores, before)
-
-    def _chosen_at(self, prompt: StagePrompt, seen: Observation, scores: Tensor, before: Tensor) -> Selection:
-        visual = prompt.tokens
-        counts = self._scorer.stage_counts(self.policy.keep, before, prompt.stage, len(self.leave_at), seen)
-        vectors = self._selector.vectors(seen)
-        selection = self._selector.select(scores, visual, counts.minimum(visual.sum(1)), vectors)
-        return replace(selection, scores=scores)
+            found = self._selector.select(scores, visual, counts, self._selector.vectors(inside))
+        return replace(found, scores=scores), images
 
 
 @contextmanager
@@ -235,7 +206,7 @@ def prune(
             the scorer `sgl` asks for it: it is run on every prompt, unpruned, on the device it is on.
 
     Yields:
-        A record: `.keep` and `.scores` of the last prefill.
+        A record of what is kept: `.keep` and `.scores` of the last prefill.
 
     Raises:
         PolicyError: the policy was made for another architecture.
@@ -247,25 +218,39 @@ def prune(
             model.generate(**batch)
         pruning.keep.sum(1)  # 16 of 32 query tokens, for each sample
     """
+    with applied(module, policy, model=model, choose=choose, guide=guide) as pruner:
+        yield pruner.record
+
+
+@contextmanager
+def applied(
+    module: nn.Module,
+    policy: PruningPolicy,
+    *,
+    model: str | None = None,
+    choose: Choose | None = None,
+    guide: nn.Module | None = None,
+    on_prefill: OnPrefill | None = None,
+) -> Iterator[Pruner]:
+    """Prune a model while inside, as `prune`, for callers who count prefills or suspend the pruning.
+
+    Args:
+        module, policy, model, choose, guide: as in `prune`.
+        on_prefill: called with what each prefill kept.
+
+    Raises:
+        PolicyError, PruningError: as in `prune`. If the scorer does not work on the model, the error names
+            those that do.
+    """
     family = find_family(module, model)
     check_model(policy, family)
     refuse_unprunable(module, family)
-    pruning = _pruning(family, policy, choose, guide)
-    with occupied(family), compiled_inside(module, family.model), pruning.applied():
-        yield pruning
-
-
-def _pruning(family: Family, policy: PruningPolicy, choose: Choose | None, guide: nn.Module | None) -> Pruning:
-    """Return a pruning and its record.
-
-    Raises:
-        PruningError: the model cannot be pruned by this policy; if its scorer does not work on this model, the error
-            names those that do.
-    """
     try:
-        return Pruning(family, policy, choose, guide)
+        pruner = Pruner(family, policy, choose, guide, on_prefill)
     except PruningError as error:
         raise PruningError(f"{error}{instead_of(policy, family)}") from error
+    with occupied(family), compiled_inside(module, family.model), pruner.installed():
+        yield pruner
 
 
 def instead_of(policy: PruningPolicy, family: Family) -> str:
@@ -276,7 +261,7 @@ def instead_of(policy: PruningPolicy, family: Family) -> str:
     suited = []
     for name in SCORERS:
         with suppress(Exception):  # refused on this model, or of a package that does not work
-            Pruning(family, PruningPolicy(name))
+            Pruner(family, PruningPolicy(name))
             suited.append(name)
     if (
         policy.scorer in suited or Signal.GUIDE_ATTENTION in policy.build_scorer().needs

@@ -3,14 +3,17 @@
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
+from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor
 
 from catp_lightning.methods.selection import Selection
 from catp_lightning.models import Family
-from catp_lightning.pruning import Pruning
 from catp_lightning.pruning.answers import Answer
+from catp_lightning.pruning.pruner import Pruner
+from catp_lightning.pruning.sites import PruningSite
 from catp_lightning.utils.hashing import mix
 
 LOGITS = 2**22  # logits of one chunk at most, 16 MiB in float32; a few tensors of that size are held
@@ -22,12 +25,13 @@ class Variants:
 
     Attributes:
         keep: bool [C, B, T], visual tokens kept by each of C candidates that drop before the decoder.
-        others: candidates that merge tokens, or that choose inside the decoder, where signals depend on their own
-            earlier choices.
+        selections: [B, T], of candidates that merge tokens before the decoder.
+        pruners: candidates that choose inside the decoder, where signals depend on their own earlier choices.
     """
 
     keep: Tensor
-    others: Sequence[Selection | Pruning] = ()
+    selections: Sequence[Selection] = ()
+    pruners: Sequence[Pruner] = ()
 
 
 @dataclass(frozen=True)
@@ -39,11 +43,29 @@ class Replay(ABC):
         answers: answers of the unpruned model, one to each prompt: B rows.
         rows: limit on the prompts that are answered at a time. The user's own batch fits the device, so this many of
             its prompts with fewer tokens do too.
+        sites: places where tokens leave whose prompts it answers again.
     """
+
+    sites: ClassVar[tuple[type[PruningSite], ...]]
 
     family: Family
     answers: Answer
     rows: int
+
+    @classmethod
+    @abstractmethod
+    def of(cls, family: Family, prompt: Any, answers: Answer, layer: int = 0) -> Self:
+        """Build the replay of recorded prompts; of several beams or answers to a prompt, the first is replayed.
+
+        Args:
+            family: family of the model.
+            prompt: the prompts, as one of the `sites` gave them to be decided on.
+            answers: answers of the unpruned model.
+            layer: decoder layer at whose entry tokens leave; 0: before the first layer.
+
+        Raises:
+            PruningError: the prompts cannot be answered again.
+        """
 
     @property
     @abstractmethod
@@ -73,7 +95,7 @@ class Replay(ABC):
         merged tokens `destination`, int64 [B, T], is the token that each is merged into.
         """
 
-    def pruned_log_probabilities(self, pruning: Pruning) -> Tensor:
+    def pruned_log_probabilities(self, pruner: Pruner) -> Tensor:
         """Return log-probabilities [B, A, V] along the answer under a policy that chooses inside the decoder.
 
         Raises:
@@ -126,15 +148,19 @@ class Replay(ABC):
     def _compare(self, full: Tensor, index: Tensor, way: Variants) -> tuple[Tensor, Tensor]:
         """Compare one chunk: `index` are its places in the batch, `full` [B, A, V] its unpruned log-probabilities."""
         diverged, agreed = self._compare_kept(full, way.keep[:, index])
-        for other in way.others:
-            if isinstance(other, Pruning):
-                pruned = self.pruned_log_probabilities(other)
-            else:
-                destination = None if other.destination is None else other.destination[index]
-                pruned = self.log_probabilities(other.keep[index], destination)
+        others = [
+            *(partial(self._selected, selection, index) for selection in way.selections),
+            *(partial(self.pruned_log_probabilities, pruner) for pruner in way.pruners),
+        ]
+        for answered in others:
+            pruned = answered()
             diverged = torch.cat([diverged, divergence(full, pruned, self.answers.valid)[None]])
             agreed = torch.cat([agreed, agreement(full, pruned, self.answers.valid)[None]])
         return diverged, agreed
+
+    def _selected(self, selection: Selection, index: Tensor) -> Tensor:
+        destination = None if selection.destination is None else selection.destination[index]
+        return self.log_probabilities(selection.keep[index], destination)
 
     def _compare_kept(self, full: Tensor, keep: Tensor) -> tuple[Tensor, Tensor]:
         samples = torch.arange(keep.shape[1], device=keep.device).repeat(len(keep))

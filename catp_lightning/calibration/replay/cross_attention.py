@@ -19,14 +19,15 @@ from catp_lightning.errors import PruningError
 from catp_lightning.methods.selection import Selection
 from catp_lightning.models import Family
 from catp_lightning.models.mllama import Mllama
+from catp_lightning.prompt.prompt import CrossAttended
 from catp_lightning.pruning.answers import Answer
-from catp_lightning.pruning.sites import CrossAttended, PruneCrossAttention
+from catp_lightning.pruning.sites import PruneCrossAttention
 
 BY_ROW = ("attention_mask", "cross_attention_states", "cross_attention_mask", "full_text_row_masked_out_mask")
 
 
 @dataclass(frozen=True)
-class RowsReplay(Replay):
+class CrossAttentionReplay(Replay):
     """Replay of a batch of prompts as the text model received them.
 
     Attributes:
@@ -34,16 +35,13 @@ class RowsReplay(Replay):
         given: arguments of the text model by name, with B rows each.
     """
 
+    sites = (PruneCrossAttention,)
+
     seen: Tensor
     given: Mapping[str, Tensor]
 
     @classmethod
-    def of(cls, family: Family, prompt: CrossAttended, answers: Answer) -> "RowsReplay":
-        """Build the replay of recorded prompts; of several beams or answers to a prompt, the first is replayed.
-
-        Raises:
-            PruningError: the prompt reached the text model as embeddings.
-        """
+    def of(cls, family: Family, prompt: CrossAttended, answers: Answer, layer: int = 0) -> "CrossAttentionReplay":
         ids = prompt.given.get("input_ids")
         if ids is None:
             raise PruningError("Calibration answers prompts again from their ids: pass input_ids, not inputs_embeds.")
@@ -70,17 +68,17 @@ class RowsReplay(Replay):
     def questions(self) -> Tensor:
         return text_fingerprint(self.given["input_ids"], self.given["attention_mask"] == 1)
 
-    def of_samples(self, index: Tensor) -> "RowsReplay":
+    def of_samples(self, index: Tensor) -> "CrossAttentionReplay":
         given = {name: value[index] for name, value in self.given.items()}
         return replace(self, seen=self.seen[index], given=given, answers=some_answers(self.answers, index))
 
     def log_probabilities(self, keep: Tensor, destination: Tensor | None = None) -> Tensor:
         assert destination is None  # selectors that merge are refused here
         family, length = cast(Mllama, self.family), self.given["input_ids"].shape[1]
-        entry = PruneCrossAttention(family, lambda prompt: Selection(keep))
-        entry.prompt_length = length
+        site = PruneCrossAttention(family, lambda prompt: Selection(keep))
+        site.prompt_length = length
         needed, place = answering_rows(self.answers, self.answers.row[:, None], length)
-        with entry.dropping():
+        with site.installed():
             hidden = family.decoder(**self._forced(), use_cache=False).last_hidden_state
         return picked(family.model.lm_head(hidden[:, needed]), place)
 

@@ -15,9 +15,12 @@ from catp_lightning.calibration.replay.base import (
 )
 from catp_lightning.methods.selection import Selection
 from catp_lightning.models import Family
-from catp_lightning.pruning import Pruning
+from catp_lightning.prompt.kept import kept_sequence
+from catp_lightning.prompt.merging import merged
+from catp_lightning.prompt.prompt import DecoderPrompt, columns_kept
 from catp_lightning.pruning.answers import Answer
-from catp_lightning.pruning.sites import DecoderPrompt, PruneAtDecoderLayers, columns_kept, kept_sequence, merged
+from catp_lightning.pruning.pruner import Pruner
+from catp_lightning.pruning.sites import PruneAtDecoderInput, PruneAtDecoderLayers, PruningSite, SiteSettings
 
 
 @dataclass(frozen=True)
@@ -29,12 +32,13 @@ class DecoderReplay(Replay):
         layer: decoder layer at whose entry tokens leave; 0: before the first layer.
     """
 
+    sites = (PruneAtDecoderInput, PruneAtDecoderLayers)
+
     prompt: DecoderPrompt
     layer: int = 0
 
     @classmethod
     def of(cls, family: Family, prompt: DecoderPrompt, answers: Answer, layer: int = 0) -> "DecoderReplay":
-        """Build the replay of recorded prompts; of several beams or answers to a prompt, the first is replayed."""
         beams = prompt.beams
         vocabulary = family.language_model.config.get_text_config().vocab_size
         answers, rows = first_answers(answers, len(prompt.visual), vocabulary)
@@ -65,10 +69,8 @@ class DecoderReplay(Replay):
     def log_probabilities(self, keep: Tensor, destination: Tensor | None = None) -> Tensor:
         keep = keep[:, : self.tokens.shape[1]]  # these samples may have fewer tokens than the batch's longest
         if self.layer:
-            stages = PruneAtDecoderLayers(
-                self.family, lambda prompt: Selection(keep), False, lambda: None, (self.layer,)
-            )
-            return self._through(stages)
+            settings = SiteSettings((self.layer,))
+            return self._through(PruneAtDecoderLayers(self.family, lambda prompt: Selection(keep), settings))
         prompt = self.prompt
         embeds = prompt.embeds if destination is None else merged(prompt.embeds, prompt.visual, destination)
         # Padding is not read, but with padding on the right, generate predicts the first token from a padded row.
@@ -80,10 +82,10 @@ class DecoderReplay(Replay):
         rows = self._with_answer(short.gather(embeds), short.short_mask, short.gather(prompt.positions))
         return self._answer(*rows, first)
 
-    def pruned_log_probabilities(self, pruning: Pruning) -> Tensor:
-        return self._through(pruning.stages)
+    def pruned_log_probabilities(self, pruner: Pruner) -> Tensor:
+        return self._through(pruner.site)
 
-    def _through(self, stages: PruneAtDecoderLayers) -> Tensor:
+    def _through(self, site: PruningSite) -> Tensor:
         """Return log-probabilities [B, A, V] along the answer when tokens leave the whole prompt inside the decoder."""
         prompt, forced = self.prompt, self.answers.ids[:, :-1]
         nothing = torch.zeros_like(forced, dtype=torch.bool)
@@ -97,7 +99,7 @@ class DecoderReplay(Replay):
             positions=positions,
             embeds=embeds,
         )
-        with stages.dropping(whole):
+        with site.replaying(whole):
             return self._answer(embeds, mask, positions, self.answers.row[:, None])
 
     def _with_answer(self, embeds: Tensor, mask: Tensor, positions: Tensor) -> tuple[Tensor, Tensor, Tensor]:

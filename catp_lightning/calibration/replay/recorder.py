@@ -5,16 +5,20 @@ from contextlib import contextmanager
 
 from catp_lightning.calibration.plan import Plan
 from catp_lightning.calibration.replay.base import Replay
-from catp_lightning.calibration.replay.cross_attention import RowsReplay
+from catp_lightning.calibration.replay.cross_attention import CrossAttentionReplay
 from catp_lightning.calibration.replay.decoder import DecoderReplay
 from catp_lightning.errors import PruningError
 from catp_lightning.methods.observation import Needs, Observation, Signal
 from catp_lightning.methods.selection import Selection
+from catp_lightning.prompt.prompt import Prompt
 from catp_lightning.pruning.answers import Answer, listening
 from catp_lightning.pruning.observer import Observer
-from catp_lightning.pruning.sites import CrossAttended, DecoderPrompt, Prompt, StagePrompt, entry
+from catp_lightning.pruning.sites import SiteSettings, site_of
 
 Recorded = tuple[Replay, Observation, Observation | None]
+
+REPLAYS: tuple[type[Replay], ...] = (DecoderReplay, CrossAttentionReplay)
+"""Replays, one file each, by the places whose prompts they answer again."""
 
 
 class Recorder:
@@ -30,14 +34,14 @@ class Recorder:
 
     def __init__(self, plan: Plan, needs: Needs) -> None:
         self.plan = plan
-        self._observer = Observer(
-            plan.family, {key: layers for key, layers in needs.items() if key is not Signal.GUIDE_ATTENTION}
-        )
         inside: Needs = plan.needs_inside | (
             {Signal.CROSS_ATTENTION_TO_IMAGE: None} if Signal.CROSS_ATTENTION_TO_IMAGE in needs else {}
         )
         stages = (plan.layer,) if plan.layer else ()
-        self._entry = entry(plan.family, self._record, False, self._forget, stages, inside)
+        self._site = site_of(plan.family, self._record, SiteSettings(stages, inside))
+        before: Needs = {key: layers for key, layers in needs.items() if key is not Signal.GUIDE_ATTENTION}
+        self._observer = Observer(plan.family, before, self._site.calls)
+        self._replay = next(replay for replay in REPLAYS if type(self._site) in replay.sites)
         self._prompts: list[tuple[Prompt, Observation | None]] = []  # None: a prompt without images
         self._answers: list[Answer] = []
 
@@ -45,27 +49,22 @@ class Recorder:
     def recording(self) -> Iterator[None]:
         with (
             self._observer.watching(),
-            self._entry.dropping(),
+            self._site.installed(),
             listening(self.plan.family, self._answers.append, active=lambda: self.active),
         ):
             yield
 
     @property
     def active(self) -> bool:
-        return self._entry.active
+        return self._site.active
 
     @active.setter
     def active(self, active: bool) -> None:
-        self._entry.active = self._observer.active = active
-
-    def _forget(self) -> None:
-        self._observer.forget()
-        if self.plan.guide is not None:
-            self.plan.guide.forget()
+        self._site.active = self._observer.active = active
 
     def _record(self, prompt: Prompt) -> Selection:
         seen = self._observer.take(prompt) if prompt.tokens.any() else None
-        if seen is not None and self.plan.guide is not None and isinstance(prompt, DecoderPrompt):
+        if seen is not None and self.plan.guide is not None:
             seen = self.plan.guide.add(seen, prompt)
         self._prompts.append((prompt, seen))
         return Selection(prompt.tokens)  # nothing is dropped: answers stay the usual ones
@@ -95,9 +94,5 @@ class Recorder:
             self.active = before
 
     def _recorded(self, prompt: Prompt, seen: Observation, answer: Answer) -> Recorded:
-        family = self.plan.family
-        if isinstance(prompt, CrossAttended):
-            return RowsReplay.of(family, prompt, answer), seen, None
-        assert isinstance(prompt, DecoderPrompt)
-        inside = prompt.observation() if isinstance(prompt, StagePrompt) else None
-        return DecoderReplay.of(family, prompt, answer, self.plan.layer), seen, inside
+        replay = self._replay.of(self.plan.family, prompt, answer, self.plan.layer)
+        return replay, seen, prompt.observation()

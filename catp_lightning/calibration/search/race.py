@@ -20,7 +20,7 @@ from catp_lightning.methods.scorers import Scorer
 from catp_lightning.methods.selection import Selection, protected_tokens
 from catp_lightning.methods.selectors import Selector
 from catp_lightning.policy import PruningPolicy
-from catp_lightning.pruning import Pruning
+from catp_lightning.pruning.pruner import Pruner
 
 
 class Race:
@@ -61,7 +61,7 @@ class Race:
         ranked = [n for n in entering if is_nested(_method(first[n]))]
         self._inside = [n for n in places if n not in entering]
         self._anew = [n for n in entering if n not in ranked]
-        alone = [*self._anew, *self._inside]
+        alone = [*self._anew, *self._inside]  # merged at the decoder's input, or chosen inside the decoder
         self._policies = [[{n: own[n].policy(keep) for n in alone} for keep in budgets] for own in several]
         self._by_fold = any(n not in shared for n in alone)
         self._shared = [n for n in ranked if n in shared]
@@ -102,14 +102,14 @@ class Race:
         for budget, (limit, alive) in enumerate(zip(allowed, self.alive, strict=True)):
             running = [self.running.index(number) for number in alive]
             ranked = [place for place in running if place in self._shared or place in self._own]
-            others = [place for place in running if place not in ranked]
+            anew, inside = ([place for place in running if place in own] for own in (self._anew, self._inside))
             policies = self._policies[fold][budget]
-            chosen = [self._other(samples, policies[place], place in self._inside) for place in others]
-            found.append(Variants((ranks[ranked] < limit) | stay, chosen))
+            selections = [self._selection(samples, policies[place]) for place in anew]
+            pruners = [Pruner(self.plan.family, policies[place]) for place in inside]
+            found.append(Variants((ranks[ranked] < limit) | stay, selections, pruners))
+            places = [*ranked, *anew, *inside]
             order.append(
-                torch.tensor(
-                    [[*ranked, *others].index(place) for place in running], device=ranks.device, dtype=torch.int64
-                )
+                torch.tensor([places.index(place) for place in running], device=ranks.device, dtype=torch.int64)
             )
         same = []
         compared = samples.replay.compare_each(found)
@@ -119,13 +119,10 @@ class Race:
             same.append(agreed[place])
         return same
 
-    def _other(self, samples: Samples, policy: PruningPolicy, inside: bool) -> Selection | Pruning:
-        """Return the choice of a candidate without nested ranking, or its pruning if it chooses inside the decoder."""
+    def _selection(self, samples: Samples, policy: PruningPolicy) -> Selection:
+        """Return the selection of a candidate without nested ranking."""
         if isinstance(policy.keep, float) and policy.keep == 1.0:
-            visual = samples.visual
-            return Selection(visual)
-        if inside:
-            return Pruning(self.plan.family, policy)
+            return Selection(samples.visual)
         scorer, selector = _method(policy)
         scores = score_tokens(scorer, samples.seen, samples.visual)
         return select_tokens(scores, selector, policy.keep, samples.seen, samples.visual)

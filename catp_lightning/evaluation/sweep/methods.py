@@ -10,8 +10,8 @@ from catp_lightning.methods.observation import BY_LAYER, Signal
 from catp_lightning.methods.scorers import SCORERS, AttentionScorer
 from catp_lightning.models import Family
 from catp_lightning.policy import PruningPolicy
-from catp_lightning.pruning import Pruning
 from catp_lightning.pruning.guide import refuse_without_rows
+from catp_lightning.pruning.pruner import Pruner
 
 ALL, CALIBRATED = "all", "calibrated"
 IMPROVED = ("fastervlm", "fastv", "trimmed-llama")
@@ -149,4 +149,4 @@ def _try(rule: Rule, family: Family) -> None:
     if rule.guided:  # the guide, a copy of the model, is not made for this check
         refuse_without_rows(family)
         return
-    Pruning(family, rule.policy(0.5))
+    Pruner(family, rule.policy(0.5))

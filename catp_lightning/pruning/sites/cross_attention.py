@@ -10,7 +10,7 @@ A text row that sees no image is left unmasked by the model and attends to all i
 its output is computed from the full states. No text row is dropped.
 """
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -19,7 +19,8 @@ from torch import Tensor, nn
 from transformers.cache_utils import DynamicLayer
 
 from catp_lightning.errors import PruningError
-from catp_lightning.methods.selection import Selection
+from catp_lightning.methods.observation import Signal
+from catp_lightning.models.base import Family
 from catp_lightning.models.mllama import Mllama
 from catp_lightning.prompt.caches import (
     Opened,
@@ -32,45 +33,39 @@ from catp_lightning.prompt.caches import (
     rows_of,
     seal,
 )
-from catp_lightning.prompt.call import CallTracker
-from catp_lightning.prompt.prompt import CrossAttended, forgetting
+from catp_lightning.prompt.prompt import CrossAttended
 from catp_lightning.prompt.visibility import TextVisibility, attention_of
+from catp_lightning.pruning.sites.base import PLAIN, Decide, PruningSite, Report, SiteSettings, ignored
 from catp_lightning.pruning.sites.image_rows import CachedRows, CrossAttentionPrefill
 from catp_lightning.utils.hooks import hooked
 
 
-class PruneCrossAttention:
+class PruneCrossAttention(PruningSite):
     """Prune the image rows that one model reads by cross-attention.
 
-    Args:
-        family: the model's family, which knows its parts.
-        decide: returns the selection of a prompt's `tokens`, [B, T]; called after the first cross-attention layer of
-            each prefill, and without any token to choose from if the prompt's text sees no image.
-        forget: called when a prompt is refused, so that what was observed for it does not serve another.
-        observe: True if prompts are to have `attention`.
+    A prompt is decided on after the first cross-attention layer of each prefill; without any token to choose from if
+    its text sees no image. No text row is dropped, and no label is left out of the loss.
 
     Attributes:
-        active: False if the model is to run unpruned.
         prompt_length: number of columns of a prompt that is called together with its answer, as if the answer had been
             generated; None in all other calls.
-        labels_left_out: always 0, because no text row is dropped.
     """
 
-    labels_left_out = 0
+    reads = "cross-attention"
+    family: Mllama
     prompt_length: int | None = None
 
     def __init__(
-        self,
-        family: Mllama,
-        decide: Callable[[CrossAttended], Selection],
-        forget: Callable[[], None] = lambda: None,
-        observe: bool = False,
+        self, family: Family, decide: Decide, settings: SiteSettings = PLAIN, report: Report = ignored
     ) -> None:
-        self.family, self.decide, self.forget, self.observe = family, decide, forget, observe
-        self.active = True
-        self._watching = CallTracker(family.model, family.model)
+        super().__init__(family, decide, settings, report)
+        self.observe = Signal.CROSS_ATTENTION_TO_IMAGE in self.settings.needs  # prompts are to have `attention`
         self._opened = Opened()
         self._reset()
+
+    @staticmethod
+    def outer(family: Family) -> nn.Module:
+        return family.model
 
     def _reset(self) -> None:
         self._opened.close()
@@ -81,12 +76,11 @@ class PruneCrossAttention:
         self._stored: CachedRows | None = None  # what the last prefill cached
 
     @contextmanager
-    def dropping(self) -> Iterator[None]:
-        """Prune the model while inside; hooks are in place only there."""
+    def installed(self) -> Iterator[None]:
         decoder = self.family.decoder
         with ExitStack() as undo:
             undo.callback(self._reset)
-            undo.enter_context(self._watching.watching())
+            undo.enter_context(self.calls.watching())
             undo.enter_context(hooked(decoder, self._enter, self._leave, always=True))
             for module in self.family.cross_attention:
                 undo.enter_context(hooked(module, self._before, self._after))
@@ -109,33 +103,32 @@ class PruneCrossAttention:
                 "Rows cannot leave while gradients are checkpointed: layers run a second time, after the call. Use "
                 "model.gradient_checkpointing_disable(), or put the model in evaluation mode."
             )
-        with forgetting(self.forget):
-            _refuse_other(cache)
-            if kwargs.get("output_attentions", getattr(self.family.decoder.config, "output_attentions", False)):
-                raise PruningError(
-                    "Attention to image rows cannot be shown while rows are dropped: text before an image reads all of "
-                    "them, other text only those that stay. Leave output_attentions out; output_hidden_states works."
-                )
-            sight = TextVisibility.of(kwargs, self.family.rows_per_tile)
-            if states is None:
-                self._changes = self._decode(cache, held, sight)
-                return
-            if held:
-                raise PruningError(
-                    "An image came with a cache that holds image rows already, and cannot be added to it. Generate "
-                    "from the whole text again, with all of its images and without past_key_values."
-                )
-            self._length = self.prompt_length or self._watching.prompt_length(sight.real.shape[1])
-            self._prefill = CrossAttentionPrefill(sight, states.reshape(len(sight.real), -1, states.shape[-1]))
-            if bool(self._prefill.tokens.any()):
-                self._changes = self._prefill.changes
-            else:
-                self._record_nothing(self._prefill.tokens, self._prefill.states)
+        _refuse_other(cache)
+        if kwargs.get("output_attentions", getattr(self.family.decoder.config, "output_attentions", False)):
+            raise PruningError(
+                "Attention to image rows cannot be shown while rows are dropped: text before an image reads all of "
+                "them, other text only those that stay. Leave output_attentions out; output_hidden_states works."
+            )
+        sight = TextVisibility.of(kwargs, self.family.rows_per_tile)
+        if states is None:
+            self._changes = self._decode(cache, held, sight)
+            return
+        if held:
+            raise PruningError(
+                "An image came with a cache that holds image rows already, and cannot be added to it. Generate "
+                "from the whole text again, with all of its images and without past_key_values."
+            )
+        self._length = self.prompt_length or self.calls.prompt_length(sight.real.shape[1])
+        self._prefill = CrossAttentionPrefill(sight, states.reshape(len(sight.real), -1, states.shape[-1]))
+        if bool(self._prefill.tokens.any()):
+            self._changes = self._prefill.changes
+        else:
+            self._record_nothing(self._prefill.tokens, self._prefill.states)
 
     def _record_nothing(self, tokens: Tensor, states: Tensor) -> None:
         """Record an empty choice for a prompt whose text sees no image."""
-        beams = self._watching.beams(len(tokens))
-        self.decide(CrossAttended(tokens[::beams], self._watching.arguments, beams, states[::beams], None, self._given))
+        beams = self.calls.beams(len(tokens))
+        self.decide(CrossAttended(tokens[::beams], self.calls.arguments, beams, states[::beams], None, self._given))
 
     def _decode(self, cache: Any, held: int, sight: TextVisibility) -> dict[str, Any]:
         if is_short(cache) is False:  # it holds all rows, and the model's own masks are right
@@ -156,18 +149,17 @@ class PruneCrossAttention:
             return None
         read, used = prefill.repaired(module, kwargs["hidden_states"], output[0]), prefill.rows
         if self._changes and module is self.family.cross_attention[0]:
-            with forgetting(self.forget):
-                self._narrow(prefill, module, kwargs)
+            self._narrow(prefill, module, kwargs)
             read = self._without_dropped(module, kwargs["hidden_states"], read)
         if cache is not None:
             prefill.cut_cache(cache, module.layer_idx, used)
         return (read, *output[1:])
 
     def _narrow(self, prefill: CrossAttentionPrefill, module: nn.Module, kwargs: dict[str, Any]) -> None:
-        beams = self._watching.beams(len(prefill.tokens))
+        beams = self.calls.beams(len(prefill.tokens))
         tokens, states = prefill.tokens[::beams], prefill.states[::beams]
         attention = self._attention(prefill, module, kwargs, beams) if self.observe else None
-        prompt = CrossAttended(tokens, self._watching.arguments, beams, states, attention, self._given)
+        prompt = CrossAttended(tokens, self.calls.arguments, beams, states, attention, self._given)
         keep = self.decide(prompt).keep & tokens
         if not torch.equal(keep, tokens):
             prefill.narrow(keep.repeat_interleave(beams, 0))
@@ -190,7 +182,7 @@ class PruneCrossAttention:
         self, prefill: CrossAttentionPrefill, module: nn.Module, kwargs: dict[str, Any], beams: int
     ) -> Tensor:
         hidden, states, mask = (kwargs[k] for k in ("hidden_states", "cross_attention_states", "attention_mask"))
-        is_prompt = _before_labels(prefill.sight.of_text.any(2), self._watching.arguments.get("labels"))
+        is_prompt = _before_labels(prefill.sight.of_text.any(2), self.calls.arguments.get("labels"))
         if self._length is not None:
             is_prompt[:, self._length :] = False
         paid = torch.stack(

@@ -6,7 +6,7 @@ cached decoding the mask is rebuilt from the original column of every cached key
 
 import inspect
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -14,52 +14,36 @@ import torch
 from torch import nn
 
 from catp_lightning.errors import PruningError
-from catp_lightning.methods.selection import Selection
 from catp_lightning.models.base import Family
 from catp_lightning.prompt.caches import Opened, foreign_cache, is_short, mark_whole, refuse_static, rows_of, seal
 from catp_lightning.prompt.kept import KeptSequence, kept_sequence, of_each
 from catp_lightning.prompt.labels import Labels
 from catp_lightning.prompt.masks import decoding_masks, prefill_masks, two_dimensional
 from catp_lightning.prompt.merging import merged
-from catp_lightning.prompt.prompt import DecoderPrompt, forgetting
+from catp_lightning.pruning.sites.base import PLAIN, Decide, PruningSite, Report, SiteSettings, ignored
 from catp_lightning.pruning.sites.prompt_capture import PromptCapture
 from catp_lightning.utils.hooks import hooked
 
 
-class PruneAtDecoderInput:
-    """Prune rows at the entry of one model's decoder; B samples, T visual tokens.
+class PruneAtDecoderInput(PruningSite):
+    """Prune rows at the entry of one model's decoder."""
 
-    Args:
-        family: the model's family, which knows its parts.
-        decide: returns the selection of a prompt's visual tokens, [B, T]; text always stays.
-        compact: True to number the kept rows anew, False to leave them their position ids.
-        forget: called when a prompt is refused, so that what was observed for it does not serve another.
-    """
+    reads = "decoder"
 
     def __init__(
-        self,
-        family: Family,
-        decide: Callable[[DecoderPrompt], Selection],
-        compact: bool = False,
-        forget: Callable[[], None] = lambda: None,
+        self, family: Family, decide: Decide, settings: SiteSettings = PLAIN, report: Report = ignored
     ) -> None:
-        self.family, self.decide, self.compact, self.forget = family, decide, compact, forget
+        super().__init__(family, decide, settings, report)
+        self.compact = self.settings.compact
         self.parameters = list(inspect.signature(family.decoder.forward).parameters)
-        self.active = True
-        self._prompts, self._labels = PromptCapture(family), Labels(family.model)
+        self._prompts, self._labels = PromptCapture(family, self.calls), Labels(self.calls, report)
         self._prompt: KeptSequence | None = None  # what the last prefill kept, for its decoding steps
         self._now: KeptSequence | None = None  # the same for the running call
         self._filling = False  # True if the running call is a prefill
         self._opened = Opened()
 
-    @property
-    def labels_left_out(self) -> int:
-        """Number of labels of the last call that were predicted from dropped rows."""
-        return self._labels.left_out
-
     @contextmanager
-    def dropping(self) -> Iterator[None]:
-        """Prune the model while inside; hooks are in place only there."""
+    def installed(self) -> Iterator[None]:
         decoder = self.family.decoder
         with ExitStack() as undo:
             undo.callback(self._opened.close)
@@ -71,14 +55,13 @@ class PruneAtDecoderInput:
     def _enter(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if not self.active:
             return None
-        with forgetting(self._prompts.forget, self.forget):
-            return (), self._changed({**dict(zip(self.parameters, args, strict=False)), **kwargs})
+        return (), self._changed({**dict(zip(self.parameters, args, strict=False)), **kwargs})
 
     def _changed(self, kwargs: dict[str, Any]) -> dict[str, Any]:
         cache = kwargs.get("past_key_values")
         refuse_static(cache)
         past = 0 if cache is None else cache.get_seq_length()
-        self._prompts.inside, self._now, self._filling = True, None, past == 0
+        self.calls.in_decoder, self._now, self._filling = True, None, past == 0
         return self._prefill(kwargs) if past == 0 else self._decode(kwargs, past)
 
     def _prefill(self, kwargs: dict[str, Any]) -> dict[str, Any]:
@@ -139,7 +122,7 @@ class PruneAtDecoderInput:
         return {**kwargs, "attention_mask": masks, "position_ids": positions}
 
     def _leave(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
-        self._prompts.inside = False
+        self.calls.in_decoder = False
         self._opened.close()
         prompt, self._now = self._now, None
         cache = kwargs.get("past_key_values")

@@ -8,7 +8,7 @@ more. The decoder's output is handed back at full length.
 import inspect
 import weakref
 from bisect import bisect_left, bisect_right
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import Any
@@ -17,58 +17,40 @@ import torch
 from torch import Tensor, nn
 
 from catp_lightning.errors import PruningError
-from catp_lightning.methods.observation import BY_LAYER, Needs
-from catp_lightning.methods.selection import Selection
+from catp_lightning.methods.observation import BY_LAYER
 from catp_lightning.models.base import Family
 from catp_lightning.prompt.attention import PREFIX, SUPPORTED, observe_attention
 from catp_lightning.prompt.caches import Opened, foreign_cache, is_short, refuse_static, rows_of, seal
 from catp_lightning.prompt.kept import KeptSequence
 from catp_lightning.prompt.labels import Labels
 from catp_lightning.prompt.masks import layer_mask, of_columns, window
-from catp_lightning.prompt.prompt import DecoderPrompt, forgetting
+from catp_lightning.prompt.prompt import DecoderPrompt
+from catp_lightning.pruning.sites.base import Decide, PruningSite, Report, SiteSettings, ignored
 from catp_lightning.pruning.sites.prompt_capture import PromptCapture
-from catp_lightning.pruning.sites.stage_prompt import DecoderPrefill, StagePrompt
+from catp_lightning.pruning.sites.stage_prompt import DecoderPrefill
 from catp_lightning.utils.hooks import hooked
 
-NOTHING: Needs = {}
 
-
-class PruneAtDecoderLayers:
-    """Prune rows at the entry of some of a decoder's layers; B samples, T visual tokens.
+class PruneAtDecoderLayers(PruningSite):
+    """Prune rows at the entry of some of a decoder's layers; a prompt is decided on at each of these stages.
 
     Hidden states and attention maps are zero where a row was dropped; caches stay as short as they were computed.
 
-    Args:
-        family: the model's family, which knows its parts.
-        decide: returns the selection of a prompt's `tokens`, [B, T]; called at each stage of each prefill.
-        compact: must be False, because the layers before the first stage have used the position ids.
-        forget: called when a prompt is refused, so that what was observed for it does not serve another.
-        stages: layers at whose entry rows are dropped, ascending, each at least 1 and less than the number of layers.
-        needs: the signals that prompts have, of `observation.STAGED`.
-
-    Attributes:
-        active: False if the model is to run unpruned.
-
     Raises:
-        PruningError: `stages` are other numbers, `compact` is True, or the decoder's attention does not allow it.
+        PruningError: the stages are no layers after the first, in ascending order; `compact` is True, though layers
+            before the first stage have used the position ids; or the decoder's attention does not allow it.
     """
 
-    def __init__(
-        self,
-        family: Family,
-        decide: Callable[[StagePrompt], Selection],
-        compact: bool,
-        forget: Callable[[], None],
-        stages: tuple[int, ...],
-        needs: Needs = NOTHING,
-    ) -> None:
-        self.family, self.decide, self.forget = family, decide, forget
-        self.stages, self.needs, self.active = stages, needs, True
+    reads, inside = "decoder", True
+
+    def __init__(self, family: Family, decide: Decide, settings: SiteSettings, report: Report = ignored) -> None:
+        super().__init__(family, decide, settings, report)
+        self.stages, self.needs = settings.stages, settings.needs
         self.layers: list[Any] = list(family.decoder.get_submodule("layers").children())
         self.parameters = list(inspect.signature(family.decoder.forward).parameters)
-        self._refuse(compact)
-        self._prompts, self._labels = PromptCapture(family), Labels(family.model)
-        self._looked_at = sorted({layer for at in stages for layer in self._layers_read(at)})
+        self._refuse(settings.compact)
+        self._prompts, self._labels = PromptCapture(family, self.calls), Labels(self.calls, report)
+        self._looked_at = sorted({layer for at in self.stages for layer in self._layers_read(at)})
         self._kept: list[KeptSequence] = []  # columns kept at each stage of the last prefill; empty: all
         self._cache: weakref.ref[Any] | None = None  # the cache that this prefill filled
         self._opened = Opened()
@@ -121,20 +103,12 @@ class PruneAtDecoderLayers:
                 f"Load the model with one of {', '.join(SUPPORTED)}."
             )
 
-    @property
-    def labels_left_out(self) -> int:
-        """Number of labels of the last call that were predicted from rows that were gone after the last stage."""
-        return self._labels.left_out
-
     @contextmanager
-    def dropping(self, prompt: DecoderPrompt | None = None) -> Iterator[None]:
-        """Prune the model while inside, where hooks are in place; with a prompt, the decoder is called on it again."""
+    def installed(self) -> Iterator[None]:
         decoder: Any = self.family.decoder
         observed = {self.layers[at].self_attn: (partial(self._look, at), _nothing) for at in self._looked_at}
         with ExitStack() as undo:
             undo.callback(self._reset)
-            undo.callback(setattr, self._prompts, "given", None)
-            self._prompts.given = prompt
             for watching in (self._prompts, self._labels):
                 undo.enter_context(watching.watching())
             undo.enter_context(observe_attention(decoder, observed))
@@ -145,20 +119,28 @@ class PruneAtDecoderLayers:
                 undo.enter_context(hooked(layer, before))
             yield
 
+    @contextmanager
+    def replaying(self, prompt: DecoderPrompt) -> Iterator[None]:
+        self._prompts.known = prompt
+        try:
+            with self.installed():
+                yield
+        finally:
+            self._prompts.known = None
+
     def _enter(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self._reset()
         if not self.active:
             return
         kwargs = {**dict(zip(self.parameters, args, strict=False)), **kwargs}
         cache = kwargs.get("past_key_values")
-        self._prompts.inside = True
-        with forgetting(self._prompts.forget, self.forget):
-            refuse_static(cache)
-            past = 0 if cache is None else cache.get_seq_length()
-            if past == 0:
-                self._start_prefill(kwargs)
-            else:
-                self._start_decoding(kwargs, cache, past)
+        self.calls.in_decoder = True
+        refuse_static(cache)
+        past = 0 if cache is None else cache.get_seq_length()
+        if past == 0:
+            self._start_prefill(kwargs)
+        else:
+            self._start_decoding(kwargs, cache, past)
 
     def _start_prefill(self, kwargs: dict[str, Any]) -> None:
         self._kept, self._cache = [], None
@@ -197,8 +179,7 @@ class PruneAtDecoderLayers:
     ) -> Any:
         first = {}
         if stage is not None and (self._prefill is not None or self._later):
-            with forgetting(self._prompts.forget, self.forget):
-                first = self._begin(stage, {**dict(zip(names, args, strict=False)), **kwargs})
+            first = self._begin(stage, {**dict(zip(names, args, strict=False)), **kwargs})
         changes = {**self._changes, **first}
         return tuple(changes.pop(name, value) for name, value in zip(names, args, strict=False)), {**kwargs, **changes}
 
@@ -228,7 +209,7 @@ class PruneAtDecoderLayers:
         return {"hidden_states": hidden}
 
     def _leave(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-        self._prompts.inside = False
+        self.calls.in_decoder = False
         prefill, step = self._prefill, self._step
         self._reset()
         kept = step if prefill is None else prefill.kept

@@ -6,7 +6,7 @@ blocks, here from the rows' original positions. The decoder's cross-attention se
 
 import inspect
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -14,36 +14,30 @@ import torch
 from torch import Tensor, nn
 
 from catp_lightning.errors import PruningError
-from catp_lightning.methods.selection import Selection
 from catp_lightning.models.base import Family
 from catp_lightning.prompt.caches import Opened, is_short, seal
 from catp_lightning.prompt.kept import KeptSequence, kept_sequence, of_each
 from catp_lightning.prompt.masks import two_dimensional
-from catp_lightning.prompt.prompt import DecoderPrompt, forgetting
+from catp_lightning.pruning.sites.base import PLAIN, Decide, PruningSite, Report, SiteSettings, ignored
 from catp_lightning.pruning.sites.encoder_states import NOT_OF_THIS_PROMPT, PrunedStates
 from catp_lightning.pruning.sites.prompt_capture import PromptCapture
 from catp_lightning.utils.hooks import hooked
 
 
-class PruneAtEncoderInput:
+class PruneAtEncoderInput(PruningSite):
     """Prune rows at the entry of one language model's encoder.
 
-    Arguments are those of `PruneAtDecoderInput`. Nothing is merged. No label is left out of the loss (`labels_left_out`
-    is 0): labels belong to the decoder, of which nothing is dropped.
+    Nothing is merged, and no label is left out of the loss: labels belong to the decoder, of which nothing is dropped.
     """
 
-    labels_left_out = 0
+    reads = "encoder"
 
     def __init__(
-        self,
-        family: Family,
-        decide: Callable[[DecoderPrompt], Selection],
-        compact: bool = False,
-        forget: Callable[[], None] = lambda: None,
+        self, family: Family, decide: Decide, settings: SiteSettings = PLAIN, report: Report = ignored
     ) -> None:
-        self.family, self.decide, self.compact, self.forget = family, decide, compact, forget
-        self.active = True
-        self._prompts = PromptCapture(family)
+        super().__init__(family, decide, settings, report)
+        self.compact = self.settings.compact
+        self._prompts = PromptCapture(family, self.calls)
         self._prompt: KeptSequence | None = None
         self._caches: weakref.WeakKeyDictionary[Any, KeptSequence] = weakref.WeakKeyDictionary()
         self._handed_out: weakref.ref[Tensor] | None = None  # encoder states at full length
@@ -54,8 +48,7 @@ class PruneAtEncoderInput:
         self._block_names = list(inspect.signature(self.encoder.block[0].forward).parameters)
 
     @contextmanager
-    def dropping(self) -> Iterator[None]:
-        """Prune the model while inside; hooks are in place only there."""
+    def installed(self) -> Iterator[None]:
         with ExitStack() as undo:
             undo.callback(self._opened.close)
             undo.enter_context(self._prompts.watching())
@@ -74,11 +67,10 @@ class PruneAtEncoderInput:
         self._prompt = self._handed_out = None
         if not self.active:
             return None
-        with forgetting(self._prompts.forget, self.forget):
-            prompt = self._prompts.take(kwargs)
-            if prompt is None:  # text alone
-                return None
-            short = kept_sequence(prompt.columns(self.decide(prompt).keep), prompt.mask)
+        prompt = self._prompts.take(kwargs)
+        if prompt is None:  # text alone
+            return None
+        short = kept_sequence(prompt.columns(self.decide(prompt).keep), prompt.mask)
         if short.whole:
             return None
         self._prompt = short

@@ -22,50 +22,43 @@ class PromptCapture:
     Where `family.outer` is None, as in BLIP-2, whose generate never calls the model's forward, the embedding layer is
     the one place that sees ids; and the decoder gets the caller's own mask and positions.
 
+    Args:
+        family: the model's family.
+        calls: tracker of the model's calls.
+
     Attributes:
-        inside: True while the decoder is running; what its embedding layer sees then is no prompt.
-        given: prompt that is known already and answered again; it is returned whatever the decoder is called with.
+        known: prompt that is known already and answered again; it is returned whatever the decoder is called with.
     """
 
-    given: DecoderPrompt | None = None
+    known: DecoderPrompt | None = None
 
-    def __init__(self, family: Family) -> None:
-        self.family = family
-        self._watching = CallTracker(family.model, family.outer or family.model)
-        # Labels are seen at the outermost model only.
-        self._calls = self._watching if family.outer is None else CallTracker(family.model, family.model)
-        self._ids: Tensor | None = None
-
-    @property
-    def inside(self) -> bool:
-        return self._watching.in_decoder
-
-    @inside.setter
-    def inside(self, running: bool) -> None:
-        self._watching.in_decoder = running
+    def __init__(self, family: Family, calls: CallTracker) -> None:
+        self.family, self.calls = family, calls
 
     @contextmanager
     def watching(self) -> Iterator[None]:
+        """Follow the model's calls while inside; hooks are in place only there."""
         with ExitStack() as undo:
-            undo.enter_context(self._watching.watching())
-            if self.family.outer is not None:
-                undo.enter_context(self._calls.watching())
-            else:
-                embeddings = self.family.model.get_input_embeddings()
-                undo.enter_context(hooked(embeddings, self._see_ids))
+            undo.enter_context(self.calls.watching())
+            if self.family.outer is None:
+                undo.enter_context(hooked(self.family.model.get_input_embeddings(), self._see_ids))
             yield
 
     def _see_ids(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if not self.inside and args and args[0].dim() == 2:
-            self._ids = args[0]
+        if not self.calls.in_decoder and args and args[0].dim() == 2:
+            self.calls.given.ids = args[0]
 
-    def forget(self) -> None:
-        """Discard the ids of a call that has failed: they must not serve another."""
-        self._ids = None
+    def _take_ids(self) -> Tensor | None:
+        """Return the ids of the running call; those that an embedding layer saw are returned once."""
+        if self.family.outer is not None:
+            return self.calls.arguments.get("input_ids")
+        call = self.calls.given
+        ids, call.ids = call.ids, None
+        return ids
 
     def refuse_images(self) -> None:
         """Raise PruningError if the call that continues a cache brings an image."""
-        ids, self._ids = (self._ids if self.family.outer is None else self._watching.arguments.get("input_ids")), None
+        ids = self._take_ids()
         if ids is not None and ids.shape[1] > 1 and bool(self._visual(ids).any()):
             raise PruningError(
                 "An image came with a cache that holds the text before it, and would be read unpruned. Generate from "
@@ -74,7 +67,7 @@ class PromptCapture:
 
     def refuse_continuing(self) -> None:
         """Raise PruningError if the running `generate` was given the cache of a pruned prompt."""
-        if self._watching.continuing:
+        if self.calls.continuing:
             raise PruningError(
                 "generate was given past_key_values that hold a pruned prompt, and takes their length for the number "
                 "of columns that have been read: it would read some again. Generate from the whole text again, with "
@@ -86,14 +79,14 @@ class PromptCapture:
 
     def mask(self, kwargs: dict[str, Any]) -> Any:
         """Return the caller's attention mask, or None; `kwargs` are the arguments of the decoder's call."""
-        return (kwargs if self.family.outer is None else self._watching.arguments).get("attention_mask")
+        return (kwargs if self.family.outer is None else self.calls.arguments).get("attention_mask")
 
     def positions(self, kwargs: dict[str, Any]) -> Tensor | None:
         """Return the caller's position ids, given the arguments of the decoder's call; None if the caller gave none.
 
         Position ids that outer code derived from the length of a shortened cache are wrong, and have to be made anew.
         """
-        if self.family.outer is not None and self._watching.arguments.get("position_ids") is None:
+        if self.family.outer is not None and self.calls.arguments.get("position_ids") is None:
             return None
         return kwargs.get("position_ids")
 
@@ -103,11 +96,9 @@ class PromptCapture:
         Raises:
             PruningError: the prompt's ids are not known, or it has no place for images that were given.
         """
-        if self.given is not None:
-            return self.given
-        ids, self._ids = self._ids, None
-        if self.family.outer is not None:
-            ids = self._watching.arguments.get("input_ids")
+        if self.known is not None:
+            return self.known
+        ids = self._take_ids()
         embeds = kwargs.get("inputs_embeds")
         if embeds is None:
             return None
@@ -118,7 +109,7 @@ class PromptCapture:
                 "Pass input_ids (and pixel_values), not inputs_embeds; chunked prefill and assisted decoding cannot be "
                 "pruned."
             )
-        ids = ids[:: self._watching.beams(len(ids))].to(embeds.device)
+        ids = ids[:: self.calls.beams(len(ids))].to(embeds.device)
         mask = self.mask(kwargs)
         if isinstance(mask, Tensor) and mask.dim() == 2 and rows % len(mask) == 0:
             mask = mask.repeat_interleave(rows // len(mask), 0)
@@ -127,10 +118,10 @@ class PromptCapture:
         positions = self.family.positions(mask) if positions is None else positions.to(embeds.device)
         positions = positions.expand(*positions.shape[:-2], rows, length)
         beams, visual = rows // len(ids), self._visual(ids)
-        self.family.check_images(visual, self._watching.given)
+        self.family.check_images(visual, self.calls.given)
         is_prompt = self._asks(mask[::beams] != 0)
-        prompt = DecoderPrompt.of(self._watching.given, beams, ids, visual, embeds, mask, positions, is_prompt)
-        generating = self.family.reads == "decoder" and self._calls.prompt_length(is_prompt.shape[1]) is not None
+        prompt = DecoderPrompt.of(self.calls.given, beams, ids, visual, embeds, mask, positions, is_prompt)
+        generating = self.family.reads == "decoder" and self.calls.prompt_length(is_prompt.shape[1]) is not None
         return replace(prompt, generating=generating)
 
     def _asks(self, real: Tensor) -> Tensor:
@@ -139,7 +130,7 @@ class PromptCapture:
         Args:
             real: bool [B, L], columns that are no padding; changed in place.
         """
-        length, labels = self._calls.prompt_length(real.shape[1]), self._calls.arguments.get("labels")
+        length, labels = self.calls.prompt_length(real.shape[1]), self.calls.outermost.get("labels")
         if length is not None:
             real[:, length:] = False
         if labels is not None and self.family.reads == "decoder":  # an encoder reads no answer

@@ -19,7 +19,6 @@ class StagePrompt(DecoderPrompt):
 
     Attributes:
         tokens: bool [B, T], the visual tokens that are still there; T counts those of the full prompt.
-        stage: number of the stage, 0 for the first.
         layer: number of the layer that is about to run.
         values: signals that were asked for, float32 or float64 if they are attention; 0 for a token that was not there.
             `Signal.LAST_TOKEN_ATTENTION` is of the prompt's last real row that is still there. With labels it is the
@@ -27,9 +26,12 @@ class StagePrompt(DecoderPrompt):
             not count.
     """
 
-    stage: int
     layer: int
     values: Values
+
+    @property
+    def counts(self) -> Tensor:
+        return self.visual.sum(1)
 
     @property
     def attention(self) -> Tensor | None:
@@ -69,7 +71,7 @@ class DecoderPrefill:
         values = dict(self.values)
         if Signal.HIDDEN_STATES in self.needs:
             values[Signal.HIDDEN_STATES] = self._visual(self.rows.scatter(hidden.detach())[:: self.prompt.beams])
-        return StagePrompt(**{**vars(self.prompt), "tokens": self.tokens}, stage=stage, layer=layer, values=values)
+        return StagePrompt(**{**vars(self.prompt), "tokens": self.tokens, "stage": stage}, layer=layer, values=values)
 
     def narrow(self, keep: Tensor) -> KeptSequence:
         """Drop all visual tokens but `keep`, bool [B, T], and return what stays of the rows there were before.

@@ -1,0 +1,68 @@
+"""Record of what a `prune` context keeps, and of each prefill for those who count."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from catp_lightning.policy import PruningPolicy
+
+
+@dataclass(frozen=True)
+class Prefill:
+    """What one prefill kept; B samples, before beams are expanded, T visual tokens of the largest.
+
+    Attributes:
+        keep: bool [B, T], visual tokens that stayed.
+        counts: int64 [B], visual tokens that each sample had.
+        tokens_per_layer: float [B], number of visual tokens that a layer of the decoder reads, the mean over its
+            layers; more than the number that stay if tokens are dropped inside the decoder.
+        images: int64 [I], fingerprints of its images, only if the policy says which images it was calibrated on and
+            something is scored; else None.
+    """
+
+    keep: Tensor
+    counts: Tensor
+    tokens_per_layer: Tensor
+    images: Tensor | None = None
+
+
+OnPrefill = Callable[[Prefill], None]
+
+
+@dataclass
+class Pruning:
+    """Record of what a `prune` context keeps. It only records: changing it changes nothing.
+
+    Attributes:
+        model: class name of the model.
+        policy: the policy that prunes it.
+        keep: bool [B, T], the visual tokens that stayed in the last prefill, in placeholder order; None before the
+            first. B is the batch before beams are expanded, T the longest sample's count; False beyond a sample's own.
+        scores: float [B, T], scores that the tokens were ranked by; -inf beyond a sample's own, None if nothing was
+            scored.
+        destination: int64 [B, T], for each visual token the one that it is merged into: itself if it stays, or one that
+            stays and now is the mean of all that were merged into it, or -1 if it is dropped; None if nothing is
+            merged. With several stages it is the last one's: what was dropped or merged before is -1.
+        last: the last prefill; None before the first.
+        prefills: number of prefills so far.
+        labels_left_out: number of labels of the last call that were predicted from dropped rows: they do not count in
+            its loss.
+    """
+
+    model: str
+    policy: PruningPolicy
+    keep: Tensor | None = None
+    scores: Tensor | None = None
+    destination: Tensor | None = None
+    last: Prefill | None = None
+    prefills: int = 0
+    labels_left_out: int = 0
+
+    def __repr__(self) -> str:
+        """Return a short description: the model, what the policy keeps, and how much the last prefill kept."""
+        found = "nothing read yet"
+        if self.keep is not None:
+            found = f"{int(self.keep.sum()):,} visual tokens kept of a batch of {len(self.keep)}"
+        policy = f"scorer={self.policy.scorer!r}, keep={self.policy.keep!r}"
+        return f"Pruning({self.model}, {policy}: {found})"
