@@ -101,7 +101,7 @@ def replayed(module: VQAModule, batches: Iterable[Any], policies: Sequence[Pruni
             with recorder.recorded() as pairs:
                 ((replay, seen, _),) = pairs
                 counts = torch.tensor([keep_count(policy.keep, seen.tokens) for policy in policies])
-                ranks = token_ranks(rules, seen, replay.tokens, int(counts.max()))
+                ranks = token_ranks([rule.method() for rule in rules], seen, replay.tokens, int(counts.max()))
                 same = torch.empty(len(policies), ranks.shape[1], dtype=torch.bool)
                 for count in counts.unique():  # in one call all would be padded to the longest
                     same[counts == count] = replay.compare(ranks[rule_of[counts == count]] < count)[1]

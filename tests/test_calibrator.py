@@ -189,7 +189,7 @@ def divergences(calibrator: Calibrator, samples: list[Samples], keep: int) -> tu
             here = some.where((fold_of(some.images) == fold) & (part_of(some.images) == 0))
             if len(here.images):
                 rules = [candidate.policy(1.0) for candidate in calibrator._cross_fitted[fold]]
-                ranks = token_ranks(rules, here.seen, here.visual, 8)
+                ranks = token_ranks([rule.method() for rule in rules], here.seen, here.visual, 8)
                 found.append(here.replay.compare(ranks < keep)[0].clamp(max=3))
                 images.append(here.images)
     return torch.cat(found, 1).numpy(), torch.cat(images)

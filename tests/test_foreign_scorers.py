@@ -105,7 +105,7 @@ def test_what_a_selector_returns_is_checked_too(
         def select(self, *args: Any) -> Selection:
             return Selection(returned(super().select(*args).keep))
 
-    monkeypatch.setitem(SELECTORS, "odd", Odd)
+    monkeypatch.setitem(SELECTORS._own, "odd", Odd)
     model, inputs = random_blip2()
     policy = PruningPolicy("stride", selector="odd", keep=3)
     with pytest.raises(PruningError, match=f"The selector Odd {says}"), torch.no_grad(), prune(model, policy):

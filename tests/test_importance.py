@@ -14,16 +14,21 @@ from catp_lightning.calibration.fit import probes as importance
 from catp_lightning.calibration.fit.probes import WORST, Columns, head_votes, probe, random_subset, sizes
 from catp_lightning.calibration.fit.probing import Probing
 from catp_lightning.calibration.fit.sums import ProbeSums
-from catp_lightning.calibration.plan import VOTERS, Plan
+from catp_lightning.calibration.plan import Plan
 from catp_lightning.calibration.replay.base import _distinct
 from catp_lightning.calibration.replay.recorder import Recorder
 from catp_lightning.calibration.replay.samples import Samples
 from catp_lightning.calibration.split import fold_of, part_of
 from catp_lightning.methods.observation import Signal
+from catp_lightning.methods.scorers import CrossAttention, RegionAttention
 from catp_lightning.models import find_family
 from catp_lightning.prompt.prompt import visual_tokens
 from catp_lightning.utils.hashing import fingerprint
 from tests.models import GREEDY, IMAGE, PAD, random_blip2
+
+VOTERS = {"cross-attention": CrossAttention(), "region-attention": RegionAttention()}
+"""Scorers of models with a Q-Former whose heads are fitted."""
+
 
 EOS = 2
 Batch = dict[str, Tensor]

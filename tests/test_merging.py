@@ -72,7 +72,7 @@ def _no_grad() -> Iterator[None]:
 
 @pytest.fixture(autouse=True)
 def _scripted(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(SELECTORS, "scripted", Scripted)
+    monkeypatch.setitem(SELECTORS._own, "scripted", Scripted)
 
 
 def policy(keep: int | float = 0.25, **args: Any) -> PruningPolicy:

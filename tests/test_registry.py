@@ -15,9 +15,9 @@ from pathlib import Path
 import pytest
 
 from catp_lightning import PolicyError, PruningPolicy
-from catp_lightning.methods.scorers import SCORERS
+from catp_lightning.methods.registry import Registry
+from catp_lightning.methods.scorers import SCORERS, Scorer
 from catp_lightning.methods.scorers.controls import Random, Stride
-from catp_lightning.methods.scorers.registry import Registry
 
 ROOT = Path(__file__).parent.parent
 MODULES = {
@@ -73,7 +73,7 @@ def test_a_scorer_of_another_package_is_imported_when_it_is_looked_up_and_not_be
     install: Callable[..., None],
 ) -> None:
     install("catp-good", brand_new="outside_good:Good")
-    registry = Registry({"random": Random})
+    registry = Registry("scorer", Scorer, {"random": Random})
     assert "brand-new" in registry and list(registry) == ["random", "brand-new"] and len(registry) == 2
     assert registry["random"] is Random and "nothing" not in registry and registry.get("nothing") is None
     assert "outside_good" not in sys.modules
@@ -85,7 +85,7 @@ def test_a_scorer_of_another_package_is_imported_when_it_is_looked_up_and_not_be
 
 def test_iterating_over_the_values_imports_all(install: Callable[..., None]) -> None:
     install("catp-good", brand_new="outside_good:Good")
-    registry = Registry({"random": Random})
+    registry = Registry("scorer", Scorer, {"random": Random})
     assert "outside_good" not in sys.modules
     assert [cls.__name__ for cls in registry.values()] == ["Random", "Good"]
 
@@ -101,9 +101,9 @@ def test_iterating_over_the_values_imports_all(install: Callable[..., None]) -> 
         ("outside_good:Missing", "cannot be imported: AttributeError: .*Missing"),
         (
             "outside_wrong:Good",
-            "is no class under catp_lightning.methods.scorers.Scorer, but <class 'outside_wrong.Good'>",
+            "is no class under catp_lightning.methods.Scorer, but <class 'outside_wrong.Good'>",
         ),
-        ("outside_wrong:number", "is no class under catp_lightning.methods.scorers.Scorer, but 3"),
+        ("outside_wrong:number", "is no class under catp_lightning.methods.Scorer, but 3"),
         ("outside_abstract:Good", "lacks needs"),
         ("outside_asks:Good", "cannot be made without arguments: TypeError"),
         ("outside_exits:Good", "cannot be imported: SystemExit: 3"),
@@ -120,7 +120,7 @@ def test_a_broken_one_says_which_package_and_why_and_only_when_used(
     install: Callable[..., None], monkeypatch: pytest.MonkeyPatch, value: str, says: str
 ) -> None:
     install("catp-broken", broken=value)
-    monkeypatch.setattr("catp_lightning.policy.policy.SCORERS", Registry({"random": Random}))
+    monkeypatch.setattr("catp_lightning.policy.policy.SCORERS", Registry("scorer", Scorer, {"random": Random}))
     assert PruningPolicy(scorer="random").build_scorer() == Random()
     expected = rf"scorer 'broken' of the package catp-broken 1\.2 \(entry point broken = {value}\) {says}"
     with pytest.raises(PolicyError, match=expected):
@@ -132,7 +132,7 @@ def test_all_that_work_are_listed_whatever_the_others_raise(install: Callable[..
     install("catp-broken", **{name: f"outside_{module}:Good" for name, module in values.items()})
     install("catp-good", brand_new="outside_good:Good")
     with pytest.warns(UserWarning, match="It is left out") as caught:
-        assert [name for name, _ in Registry({"random": Random}).usable()] == ["random", "brand-new"]
+        assert [name for name, _ in Registry("scorer", Scorer, {"random": Random}).usable()] == ["random", "brand-new"]
     assert len(caught) == len(values)
 
 
@@ -140,7 +140,7 @@ def test_ctrl_c_while_a_scorer_is_imported_is_not_that_scorers_fault(install: Ca
     install("catp-slow", slow="outside_signalled:Good")
     before = signal.getsignal(signal.SIGINT)
     with pytest.raises(KeyboardInterrupt):
-        Registry({"random": Random})["slow"]
+        Registry("scorer", Scorer, {"random": Random})["slow"]
     assert signal.getsignal(signal.SIGINT) is before
 
 
@@ -156,7 +156,7 @@ def test_a_scheduler_that_stops_the_process_is_heard_while_a_scorer_is_imported(
     before = signal.signal(signal.SIGTERM, stop)
     try:
         with pytest.raises(SystemExit, match="143"):
-            Registry({"random": Random})["slow"]
+            Registry("scorer", Scorer, {"random": Random})["slow"]
         assert signal.getsignal(signal.SIGTERM) is stop
     finally:
         signal.signal(signal.SIGTERM, before)
@@ -164,7 +164,7 @@ def test_a_scheduler_that_stops_the_process_is_heard_while_a_scorer_is_imported(
 
 def test_a_scorer_is_imported_in_another_thread_too(install: Callable[..., None]) -> None:
     install("catp-stops", stops="outside_interrupts:Good", brand_new="outside_good:Good")
-    registry = Registry({"random": Random})
+    registry = Registry("scorer", Scorer, {"random": Random})
     with ThreadPoolExecutor(1) as pool:
         assert issubclass(pool.submit(registry.__getitem__, "brand-new").result(), Stride)
         with pytest.raises(PolicyError, match="cannot be imported: KeyboardInterrupt"):
@@ -173,7 +173,7 @@ def test_a_scorer_is_imported_in_another_thread_too(install: Callable[..., None]
 
 def test_a_name_of_our_own_stays_ours_with_one_warning(install: Callable[..., None]) -> None:
     install("catp-taker", random="outside_good:Good", other="outside_good:Good")
-    registry = Registry({"random": Random})
+    registry = Registry("scorer", Scorer, {"random": Random})
     with pytest.warns(UserWarning, match=r"package catp-taker 1\.2 brings a scorer named 'random'") as caught:
         assert registry["random"] is Random
     assert len(caught) == 1
@@ -188,14 +188,14 @@ def test_two_packages_with_one_name_are_both_named(install: Callable[..., None])
     with pytest.raises(
         PolicyError, match=r"catp-(one|two) 1\.2 and the package catp-(one|two) 1\.2 each bring .*'same'"
     ):
-        Registry({"random": Random})["same"]
+        Registry("scorer", Scorer, {"random": Random})["same"]
 
 
 def test_an_unknown_name_is_answered_with_the_nearest_of_other_packages_too(
     install: Callable[..., None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     install("catp-good", brand_new="outside_fails:Good")
-    monkeypatch.setattr("catp_lightning.policy.policy.SCORERS", Registry({"random": Random}))
+    monkeypatch.setattr("catp_lightning.policy.policy.SCORERS", Registry("scorer", Scorer, {"random": Random}))
     with pytest.raises(PolicyError, match=r"known are brand-new, random\. Did you mean 'brand-new'\?"):
         PruningPolicy(scorer="brandnew")
 
@@ -258,5 +258,6 @@ def test_the_five_steps_inside_name_what_is_there() -> None:
     names += "from catp_lightning.methods.observation import Needs, Observation, Signal\n"
     namespace: dict[str, type] = {}
     exec(names + textwrap.dedent(example), namespace)
-    registry = Registry({**{name: SCORERS[name] for name in ("random", "stride")}, "l1-norm": namespace["L1Norm"]})
+    own = {**{name: SCORERS[name] for name in ("random", "stride")}, "l1-norm": namespace["L1Norm"]}
+    registry = Registry("scorer", Scorer, own)
     assert registry["l1-norm"]().needs

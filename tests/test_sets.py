@@ -17,7 +17,7 @@ from catp_lightning.calibration.fit.heads import fit_heads
 from catp_lightning.calibration.fit.probes import Columns, pair_rows, random_subset
 from catp_lightning.calibration.fit.sums import FoldSums, ProbeSums
 from catp_lightning.calibration.fit.ties import Tolerance
-from catp_lightning.calibration.plan import VOTERS, Plan
+from catp_lightning.calibration.plan import Plan
 from catp_lightning.calibration.search import ranks as sets
 from catp_lightning.calibration.search.candidates import Candidate, default_candidates, fitted_candidates
 from catp_lightning.calibration.search.ranks import token_ranks
@@ -25,8 +25,13 @@ from catp_lightning.calibration.split import FOLDS
 from catp_lightning.methods.budget import keep_count
 from catp_lightning.methods.method import score_tokens, select_tokens
 from catp_lightning.methods.observation import Observation, Signal
+from catp_lightning.methods.scorers import CrossAttention, RegionAttention
 from catp_lightning.models import Family, find_family
 from tests.models import random_blip2
+
+VOTERS = {"cross-attention": CrossAttention(), "region-attention": RegionAttention()}
+"""Scorers of models with a Q-Former whose heads are fitted."""
+
 
 COLUMNS = Columns(dict.fromkeys(VOTERS, ((0, 1), 4)), 8)
 TIES = Tolerance.under(torch.float64)
@@ -123,7 +128,7 @@ def test_all_rules_together_keep_what_each_keeps_by_itself(
     most = max(keep_count(keep, 8) for keep in budgets)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sets, "KERNELS", kernels)
-        ranks = token_ranks(rules, seen, visual, most)
+        ranks = token_ranks([rule.method() for rule in rules], seen, visual, most)
     assert ranks.shape == (len(rules), *visual.shape)
     for candidate, rule, rank in zip(candidates, rules, ranks, strict=True):
         scores = score_tokens(rule.build_scorer(), seen, visual)
@@ -138,13 +143,15 @@ def test_autocast_changes_no_rank(candidates: list[Candidate]) -> None:
     """Half precision would round similarities and weighted votes until ties decide."""
     seen, visual = signals(64, 0, None, torch.float32), torch.ones(64, 8, dtype=torch.bool)
     rules = [candidate.policy(1.0) for candidate in candidates]
-    plain = token_ranks(rules, seen, visual, 4)
+    plain = token_ranks([rule.method() for rule in rules], seen, visual, 4)
     with torch.autocast("cpu", torch.bfloat16):
-        assert torch.equal(token_ranks(rules, seen, visual, 4), plain)
+        assert torch.equal(token_ranks([rule.method() for rule in rules], seen, visual, 4), plain)
         rule = PRUNED.policy(4)
         scores = score_tokens(rule.build_scorer(), seen, visual)
         alone = select_tokens(scores, rule.build_selector(), 4, seen, visual).keep
-    assert torch.equal(alone, token_ranks([rule], seen, visual, 4)[0] < 4), "and pruning chooses what was measured"
+    assert torch.equal(alone, token_ranks([rule.method()], seen, visual, 4)[0] < 4), (
+        "and pruning chooses what was measured"
+    )
 
 
 PRUNED = Candidate("", "catp", {"image_weight": "received"}, "dpp", {"similarity": "regions", "relevance": 1.5})

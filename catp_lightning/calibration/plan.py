@@ -1,32 +1,18 @@
 """Plan of a calibration: choose among all methods that drop before the decoder, or among one method's settings."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, fields, replace
-from typing import Protocol
+from typing import Any, Protocol
 
 from torch import nn
 
 from catp_lightning.errors import PolicyError, PruningError
 from catp_lightning.methods.observation import BY_LAYER, Needs, Signal, join
-from catp_lightning.methods.scorers import AttentionScorer, Scorer
-from catp_lightning.methods.scorers.cross_attention import CrossAttention
-from catp_lightning.methods.scorers.fastervlm import FasterVLM
-from catp_lightning.methods.scorers.region_attention import RegionAttention
-from catp_lightning.methods.scorers.trimmed_llama import TrimmedLlama
+from catp_lightning.methods.scorers import SCORERS, AttentionScorer, Scorer
 from catp_lightning.models import Family
 from catp_lightning.policy import PruningPolicy
 from catp_lightning.pruning.guide import Guide
 from catp_lightning.pruning.pruner import Pruner, instead_of
-
-VOTERS: dict[str, AttentionScorer] = {"cross-attention": CrossAttention(), "region-attention": RegionAttention()}
-"""Scorers for models with a Q-Former whose head weights are fitted, by name."""
-
-OF_OTHERS: dict[str, AttentionScorer] = {
-    "fastervlm": FasterVLM(layers=None, scale="log"),
-    "trimmed-llama": TrimmedLlama(scale="log"),
-}
-"""Scorers for models without a Q-Former whose head weights are fitted, by name."""
-
 
 OF_HEADS = BY_LAYER - {Signal.VISION_KEYS}
 
@@ -65,8 +51,7 @@ class Plan:
             )
         if method is not None:
             return cls._of_method(family, method, guide)
-        both = {**VOTERS, **OF_OTHERS}
-        return cls(family, {name: scorer for name, scorer in both.items() if family.shows(scorer.needs)})
+        return cls(family, {name: scorer for name, scorer in _fitted() if family.shows(scorer.needs)})
 
     @classmethod
     def _of_method(cls, family: Family, method: PruningPolicy, guide: nn.Module | None) -> "Plan":
@@ -117,6 +102,20 @@ class Plan:
         return join(voter.needs for voter in self.voters.values()) if self.layer else {}
 
 
+def _fitted() -> Iterator[tuple[str, AttentionScorer]]:
+    """Yield name and scorer of each method whose heads are fitted by default: of all layers, without weights."""
+    for name, scorer in SCORERS.usable():
+        if issubclass(scorer, AttentionScorer) and vars(scorer).get("fitted", False):
+            yield name, _unweighted(scorer(), None)
+
+
+def _unweighted(scorer: AttentionScorer, layers: tuple[int, ...] | None) -> AttentionScorer:
+    """Return a scorer without weights, on the scale on which weights are fitted, that reads `layers`; None: all."""
+    scale = {"scale": "log"} if any(field.name == "scale" for field in fields(scorer)) else {}
+    changes: dict[str, Any] = {"layers": layers, "head_weights": None, "slot_weights": None, **scale}
+    return replace(scorer, **changes)
+
+
 def everything_it_reads(
     plan: Plan, scorer: Scorer, selector: str | None, stages: tuple[int, ...]
 ) -> AttentionScorer | None:
@@ -134,10 +133,8 @@ def everything_it_reads(
     count = stages[0] if stages else plan.count(signal)
     if stages and scorer.needs.keys() != {Signal.LAST_TOKEN_ATTENTION}:
         return None
-    layers = {"layers": tuple(range(count)), "head_weights": None, "slot_weights": None}
-    has_scale = any(field.name == "scale" for field in fields(scorer))
     try:
-        return replace(scorer, **layers, **({"scale": "log"} if has_scale else {}))  # type: ignore[arg-type]
+        return _unweighted(scorer, tuple(range(count)))
     except ValueError:  # its layers are fixed
         return None
 

@@ -1,16 +1,50 @@
 """Scores and selections of observed tokens: pure functions of tensors, shared by pruning and calibration."""
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from catp_lightning.errors import PolicyError, PruningError
 from catp_lightning.methods.budget import keep_count
-from catp_lightning.methods.observation import Observation
+from catp_lightning.methods.observation import Needs, Observation, join
 from catp_lightning.methods.scorers import SCORERS, Scorer
 from catp_lightning.methods.selection import Selection, images_to_samples, own_destination
 from catp_lightning.methods.selectors import Selector, without_autocast
+
+
+@dataclass(frozen=True)
+class Method:
+    """Way to choose visual tokens, whatever the budget.
+
+    Attributes:
+        scorer: scores tokens.
+        selector: turns scores into a set of tokens.
+    """
+
+    scorer: Scorer
+    selector: Selector
+
+    @property
+    def needs(self) -> Needs:
+        """Signals that scorer and selector read, with their layers."""
+        return join([self.scorer.needs, self.selector.needs])
+
+    @property
+    def nested(self) -> bool:
+        """True if one ranking of each image's tokens determines what stays at every budget."""
+        return self.selector.nested and self.selector.per == "image"
+
+    def select(self, seen: Observation, keep: int | float, visual: Tensor) -> Selection:
+        """Return the visual tokens that stay.
+
+        Args:
+            seen: signals of the images.
+            keep: the budget, of each image or of the whole sample as the selector's `per` says.
+            visual: bool [B, T], the visual tokens that each sample has.
+        """
+        return select_tokens(score_tokens(self.scorer, seen, visual), self.selector, keep, seen, visual)
 
 
 def select_tokens(

@@ -9,6 +9,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Self, TypeVar, get_args
 
 from catp_lightning.errors import PolicyError, did_you_mean
+from catp_lightning.methods.method import Method
+from catp_lightning.methods.registry import Registry
 from catp_lightning.methods.scorers import SCORERS, Scorer
 from catp_lightning.methods.selectors import SELECTORS, Selector
 from catp_lightning.policy.frozen import DEEPEST, LARGEST, check_size, frozen, too_large
@@ -28,7 +30,7 @@ else:
     Budget = Any
 
 Positions = Literal["original", "compact"]
-Method = TypeVar("Method")
+Part = TypeVar("Part")
 
 
 @dataclass(frozen=True)
@@ -90,12 +92,40 @@ class PruningPolicy:
 
     def build_scorer(self) -> Scorer:
         """Build the scorer with its arguments."""
-        return _method("scorer", self.scorer, SCORERS, self.scorer_args)
+        return _build("scorer", self.scorer, SCORERS, self.scorer_args)
 
     def build_selector(self) -> Selector:
         """Build the selector with its arguments; without a name, the scorer's default selector."""
         name = _lookup("scorer", self.scorer, SCORERS).selector if self.selector is None else self.selector
-        return _method("selector", name, SELECTORS, self.selector_args)
+        return _build("selector", name, SELECTORS, self.selector_args)
+
+    def method(self) -> Method:
+        """Build scorer and selector."""
+        return Method(self.build_scorer(), self.build_selector())
+
+    @classmethod
+    def of(cls, scorer: Scorer, selector: Selector | None = None, **settings: Any) -> Self:
+        """Return the policy of a method that is given as an object.
+
+        Args:
+            scorer: scores tokens; its class is one of `SCORERS`.
+            selector: turns scores into a set of tokens; its class is one of `SELECTORS`. None: the scorer's default.
+            settings: the other fields, `keep` for example.
+
+        Raises:
+            PolicyError: a class is in no registry, so that its name could not be written into a file; or as in the
+                constructor.
+
+        Example:
+            >>> from catp_lightning.methods.scorers import FastV
+            >>> PruningPolicy.of(FastV(layer=2), keep=0.25)
+            PruningPolicy(scorer='fastv', keep=0.25)
+        """
+        name, scorer_args = _named(SCORERS, scorer)
+        settings = {**settings, "scorer": name, "scorer_args": scorer_args}
+        if selector is not None:
+            settings["selector"], settings["selector_args"] = _named(SELECTORS, selector)
+        return cls(**settings)
 
     def to_dict(self) -> dict[str, Any]:
         """Return the fields as plain JSON types.
@@ -229,12 +259,25 @@ def _keep_from_json(value: Any) -> Any:
     raise PolicyError(f'keep is {value!r:.200}; in a file it is {{"share": 0.5}} or {{"tokens": 16}}.')
 
 
-def _lookup(kind: str, name: Any, known: Mapping[str, type[Method]]) -> type[Method]:
+def _named(known: Registry[Any], part: Any) -> tuple[str, dict[str, Any]]:
+    """Return the registered name of an object's class, and the fields that differ from their defaults."""
+    name = known.name_of(part)
+    if name not in known or known[name] is not type(part):
+        raise PolicyError(
+            f"{part!r:.200} is no {known.kind} that a policy can name: {type(part).__qualname__} is not registered. "
+            f"Register its class by an entry point of the group {known.group}; CONTRIBUTING.md shows how."
+        )
+    plain = known[name]()
+    values = {part_.name: (getattr(part, part_.name), getattr(plain, part_.name)) for part_ in fields(part)}
+    return name, {key: value for key, (value, default) in values.items() if value != default}
+
+
+def _lookup(kind: str, name: Any, known: Mapping[str, type[Part]]) -> type[Part]:
     if not isinstance(name, str) or name not in known:
         hint = did_you_mean(name, known)
         raise PolicyError(f"There is no {kind} {name!r:.200}; known are {', '.join(sorted(known))}.{hint}")
     return known[name]
 
 
-def _method(kind: str, name: str, known: Mapping[str, type[Method]], args: Mapping[str, Any]) -> Method:
+def _build(kind: str, name: str, known: Mapping[str, type[Part]], args: Mapping[str, Any]) -> Part:
     return build(_lookup(kind, name, known), args, f"{kind} {name!r}")

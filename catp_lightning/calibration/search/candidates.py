@@ -6,10 +6,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from catp_lightning.calibration.fit.fitting import Fitted, VoterFit
-from catp_lightning.calibration.plan import VOTERS, Plan, why_not
+from catp_lightning.calibration.plan import Plan, why_not
 from catp_lightning.methods.observation import Signal
 from catp_lightning.methods.scorers import SCORERS
-from catp_lightning.models import Family
 from catp_lightning.policy import PruningPolicy
 
 STRENGTHS = (0.5, 1.5)
@@ -90,7 +89,7 @@ def default_candidates(plan: Plan) -> list[Candidate]:
         if not cls().stages(plan.family.depth) and why_not(plan.family, rule) is None:
             found.append(rule)
     if Signal.CROSS_ATTENTION in plan.family.layers():
-        return found + list(_of_qformer(plan.family))
+        return found + list(_of_qformer(plan))
     for name in plan.voters:
         layers = plan.voting(name)
         single = [_top_k(f"{name} layer {n}", name, {"layers": [n]}, reference=True) for n in layers]
@@ -98,10 +97,10 @@ def default_candidates(plan: Plan) -> list[Candidate]:
     return found + list(_of_outputs(plan))
 
 
-def _of_qformer(family: Family) -> Iterator[Candidate]:
+def _of_qformer(plan: Plan) -> Iterator[Candidate]:
     """Yield a Q-Former's single layers (`catp layer 0` reads its first cross-attention), weighted CATP, and DPPs."""
-    layers = range(family.layers()[Signal.CROSS_ATTENTION])
-    for name in ("catp", *VOTERS):
+    layers = range(plan.family.layers()[Signal.CROSS_ATTENTION])
+    for name in ("catp", *plan.voters):
         yield from (Candidate(f"{name} layer {n}", name, {"layers": [n]}, reference=name == "catp") for n in layers)
     yield Candidate("catp weighted by image token", "catp", {"image_weight": "received"})
     for similarity in ("cross-attention", "outputs"):

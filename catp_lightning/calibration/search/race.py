@@ -13,12 +13,9 @@ from catp_lightning.calibration.plan import Plan
 from catp_lightning.calibration.replay.base import Variants
 from catp_lightning.calibration.replay.samples import Samples
 from catp_lightning.calibration.search.candidates import Candidate
-from catp_lightning.calibration.search.ranks import is_nested, limits, method_ranks, methods
+from catp_lightning.calibration.search.ranks import limits, token_ranks
 from catp_lightning.calibration.split import fold_of
-from catp_lightning.methods.method import score_tokens, select_tokens
-from catp_lightning.methods.scorers import Scorer
 from catp_lightning.methods.selection import Selection, protected_tokens
-from catp_lightning.methods.selectors import Selector
 from catp_lightning.policy import PruningPolicy
 from catp_lightning.pruning.pruner import Pruner
 
@@ -58,7 +55,7 @@ class Race:
         places = range(len(self.running))
         shared = [n for n in places if all(rules[n] is first[n] for rules in self.rules)]
         entering = [n for n in places if not first[n].build_scorer().stages(plan.family.depth)]
-        ranked = [n for n in entering if is_nested(_method(first[n]))]
+        ranked = [n for n in entering if first[n].method().nested]
         self._inside = [n for n in places if n not in entering]
         self._anew = [n for n in entering if n not in ranked]
         alone = [*self._anew, *self._inside]  # merged at the decoder's input, or chosen inside the decoder
@@ -66,8 +63,9 @@ class Race:
         self._by_fold = any(n not in shared for n in alone)
         self._shared = [n for n in ranked if n in shared]
         self._own = [n for n in ranked if n not in shared]
-        self._of_all = methods([first[n] for n in self._shared])
-        self._of_fold = [methods([of_fold[n] for n in self._own]) for of_fold in self.rules]
+        # Built once: checking their arguments takes longer than a small batch.
+        self._of_all = [first[n].method() for n in self._shared]
+        self._of_fold = [[of_fold[n].method() for n in self._own] for of_fold in self.rules]
         self.sums = CandidateSums(len(budgets), len(candidates[0])).to(device)
         self.metrics: dict[str, Metric] = {"candidates": self.sums}
 
@@ -123,28 +121,22 @@ class Race:
         """Return the selection of a candidate without nested ranking."""
         if isinstance(policy.keep, float) and policy.keep == 1.0:
             return Selection(samples.visual)
-        scorer, selector = _method(policy)
-        scores = score_tokens(scorer, samples.seen, samples.visual)
-        return select_tokens(scores, selector, policy.keep, samples.seen, samples.visual)
+        return policy.method().select(samples.seen, policy.keep, samples.visual)
 
     def _ranks(self, samples: Samples, most: int) -> Tensor:
         """Return the rank at which tokens join each candidate's set, `most` without nested ranking: int64 [N, B, T]."""
         visual, fold = samples.visual, fold_of(samples.images)
         ranks = torch.full((len(self.running), *visual.shape), most, device=visual.device, dtype=torch.int64)
         if self._shared:
-            ranks[self._shared] = method_ranks(self._of_all, samples.seen, visual, most)
+            ranks[self._shared] = token_ranks(self._of_all, samples.seen, visual, most)
         for number in fold.unique().tolist() if self._own else []:
             here = samples.where(fold == number)
-            found = method_ranks(self._of_fold[number], here.seen, here.visual, most)
+            found = token_ranks(self._of_fold[number], here.seen, here.visual, most)
             rows = (fold == number).nonzero()[:, 0]
             ranks[torch.tensor(self._own, dtype=torch.int64, device=ranks.device)[:, None], rows, : found.shape[2]] = (
                 found
             )
         return ranks
-
-
-def _method(policy: PruningPolicy) -> tuple[Scorer, Selector]:
-    return policy.build_scorer(), policy.build_selector()
 
 
 class Check(Race):

@@ -7,35 +7,21 @@ import torch
 from torch import Tensor
 
 from catp_lightning.methods.budget import keep_count
-from catp_lightning.methods.method import score_tokens
+from catp_lightning.methods.method import Method, score_tokens
 from catp_lightning.methods.observation import Observation
 from catp_lightning.methods.scorers import Scorer
 from catp_lightning.methods.selection import images_to_samples
 from catp_lightning.methods.selectors import Selector
 from catp_lightning.methods.selectors.dpp import DPP, exact_similarity, greedy_ranks
-from catp_lightning.policy import PruningPolicy
 
 KERNELS = 2**20  # elements of the DPP kernels that are held at a time, 8 MiB
 
 
-Method = tuple[Scorer, Selector]
-
-
-def methods(rules: Sequence[PruningPolicy]) -> list[Method]:
-    """Build the scorer and selector of each policy, once: checking their arguments takes longer than a small batch."""
-    return [(rule.build_scorer(), rule.build_selector()) for rule in rules]
-
-
-def token_ranks(rules: Sequence[PruningPolicy], seen: Observation, visual: Tensor, most: int) -> Tensor:
-    """Return `method_ranks` of policies, whatever their budget."""
-    return method_ranks(methods(rules), seen, visual, most)
-
-
-def method_ranks(rules: Sequence[Method], seen: Observation, visual: Tensor, most: int) -> Tensor:
+def token_ranks(rules: Sequence[Method], seen: Observation, visual: Tensor, most: int) -> Tensor:
     """Return the rank at which each token joins each rule's set, so that one result serves all budgets.
 
     Args:
-        rules: scorer and selector of each of C rules.
+        rules: C methods.
         seen: signals of I images that the rules read.
         visual: bool [B, T], visual tokens of each sample.
         most: number of tokens of an image that are to be ranked.
@@ -49,7 +35,8 @@ def method_ranks(rules: Sequence[Method], seen: Observation, visual: Tensor, mos
     ranks: list[Tensor] = []
     kernels: dict[int, Tensor] = {}
     droppable = seen.droppable
-    for number, (scorer, selector) in enumerate(rules):
+    for number, rule in enumerate(rules):
+        scorer, selector = rule.scorer, rule.selector
         if scorer not in scores:
             scores[scorer] = score_tokens(scorer, seen, visual)
         if not isinstance(selector, DPP):
@@ -75,12 +62,6 @@ def _solve(kernels: dict[int, Tensor], ranks: list[Tensor], droppable: Tensor, m
     for number, found in zip(kernels, solved, strict=True):
         ranks[number] = found
     kernels.clear()
-
-
-def is_nested(method: Method) -> bool:
-    """Return True if one ranking of each image's tokens determines what a method keeps at every budget."""
-    selector = method[1]
-    return selector.nested and selector.per == "image"
 
 
 def limits(keep: int | float, seen: Observation, visual: Tensor) -> Tensor:

@@ -1,5 +1,6 @@
 """Scorers, by their name in a policy."""
 
+from catp_lightning.methods.registry import Registry
 from catp_lightning.methods.scorers.base import AttentionScorer, Scorer
 from catp_lightning.methods.scorers.catp import CATP
 from catp_lightning.methods.scorers.cdpruner import CDPruner
@@ -11,7 +12,6 @@ from catp_lightning.methods.scorers.downsample import Downsample
 from catp_lightning.methods.scorers.fastervlm import FasterVLM
 from catp_lightning.methods.scorers.fastv import FastV, PyramidDrop
 from catp_lightning.methods.scorers.region_attention import RegionAttention
-from catp_lightning.methods.scorers.registry import Registry
 from catp_lightning.methods.scorers.self_attention import SelfAttention
 from catp_lightning.methods.scorers.sgl import SGL
 from catp_lightning.methods.scorers.sparsevlm import SparseVLM
@@ -46,7 +46,34 @@ _OWN: dict[str, type[Scorer]] = {
     "downsample": Downsample,
     "random": Random,
 }
-SCORERS = Registry(_OWN)
+SCORERS = Registry("scorer", Scorer, _OWN)
 """Scorers by name: those of this package, and those of other packages' entry points of `catp_lightning.scorers`."""
 
-__all__ = ["SCORERS", "AttentionScorer", "Scorer"]
+__all__ = [
+    "CATP",
+    "DART",
+    "SCORERS",
+    "SGL",
+    "VTCCLS",
+    "AttentionScorer",
+    "CDPruner",
+    "CrossAttention",
+    "DivPrune",
+    "Downsample",
+    "FastV",
+    "FasterVLM",
+    "Grid",
+    "L2Norm",
+    "Position",
+    "PyramidDrop",
+    "Random",
+    "RegionAttention",
+    "Scorer",
+    "SelfAttention",
+    "SparseVLM",
+    "Stride",
+    "TrimmedLlama",
+    "VisPruner",
+    "VisionZip",
+    "VisualExit",
+]

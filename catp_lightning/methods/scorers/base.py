@@ -68,11 +68,18 @@ class EqualScores(Scorer):
 class AttentionScorer(Scorer):
     """Base class of scorers that sum weighted votes: one number for each token from each attention head.
 
+    Attributes of the class:
+        fitted: True if a calibration of all methods fits weights for the heads of this one, on every model that has the
+            attention it reads; it holds for this very class, not for those derived from it. A calibration of one method
+            by name fits the heads of any scorer.
+
     Attributes:
         layers: the layers that vote, counted from 0, or from -1 for the last; None: all.
         head_weights: [L, H], a weight for each head of each of those L layers, which may be negative; None: all 1.
         slot_weights: [T], a number for each token of an image, added to the sum of the votes; None: all 0.
     """
+
+    fitted: ClassVar[bool] = False
 
     layers: tuple[int, ...] | None = None
     head_weights: tuple[tuple[float, ...], ...] | None = None

@@ -1,6 +1,7 @@
 """Mean log cross-attention: a softer vote than CATP's ranks, and much cheaper."""
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 from torch import Tensor
 
@@ -15,6 +16,8 @@ class CrossAttention(AttentionScorer):
     Our own method; calibration regresses on these votes. A mean of probabilities would be the same for every query
     token, as each row of attention sums to 1.
     """
+
+    fitted: ClassVar[bool] = True
 
     @property
     def needs(self) -> Needs:

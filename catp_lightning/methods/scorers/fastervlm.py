@@ -1,6 +1,7 @@
 """FasterVLM: attention of [CLS] in the vision tower (2412.01818v1, section 3)."""
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 from torch import Tensor
 
@@ -15,6 +16,8 @@ class FasterVLM(PaidAttention):
     In a vision tower without [CLS] (SigLIP) the score is the attention that a patch receives on average, which is not
     in the paper. `layers` counts only the layers of the tower that lead to the features: -1 is the last of them.
     """
+
+    fitted: ClassVar[bool] = True
 
     layers: tuple[int, ...] | None = (-1,)
 

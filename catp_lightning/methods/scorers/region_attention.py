@@ -1,6 +1,7 @@
 """Cross-attention to the regions of an image that the vision tower itself attends to."""
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -19,6 +20,8 @@ class RegionAttention(AttentionScorer):
     block, summed over heads and rows (the image weight of 2404.08567's code) and scaled to sum to 1. A query token that
     attends to the background scores low, however it ranks there.
     """
+
+    fitted: ClassVar[bool] = True
 
     @property
     def needs(self) -> Needs:

@@ -17,6 +17,7 @@ class TrimmedLlama(PaidAttention):
     over text rows is our reading of the paper, which does not say how they are combined.
     """
 
+    fitted: ClassVar[bool] = True
     selector: ClassVar[str] = "union"
 
     @property

@@ -1,5 +1,6 @@
 """Selectors, by their name in a policy."""
 
+from catp_lightning.methods.registry import Registry
 from catp_lightning.methods.selectors.base import Selector, without_autocast
 from catp_lightning.methods.selectors.conditional_dpp import ConditionalDPP
 from catp_lightning.methods.selectors.context_merge import ContextMerge
@@ -13,7 +14,7 @@ from catp_lightning.methods.selectors.recycle import Recycle
 from catp_lightning.methods.selectors.top_k import TopK
 from catp_lightning.methods.selectors.union import Union
 
-SELECTORS: dict[str, type[Selector]] = {
+_OWN: dict[str, type[Selector]] = {
     "top-k": TopK,
     "dpp": DPP,
     "union": Union,
@@ -26,5 +27,22 @@ SELECTORS: dict[str, type[Selector]] = {
     "grid": Grid,
     "pool": Pool,
 }
+SELECTORS = Registry("selector", Selector, _OWN)
+"""Selectors by name: those of this package, and those of other packages' entry points of `catp_lightning.selectors`."""
 
-__all__ = ["SELECTORS", "Selector", "without_autocast"]
+__all__ = [
+    "DART",
+    "DPP",
+    "SELECTORS",
+    "ConditionalDPP",
+    "ContextMerge",
+    "Grid",
+    "MaxMin",
+    "Pool",
+    "PruneSimilar",
+    "Recycle",
+    "Selector",
+    "TopK",
+    "Union",
+    "without_autocast",
+]
