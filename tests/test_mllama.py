@@ -19,6 +19,7 @@ from catp_lightning.methods.observation import Signal
 from catp_lightning.methods.selection import Selection
 from catp_lightning.models.mllama import Mllama
 from catp_lightning.prompt.prompt import CrossAttended
+from catp_lightning.pruning.sites import SiteSettings
 from catp_lightning.pruning.sites.cross_attention import PruneCrossAttention
 from catp_lightning.utils.hashing import fingerprint
 
@@ -145,8 +146,11 @@ def uneven(prompt: CrossAttended) -> Tensor:
 
 
 @contextmanager
-def dropping(model: nn.Module, choose: Callable[[CrossAttended], Tensor], **more: Any) -> Iterator[PruneCrossAttention]:
-    rows = PruneCrossAttention(Mllama(model), lambda prompt: Selection(choose(prompt)), **more)
+def dropping(
+    model: nn.Module, choose: Callable[[CrossAttended], Tensor], observe: bool = False, **more: Any
+) -> Iterator[PruneCrossAttention]:
+    settings = SiteSettings(needs={Signal.CROSS_ATTENTION_TO_IMAGE: None} if observe else {})
+    rows = PruneCrossAttention(Mllama(model), lambda prompt: Selection(choose(prompt)), settings, **more)
     with rows.installed():
         yield rows
 
@@ -469,11 +473,10 @@ def test_after_an_exception_the_model_is_what_it_was(where: str) -> None:
     def fail(*args: Any) -> Any:
         raise KeyError("on purpose")
 
-    forgotten: list[None] = []
     last = model.model.language_model.layers[-1].mlp
     with pytest.raises(KeyError, match="on purpose"):
         choose = fail if where == "choose" else uneven
-        with dropping(model, choose, forget=lambda: forgotten.append(None)) as rows:
+        with dropping(model, choose) as rows:
             if where == "a layer after the choice":
                 handle = last.register_forward_hook(fail)
                 with pytest.raises(KeyError):
@@ -486,7 +489,6 @@ def test_after_an_exception_the_model_is_what_it_was(where: str) -> None:
                 model(**inputs)
             fail()
     assert hooks(model) == before and torch.equal(model(**inputs).logits, full)
-    assert len(forgotten) == (where == "choose")
 
 
 class TestRefused:
@@ -573,10 +575,12 @@ class TestRefused:
             self.step(model, cache, cross_attention_mask=self.grown(column))
 
     def test_a_choice_without_the_image_that_the_answer_reads(self, model: nn.Module) -> None:
-        self.rows.choose = lambda prompt: prompt.tokens & (torch.arange(prompt.tokens.shape[1]) < TILES * ROWS)
+        decide = self.rows.decide
+        first = torch.arange(2 * TILES * ROWS) < TILES * ROWS
+        self.rows.decide = lambda prompt: Selection(prompt.tokens & first[: prompt.tokens.shape[1]])
         with pytest.raises(PruningError, match="at least one row of every image"):
             model(**self.inputs)
-        self.rows.choose = uneven
+        self.rows.decide = decide
 
 
 class TestFamily:
