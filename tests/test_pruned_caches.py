@@ -15,6 +15,7 @@ from transformers import DynamicCache, PreTrainedModel, StoppingCriteria, Stoppi
 from transformers.modeling_outputs import BaseModelOutput
 
 from catp_lightning import PruningError, PruningPolicy, prune
+from catp_lightning.pruning.pruner import applied
 from tests.families import ROWS, Row
 from tests.oracles import Decoder, Inputs, cache_of
 from tests.test_families import EVERYTHING, every_row, exact, scale, uneven
@@ -236,12 +237,12 @@ def test_encoder_states_are_looked_at_anywhere_and_decoded_only_where_they_were_
     row = BY_NAME["Blip2-T5"]
     model, inputs = row.model(), row.inputs()
     given = {"attention_mask": inputs["attention_mask"], "decoder_input_ids": words(inputs)}
-    with prune(model, EVERYTHING, choose=uneven()) as pruning:
+    with applied(model, EVERYTHING, choose=uneven()) as pruner:
         states = model(**row.oracle.forward_inputs(inputs)).language_model_outputs.encoder_last_hidden_state
         expected = model.language_model(encoder_outputs=(states,), **given).logits
         with pytest.raises(PruningError, match="encoder states were not"):
             model.language_model(encoder_outputs=(states.clone(),), **given)
-        with pruning.suspended(), pytest.raises(PruningError, match="encoder states were not"):
+        with pruner.suspended(), pytest.raises(PruningError, match="encoder states were not"):
             model.language_model(encoder_outputs=(states,), **given)
     for later in (nullcontext, lambda: prune(model, WHOLE), lambda: prune(model, FEW)):
         for handed_on in (states, states.to(torch.float64), states.flip(0)):
