@@ -77,7 +77,7 @@ class Timed(CrossAttentionCalibration):
         self._saved = 0.0
 
     def _read_batch(self, trainer: Trainer, run: Any, number: int) -> None:
-        title, start = run.calibrator.stage.title, time.perf_counter()
+        title, start = run.now.title, time.perf_counter()
         super()._read_batch(trainer, run, number)
         self.parts[title] += time.perf_counter() - start
 

@@ -25,11 +25,11 @@ from torch.utils.data import DataLoader
 
 from catp_lightning import AnswerWriter, CrossAttentionCalibration, PolicyError, PruningPolicy, TokenPruning
 from catp_lightning.calibration import checkpoint as resume
-from catp_lightning.calibration import split
 from catp_lightning.calibration.checkpoint import CalibrationCheckpoint
 from catp_lightning.calibration.fit.sums import PartCounts
 from catp_lightning.calibration.replay.base import Replay
 from catp_lightning.calibration.report.report import report
+from catp_lightning.calibration.settings import CalibrationSettings
 from catp_lightning.cli.sweep import save_all
 from catp_lightning.data.scenes import write_scenes
 from catp_lightning.evaluation.comparison import Comparison, save_comparison
@@ -67,7 +67,8 @@ def data() -> list[Batch]:
 
 
 def calibrate(path: Path, *callbacks: Callback, logger: Any = False, **trainer: Any) -> CrossAttentionCalibration:
-    callback = CrossAttentionCalibration(path, keep=0.5, scorer="catp")
+    settings = CalibrationSettings(first_round=8)
+    callback = CrossAttentionCalibration(path, keep=0.5, scorer="catp", settings=settings)
     predict([*callbacks, callback], logger, **trainer)
     return callback
 
@@ -81,10 +82,9 @@ def predict(callbacks: list[Callback], logger: Any = False, **trainer: Any) -> A
 
 @pytest.fixture(scope="module", autouse=True)
 def _small() -> Iterator[None]:
-    """A calibration saves after every batch, and has two rounds."""
+    """A calibration saves after every batch."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(resume, "EVERY", 1)
-        patch.setattr(split, "FIRST_ROUND", 8)
         yield
 
 

@@ -13,18 +13,21 @@ from torch.utils.data import DataLoader
 from transformers import GenerationConfig
 
 from catp_lightning import PolicyError, PruningError, PruningPolicy, prune
-from catp_lightning.calibration import split
 from catp_lightning.calibration.fit.sums import CandidateSums, DrawnQuestions, ImageSet, ProbeSums, RankCorrelation
 from catp_lightning.calibration.plan import Plan
 from catp_lightning.calibration.replay.base import agreement, divergence
 from catp_lightning.calibration.search.candidates import default_candidates
-from catp_lightning.calibration.split import FOLDS, fold_of, part_of, round_bounds, round_of
+from catp_lightning.calibration.settings import DEFAULTS, CalibrationSettings
+from catp_lightning.calibration.split import fold_of, part_of, round_bounds, round_of
 from catp_lightning.callbacks.calibration import CrossAttentionCalibration
 from catp_lightning.models import find_family
 from catp_lightning.pruning.answers import compare_with_unpruned
 from catp_lightning.pruning.pruner import applied
 from tests.models import GREEDY, random_blip2, random_inputs
 from tests.test_prune_errors import state
+
+FOLDS = DEFAULTS.folds
+
 
 SHORT = {**GREEDY, "max_new_tokens": 3, "min_new_tokens": 1}
 
@@ -54,9 +57,14 @@ def data(count: int, batch: int, dtype: torch.dtype = torch.float32) -> list[dic
 
 
 def calibrate(
-    module: L.LightningModule, batches: Sequence[dict[str, Tensor]], path: Path, keep: Any = 0.5, **trainer: Any
+    module: L.LightningModule,
+    batches: Sequence[dict[str, Tensor]],
+    path: Path,
+    keep: Any = 0.5,
+    calibration: CalibrationSettings = DEFAULTS,
+    **trainer: Any,
 ) -> CrossAttentionCalibration:
-    callback = CrossAttentionCalibration(path, keep=keep)
+    callback = CrossAttentionCalibration(path, keep=keep, settings=calibration)
     settings = {"accelerator": "cpu", "logger": False, "enable_progress_bar": False, **trainer}
     L.Trainer(callbacks=[callback], **settings).predict(module, DataLoader(batches, batch_size=None))
     return callback
@@ -296,14 +304,12 @@ def test_parts_folds_and_rounds_follow_the_image_and_are_drawn_apart() -> None:
         assert (torch.bincount(turn[inside]) / inside.sum()).tolist() == pytest.approx([0.125, 0.25, 0.625], abs=0.02)
 
 
-def test_losers_leave_early_and_controls_are_checked_all_the_same(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(split, "FIRST_ROUND", 4)
-    policy = calibrate(Module(), data(64, 16), tmp_path / "p.json").policies[0]
+def test_losers_leave_early_and_controls_are_checked_all_the_same(tmp_path: Path) -> None:
+    soon = CalibrationSettings(first_round=4)
+    policy = calibrate(Module(), data(64, 16), tmp_path / "p.json", calibration=soon).policies[0]
     rows = policy.evidence["candidates"]
     counts = sorted({row["choose"]["samples"] for row in rows})
-    assert len(counts) == len(round_bounds(policy.evidence["samples"]["learn"])) == 3
+    assert len(counts) == len(round_bounds(policy.evidence["samples"]["learn"], 4)) == 3
     full = [row for row in rows if row["choose"]["samples"] == counts[-1]]
     assert counts[-1] == policy.evidence["samples"]["learn"]
     assert len([row for row in rows if row["choose"]["samples"] == counts[0]]) > len(rows) / 2

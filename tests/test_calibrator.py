@@ -1,6 +1,7 @@
 """A calibration chooses what is best on images it was not fitted to."""
 
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,17 +13,22 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from catp_lightning import PolicyError, PruningError, PruningPolicy, prune
-from catp_lightning.calibration import split
-from catp_lightning.calibration.calibrator import Calibrator
+from catp_lightning.calibration.calibrator import calibrate as passes_of
+from catp_lightning.calibration.calibrator import needs_of
 from catp_lightning.calibration.fit.fitting import fit, fit_without
+from catp_lightning.calibration.fit.probing import Probing
+from catp_lightning.calibration.fit.ties import Tolerance
 from catp_lightning.calibration.plan import Plan
 from catp_lightning.calibration.replay.recorder import Recorder
 from catp_lightning.calibration.replay.samples import Samples
+from catp_lightning.calibration.report.evidence import CalibrationResult
 from catp_lightning.calibration.search.candidates import Candidate, fitted_candidates
 from catp_lightning.calibration.search.promise import Promise
 from catp_lightning.calibration.search.race import Race
 from catp_lightning.calibration.search.ranks import token_ranks
-from catp_lightning.calibration.split import FOLDS, fold_of, part_of, round_bounds, round_of
+from catp_lightning.calibration.search.standings import Standings
+from catp_lightning.calibration.settings import DEFAULTS, CalibrationSettings
+from catp_lightning.calibration.split import fold_of, part_of, round_bounds, round_of
 from catp_lightning.callbacks import CrossAttentionCalibration
 from catp_lightning.methods.observation import join
 from catp_lightning.models import find_family
@@ -31,6 +37,13 @@ from catp_lightning.pruning.pruner import applied
 from catp_lightning.utils.hashing import fingerprint
 from tests.models import Shape, random_blip2
 from tests.test_calibration import Module, calibrate, data, figures
+
+FOLDS = DEFAULTS.folds
+
+
+SOON = CalibrationSettings(first_round=4)
+"""Rounds begin with few samples: small data have several."""
+
 
 Batch = dict[str, Tensor]
 QUIET: dict[str, Any] = {"accelerator": "cpu", "logger": False, "enable_progress_bar": False}
@@ -66,9 +79,9 @@ def highest_norm(outputs: Tensor) -> Tensor:
     return (norm == norm.amax(1, keepdim=True)).to(outputs.dtype)
 
 
-def recorded(module: Module, batches: list[Batch], needs: Calibrator) -> list[Samples]:
-    family = find_family(module)
-    recorder, found = Recorder(Plan.of(family), needs.needs), []
+def recorded(module: Module, batches: list[Batch]) -> list[Samples]:
+    plan = Plan.of(find_family(module))
+    recorder, found = Recorder(plan, needs_of(plan)), []
     with torch.no_grad(), recorder.recording():
         for batch in batches:
             module.predict_step(batch, 0)
@@ -77,18 +90,42 @@ def recorded(module: Module, batches: list[Batch], needs: Calibrator) -> list[Sa
     return found
 
 
+@dataclass
+class Finished:
+    """A calibration that went through all its passes, without a trainer."""
+
+    plan: Plan
+    probing: Probing
+    rounds: list[Race]
+    result: CalibrationResult
+
+    @property
+    def standings(self) -> Standings:
+        ties = Tolerance.under(self.plan.family.model.dtype)
+        return Standings(self.result.candidates, ties, [race.sums.compute() for race in self.rounds])
+
+    def policies(self) -> list[PruningPolicy]:
+        return self.result.policies()
+
+
 def finished(
-    module: Module, batches: list[Batch], keep: list[int | float], promise: Promise | None = None
-) -> Calibrator:
-    """A calibrator that went through all its stages, without a trainer."""
-    calibrator = Calibrator(Plan.of(find_family(module)), keep, promise)
-    samples = recorded(module, batches, calibrator)
+    module: Module,
+    batches: list[Batch],
+    keep: list[int | float],
+    promise: Promise | None = None,
+    settings: CalibrationSettings = DEFAULTS,
+) -> Finished:
+    plan, passes = Plan.of(find_family(module), settings=settings), []
+    flow, samples = passes_of(plan, keep, promise), recorded(module, batches)
     with torch.no_grad():
         while True:
+            try:
+                passes.append(next(flow))
+            except StopIteration as end:
+                probing, *rounds, _ = passes
+                return Finished(plan, probing, rounds, end.value)
             for some in samples:
-                calibrator.see(some)
-            if not calibrator.finish():
-                return calibrator
+                passes[-1].see(some)
 
 
 def images_of(batches: list[Batch]) -> Tensor:
@@ -142,9 +179,16 @@ def test_each_image_is_answered_by_the_candidates_of_its_fold() -> None:
     shared = Candidate("shared", "l2-norm")
     by_fold = [[Candidate("own", "position", {"weights": [float(x) for x in order]}), shared] for order in orders]
     competition = Race(
-        "", Plan.of(find_family(module)), by_fold, [3, 5], [[0, 1], [0]], lambda images: part_of(images) == 0, None
+        "",
+        Plan.of(find_family(module)),
+        by_fold,
+        [3, 5],
+        [[0, 1], [0]],
+        lambda samples: part_of(samples.images) == 0,
+        {},
+        None,
     )
-    samples = recorded(module, batches, Calibrator(Plan.of(find_family(module)), [0.5]))
+    samples = recorded(module, batches)
     with torch.no_grad():
         for some in samples:
             competition.see(some)
@@ -162,17 +206,16 @@ def test_each_image_is_answered_by_the_candidates_of_its_fold() -> None:
 
 def test_a_calibration_cross_fits_and_saves_what_was_fitted_on_all_folds() -> None:
     calibrator = finished(Planted(slot_3), data(64, 32, torch.float64), [2])
-    probing, plan = calibrator._probing, calibrator.plan
-    assert probing.pairs is not None
-    sums, pairs, columns = probing.sums.compute(), probing.pairs.compute(), probing.columns
-    fitted = fit(sums, pairs, columns, calibrator.ties)
+    learned, plan, ties = calibrator.probing.learned(), calibrator.plan, calibrator.standings.ties
+    assert learned.pairs is not None
+    sums, pairs, columns = learned.sums, learned.pairs, learned.columns
+    fitted = fit(sums, pairs, columns, ties)
     whole = fitted_candidates(plan, fitted)
-    assert calibrator.candidates[-len(whole) :] == whole
-    first = calibrator._rounds[0].rules
+    assert calibrator.result.candidates[-len(whole) :] == whole
+    first = calibrator.rounds[0].rules
     for fold in range(FOLDS):
         own = [
-            one.policy(1.0)
-            for one in fitted_candidates(plan, fit_without(fold, sums, pairs, columns, fitted, calibrator.ties))
+            one.policy(1.0) for one in fitted_candidates(plan, fit_without(fold, sums, pairs, columns, fitted, ties))
         ]
         assert first[fold][-len(own) :] == own
         assert own != [one.policy(1.0) for one in whole], "a fold's rules are not those of all"
@@ -181,48 +224,47 @@ def test_a_calibration_cross_fits_and_saves_what_was_fitted_on_all_folds() -> No
     assert policy.evidence["fitted"]["slots"] == fitted.slots
 
 
-def divergences(calibrator: Calibrator, samples: list[Samples], keep: int) -> tuple[np.ndarray, Tensor]:
+def divergences(calibrator: Finished, samples: list[Samples], keep: int) -> tuple[np.ndarray, Tensor]:
     """Of every cross-fitted candidate on every sample of the learning part: [C, N]; and their images."""
     found, images = [], []
     for some in samples:
         for fold in range(FOLDS):
             here = some.where((fold_of(some.images) == fold) & (part_of(some.images) == 0))
             if len(here.images):
-                rules = [candidate.policy(1.0) for candidate in calibrator._cross_fitted[fold]]
+                rules = calibrator.rounds[0].rules[fold]
                 ranks = token_ranks([rule.method() for rule in rules], here.seen, here.visual, 8)
                 found.append(here.replay.compare(ranks < keep)[0].clamp(max=3))
                 images.append(here.images)
     return torch.cat(found, 1).numpy(), torch.cat(images)
 
 
-def test_in_each_round_the_best_quarter_by_all_divergence_so_far_goes_on(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(split, "FIRST_ROUND", 4)
+def test_in_each_round_the_best_quarter_by_all_divergence_so_far_goes_on() -> None:
     module, batches = Module(dtype=torch.float64), data(60, 30, torch.float64)
     budgets: list[int | float] = [4, 1, 1.0]
-    calibrator = finished(module, batches, budgets)
-    samples = recorded(module, batches, calibrator)
-    names = [candidate.name for candidate in calibrator.candidates]
+    calibrator = finished(module, batches, budgets, settings=SOON)
+    samples = recorded(module, batches)
+    names = [candidate.name for candidate in calibrator.result.candidates]
     differ = 0
     for budget, keep in enumerate((4, 1, 8)):
         with torch.no_grad():
             each, images = divergences(calibrator, samples, keep)
-        turn = round_of(images, round_bounds(len(images))).numpy()
+        turn = round_of(images, round_bounds(len(images), 4)).numpy()
         assert sorted(set(turn.tolist())) == [0, 1, 2]
         alive = list(range(len(names)))
         for number in range(3):
-            assert calibrator._rounds[number].alive[budget] == alive
+            assert calibrator.rounds[number].alive[budget] == alive
             so_far = {n: float(f"{each[n][turn <= number].mean():.9g}") for n in alive}
             alone = {n: float(f"{each[n][turn == number].mean():.9g}") for n in alive}
             ranking, other = (sorted(alive, key=lambda n: (by[n], names[n])) for by in (so_far, alone))
             alive = sorted(ranking[: -(-len(ranking) // 4)])
             differ += number > 0 and set(other[: len(alive)]) != set(alive)
-        assert calibrator.chosen[budget] == ranking[0]
+        assert calibrator.result.chosen[budget] == ranking[0]
         rows = calibrator.policies()[budget].evidence["candidates"]
         row = figures(calibrator.policies()[budget], names[ranking[0]])
         assert row["choose"]["divergence"] == pytest.approx(each[ranking[0]].mean(), rel=1e-9)
         assert rows[0] == row
         checked = {row["name"] for row in rows if row["check"]}
-        references = {candidate.name for candidate in calibrator.candidates if candidate.reference}
+        references = {candidate.name for candidate in calibrator.result.candidates if candidate.reference}
         assert checked == references | {names[ranking[0]]} and len(references) == 9
     assert differ, "the last round alone would have chosen others, or this proves nothing"
     everything = calibrator.policies()[2]
@@ -230,18 +272,18 @@ def test_in_each_round_the_best_quarter_by_all_divergence_so_far_goes_on(monkeyp
 
 
 @pytest.mark.parametrize("empty", [0, 1, 2])
-def test_a_round_without_an_image_decides_nothing(empty: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_round_without_an_image_decides_nothing(empty: int) -> None:
     """Rounds are drawn by image: with few images and many questions one can be empty."""
-    monkeypatch.setattr(split, "FIRST_ROUND", 4)
-    bounds = round_bounds(32)
+    bounds = round_bounds(32, 4)
     (some,) = where(data(160, 160, torch.float64), lambda images: round_of(images, bounds) != empty)
     batches = [{name: value[start : start + 28] for name, value in some.items()} for start in (0, 28)]
-    calibrator = finished(Module(dtype=torch.float64), batches, [2])
+    calibrator = finished(Module(dtype=torch.float64), batches, [2], settings=SOON)
     images = images_of(batches)
     learn = int((part_of(images) == 0).sum())
-    assert round_bounds(learn) == bounds and len(calibrator._rounds) == 3
-    assert not calibrator._reduced[empty]["count"].any()
-    alive = [*(some.alive[0] for some in calibrator._rounds), [*calibrator._ranking(0)]]
+    assert round_bounds(learn, 4) == bounds and len(calibrator.rounds) == 3
+    assert not calibrator.standings.rounds[empty]["count"].any()
+    alive = [some.alive[0] for some in calibrator.rounds]
+    alive.append(calibrator.standings.ranking(0, alive[-1]))
     if empty < 2:
         assert alive[empty + 1] == alive[empty], "nobody leaves by name"
     policy = calibrator.policies()[0]
@@ -283,9 +325,9 @@ def test_nothing_is_decided_on_the_checking_part() -> None:
 
 def test_what_is_observed_serves_every_candidate_that_can_be_fitted() -> None:
     calibrator = finished(Planted(slot_3), data(32, 16, torch.float64), [2])
-    rules = [candidate.policy(1.0) for candidate in calibrator.candidates]
-    needs = join(need for rule in rules for need in (rule.build_scorer().needs, rule.build_selector().needs))
-    assert join([calibrator.needs, needs]) == dict(calibrator.needs)
+    rules = [candidate.policy(1.0) for candidate in calibrator.result.candidates]
+    observed, needs = needs_of(calibrator.plan), join(rule.method().needs for rule in rules)
+    assert join([observed, needs]) == dict(observed)
 
 
 def test_a_loader_that_cannot_be_read_twice_is_refused(tmp_path: Path) -> None:

@@ -64,14 +64,14 @@ def test_a_policy_carries_its_difference_to_the_best_control_paired_by_image(pla
     module, batches = Planted(slot_3 if planted else _first), two_questions(70, 35)
     calibrator = finished(module, batches, [2, 1])
     images, checked = images_of(batches), part_of(images_of(batches)) == 1
-    for policy, keep, chosen in zip(calibrator.policies(), (2, 1), calibrator.chosen, strict=True):
+    for policy, keep, chosen in zip(calibrator.policies(), (2, 1), calibrator.result.chosen, strict=True):
         (point,) = [point for point in policy.evidence["retention"] if point["keep"] == keep]
         same = {
             n: agrees(module, candidate.policy(keep), batches)[checked]
-            for n, candidate in enumerate(calibrator.candidates)
+            for n, candidate in enumerate(calibrator.result.candidates)
             if n == chosen or (candidate.control and candidate.reference)
         }
-        rivals = {calibrator.candidates[n].name: agreed for n, agreed in same.items() if n != chosen}
+        rivals = {calibrator.result.candidates[n].name: agreed for n, agreed in same.items() if n != chosen}
         best = max(agreed.double().mean() for agreed in rivals.values())
         named = point["best_control"]
         assert rivals[named["name"]].double().mean() == best == pytest.approx(named["agreement"])

@@ -15,12 +15,12 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from catp_lightning import CrossAttentionCalibration, PolicyError, PruningError, PruningPolicy, prune
-from catp_lightning.calibration.fit import probes as importance
 from catp_lightning.calibration.fit.fitting import Fitted, VoterFit
 from catp_lightning.calibration.fit.heads import HeadFit
 from catp_lightning.calibration.fit.layers import LayerChoice
 from catp_lightning.calibration.plan import Plan
 from catp_lightning.calibration.search.candidates import Candidate, default_candidates, fitted_candidates
+from catp_lightning.calibration.settings import CalibrationSettings
 from catp_lightning.calibration.split import part_of
 from catp_lightning.methods.observation import Observation, Signal
 from catp_lightning.methods.scorers import SCORERS
@@ -71,9 +71,8 @@ def data(row: Row) -> list[dict[str, Tensor]]:
     return found
 
 
-def calibrate(row: Row, path: Path, monkeypatch: pytest.MonkeyPatch, **options: Any) -> PruningPolicy:
-    monkeypatch.setattr(importance, "PROBES", 4)
-    callback = CrossAttentionCalibration(path, keep=KEEP, **options)
+def calibrate(row: Row, path: Path, **options: Any) -> PruningPolicy:
+    callback = CrossAttentionCalibration(path, keep=KEEP, settings=CalibrationSettings(probes=4), **options)
     trainer = L.Trainer(callbacks=[callback], accelerator="cpu", logger=False, enable_progress_bar=False)
     trainer.predict(Module(row), DataLoader(data(row), batch_size=None))  # type: ignore[arg-type]
     assert PruningPolicy.load(path) == callback.policies[0]
@@ -143,7 +142,7 @@ def test_what_is_measured_of_every_rule_is_what_pruning_does(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     row = BY_NAME[name]
-    policy = calibrate(row, tmp_path / "policy.json", monkeypatch)
+    policy = calibrate(row, tmp_path / "policy.json")
     candidates = default_candidates(Plan.of(find_family(row.model())))
     names = {candidate.name for candidate in candidates}
     assert {"random", "stride", "l2-norm", "diversity of outputs"} <= names, "controls always compete"
@@ -168,7 +167,7 @@ def test_one_method_is_calibrated_by_its_name(
     name: str, method: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     row, selector = BY_NAME[name], "top-k" if method == "trimmed-llama" else None
-    policy = calibrate(row, tmp_path / "policy.json", monkeypatch, scorer=method, selector=selector)
+    policy = calibrate(row, tmp_path / "policy.json", scorer=method, selector=selector)
     controls = {control for control, cls in SCORERS.items() if cls.control}
     assert policy.scorer == method, "controls compete, but are not what was asked for"
     assert {row["name"].split()[0] for row in policy.evidence["candidates"]} <= {method, *controls}
@@ -185,7 +184,7 @@ def test_a_method_inside_the_decoder_is_calibrated_where_it_drops(
 ) -> None:
     row = BY_NAME["Llava"]
     args = {"layer": 1} if method in ("fastv", "dart") else None if method == "visual-exit" else {"stages_at": [1]}
-    policy = calibrate(row, tmp_path / "policy.json", monkeypatch, scorer=method, scorer_args=args)
+    policy = calibrate(row, tmp_path / "policy.json", scorer=method, scorer_args=args)
     assert policy.scorer == method
     checked = row_of(policy, policy.evidence["chosen"])["check"]["agreement"]
     assert checked == pytest.approx(agreement(row, policy)[1], abs=1e-12)
@@ -236,7 +235,7 @@ def test_a_guide_is_asked_while_its_layers_and_heads_are_calibrated(
             weight.add_(0.3 * weight.std(correction=0) * torch.randn_like(weight))
     guide.generate(**row.inputs(), **SETTINGS)  # transformers sets hooks of its own, which stay
     before = hooks(guide)
-    policy = calibrate(row, tmp_path / "policy.json", monkeypatch, scorer="sgl", guide=guide)
+    policy = calibrate(row, tmp_path / "policy.json", scorer="sgl", guide=guide)
     names = [row["name"] for row in policy.evidence["candidates"]]
     assert policy.scorer == "sgl" and {"sgl", "sgl layer 0", "sgl layer 1"} <= set(names)
     for name in (policy.evidence["chosen"], "sgl layer 1"):

@@ -11,8 +11,12 @@ from sklearn.linear_model import Lasso, Ridge
 
 from catp_lightning.calibration.fit.heads import GATE, STRENGTHS, describe_heads, fit_heads
 from catp_lightning.calibration.fit.layers import LayerChoice, choose_layers
-from catp_lightning.calibration.fit.sums import FOLDS, FoldSums, ProbeSums
+from catp_lightning.calibration.fit.sums import FoldSums, ProbeSums
 from catp_lightning.calibration.fit.ties import Tolerance
+from catp_lightning.calibration.settings import DEFAULTS
+
+FOLDS = DEFAULTS.folds
+
 
 HEADS, SLOTS, TOKENS, PROBES, BATCH = 16, 8, 16, 16, 40
 EXACT = Tolerance(0.0)

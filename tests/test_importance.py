@@ -9,8 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from catp_lightning import PruningPolicy, prune
-from catp_lightning.calibration.calibrator import Calibrator
-from catp_lightning.calibration.fit import probes as importance
+from catp_lightning.calibration.calibrator import needs_of
 from catp_lightning.calibration.fit.probes import WORST, Columns, head_votes, probe, random_subset, sizes
 from catp_lightning.calibration.fit.probing import Probing
 from catp_lightning.calibration.fit.sums import ProbeSums
@@ -18,6 +17,7 @@ from catp_lightning.calibration.plan import Plan
 from catp_lightning.calibration.replay.base import _distinct
 from catp_lightning.calibration.replay.recorder import Recorder
 from catp_lightning.calibration.replay.samples import Samples
+from catp_lightning.calibration.settings import CalibrationSettings
 from catp_lightning.calibration.split import fold_of, part_of
 from catp_lightning.methods.observation import Signal
 from catp_lightning.methods.scorers import CrossAttention, RegionAttention
@@ -70,7 +70,7 @@ def forward(net: Net, batch: Batch) -> Any:
 
 def record(net: Net, call: ModelCall, batch: Batch) -> tuple[Any, Samples]:
     family = find_family(net)
-    recorder = Recorder(Plan.of(family), Calibrator(Plan.of(family), [0.5]).needs)
+    recorder = Recorder(Plan.of(family), needs_of(Plan.of(family)))
     with recorder.recording():
         output = call(net, batch)
         with recorder.recorded() as ((replay, seen, _),):
@@ -112,11 +112,11 @@ class Explicit:
         return each.sum(1) / self.valid.sum(1)
 
 
-def subsets(samples: Samples, size: float, number: int) -> Tensor:
+def subsets(samples: Samples, size: float, number: int, count: int) -> Tensor:
     visual = samples.visual
     counts = torch.tensor([max(1, round(count * size)) for count in visual.sum(1).tolist()])
     seeds = samples.images ^ samples.replay.questions
-    probes = range(importance.PROBES * number, importance.PROBES * (number + 1))
+    probes = range(count * number, count * (number + 1))
     return torch.stack([random_subset(seeds, visual, counts, n) & visual for n in probes])
 
 
@@ -163,8 +163,7 @@ class Calls:
 def test_a_probe_is_what_the_model_pruned_to_that_subset_says_of_its_own_answer(
     call: ModelCall, right: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(importance, "PROBES", 3)
-    monkeypatch.setattr(importance, "WORST", -1000.0)  # or a lost answer could hide anything
+    monkeypatch.setattr("catp_lightning.calibration.fit.probes.WORST", -1000.0)  # or a lost answer could hide anything
     net, batch = model(), mixed([1, 2, 0, 1, 2], right=right)
     calls = Calls(net.vision_model, net.qformer)
     gains = []
@@ -172,13 +171,13 @@ def test_a_probe_is_what_the_model_pruned_to_that_subset_says_of_its_own_answer(
         output, samples = record(net, call, batch)
         votes = head_votes(VOTERS.values(), samples.seen, samples.visual)
         found = [
-            probe(samples.replay, votes, samples.images, size, number, 8)
+            probe(samples.replay, votes, samples.images, size, number, 8, probes=3)
             for number, size in enumerate(sizes([0.5, 3], 8))
         ]
         assert calls.counts == [1, 1], "vision runs once a batch, however many subsets are probed"
         explicit = Explicit(net, batch, output)
         for number, (size, probes) in enumerate(zip(sizes([0.5, 3], 8), found, strict=True)):
-            keep, count = subsets(samples, size, number), round(8 * size)
+            keep, count = subsets(samples, size, number, 3), round(8 * size)
             assert keep[:, :4].sum(2).tolist() == [[count, 2 * count, 0, count]] * 3
             expected = torch.stack([explicit.gain(kept) for kept in keep])
             torch.testing.assert_close(probes.gain, expected, atol=1e-10, rtol=0)
@@ -206,27 +205,23 @@ def test_after_padding_on_the_right_the_first_token_comes_from_where_generate_ta
             torch.testing.assert_close(first, output.logits[0][rows].log_softmax(-1), atol=1e-5, rtol=0)
 
 
-def test_the_gains_of_lost_answers_are_cut_off(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(importance, "PROBES", 3)
+def test_the_gains_of_lost_answers_are_cut_off() -> None:
     net, batch = model(), mixed([1, 1, 1])
     net.language_projection.weight.data *= 20
     with torch.no_grad():
         _, samples = record(net, greedy, batch)
-        keep = subsets(samples, 1 / 8, 0)
+        keep = subsets(samples, 1 / 8, 0, 3)
         whole = samples.replay.answer_log_probability(keep)
-        found = probe(
-            samples.replay, head_votes(VOTERS.values(), samples.seen, samples.visual), samples.images, 1 / 8, 0, 8
-        ).gain
+        votes = head_votes(VOTERS.values(), samples.seen, samples.visual)
+        found = probe(samples.replay, votes, samples.images, 1 / 8, 0, 8, probes=3).gain
     assert whole.min() < WORST - 1 and torch.equal(found, whole.clamp(min=WORST))
 
 
-def test_inference_mode_changes_nothing_and_half_precision_little(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(importance, "PROBES", 4)
-
+def test_inference_mode_changes_nothing_and_half_precision_little() -> None:
     def probed(net: Net, dtype: torch.dtype) -> tuple[Samples, Any]:
         _, samples = record(net, greedy, mixed([1, 2, 1], dtype))
         votes = head_votes(VOTERS.values(), samples.seen, samples.visual)
-        return samples, probe(samples.replay, votes, samples.images, 0.5, 0, 8)
+        return samples, probe(samples.replay, votes, samples.images, 0.5, 0, 8, probes=4)
 
     with torch.no_grad():
         _, plain = probed(model(torch.float32), torch.float32)
@@ -237,27 +232,26 @@ def test_inference_mode_changes_nothing_and_half_precision_little(monkeypatch: p
         with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16, enabled=autocast):
             samples, half = probed(model(dtype), dtype)
         assert half.rows.dtype == half.gain.dtype == torch.float32
-        rows = slow_rows(samples, subsets(samples, 0.5, 0))
+        rows = slow_rows(samples, subsets(samples, 0.5, 0, 4))
         torch.testing.assert_close(half.rows.double(), rows, atol=1e-4, rtol=0)
         assert half.gain.isfinite().all() and (half.gain <= 0).all()
-    assert [importance.PROBES, *half.gain.shape] == [4, 4, 3]
+    assert half.gain.shape == (4, 3)
 
 
-def test_one_set_of_probes_serves_all_budgets_and_only_the_learning_part(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(importance, "PROBES", 2)
+def test_one_set_of_probes_serves_all_budgets_and_only_the_learning_part() -> None:
     assert sizes([0.5, 0.25, 1.0], 8) == [4 / 8, 2 / 8, 1 / 8] and sizes([0.5], 1) == []
     assert sizes([3, 7, 100], 8) == [7 / 8, 3 / 8, 2 / 8, 1 / 8]
     net = model()
     with torch.no_grad():
         _, samples = record(net, forward, mixed([1] * 30))
-        family = find_family(net)
-        probing = Probing(Plan.of(family), [0.5, 0.25], part_of, None)
+        plan = Plan.of(find_family(net), settings=CalibrationSettings(probes=2))
+        probing = Probing(plan, [0.5, 0.25], part_of, None)
         probing.see(samples)
         here = samples.where(part_of(samples.images) == 0)
         assert 15 < len(here.images) < 30
         expected = ProbeSums(probing.columns.total)
         for number, size in enumerate((4, 2, 1)):
-            keep = subsets(here, size / 8, number)
+            keep = subsets(here, size / 8, number, 2)
             gain = here.replay.answer_log_probability(keep).clamp(min=WORST)
             expected.update(fold_of(here.images), slow_rows(here, keep), gain)
     found, wanted = probing.sums.compute(), expected.compute()
@@ -284,9 +278,8 @@ def test_random_subsets_are_fair_and_depend_on_seed_and_number_alone() -> None:
     assert shorter.sum(1).tolist() == [3, 3] and not (shorter & ~visual).any()
 
 
-def test_probes_of_a_sample_do_not_depend_on_batch_or_padding(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_probes_of_a_sample_do_not_depend_on_batch_or_padding() -> None:
     """Subsets are drawn from image and question: two questions about one image are probed with different subsets."""
-    monkeypatch.setattr(importance, "PROBES", 4)
     net, batch = model(), mixed([1, 1, 1])
     batch["pixel_values"][1] = batch["pixel_values"][0]
     alone = {
@@ -299,7 +292,7 @@ def test_probes_of_a_sample_do_not_depend_on_batch_or_padding(monkeypatch: pytes
         for some in (batch, alone):
             _, samples = record(net, greedy, some)
             votes = head_votes(VOTERS.values(), samples.seen, samples.visual)
-            found.append(probe(samples.replay, votes, samples.images, 0.5, 1, 8))
+            found.append(probe(samples.replay, votes, samples.images, 0.5, 1, 8, probes=4))
     together, one = found
     torch.testing.assert_close(together.rows[:, :1], one.rows, atol=1e-10, rtol=0)
     torch.testing.assert_close(together.gain[:, :1], one.gain, atol=1e-10, rtol=0)

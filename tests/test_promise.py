@@ -32,15 +32,15 @@ def test_a_promise_is_tested_on_one_question_of_each_image_of_the_checking_part(
     (policy,) = calibrator.policies()
     shown = policy.evidence["promise"]
     with torch.no_grad():
-        draws = torch.cat([some.keys for some in recorded(module, batches, calibrator)])
+        draws = torch.cat([some.keys for some in recorded(module, batches)])
     images = images_of(batches)
     checked = [image for image in images.unique().tolist() if part_of(torch.tensor([image]), 0.5).item()]
     first = [min((images == image).nonzero()[:, 0].tolist(), key=lambda n: int(draws[n])) for image in checked]
     assert shown["images"] == len(first) == len(set(first)) and policy.evidence["samples"]["check"] == 2 * len(first)
     assert {number < 70 for number in first} == {True, False}, "sometimes the first question, sometimes the second"
     holding = []
-    for step, keep, chosen in zip(shown["steps"], (4, 2, 1), calibrator.chosen, strict=True):
-        same = agrees(module, calibrator.candidates[chosen].policy(keep), batches)
+    for step, keep, chosen in zip(shown["steps"], (4, 2, 1), calibrator.result.chosen, strict=True):
+        same = agrees(module, calibrator.result.candidates[chosen].policy(keep), batches)
         assert step["keep"] == keep and step["disagreed"] == int((~same[first]).sum())
         assert step["bound"] == pytest.approx(upper_bound(step["disagreed"], len(first), 0.9))
         holding.append(step["bound"] <= 0.35)

@@ -28,12 +28,12 @@ from torchmetrics import Metric
 
 from catp_lightning import PolicyError
 from catp_lightning.calibration import checkpoint as resume
-from catp_lightning.calibration import split
 from catp_lightning.calibration.checkpoint import CalibrationCheckpoint
 from catp_lightning.calibration.fit.sums import DrawnQuestions, ImageSet, PartCounts, ProbeSums
 from catp_lightning.calibration.identity import model_fingerprint
 from catp_lightning.calibration.replay.base import Replay
 from catp_lightning.calibration.search.race import Race
+from catp_lightning.calibration.settings import CalibrationSettings
 from catp_lightning.calibration.split import part_of
 from catp_lightning.callbacks import calibration
 from catp_lightning.callbacks.calibration import CrossAttentionCalibration
@@ -85,7 +85,9 @@ def calibrate(
     promise: float | None = None,
     **trainer: Any,
 ) -> CrossAttentionCalibration:
-    callback = CrossAttentionCalibration(path, keep=keep, max_disagreement=promise)
+    callback = CrossAttentionCalibration(
+        path, keep=keep, max_disagreement=promise, settings=CalibrationSettings(first_round=10)
+    )
     settings = {"accelerator": "cpu", "devices": 1, "logger": False, "enable_progress_bar": False, **trainer}
     loader = DataLoader(data() if batches is None else batches, batch_size=None)
     L.Trainer(callbacks=[callback], **settings).predict(Module() if module is None else module, loader)
@@ -93,9 +95,8 @@ def calibrate(
 
 
 def small(patch: Callable[[Any, str, Any], None]) -> None:
-    """Savings every two batches, two rounds on few samples, and no report."""
+    """Savings every two batches, and no report."""
     patch(resume, "EVERY", 2)
-    patch(split, "FIRST_ROUND", 10)
     patch(calibration, "report", lambda *_: [])
 
 

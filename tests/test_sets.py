@@ -21,13 +21,16 @@ from catp_lightning.calibration.plan import Plan
 from catp_lightning.calibration.search import ranks as sets
 from catp_lightning.calibration.search.candidates import Candidate, default_candidates, fitted_candidates
 from catp_lightning.calibration.search.ranks import token_ranks
-from catp_lightning.calibration.split import FOLDS
+from catp_lightning.calibration.settings import DEFAULTS
 from catp_lightning.methods.budget import keep_count
 from catp_lightning.methods.method import score_tokens, select_tokens
 from catp_lightning.methods.observation import Observation, Signal
 from catp_lightning.methods.scorers import CrossAttention, RegionAttention
 from catp_lightning.models import Family, find_family
 from tests.models import random_blip2
+
+FOLDS = DEFAULTS.folds
+
 
 VOTERS = {"cross-attention": CrossAttention(), "region-attention": RegionAttention()}
 """Scorers of models with a Q-Former whose heads are fitted."""

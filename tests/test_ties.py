@@ -1,14 +1,15 @@
 """What is equal but for rounding is decided by name or place."""
 
 import itertools
+from typing import Any
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from catp_lightning.calibration.calibrator import NOTHING
 from catp_lightning.calibration.fit.ties import Tolerance
+from catp_lightning.calibration.search.standings import NOTHING
 from tests.test_calibration import Module, data
 from tests.test_calibrator import finished
 
@@ -36,17 +37,18 @@ def test_a_chain_of_close_values_is_not_one_tie() -> None:
 @pytest.mark.parametrize(("dtype", "by_name"), [(torch.float32, True), (torch.float64, False)])
 def test_candidates_that_diverge_equally_within_rounding_go_by_name(dtype: torch.dtype, by_name: bool) -> None:
     calibrator = finished(Module(dtype=dtype), data(24, 12, dtype), [4])
-    sums = calibrator._reduced[0]
-    alive = calibrator.alive[0] = list(range(len(calibrator.candidates)))
-    names = [candidate.name for candidate in calibrator.candidates]
-    for reduced in calibrator._reduced:
+    standings = calibrator.standings
+    sums: Any = standings.rounds[0]
+    alive = list(range(len(standings.candidates)))
+    names = [candidate.name for candidate in standings.candidates]
+    for reduced in standings.rounds:
         reduced["count"][0] = 10
         reduced["divergence"][0] = 10.0
     for better, size in enumerate(sorted(alive, key=names.__getitem__, reverse=True)):
         sums["divergence"][0][size] -= 1e-6 * better / len(alive)  # the first name diverges least, by next to nothing
     sums["divergence"][0] *= -1
     sums["divergence"][0] += 20  # now it diverges most
-    ranking = [names[number] for number in calibrator._ranking(0)]
+    ranking = [names[number] for number in standings.ranking(0, alive)]
     assert ranking == sorted(names, reverse=not by_name)
 
 

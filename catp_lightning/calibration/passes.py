@@ -1,25 +1,30 @@
 """Passes of a calibration: each reads the split once and adds up its findings in metrics."""
 
-from collections.abc import Callable, Mapping
-from typing import Protocol
+from abc import ABC, abstractmethod
+from collections.abc import Callable
 
 from torch import Tensor
 from torchmetrics import Metric
 
 from catp_lightning.calibration.replay.samples import Samples
 
-Belongs = Callable[[Tensor], Tensor]
-"""Function that selects the samples of a stage by the fingerprint of their image: int64 [B] -> bool [B]."""
+Belongs = Callable[[Samples], Tensor]
+"""Function that says which samples a pass reads: B samples -> bool [B]."""
 
 
-class Stage(Protocol):
-    """Protocol of a stage, which adds up metrics during one reading of the split."""
+class Pass(ABC):
+    """One reading of the split.
+
+    Attributes:
+        title: what is measured, shown to the user.
+        key: text of all that the sums depend on beside the data; an interrupted pass goes on only under an equal one.
+        metrics: the sums, by name.
+    """
 
     title: str
+    key: str
+    metrics: dict[str, Metric]
 
-    @property
-    def metrics(self) -> Mapping[str, Metric]:
-        """Metrics of the stage, by name."""
-
+    @abstractmethod
     def see(self, samples: Samples) -> None:
         """Add a batch to the metrics."""

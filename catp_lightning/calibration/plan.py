@@ -6,6 +6,7 @@ from typing import Any, Protocol
 
 from torch import nn
 
+from catp_lightning.calibration.settings import DEFAULTS, CalibrationSettings
 from catp_lightning.errors import PolicyError, PruningError
 from catp_lightning.methods.observation import BY_LAYER, Needs, Signal, join
 from catp_lightning.methods.scorers import SCORERS, AttentionScorer, Scorer
@@ -27,6 +28,7 @@ class Plan:
         voters: scorers whose head weights are fitted, by name, with all the layers they may read.
         layer: decoder layer at whose entry tokens leave; 0: before the first layer.
         guide: guide model that the method reads; None: it reads none.
+        settings: settings that trade time for precision.
     """
 
     family: Family
@@ -34,9 +36,16 @@ class Plan:
     method: PruningPolicy | None = None
     layer: int = 0
     guide: Guide | None = None
+    settings: CalibrationSettings = DEFAULTS
 
     @classmethod
-    def of(cls, family: Family, method: PruningPolicy | None = None, guide: nn.Module | None = None) -> "Plan":
+    def of(
+        cls,
+        family: Family,
+        method: PruningPolicy | None = None,
+        guide: nn.Module | None = None,
+        settings: CalibrationSettings = DEFAULTS,
+    ) -> "Plan":
         """Plan the calibration of all methods that drop before the decoder, or of one `method`.
 
         Raises:
@@ -50,11 +59,14 @@ class Plan:
                 "fixed rule, PruningPolicy(scorer=...); docs/families.md says which scorers it shows signals for."
             )
         if method is not None:
-            return cls._of_method(family, method, guide)
-        return cls(family, {name: scorer for name, scorer in _fitted() if family.shows(scorer.needs)})
+            return cls._of_method(family, method, guide, settings)
+        voters = {name: scorer for name, scorer in _fitted() if family.shows(scorer.needs)}
+        return cls(family, voters, settings=settings)
 
     @classmethod
-    def _of_method(cls, family: Family, method: PruningPolicy, guide: nn.Module | None) -> "Plan":
+    def _of_method(
+        cls, family: Family, method: PruningPolicy, guide: nn.Module | None, settings: CalibrationSettings
+    ) -> "Plan":
         refusal = why_not(family, method.with_keep(0.5), guide)
         if refusal is not None:
             raise PruningError(f"{method.scorer!r} cannot be calibrated here. {refusal}{instead_of(method, family)}")
@@ -62,7 +74,7 @@ class Plan:
         if guide is not None and Signal.GUIDE_ATTENTION in scorer.needs:
             asked = Guide(guide, family, None, getattr(scorer, "answer_tokens", 1))
         stages = scorer.stages(family.depth)
-        plain = cls(family, {}, method, stages[0] if stages else 0, asked)
+        plain = cls(family, {}, method, stages[0] if stages else 0, asked, settings)
         voter = everything_it_reads(plain, scorer, method.selector, stages)
         return plain if voter is None else replace(plain, voters={method.scorer: voter})
 

@@ -1,9 +1,9 @@
 """`CrossAttentionCalibration`: finds a pruning policy on a calibration split, during `trainer.predict`."""
 
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -13,16 +13,18 @@ from lightning.pytorch import LightningModule, Trainer
 from torch import nn
 from tqdm import tqdm
 
-from catp_lightning.calibration.calibrator import Calibrator
+from catp_lightning.calibration.calibrator import calibrate, needs_of
 from catp_lightning.calibration.checkpoint import CalibrationCheckpoint
 from catp_lightning.calibration.identity import batch_fingerprints, model_fingerprint
+from catp_lightning.calibration.passes import Pass
 from catp_lightning.calibration.plan import Plan
 from catp_lightning.calibration.replay.recorder import Recorder
 from catp_lightning.calibration.replay.samples import Samples
 from catp_lightning.calibration.report.controls import doubts
+from catp_lightning.calibration.report.evidence import CalibrationResult
 from catp_lightning.calibration.report.report import PAGE, report, report_folder
 from catp_lightning.calibration.search.promise import GRID, Promise, descending
-from catp_lightning.calibration.search.race import Race
+from catp_lightning.calibration.settings import DEFAULTS, CalibrationSettings
 from catp_lightning.callbacks.context import LoopContext, Stage
 from catp_lightning.callbacks.loaders import Amount, refuse_unordered
 from catp_lightning.callbacks.signals import end_if_told, ended_by, tell
@@ -52,7 +54,8 @@ class _Run:
     """State of one predict loop.
 
     Attributes:
-        calibrator: measures candidates, stage by stage.
+        passes: the calibration; each pass over the split is taken from it when the one before has been read.
+        now: the pass that is read.
         recorder: records the model calls of the user's step.
         partial: the sums on disk, from which an interrupted run goes on.
         amount: amount of data in the loaders.
@@ -61,9 +64,11 @@ class _Run:
         batches: number of batches of the loop so far.
         replaying: seconds spent on measuring during the loop, beside the user's own prediction.
         started: time of the loop's start, as `time.monotonic` gives it.
+        found: what was measured, once the last pass has been read.
     """
 
-    calibrator: Calibrator
+    passes: Generator[Pass, None, CalibrationResult]
+    now: Pass
     recorder: Recorder
     partial: CalibrationCheckpoint
     amount: Amount
@@ -72,6 +77,7 @@ class _Run:
     batches: int = 0
     replaying: float = 0.0  # seconds
     started: float = field(default_factory=time.monotonic)
+    found: CalibrationResult | None = None
 
 
 class CrossAttentionCalibration(LoopContext):
@@ -103,6 +109,7 @@ class CrossAttentionCalibration(LoopContext):
         scorer_args: arguments of `scorer`: for "fastv" the layer where tokens are dropped, {"layer": 2}.
         selector: selector of `scorer`; None: its default.
         guide: the smaller model that the scorer "sgl" reads, or a module that holds one, on its device.
+        settings: settings that trade time for precision: probes, folds, shares of the split, rounds.
 
     Attributes:
         policies: the policies of the last run, in the order of `keep`; one with `max_disagreement`.
@@ -133,9 +140,10 @@ class CrossAttentionCalibration(LoopContext):
         scorer_args: Mapping[str, Any] | None = None,
         selector: str | None = None,
         guide: nn.Module | None = None,
+        settings: CalibrationSettings = DEFAULTS,
     ) -> None:
         super().__init__(("predict",))
-        self.path, self.model = Path(path), model
+        self.path, self.model, self.settings = Path(path), model, settings
         self.promise = None if max_disagreement is None else Promise(max_disagreement, confidence)
         if keep is None:
             keep = 0.5 if self.promise is None else list(GRID)
@@ -169,7 +177,7 @@ class CrossAttentionCalibration(LoopContext):
         family = find_family(pl_module, self.model)
         refuse_unprunable(pl_module, family)
         amount = refuse_unordered(trainer)
-        plan = Plan.of(family, self.method, self.guide)
+        plan = Plan.of(family, self.method, self.guide, self.settings)
         tokens = family.tokens_per_image or MANY
         budgets = self.budgets if self.promise is None else tuple(descending(self.budgets, tokens))
         if more := [keep for keep in budgets if isinstance(keep, int) and keep > tokens]:
@@ -177,15 +185,15 @@ class CrossAttentionCalibration(LoopContext):
                 f"keep is {', '.join(map(str, more))} tokens, and every image of {type(family.model).__name__} has "
                 f"{tokens}: a policy at that budget prunes nothing. Give a smaller number, or a share."
             )
-        calibrator = Calibrator(plan, budgets, self.promise, pl_module.device)
-        recorder = Recorder(plan, calibrator.needs)
+        passes = calibrate(plan, budgets, self.promise, pl_module.device)
+        first, recorder = next(passes), Recorder(plan, needs_of(plan))
         settings = self._settings(trainer, family)
         with only_run(self._stem(), trainer.global_rank, PolicyError):
             partial = CalibrationCheckpoint(self._partial_file(trainer), settings)
-            run = _Run(calibrator, recorder, partial, amount, Lines(calibrator.stage.title))
+            run = _Run(passes, first, recorder, partial, amount, Lines(first.title))
             done = self._begin(run)
             again = f" {done} batches of an interrupted calibration are taken over." if done else ""
-            rank_zero_info(f"catp: {calibrator.stage.title}, at {_listed(budgets)}.{again}")
+            rank_zero_info(f"catp: {first.title}, at {_listed(budgets)}.{again}")
             try:
                 with (
                     nullcontext() if _is_hidden(trainer) else run.lines,
@@ -208,6 +216,7 @@ class CrossAttentionCalibration(LoopContext):
             "process": f"{trainer.global_rank} of {trainer.world_size}",
             "precision": trainer.precision,
             "method": None if self.method is None else self.method.to_dict(),
+            "settings": asdict(self.settings),
             "guide": None if self.guide is None else model_fingerprint(self.guide),
             "batches": [str(number) for number in trainer.num_predict_batches],  # "inf" for a loader without a length
             "model": model_fingerprint(family.model),
@@ -223,11 +232,8 @@ class CrossAttentionCalibration(LoopContext):
 
     @staticmethod
     def _begin(run: _Run) -> int:
-        """Take over the sums of an interrupted run for this stage; return the number of batches in them."""
-        stage = run.calibrator.stage
-        # A later stage depends on the data of every process: one process that starts from the beginning may change it.
-        later = (stage.rules, stage.alive, run.calibrator.parts) if isinstance(stage, Race) else ()
-        return run.partial.begin(repr((stage.title, *later)), stage.metrics)
+        """Take over the sums of an interrupted run for this pass; return the number of batches in them."""
+        return run.partial.begin(run.now.key, run.now.metrics)
 
     def on_predict_batch_end(self, trainer: Trainer, pl_module: LightningModule, *args: Any) -> None:
         if self._run is not None:
@@ -238,28 +244,29 @@ class CrossAttentionCalibration(LoopContext):
 
     def _read_batch(self, trainer: Trainer, run: _Run, number: int) -> None:
         """Measure one batch: replay the model calls of the step that just ran, under the same precision."""
-        run.lines.now = f"{run.calibrator.stage.title}, {batch_of(number + 1, trainer.num_predict_batches)}"
+        run.lines.now = f"{run.now.title}, {batch_of(number + 1, trainer.num_predict_batches)}"
         with run.recorder.recorded() as pairs, torch.no_grad(), trainer.precision_plugin.predict_step_context():
             batch = [Samples.of(*pair) for pair in pairs]
             marks = batch_fingerprints(batch)
             if run.partial.has(number, marks):
                 return
             if number == 0 and self.promise is not None:
-                run.amount.check(sum(len(samples.images) for samples in batch), self.promise)
+                run.amount.check(sum(len(samples.images) for samples in batch), self.promise, self.settings.promised)
             for samples in batch:
-                run.calibrator.see(samples)
-            run.partial.add(marks, run.calibrator.stage.metrics)
+                run.now.see(samples)
+            run.partial.add(marks, run.now.metrics)
 
     def on_predict_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self._run is None:
             return
         run = self._run
         plain = time.monotonic() - run.started - run.replaying
-        while self._finish(run):
-            run.lines.now = run.calibrator.stage.title
+        while not self._finish(run):
+            run.lines.now = run.now.title
             rank_zero_info(f"catp: {run.lines.now}.")
             self._read_again(trainer, run, self._begin(run))
-        self.policies = run.calibrator.policies()
+        assert run.found is not None
+        self.policies = run.found.policies()
         for doubt in doubts(self.policies):
             rank_zero_warn(doubt)
         if trainer.fast_dev_run:  # type: ignore[attr-defined]  # its policy must not replace a measured one
@@ -280,7 +287,7 @@ class CrossAttentionCalibration(LoopContext):
         if saved:
             tell(
                 f"ended by {ended_by(error)}. What was measured is saved in {str(run.partial.path)!r}, up to batch "
-                f"{run.partial.batches} of '{run.calibrator.stage.title}': the same command goes on from there."
+                f"{run.partial.batches} of '{run.now.title}': the same command goes on from there."
             )
         elif not run.partial.batches:
             tell(f"ended by {ended_by(error)}, before a batch was measured: the same command goes on from the start.")
@@ -298,16 +305,19 @@ class CrossAttentionCalibration(LoopContext):
 
     @staticmethod
     def _finish(run: _Run) -> bool:
-        """End a stage, after saving its sums, so that it need not be repeated; True if another stage follows."""
-        run.partial.finish(run.batches, run.calibrator.stage.metrics)
+        """End a pass, after saving its sums, so that it need not be repeated; return True if it was the last."""
+        run.partial.finish(run.batches, run.now.metrics)
         try:
-            return run.calibrator.finish()
+            run.now = next(run.passes)
+        except StopIteration as end:
+            run.found = end.value
         except PolicyError:  # too few images: a run with more of them is another calibration
             run.partial.delete()
             raise
+        return run.found is not None
 
     def _read_again(self, trainer: Trainer, run: _Run, done: int) -> None:
-        """Run the user's step again on every batch that is not in the sums of this stage, and measure it.
+        """Run the user's step again on every batch that is not in the sums of this pass, and measure it.
 
         Raises:
             PruningError: the loader gives another number of batches than in the loop.

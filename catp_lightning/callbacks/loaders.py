@@ -11,7 +11,6 @@ from scipy.stats import binom
 from torch.utils.data import DataLoader, IterableDataset
 
 from catp_lightning.calibration.search.promise import Promise
-from catp_lightning.calibration.split import PROMISED
 from catp_lightning.errors import PolicyError, PruningError
 
 MOST = 4096  # batches of a loader without a length whose order is compared
@@ -32,11 +31,11 @@ class Amount:
     batches: int | None
     first: int | None
 
-    def check(self, samples: int, promise: Promise) -> None:
+    def check(self, samples: int, promise: Promise, share: float) -> None:
         """Raise PolicyError if the split is too small for `promise`, judged by the `samples` in the first batch.
 
-        An item may be several samples. Where the number of items is unknown, later batches are taken to have at most
-        twice as many samples as the first.
+        A promise is tested on `share` of the images. An item may be several samples. Where the number of items is
+        unknown, later batches are taken to have at most twice as many samples as the first.
         """
         if self.batches is None or not samples:
             return
@@ -44,12 +43,12 @@ class Amount:
             most = -(-self.items * max(samples, self.first) // self.first)
         else:
             most = 2 * self.batches * samples
-        if binom.sf(promise.images_needed - 1, most, PROMISED) < HOPELESS:
+        if binom.sf(promise.images_needed - 1, most, share) < HOPELESS:
             raise PolicyError(
                 f"The calibration split has at most {most} samples, too few to promise a disagreement of at most "
                 f"{promise.max_disagreement:g} with confidence {promise.confidence:g}: a budget is tested on "
-                f"{PROMISED:.0%} of the images, one question each, and takes at least {promise.images_needed} there. "
-                f"Take {round(promise.images_for(2) / PROMISED)} images or more, raise max_disagreement, or lower "
+                f"{share:.0%} of the images, one question each, and takes at least {promise.images_needed} there. "
+                f"Take {round(promise.images_for(2) / share)} images or more, raise max_disagreement, or lower "
                 "confidence."
             )
 

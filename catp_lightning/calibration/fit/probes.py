@@ -14,18 +14,13 @@ from torch import Tensor
 
 from catp_lightning.calibration.plan import Plan
 from catp_lightning.calibration.replay.base import Replay
+from catp_lightning.calibration.settings import DEFAULTS
 from catp_lightning.methods.budget import keep_count
 from catp_lightning.methods.observation import Observation
 from catp_lightning.methods.scorers import AttentionScorer
 from catp_lightning.methods.selection import images_to_samples
 from catp_lightning.methods.selectors import without_autocast
 from catp_lightning.utils.hashing import mix, uniform
-
-PROBES = 24
-"""Number of random subsets of each sample at each size."""
-
-SMALL = (0.25, 0.125, 0.0625)
-"""Sizes probed in addition to the budgets: answers change where little is kept, so there is something to learn."""
 
 WORST = -3.0  # mean log-probability; below it (5%) an answer is lost, and further decrease is noise
 
@@ -67,19 +62,20 @@ class Columns:
         return list(range(self.total - self.slots, self.total))
 
 
-def sizes(budgets: Sequence[int | float], tokens: int | None) -> list[float]:
+def sizes(budgets: Sequence[int | float], tokens: int | None, more: Sequence[float] = DEFAULTS.sizes) -> list[float]:
     """Return the shares of tokens that probes keep, largest first: every budget and some smaller sizes, never all.
 
     Args:
         budgets: budgets that are calibrated.
         tokens: number of tokens of each image; None: images differ, and budgets in tokens are not probed themselves.
+        more: shares that are probed beside the budgets.
 
     >>> sizes([0.5], 32), sizes([0.5, 3], 32), sizes([0.4, 3], None)
     ([0.5, 0.25, 0.125, 0.0625], [0.5, 0.25, 0.125, 0.09375, 0.0625], [0.4, 0.25, 0.125, 0.0625])
     """
     if tokens is None:
-        return sorted({keep for keep in (*budgets, *SMALL) if isinstance(keep, float)} - {1.0}, reverse=True)
-    wanted = {keep_count(keep, tokens) for keep in (*budgets, *SMALL)} - {tokens}
+        return sorted({keep for keep in (*budgets, *more) if isinstance(keep, float)} - {1.0}, reverse=True)
+    wanted = {keep_count(keep, tokens) for keep in (*budgets, *more)} - {tokens}
     return [count / tokens for count in sorted(wanted, reverse=True)]
 
 
@@ -107,8 +103,9 @@ def probe(
     per: int = 0,
     owner: Tensor | None = None,
     stay: Tensor | None = None,
+    probes: int = DEFAULTS.probes,
 ) -> Probes:
-    """Measure `PROBES` random subsets of each sample's visual tokens.
+    """Measure random subsets of each sample's visual tokens.
 
     Args:
         replay: replay of the samples.
@@ -119,11 +116,12 @@ def probe(
         per: number of slots of an image; 0: slots are not counted.
         owner: image of each token, as in `random_subset`.
         stay: bool [B, T], protected tokens, which stay whatever the budget; None: none.
+        probes: number of subsets of each sample.
     """
     visual = replay.tokens if stay is None else replay.tokens & ~stay
     counts = (visual.sum(1) * size).round().long().clamp(min=1)
     seeds = images ^ replay.questions
-    keep = torch.stack([random_subset(seeds, visual, counts, PROBES * number + n, owner) for n in range(PROBES)])
+    keep = torch.stack([random_subset(seeds, visual, counts, probes * number + n, owner) for n in range(probes)])
     keep = keep if stay is None else keep | stay
     slots = keep.unflatten(2, (-1, per)).sum(2).to(votes.dtype) if per else votes.new_zeros(*keep.shape[:2], 0)
     with without_autocast(votes):

@@ -1,19 +1,22 @@
 """Stages of a calibration: each reads the split once and adds up its findings in metrics."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
+import numpy as np
 import torch
-from torchmetrics import Metric
+from torch import Tensor
 
 from catp_lightning.calibration.fit.probes import Columns, head_votes, pair_rows, probe, sizes
 from catp_lightning.calibration.fit.sums import (
+    FoldSums,
     ImageSet,
     PartCounts,
     ProbeSums,
     RankCorrelation,
     TokenCounts,
 )
-from catp_lightning.calibration.passes import Belongs
+from catp_lightning.calibration.passes import Pass
 from catp_lightning.calibration.plan import Plan
 from catp_lightning.calibration.replay.samples import Samples
 from catp_lightning.calibration.split import fold_of
@@ -25,23 +28,52 @@ PAIRS = 40
 """Limit on the slots up to which pairs are fitted too: the sums grow with the fourth power of their number."""
 
 
-class Probing:
-    """Stage that probes the learning part by random subsets, and notes image fingerprints and rank correlations."""
+@dataclass(frozen=True)
+class Learned:
+    """What probing found, reduced over all processes.
 
-    title = "measuring what each visual token is worth"
+    Attributes:
+        columns: column layout of the sums.
+        sums: sums of the probes by fold.
+        pairs: sums of the probes on pairs of slots; None where slots have no meaning or are too many.
+        images: int64, fingerprints of all images.
+        unsound: int64, keys of the samples to which the unpruned model's own answer is not a number.
+        parts: number of samples in each part of the split.
+        tokens: mean number of droppable visual tokens of an image.
+        correlations: rank correlation between layers, by voter: [L, L], without voters that were not seen.
+    """
+
+    columns: Columns
+    sums: FoldSums
+    pairs: FoldSums | None
+    images: Tensor
+    unsound: Tensor
+    parts: dict[str, int]
+    tokens: float
+    correlations: dict[str, np.ndarray]
+
+
+class Probing(Pass):
+    """Pass that probes the learning part by random subsets, and notes image fingerprints and rank correlations."""
+
+    title = key = "measuring what each visual token is worth"
 
     def __init__(
-        self, plan: Plan, budgets: Sequence[int | float], part_of: Belongs, device: torch.device | None
+        self,
+        plan: Plan,
+        budgets: Sequence[int | float],
+        part_of: Callable[[Tensor], Tensor],
+        device: torch.device | None,
     ) -> None:
         self.plan, self.columns, self.part_of = plan, Columns.of(plan), part_of
-        self.sizes = sizes(budgets, plan.family.tokens_per_image) if self.columns.total else []
-        self.sums = ProbeSums(self.columns.total).to(device)
+        self.sizes = sizes(budgets, plan.family.tokens_per_image, plan.settings.sizes) if self.columns.total else []
+        self.sums = ProbeSums(self.columns.total, plan.settings.folds).to(device)
         self.images, self.parts = ImageSet().to(device), PartCounts().to(device)
         self.tokens, self.unsound = TokenCounts().to(device), ImageSet().to(device)
         nothing = torch.empty(0, dtype=torch.int64, device=device)  # a process may have no batch
         self.images.update(nothing)
         self.unsound.update(nothing)
-        self.metrics: dict[str, Metric] = {
+        self.metrics = {
             "probes": self.sums,
             "images": self.images,
             "parts": self.parts,
@@ -55,7 +87,7 @@ class Probing:
         self.pairs: ProbeSums | None = None
         slots = self.columns.slots
         if 0 < slots <= PAIRS:
-            self.metrics["pairs"] = self.pairs = ProbeSums(slots * (slots + 1) // 2).to(device)
+            self.metrics["pairs"] = self.pairs = ProbeSums(slots * (slots + 1) // 2, plan.settings.folds).to(device)
 
     def see(self, samples: Samples) -> None:
         # One NaN would make all sums NaN, and nothing can be learnt where the model itself gives no finite answer.
@@ -80,7 +112,7 @@ class Probing:
     def _probe(self, samples: Samples) -> None:
         seen = samples.seen if samples.inside is None else samples.inside
         votes = head_votes(self.plan.voters.values(), seen, samples.visual)
-        fold, owner = fold_of(samples.images), None
+        fold, owner = fold_of(samples.images, self.plan.settings.folds), None
         stay = protected_tokens(samples.seen, samples.visual) if samples.inside is None else None
         stay = stay if stay is not None and bool(stay.any()) else None
         if self.plan.family.reads == "cross-attention":  # the text must see at least one row of each image
@@ -88,7 +120,31 @@ class Probing:
             images = torch.arange(len(valid), device=valid.device)[:, None].expand(valid.shape)
             owner = images_to_samples(images, valid, samples.visual, 0)
         for number, size in enumerate(self.sizes):
-            found = probe(samples.replay, votes, samples.images, size, number, self.columns.slots, owner, stay)
+            found = probe(
+                samples.replay,
+                votes,
+                samples.images,
+                size,
+                number,
+                self.columns.slots,
+                owner,
+                stay,
+                self.plan.settings.probes,
+            )
             self.sums.update(fold, found.rows, found.gain)
             if self.pairs is not None:
                 self.pairs.update(fold, pair_rows(found.slots), found.gain)
+
+    def learned(self) -> Learned:
+        """Return what was found, over all processes: each must call this."""
+        correlations = {name: metric.compute() for name, metric in self.correlations.items()}
+        return Learned(
+            self.columns,
+            self.sums.compute(),
+            None if self.pairs is None else self.pairs.compute(),
+            self.images.compute(),
+            self.unsound.compute(),
+            self.parts.compute(),
+            self.tokens.compute(),
+            {name: matrix for name, matrix in correlations.items() if matrix.any()},
+        )

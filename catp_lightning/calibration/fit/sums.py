@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 from torchmetrics import Metric
 
-from catp_lightning.calibration.split import FOLDS, PARTS
+from catp_lightning.calibration.settings import DEFAULTS
+from catp_lightning.calibration.split import PARTS
 
 
 @dataclass  # not frozen: torchmetrics copies what a metric computes field by field
@@ -68,7 +69,7 @@ class ProbeSums(Sums):
     squares: Tensor
     rows: Tensor
 
-    def __init__(self, columns: int, folds: int = FOLDS, **kwargs: Any) -> None:
+    def __init__(self, columns: int, folds: int = DEFAULTS.folds, **kwargs: Any) -> None:
         super().__init__(compute_with_cache=False, **kwargs)  # the result is larger than the sums
         packed = torch.zeros(folds, columns * (columns + 1) // 2, dtype=torch.float64, device="cpu")
         self.add_state("gram", packed, dist_reduce_fx="sum")

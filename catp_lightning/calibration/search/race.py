@@ -1,14 +1,15 @@
-"""Stages that compare candidates by their answers to recorded samples: the rounds, and the check of the choice."""
+"""Passes that compare candidates by their answers to recorded samples: the rounds, and the check of the choice."""
 
-from collections.abc import Sequence
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
-from torchmetrics import Metric
 
 from catp_lightning.calibration.fit.probes import floored
 from catp_lightning.calibration.fit.sums import CandidateSums, DrawnQuestions, ImageAgreement
-from catp_lightning.calibration.passes import Belongs
+from catp_lightning.calibration.passes import Belongs, Pass
 from catp_lightning.calibration.plan import Plan
 from catp_lightning.calibration.replay.base import Variants
 from catp_lightning.calibration.replay.samples import Samples
@@ -20,17 +21,18 @@ from catp_lightning.policy import PruningPolicy
 from catp_lightning.pruning.pruner import Pruner
 
 
-class Race:
-    """Stage in which candidates answer the samples of one round, or of the checking part.
+class Race(Pass):
+    """Pass in which candidates answer the samples of one round, or of the checking part.
 
     Args:
-        title: name of the stage, shown to the user.
+        title: what is measured, shown to the user.
         plan: plan of the calibration.
         candidates: a list of candidates for each fold, fitted without the fold they are measured on; or a single list
             for all folds.
         budgets: budgets at which candidates are compared.
         alive: for each budget, the indices of the candidates that are still compared.
-        belongs: selects the samples of this stage.
+        belongs: says which samples are of this pass.
+        parts: number of samples in each part of the split, which the choice of candidates depended on.
         device: device of the sums.
     """
 
@@ -42,6 +44,7 @@ class Race:
         budgets: Sequence[int | float],
         alive: Sequence[Sequence[int]],
         belongs: Belongs,
+        parts: Mapping[str, int],
         device: torch.device | None,
     ) -> None:
         self.title, self.plan, self.budgets, self.alive, self.belongs = title, plan, budgets, alive, belongs
@@ -67,10 +70,13 @@ class Race:
         self._of_all = [first[n].method() for n in self._shared]
         self._of_fold = [[of_fold[n].method() for n in self._own] for of_fold in self.rules]
         self.sums = CandidateSums(len(budgets), len(candidates[0])).to(device)
-        self.metrics: dict[str, Metric] = {"candidates": self.sums}
+        self.metrics = {"candidates": self.sums}
+        # A later pass depends on the data of every process: one process that starts from the beginning may change it.
+        rules = [[rule.to_dict() for rule in of_fold] for of_fold in self.rules]
+        self.key = f"{title} {hashlib.sha256(json.dumps([rules, alive, dict(parts)]).encode()).hexdigest()}"
 
     def see(self, samples: Samples) -> None:
-        chosen = self.belongs(samples.images)
+        chosen = self.belongs(samples)
         if chosen.any():
             self.compare(samples.where(chosen))
 
@@ -78,7 +84,7 @@ class Race:
         """Return, for each budget, bool [N, B]: True if the answer of one of its N candidates is the unpruned one."""
         if not self._by_fold:
             return self._compare(samples, 0)
-        fold = fold_of(samples.images)
+        fold = fold_of(samples.images, self.plan.settings.folds)
         same = [torch.empty(len(alive), len(fold), dtype=torch.bool, device=fold.device) for alive in self.alive]
         for number in fold.unique().tolist():
             for budget, agreed in enumerate(self._compare(samples.where(fold == number), number)):
@@ -125,7 +131,7 @@ class Race:
 
     def _ranks(self, samples: Samples, most: int) -> Tensor:
         """Return the rank at which tokens join each candidate's set, `most` without nested ranking: int64 [N, B, T]."""
-        visual, fold = samples.visual, fold_of(samples.images)
+        visual, fold = samples.visual, fold_of(samples.images, self.plan.settings.folds)
         ranks = torch.full((len(self.running), *visual.shape), most, device=visual.device, dtype=torch.int64)
         if self._shared:
             ranks[self._shared] = token_ranks(self._of_all, samples.seen, visual, most)
@@ -153,9 +159,10 @@ class Check(Race):
         budgets: Sequence[int | float],
         alive: Sequence[Sequence[int]],
         belongs: Belongs,
+        parts: Mapping[str, int],
         device: torch.device | None,
     ) -> None:
-        super().__init__("checking the chosen policies", plan, [candidates], budgets, alive, belongs, device)
+        super().__init__("checking the chosen policies", plan, [candidates], budgets, alive, belongs, parts, device)
         self._most = max(map(len, alive))
         self.drawn = DrawnQuestions(len(budgets)).to(device)
         self.by_image = ImageAgreement(len(budgets), self._most).to(device)
