@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from transformers import Blip2ForConditionalGeneration
 
-from catp_lightning import PruningPolicy, prune
+from catp_lightning import PruningError, PruningPolicy, prune
 from catp_lightning.calibration.plan import why_not
 from catp_lightning.methods.scorers import SCORERS
 from catp_lightning.models import find_family
@@ -228,3 +228,23 @@ def test_a_budget_of_more_tokens_than_there_are_warns_once_and_prunes_nothing(ke
     assert pruning.keep is not None and bool(pruning.keep.all())
     found = [str(one.message) for one in caught]
     assert len([one for one in found if "keep is 9 tokens and the largest of these images has 8" in one]) == told
+
+
+def test_parts_that_a_caller_runs_one_after_the_other_are_pruned_like_a_forward() -> None:
+    model, inputs = random_blip2(dtype=torch.float64)
+    policy = PruningPolicy("catp", keep=3)
+    with torch.no_grad(), prune(model, policy) as pruning:
+        expected = model(**inputs).logits
+        keep = pruning.keep
+    assert keep is not None
+    with torch.no_grad(), prune(model, policy) as pruning:
+        for _ in range(2):  # nothing of the first serves the second
+            embeds = model.get_input_embeddings()(inputs["input_ids"])
+            features = model.get_image_features(inputs["pixel_values"]).pooler_output
+            places = (inputs["input_ids"] == model.config.image_token_id)[..., None].expand_as(embeds)
+            embeds = embeds.masked_scatter(places, features)
+            found = model.language_model(inputs_embeds=embeds, attention_mask=inputs["attention_mask"]).logits
+            assert torch.equal(found, expected) and torch.equal(pruning.keep, keep)
+        with pytest.raises(PruningError, match="without its token ids"):
+            model.language_model(inputs_embeds=embeds, attention_mask=inputs["attention_mask"])
+    assert pruning.prefills == 2

@@ -42,7 +42,8 @@ class CallTracker:
         arguments: the running call of `outer`; empty if there is none.
         outermost: the running call of the model itself, which has the labels; empty if there is none.
         given: the user's call: generate's while it runs, else `arguments`. Newer versions of generate read pixels
-            before they expand beams and hand on features alone.
+            before they expand beams and hand on features alone. Where neither runs, because a caller runs the parts of
+            the model one after the other, it stands for those, up to the prompt that they lead to.
         samples: number of samples that the running `generate` was given, or None; later tensors have a row for each
             beam.
         in_decoder: True while the decoder is running; set by the code that hooks it.
@@ -62,6 +63,7 @@ class CallTracker:
         self._calls: dict[nn.Module, list[ModelCall]] = {outer: [], model: []}
         self.samples: int | None = None
         self._generating: ModelCall | None = None
+        self._by_hand = ModelCall()
         self._length: int | None = None
         self.continuing = self.in_decoder = False
         self._inside, self._lock = False, threading.Lock()
@@ -102,6 +104,7 @@ class CallTracker:
 
     def _begin(self) -> None:
         own = threading.get_ident()
+        self.taken()
         with self._lock:
             if self._depth and self._thread != own:
                 raise PruningError(
@@ -129,7 +132,13 @@ class CallTracker:
 
     @property
     def given(self) -> ModelCall:
-        return self.arguments if self._generating is None else self._generating
+        if self._generating is not None:
+            return self._generating
+        return self._calls[self.outer][-1] if self._calls[self.outer] else self._by_hand
+
+    def taken(self) -> None:
+        """Note that a prompt was made of what the running call brought: parts that are run by hand lead to another."""
+        self._by_hand = ModelCall()
 
     def beams(self, rows: int) -> int:
         """Return how many of `rows` belong to each sample of the running `generate`; 1 outside of it."""

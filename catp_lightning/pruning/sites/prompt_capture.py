@@ -121,6 +121,7 @@ class PromptCapture:
         self.family.check_images(visual, self.calls.given)
         is_prompt = self._asks(mask[::beams] != 0)
         prompt = DecoderPrompt.of(self.calls.given, beams, ids, visual, embeds, mask, positions, is_prompt)
+        self.calls.taken()
         generating = self.family.reads == "decoder" and self.calls.prompt_length(is_prompt.shape[1]) is not None
         return replace(prompt, generating=generating)
 
