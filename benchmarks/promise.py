@@ -24,8 +24,8 @@ from rich.console import Console
 from scipy.stats import binom
 
 from catp_lightning import CrossAttentionCalibration, PruningPolicy, VQAModule
-from catp_lightning.calibration.fit.sums import DrawnQuestions
 from catp_lightning.calibration.search.promise import GRID, Promise, walk
+from catp_lightning.calibration.search.sums import DrawnQuestions
 from catp_lightning.cli.demo import QUIET, predict
 from catp_lightning.data import GRIDS, PROMPTS, SHIPPED, shipped
 from catp_lightning.data.scenes import KINDS, Split, write_scenes

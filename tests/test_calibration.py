@@ -13,12 +13,14 @@ from torch.utils.data import DataLoader
 from transformers import GenerationConfig
 
 from catp_lightning import PolicyError, PruningError, PruningPolicy, prune
-from catp_lightning.calibration.fit.sums import CandidateSums, DrawnQuestions, ImageSet, ProbeSums, RankCorrelation
+from catp_lightning.calibration.fit.sums import ImageSet, ProbeSums
 from catp_lightning.calibration.plan import Plan
 from catp_lightning.calibration.replay.base import agreement, divergence
 from catp_lightning.calibration.search.candidates import default_candidates
+from catp_lightning.calibration.search.sums import CandidateSums, DrawnQuestions
 from catp_lightning.calibration.settings import DEFAULTS, CalibrationSettings
 from catp_lightning.calibration.split import fold_of, part_of, round_bounds, round_of
+from catp_lightning.calibration.statistics.rank_correlation import correlations
 from catp_lightning.callbacks.calibration import CrossAttentionCalibration
 from catp_lightning.models import find_family
 from catp_lightning.pruning.answers import compare_with_unpruned
@@ -285,11 +287,9 @@ def test_images_are_counted_once_and_layers_are_correlated_by_rank() -> None:
     assert images.compute().tolist() == [-1, 3, 8]
     torch.manual_seed(1)
     scores = torch.randn(6, 3, 9)
-    alike = RankCorrelation(3)
-    alike.update(scores[:2])
-    alike.update(scores[2:])
+    alike = correlations(scores[:2]) + correlations(scores[2:])
     expected = [spearmanr(image.T.numpy()).statistic for image in scores]
-    assert alike.compute() == pytest.approx(sum(expected) / 6, abs=1e-12)
+    assert alike.numpy() == pytest.approx(sum(expected), abs=1e-11)
 
 
 def test_parts_folds_and_rounds_follow_the_image_and_are_drawn_apart() -> None:

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from catp_lightning import PruningPolicy
-from catp_lightning.calibration.fit.sums import ImageAgreement
 from catp_lightning.calibration.report.controls import against, doubts, paired_difference, verdict
+from catp_lightning.calibration.search.sums import ImageAgreement
 from catp_lightning.calibration.split import part_of
 from catp_lightning.callbacks import CrossAttentionCalibration
 from tests.test_calibrator import QUIET, Planted, agrees, finished, images_of, loading, slot_3

@@ -20,7 +20,6 @@ from catp_lightning import PruningPolicy
 from catp_lightning.calibration.report.controls import against
 from catp_lightning.calibration.report.figures import (
     CONTROLS,
-    correlation_figure,
     head_figure,
     layer_figure,
     retention_figure,
@@ -28,6 +27,7 @@ from catp_lightning.calibration.report.figures import (
 )
 from catp_lightning.calibration.report.page import CAPTIONS, SHOWN
 from catp_lightning.calibration.report.report import COLUMNS, FIGURES, candidate_rows, report, report_folder
+from catp_lightning.calibration.statistics.rank_correlation import RankCorrelation
 from catp_lightning.callbacks import CrossAttentionCalibration
 from tests.models import GREEDY, random_blip2, random_inputs
 
@@ -272,7 +272,7 @@ def test_the_heatmaps_are_signed_and_centred_at_zero(policies):
     assert image.get_clim() == (-0.5, 0.5)
     assert [label.get_text() for label in weights.get_yticklabels()] == ["1"]  # the chosen layer
     assert [text.get_text() for text in weights.texts] == ["0.25", "-0.5", "0.12"]  # what is zero stays blank
-    found = [axes for axes in correlation_figure(policies).axes if axes.images]
+    found = [axes for axes in RankCorrelation.figure(policies[0].evidence["rank_correlation"]).axes if axes.images]
     assert [axes.get_title() for axes in found] == list(policies[0].evidence["rank_correlation"])
     for axes, matrix in zip(found, policies[0].evidence["rank_correlation"].values(), strict=True):
         assert axes.images[0].get_array().tolist() == matrix

@@ -29,10 +29,11 @@ from torchmetrics import Metric
 from catp_lightning import PolicyError
 from catp_lightning.calibration import checkpoint as resume
 from catp_lightning.calibration.checkpoint import CalibrationCheckpoint
-from catp_lightning.calibration.fit.sums import DrawnQuestions, ImageSet, PartCounts, ProbeSums
+from catp_lightning.calibration.fit.sums import ImageSet, PartCounts, ProbeSums
 from catp_lightning.calibration.identity import model_fingerprint
 from catp_lightning.calibration.replay.base import Replay
 from catp_lightning.calibration.search.race import Race
+from catp_lightning.calibration.search.sums import DrawnQuestions
 from catp_lightning.calibration.settings import CalibrationSettings
 from catp_lightning.calibration.split import part_of
 from catp_lightning.callbacks import calibration

@@ -100,7 +100,7 @@ def calibrate(
         parts=learned.parts,
         images=learned.images,
         fitted=fitted.evidence(learned.columns),
-        correlations=learned.correlations,
+        statistics=learned.statistics,
     )
 
 

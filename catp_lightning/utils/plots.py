@@ -3,8 +3,11 @@
 import warnings
 from io import BytesIO
 
+import numpy as np
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.text import Text
+from matplotlib.ticker import MaxNLocator
 
 LOGARITHMIC = "on a logarithmic scale"
 
@@ -21,3 +24,18 @@ def png(figure: Figure, dpi: int = 110) -> bytes:
         warnings.filterwarnings("ignore", "Glyph .* missing from")  # a box replaces it in a name
         figure.savefig(buffer, format="png", dpi=dpi)
     return buffer.getvalue()
+
+
+WRITTEN = 16  # columns up to which a heatmap shows its numbers
+
+
+def heatmap(figure: Figure, axes: Axes, values: np.ndarray, limit: float, label: str, written: str) -> None:
+    """Draw a heatmap of signed values: white is 0, red above, blue below; exact zeros get no number."""
+    image = axes.imshow(values, cmap="RdBu_r", vmin=-limit, vmax=limit, aspect="auto")
+    figure.colorbar(image, ax=axes, label=label)
+    axes.xaxis.set_major_locator(MaxNLocator(WRITTEN, integer=True))
+    if values.shape[1] <= WRITTEN:
+        for (row, column), value in np.ndenumerate(values):
+            if value:
+                shade = "white" if abs(value) > 0.6 * limit else "black"
+                axes.text(column, row, f"{value:{written}}", ha="center", va="center", color=shade, fontsize=8)

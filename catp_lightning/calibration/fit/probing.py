@@ -2,8 +2,8 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -13,16 +13,15 @@ from catp_lightning.calibration.fit.sums import (
     ImageSet,
     PartCounts,
     ProbeSums,
-    RankCorrelation,
     TokenCounts,
 )
 from catp_lightning.calibration.passes import Pass
 from catp_lightning.calibration.plan import Plan
 from catp_lightning.calibration.replay.samples import Samples
 from catp_lightning.calibration.split import fold_of
+from catp_lightning.calibration.statistics import STATISTICS
 from catp_lightning.methods.observation import Signal
 from catp_lightning.methods.selection import images_to_samples, protected_tokens
-from catp_lightning.methods.selectors import without_autocast
 
 PAIRS = 40
 """Limit on the slots up to which pairs are fitted too: the sums grow with the fourth power of their number."""
@@ -40,7 +39,7 @@ class Learned:
         unsound: int64, keys of the samples to which the unpruned model's own answer is not a number.
         parts: number of samples in each part of the split.
         tokens: mean number of droppable visual tokens of an image.
-        correlations: rank correlation between layers, by voter: [L, L], without voters that were not seen.
+        statistics: entries of the statistics in the evidence, by name.
     """
 
     columns: Columns
@@ -50,11 +49,11 @@ class Learned:
     unsound: Tensor
     parts: dict[str, int]
     tokens: float
-    correlations: dict[str, np.ndarray]
+    statistics: dict[str, Any]
 
 
 class Probing(Pass):
-    """Pass that probes the learning part by random subsets, and notes image fingerprints and rank correlations."""
+    """Pass that probes the learning part by random subsets, and adds up statistics of all samples."""
 
     title = key = "measuring what each visual token is worth"
 
@@ -80,10 +79,8 @@ class Probing(Pass):
             "tokens": self.tokens,
             "unsound": self.unsound,
         }
-        self.correlations = {
-            name: RankCorrelation(len(layers)).to(device) for name, (layers, _) in self.columns.voters.items()
-        }
-        self.metrics |= {f"correlation of {name}": metric for name, metric in self.correlations.items()}
+        self.statistics = {one.name: one.of(plan).to(device) for one in STATISTICS}
+        self.metrics |= self.statistics
         self.pairs: ProbeSums | None = None
         slots = self.columns.slots
         if 0 < slots <= PAIRS:
@@ -101,11 +98,8 @@ class Probing(Pass):
         self.parts.update(part)
         self.images.update(samples.seen[Signal.IMAGE_HASH])
         self.tokens.update(samples.seen.droppable.sum(1))
-        voted_on = samples.seen if samples.inside is None else samples.inside
-        whole = voted_on.droppable.all(1)  # padding or protected tokens would shift an image's ranks
-        with without_autocast(part):
-            for name, metric in self.correlations.items():
-                metric.update(self.plan.voters[name].votes(voted_on).sum(2)[whole])
+        for statistic in self.statistics.values():
+            statistic.update(samples)
         if (part == 0).any():
             self._probe(samples.where(part == 0))
 
@@ -137,7 +131,6 @@ class Probing(Pass):
 
     def learned(self) -> Learned:
         """Return what was found, over all processes: each must call this."""
-        correlations = {name: metric.compute() for name, metric in self.correlations.items()}
         return Learned(
             self.columns,
             self.sums.compute(),
@@ -146,5 +139,5 @@ class Probing(Pass):
             self.unsound.compute(),
             self.parts.compute(),
             self.tokens.compute(),
-            {name: matrix for name, matrix in correlations.items() if matrix.any()},
+            {name: statistic.compute() for name, statistic in self.statistics.items()},
         )

@@ -39,7 +39,7 @@ class CalibrationResult:
         parts: number of samples in each part of the split.
         images: int64, fingerprints of all images.
         fitted: findings of the probes, as plain numbers.
-        correlations: rank correlation between layers, by voter: [L, L].
+        statistics: entries of the statistics, by name.
     """
 
     model: Mapping[str, Any]
@@ -56,7 +56,7 @@ class CalibrationResult:
     parts: Mapping[str, int]
     images: Tensor
     fitted: Mapping[str, Any]
-    correlations: Mapping[str, np.ndarray]
+    statistics: Mapping[str, Any]
 
     def policies(self) -> list[PruningPolicy]:
         """Return a policy for each budget; with a promise, one policy, at the smallest budget that keeps it, or 1.0."""
@@ -87,7 +87,7 @@ class CalibrationResult:
             "images": encode_images(self.images),
             "retention": [self._retention(budget) for budget in range(len(self.budgets))],
             "fitted": dict(self.fitted),
-            "rank_correlation": {name: matrix.round(4).tolist() for name, matrix in self.correlations.items()},
+            **self.statistics,
         }
 
     def _retention(self, budget: int) -> dict[str, Any]:

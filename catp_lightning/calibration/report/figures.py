@@ -13,14 +13,13 @@ from matplotlib.ticker import MaxNLocator, NullLocator
 from catp_lightning.methods.budget import keep_count
 from catp_lightning.policy import PruningPolicy
 from catp_lightning.safe_text import figure_text
-from catp_lightning.utils.plots import LOGARITHMIC
+from catp_lightning.utils.plots import LOGARITHMIC, WRITTEN, heatmap
 
 CONTROLS = {"random": "s", "stride": "^", "grid": "P", "l2-norm": "v", "diversity of outputs": "D"}
 """Controls that the retention figure shows, and their markers."""
 
 AGREEMENT = "share of answers as the unpruned model's"
 CHOSEN = "crimson"
-WRITTEN = 16  # columns up to which a heatmap shows its numbers
 
 
 def retention_figure(policies: Sequence[PruningPolicy]) -> Figure:
@@ -95,7 +94,7 @@ def head_figure(policies: Sequence[PruningPolicy]) -> Figure | None:
     grid = figure.subplots(len(found), 1, squeeze=False, height_ratios=heights)[:, 0]
     for axes, (name, fit) in zip(grid, found.items(), strict=True):
         weights = np.array(fit["head_weights"])
-        _heatmap(figure, axes, weights, float(np.abs(weights).max()), "weight", ".2g")
+        heatmap(figure, axes, weights, float(np.abs(weights).max()), "weight", ".2g")
         axes.set_yticks(range(len(weights)), [str(layer) for layer in fit["layers"]])
         axes.set(title=figure_text(name), xlabel="head", ylabel="layer")
     return figure
@@ -113,21 +112,6 @@ def slot_figure(policies: Sequence[PruningPolicy]) -> Figure | None:
     axes.xaxis.set_major_locator(MaxNLocator(WRITTEN, integer=True))
     axes.set(xlabel="slot: place among an image's visual tokens", ylabel="log-probability gained [nats]")
     axes.margins(x=0.01)
-    return figure
-
-
-def correlation_figure(policies: Sequence[PruningPolicy]) -> Figure | None:
-    """Plot Spearman's rank correlation of token scores between layers: figure 4 of 2504.00557, for any family."""
-    found = {name: np.array(matrix) for name, matrix in policies[0].evidence["rank_correlation"].items()}
-    found = {name: matrix for name, matrix in found.items() if len(matrix) > 1}
-    if not found:
-        return None
-    size = min(6.0, max(3.2, 0.5 * max(map(len, found.values())) + 1))
-    figure = Figure(figsize=(size * len(found) + 0.8, size), layout="constrained")
-    for axes, (name, matrix) in zip(figure.subplots(1, len(found), squeeze=False)[0], found.items(), strict=True):
-        _heatmap(figure, axes, matrix, 1.0, "rank correlation", ".2f")
-        axes.yaxis.set_major_locator(MaxNLocator(WRITTEN, integer=True))
-        axes.set(title=figure_text(name), xlabel="layer", ylabel="layer")
     return figure
 
 
@@ -170,15 +154,3 @@ def _intervals(axes: Axes, places: Sequence[float], points: Mapping[Any, Sequenc
     values, low, high = (np.array([points[place][column] for place in places]) for column in range(3))
     errors = np.maximum(0, [values - low, high - values])  # rounding may put an end of an interval a hair inside
     axes.errorbar(places, values, yerr=errors, capsize=3, elinewidth=1.2, **style)
-
-
-def _heatmap(figure: Figure, axes: Axes, values: np.ndarray, limit: float, label: str, written: str) -> None:
-    """Draw a heatmap of signed values: white is 0, red above, blue below; exact zeros get no number."""
-    image = axes.imshow(values, cmap="RdBu_r", vmin=-limit, vmax=limit, aspect="auto")
-    figure.colorbar(image, ax=axes, label=label)
-    axes.xaxis.set_major_locator(MaxNLocator(WRITTEN, integer=True))
-    if values.shape[1] <= WRITTEN:
-        for (row, column), value in np.ndenumerate(values):
-            if value:
-                shade = "white" if abs(value) > 0.6 * limit else "black"
-                axes.text(column, row, f"{value:{written}}", ha="center", va="center", color=shade, fontsize=8)

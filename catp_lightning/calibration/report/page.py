@@ -7,6 +7,7 @@ import numpy as np
 
 from catp_lightning.calibration.report.controls import against
 from catp_lightning.calibration.report.figures import visual_tokens, voters
+from catp_lightning.calibration.statistics import STATISTICS
 from catp_lightning.policy import PruningPolicy
 from catp_lightning.safe_text import markdown_text
 from catp_lightning.utils.markdown import markdown_table
@@ -31,10 +32,7 @@ CAPTIONS = {
         "What keeping each slot changes in the log-probability of the unpruned answer, a mean over images: blue slots "
         "are better dropped, if any has to be."
     ),
-    "rank_correlation": (
-        "How alike two layers rank the tokens of an image (Spearman's correlation, a mean over images): near 1 they "
-        "say the same, near 0 they have nothing to do with each other."
-    ),
+    **{one.name: one.caption for one in STATISTICS},
 }
 """Captions of the figures by file name without suffix, in the order of the page."""
 
@@ -62,7 +60,7 @@ def page(policies: Sequence[PruningPolicy], lines: Mapping[str, str], figures: S
         "Layers are found by forward selection, then heads by a signed sparse fit; shares are of the variance of the "
         "answers' log-probability, on images left out, ± a standard error.",
         "".join(f"- {markdown_text(name)}: {_found(fit)}\n" for name, fit in voters(policies[0]).items()),
-        *_figures(figures, ("heads", "slots", "rank_correlation")),
+        *_figures(figures, ("heads", "slots", *(one.name for one in STATISTICS))),
         *(_candidates(policy) for policy in policies if policy.evidence["candidates"]),
     ]
     return "\n\n".join(part.strip("\n") for part in sections) + "\n"

@@ -1,14 +1,15 @@
 """Report a calibration: three lines for the terminal, a page with figures, and both wherever the trainer logs."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from lightning.pytorch.loggers import Logger
+from matplotlib.figure import Figure
 
 from catp_lightning.calibration.report.controls import against
 from catp_lightning.calibration.report.figures import (
-    correlation_figure,
     head_figure,
     layer_figure,
     retention_figure,
@@ -16,6 +17,8 @@ from catp_lightning.calibration.report.figures import (
     visual_tokens,
 )
 from catp_lightning.calibration.report.page import interval, page, percent
+from catp_lightning.calibration.statistics import STATISTICS
+from catp_lightning.calibration.statistics.base import Statistic
 from catp_lightning.policy import PruningPolicy
 from catp_lightning.safe_text import one_line
 from catp_lightning.utils.compat import is_a
@@ -36,12 +39,19 @@ COLUMNS = (
 )
 """Columns of the logged table of candidates."""
 
-FIGURES = {
+
+def _statistic(statistic: type[Statistic], policies: Sequence[PruningPolicy]) -> Figure | None:
+    """Draw a statistic's entry in the evidence; None for policies of a calibration that did not have it."""
+    entry = policies[0].evidence.get(statistic.name)
+    return None if entry is None else statistic.figure(entry)
+
+
+FIGURES: dict[str, Callable[[Sequence[PruningPolicy]], Figure | None]] = {
     "retention": retention_figure,
     "layers": layer_figure,
     "heads": head_figure,
     "slots": slot_figure,
-    "rank_correlation": correlation_figure,
+    **{one.name: partial(_statistic, one) for one in STATISTICS},
 }
 """Functions that draw the figures of a report, by file name without suffix."""
 

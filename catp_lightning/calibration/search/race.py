@@ -8,13 +8,13 @@ import torch
 from torch import Tensor
 
 from catp_lightning.calibration.fit.probes import floored
-from catp_lightning.calibration.fit.sums import CandidateSums, DrawnQuestions, ImageAgreement
 from catp_lightning.calibration.passes import Belongs, Pass
 from catp_lightning.calibration.plan import Plan
 from catp_lightning.calibration.replay.base import Variants
 from catp_lightning.calibration.replay.samples import Samples
 from catp_lightning.calibration.search.candidates import Candidate
 from catp_lightning.calibration.search.ranks import limits, token_ranks
+from catp_lightning.calibration.search.sums import CandidateSums, DrawnQuestions, ImageAgreement
 from catp_lightning.calibration.split import fold_of
 from catp_lightning.methods.selection import Selection, protected_tokens
 from catp_lightning.policy import PruningPolicy
