@@ -208,8 +208,9 @@ def section(title: str) -> str:
 CHECK = """
 import json, runpy, sys
 import catp_lightning
-from catp_lightning.methods.scorers import SCORERS
-known, early = "largest-feature" in SCORERS, "catp_largest_feature" in sys.modules
+from catp_lightning.methods import SCORERS, SELECTORS
+known = "largest-feature" in SCORERS and "bottom-k" in SELECTORS
+early = "catp_largest_feature" in sys.modules
 used = runpy.run_path("use.py")
 features = []
 hook = used["model"].qformer.register_forward_hook(lambda module, args, output: features.append(output[0]))
@@ -217,6 +218,10 @@ used["model"](**used["inputs"])
 slow = [max(abs(number) for number in token) ** 2 for token in features[0][0].tolist()]
 found = {"known": known, "early": early, "slow": slow}
 found |= {name: getattr(used["pruning"], name)[0].tolist() for name in ("keep", "scores")}
+lowest = catp_lightning.PruningPolicy(scorer="largest-feature", selector="bottom-k", keep=8)
+with catp_lightning.prune(used["model"], lowest) as pruning:
+    used["model"](**used["inputs"])
+found["lowest"] = pruning.keep[0].tolist()
 json.dump(found, open("found.json", "w"))
 """
 
@@ -245,17 +250,29 @@ def test_what_contributing_says_about_a_package_outside_works_word_for_word(tmp_
     found = json.loads((tmp_path / "found.json").read_text())
     assert found["known"] and not found["early"]
     assert found["scores"] == pytest.approx(found["slow"], rel=1e-5)
-    best = sorted(range(32), key=lambda token: -found["slow"][token])[:8]
+    best, worst = (sorted(range(32), key=lambda token: sign * found["slow"][token])[:8] for sign in (-1, 1))
     assert [token for token, kept in enumerate(found["keep"]) if kept] == sorted(best)
+    assert [token for token, kept in enumerate(found["lowest"]) if kept] == sorted(worst)
 
 
-def test_the_five_steps_inside_name_what_is_there() -> None:
-    told = section("Add a method in five steps")
+@pytest.mark.parametrize(
+    ("title", "most"),
+    [("Add a scorer", 3), ("Add a selector", 3), ("Add a model family", 3), ("Add a place where tokens leave", 4)],
+)
+def test_every_recipe_names_few_files_to_understand_and_none_that_is_not_there(title: str, most: int) -> None:
+    told = section(title)
+    (understand,) = re.findall(r"^Files to understand:(.*?)\n\n", told, flags=re.DOTALL | re.MULTILINE)
+    files = [name for name in re.findall(r"`([\w/]+\.\w+)`", told) if "/" in name]
+    assert 2 < len(re.findall(r"`([\w/]+\.py)`", understand)) <= most
+    assert [name for name in files if not (ROOT / name).is_file()] == []
+
+
+def test_the_steps_to_a_scorer_name_what_is_there() -> None:
+    told = section("Add a scorer")
     assert "one line in `_OWN`" in told and "`catp_lightning/methods/scorers/__init__.py`" in told
     (example,) = re.findall(r"```python\n(.*?)```", told, flags=re.DOTALL)
     names = "from dataclasses import dataclass\nfrom torch import Tensor\n"
-    names += "from catp_lightning.methods.scorers import Scorer\n"
-    names += "from catp_lightning.methods.observation import Needs, Observation, Signal\n"
+    names += "from catp_lightning.methods import Needs, Observation, Scorer, Signal\n"
     namespace: dict[str, type] = {}
     exec(names + textwrap.dedent(example), namespace)
     own = {**{name: SCORERS[name] for name in ("random", "stride")}, "l1-norm": namespace["L1Norm"]}
