@@ -5,13 +5,12 @@ from collections.abc import Callable
 import pytest
 import torch
 import transformers as hf
-from catp_lightning.families import find_family
 from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
 from torch.utils.data import DataLoader
 
 from catp_lightning import PruningError, PruningPolicy, TokenPruning, prune
-from catp_lightning.models import placeholder
+from catp_lightning.models import find_family, placeholder
 from tests.families import GATED, IMAGE, OLDEST, ROWS, TOWER, Row, pictures, prompts
 from tests.newer_families import NEWER, minimax
 from tests.oracles import Decoder
