@@ -1,0 +1,350 @@
+"""The report of a calibration says what its policies record: numbers on the page, points in the figures."""
+
+import re
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import numpy as np
+import pytest
+import torch
+from lightning.pytorch.loggers import CSVLogger
+from matplotlib.axes import Axes
+from PIL import Image
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+from catp_lightning import PruningPolicy
+from catp_lightning.calibration.report.controls import against
+from catp_lightning.calibration.report.figures import (
+    CONTROLS,
+    correlation_figure,
+    head_figure,
+    layer_figure,
+    retention_figure,
+    slot_figure,
+)
+from catp_lightning.calibration.report.page import CAPTIONS, SHOWN
+from catp_lightning.calibration.report.report import COLUMNS, FIGURES, candidate_rows, report, report_folder
+from catp_lightning.callbacks import CrossAttentionCalibration
+from tests.support.models import GREEDY, random_blip2, random_inputs
+
+QUERIES = 8
+
+
+class Module(L.LightningModule):
+    def __init__(self) -> None:
+        super().__init__()
+        self.net, _ = random_blip2()
+        self.net.language_projection.weight.data *= 0.2  # so that some answers survive pruning
+
+    def predict_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
+        return self.net.generate(**batch, **{**GREEDY, "max_new_tokens": 1, "min_new_tokens": 1})
+
+
+def samples() -> list[dict[str, Tensor]]:
+    """48, in three batches."""
+    torch.manual_seed(7)
+    split = {name: values.split(16) for name, values in random_inputs(QUERIES, 48, True, torch.float32).items()}
+    return [{name: values[number] for name, values in split.items()} for number in range(3)]
+
+
+def calibrated(path: Path, **settings: Any) -> list[PruningPolicy]:
+    """By a real calibration of a small model."""
+    callback = CrossAttentionCalibration(path, **settings)
+    trainer = L.Trainer(callbacks=[callback], accelerator="cpu", logger=False, enable_progress_bar=False)
+    trainer.predict(Module(), DataLoader(samples(), batch_size=None))
+    return callback.policies
+
+
+@pytest.fixture(scope="module")
+def policies(tmp_path_factory: pytest.TempPathFactory) -> list[PruningPolicy]:
+    return calibrated(tmp_path_factory.mktemp("several"), keep=[0.75, 0.5, 2])
+
+
+@pytest.fixture(scope="module")
+def promised(tmp_path_factory: pytest.TempPathFactory) -> list[PruningPolicy]:
+    file = tmp_path_factory.mktemp("promised") / "policy.json"
+    return calibrated(file, keep=[7, 6, 4, 1], max_disagreement=0.6, confidence=0.5)
+
+
+@pytest.fixture(scope="module")
+def refused(tmp_path_factory: pytest.TempPathFactory) -> list[PruningPolicy]:
+    file = tmp_path_factory.mktemp("refused") / "policy.json"
+    return calibrated(file, keep=[4, 2], max_disagreement=0.05, confidence=0.1)
+
+
+def write(policies: Sequence[PruningPolicy], folder: Path, *more: Any) -> tuple[list[str], str]:
+    """The three lines, and the page."""
+    lines = report(policies, [], folder, [], 12.34, *more)
+    return lines, (folder / "report.md").read_text()
+
+
+def tables(page: str, heading: str) -> list[list[str]]:
+    """The rows of the table under a heading; every row must have as many cells as the header."""
+    section = page.partition(f"## {heading}\n")[2].partition("\n## ")[0]
+    rows = [[cell.strip() for cell in line[1:-1].split("|")] for line in section.split("\n") if line.startswith("|")]
+    assert set(rows[1]) == {"---"} and {len(row) for row in rows} == {len(rows[0])}
+    return rows[2:]
+
+
+def with_evidence(policy: PruningPolicy, **changes: Any) -> PruningPolicy:
+    return replace(policy, evidence={**policy.evidence, **changes})
+
+
+def with_heads(policy: PruningPolicy) -> PruningPolicy:
+    """As if probes had found layer 1 and three of its heads."""
+    found = {
+        "layers": [1],
+        "layer_steps": [{"layer": 1, "explained": 0.0321, "error": 0.0043}],
+        "layer_stability": [0.2, 0.8],
+        "head_weights": [[0.25, 0.0, -0.5, 0.125]],
+        "head_stability": [[0.6, 0.0, 1.0, 0.8]],
+        "explained": 0.0456,
+        "explained_error": 0.0054,
+        "strength": 0.2,
+    }
+    nothing = {"layers": [], "layer_steps": [], "layer_stability": [0.0, 0.0]}
+    fitted = {"slots": policy.evidence["fitted"]["slots"], "cross-attention": found, "region-attention": nothing}
+    return with_evidence(policy, fitted=fitted)
+
+
+def lines_of(axes: Axes) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+    """Points of every labelled line, with error bars or without."""
+    drawn = {str(line.get_label()): line for line in axes.lines}
+    drawn |= {str(bars.get_label()): bars.lines[0] for bars in axes.containers}
+    return {name: line.get_data() for name, line in drawn.items() if not name.startswith("_")}
+
+
+def test_three_lines_say_what_was_chosen_what_it_keeps_and_what_it_cost(policies, tmp_path):
+    lines, page = write(policies, tmp_path, 2.0)
+    assert [line.split(": ")[:2] for line in lines] == [["catp", name] for name in ("chosen", "keeps", "cost")]
+    for line, said in zip(lines, ("Chosen", "Keeps", "Cost"), strict=True):
+        assert f"- **{said}**: {line.split(': ', 2)[2]}\n" in page
+    for policy, point, tokens in zip(policies, policies[0].evidence["retention"], (6, 4, 2), strict=True):
+        assert f"{policy.evidence['chosen']} at keep {policy.keep}" in lines[0]
+        low, high = point["interval"]
+        assert (
+            f"{point['agreement']:.1%} ({low:.1%} to {high:.1%}) with {tokens} of 8 tokens, {against(point)}"
+            in lines[1]
+        )
+    assert f"of {policies[0].evidence['samples']['check']} answers it was not chosen on" in lines[1]
+    assert lines[2] == "catp: cost: 12.3 s for 48 samples, 6.2 times the prediction alone"
+    assert write(policies, tmp_path)[0][2] == "catp: cost: 12.3 s for 48 samples"
+
+
+def test_a_control_that_wins_is_called_one(policies, tmp_path):
+    assert not policies[0].evidence["control"]
+    lines, page = write(policies, tmp_path)
+    assert "a control" not in lines[0].split(" at keep 0.75")[0]
+    everyone = policies[0].evidence["candidates"]
+    stride = next(row for row in everyone if row["name"] == "stride")
+    rest = [row for row in everyone if row is not stride]
+    point = {**policies[0].evidence["retention"][0], "chosen": "stride"}
+    won = with_evidence(policies[0], chosen="stride", control=True, candidates=[stride, *rest], retention=[point])
+    (chosen, *_), page = write([won], tmp_path)
+    assert chosen == "catp: chosen: stride at keep 0.75 (a control: no finding of this calibration beats it)"
+    assert tables(page, "Budgets")[0][2] == "stride (a control)"
+
+
+def test_the_page_has_every_budget_and_the_best_candidates_with_all_controls(policies, tmp_path):
+    _, page = write(policies, tmp_path)
+    assert page.startswith("# Calibration of blip-2\n")
+    samples = policies[0].evidence["samples"]
+    assert f"The split: {samples['learn']} samples to learn, {samples['check']} samples to check." in page
+    for row, point, total in zip(tables(page, "Budgets"), policies[0].evidence["retention"], (6, 4, 2), strict=True):
+        assert row[0] == str(point["keep"]) and row[1] == f"{total} of 8" and row[2].startswith(point["chosen"])
+        low, high = point["interval"]
+        assert row[3:6] == [f"{point['agreement']:.1%}", f"{low:.1%} to {high:.1%}", str(samples["check"])]
+        best = point["best_control"]
+        assert row[6].startswith(best["verdict"]) and f"{best['name']} ({best['difference']:+.1%}, " in row[6]
+    for policy in policies:
+        everyone = policy.evidence["candidates"]
+        rows = tables(page, f"Candidates at keep {policy.keep}")
+        controls = {row["name"] for row in everyone if row["control"]}
+        assert [row[0] for row in rows[:SHOWN]] == [row["name"] for row in everyone[:SHOWN]]
+        assert {row[0] for row in rows if row[1] == "yes"} == controls > {"random", "stride", "l2-norm"}
+        assert f"{len(everyone) - len(rows)} more candidates are not shown; the figures of all {len(everyone)}" in page
+        for row, found in zip(rows[:SHOWN], everyone, strict=False):
+            choose, check = found["choose"], found["check"]
+            said = f"{choose['divergence']:.4f} ± {choose['divergence_error']:.4f}"
+            assert row[2:5] == [str(choose["samples"]), said, f"{choose['agreement']:.1%}"]
+            assert row[5].startswith(f"{check['agreement']:.1%} (") if check else row[5] == ""
+    assert any(row["check"] is None for row in policies[0].evidence["candidates"]), "or the last column proves nothing"
+
+
+def test_all_controls_are_shown_even_where_they_are_last(policies, tmp_path):
+    everyone = sorted(policies[0].evidence["candidates"], key=lambda row: row["control"])
+    _, page = write([with_evidence(policies[0], candidates=everyone)], tmp_path)
+    controls = [row["name"] for row in everyone if row["control"]]
+    assert [row[0] for row in tables(page, "Candidates at keep 0.75")][SHOWN:] == controls
+
+
+def test_figures_are_valid_files_beside_the_page_and_stale_ones_go(policies, tmp_path):
+    _, page = write([with_heads(policy) for policy in policies], tmp_path / "new" / "report")
+    folder = tmp_path / "new" / "report"
+    assert re.findall(r"!\[[\w ]+\]\((.+)\)", page) == [f"{name}.png" for name in CAPTIONS]
+    assert FIGURES.keys() == CAPTIONS.keys()
+    for name, caption in CAPTIONS.items():
+        assert caption in page
+        with Image.open(folder / f"{name}.png") as image:
+            image.load()
+            assert image.format == "PNG" and min(image.size) > 100
+    assert {file.name for file in folder.iterdir()} == {"report.md", *(f"{name}.png" for name in CAPTIONS)}
+    _, page = write(policies, folder)  # nothing was selected here
+    assert "heads.png" not in page and not (folder / "heads.png").exists()
+
+
+def test_what_the_probes_found_is_said_in_words(policies, tmp_path):
+    _, page = write([with_heads(policies[0])], tmp_path)
+    (cross,) = re.findall(r"- cross-attention: (.+)\n", page)
+    assert "layer 1 (3.21% ± 0.43% of the variance, chosen again in 80% of the fits" in cross
+    assert "3 of 4 heads, which explain 4.56% ± 0.54% of the variance" in cross
+    assert "same sign in 60% to 100%" in cross
+    assert "- region-attention: nothing; no layer's votes predict the answers better than chance" in page
+
+
+def test_where_nothing_was_selected_the_page_says_so(policies, tmp_path):
+    assert not any(policies[0].evidence["fitted"][name]["layers"] for name in ("cross-attention", "region-attention"))
+    _, page = write(policies, tmp_path)
+    assert page.count(": nothing; no layer's votes predict the answers better than chance on left-out images.") == 2
+    assert head_figure(policies) is None
+    values = with_heads(policies[0]).to_dict()
+    values["evidence"]["fitted"]["cross-attention"]["head_weights"] = [[0.0] * 4]
+    without = PruningPolicy.from_dict(values)
+    assert head_figure([without]) is None
+    assert "but no selection of heads predicts the answers better than chance" in write([without], tmp_path)[1]
+
+
+def test_the_retention_curve_goes_through_what_was_measured(policies):
+    (axes,) = retention_figure(policies).axes
+    drawn = lines_of(axes)
+    retention = {point["tokens"]: point["agreement"] for point in policies[0].evidence["retention"]}
+    assert dict(zip(*drawn["chosen"], strict=True)) == {**retention, QUERIES: 1.0}
+    (bars,) = axes.containers
+    ends = {x: (low, high) for (x, low), (_, high) in bars.lines[2][0].get_segments()}
+    for point in policies[0].evidence["retention"]:
+        assert ends[point["tokens"]] == pytest.approx(tuple(point["interval"]))
+    there = [name for name in CONTROLS if name != "grid"]  # query tokens have none
+    for name in there:
+        rows = [next(row for row in policy.evidence["candidates"] if row["name"] == name) for policy in policies]
+        agreed = dict(zip((6, 4, 2), (row["check"]["agreement"] for row in rows), strict=True))
+        assert dict(zip(*drawn[name], strict=True)) == {**agreed, QUERIES: 1.0}
+    assert drawn.keys() == {"chosen", *there} and len(set(retention.values())) > 1
+    assert axes.get_xlabel() and axes.get_ylabel()
+
+
+def test_one_budget_is_a_point_and_no_line_to_the_unpruned_model(policies):
+    record = policies[0].to_dict()
+    record["evidence"]["retention"] = record["evidence"]["retention"][:1]
+    (axes,) = retention_figure([PruningPolicy.from_dict(record)]).axes
+    lines = {line.get_label(): line for line in axes.get_lines()}
+    assert all(line.get_linestyle() == "None" for name, line in lines.items() if name in ("chosen", *CONTROLS))
+    assert lines["no pruning"].get_xydata().tolist() == [[QUERIES, 1.0]]
+    point = record["evidence"]["retention"][0]
+    (bars,) = axes.containers
+    assert bars.lines[0].get_xydata().tolist() == [[point["tokens"], point["agreement"]]]
+    assert bars.lines[0].get_linestyle() == "None"
+    assert "logarithmic" in axes.get_xlabel() and axes.get_xscale() == "log"
+
+
+def test_the_layer_figure_shows_each_layer_alone_and_the_choice(policies):
+    (axes,) = layer_figure(policies).axes
+    dashed = [line.get_ydata()[0] for line in axes.lines if line.get_linestyle() == "--"]
+    assert dashed == [point["agreement"] for point in policies[0].evidence["retention"]]
+    assert len(set(dashed)) == 3, "or this proves little"
+    for policy, bars in zip(policies, axes.containers, strict=True):
+        assert bars.get_label() == f"keep {policy.keep}"
+        rows = {row["name"]: row["check"] for row in policy.evidence["candidates"]}
+        layers, agreed = bars.lines[0].get_data()
+        assert np.array(layers, float).round().tolist() == [0, 1]
+        assert list(agreed) == [rows["catp layer 0"]["agreement"], rows["catp layer 1"]["agreement"]]
+        for layer, ((_, low), (_, high)) in enumerate(bars.lines[2][0].get_segments()):
+            assert (low, high) == pytest.approx(tuple(rows[f"catp layer {layer}"]["interval"]))
+
+
+def test_the_heatmaps_are_signed_and_centred_at_zero(policies):
+    weights, _colours = head_figure([with_heads(policies[0])]).axes
+    (image,) = weights.images
+    assert image.get_array().tolist() == [[0.25, 0.0, -0.5, 0.125]]
+    assert image.get_clim() == (-0.5, 0.5)
+    assert [label.get_text() for label in weights.get_yticklabels()] == ["1"]  # the chosen layer
+    assert [text.get_text() for text in weights.texts] == ["0.25", "-0.5", "0.12"]  # what is zero stays blank
+    found = [axes for axes in correlation_figure(policies).axes if axes.images]
+    assert [axes.get_title() for axes in found] == list(policies[0].evidence["rank_correlation"])
+    for axes, matrix in zip(found, policies[0].evidence["rank_correlation"].values(), strict=True):
+        assert axes.images[0].get_array().tolist() == matrix
+        assert axes.images[0].get_clim() == (-1, 1)
+
+
+def test_a_bar_stands_for_each_slot(policies):
+    (axes,) = slot_figure(policies).axes
+    assert [bar.get_height() for bar in axes.patches] == policies[0].evidence["fitted"]["slots"]
+    assert len(axes.patches) == QUERIES
+
+
+def test_a_promise_that_holds_is_said_with_its_steps(promised, tmp_path):
+    lines, page = write(promised, tmp_path)
+    (policy,) = promised
+    promise = policy.evidence["promise"]
+    holding = [step for step in promise["steps"] if step["holds"]]
+    assert 1 <= len(holding) < 4 and policy.keep == holding[-1]["keep"], "or this proves nothing"
+    assert lines[0] == (
+        f"catp: chosen: {policy.evidence['chosen']} at keep {policy.keep}"
+        + " (a control: no finding of this calibration beats it)" * policy.evidence["control"]
+        + ", the smallest budget that keeps the promise"
+    )
+    images = promise["images"]
+    said = f"at most 0.6 of new images disagree, with confidence 0.5 ({holding[-1]['disagreed']} of {images} did)"
+    assert lines[1].endswith(said) and lines[1].count("tokens") == 1
+    assert f"With confidence 0.5, the policy at keep {policy.keep} answers at most 0.6 of new images" in page
+    assert f"tested on {images} images that nothing was decided on" in page
+    for row, step in zip(tables(page, "The promise"), promise["steps"], strict=True):
+        answers = ["yes" if step[name] else "no" for name in ("tested", "holds")]
+        assert row == [str(step["keep"]), f"{step['disagreed']} of {images}", f"{step['bound']:.2%}", *answers]
+    assert len(tables(page, "Budgets")) == 4
+    (axes,) = retention_figure(promised).axes
+    assert lines_of(axes)["promised: 40.0%"][1] == [0.4, 0.4]
+    tokens, agreed = lines_of(axes)["stride"]  # measured at the budget of the policy alone: a point, no line
+    assert list(tokens) == [policy.keep]
+    assert agreed[0] == next(r["check"]["agreement"] for r in policy.evidence["candidates"] if r["name"] == "stride")
+
+
+def test_a_promise_that_no_budget_keeps_is_reported_without_candidates(refused, tmp_path):
+    (policy,) = refused
+    assert policy.keep == 1.0 and policy.evidence["chosen"] == "no pruning"
+    logger = CSVLogger(tmp_path / "logs")
+    lines, page = write(refused, tmp_path / "report")
+    promise = policy.evidence["promise"]
+    first = promise["steps"][0]
+    assert lines[0] == "catp: chosen: no pruning: no budget keeps the promise"
+    assert lines[1] == (
+        f"catp: keeps: all 8 tokens, so every answer; at keep 4 {first['disagreed']} of {promise['images']} images "
+        f"disagree, which allows up to {first['bound']:.2%}, above 0.05"
+    )
+    assert "No budget was found to change at most 0.05 of the answers with confidence 0.1" in page
+    assert [row[4] for row in tables(page, "The promise")] == ["no", "no"]
+    assert "## Candidates" not in page and layer_figure(refused) is None
+    assert re.findall(r"\((.+)\.png\)", page) == ["retention", "slots", "rank_correlation"]
+    report(refused, [], tmp_path / "report", [logger], 1.0)  # nothing was measured of a policy that keeps all
+    assert not logger.experiment.metrics
+
+
+def test_the_logged_table_holds_every_candidate(policies):
+    for policy in policies:
+        rows = candidate_rows(policy)
+        assert len(rows) == len(policy.evidence["candidates"])
+        for row, found in zip(rows, policy.evidence["candidates"], strict=True):
+            named = dict(zip(COLUMNS, row, strict=True))
+            assert named["candidate"] == found["name"] and named["samples"] == found["choose"]["samples"]
+            assert named["divergence"] == found["choose"]["divergence"]
+            check = found["check"] or {"divergence": None, "agreement": None, "interval": (None, None)}
+            assert named["checked divergence"] == check["divergence"]
+            assert (named["checked agreement"], named["low"], named["high"]) == (check["agreement"], *check["interval"])
+
+
+def test_the_report_lies_in_the_policys_folder_or_beside_its_file(tmp_path):
+    assert report_folder(tmp_path) == tmp_path / "report"
+    assert report_folder(tmp_path / "a.json") == tmp_path / "a-report"

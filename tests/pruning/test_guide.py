@@ -1,0 +1,340 @@
+"""SGL: a small model's attention ranks the visual tokens of a large one, once for each prompt, and leaves no trace."""
+
+from collections.abc import Iterator
+from dataclasses import replace
+from functools import cache
+from typing import Any
+
+import pytest
+import torch
+import transformers as hf
+from lightning.pytorch import LightningModule, Trainer
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+from transformers import PreTrainedModel
+
+from catp_lightning import PolicyError, PrunedModule, PruningError, PruningPolicy, TokenPruning, prune
+from catp_lightning.pruning.guide import rows_paid
+from tests.callbacks.test_token_pruning import trainer
+from tests.pruning.test_families import state
+from tests.support.families import GATED, ROWS, TOKENS, Row, clip
+from tests.support.oracles import END, IMAGE, START, VIDEO, Inputs
+
+BY_NAME = {row.name: row for row in ROWS}
+ANSWER = 4
+RULE = PruningPolicy(scorer="sgl", scorer_args={"answer_tokens": ANSWER}, keep=0.4)
+GREEDY = {"max_new_tokens": 3, "do_sample": False, "suppress_tokens": [IMAGE, VIDEO]}
+
+
+@pytest.fixture(autouse=True)
+def _no_grad() -> Iterator[None]:
+    with torch.no_grad():
+        yield
+
+
+def small_llava(**changes: Any) -> PreTrainedModel:
+    """Two layers of two heads, and another width than the large model's."""
+    text = {**GATED, "hidden_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 1}
+    config = hf.LlavaConfig(vision_config=clip(), text_config=hf.LlamaConfig(**{**text, **changes}), **TOKENS)
+    return hf.LlavaForConditionalGeneration(config)
+
+
+@cache
+def guide(name: str) -> PreTrainedModel:
+    """Another model than the row's own; it looks at images and answers with more than one word."""
+    make = small_llava if name == "Llava" else BY_NAME[name].make
+    model = replace(BY_NAME[name], name=f"guide of {name}", make=make).model()
+    generator = torch.Generator().manual_seed(9)
+    for weight in model.parameters():
+        if weight.dim() == 2:  # not the same numbers as the large model's
+            weight.data = weight.data[:, torch.randperm(weight.shape[1], generator=generator)]
+    marks = [token for token in (IMAGE, VIDEO, START, END) if token < len(model.get_output_embeddings().weight)]
+    model.generation_config.suppress_tokens = marks
+    return model
+
+
+def slowly(row: Row, model: PreTrainedModel, own: int, ends: tuple[int, ...]) -> tuple[list[float], list[int]]:
+    """What the text of one sample and its answer pay each visual token; and the answer. No cache, no batch."""
+    inputs, answer = row.inputs([own]), list[int]()
+
+    def run(tokens: list[int], **settings: Any) -> Any:
+        new = torch.tensor([tokens], dtype=torch.long)
+        return model(**row.oracle.forward_inputs(row.oracle.grow(inputs, new)), **settings)
+
+    while len(answer) < ANSWER and not set(answer) & set(ends):
+        logits = run(answer).logits[0, -1]
+        logits[model.generation_config.suppress_tokens] = -torch.inf
+        answer.append(int(logits.argmax()))
+    before = model.config._attn_implementation
+    model.set_attn_implementation("eager")
+    output = run(answer[:-1], output_attentions=True)
+    model.set_attn_implementation(before)
+    ids = inputs["input_ids"][0].tolist() + answer[:-1]
+    visual = [column for column, id_ in enumerate(ids) if id_ in (IMAGE, VIDEO)]
+    scores = [0.0] * len(visual)
+    for layer in output.get("language_model_outputs", output).attentions:
+        for head in layer[0].tolist():
+            for column, paid in enumerate(head):
+                if column > visual[0] and column not in visual:
+                    scores = [score + paid[token] for score, token in zip(scores, visual, strict=True)]
+    return scores, answer
+
+
+def with_images(row: Row) -> list[int]:
+    return [own for own, sample in enumerate(row.samples()) if sample.images]
+
+
+@pytest.mark.parametrize("name", ["Llava", "LlavaNext", "Qwen2.5-VL", "Blip2-OPT", "Gemma3"])
+@pytest.mark.parametrize("ended", [False, True])
+def test_scores_are_the_sum_over_layers_heads_and_rows_of_text_until_the_answer_ends(name: str, ended: bool) -> None:
+    row, model = BY_NAME[name], guide(name)
+    inputs, samples, ends = row.inputs(with_images(row), pads=2), with_images(row), tuple[int, ...]()
+    if ended:
+        answer = slowly(row, model, samples[0], ())[1]
+        ends = (answer[1],)  # the first sample's answer ends here, others go on
+    head = getattr(model, "language_model", model) if name == "Blip2-OPT" else model
+    head.generation_config.eos_token_id = list(ends) or None
+    try:
+        with prune(row.model(), RULE, guide=model) as pruning:
+            row.model()(**row.oracle.forward_inputs(inputs))
+    finally:
+        head.generation_config.eos_token_id = None
+    lengths = set()
+    for place, own in enumerate(samples):
+        expected, answer = slowly(row, model, own, ends)
+        lengths.add(len(answer))
+        mine = pruning.scores[place]
+        torch.testing.assert_close(mine[: len(expected)], torch.tensor(expected).double(), rtol=0, atol=2e-5)
+        assert (mine[len(expected) :] == -torch.inf).all()
+    assert not ended or len(lengths) > 1, "an answer that ends early stands beside one that does not"
+
+
+@pytest.mark.parametrize("name", ["Llava", "Qwen2.5-VL", "Blip2-OPT"])
+def test_a_choice_belongs_to_the_sample_and_to_the_prompt(name: str) -> None:
+    row, runs = BY_NAME[name], []
+    model, inputs = row.model(), row.inputs(range(len(row.samples())))
+    hook = guide(name).get_input_embeddings().register_forward_hook(lambda *call: runs.append(call[1][0].shape))
+    try:
+        with prune(model, RULE, guide=guide(name)) as pruning:
+            model(**row.oracle.forward_inputs(inputs))
+            keep, scores = pruning.keep, pruning.scores
+            once = len(runs)
+            model.generate(**inputs, **GREEDY, use_cache=False)
+            assert torch.equal(pruning.keep, keep), "generate keeps what forward does, at every step"
+            assert len(runs) == 2 * once, "the guide runs once for a prompt"
+            few = [own for own, sample in enumerate(row.samples()) if len(sample.images) < 2]
+            model.generate(**row.inputs(few), **GREEDY, num_beams=2)
+            assert torch.equal(pruning.keep, keep[few, : pruning.keep.shape[1]]), "before beams are expanded"
+            for own in with_images(row):
+                model(**row.oracle.forward_inputs(row.inputs([own], pads=3)))
+                width = pruning.keep.shape[1]
+                assert torch.equal(pruning.keep[0], keep[own, :width]) and not keep[own, width:].any()
+                torch.testing.assert_close(pruning.scores[0], scores[own, :width], rtol=0, atol=1e-5)
+    finally:
+        hook.remove()
+
+
+@pytest.mark.parametrize("name", ["Llava", "Blip2-OPT"])
+def test_an_answer_with_labels_changes_nothing(name: str) -> None:
+    row = BY_NAME[name]
+    model, inputs = row.model(), row.inputs()
+    with prune(model, RULE, guide=guide(name)) as pruning:
+        model(**row.oracle.forward_inputs(inputs))
+        keep, scores = pruning.keep, pruning.scores
+        for words in ([5, 6, 7], [80, 81, 82]):
+            answer = torch.tensor([words] * len(keep))
+            answered = row.oracle.grow(inputs, answer)
+            labels = torch.cat([torch.full_like(inputs["input_ids"], -100), answer], 1)
+            model(**row.oracle.forward_inputs(answered), labels=labels)
+            assert torch.equal(pruning.keep, keep)
+            torch.testing.assert_close(pruning.scores, scores, rtol=0, atol=1e-9)
+            labels[:, 0] = 3  # all of the prompt is answer: only images are read, and what the guide says of them
+            model(**row.oracle.forward_inputs(answered), labels=labels)
+            assert pruning.scores[row.oracle.tokens(inputs)].isfinite().all()
+
+
+def test_padding_on_the_right_changes_nothing() -> None:
+    row = BY_NAME["Llava"]
+    left = row.inputs([0, 1])
+    right = {**left, "input_ids": left["input_ids"].clone(), "attention_mask": left["attention_mask"].clone()}
+    for at, mask in enumerate(left["attention_mask"]):
+        for name in ("input_ids", "attention_mask"):
+            right[name][at] = left[name][at].roll(int(mask.sum()))
+    assert not torch.equal(right["attention_mask"], left["attention_mask"])
+    found = []
+    with prune(row.model(), RULE, guide=guide("Llava")) as pruning:
+        for inputs in (left, right):
+            row.model()(**inputs)
+            found.append(pruning.scores)
+    torch.testing.assert_close(found[1], found[0], rtol=0, atol=1e-12)
+
+
+def test_layers_and_heads_of_the_guide_can_be_weighed() -> None:
+    row, found = BY_NAME["Llava"], []
+    for args in ({"layers": [1]}, {"layers": [-1], "head_weights": [[1.0, 0.0]]}, {"head_weights": [[1, 2], [-1, 0]]}):
+        policy = PruningPolicy(scorer="sgl", scorer_args={**args, "answer_tokens": 1}, keep=3)
+        with prune(row.model(), policy, guide=guide("Llava")) as pruning:
+            row.model()(**row.inputs([0]))
+        found.append(pruning.scores[0])
+    model = guide("Llava")
+    model.set_attn_implementation("eager")
+    maps = model(**row.inputs([0]), output_attentions=True).attentions
+    model.set_attn_implementation("sdpa")
+    visual = row.inputs([0])["input_ids"][0] == IMAGE
+    after = (visual.cumsum(0) > 0) & ~visual
+    paid = torch.stack([layer[0][:, after][..., visual].sum(1) for layer in maps])  # [L, H, T]
+    expected = [paid[1].sum(0), paid[1, 0], paid[0, 0] + 2 * paid[0, 1] - paid[1, 0]]
+    torch.testing.assert_close(torch.stack(found), torch.stack(expected).double(), rtol=0, atol=1e-5)
+
+
+def test_rows_that_do_not_count_pay_nothing_and_those_of_padding_are_no_nan() -> None:
+    """Keys (0, ln 2), rows of 1: by causality row 0 pays (1, 0), row 1 pays (1/3, 2/3)."""
+    query, key = torch.ones(1, 1, 2, 1), torch.tensor([0.0, 2.0]).log1p().view(1, 1, 2, 1) * 0
+    key[0, 0, 1] = torch.tensor(2.0).log()
+    for rows, expected in (([True, True], [4 / 3, 2 / 3]), ([False, True], [1 / 3, 2 / 3]), ([False, False], [0, 0])):
+        paid = rows_paid(query, key, None, 1.0, torch.tensor([rows]))
+        torch.testing.assert_close(paid[0, 0], torch.tensor(expected).float())
+    batch = torch.tensor([[True, True], [False, True]])  # the second sample's first column is padding: it sees nothing
+    mask = torch.tensor([[[[1, 0], [1, 1]]], [[[0, 0], [0, 1]]]]).bool()
+    paid = rows_paid(query.expand(2, -1, -1, -1), key.expand(2, -1, -1, -1), mask, 1.0, batch)
+    torch.testing.assert_close(paid[:, 0], torch.tensor([[4 / 3, 2 / 3], [0, 1]]))
+    flash = torch.tensor([[1, 1], [0, 1]])
+    same = rows_paid(query.expand(2, -1, -1, -1), key.expand(2, -1, -1, -1), flash, 1.0, batch)
+    torch.testing.assert_close(same, paid)
+
+
+def test_without_a_guide_the_error_says_how_to_give_one_and_nothing_scored_needs_none() -> None:
+    row = BY_NAME["Llava"]
+    with pytest.raises(PruningError, match=r"guide=small_model"), prune(row.model(), RULE):
+        pass
+    with prune(row.model(), RULE.with_keep(1.0)) as pruning:
+        row.model()(**row.inputs([0]))
+    assert pruning.keep.all()
+    with pytest.raises(PolicyError, match="answer_tokens is 0"):
+        PruningPolicy(scorer="sgl", scorer_args={"answer_tokens": 0})
+
+
+@pytest.mark.parametrize("name", ["Mllama", "Blip2-T5"])
+def test_models_whose_decoder_reads_no_visual_rows_are_refused(name: str) -> None:
+    for given in (None, guide("Llava")):
+        with pytest.raises(PruningError, match=r"reads them by (cross-attention|encoder)"):
+            prune(BY_NAME[name].model(), RULE, guide=given).__enter__()
+
+
+@pytest.mark.parametrize(
+    ("other", "says"),
+    [
+        (lambda: small_llava(vocab_size=130), r"vocabulary of 130 tokens.* 120\b"),
+        (BY_NAME["Llava"].model, "shares modules"),
+        (BY_NAME["Mllama"].model, "MllamaForConditionalGeneration reads them by cross-attention"),
+        (lambda: nn.Linear(1, 1), "holds no model"),
+        (lambda: hf.LlamaForCausalLM(hf.LlamaConfig(**GATED)), "holds no model"),
+        (lambda: guide("Qwen2.5-VL"), r"image tokens of id \(110, 111\).* \(110,\)"),
+    ],
+)
+def test_a_guide_of_another_kind_is_refused(other: Any, says: str) -> None:
+    with pytest.raises(PruningError, match=says):
+        prune(BY_NAME["Llava"].model(), RULE, guide=other()).__enter__()
+
+
+def test_a_layer_the_guide_lacks_is_refused() -> None:
+    policy = PruningPolicy(scorer="sgl", scorer_args={"layers": [2]})
+    with pytest.raises(PruningError, match=r"layer 2 of the guide.* has 2, numbered 0 to 1"):
+        prune(BY_NAME["Llava"].model(), policy, guide=guide("Llava")).__enter__()
+
+
+def test_another_number_of_visual_tokens_is_refused_with_both_and_the_guide_is_left_as_it_was() -> None:
+    config = BY_NAME["LlavaNext"].make().config
+    config.vision_config.patch_size = 16  # a crop is one patch, where the model has four
+    row, coarse = BY_NAME["LlavaNext"], hf.LlavaNextForConditionalGeneration(config).train()
+    coarse.model.language_model.layers[0].eval()
+    inputs, before = row.inputs([0], dtype=torch.float32), [module.training for module in coarse.modules()]
+    with pytest.raises(ValueError, match="do not match"):
+        coarse(**inputs)  # transformers itself sets hooks in the first call, and they stay
+    attributes, inputs = state(coarse), row.inputs([0])
+    with prune(row.model(), RULE, guide=coarse):
+        with pytest.raises(PruningError, match=r"cannot read this prompt.* tokens: 14, features: 4"):
+            row.model()(**inputs)
+        assert [module.training for module in coarse.modules()] == before and state(coarse) == attributes
+
+
+def test_other_grids_are_refused_when_entering_where_they_are_known() -> None:
+    row = BY_NAME["Blip2-OPT"]
+    config = row.make().config
+    config.num_query_tokens = 7
+    with pytest.raises(PruningError, match=r"has 7 visual tokens an image, the model Blip2\w+ \d+"):
+        prune(row.model(), RULE, guide=hf.Blip2ForConditionalGeneration(config)).__enter__()
+    coarse = hf.LlavaConfig(vision_config=clip(patch_size=12), text_config=hf.LlamaConfig(**GATED), **TOKENS)
+    with pytest.raises(PruningError, match=r"has 4 visual tokens an image, the model Llava\w+ 9"):
+        prune(BY_NAME["Llava"].model(), RULE, guide=hf.LlavaForConditionalGeneration(coarse)).__enter__()
+
+
+def test_a_guide_that_is_being_pruned_is_refused() -> None:
+    small = guide("Llava")
+    with (
+        prune(small, PruningPolicy(scorer="stride")),
+        pytest.raises(PruningError, match="being pruned already"),
+        prune(BY_NAME["Llava"].model(), RULE, guide=small),
+    ):
+        pass
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_the_guide_is_what_it_was_after_every_prompt(fails: bool) -> None:
+    row, small = BY_NAME["Llava"], guide("Llava")
+    small(**row.inputs([0]))
+    small.train()
+    small.model.vision_tower.eval()
+    before, modes = state(small), [module.training for module in small.modules()]
+
+    def fail(*call: Any) -> None:
+        raise KeyboardInterrupt
+
+    hook = small.model.language_model.layers[1].mlp.register_forward_hook(fail) if fails else None
+    counted = state(small)
+    try:
+        with prune(row.model(), RULE, guide=small):
+            if fails:
+                with pytest.raises(KeyboardInterrupt):
+                    row.model()(**row.inputs([0]))
+            else:
+                row.model()(**row.inputs([0]))
+            assert state(small) == counted and [module.training for module in small.modules()] == modes
+    finally:
+        if hook is not None:
+            hook.remove()
+        small.eval()
+    assert state(small) == before
+
+
+def test_modes_do_not_matter_and_a_module_may_hold_the_guide() -> None:
+    row, small = BY_NAME["Llava"], small_llava(attention_dropout=0.9).double()
+    found = []
+    for held in (small.eval(), nn.ModuleDict({"inside": small.train()})):
+        with prune(row.model(), RULE, guide=held) as pruning:
+            row.model()(**row.inputs())
+        found.append(pruning.scores)
+    assert torch.equal(found[0], found[1])
+
+
+class Answering(LightningModule):
+    def __init__(self) -> None:
+        super().__init__()
+        self.model = BY_NAME["Llava"].model()
+
+    def predict_step(self, batch: Inputs) -> Tensor:
+        return self.model(**batch).logits
+
+
+def test_the_callback_and_the_wrapper_hand_the_guide_on() -> None:
+    row, module, small = BY_NAME["Llava"], Answering(), guide("Llava")
+    loader = DataLoader([row.inputs()], batch_size=None)  # type: ignore[arg-type]
+    with prune(module, RULE, guide=small):
+        expected = module.model(**row.inputs()).logits
+    by_callback = trainer(TokenPruning(RULE, guide=small)).predict(module, loader)
+    wrapper = PrunedModule(module, RULE, guide=small)
+    by_wrapper = trainer().predict(wrapper, loader)
+    assert torch.equal(by_callback[0], expected) and torch.equal(by_wrapper[0], expected)
+    assert not set(small.parameters()) & set(wrapper.parameters()), "it is neither trained nor saved"
+    with pytest.raises(PruningError, match="guide=small_model"):
+        Trainer(logger=False, enable_progress_bar=False, callbacks=[TokenPruning(RULE)]).predict(module, loader)

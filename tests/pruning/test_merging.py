@@ -1,0 +1,355 @@
+"""Merging equals the full run in which the means are written at their places and all tokens that left are masked."""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from catp_lightning import PruningError, PruningPolicy, prune
+from catp_lightning.methods.selectors import SELECTORS, Selector
+from catp_lightning.prompt.merging import group_means
+from catp_lightning.pruning import Pruning
+from tests.pruning.test_families import exact, generate, scale
+from tests.support.families import ROWS, Row
+from tests.support.oracles import Decoder, Inputs, columns_kept, hooked, visual_columns
+
+DECODERS = [row for row in ROWS if isinstance(row.oracle, Decoder)]
+OTHERS = [row for row in ROWS if not isinstance(row.oracle, Decoder)]
+BY_NAME = {row.name: row for row in ROWS}
+
+every_decoder = pytest.mark.parametrize("row", DECODERS, ids=repr)
+
+
+@dataclass(frozen=True)
+class Scripted(Selector):
+    """Groups that differ from row to row: some of one token, some of several, some tokens lost.
+
+    All depends on the order of the scores alone, which no batch changes. Where the highest score stands at an odd place
+    one token more stays than was asked for, so that samples differ in how many they keep.
+    """
+
+    nested: ClassVar[bool] = False
+    merges: ClassVar[bool] = True
+
+    def select(self, scores: Tensor, visual: Tensor, counts: Tensor, vectors: Tensor | None) -> Tensor:
+        keep = torch.zeros_like(visual)
+        for row, order in enumerate(orders(scores, visual)):
+            if order:
+                keep[row, order[: int(counts[row]) + order[0] % 2]] = True
+        return keep
+
+    def carriers(self, keep: Tensor, scores: Tensor, visual: Tensor, vectors: Tensor | None) -> Tensor:
+        found = torch.full_like(keep, -1, dtype=torch.long)
+        for row, order in enumerate(orders(scores, visual)):
+            for token, carrier in script(order, int(keep[row].sum())).items():
+                found[row, token] = carrier
+        return found
+
+
+def orders(scores: Tensor, visual: Tensor) -> Iterator[list[int]]:
+    """Tokens of each row that exist, the highest score first."""
+    for values, there in zip(scores.tolist(), visual.tolist(), strict=True):
+        own = [token for token, valid in enumerate(there) if valid]
+        yield sorted(own, key=lambda token, values=values: -values[token])
+
+
+def script(order: list[int], kept: int) -> dict[int, int]:
+    """Which token carries which, of one row; those that are lost are left out."""
+    stay, carrier = order[:kept], {token: token for token in order[:kept]}
+    for number, token in enumerate(order[kept:]):
+        if (number + order[0]) % 3 != 1:
+            carrier[token] = stay[number * number % max(1, kept - 1)]  # the last that stays carries itself alone
+    return carrier
+
+
+@pytest.fixture(autouse=True)
+def _no_grad() -> Iterator[None]:
+    with torch.no_grad():
+        yield
+
+
+@pytest.fixture(autouse=True)
+def _scripted(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(SELECTORS, "scripted", Scripted)
+
+
+def policy(keep: int | float = 0.25, **args: Any) -> PruningPolicy:
+    return PruningPolicy(scorer="l2-norm", selector="scripted", selector_args=args, keep=keep)
+
+
+def groups(carrier: Tensor) -> list[dict[int, list[int]]]:
+    """Of each sample, which tokens a token carries: int64 [B, T]."""
+    found: list[dict[int, list[int]]] = []
+    for row in carrier.tolist():
+        own: dict[int, list[int]] = {}
+        for token, lead in enumerate(row):
+            if lead >= 0:
+                own.setdefault(lead, []).append(token)
+        found.append(own)
+    return found
+
+
+def written(rows: Tensor, columns: Tensor, carrier: Tensor) -> Tensor:
+    """Rows [R, L, D] in which each carrier's is the mean of its group: tokens at bool [B, L], int64 [B, T]."""
+    found, beams, wide = rows.clone(), len(rows) // len(columns), rows.to(torch.promote_types(rows.dtype, torch.float))
+    for row in range(len(rows)):
+        places = columns[row // beams].nonzero()[:, 0].tolist()
+        for lead, tokens in groups(carrier)[row // beams].items():
+            mean = sum(wide[row, places[token]] for token in tokens) / len(tokens)
+            found[row, places[lead]] = mean.to(rows.dtype)
+    return found
+
+
+@contextmanager
+def merged(row: Row, model: PreTrainedModel, inputs: Inputs, pruning: Pruning) -> Iterator[None]:
+    """The oracle: while inside, `model` reads the means at the carriers' places, and tokens that left are masked."""
+    columns, length = visual_columns(inputs), inputs["input_ids"].shape[1]
+    keep, carrier = pruning.keep, pruning.carrier
+    assert keep is not None and carrier is not None
+
+    def write(stack: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+        embeds = kwargs.get("inputs_embeds")
+        if embeds is None or embeds.shape[1] < length:  # a decoding step
+            return {}
+        changes = {"inputs_embeds": written(embeds, columns, carrier)}
+        if kwargs.get("deepstack_visual_embeds"):
+            places = kwargs["visual_pos_masks"]
+            deep = []
+            for features in kwargs["deepstack_visual_embeds"]:
+                rows = embeds.new_zeros(embeds.shape)
+                rows[places] = features
+                deep.append(written(rows, columns, carrier)[places])
+            changes["deepstack_visual_embeds"] = deep
+        return changes
+
+    with hooked([model.get_submodule(row.oracle.path)], write), row.oracle.masked(model, inputs, keep):
+        yield
+
+
+def entering(row: Row, model: PreTrainedModel, inputs: Inputs) -> dict[str, Any]:
+    """What the decoder is called with."""
+    seen: dict[str, Any] = {}
+    with hooked([model.get_submodule(row.oracle.path)], lambda module, args, kwargs: seen.update(kwargs) or {}):
+        model(**row.oracle.forward_inputs(inputs))
+    return seen
+
+
+def of_one_image(row: Row) -> list[int]:
+    """Samples of at most one image: of several, older versions of generate give a beam the first one twice."""
+    return [number for number, sample in enumerate(row.samples()) if len(sample.images) < 2]
+
+
+@every_decoder
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_merging_equals_writing_the_means_in_prefill_and_six_decoding_steps(row: Row, dtype: torch.dtype) -> None:
+    model, inputs = row.model(dtype), row.inputs(dtype=dtype)
+    forward = row.oracle.forward_inputs(inputs)
+    with prune(model, policy()) as pruning:
+        prefill = model(**forward).logits
+        tokens, steps = generate(row, model, inputs)
+    keep, carrier = pruning.keep, pruning.carrier
+    sizes = [len(own) for sample in groups(carrier) for own in sample.values()]
+    lost = row.oracle.tokens(inputs) & (carrier < 0)
+    assert 1 in sizes and max(sizes) > 2 and lost.any(), "groups of one, of several, and tokens that are lost"
+    assert len({tuple(sample) for sample in carrier.tolist()}) == len(carrier), "samples differ"
+    with merged(row, model, inputs, pruning):
+        expected = model(**forward).logits
+        expected_tokens, expected_steps = generate(row, model, inputs)
+    with prune(model, PruningPolicy(), choose=lambda tokens: keep):
+        dropped = model(**forward).logits
+    rows, atol = row.oracle.compared(inputs, keep), row.tolerance(dtype) * scale(expected)
+    assert scale(expected[rows] - dropped[rows]) > 0.1 * scale(expected), "merging must matter, or this proves nothing"
+    exact(prefill[rows], expected[rows], atol=atol)
+    exact(steps, expected_steps, atol=atol)
+    assert torch.equal(tokens, expected_tokens)
+
+
+@every_decoder
+@pytest.mark.parametrize("settings", [{"num_beams": 2}, {"use_cache": False}], ids=["beams", "uncached"])
+def test_beams_and_uncached_decoding_find_what_the_oracle_finds(row: Row, settings: dict[str, Any]) -> None:
+    model, inputs = row.model(), row.inputs(of_one_image(row))
+    with prune(model, policy()) as pruning:
+        model(**row.oracle.forward_inputs(inputs))
+        keep, carrier = pruning.keep, pruning.carrier
+        tokens, steps = generate(row, model, inputs, **settings)
+    assert torch.equal(pruning.keep, keep) and torch.equal(pruning.carrier, carrier), "the prompt's, before beams"
+    with merged(row, model, inputs, pruning):
+        expected_tokens, expected_steps = generate(row, model, inputs, **settings)
+    assert torch.equal(tokens, expected_tokens)
+    exact(steps, expected_steps, atol=row.tolerance() * scale(expected_steps))
+
+
+@every_decoder
+def test_what_is_merged_does_not_depend_on_the_batch_or_padding(row: Row) -> None:
+    everyone = list(range(len(row.samples())))
+    model = row.model()
+    with prune(model, policy()) as pruning:
+        _, together = generate(row, model, row.inputs(everyone))
+    keep, carrier, atol = pruning.keep, pruning.carrier, row.tolerance() * scale(together)
+    for rows, pads in [*(([one], 0) for one in everyone), (everyone[::-1], 4)]:
+        with prune(model, policy()) as pruning:
+            _, steps = generate(row, model, row.inputs(rows, pads))
+        if pruning.carrier is not None:  # a sample without an image has nothing to choose from
+            width = pruning.carrier.shape[1]
+            assert torch.equal(pruning.keep, keep[rows, :width])
+            assert torch.equal(pruning.carrier, carrier[rows, :width])
+        exact(steps, together[rows], atol=atol)
+
+
+@every_decoder
+def test_keep_marks_the_rows_that_carry_and_only_those_that_stay_carry(row: Row) -> None:
+    model, inputs = row.model(), row.inputs(range(len(row.samples())))
+    with prune(model, policy()) as pruning:
+        model(**row.oracle.forward_inputs(inputs))
+    keep, carrier, tokens = pruning.keep, pruning.carrier, row.oracle.tokens(inputs)
+    assert carrier.dtype == torch.long and carrier.shape == tokens.shape
+    for sample in range(len(tokens)):
+        for token in range(tokens.shape[1]):
+            lead = int(carrier[sample, token])
+            assert bool(keep[sample, token]) == (lead == token)
+            assert lead == -1 or (tokens[sample, token] and keep[sample, lead])
+
+
+def spans(row: Row) -> list[list[tuple[int, int]]]:
+    """Where each sample's images, which are all pictures, begin and end among its tokens."""
+    found = []
+    for sample in row.samples():
+        ends = [sum(image.tokens for image in sample.images[: n + 1]) for n in range(len(sample.images))]
+        found.append(list(zip([0, *ends[:-1]], ends, strict=True)) if ends else [])
+    return found
+
+
+@pytest.mark.parametrize("name", ["Llava", "Mistral3", "InternVL", "LlavaNext", "LlavaOnevision", "Blip2-OPT"])
+@pytest.mark.parametrize("per", ["image", "sample"])
+def test_carriers_are_counted_in_the_sample_whatever_the_budget_is_of(name: str, per: str) -> None:
+    row = BY_NAME[name]
+    model, inputs = row.model(), row.inputs(range(len(row.samples())))
+    with prune(model, policy(per=per)) as pruning:
+        model(**row.oracle.forward_inputs(inputs))
+    ends = line_ends(row, model, inputs)
+    several = 0
+    for sample, images in enumerate(spans(row)):
+        parts = images if per == "image" else [(images[0][0], images[-1][1])] if images else []
+        several += len(images) > 1
+        expected = {token: token for token in ends[sample]}
+        for start, stop in parts:
+            own = [token for token in range(start, stop) if token not in ends[sample]]
+            count = -int(-0.25 * len(own) // 1)
+            scores = pruning.scores[sample].tolist()
+            order = sorted(own, key=lambda token, scores=scores: -scores[token])
+            # Scripted looks at places in the row it is given: of the image, or of the sample.
+            places = [token - (start if per == "image" else 0) for token in order]
+            told = script(places, count + places[0] % 2)
+            expected |= {token + order[0] - places[0]: lead + order[0] - places[0] for token, lead in told.items()}
+        found = {token: lead for token, lead in enumerate(pruning.carrier[sample].tolist()) if lead >= 0}
+        assert found == expected
+    assert several or name == "Blip2-OPT", "a sample has several images"
+
+
+def line_ends(row: Row, model: PreTrainedModel, inputs: Inputs) -> list[set[int]]:
+    """Places of each sample's newlines among its visual tokens: they stand for no patch."""
+    newline = getattr(model.model, "image_newline", None) if hasattr(model, "model") else None
+    if newline is None:
+        return [set() for _ in inputs["input_ids"]]
+    embeds, columns = entering(row, model, inputs)["inputs_embeds"], visual_columns(inputs)
+    rows = [own[places] for own, places in zip(embeds, columns, strict=True)]
+    return [{token for token, vector in enumerate(own) if torch.equal(vector, newline)} for own in rows]
+
+
+def test_tokens_without_a_patch_carry_themselves_alone() -> None:
+    for name in ("LlavaNext", "LlavaOnevision"):
+        row = BY_NAME[name]
+        model, inputs = row.model(), row.inputs()
+        ends = line_ends(row, model, inputs)
+        assert all(ends)
+        for per in ("image", "crop", "sample"):
+            with prune(model, policy(per=per)) as pruning:
+                model(**inputs)
+            for own, led in zip(ends, groups(pruning.carrier), strict=True):
+                assert all(led[token] == [token] for token in own)
+
+
+def test_crops_merge_within_themselves() -> None:
+    """The first image's 14 tokens: four of the whole, then two crops of two columns in two rows with newlines."""
+    row = BY_NAME["LlavaNext"]
+    with prune(row.model(), policy(per="crop")) as pruning:
+        row.model()(**row.inputs())
+    crop_of = [0, 0, 0, 0, 1, 1, 2, 2, -1, 1, 1, 2, 2, -2]
+    leads = groups(pruning.carrier)[0]
+    assert {len(own) for own in leads.values()} > {1}, "something is merged"
+    for lead, own in leads.items():
+        assert {crop_of[token] for token in own} == {crop_of[lead]}
+    assert {crop_of[lead] for lead in leads} == {0, 1, 2, -1, -2}
+
+
+@every_decoder
+def test_bfloat16_is_finite_and_a_group_of_one_is_bit_identical(row: Row) -> None:
+    model, alone = row.model(torch.bfloat16), 0
+    for sample in range(len(row.inputs()["input_ids"])):
+        inputs = row.inputs([sample], dtype=torch.bfloat16)
+        with prune(model, policy()) as pruning:
+            short = entering(row, model, inputs)["inputs_embeds"][0]
+            _, steps = generate(row, model, inputs)
+        assert steps.isfinite().all()
+        full, columns = entering(row, model, inputs)["inputs_embeds"], visual_columns(inputs)
+        means, (led,) = written(full, columns, pruning.carrier)[0], groups(pruning.carrier)
+        token_at = {at: token for token, at in enumerate(columns[0].nonzero()[:, 0].tolist())}
+        stay = columns_kept(inputs, pruning.keep)[0].nonzero()[:, 0].tolist()
+        for at, vector in zip(stay, short, strict=True):
+            single = at not in token_at or len(led[token_at[at]]) == 1
+            alone += single and at in token_at
+            if single:
+                assert torch.equal(vector, full[0, at])
+            else:  # sums in another order may round another way
+                exact(vector, means[at], atol=2**-8 * scale(means[at]))
+    assert alone
+
+
+@pytest.mark.parametrize("row", OTHERS, ids=repr)
+def test_where_no_decoder_reads_visual_rows_merging_is_refused(row: Row) -> None:
+    where = "cross-attention" if row.name.startswith("Mllama") else "encoder"
+    reason = f"'scripted' merges tokens, which is exact where a decoder reads them as rows; .* by {where}"
+    with pytest.raises(PruningError, match=reason), prune(row.model(), policy()):
+        pass
+
+
+def test_a_budget_of_one_token_merges_into_one_row_a_sample() -> None:
+    row = BY_NAME["Llava"]
+    model, inputs = row.model(), row.inputs()
+    with prune(model, policy(keep=1, per="sample")) as pruning:
+        logits = model(**inputs).logits
+    assert pruning.keep.sum(1).max() <= 2
+    with merged(row, model, inputs, pruning):
+        expected = model(**inputs).logits
+    rows = row.oracle.compared(inputs, pruning.keep)
+    exact(logits[rows], expected[rows], atol=row.tolerance() * scale(expected))
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_a_lost_token_that_is_not_finite_spoils_no_mean(value: float) -> None:
+    values = torch.tensor([[[1.0], [3.0], [value], [5.0]]])
+    assert group_means(values, torch.tensor([[0, 0, -1, 3]]))[0, [0, 3], 0].tolist() == [2.0, 5.0]
+    assert group_means(values, torch.tensor([[0, 2, 2, 3]]))[0, [0, 3], 0].tolist() == [1.0, 5.0]
+
+
+def test_the_record_forgets_what_was_merged_in_the_prompt_before() -> None:
+    row = BY_NAME["Llava"]
+    with prune(row.model(), policy()) as pruning:
+        row.model()(**row.inputs())
+        assert pruning.carrier is not None
+        row.model()(input_ids=torch.full((1, 6), 5), attention_mask=torch.ones(1, 6, dtype=torch.long))
+        assert pruning.carrier is None and not pruning.keep.any()
+
+
+def names(rows: Sequence[Row]) -> list[str]:
+    return [row.name for row in rows]
+
+
+def test_the_matrix_has_models_of_every_kind() -> None:
+    assert "Qwen3-VL" in names(DECODERS) and len(DECODERS) == len(ROWS) - len(OTHERS) >= 20
+    assert {"Blip2-T5", "InstructBlip-T5", "Mllama"} <= {*names(OTHERS)}

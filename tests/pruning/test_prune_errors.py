@@ -1,0 +1,323 @@
+"""Nothing is silently unpruned, and whatever happens inside, the model is afterwards what it was."""
+
+import re
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import transformers as hf
+from torch import nn
+from transformers import DynamicCache, PreTrainedModel, StaticCache
+
+from catp_lightning import PolicyError, PruningError, PruningPolicy, prune
+from catp_lightning.models import find_family
+from tests.support.families import ROWS
+from tests.support.models import GREEDY, SHAPES, random_blip2
+from tests.support.oracles import IMAGE
+from tests.support.paths import ROOT
+
+CATP = PruningPolicy(scorer="catp", scorer_args={"image_weight": "received"}, keep=0.5)
+
+
+def state(model: nn.Module) -> dict[str, Any]:
+    """All that pruning touches: hooks of every module, instance attributes, attention implementations."""
+    return {
+        name: (
+            len(part._forward_hooks),
+            len(part._forward_pre_hooks),
+            sorted(key for key in part.__dict__ if not key.startswith("_forward")),
+            getattr(getattr(part, "config", None), "_attn_implementation", None),
+        )
+        for name, part in model.named_modules()
+    }
+
+
+@pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt, torch.cuda.OutOfMemoryError])
+def test_an_exception_in_the_context_leaves_the_model_as_it_was(error: type[BaseException]) -> None:
+    model, inputs = random_blip2()
+    before, logits = state(model), model(**inputs).logits
+    with pytest.raises(error), prune(model, CATP):
+        assert state(model) != before
+        model(**inputs)
+        raise error("stop")
+    assert state(model) == before
+    assert torch.equal(model(**inputs).logits, logits)
+
+
+@pytest.mark.parametrize(
+    "place", ["vision_model", "qformer", "language_model.model.decoder.layers.1", "language_projection"]
+)
+def test_an_exception_inside_the_model_leaves_it_as_it_was_and_the_next_call_is_pruned(place: str) -> None:
+    model, inputs = random_blip2()
+    before = state(model)
+
+    def fail(*args: object) -> None:
+        raise RuntimeError("planted")
+
+    with prune(model, CATP) as pruning:
+        expected = model(**inputs).logits
+        hook = model.get_submodule(place).register_forward_hook(fail)
+        with pytest.raises(RuntimeError, match="planted"):
+            model.generate(**inputs, **GREEDY)
+        hook.remove()
+        pruning.keep = None
+        assert torch.equal(model(**inputs).logits, expected) and pruning.keep is not None
+    assert state(model) == before
+
+
+def test_an_entry_that_fails_changes_nothing() -> None:
+    model, _ = random_blip2()
+    before = state(model)
+    wrong = PruningPolicy(scorer="catp", scorer_args={"layers": [0, 7]})
+    with (
+        pytest.raises(PruningError, match=r"layer 7 of cross-attention; this model has 2, numbered 0 to 1"),
+        prune(model, wrong),
+    ):
+        pass
+    assert state(model) == before
+
+
+def test_pruning_does_not_nest_and_works_again_afterwards() -> None:
+    model, inputs = random_blip2()
+    with prune(model, CATP) as outer:
+        with pytest.raises(PruningError, match="does not nest"), prune(nn.Sequential(model), CATP):
+            pass
+        model(**inputs)
+        assert outer.keep is not None, "the outer context is still in force"
+    with prune(model, CATP):
+        model(**inputs)
+
+
+def test_two_models_are_pruned_at_once_without_meeting() -> None:
+    (one, inputs), (two, _) = random_blip2(0), random_blip2(1)
+    with prune(one, CATP) as alone:
+        expected = one(**inputs).logits
+    with prune(one, CATP) as first, prune(two, CATP.with_keep(0.25)) as second:
+        two(**inputs)
+        assert torch.equal(one(**inputs).logits, expected)
+    assert torch.equal(first.keep, alone.keep) and second.keep.sum(1).tolist() == [2, 2, 2]
+
+
+def test_calls_that_cannot_be_pruned_say_so() -> None:
+    model, inputs = random_blip2()
+    embeds = model.get_input_embeddings()(inputs["input_ids"])
+    with prune(model, CATP), torch.no_grad():
+        with pytest.raises(PruningError, match="inputs_embeds"):
+            model.generate(
+                pixel_values=inputs["pixel_values"], inputs_embeds=embeds, attention_mask=inputs["attention_mask"]
+            )
+        with pytest.raises(PruningError, match="static cache"):
+            cache = StaticCache(config=model.language_model.config, max_cache_len=64)
+            model(**inputs, past_key_values=cache)
+        with pytest.raises(PruningError, match="vision part"):
+            embeds = model.get_input_embeddings()(inputs["input_ids"])
+            model.language_model(inputs_embeds=embeds, attention_mask=inputs["attention_mask"])
+        output = model(**inputs, use_cache=True).language_model_outputs
+        stolen = DynamicCache(config=model.language_model.config)
+        for index, layer in enumerate(output.past_key_values.layers):
+            stolen.update(layer.keys, layer.values, index)
+        with pytest.raises(PruningError, match="not filled by the last pruned prompt"):
+            model.language_model(input_ids=inputs["input_ids"][:, -1:], past_key_values=stolen)
+        mask = torch.ones(3, 1, 18, 18, dtype=torch.bool)
+        with pytest.raises(PruningError, match=r"attention_mask is \(3, 1, 18, 18\)"):
+            model(**{**inputs, "attention_mask": mask})
+
+
+def test_placeholders_that_do_not_match_the_images_are_refused_however_they_are_given() -> None:
+    """transformers would scatter the first sample's features into the second, or none at all, without a word."""
+    model, inputs = random_blip2()
+    ids, mask, pixels = inputs["input_ids"], inputs["attention_mask"], inputs["pixel_values"]
+    blind, one, moved = ids.masked_fill(ids == 99, 5), ids.clone(), ids.clone()
+    one[1] = blind[1]
+    moved[0, 6:8], moved[1, 8:10] = 5, 99
+    policies = (CATP, PruningPolicy("stride", keep=1.0), PruningPolicy("stride", keep=2))
+    for policy in policies:
+        with prune(model, policy), torch.no_grad():
+            for changed, counts in ((blind, [0, 0, 0]), (one, [8, 0, 8]), (moved, [6, 10, 8])):
+                says = rf"given 3 images .* {re.escape(str(counts))} placeholders"
+                with pytest.raises(PruningError, match=says):
+                    model(**{**inputs, "input_ids": changed})
+                with pytest.raises(PruningError, match=says):
+                    model.generate(pixels, changed, mask, max_new_tokens=2)
+            model.generate(pixels, ids, mask, max_new_tokens=2, num_beams=2)
+            model(**inputs)
+
+
+def test_a_compiled_model_is_refused() -> None:
+    model, _ = random_blip2()
+    compiled = torch.compile(model)
+    with pytest.raises(PruningError, match="compiled before pruning"), prune(compiled, CATP):
+        pass
+    model.language_model.compile()
+    with pytest.raises(PruningError, match="compiled before pruning"), prune(model, CATP):
+        pass
+
+
+def test_text_without_an_image_runs_as_it_is() -> None:
+    model, inputs = random_blip2()
+    ids = inputs["input_ids"][:, -6:]
+    plain = model.language_model.generate(ids, max_new_tokens=4, do_sample=False)
+    with prune(model, CATP):
+        assert torch.equal(model.language_model.generate(ids, max_new_tokens=4, do_sample=False), plain)
+
+
+class Holder(nn.Module):
+    def __init__(self, **models: nn.Module) -> None:
+        super().__init__()
+        for name, model in models.items():
+            setattr(self, name, model)
+
+
+def test_the_model_is_found_where_a_user_keeps_it() -> None:
+    (one, _), (two, _) = random_blip2(0), random_blip2(1)
+    assert find_family(Holder(net=Holder(student=one))).model is one
+    assert find_family(Holder(teacher=one, student=two), "student").model is two
+    with pytest.raises(PruningError, match=r'teacher \(Blip2For.*student \(Blip2For.*model="<name>"'):
+        find_family(Holder(teacher=one, student=two))
+    with pytest.raises(PruningError, match="no supported model at 'pupil'"):
+        find_family(Holder(teacher=one, student=two), "pupil")
+    with pytest.raises(PruningError, match="no Hugging Face model at all"):
+        find_family(nn.Linear(2, 2))
+    with pytest.raises(PruningError, match=r"Found: OPTForCausalLM reads text alone.*Looked for: Blip2For"):
+        find_family(one.language_model)
+    with pytest.raises(PruningError, match=r"Found: OPTForCausalLM \(language_model\) reads text alone"):
+        find_family(Holder(language_model=one.language_model), "language_model")
+
+
+SMALL = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+SEEING = {**SMALL, "image_size": 16, "patch_size": 8}
+WORDS = {**SMALL, "vocab_size": 50}
+
+
+def t5() -> PreTrainedModel:
+    return hf.T5ForConditionalGeneration(hf.T5Config(vocab_size=50, d_model=16, d_kv=8, d_ff=16, num_layers=1))
+
+
+def clip() -> PreTrainedModel:
+    return hf.CLIPModel(hf.CLIPConfig(text_config=WORDS, vision_config=SEEING))
+
+
+def git() -> PreTrainedModel:
+    return hf.GitForCausalLM(hf.GitConfig(**WORDS, vision_config=SEEING))
+
+
+def llava() -> PreTrainedModel:
+    return next(row for row in ROWS if row.name == "Llava").model()
+
+
+@pytest.mark.parametrize(
+    ("make", "says"),
+    [
+        (
+            lambda: hf.LlamaForCausalLM(hf.LlamaConfig(**WORDS)),
+            "LlamaForCausalLM reads text alone: its config has neither",
+        ),
+        (clip, "CLIPModel generates no text"),
+        (t5, "T5ForConditionalGeneration is an encoder-decoder: its prompt has no placeholders"),
+        (git, "GitForCausalLM has no image_token_id in its config, so its visual tokens cannot be told from text"),
+        (lambda: llava().model, "LlavaModel has no language-model head; hand over the model that has it"),
+        (
+            lambda: Holder(net=Holder(tower=clip()), text=t5()),
+            r"CLIPModel \(net.tower\) .*; T5For\S* \(text\) is an enc",
+        ),
+    ],
+    ids=["text", "no text", "encoder-decoder", "no image token", "no head", "several, deep inside"],
+)
+def test_a_model_that_cannot_be_pruned_is_told_why(make: Callable[[], nn.Module], says: str) -> None:
+    with pytest.raises(PruningError, match=f"holds no model that can be pruned. Found: {says}") as raised:
+        find_family(make())
+    assert "LlavaForConditionalGeneration" in str(raised.value), "what was looked for"
+
+
+class Wrapper:
+    """No module of torch."""
+
+    def __init__(self, net: nn.Module) -> None:
+        self.net = net
+
+
+def test_a_model_where_torch_does_not_look_is_named_with_its_place() -> None:
+    model = llava()
+    holder = Holder(head=nn.Linear(2, 2))
+    for held, place in (
+        ([model], "models[0]"),
+        ({"student": model}, "models['student']"),
+        ([{"a": 1}, (2, model)], "models[1][1]"),
+        (Wrapper(model), "models.net"),
+    ):
+        holder.models = held
+        with pytest.raises(PruningError) as raised:
+            find_family(Holder(inner=holder))
+        assert f"Not searched: a LlavaForConditionalGeneration in inner.{place}." in str(raised.value)
+        assert "nn.ModuleList" in str(raised.value)
+    holder.models = nn.ModuleList([model])
+    assert find_family(holder).model is model
+
+
+def test_what_is_no_module_is_refused_by_what_it_is() -> None:
+    model = llava()
+    for given, says in (
+        ([model], r"list is no torch.nn.Module.*holds a LlavaForConditionalGeneration at it\[0\]: hand over that"),
+        (Wrapper(model), "Wrapper is no torch.nn.Module.*LlavaForConditionalGeneration at it.net"),
+        ("llava-hf/llava-1.5-7b-hf", "str is no torch.nn.Module.*call from_pretrained first"),
+        (None, "NoneType is no torch.nn.Module"),
+        (type(model), "is no torch.nn.Module"),
+    ):
+        with pytest.raises(PruningError, match=says), prune(given, CATP):  # type: ignore[arg-type]
+            pass
+
+
+def test_a_policy_for_another_architecture_is_refused_by_name() -> None:
+    model, inputs = random_blip2()
+    other, _ = random_blip2(shape=SHAPES["12 queries, wider"])
+    here = find_family(model).describe()
+    assert here == {"type": "blip-2", "name": "", "visual_tokens": 8, "cross_attention_layers": 2, "heads": 4}
+    policy = PruningPolicy(model={**here, "name": "one"})
+    with (
+        pytest.raises(
+            PolicyError, match=r"made for blip-2 with 8 visual tokens.*this model is blip-2 with 12 visual tokens"
+        ),
+        prune(other, policy),
+    ):
+        pass
+    model.name_or_path = str(ROOT / "tests")
+    assert find_family(model).describe()["name"] == "tests", (
+        "of a folder its name: where it lies differs between machines"
+    )
+    model.name_or_path = "two"
+    with pytest.warns(UserWarning, match="checkpoint 'one' and is used on 'two'"), prune(model, policy):
+        model(**inputs)
+
+
+def test_a_hundred_contexts_leave_nothing_behind() -> None:
+    model, inputs = random_blip2()
+    before = state(model)
+    for _ in range(100):
+        with prune(model, CATP):
+            pass
+    assert state(model) == before
+    with prune(model, CATP), pytest.raises(RuntimeError):
+        model(**{**inputs, "pixel_values": inputs["pixel_values"][:1]})
+    assert state(model) == before
+
+
+@pytest.mark.parametrize(
+    "policy",
+    [PruningPolicy("position", keep=3), PruningPolicy("visual-exit", {"layer": 1}, keep=0.5)],
+    ids=["before the decoder", "inside it"],
+)
+def test_an_answer_that_would_follow_a_dropped_token_is_refused(policy: PruningPolicy) -> None:
+    """A prompt that ends in an image, beside one that does not: without the row there is nothing to predict from."""
+    row = next(row for row in ROWS if row.name == "Llava")
+    model, inputs = row.model(), row.inputs([0])
+    end = int((inputs["input_ids"] == IMAGE).nonzero()[-1, 1]) + 1
+    short = {**inputs, "input_ids": inputs["input_ids"][:, :end], "attention_mask": inputs["attention_mask"][:, :end]}
+    settings = {"max_new_tokens": 2, "do_sample": False, "suppress_tokens": [IMAGE]}
+    with torch.no_grad(), prune(model, policy) as pruning:
+        model.generate(**inputs, **settings)  # text follows
+        with pytest.raises(PruningError, match=r"The prompt of sample 0 ends in an image.*Put text after the image"):
+            model.generate(**short, **settings)
+        assert model(**short).logits.shape[1] == end, "a call that generates nothing says which rows it reads"
+        model.generate(**inputs, **settings)
+    assert pruning.keep is not None
