@@ -1,6 +1,6 @@
 """A calibration chooses what is best on images it was not fitted to."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -8,104 +8,27 @@ import lightning as L
 import numpy as np
 import pytest
 import torch
-from torch import Tensor, nn
-from torch.utils.data import DataLoader
+from torch import Tensor
 
-from catp_lightning import PolicyError, PruningError, PruningPolicy, prune
+from catp_lightning import PolicyError, PruningError, prune
 from catp_lightning.calibration import split
 from catp_lightning.calibration.calibrator import Calibrator
 from catp_lightning.calibration.fit.fitting import fit, fit_without
 from catp_lightning.calibration.plan import Plan
-from catp_lightning.calibration.replay.recorder import Recorder
 from catp_lightning.calibration.replay.samples import Samples
 from catp_lightning.calibration.search.candidates import Candidate, fitted_candidates
-from catp_lightning.calibration.search.promise import Promise
 from catp_lightning.calibration.search.race import Race
 from catp_lightning.calibration.search.ranks import token_ranks
 from catp_lightning.calibration.split import FOLDS, fold_of, part_of, round_bounds, round_of
 from catp_lightning.callbacks import CrossAttentionCalibration
 from catp_lightning.methods.observation import join
 from catp_lightning.models import find_family
-from catp_lightning.pruning.answers import compare_with_unpruned
 from catp_lightning.utils.hashing import fingerprint
-from tests.callbacks.test_calibration import Module, calibrate, data, figures
-from tests.support.models import Shape, random_blip2
-
-Batch = dict[str, Tensor]
-QUIET: dict[str, Any] = {"accelerator": "cpu", "logger": False, "enable_progress_bar": False}
-
-
-def loading(batches: Any) -> "DataLoader[Any]":
-    return DataLoader(batches, batch_size=None)
-
-
-class Planted(Module):
-    """Answers depend on some tokens alone: `gate` says which, float [I, T], from what leaves the vision part."""
-
-    def __init__(self, gate: Callable[[Tensor], Tensor]) -> None:
-        super().__init__(dtype=torch.float64)
-        self.net, _ = random_blip2(shape=Shape(text_layers=1), dtype=torch.float64)
-        self.net.language_model.model.decoder.embed_positions.weight.data.zero_()
-        self.net.language_projection.bias.data.zero_()
-        # Norms after a plain LayerNorm would all be about equal.
-        self.net.qformer.encoder.layer[-1].output_query.LayerNorm.weight.data.uniform_(0, 3)
-
-        def project(module: nn.Module, args: tuple[Tensor], output: Tensor) -> Tensor:
-            return output * gate(args[0])[..., None]
-
-        self.net.language_projection.register_forward_hook(project)
-
-
-def slot_3(outputs: Tensor) -> Tensor:
-    return torch.eye(outputs.shape[1], dtype=outputs.dtype)[3].expand(outputs.shape[:2])
-
-
-def highest_norm(outputs: Tensor) -> Tensor:
-    norm = outputs.norm(dim=-1)
-    return (norm == norm.amax(1, keepdim=True)).to(outputs.dtype)
-
-
-def recorded(module: Module, batches: list[Batch], needs: Calibrator) -> list[Samples]:
-    family = find_family(module)
-    recorder, found = Recorder(Plan.of(family), needs.needs), []
-    with torch.no_grad(), recorder.recording():
-        for batch in batches:
-            module.predict_step(batch, 0)
-            with recorder.recorded() as pairs:
-                found += [Samples.of(*pair) for pair in pairs]
-    return found
-
-
-def finished(
-    module: Module, batches: list[Batch], keep: list[int | float], promise: Promise | None = None
-) -> Calibrator:
-    """A calibrator that went through all its stages, without a trainer."""
-    calibrator = Calibrator(Plan.of(find_family(module)), keep, promise)
-    samples = recorded(module, batches, calibrator)
-    with torch.no_grad():
-        while True:
-            for some in samples:
-                calibrator.see(some)
-            if not calibrator.finish():
-                return calibrator
-
-
-def images_of(batches: list[Batch]) -> Tensor:
-    return torch.cat([fingerprint(batch["pixel_values"]) for batch in batches])
-
-
-def where(batches: list[Batch], chosen: Callable[[Tensor], Tensor]) -> list[Batch]:
-    """The samples with some images."""
-    some = [chosen(fingerprint(batch["pixel_values"])) for batch in batches]
-    return [{name: value[here] for name, value in batch.items()} for batch, here in zip(batches, some, strict=True)]
-
-
-def agrees(module: Module, policy: PruningPolicy, batches: list[Batch]) -> Tensor:
-    """By running the model pruned: bool [N]."""
-    with torch.no_grad(), prune(module, policy) as pruning, compare_with_unpruned(pruning) as comparison:
-        for batch in batches:
-            module.predict_step(batch, 0)
-    return torch.cat(comparison.same)
+from tests.support.calibrations import calibrate, data, figures, images_of
+from tests.support.models import faint_blip2
+from tests.support.modules import Generating
+from tests.support.planted import Planted, agrees, finished, highest_norm, recorded, slot_3, where
+from tests.support.trainers import QUIET, loading
 
 
 def test_the_one_slot_that_matters_is_found_and_always_kept(tmp_path: Path) -> None:
@@ -196,7 +119,7 @@ def divergences(calibrator: Calibrator, samples: list[Samples], keep: int) -> tu
 
 def test_in_each_round_the_best_quarter_by_all_divergence_so_far_goes_on(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(split, "FIRST_ROUND", 4)
-    module, batches = Module(dtype=torch.float64), data(60, 30, torch.float64)
+    module, batches = Generating(faint_blip2(dtype=torch.float64)), data(60, 30, torch.float64)
     budgets: list[int | float] = [4, 1, 1.0]
     calibrator = finished(module, batches, budgets)
     samples = recorded(module, batches, calibrator)
@@ -235,7 +158,7 @@ def test_a_round_without_an_image_decides_nothing(empty: int, monkeypatch: pytes
     bounds = round_bounds(32)
     (some,) = where(data(160, 160, torch.float64), lambda images: round_of(images, bounds) != empty)
     batches = [{name: value[start : start + 28] for name, value in some.items()} for start in (0, 28)]
-    calibrator = finished(Module(dtype=torch.float64), batches, [2])
+    calibrator = finished(Generating(faint_blip2(dtype=torch.float64)), batches, [2])
     images = images_of(batches)
     learn = int((part_of(images) == 0).sum())
     assert round_bounds(learn) == bounds and len(calibrator._rounds) == 3
@@ -251,7 +174,7 @@ def test_a_round_without_an_image_decides_nothing(empty: int, monkeypatch: pytes
 
 @pytest.mark.parametrize(("count", "enough"), [(1, False), (2, True), (4, False), (6, True)])
 def test_a_handful_of_images_is_enough_or_refused(count: int, enough: bool) -> None:
-    module, batches = Module(dtype=torch.float64), data(count, count, torch.float64)
+    module, batches = Generating(faint_blip2(dtype=torch.float64)), data(count, count, torch.float64)
     parts = torch.bincount(part_of(images_of(batches)), minlength=2).tolist()
     assert all(parts) == enough
     if not enough:
@@ -270,7 +193,7 @@ def test_nothing_is_decided_on_the_checking_part() -> None:
         checked = part_of(fingerprint(batch["pixel_values"])) == 1
         batch["input_ids"][checked, -1] = batch["input_ids"][checked, -1] % 90 + 4
     assert any((a["input_ids"] != b["input_ids"]).any() for a, b in zip(batches, other, strict=True))
-    found = [finished(Module(dtype=torch.float64), some, [2]).policies() for some in (batches, other)]
+    found = [finished(Generating(faint_blip2(dtype=torch.float64)), some, [2]).policies() for some in (batches, other)]
     for one, two in zip(*found, strict=True):
         assert (one.scorer, one.scorer_args, one.selector_args) == (two.scorer, two.scorer_args, two.selector_args)
         for key in ("chosen", "samples", "images", "fitted", "rank_correlation"):
@@ -298,7 +221,7 @@ def test_a_loader_that_cannot_be_read_twice_is_refused(tmp_path: Path) -> None:
 
     trainer = L.Trainer(callbacks=[CrossAttentionCalibration(tmp_path / "p.json")], **QUIET)
     with pytest.raises(PruningError, match="gave 3 batches at first and 0 when asked again"):
-        trainer.predict(Module(), loading(Once()))
+        trainer.predict(Generating(), loading(Once()))
     assert not (tmp_path / "p.json").exists()
 
 
@@ -306,7 +229,7 @@ def test_a_loader_that_cannot_be_read_twice_is_refused(tmp_path: Path) -> None:
 def test_every_pass_sees_the_batches_of_the_first(tmp_path: Path, several: bool) -> None:
     """Limits, several loaders and a module's own transfer hooks apply to all passes."""
 
-    class Counting(Module):
+    class Counting(Generating):
         def __init__(self) -> None:
             super().__init__()
             self.steps: list[tuple[int, ...]] = []

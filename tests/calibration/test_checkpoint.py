@@ -17,88 +17,27 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import lightning as L
 import pytest
 import torch
-from safetensors import safe_open
 from safetensors.torch import load, save
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, IterableDataset
 from torchmetrics import Metric
 
 from catp_lightning import PolicyError
 from catp_lightning.calibration import checkpoint as resume
-from catp_lightning.calibration import split
 from catp_lightning.calibration.checkpoint import CalibrationCheckpoint
 from catp_lightning.calibration.fit.sums import DrawnQuestions, ImageSet, PartCounts, ProbeSums
 from catp_lightning.calibration.identity import model_fingerprint
 from catp_lightning.calibration.replay.base import Replay
 from catp_lightning.calibration.search.race import Race
-from catp_lightning.calibration.split import part_of
 from catp_lightning.callbacks import calibration
-from catp_lightning.callbacks.calibration import CrossAttentionCalibration
-from catp_lightning.utils.hashing import fingerprint
-from tests.support.models import GREEDY, random_blip2, random_inputs
+from tests.support.fuzzing import Runs
+from tests.support.interrupted_calibrations import PARTIAL, Breaking, calibrate, data, read, small
+from tests.support.models import faint_blip2, greedily
+from tests.support.modules import Generating
 from tests.support.paths import ROOT
-
-BATCHES, BATCH = 7, 5
-BROKEN = 5
-"""The batch at which `Module.broken` raises."""
-
-
-class Module(L.LightningModule):
-    def __init__(self, new: int = 3, broken: bool = False) -> None:
-        super().__init__()
-        self.net, _ = random_blip2()
-        self.net.language_projection.weight.data *= 0.05  # so that some answers survive pruning
-        self.settings, self.broken = {**GREEDY, "max_new_tokens": new, "min_new_tokens": 1}, broken
-
-    def predict_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
-        if self.broken and batch_idx == BROKEN:
-            raise RuntimeError("planted")
-        return self.net.generate(**batch, **self.settings)
-
-
-def data() -> list[dict[str, Tensor]]:
-    """Sorted by part of the split, backwards: every stage has batches without a sample for it, the first among them."""
-    with torch.random.fork_rng():
-        torch.manual_seed(7)
-        samples = random_inputs(8, BATCHES * BATCH, True, torch.float32)
-    order = part_of(fingerprint(samples["pixel_values"])).argsort(descending=True, stable=True)
-    return [{name: value[some] for name, value in samples.items()} for some in order.split(BATCH)]
-
-
-class Unsized(IterableDataset[dict[str, Tensor]]):
-    """A loader that does not know its length, and is not divided among processes."""
-
-    def __init__(self, batches: list[dict[str, Tensor]]) -> None:
-        self.batches = batches
-
-    def __iter__(self) -> Iterator[dict[str, Tensor]]:
-        return iter(self.batches)
-
-
-def calibrate(
-    path: Path,
-    module: Module | None = None,
-    batches: list[dict[str, Tensor]] | Unsized | None = None,
-    keep: Any = 0.25,
-    promise: float | None = None,
-    **trainer: Any,
-) -> CrossAttentionCalibration:
-    callback = CrossAttentionCalibration(path, keep=keep, max_disagreement=promise)
-    settings = {"accelerator": "cpu", "devices": 1, "logger": False, "enable_progress_bar": False, **trainer}
-    loader = DataLoader(data() if batches is None else batches, batch_size=None)
-    L.Trainer(callbacks=[callback], **settings).predict(Module() if module is None else module, loader)
-    return callback
-
-
-def small(patch: Callable[[Any, str, Any], None]) -> None:
-    """Savings every two batches, two rounds on few samples, and no report."""
-    patch(resume, "EVERY", 2)
-    patch(split, "FIRST_ROUND", 10)
-    patch(calibration, "report", lambda *_: [])
-
+from tests.support.processes import environment
+from tests.support.trainers import Stream
 
 # Processes that are killed. A server has imported everything and forks a child, or one for each rank, for every run.
 
@@ -186,16 +125,15 @@ def _work(folder: Path, rank: int, ranks: int, port: int, kill: int | None, unev
         more = {"strategy": "ddp", "devices": ranks}
     with warnings.catch_warnings():
         warnings.filterwarnings("error", message=".*before the ``update`` method")
-        callback = calibrate(folder / "p.json", batches=Unsized([] if rank else data()) if uneven else data(), **more)
+        callback = calibrate(folder / "p.json", batches=Stream([] if rank else data()) if uneven else data(), **more)
     note(f"found {hashlib.sha256(repr(callback.policies).encode()).hexdigest()}")
 
 
 class Server:
     def __init__(self) -> None:
-        environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
         command = [sys.executable, "-c", "from tests.calibration.test_checkpoint import serve; serve()"]
         self.process = subprocess.Popen(
-            command, cwd=ROOT, env=environment, text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE
+            command, cwd=ROOT, env=environment(), text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE
         )
 
     def run(self, folder: Path, *kills: int | None, uneven: bool = False) -> list[list[str]]:
@@ -356,7 +294,7 @@ def interrupted(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("interrupted")
     with pytest.MonkeyPatch.context() as patch, pytest.raises(RuntimeError, match="planted"):
         small(patch.setattr)
-        calibrate(folder / "p.json", Module(broken=True))
+        calibrate(folder / "p.json", Breaking())
     return folder
 
 
@@ -364,9 +302,6 @@ def interrupted(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def path(interrupted: Path, tmp_path: Path) -> Path:
     shutil.copy(interrupted / PARTIAL, tmp_path)
     return tmp_path / "p.json"
-
-
-PARTIAL = "p.json.partial-0.safetensors"
 
 
 def test_a_calibration_interrupted_by_an_exception_goes_on(
@@ -382,8 +317,8 @@ def test_a_calibration_interrupted_by_an_exception_goes_on(
     assert len(probed) == sum(line.startswith("probe") for line in log[at:]) > 0
 
 
-def changed_weight() -> Module:
-    module = Module()
+def changed_weight() -> Generating:
+    module = Generating()
     weight = module.net.language_model.model.decoder.layers[1].fc1.weight
     weight.data[17, 5] = torch.nextafter(weight[17, 5], torch.tensor(9.0))
     return module
@@ -420,10 +355,11 @@ REFUSED: dict[str, tuple[Callable[[], dict[str, Any]], str]] = {
     ),
     "question": (lambda: {"batches": changed_text()}, "other data: batch 2 had fingerprint"),
     "order": (lambda: {"batches": changed_order()}, "batch 1 .* which was batch 2: the order changed"),
-    "generation settings": (lambda: {"module": Module(new=2)}, "other answers: those to batch 0 had fingerprint"),
+    "generation settings": (
+        lambda: {"module": Generating(settings=greedily(2, 1))},
+        "other answers: those to batch 0 had fingerprint",
+    ),
 }
-
-
 SPENT = 5000.0
 
 
@@ -452,11 +388,6 @@ def test_a_partial_file_that_was_worked_on_for_no_possible_time_is_damaged(path:
         calibrate(path)
 
 
-def read(file: Path) -> tuple[dict[str, str], dict[str, Tensor]]:
-    with safe_open(file, framework="pt") as content:
-        return content.metadata(), {name: content.get_tensor(name) for name in content.keys()}  # noqa: SIM118
-
-
 @pytest.mark.parametrize("name", REFUSED)
 def test_a_partial_file_of_another_calibration_is_refused_by_name(path: Path, name: str) -> None:
     what, message = REFUSED[name]
@@ -469,36 +400,29 @@ def test_a_partial_file_of_another_calibration_is_refused_by_name(path: Path, na
 
 def test_fewer_batches_of_a_loader_without_a_length_are_refused(tmp_path: Path) -> None:
     with pytest.raises(RuntimeError, match="planted"):
-        calibrate(tmp_path / "p.json", Module(broken=True), Unsized(data()))
+        calibrate(tmp_path / "p.json", Breaking(), Stream(data()))
     before = (tmp_path / PARTIAL).read_bytes()
     with pytest.raises(PolicyError, match=r"calibration with more data: at least 4 batches, now 3. Go on with"):
-        calibrate(tmp_path / "p.json", batches=Unsized(data()[:3]))
+        calibrate(tmp_path / "p.json", batches=Stream(data()[:3]))
     assert (tmp_path / PARTIAL).read_bytes() == before
 
 
 def test_data_that_changes_between_two_readings_is_refused(tmp_path: Path) -> None:
-    class Drifting(Unsized):
+    class Drifting(Stream):
         readings = 0
 
         def __iter__(self) -> Iterator[dict[str, Tensor]]:
             self.readings += 1
-            return ({**batch, "pixel_values": batch["pixel_values"] * self.readings} for batch in self.batches)
+            return ({**batch, "pixel_values": batch["pixel_values"] * self.readings} for batch in self.items)
 
     with pytest.raises(PolicyError, match=r"changed between two readings: batch 0 .*switch shuffling and random aug"):
         calibrate(tmp_path / "new" / "p.json", batches=Drifting(data()))
     assert not list(tmp_path.iterdir())
     with pytest.raises(RuntimeError, match="planted"):
-        calibrate(tmp_path / "p.json", Module(broken=True), Unsized(data()))
+        calibrate(tmp_path / "p.json", Breaking(), Stream(data()))
     with pytest.raises(PolicyError, match=rf"changed between two readings.*, and delete .*{PARTIAL} to start anew"):
         calibrate(tmp_path / "p.json", batches=Drifting(data()))
     assert [file.name for file in tmp_path.iterdir()] == [PARTIAL], "hours of an older run are not thrown away"
-
-
-class Planted:
-    """Something a pickle would run."""
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return os.mkdir, ("unpickled",)
 
 
 def without(metadata: dict[str, str]) -> dict[str, str]:
@@ -515,7 +439,7 @@ DAMAGE: dict[str, Callable[[bytes], bytes]] = {
     "half": lambda content: content[: len(content) // 2],
     "all but a byte": lambda content: content[:-1],
     "text": lambda _: b"not a file of tensors",
-    "a pickle": lambda _: pickle.dumps(Planted()),
+    "a pickle": lambda _: pickle.dumps(Runs(Path("unpickled"))),
     "other tensors": lambda _: save({"weight": torch.ones(2)}),
     "other metadata": lambda _: signed({"data": torch.ones(2)}, settings="[1]", stages="{"),
     "one number for a batch": lambda _: signed({"data": torch.ones(2)}, settings="{}", stages="[]"),
@@ -576,7 +500,7 @@ def test_a_partial_file_that_is_a_pipe_is_refused_at_once(tmp_path: Path) -> Non
 
 def test_another_path_is_another_calibration(path: Path) -> None:
     with pytest.raises(RuntimeError, match="planted"):
-        calibrate(path.parent / "other", Module(broken=True))
+        calibrate(path.parent / "other", Breaking())
     assert (path.parent / "other" / "policy.partial-0.safetensors").is_file()
     assert (path.parent / PARTIAL).is_file()
 
@@ -674,7 +598,7 @@ def test_the_fingerprint_of_a_model_depends_on_names_shapes_dtypes_and_places() 
 
 def test_the_fingerprint_of_a_model_is_that_of_its_values(tmp_path: Path) -> None:
     """A copy has it, another layout in memory and tied weights; every dtype, empty and single values do."""
-    model, copy = Module().net, Module().net
+    model, copy = faint_blip2(), faint_blip2()
     assert model_fingerprint(copy) == model_fingerprint(model)
     copy.language_projection.weight.data = copy.language_projection.weight.data.T.contiguous().T
     assert model_fingerprint(copy) == model_fingerprint(model)

@@ -2,7 +2,6 @@
 
 from pathlib import Path
 
-import lightning as L
 import numpy as np
 import pytest
 import torch
@@ -13,8 +12,9 @@ from catp_lightning.calibration.fit.sums import ImageAgreement
 from catp_lightning.calibration.report.controls import against, doubts, paired_difference, verdict
 from catp_lightning.calibration.split import part_of
 from catp_lightning.callbacks import CrossAttentionCalibration
-from tests.calibration.test_calibrator import QUIET, Planted, agrees, finished, images_of, loading, slot_3
-from tests.calibration.test_promise_in_calibration import two_questions
+from tests.support.calibrations import images_of
+from tests.support.planted import Planted, agrees, finished, slot_3, two_questions
+from tests.support.trainers import loading, trainer
 
 
 def test_the_interval_of_a_paired_difference_covers_it_although_questions_of_an_image_hang_together() -> None:
@@ -119,11 +119,11 @@ def test_what_stands_beside_a_choice_in_words() -> None:
 def test_a_calibration_on_a_few_images_warns_and_still_saves(tmp_path: Path) -> None:
     callback = CrossAttentionCalibration(tmp_path / "policies", keep=[2, 1])
     with pytest.warns(UserWarning, match="Calibration evidence is thin: agreement was checked on"):
-        L.Trainer(callbacks=[callback], **QUIET).predict(Planted(slot_3), loading(two_questions(20, 20)))
+        trainer(callback).predict(Planted(slot_3), loading(two_questions(20, 20)))
     assert len(list(tmp_path.rglob("keep-*.json"))) == 2
 
 
 def test_a_calibration_for_more_tokens_than_an_image_has_says_so_before_it_measures(tmp_path: Path) -> None:
     callback = CrossAttentionCalibration(tmp_path / "policies", keep=[64, 2], scorer="stride")
     with pytest.warns(UserWarning, match=r"keep is 64 tokens, and every image of .* has 8"):
-        L.Trainer(callbacks=[callback], **QUIET).predict(Planted(slot_3), loading(two_questions(20, 20)))
+        trainer(callback).predict(Planted(slot_3), loading(two_questions(20, 20)))

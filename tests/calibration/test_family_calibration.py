@@ -12,7 +12,6 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
 
 from catp_lightning import CrossAttentionCalibration, PolicyError, PruningError, PruningPolicy, prune
 from catp_lightning.calibration.fit import probes as importance
@@ -28,9 +27,12 @@ from catp_lightning.methods.scorers.controls import Random
 from catp_lightning.models import find_family
 from catp_lightning.pruning.answers import compare_with_unpruned
 from catp_lightning.utils.hashing import fingerprint
-from tests.support.families import ROWS, Row
+from tests.support.calibrations import figures
+from tests.support.families import BY_NAME, Row
+from tests.support.footprints import footprint
+from tests.support.modules import Generating
+from tests.support.trainers import loading, trainer
 
-BY_NAME = {row.name: row for row in ROWS}
 BATCHES, KEEP = 14, 0.4
 SETTINGS = {"max_new_tokens": 2, "do_sample": False}
 METHODS = {
@@ -46,15 +48,6 @@ FAST = {
 }
 """Those of `METHODS` that are no slow test: each kind of signal, and each kind of replay."""
 INSIDE = ("fastv", "pyramiddrop", "sparsevlm", "dart", "visual-exit")
-
-
-class Module(L.LightningModule):
-    def __init__(self, row: Row) -> None:
-        super().__init__()
-        self.net = row.model()
-
-    def predict_step(self, batch: dict[str, Tensor], batch_idx: int = 0) -> Tensor:
-        return self.net.generate(**batch, **SETTINGS)
 
 
 def data(row: Row) -> list[dict[str, Tensor]]:
@@ -73,8 +66,7 @@ def data(row: Row) -> list[dict[str, Tensor]]:
 def calibrate(row: Row, path: Path, monkeypatch: pytest.MonkeyPatch, **options: Any) -> PruningPolicy:
     monkeypatch.setattr(importance, "PROBES", 4)
     callback = CrossAttentionCalibration(path, keep=KEEP, **options)
-    trainer = L.Trainer(callbacks=[callback], accelerator="cpu", logger=False, enable_progress_bar=False)
-    trainer.predict(Module(row), DataLoader(data(row), batch_size=None))  # type: ignore[arg-type]
+    trainer(callback).predict(Generating(row.model(), SETTINGS), loading(data(row)))
     assert PruningPolicy.load(path) == callback.policies[0]
     return callback.policies[0]
 
@@ -116,15 +108,11 @@ def first_images(row: Row, batch: dict[str, Tensor]) -> Tensor:
     return torch.tensor(first)
 
 
-def row_of(policy: PruningPolicy, name: str) -> dict[str, Any]:
-    return next(row for row in policy.evidence["candidates"] if row["name"] == name)
-
-
 def check_figures(row: Row, policy: PruningPolicy, candidates: Sequence[Candidate]) -> set[float]:
     """What was measured of some candidates is what running them gives; returns the shares."""
     found = set()
     for candidate in candidates:
-        measured = row_of(policy, candidate.name)
+        measured = figures(policy, candidate.name)
         learned, checked = agreement(row, candidate.policy(KEEP))
         if measured["choose"]["samples"] == policy.evidence["samples"]["learn"]:  # it stayed to the end
             assert measured["choose"]["agreement"] == pytest.approx(learned, abs=1e-12), candidate.name
@@ -151,7 +139,7 @@ def test_what_is_measured_of_every_rule_is_what_pruning_does(
     assert len(check_figures(row, policy, [*controls, *others])) > 1, "candidates must differ, or this proves nothing"
     assert policy.model == find_family(row.model()).describe()
     checked = agreement(row, policy)[1]
-    chosen = row_of(policy, policy.evidence["chosen"])
+    chosen = figures(policy, policy.evidence["chosen"])
     assert chosen["check"]["agreement"] == pytest.approx(checked, abs=1e-12), "the policy is what was checked"
 
 
@@ -171,7 +159,7 @@ def test_one_method_is_calibrated_by_its_name(
     controls = {control for control, cls in SCORERS.items() if cls.control}
     assert policy.scorer == method, "controls compete, but are not what was asked for"
     assert {row["name"].split()[0] for row in policy.evidence["candidates"]} <= {method, *controls}
-    checked = row_of(policy, policy.evidence["chosen"])["check"]["agreement"]
+    checked = figures(policy, policy.evidence["chosen"])["check"]["agreement"]
     assert checked == pytest.approx(agreement(row, policy)[1], abs=1e-12)
 
 
@@ -186,7 +174,7 @@ def test_a_method_inside_the_decoder_is_calibrated_where_it_drops(
     args = {"layer": 1} if method in ("fastv", "dart") else None if method == "visual-exit" else {"stages_at": [1]}
     policy = calibrate(row, tmp_path / "policy.json", monkeypatch, scorer=method, scorer_args=args)
     assert policy.scorer == method
-    checked = row_of(policy, policy.evidence["chosen"])["check"]["agreement"]
+    checked = figures(policy, policy.evidence["chosen"])["check"]["agreement"]
     assert checked == pytest.approx(agreement(row, policy)[1], abs=1e-12)
     if method == "visual-exit":
         depth = find_family(row.model()).depth
@@ -220,10 +208,6 @@ def test_fitted_weights_are_the_same_votes_that_were_fitted(
     assert not torch.allclose(votes, paid, atol=0.1), "on the scale of the fit"
 
 
-def hooks(model: nn.Module) -> list[int]:
-    return [len(module._forward_hooks) + len(module._forward_pre_hooks) for module in model.modules()]
-
-
 def test_a_guide_is_asked_while_its_layers_and_heads_are_calibrated(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -234,25 +218,25 @@ def test_a_guide_is_asked_while_its_layers_and_heads_are_calibrated(
         for weight in guide.parameters():
             weight.add_(0.3 * weight.std(correction=0) * torch.randn_like(weight))
     guide.generate(**row.inputs(), **SETTINGS)  # transformers sets hooks of its own, which stay
-    before = hooks(guide)
+    before = footprint(guide)
     policy = calibrate(row, tmp_path / "policy.json", monkeypatch, scorer="sgl", guide=guide)
     names = [row["name"] for row in policy.evidence["candidates"]]
     assert policy.scorer == "sgl" and {"sgl", "sgl layer 0", "sgl layer 1"} <= set(names)
     for name in (policy.evidence["chosen"], "sgl layer 1"):
         args = {"layers": [1]} if name == "sgl layer 1" else policy.scorer_args
-        checked = row_of(policy, name)["check"]["agreement"]
+        checked = figures(policy, name)["check"]["agreement"]
         assert checked == pytest.approx(agreement(row, PruningPolicy("sgl", args, keep=KEEP), guide)[1], abs=1e-12)
-    assert hooks(guide) == before
+    assert footprint(guide) == before
 
 
 def test_a_method_that_needs_what_calibration_cannot_give_is_refused(tmp_path: Path) -> None:
-    module = Module(BY_NAME["Llava"])
+    module = Generating(BY_NAME["Llava"].model(), SETTINGS)
     for options, why in (({"scorer": "sgl"}, "guide"), ({"scorer": "catp"}, "cross-attention")):
         callback = CrossAttentionCalibration(tmp_path / "p.json", **options)  # type: ignore[arg-type]
         with pytest.raises(PruningError, match=f"cannot be calibrated here.*{why}"):
             L.Trainer(callbacks=[callback], accelerator="cpu", logger=False, enable_progress_bar=False).predict(
                 module,
-                DataLoader(data(BY_NAME["Llava"])[:1], batch_size=None),  # type: ignore[arg-type]
+                loading(data(BY_NAME["Llava"])[:1]),
             )
     with pytest.raises(PolicyError, match="name it"):
         CrossAttentionCalibration(scorer_args={"layer": 2})

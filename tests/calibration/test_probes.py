@@ -23,10 +23,10 @@ from catp_lightning.methods.observation import Signal
 from catp_lightning.models import find_family
 from catp_lightning.pruning.sites import visual_tokens
 from catp_lightning.utils.hashing import fingerprint
-from tests.support.models import GREEDY, IMAGE, PAD, random_blip2
+from tests.support.models import GREEDY, IMAGE, PAD, SHORT, faint_blip2, greedily
+from tests.support.modules import Batch
 
 EOS = 2
-Batch = dict[str, Tensor]
 Net = Any  # transformers types generate's arguments one by one: no dictionary of tensors fits
 ModelCall = Callable[[Net, Batch], Any]
 
@@ -45,17 +45,15 @@ def mixed(images: list[int], dtype: torch.dtype = torch.float64, right: bool = F
 
 
 def model(dtype: torch.dtype = torch.float64) -> Net:
-    net, _ = random_blip2(dtype=dtype)
-    net.language_projection.weight.data *= 0.1  # so that pruned answers are neither lost nor the same
-    return net
+    return faint_blip2(0.1, dtype=dtype)  # so that pruned answers are neither lost nor the same
 
 
 def greedy(net: Net, batch: Batch) -> Tensor:
-    return net.generate(**batch, **{**GREEDY, "min_new_tokens": 1, "max_new_tokens": 4})
+    return net.generate(**batch, **greedily(4, 1))
 
 
 def beams(net: Net, batch: Batch) -> Tensor:
-    settings = {**GREEDY, "min_new_tokens": 1, "max_new_tokens": 3, "num_beams": 3, "num_return_sequences": 2}
+    settings = {**SHORT, "num_beams": 3, "num_return_sequences": 2}
     return net.generate(**batch, **settings)
 
 

@@ -2,7 +2,6 @@
 
 from pathlib import Path
 
-import lightning as L
 import pytest
 import torch
 
@@ -10,29 +9,11 @@ from catp_lightning import PolicyError, PruningPolicy, TokenPruning
 from catp_lightning.calibration.search.promise import Promise, upper_bound
 from catp_lightning.calibration.split import part_of
 from catp_lightning.callbacks import CrossAttentionCalibration
-from tests.calibration.test_calibrator import (
-    QUIET,
-    Batch,
-    Planted,
-    agrees,
-    finished,
-    images_of,
-    loading,
-    recorded,
-    slot_3,
-)
-from tests.callbacks.test_calibration import Module, data
-
-
-def two_questions(images: int, batch: int) -> list[Batch]:
-    """Two questions about each image, in different batches."""
-    first = data(images, images, torch.float64)[0]
-    ids = first["input_ids"].clone()
-    ids[:, -4:] = torch.randint(3, 90, (images, 4), generator=torch.Generator().manual_seed(3))
-    both = {name: torch.cat([value, value]) for name, value in first.items()}
-    both["input_ids"] = torch.cat([first["input_ids"], ids])
-    count = len(both["input_ids"])
-    return [{name: v[start : start + batch] for name, v in both.items()} for start in range(0, count, batch)]
+from tests.support.calibrations import data, images_of
+from tests.support.models import faint_blip2
+from tests.support.modules import Generating
+from tests.support.planted import Planted, agrees, finished, recorded, slot_3, two_questions
+from tests.support.trainers import loading, trainer
 
 
 def test_a_promise_is_tested_on_one_question_of_each_image_of_the_checking_part() -> None:
@@ -62,7 +43,7 @@ def test_budgets_of_a_promise_are_walked_from_the_largest(tmp_path: Path) -> Non
     callback = CrossAttentionCalibration(
         tmp_path / "p.json", keep=[1, 6, 2, 0.75], max_disagreement=0.6, confidence=0.5
     )
-    L.Trainer(callbacks=[callback], **QUIET).predict(Planted(slot_3), loading(data(40, 20, torch.float64)))
+    trainer(callback).predict(Planted(slot_3), loading(data(40, 20, torch.float64)))
     (policy,) = callback.policies
     steps = policy.evidence["promise"]["steps"]
     assert [step["keep"] for step in steps] == [6, 2, 1], "0.75 of 8 is 6 again"
@@ -71,15 +52,14 @@ def test_budgets_of_a_promise_are_walked_from_the_largest(tmp_path: Path) -> Non
 
 
 def test_where_no_budget_holds_the_policy_prunes_nothing_and_can_be_used(tmp_path: Path) -> None:
-    module, batches = Module(dtype=torch.float64), data(40, 20, torch.float64)
+    module, batches = Generating(faint_blip2(dtype=torch.float64)), data(40, 20, torch.float64)
     module.net.language_projection.weight.data *= 20  # hardly an answer survives
     callback = CrossAttentionCalibration(tmp_path / "p.json", keep=[2, 1], max_disagreement=0.2, confidence=0.5)
-    L.Trainer(callbacks=[callback], **QUIET).predict(module, loading(batches))
+    trainer(callback).predict(module, loading(batches))
     (policy,) = callback.policies
     assert policy.keep == 1.0 and policy.evidence["chosen"] == "no pruning" and not policy.evidence["control"]
     assert not any(step["holds"] for step in policy.evidence["promise"]["steps"])
-    trainer = L.Trainer(callbacks=[TokenPruning(tmp_path / "p.json")], **QUIET)
-    predictions = trainer.predict(module, loading(batches))
+    predictions = trainer(TokenPruning(tmp_path / "p.json")).predict(module, loading(batches))
     assert predictions is not None
     with torch.no_grad():
         assert all(torch.equal(found, module.predict_step(b, 0)) for found, b in zip(predictions, batches, strict=True))
@@ -89,5 +69,5 @@ def test_too_few_images_for_a_promise_are_refused_with_the_numbers(tmp_path: Pat
     batches = two_questions(30, 20)
     checked = int((part_of(images_of(batches).unique(), 0.5) == 1).sum())
     with pytest.raises(PolicyError, match=rf"There are {checked} images to test .* at least 149, .* 236 for one"):
-        finished(Module(dtype=torch.float64), batches, [4, 2], Promise(0.02))
+        finished(Generating(faint_blip2(dtype=torch.float64)), batches, [4, 2], Promise(0.02))
     assert 5 < checked < 25, "images, not questions"

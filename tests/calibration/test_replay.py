@@ -1,6 +1,5 @@
 """Recorded prompts answered again: what calibration measures is what a pruned run of the same answer computes."""
 
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -18,19 +17,13 @@ from catp_lightning.methods.observation import Observation, Signal
 from catp_lightning.methods.selection import images_to_samples
 from catp_lightning.models import find_family
 from catp_lightning.pruning import Pruning
-from tests.pruning.test_families import uneven
-from tests.support.families import ROWS, Row
+from tests.support.families import BY_NAME, Row
+from tests.support.matrix import uneven
 from tests.support.oracles import IMAGE, VIDEO, Inputs
 
-BY_NAME = {row.name: row for row in ROWS}
+pytestmark = pytest.mark.usefixtures("no_grad")
 REPLAYED = ("Llava", "LlavaNext", "Blip2-OPT", "InstructBlip", "InternVL", "SmolVLM", "Mllama")
 STEPS = 4
-
-
-@pytest.fixture(autouse=True)
-def _no_grad() -> Iterator[None]:
-    with torch.no_grad():
-        yield
 
 
 class Forced(LogitsProcessor):

@@ -6,15 +6,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import lightning as L
 import numpy as np
 import pytest
-import torch
 from lightning.pytorch.loggers import CSVLogger
 from matplotlib.axes import Axes
 from PIL import Image
-from torch import Tensor
-from torch.utils.data import DataLoader
 
 from catp_lightning import PruningPolicy
 from catp_lightning.calibration.report.controls import against
@@ -28,35 +24,7 @@ from catp_lightning.calibration.report.figures import (
 )
 from catp_lightning.calibration.report.page import CAPTIONS, SHOWN
 from catp_lightning.calibration.report.report import COLUMNS, FIGURES, candidate_rows, report, report_folder
-from catp_lightning.callbacks import CrossAttentionCalibration
-from tests.support.models import GREEDY, random_blip2, random_inputs
-
-QUERIES = 8
-
-
-class Module(L.LightningModule):
-    def __init__(self) -> None:
-        super().__init__()
-        self.net, _ = random_blip2()
-        self.net.language_projection.weight.data *= 0.2  # so that some answers survive pruning
-
-    def predict_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
-        return self.net.generate(**batch, **{**GREEDY, "max_new_tokens": 1, "min_new_tokens": 1})
-
-
-def samples() -> list[dict[str, Tensor]]:
-    """48, in three batches."""
-    torch.manual_seed(7)
-    split = {name: values.split(16) for name, values in random_inputs(QUERIES, 48, True, torch.float32).items()}
-    return [{name: values[number] for name, values in split.items()} for number in range(3)]
-
-
-def calibrated(path: Path, **settings: Any) -> list[PruningPolicy]:
-    """By a real calibration of a small model."""
-    callback = CrossAttentionCalibration(path, **settings)
-    trainer = L.Trainer(callbacks=[callback], accelerator="cpu", logger=False, enable_progress_bar=False)
-    trainer.predict(Module(), DataLoader(samples(), batch_size=None))
-    return callback.policies
+from tests.support.reports import calibrated
 
 
 @pytest.fixture(scope="module")
@@ -222,7 +190,7 @@ def test_the_retention_curve_goes_through_what_was_measured(policies):
     (axes,) = retention_figure(policies).axes
     drawn = lines_of(axes)
     retention = {point["tokens"]: point["agreement"] for point in policies[0].evidence["retention"]}
-    assert dict(zip(*drawn["chosen"], strict=True)) == {**retention, QUERIES: 1.0}
+    assert dict(zip(*drawn["chosen"], strict=True)) == {**retention, 8: 1.0}
     (bars,) = axes.containers
     ends = {x: (low, high) for (x, low), (_, high) in bars.lines[2][0].get_segments()}
     for point in policies[0].evidence["retention"]:
@@ -231,7 +199,7 @@ def test_the_retention_curve_goes_through_what_was_measured(policies):
     for name in there:
         rows = [next(row for row in policy.evidence["candidates"] if row["name"] == name) for policy in policies]
         agreed = dict(zip((6, 4, 2), (row["check"]["agreement"] for row in rows), strict=True))
-        assert dict(zip(*drawn[name], strict=True)) == {**agreed, QUERIES: 1.0}
+        assert dict(zip(*drawn[name], strict=True)) == {**agreed, 8: 1.0}
     assert drawn.keys() == {"chosen", *there} and len(set(retention.values())) > 1
     assert axes.get_xlabel() and axes.get_ylabel()
 
@@ -242,7 +210,7 @@ def test_one_budget_is_a_point_and_no_line_to_the_unpruned_model(policies):
     (axes,) = retention_figure([PruningPolicy.from_dict(record)]).axes
     lines = {line.get_label(): line for line in axes.get_lines()}
     assert all(line.get_linestyle() == "None" for name, line in lines.items() if name in ("chosen", *CONTROLS))
-    assert lines["no pruning"].get_xydata().tolist() == [[QUERIES, 1.0]]
+    assert lines["no pruning"].get_xydata().tolist() == [[8, 1.0]]
     point = record["evidence"]["retention"][0]
     (bars,) = axes.containers
     assert bars.lines[0].get_xydata().tolist() == [[point["tokens"], point["agreement"]]]
@@ -282,7 +250,7 @@ def test_the_heatmaps_are_signed_and_centred_at_zero(policies):
 def test_a_bar_stands_for_each_slot(policies):
     (axes,) = slot_figure(policies).axes
     assert [bar.get_height() for bar in axes.patches] == policies[0].evidence["fitted"]["slots"]
-    assert len(axes.patches) == QUERIES
+    assert len(axes.patches) == 8
 
 
 def test_a_promise_that_holds_is_said_with_its_steps(promised, tmp_path):

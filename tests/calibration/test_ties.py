@@ -9,8 +9,10 @@ from hypothesis import strategies as st
 
 from catp_lightning.calibration.calibrator import NOTHING
 from catp_lightning.calibration.fit.ties import Tolerance
-from tests.calibration.test_calibrator import finished
-from tests.callbacks.test_calibration import Module, data
+from tests.support.calibrations import data
+from tests.support.models import faint_blip2
+from tests.support.modules import Generating
+from tests.support.planted import finished
 
 FLOAT32 = Tolerance.under(torch.float32)
 
@@ -35,7 +37,7 @@ def test_a_chain_of_close_values_is_not_one_tie() -> None:
 
 @pytest.mark.parametrize(("dtype", "by_name"), [(torch.float32, True), (torch.float64, False)])
 def test_candidates_that_diverge_equally_within_rounding_go_by_name(dtype: torch.dtype, by_name: bool) -> None:
-    calibrator = finished(Module(dtype=dtype), data(24, 12, dtype), [4])
+    calibrator = finished(Generating(faint_blip2(dtype=dtype)), data(24, 12, dtype), [4])
     sums = calibrator._reduced[0]
     alive = calibrator.alive[0] = list(range(len(calibrator.candidates)))
     names = [candidate.name for candidate in calibrator.candidates]

@@ -1,52 +1,24 @@
 import json
 import os
 import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from lightning.pytorch import LightningModule, Trainer
-from torch.utils.data import DataLoader, DistributedSampler, IterableDataset
+from lightning.pytorch import Trainer
+from torch.utils.data import DataLoader, DistributedSampler
 
 from catp_lightning.callbacks.answer_writer import AnswerWriter, merge_answers
 from catp_lightning.data.vqa import VQADataModule
 from catp_lightning.errors import DataError
 from catp_lightning.modules.vqa import VQAModule
+from tests.support.answer_files import Returning, lines, named, write_answers
 from tests.support.processes import Ended, in_fork, two_nodes
 from tests.support.tiny_vqa import opt_config, save_model, scenes
-
-
-class Returning(LightningModule):
-    """Answers with what it is given, or with what `make` makes of a question id."""
-
-    def __init__(self, make) -> None:
-        super().__init__()
-        self.make = make
-
-    def predict_step(self, batch, batch_idx):
-        return self.make(batch.tolist())
-
-
-def named(ids: list[int]) -> list[dict]:
-    return [{"question_id": number, "answer": f"número {number}"} for number in ids]
-
-
-def run(path: Path, make=named, questions: int = 5, **options) -> list | None:
-    quiet = {
-        "logger": False,
-        "enable_progress_bar": False,
-        "enable_model_summary": False,
-        "enable_checkpointing": False,
-    }
-    trainer = Trainer(accelerator="cpu", callbacks=[AnswerWriter(str(path))], **quiet, **{"devices": 1, **options})
-    return trainer.predict(Returning(make), DataLoader(torch.arange(questions), batch_size=2), return_predictions=False)
-
-
-def lines(path: Path) -> list[dict]:
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+from tests.support.trainers import Stream, loading, trainer
 
 
 def test_answers_of_a_real_model_are_written_in_the_result_layout(tmp_path):
@@ -69,7 +41,7 @@ def asked(split) -> list[int]:
 
 
 def test_answers_are_written_where_predictions_are_not_returned(tmp_path):
-    assert run(tmp_path / "answers.jsonl") is None
+    assert write_answers(tmp_path / "answers.jsonl") is None
     assert lines(tmp_path / "answers.jsonl") == named([0, 1, 2, 3, 4])
     assert "número 4" in (tmp_path / "answers.jsonl").read_text(encoding="utf-8")
 
@@ -114,7 +86,7 @@ def test_a_run_that_fails_leaves_the_old_file_and_its_answers_up_to_then(tmp_pat
 def test_other_predictions_are_refused_at_the_first_batch(tmp_path, make, message):
     calls = []
     with pytest.raises(TypeError, match=r"Returning\.predict_step to return a list of") as caught:
-        run(tmp_path / "answers.jsonl", lambda ids: calls.append(ids) or make(ids))
+        write_answers(tmp_path / "answers.jsonl", lambda ids: calls.append(ids) or make(ids))
     assert message in str(caught.value)
     assert calls == [[0, 1]]
     assert not list(tmp_path.iterdir())
@@ -122,7 +94,7 @@ def test_other_predictions_are_refused_at_the_first_batch(tmp_path, make, messag
 
 def test_a_folder_is_refused_before_anything_runs(tmp_path):
     with pytest.raises(IsADirectoryError, match="is a folder"):
-        run(tmp_path, make=None)
+        write_answers(tmp_path, make=None)
 
 
 @pytest.mark.parametrize(
@@ -137,7 +109,9 @@ def test_a_folder_is_refused_before_anything_runs(tmp_path):
     ],
 )
 def test_an_answer_of_any_characters_is_one_line_that_reads_back_the_same(tmp_path: Path, answer: str) -> None:
-    run(tmp_path / "answers.jsonl", lambda ids: [{"question_id": n, "answer": answer} for n in ids], questions=3)
+    write_answers(
+        tmp_path / "answers.jsonl", lambda ids: [{"question_id": n, "answer": answer} for n in ids], questions=3
+    )
     text = (tmp_path / "answers.jsonl").read_text(encoding="utf-8")
     assert len(text.splitlines()) == 3 == text.count("\n")
     assert all(char == "\n" or (char >= " " and not "\x7f" <= char <= "\x9f") for char in text)
@@ -152,7 +126,7 @@ def dying(ids: list[int]) -> list[dict]:
 
 def test_a_killed_run_leaves_its_answers_which_the_next_keeps_until_its_end(tmp_path: Path) -> None:
     path, left, kept = (tmp_path / f"answers{end}" for end in (".jsonl", ".rank0.jsonl", ".rank0.jsonl.before"))
-    (ended,) = in_fork(lambda: run(path, dying))
+    (ended,) = in_fork(lambda: write_answers(path, dying))
     assert ended.code == -signal.SIGKILL and not path.exists()
     merge_answers([left], tmp_path / "some.jsonl")
     assert lines(tmp_path / "some.jsonl") == named([0, 1, 2, 3])
@@ -162,12 +136,12 @@ def test_a_killed_run_leaves_its_answers_which_the_next_keeps_until_its_end(tmp_
     assert lines(tmp_path / "some.jsonl") == named([0, 1, 2, 3])
     left.write_bytes(whole)
     with pytest.raises(RuntimeError, match="planted"):
-        run(path, lambda ids: _raise() if 2 in ids else named(ids))
+        write_answers(path, lambda ids: _raise() if 2 in ids else named(ids))
     assert kept.read_bytes() == whole and len(left.read_bytes().splitlines()) == 2
     with pytest.raises(RuntimeError, match="planted"):
-        run(path, lambda ids: _raise())
+        write_answers(path, lambda ids: _raise())
     assert kept.read_bytes() == whole, "the run that came furthest is kept"
-    run(path)
+    write_answers(path)
     assert sorted(file.name for file in tmp_path.iterdir()) == ["answers.jsonl", "some.jsonl"]
     assert lines(path) == named([0, 1, 2, 3, 4])
 
@@ -182,10 +156,10 @@ def test_a_second_run_is_refused_while_one_writes_to_the_same_file(tmp_path: Pat
     def second(ids: list[int]) -> list[dict]:
         if 2 in ids:
             with pytest.raises(BlockingIOError, match=rf"has not ended .*: process {os.getpid()} on .*another path"):
-                run(path)
+                write_answers(path)
         return named(ids)
 
-    run(path, second)
+    write_answers(path, second)
     assert [file.name for file in tmp_path.iterdir()] == ["answers.jsonl"]
     assert lines(path) == named([0, 1, 2, 3, 4])
 
@@ -206,11 +180,8 @@ class Several(Returning):
 
 def predict(module: Returning, path: Path, processes: int, **options: Any) -> None:
     strategy = {"strategy": "ddp_fork"} if processes > 1 else {}
-    trainer = Trainer(
-        accelerator="cpu", devices=processes, callbacks=[AnswerWriter(str(path))], logger=False,
-        enable_progress_bar=False, enable_checkpointing=False, **strategy, **options,
-    )  # fmt: skip
-    trainer.predict(module, return_predictions=False)
+    run = trainer(AnswerWriter(str(path)), devices=processes, **strategy, **options)
+    run.predict(module, return_predictions=False)
 
 
 def together(module: Returning, path: Path, processes: int = 2, **options: Any) -> Ended:
@@ -244,7 +215,7 @@ KINDS = {
     ],
     "the second without batches": lambda rank: [
         DataLoader(torch.arange(4), batch_size=2),
-        DataLoader(torch.arange(10, 20).view(5, 2), batch_size=None),
+        loading(torch.arange(10, 20).view(5, 2)),
     ],
 }
 
@@ -269,18 +240,10 @@ def test_samples_that_fill_up_a_share_are_written_once(tmp_path: Path) -> None:
     assert lines(tmp_path / "answers.jsonl") == named(list(range(7)))
 
 
-class Stream(IterableDataset[int]):
-    """Batches of one process: the first has three, the second one."""
-
-    def __init__(self, rank: int) -> None:
-        self.ids = [[0, 1, 4, 5, 6], [2, 3]][rank]
-
-    def __iter__(self) -> Iterator[int]:
-        return iter(self.ids)
-
-
 def test_where_indices_are_not_known_the_order_is_by_batch_and_then_by_process(tmp_path: Path) -> None:
-    ended = together(Several(lambda rank: DataLoader(Stream(rank), batch_size=2)), tmp_path / "answers.jsonl")
+    shares = [[0, 1, 4, 5, 6], [2, 3]]  # three batches of one process, one of the other
+    module = Several(lambda rank: DataLoader(Stream(shares[rank]), batch_size=2))
+    ended = together(module, tmp_path / "answers.jsonl")
     assert ended.code == 0, ended.said
     assert lines(tmp_path / "answers.jsonl") == named(list(range(7)))
 

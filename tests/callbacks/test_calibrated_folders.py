@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from catp_lightning import PruningPolicy
-from tests.calibration.test_checkpoint import calibrate, data, small
+from tests.support.interrupted_calibrations import calibrate, data, small
 
 
 @pytest.fixture(autouse=True)

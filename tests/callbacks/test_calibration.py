@@ -1,6 +1,5 @@
 """A calibration finds what is there, by figures that are what they say, whatever way the batches fall."""
 
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +8,6 @@ import pytest
 import torch
 from scipy.stats import spearmanr
 from torch import Tensor
-from torch.utils.data import DataLoader
 from transformers import GenerationConfig
 
 from catp_lightning import PolicyError, PruningError, PruningPolicy, prune
@@ -22,59 +20,23 @@ from catp_lightning.calibration.split import FOLDS, fold_of, part_of, round_boun
 from catp_lightning.callbacks.calibration import CrossAttentionCalibration
 from catp_lightning.models import find_family
 from catp_lightning.pruning.answers import compare_with_unpruned
-from tests.pruning.test_prune_errors import state
-from tests.support.models import GREEDY, random_blip2, random_inputs
-
-SHORT = {**GREEDY, "max_new_tokens": 3, "min_new_tokens": 1}
-
-
-class Module(L.LightningModule):
-    """A user's module: nothing of ours in it."""
-
-    def __init__(self, settings: dict[str, Any] | None = None, dtype: torch.dtype = torch.float32) -> None:
-        super().__init__()
-        self.net, _ = random_blip2(dtype=dtype)
-        self.net.language_projection.weight.data *= 0.05  # so that some answers survive pruning
-        self.settings = SHORT if settings is None else settings
-
-    def predict_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
-        return self.net.generate(**batch, **self.settings)
-
-
-class ForwardModule(Module):
-    def predict_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
-        return self.net(**batch).logits
-
-
-def data(count: int, batch: int, dtype: torch.dtype = torch.float32) -> list[dict[str, Tensor]]:
-    torch.manual_seed(7)
-    samples = random_inputs(8, count, True, dtype)
-    return [{k: v[start : start + batch] for k, v in samples.items()} for start in range(0, count, batch)]
-
-
-def calibrate(
-    module: L.LightningModule, batches: Sequence[dict[str, Tensor]], path: Path, keep: Any = 0.5, **trainer: Any
-) -> CrossAttentionCalibration:
-    callback = CrossAttentionCalibration(path, keep=keep)
-    settings = {"accelerator": "cpu", "logger": False, "enable_progress_bar": False, **trainer}
-    L.Trainer(callbacks=[callback], **settings).predict(module, DataLoader(batches, batch_size=None))
-    return callback
-
-
-def figures(policy: PruningPolicy, name: str) -> dict[str, Any]:
-    return next(row for row in policy.evidence["candidates"] if row["name"] == name)
+from tests.support.calibrations import calibrate, data, figures, images_of
+from tests.support.footprints import footprint
+from tests.support.models import SHORT, faint_blip2
+from tests.support.modules import Forwarding, Generating
+from tests.support.trainers import loading
 
 
 @pytest.mark.parametrize("settings", [SHORT, {**SHORT, "num_beams": 2}], ids=["greedy", "beams"])
 def test_predictions_stay_the_usual_ones_and_the_model_what_it_was(tmp_path: Path, settings: dict[str, Any]) -> None:
-    module, batches = Module(settings), data(24, 8)
-    before = state(module.net)
+    module, batches = Generating(settings=settings), data(24, 8)
+    before = footprint(module.net)
     expected = [module.net.generate(**batch, **settings) for batch in batches]
     callback = CrossAttentionCalibration(tmp_path / "policy.json")
     trainer = L.Trainer(callbacks=[callback], accelerator="cpu", logger=False, enable_progress_bar=False)
-    predictions = trainer.predict(module, DataLoader(batches, batch_size=None))
+    predictions = trainer.predict(module, loading(batches))
     assert all(torch.equal(a, b) for a, b in zip(predictions, expected, strict=True))
-    assert state(module.net) == before
+    assert footprint(module.net) == before
     policy = PruningPolicy.load(tmp_path / "policy.json")
     assert policy == callback.policies[0] and policy.model["visual_tokens"] == 8
     with prune(module, policy) as pruning:
@@ -84,7 +46,7 @@ def test_predictions_stay_the_usual_ones_and_the_model_what_it_was(tmp_path: Pat
 
 def test_the_figures_are_what_running_each_candidate_pruned_gives(tmp_path: Path) -> None:
     """Agreement comes from teacher-forced replays; generating again under the policy must say the same."""
-    module, batches = Module(dtype=torch.float64), data(48, 12, torch.float64)
+    module, batches = Generating(faint_blip2(dtype=torch.float64)), data(48, 12, torch.float64)
     policy = calibrate(module, batches, tmp_path / "p.json", keep=7).policies[0]
     candidates = {candidate.name: candidate for candidate in default_candidates(Plan.of(find_family(module)))}
     rates = set()
@@ -101,7 +63,7 @@ def test_the_figures_are_what_running_each_candidate_pruned_gives(tmp_path: Path
                 for batch in batches:
                     module.net.generate(**batch, **SHORT)
                     same.append(comparison.same.pop())
-                    parts.append(part_of(_fingerprints(batch)))
+                    parts.append(part_of(images_of([batch])))
         together, part = torch.cat(same).double(), torch.cat(parts)
         row = figures(policy, name)
         assert row["choose"]["agreement"] == pytest.approx(together[part == 0].mean().item(), abs=1e-12)
@@ -120,14 +82,8 @@ def test_the_figures_are_what_running_each_candidate_pruned_gives(tmp_path: Path
     }
 
 
-def _fingerprints(batch: dict[str, Tensor]) -> Tensor:
-    from catp_lightning.utils.hashing import fingerprint
-
-    return fingerprint(batch["pixel_values"])
-
-
 def test_divergence_is_the_mean_kl_from_the_unpruned_model_along_its_answer(tmp_path: Path) -> None:
-    module, batches = Module(dtype=torch.float64), data(16, 16, torch.float64)
+    module, batches = Generating(faint_blip2(dtype=torch.float64)), data(16, 16, torch.float64)
     policy = calibrate(module, batches, tmp_path / "p.json", keep=3).policies[0]
     batch, net = batches[0], module.net
     sequences = net.generate(**batch, **SHORT)
@@ -144,7 +100,7 @@ def test_divergence_is_the_mean_kl_from_the_unpruned_model_along_its_answer(tmp_
     answer = sequences[:, -new:]
     valid = (answer == 2).long().cumsum(1) - (answer == 2).long() == 0
     each = ((full.exp() * (full - pruned)).sum(-1) * valid).sum(1) / valid.sum(1)
-    part = part_of(_fingerprints(batch))
+    part = part_of(images_of([batch]))
     row = figures(policy, "stride")
     for index, name in enumerate(("choose", "check")):
         assert row[name]["divergence"] == pytest.approx(each[part == index].clamp(max=3).mean().item(), rel=1e-9)
@@ -168,9 +124,8 @@ def test_an_answer_ended_by_its_call_calibrates_as_one_ended_by_the_config(tmp_p
     """Answers are the same; whether pads that fill a batch up take part must not depend on who named their end."""
     ends, chosen = list(range(3, 99, 4)), []
     for where in ("config", "call"):
-        module = Module(
-            {"max_new_tokens": 6, "do_sample": False, **({"eos_token_id": ends} if where == "call" else {})}
-        )
+        named = {"eos_token_id": ends} if where == "call" else {}
+        module = Generating(settings={"max_new_tokens": 6, "do_sample": False, **named})
         module.net.language_model.generation_config.eos_token_id = ends if where == "config" else None
         policy = calibrate(module, data(40, 8), tmp_path / f"{where}.json").policies[0]
         chosen.append(policy.evidence["candidates"])
@@ -178,7 +133,7 @@ def test_an_answer_ended_by_its_call_calibrates_as_one_ended_by_the_config(tmp_p
 
 
 def test_the_policy_is_the_candidate_with_the_least_divergence_and_says_if_it_is_a_control(tmp_path: Path) -> None:
-    callback = calibrate(Module(), data(32, 16), tmp_path, keep=[0.5, 0.25, 2])
+    callback = calibrate(Generating(), data(32, 16), tmp_path, keep=[0.5, 0.25, 2])
     assert [policy.keep for policy in callback.policies] == [0.5, 0.25, 2]
     for policy in callback.policies:
         rows = policy.evidence["candidates"]
@@ -202,7 +157,7 @@ def test_the_policy_is_the_candidate_with_the_least_divergence_and_says_if_it_is
 
 
 def test_batches_and_order_do_not_matter(tmp_path: Path) -> None:
-    module = Module(dtype=torch.float64)
+    module = Generating(faint_blip2(dtype=torch.float64))
     one = calibrate(module, data(24, 24, torch.float64), tmp_path / "a.json").policies[0]
     many = calibrate(module, data(24, 5, torch.float64)[::-1], tmp_path / "b.json").policies[0]
     assert one.evidence["chosen"] == many.evidence["chosen"]
@@ -215,7 +170,7 @@ def test_batches_and_order_do_not_matter(tmp_path: Path) -> None:
 
 
 def test_a_step_that_only_calls_forward_is_calibrated_by_its_next_token(tmp_path: Path) -> None:
-    module, batches = ForwardModule(dtype=torch.float64), data(24, 8, torch.float64)
+    module, batches = Forwarding(faint_blip2(dtype=torch.float64)), data(24, 8, torch.float64)
     policy = calibrate(module, batches, tmp_path / "p.json").policies[0]
     same, part = [], []
     with torch.no_grad():
@@ -223,7 +178,7 @@ def test_a_step_that_only_calls_forward_is_calibrated_by_its_next_token(tmp_path
             full = module.net(**batch).logits[:, -1].argmax(-1)
             with prune(module, PruningPolicy(scorer="l2-norm", keep=0.5)):
                 same.append(module.net(**batch).logits[:, -1].argmax(-1) == full)
-            part.append(part_of(_fingerprints(batch)))
+            part.append(part_of(images_of([batch])))
     expected = torch.cat(same)[torch.cat(part) == 0].double().mean().item()
     assert figures(policy, "l2-norm")["choose"]["agreement"] == pytest.approx(expected)
 
@@ -299,7 +254,7 @@ def test_losers_leave_early_and_controls_are_checked_all_the_same(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(split, "FIRST_ROUND", 4)
-    policy = calibrate(Module(), data(64, 16), tmp_path / "p.json").policies[0]
+    policy = calibrate(Generating(), data(64, 16), tmp_path / "p.json").policies[0]
     rows = policy.evidence["candidates"]
     counts = sorted({row["choose"]["samples"] for row in rows})
     assert len(counts) == len(round_bounds(policy.evidence["samples"]["learn"])) == 3
@@ -312,10 +267,10 @@ def test_losers_leave_early_and_controls_are_checked_all_the_same(
 
 def test_what_cannot_be_calibrated_is_refused_and_no_file_is_written(tmp_path: Path) -> None:
     with pytest.raises(PolicyError, match=r"samples in every part of its split, got \{'learn': "):
-        calibrate(Module(), data(1, 1), tmp_path / "p.json")
+        calibrate(Generating(), data(1, 1), tmp_path / "p.json")
     with pytest.raises(PruningError, match="do_sample=True"):
-        calibrate(Module({**SHORT, "do_sample": True}), data(4, 4), tmp_path / "p.json")
-    sampling = Module({"generation_config": GenerationConfig(max_new_tokens=4)})
+        calibrate(Generating(settings={**SHORT, "do_sample": True}), data(4, 4), tmp_path / "p.json")
+    sampling = Generating(settings={"generation_config": GenerationConfig(max_new_tokens=4)})
     sampling.net.language_model.generation_config.do_sample = True  # as many checkpoints have it
     with pytest.raises(PruningError, match="do_sample=True"):
         calibrate(sampling, data(4, 4), tmp_path / "p.json")
@@ -324,9 +279,9 @@ def test_what_cannot_be_calibrated_is_refused_and_no_file_is_written(tmp_path: P
     with pytest.raises(PolicyError, match=r"keep is 1\.5"):
         CrossAttentionCalibration("policy.json", keep=1.5)
     with pytest.raises(PolicyError, match="several different ones"):
-        calibrate(Module(), data(4, 4), tmp_path, keep=[0.5, 0.5])
+        calibrate(Generating(), data(4, 4), tmp_path, keep=[0.5, 0.5])
 
-    class Inner(Module):
+    class Inner(Generating):
         def predict_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
             embeds = self.net.get_input_embeddings()(batch["input_ids"])
             self.net.vision_model(batch["pixel_values"])
@@ -341,21 +296,23 @@ def test_what_cannot_be_calibrated_is_refused_and_no_file_is_written(tmp_path: P
 
 
 def test_an_interrupted_calibration_leaves_the_model_and_the_old_policy(tmp_path: Path) -> None:
-    class Failing(Module):
+    class Failing(Generating):
         def predict_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
             if batch_idx == 1:
                 raise RuntimeError("planted")
             return super().predict_step(batch, batch_idx)
 
     module = Failing()
-    before, old = state(module.net), PruningPolicy(keep=3).save(tmp_path / "p.json").read_text()
+    before, old = footprint(module.net), PruningPolicy(keep=3).save(tmp_path / "p.json").read_text()
     with pytest.raises(RuntimeError, match="planted"):
         calibrate(module, data(24, 8), tmp_path / "p.json")
-    assert state(module.net) == before and (tmp_path / "p.json").read_text() == old
+    assert footprint(module.net) == before and (tmp_path / "p.json").read_text() == old
 
 
 def test_bfloat16_calibrates_with_finite_figures(tmp_path: Path) -> None:
-    policy = calibrate(Module(), data(24, 8), tmp_path / "p.json", precision="bf16-mixed").policies[0]
+    policy = calibrate(Generating(), data(24, 8), tmp_path / "p.json", precision="bf16-mixed").policies[0]
     assert policy.evidence["candidates"][-1]["choose"]["divergence"] < float("inf")
-    true = calibrate(Module(dtype=torch.bfloat16), data(24, 8, torch.bfloat16), tmp_path / "q.json").policies[0]
+    true = calibrate(
+        Generating(faint_blip2(dtype=torch.bfloat16)), data(24, 8, torch.bfloat16), tmp_path / "q.json"
+    ).policies[0]
     assert true.evidence["candidates"][0]["choose"]["divergence"] >= -1e-3

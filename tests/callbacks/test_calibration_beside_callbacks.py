@@ -6,40 +6,36 @@ from typing import Any
 
 import pytest
 import torch
-from lightning.pytorch import Callback, Trainer
+from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import RichProgressBar, TQDMProgressBar
 from torch.utils.data import DataLoader
 
 from catp_lightning import CrossAttentionCalibration, PrunedModule, PruningError, PruningPolicy
-from tests.callbacks.test_calibration import SHORT, Module, data
-from tests.callbacks.test_token_pruning import footprint
-
-QUIET: dict[str, Any] = {
-    "accelerator": "cpu",
-    "logger": False,
-    "enable_progress_bar": False,
-    "enable_model_summary": False,
-}
+from tests.support.calibrations import data
+from tests.support.footprints import footprint
+from tests.support.models import SHORT
+from tests.support.modules import Generating
+from tests.support.trainers import loading, trainer
 
 
-class Several(Module):
+class Several(Generating):
     def predict_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> Any:  # type: ignore[override]
         return super().predict_step(batch, batch_idx)
 
 
 def loader(start: int = 0, stop: int = 3) -> DataLoader[Any]:
-    return DataLoader(data(24, 8)[start:stop], batch_size=None)  # type: ignore[arg-type]
+    return loading(data(24, 8)[start:stop])
 
 
 def calibrated(
-    path: Path, *neighbours: Callback, module: Module | None = None, first: bool = True, **settings: Any
+    path: Path, *neighbours: Callback, module: Generating | None = None, first: bool = True, **settings: Any
 ) -> dict[str, Any]:
     """The policy that a run beside `neighbours` ends in; its predictions and the model are those of a run without."""
     module = Several() if module is None else module
     before, callback = footprint(module), CrossAttentionCalibration(path, scorer="catp")
     loaders = settings.pop("loaders", None) or loader()
     callbacks = [callback, *neighbours] if first else [*neighbours, callback]
-    returned = Trainer(callbacks=callbacks, **{**QUIET, **settings}).predict(module, loaders) or []
+    returned = trainer(*callbacks, **settings).predict(module, loaders) or []
     flat = [batch for one in returned for batch in one] if isinstance(loaders, list) else returned
     expected = [module.net.generate(**batch, **SHORT) for batch in data(24, 8)]
     assert all(map(torch.equal, flat, expected))
@@ -57,7 +53,7 @@ def plain(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
 class Asks(Callback):
     """A neighbour that asks the model something of its own in every hook of the loop, and even samples the answer."""
 
-    def __init__(self, module: Module) -> None:
+    def __init__(self, module: Generating) -> None:
         self.module, self.count = module, 0
         for moment in ("start", "epoch_start", "batch_start", "batch_end", "epoch_end", "end"):
             setattr(self, f"on_predict_{moment}", self.ask)
@@ -110,11 +106,11 @@ def test_under_every_setting_of_the_trainer_the_policy_is_the_same(
 
 
 def test_a_module_may_bring_it_itself(plain: dict[str, Any], tmp_path: Path) -> None:
-    class Brings(Module):
+    class Brings(Generating):
         def configure_callbacks(self) -> list[Callback]:
             return [CrossAttentionCalibration(tmp_path / "policy.json", scorer="catp")]
 
-    Trainer(**QUIET).predict(Brings(), loader())
+    trainer().predict(Brings(), loader())
     assert PruningPolicy.load(tmp_path / "policy.json").to_dict() == plain
 
 
@@ -138,9 +134,9 @@ def test_a_fast_dev_run_does_everything_but_leaves_the_policy_that_was_measured(
 
 
 def test_a_wrapper_that_prunes_is_not_calibrated(tmp_path: Path) -> None:
-    module = Module()
+    module = Generating()
     before = footprint(module)
     callback = CrossAttentionCalibration(tmp_path / "policy.json")
     with pytest.raises(PruningError, match="being pruned already, or calibrated"):
-        Trainer(callbacks=[callback], **QUIET).predict(PrunedModule(module, PruningPolicy()), loader())
+        trainer(callback).predict(PrunedModule(module, PruningPolicy()), loader())
     assert footprint(module) == before

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from lightning.pytorch import Callback, Trainer
+from lightning.pytorch import Callback
 from torch.utils.data import DataLoader, RandomSampler, Sampler
 
 from catp_lightning import (
@@ -23,14 +23,15 @@ from catp_lightning import (
     TokenPruning,
 )
 from catp_lightning.calibration.replay.base import Replay
-from catp_lightning.callbacks import calibration
 from catp_lightning.utils.locks import only_run, refuse_running
-from tests.calibration.test_checkpoint import Module, calibrate, data, read, small
-from tests.callbacks.test_answer_writer import Returning, lines, named
-from tests.callbacks.test_answer_writer import run as answer
+from tests.support.answer_files import Returning, lines, named
+from tests.support.answer_files import write_answers as answer
+from tests.support.interrupted_calibrations import PARTIAL, calibrate, data, read, small
+from tests.support.modules import Generating
 from tests.support.processes import Ended, in_fork, in_program, ranks
+from tests.support.sent_signals import kill_at
+from tests.support.trainers import loading, trainer
 
-PARTIAL = "p.json.partial-0.safetensors"
 CODES = {signal.SIGTERM: 143, signal.SIGINT: 130}
 
 
@@ -46,27 +47,6 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> bytes:
         small(patch.setattr)
         calibrate(path := tmp_path_factory.mktemp("undisturbed") / "p.json")
     return path.read_bytes()
-
-
-def kill_at(call: int, number: int, where: str) -> Callable[..., Any]:
-    """A function in whose n-th call the process is sent a signal, by another thread, while it sleeps."""
-    owner, name = {
-        "probe": (Replay, "answer_log_probability"),
-        "compare": (Replay, "compare_each"),
-        "step": (Module, "predict_step"),
-        "report": (calibration, "report"),
-    }[where]
-    real, calls = getattr(owner, name), []
-
-    def killing(*args: Any, **kwargs: Any) -> Any:
-        calls.append(0)
-        if len(calls) == call:
-            threading.Timer(0.05, os.kill, (os.getpid(), number)).start()
-            time.sleep(60)
-        return real(*args, **kwargs)
-
-    setattr(owner, name, killing)
-    return killing
 
 
 def killed(path: Path, call: int, number: int, where: str, **settings: Any) -> Ended:
@@ -140,13 +120,13 @@ def test_every_process_saves_its_part_and_ends(tmp_path: Path) -> None:
 LAUNCHED = """
 import os, signal, sys
 from pathlib import Path
-import tests.callbacks.test_ended_by_signals as tested
-from tests.calibration.test_checkpoint import calibrate
+from tests.support.interrupted_calibrations import calibrate
+from tests.support.sent_signals import kill_at
 
 if __name__ == "__main__":
     if "LOCAL_RANK" not in os.environ:  # the first process, which Lightning lets start the other
-        tested.kill_at(5, signal.SIGTERM, "probe")
-    tested.calibrate(Path(sys.argv[1]), strategy="ddp", devices=2)
+        kill_at(5, signal.SIGTERM, "probe")
+    calibrate(Path(sys.argv[1]), strategy="ddp", devices=2)
 """
 
 
@@ -189,17 +169,12 @@ def test_a_prediction_ends_at_once_and_its_answers_are_kept(tmp_path: Path) -> N
     assert len(lines(tmp_path / "answers.rank0.jsonl")) == 2
 
 
-QUIET: dict[str, Any] = {
-    "accelerator": "cpu", "devices": 1, "logger": False, "enable_progress_bar": False, "enable_checkpointing": False
-}  # fmt: skip
-
-
 def test_a_pruned_prediction_and_a_pruned_test_end_at_once(tmp_path: Path) -> None:
     def work(stage: str) -> None:
         kill_at(1, signal.SIGTERM, "step")
-        Module.test_step = Module.predict_step  # type: ignore[assignment]
-        trainer = Trainer(callbacks=[TokenPruning(PruningPolicy("catp", keep=0.5))], **QUIET)
-        getattr(trainer, stage)(Module(), DataLoader(data(), batch_size=None))
+        Generating.test_step = Generating.predict_step  # type: ignore[assignment]
+        run = trainer(TokenPruning(PruningPolicy("catp", keep=0.5)), devices=1)
+        getattr(run, stage)(Generating(), loading(data()))
 
     for stage in ("predict", "test"):
         ended = ended_by_sigterm(lambda stage=stage: work(stage))
@@ -274,7 +249,7 @@ class Second(Callback):
 def test_a_second_calibration_is_told_that_one_is_running(tmp_path: Path, undisturbed: bytes) -> None:
     path = tmp_path / "p.json"
     callbacks = [Second(path), CrossAttentionCalibration(path, keep=0.25)]
-    Trainer(callbacks=callbacks, **QUIET).predict(Module(), DataLoader(data(), batch_size=None))
+    trainer(*callbacks, devices=1).predict(Generating(), loading(data()))
     assert path.read_bytes() == undisturbed
     assert [file.name for file in tmp_path.iterdir()] == ["p.json"]
 
@@ -321,7 +296,7 @@ def refused(path: Path, loader: Any, monkeypatch: pytest.MonkeyPatch, **settings
     monkeypatch.setattr(Replay, "answer_log_probability", lambda *args: pytest.fail("this is measured"))
     callback = CrossAttentionCalibration(path / "new" / "p.json", keep=0.25, **settings)
     with pytest.raises((PolicyError, PruningError)) as told:
-        Trainer(callbacks=[callback], **QUIET).predict(Module(), loader)
+        trainer(callback, devices=1).predict(Generating(), loader)
     assert not list(path.iterdir())
     return str(told.value)
 
@@ -350,7 +325,7 @@ def test_a_promise_that_the_split_is_too_small_for_is_refused_before_anything_is
 ) -> None:
     batches = data()
     samples = [{name: value[n] for name, value in batch.items()} for batch in batches for n in range(5)]
-    loader = DataLoader(batches, batch_size=None) if whole else DataLoader(samples, batch_size=5)  # type: ignore[arg-type]
+    loader = loading(batches) if whole else DataLoader(samples, batch_size=5)  # type: ignore[arg-type]
     said = refused(tmp_path, loader, monkeypatch, max_disagreement=0.02)
     assert f"at most {70 if whole else 35} samples" in said and "takes at least 149 there" in said
 
@@ -358,14 +333,14 @@ def test_a_promise_that_the_split_is_too_small_for_is_refused_before_anything_is
 def test_a_split_in_one_order_is_not_disturbed_by_looking_at_it(tmp_path: Path, undisturbed: bytes) -> None:
     samples = [{name: value[n] for name, value in batch.items()} for batch in data() for n in range(5)]
     loader = DataLoader(samples, batch_size=5)  # type: ignore[arg-type]
-    Trainer(callbacks=[CrossAttentionCalibration(tmp_path / "p.json", keep=0.25)], **QUIET).predict(Module(), loader)
+    trainer(CrossAttentionCalibration(tmp_path / "p.json", keep=0.25), devices=1).predict(Generating(), loader)
     assert (tmp_path / "p.json").read_bytes() == undisturbed
     assert torch.equal(torch.stack([s["pixel_values"] for s in samples[:5]]), data()[0]["pixel_values"])
 
 
 def test_an_own_module_is_told_at_its_first_batch_what_its_step_must_return(tmp_path: Path) -> None:
     steps: list[Any] = []
-    trainer = Trainer(callbacks=[AnswerWriter(str(tmp_path / "answers.jsonl"))], **QUIET)
+    run = trainer(AnswerWriter(str(tmp_path / "answers.jsonl")), devices=1)
     with pytest.raises(TypeError, match=r"needs Returning\.predict_step to return a list of"):
-        trainer.predict(Returning(steps.append), DataLoader(torch.arange(40), batch_size=2))
+        run.predict(Returning(steps.append), DataLoader(torch.arange(40), batch_size=2))
     assert len(steps) == 1 and not list(tmp_path.iterdir())

@@ -13,10 +13,11 @@ from lightning.pytorch.callbacks import EMAWeightAveraging, ModelCheckpoint, Sto
 from lightning.pytorch.strategies import SingleDeviceStrategy
 
 from catp_lightning import PolicyError, PrunedModule, PruningPolicy, TokenPruning
-from tests.callbacks.test_token_pruning import HALF, Answering, by_hand, footprint, same, trainer
+from tests.support.footprints import footprint
+from tests.support.modules import Answering, by_hand, same
+from tests.support.policies import HALF, QUARTER
+from tests.support.trainers import STAGES, trainer
 
-QUARTER = HALF.with_keep(0.25)
-STAGES = ("validate", "test", "predict")
 GETS = ("TokenPruning", "PrunedModule")
 
 

@@ -17,18 +17,10 @@ from torch.utils.data import DataLoader
 
 from catp_lightning import PruningError, PruningPolicy, TokenPruning, prune
 from catp_lightning.methods.scorers import SCORERS
-from tests.callbacks.test_token_pruning import (
-    HALF,
-    Answering,
-    by_hand,
-    footprint,
-    same,
-    trainer,
-    two_images,
-    unpruned,
-)
-
-STAGES = ("validate", "test", "predict")
+from tests.support.footprints import footprint
+from tests.support.modules import Answering, by_hand, same, two_images, unpruned
+from tests.support.policies import HALF
+from tests.support.trainers import STAGES, loading, trainer
 
 
 class Still(Answering):
@@ -268,7 +260,7 @@ def test_figures_are_means_over_all_loaders(stage: str, tmp_path: Path) -> None:
     module = Several()
     one = {name: value[:1] for name, value in module.inputs.items()}
     batches = [module.inputs, one, two_images(module.inputs)]  # 8 visual tokens a sample, and 16 of the last
-    loaders = [DataLoader(batches[:2], batch_size=None), DataLoader(batches[2:], batch_size=None)]  # type: ignore[arg-type]
+    loaders = [loading(batches[:2]), loading(batches[2:])]
     logger, pruning = CSVLogger(tmp_path), TokenPruning(HALF)
     with torch.no_grad(), prune(module.model, HALF):
         expected = [module.model(**batch).logits for batch in batches]

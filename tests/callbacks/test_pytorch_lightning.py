@@ -1,10 +1,5 @@
 """The other package of the same name: `pytorch_lightning` has the same classes a second time."""
 
-import json
-import os
-import subprocess
-import sys
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,60 +11,21 @@ from torch.utils.data import DataLoader
 from catp_lightning import CrossAttentionCalibration, PrunedModule, PruningError, PruningPolicy, TokenPruning, prune
 from catp_lightning.callbacks.answer_writer import AnswerWriter
 from catp_lightning.modules.vqa import VQAModule
-from tests.callbacks.test_calibration import SHORT, Module, data
-from tests.callbacks.test_token_pruning import HALF, footprint, same
-from tests.support.models import random_blip2
-from tests.support.paths import ROOT
+from tests.support.answer_files import lines
+from tests.support.calibrations import data
+from tests.support.footprints import footprint
+from tests.support.models import SHORT
+from tests.support.modules import Generating, same
+from tests.support.other_lightning import Answering, Naming, pytorch_lightning, trainer
+from tests.support.policies import HALF
+from tests.support.processes import finished
 from tests.support.tiny_vqa import build_model, opt_config, save_model
-
-pytorch_lightning = pytest.importorskip("pytorch_lightning")
-
-QUIET: dict[str, Any] = {
-    "accelerator": "cpu",
-    "logger": False,
-    "enable_checkpointing": False,
-    "enable_progress_bar": False,
-    "enable_model_summary": False,
-}
-STAGES = ("validate", "test", "predict")
-
-
-class Answering(pytorch_lightning.LightningModule):  # type: ignore[misc, name-defined]
-    """A module of a user who has never imported `lightning`."""
-
-    def __init__(self, brings: Sequence[Any] = ()) -> None:
-        super().__init__()
-        self.net, _ = random_blip2()
-        self.net.language_projection.weight.data *= 0.05
-        self.seen: list[torch.Tensor] = []
-        self.brings = list(brings)
-
-    def configure_callbacks(self) -> list[Any]:
-        return self.brings
-
-    def training_step(self, batch: Any, batch_idx: int) -> torch.Tensor:
-        return self.net(**batch).logits.pow(2).mean()
-
-    def configure_optimizers(self) -> torch.optim.Optimizer:
-        return torch.optim.SGD(self.parameters(), lr=1e-3)
-
-    def validation_step(self, batch: Any, batch_idx: int) -> None:
-        logits = self.net(**batch).logits
-        self.seen.append(logits)
-        self.log("level", logits.abs().mean(), batch_size=len(logits))
-
-    test_step = validation_step
-
-    def predict_step(self, batch: Any, batch_idx: int) -> torch.Tensor:
-        return self.net.generate(**batch, **SHORT)
-
-
-def trainer(*callbacks: Any, **settings: Any) -> Any:
-    return pytorch_lightning.Trainer(callbacks=list(callbacks), **{**QUIET, **settings})
+from tests.support.trainers import STAGES, loading
+from tests.support.trainers import trainer as lightning_trainer
 
 
 def loader() -> DataLoader[Any]:
-    return DataLoader(data(24, 8), batch_size=None)  # type: ignore[arg-type]
+    return loading(data(24, 8))
 
 
 def by_hand(module: Answering, stage: str) -> list[torch.Tensor]:
@@ -114,7 +70,7 @@ def test_the_policy_is_the_one_of_a_trainer_of_lightning(tmp_path: Path) -> None
     found, module = [], Answering()
     before = footprint(module)
     expected = [module.net.generate(**batch, **SHORT) for batch in loader()]
-    for name, run, calibrated in (("one", trainer, module), ("other", lightning_trainer, Module())):
+    for name, run, calibrated in (("one", trainer, module), ("other", lightning_trainer, Generating())):
         path = tmp_path / name / "policy.json"
         logger_of = pytorch_lightning if run is trainer else lightning.pytorch
         logger = logger_of.loggers.CSVLogger(tmp_path / name)
@@ -125,10 +81,6 @@ def test_the_policy_is_the_one_of_a_trainer_of_lightning(tmp_path: Path) -> None
         found.append(PruningPolicy.load(path).to_dict())
     assert footprint(module) == before
     assert found[0] == found[1]
-
-
-def lightning_trainer(*callbacks: Any, **settings: Any) -> lightning.pytorch.Trainer:
-    return lightning.pytorch.Trainer(callbacks=list(callbacks), **{**QUIET, **settings})
 
 
 def test_both_callbacks_in_predict_are_refused_here_too(tmp_path: Path) -> None:
@@ -151,15 +103,6 @@ def test_an_exception_leaves_the_model_as_it_was() -> None:
     assert footprint(module) == before
 
 
-class Naming(pytorch_lightning.LightningModule):  # type: ignore[misc, name-defined]
-    def predict_step(self, batch: torch.Tensor, batch_idx: int) -> list[dict[str, Any]]:
-        return [{"question_id": number, "answer": f"answer {number}"} for number in batch.tolist()]
-
-
-def lines(path: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-
-
 def test_answers_are_written(tmp_path: Path) -> None:
     path = tmp_path / "answers.jsonl"
     trainer(AnswerWriter(str(path))).predict(Naming(), DataLoader(torch.arange(5), batch_size=2))
@@ -171,7 +114,8 @@ import sys, torch, pytorch_lightning
 from torch.utils.data import DataLoader
 from catp_lightning import CrossAttentionCalibration
 from catp_lightning.callbacks.answer_writer import AnswerWriter
-from tests.callbacks.test_pytorch_lightning import Answering, Naming, data, trainer
+from tests.support.calibrations import data
+from tests.support.other_lightning import Answering, Naming, trainer
 
 if __name__ == "__main__":
     processes, folder = int(sys.argv[1]), sys.argv[2]
@@ -188,16 +132,11 @@ if __name__ == "__main__":
 def test_two_processes_write_what_one_writes(tmp_path: Path) -> None:
     program = tmp_path / "program.py"
     program.write_text(PROGRAM)
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     written = []
     for processes in (1, 2):
         folder = tmp_path / str(processes)
         folder.mkdir()
-        done = subprocess.run(
-            [sys.executable, str(program), str(processes), str(folder)],
-            cwd=ROOT, env=environment, capture_output=True, text=True, timeout=900, check=False,
-        )  # fmt: skip
-        assert done.returncode == 0, done.stderr
+        done = finished(program, processes, folder)
         assert done.stderr.count("saved to") == 1  # the first process alone speaks
         assert [line["question_id"] for line in lines(folder / "answers.jsonl")] == list(range(7))
         policy = PruningPolicy.load(folder / "policy.json")
@@ -212,7 +151,7 @@ def test_a_module_of_the_other_package_is_not_wrapped_and_the_error_says_what_to
 
 def test_modules_of_ours_in_a_trainer_of_the_other_package_are_refused_by_it(tmp_path: Path) -> None:
     folder = save_model(tmp_path, opt_config())
-    ours = [PrunedModule(Module(), HALF), VQAModule(build_model(opt_config()), folder)]
+    ours = [PrunedModule(Generating(), HALF), VQAModule(build_model(opt_config()), folder)]
     for module in ours:
         with pytest.raises(TypeError, match="`model` must be a `LightningModule`"):
             trainer().predict(module, loader())

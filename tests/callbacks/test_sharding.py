@@ -11,7 +11,6 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
 from torch import Tensor
 from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
-from torch.utils.data import DataLoader
 
 from catp_lightning.callbacks.calibration import CrossAttentionCalibration
 from catp_lightning.callbacks.token_pruning import TokenPruning
@@ -20,9 +19,11 @@ from catp_lightning.models import find_family
 from catp_lightning.modules.pruned import PrunedModule
 from catp_lightning.policy import PruningPolicy
 from catp_lightning.pruning import prune
-from tests.callbacks.test_strategies import POLICY, QUIET, Module, Sample, each
 from tests.support.families import ROWS
-from tests.support.models import GREEDY, random_blip2
+from tests.support.models import greedily, random_blip2
+from tests.support.modules import Generating
+from tests.support.several_processes import POLICY, Sample, each
+from tests.support.trainers import QUIET, loading
 
 
 class Sharded(LightningModule):
@@ -45,7 +46,7 @@ class Sharded(LightningModule):
         return self.net.generate(**batch, **LONG), self.net(**batch).logits
 
 
-LONG = {**GREEDY, "max_new_tokens": 4, "min_new_tokens": 4}
+LONG = greedily(4)
 
 
 def llava_model(attention: str) -> tuple[Any, Sample]:
@@ -82,7 +83,7 @@ def test_a_model_sharded_by_fsdp2_is_pruned_as_the_whole_one(
     def work(rank: int) -> Any:
         module, pruning = Sharded(make(attention)[0]), TokenPruning(policy)
         strategy = ModelParallelStrategy(data_parallel_size=2, tensor_parallel_size=1)
-        data: Any = DataLoader(batches, batch_size=None)  # type: ignore[arg-type]
+        data: Any = loading(batches)
         trainer = Trainer(callbacks=[pruning], devices=2, strategy=strategy, **QUIET)
         [(answers, logits)] = trainer.predict(module, data)
         return answers, logits, pruning.figures, module.kinds, find_family(module).describe()
@@ -118,7 +119,7 @@ def test_deepspeed_is_refused_with_the_reason(tmp_path: Path) -> None:
         ):
             under(DeepSpeedStrategy, callback)
     under(DeepSpeedStrategy, TokenPruning(POLICY, stages=("validate", "test")))  # it does nothing in predict
-    wrapper = PrunedModule(Module(), POLICY)
+    wrapper = PrunedModule(Generating(), POLICY)
     wrapper.trainer = trainer_under(DeepSpeedStrategy)
     with pytest.raises(PruningError, match=r"PrunedModule.*DeepSpeedStrategy.*ZeRO"):
         wrapper.setup("predict")
@@ -138,4 +139,4 @@ def trainer_under(kind: type) -> Trainer:
 
 
 def under(kind: type, callback: Callback) -> None:
-    callback.setup(trainer_under(kind), Module(), "predict")
+    callback.setup(trainer_under(kind), Generating(), "predict")

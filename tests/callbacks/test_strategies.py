@@ -1,122 +1,36 @@
 """Pruning and calibrating in several real processes: what one finds, several find; none waits for ever."""
 
 import json
-import warnings
-from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from lightning.pytorch import Callback, LightningModule, Trainer
-from torch import Tensor
-from torch.utils.data import DataLoader, IterableDataset
+from lightning.pytorch import Callback, Trainer
+from torch.utils.data import DataLoader
 
 from catp_lightning.callbacks.calibration import CrossAttentionCalibration
 from catp_lightning.callbacks.token_pruning import TokenPruning
 from catp_lightning.errors import PruningError
-from catp_lightning.modules.pruned import PrunedModule
 from catp_lightning.policy import PruningPolicy
-from catp_lightning.policy.images import encode_images
-from catp_lightning.utils.hashing import fingerprint
-from tests.support.models import GREEDY, random_blip2, random_inputs
 from tests.support.paths import ROOT
-from tests.support.processes import Ended, in_fork, in_program, ranks, two_nodes
-
-QUIET = {
-    "accelerator": "cpu",
-    "logger": False,
-    "enable_progress_bar": False,
-    "enable_model_summary": False,
-    "enable_checkpointing": False,
-}
-SHORT = {**GREEDY, "max_new_tokens": 2, "min_new_tokens": 1}
-Sample = dict[str, Tensor]
-Found = dict[str, Any]
-
-
-def samples(count: int) -> list[Sample]:
-    with torch.random.fork_rng():
-        torch.manual_seed(7)
-        all_of_them = {**random_inputs(8, 24, True, torch.float64), "number": torch.arange(24)}
-    return [{name: value[row] for name, value in all_of_them.items()} for row in range(count)]
-
-
-class Module(LightningModule):
-    """A user's module that remembers what it answered, sample by sample, in this process."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.net, _ = random_blip2(dtype=torch.float64)
-        self.net.language_projection.weight.data *= 0.02  # so that some answers survive pruning
-        self.answers: list[tuple[int, list[int]]] = []
-        self.allow_zero_length_dataloader_with_multiple_devices = True
-
-    def _answer(self, batch: Sample) -> Tensor:
-        numbers = batch.pop("number")
-        answers = self.net.generate(**batch, **SHORT)
-        self.answers += zip(numbers.tolist(), answers.tolist(), strict=True)
-        return answers
-
-    def _lines(self, numbers: Tensor, answers: Tensor) -> list[dict[str, Any]]:
-        pairs = zip(numbers.tolist(), answers.tolist(), strict=True)
-        return [{"question_id": number, "answer": str(answer)} for number, answer in pairs]
-
-    def validation_step(self, batch: Sample, batch_idx: int) -> None:
-        answers = self._answer(batch)
-        self.log("length", (answers != 1).double().sum(1).mean(), batch_size=len(answers), sync_dist=True)
-
-    def test_step(self, batch: Sample, batch_idx: int) -> None:
-        self._answer(batch)
-
-    def predict_step(self, batch: Sample, batch_idx: int) -> list[dict[str, Any]]:
-        return self._lines(batch["number"], self._answer(batch))
-
-
-SEEN = fingerprint(torch.stack([sample["pixel_values"] for sample in samples(12)[2:12]]))
-POLICY = PruningPolicy(scorer="catp", keep=0.75, evidence={"images": encode_images(SEEN)})
-
-
-def loader(count: int) -> DataLoader[Sample]:
-    return DataLoader(samples(count), batch_size=2)  # type: ignore[arg-type]
-
-
-def evaluate(stage: str, data: Any, wrapped: bool = False, **options: Any) -> Found:
-    """One run as a user writes it, and what it found in this process."""
-    module, pruning = Module(), TokenPruning(POLICY, compare=True)
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        trainer = Trainer(callbacks=[] if wrapped else [pruning], **{**QUIET, **options})
-        getattr(trainer, stage)(PrunedModule(module, POLICY) if wrapped else module, data)
-    told = [str(warning.message).split(" images")[0] for warning in caught]
-    return {
-        "answers": sorted(module.answers),
-        "figures": pruning.figures,
-        "logged": {name: float(value) for name, value in trainer.callback_metrics.items()},
-        "overlap": [text for text in told if text.startswith("This split contains")],
-        "unsynchronised": [text for text in told if "recommended to use `self.log" in text and "catp" in text],
-    }
-
-
-def each(folder: Path, work: Callable[[int], Any], processes: int) -> list[Any]:
-    """What `work` finds in each of several processes."""
-
-    def saved(rank: int) -> None:
-        torch.save(work(rank), folder / f"{rank}.pt")
-
-    check(in_fork(*ranks(saved, processes)))
-    return [torch.load(folder / f"{rank}.pt") for rank in range(processes)]
-
-
-def check(ended: Sequence[Ended]) -> None:
-    for one in ended:
-        assert one.code == 0, one.said[-4000:]
-        assert not one.left, one.said[-4000:]
-
-
-def close(found: dict[str, float], expected: dict[str, float]) -> bool:
-    return found == pytest.approx(expected, rel=1e-6)
+from tests.support.processes import in_fork, in_program, ranks, two_nodes
+from tests.support.several_processes import (
+    POLICY,
+    Failing,
+    Found,
+    Remembering,
+    Sample,
+    Trained,
+    check,
+    close,
+    each,
+    evaluate,
+    loader,
+    samples,
+)
+from tests.support.trainers import QUIET, Stream, trainer
 
 
 def evaluations(processes: int) -> dict[str, Found]:
@@ -160,7 +74,7 @@ def test_validation_of_an_uneven_split_counts_the_samples_that_lightning_repeats
 ) -> None:
     """Seven samples in two processes are eight answers: figures are means over all eight."""
     pruned = dict(alone["validate 7 callback"]["answers"])
-    plain = Module()
+    plain = Remembering()
     for batch in loader(7):
         plain._answer(batch)
     same = {number: answer == pruned[number] for number, answer in plain.answers}
@@ -172,16 +86,6 @@ def test_validation_of_an_uneven_split_counts_the_samples_that_lightning_repeats
     for found in (first, second):
         assert found["figures"]["catp/agreement"] == pytest.approx(expected)
         assert found["logged"]["catp/agreement"] == pytest.approx(expected)
-
-
-class Stream(IterableDataset[Sample]):
-    """The samples of this process."""
-
-    def __init__(self, mine: list[Sample]) -> None:
-        self.mine = mine
-
-    def __iter__(self) -> Iterator[Sample]:
-        return iter(self.mine)
 
 
 def shared_out(rank: int, kind: str) -> DataLoader[Sample]:
@@ -200,7 +104,7 @@ def test_processes_with_other_numbers_of_batches_do_not_wait_for_ever(
 
     def work(rank: int) -> list[Found]:
         if kind != "uneven":  # what it logs is synchronised: Lightning itself would wait for who never logs it
-            Module.validation_step = Module.test_step  # type: ignore[method-assign]
+            Remembering.validation_step = Remembering.test_step  # type: ignore[method-assign]
         stages = [("predict", False), ("test", False), ("validate", False), ("test", True)]
         return [evaluate(stage, shared_out(rank, kind), wrapped, **options) for stage, wrapped in stages]
 
@@ -214,15 +118,6 @@ def test_processes_with_other_numbers_of_batches_do_not_wait_for_ever(
             assert close(other["figures"], one["figures"])
 
 
-class Trained(Module):
-    def training_step(self, batch: Sample, batch_idx: int) -> Tensor:
-        batch.pop("number")
-        return self.net(**batch).logits.pow(2).mean()
-
-    def configure_optimizers(self) -> torch.optim.Optimizer:
-        return torch.optim.SGD(self.parameters(), lr=0.0)
-
-
 def test_fit_is_refused_in_all_processes_where_some_have_nothing_to_validate(tmp_path: Path) -> None:
     def work(rank: int) -> None:
         module = Trained()
@@ -234,17 +129,6 @@ def test_fit_is_refused_in_all_processes_where_some_have_nothing_to_validate(tmp
             trainer.fit(module, loader(2), DataLoader(samples(2) if rank else [], batch_size=2))  # type: ignore[arg-type]
 
     check(in_fork(*ranks(work, 2)))
-
-
-class Failing(Module):
-    def __init__(self, rank: int) -> None:
-        super().__init__()
-        self.rank = rank
-
-    def _answer(self, batch: Sample) -> Tensor:
-        if self.global_rank == self.rank and min(batch["number"]) >= 4:
-            raise ValueError(f"process {self.rank} cannot read this image")
-        return super()._answer(batch)
 
 
 @pytest.mark.parametrize(("stage", "failing"), [("validate", 0), ("predict", 1)])
@@ -279,15 +163,15 @@ def loader_of(mine: list[Sample]) -> DataLoader[Sample]:
     return DataLoader(mine, batch_size=8)  # type: ignore[arg-type]
 
 
-def calibrate(path: Path, data: DataLoader[Sample], module: Module, **options: Any) -> None:
-    trainer = Trainer(callbacks=[CrossAttentionCalibration(path, keep=0.5, scorer="catp")], **{**QUIET, **options})
-    trainer.predict(module, data, return_predictions=False)
+def calibrate(path: Path, data: DataLoader[Sample], module: Remembering, **options: Any) -> None:
+    callback = CrossAttentionCalibration(path, keep=0.5, scorer="catp")
+    trainer(callback, **options).predict(module, data, return_predictions=False)
 
 
 @pytest.fixture(scope="module")
 def calibrated(tmp_path_factory: pytest.TempPathFactory) -> PruningPolicy:
     path = tmp_path_factory.mktemp("alone") / "policy.json"
-    calibrate(path, loader_of(samples(24)), Module(), devices=1)
+    calibrate(path, loader_of(samples(24)), Remembering(), devices=1)
     return PruningPolicy.load(path)
 
 
@@ -298,7 +182,7 @@ def same_decision(one: PruningPolicy, other: PruningPolicy) -> bool:
 
 
 def test_several_machines_calibrate_together_and_write_one_policy(tmp_path: Path, calibrated: PruningPolicy) -> None:
-    class Looking(Module):
+    class Looking(Remembering):
         def predict_step(self, batch: Sample, batch_idx: int) -> list[dict[str, Any]]:
             # Not the dotted names: another machine may be writing its part at this moment.
             self.parts |= {file.name for file in tmp_path.glob("policy.json.partial*")}
@@ -321,7 +205,7 @@ def test_a_process_without_a_batch_takes_part_in_a_calibration(tmp_path: Path, c
     def work(rank: int) -> None:
         mine = samples(24) if rank else []
         options = {"devices": 2, "strategy": "ddp", "use_distributed_sampler": False}
-        calibrate(tmp_path / "policy.json", loader_of(mine), Module(), **options)
+        calibrate(tmp_path / "policy.json", loader_of(mine), Remembering(), **options)
 
     check(in_fork(*ranks(work, 2)))
     assert same_decision(PruningPolicy.load(tmp_path / "policy.json"), calibrated)

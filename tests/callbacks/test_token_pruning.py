@@ -8,86 +8,19 @@ from typing import Any
 
 import pytest
 import torch
-from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 from lightning.pytorch.cli import LightningArgumentParser
 from lightning.pytorch.loggers import CSVLogger
-from torch.utils.data import DataLoader
 
 from catp_lightning.callbacks.calibration import CrossAttentionCalibration
 from catp_lightning.callbacks.token_pruning import TokenPruning
 from catp_lightning.errors import PolicyError, PruningError
 from catp_lightning.policy import PruningPolicy
-from catp_lightning.pruning import prune
-from tests.support.models import IMAGE, random_blip2
-
-HALF = PruningPolicy(scorer="catp", keep=0.5)
-
-
-class Answering(LightningModule):
-    """A user's module: logits in validation and test, generated ids in prediction."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.model, self.inputs = random_blip2()
-        self.seen: list[torch.Tensor] = []
-
-    def loader(self, batches: int = 2) -> DataLoader[dict[str, torch.Tensor]]:
-        one = {name: value[:1] for name, value in self.inputs.items()}
-        return DataLoader([self.inputs, one][:batches], batch_size=None)  # type: ignore[arg-type]
-
-    def training_step(self, batch: dict[str, torch.Tensor], batch_idx: int) -> torch.Tensor:
-        logits = self.model(**batch).logits
-        self.seen.append(logits.detach())
-        return logits.float().pow(2).mean()
-
-    def configure_optimizers(self) -> torch.optim.Optimizer:
-        return torch.optim.SGD(self.parameters(), lr=1e-3)
-
-    def validation_step(self, batch: dict[str, torch.Tensor], batch_idx: int) -> None:
-        logits = self.model(**batch).logits
-        self.seen.append(logits)
-        self.log("val_level", logits.abs().mean(), batch_size=len(logits))
-
-    def test_step(self, batch: dict[str, torch.Tensor], batch_idx: int) -> None:
-        self.seen.append(self.model(**batch).logits)
-
-    def predict_step(self, batch: dict[str, torch.Tensor], batch_idx: int) -> torch.Tensor:
-        return self.model(**batch).logits
-
-
-def trainer(*callbacks: Callback, **settings: Any) -> Trainer:
-    quiet = {
-        "logger": False,
-        "enable_checkpointing": False,
-        "enable_progress_bar": False,
-        "enable_model_summary": False,
-    }
-    return Trainer(accelerator="cpu", callbacks=list(callbacks), **{**quiet, **settings})
-
-
-def by_hand(module: Answering, policy: PruningPolicy = HALF) -> list[torch.Tensor]:
-    with torch.no_grad(), prune(module.model.eval(), policy):
-        return [module.model(**batch).logits for batch in module.loader()]
-
-
-def unpruned(module: Answering) -> list[torch.Tensor]:
-    with torch.no_grad():
-        return [module.model.eval()(**batch).logits for batch in module.loader()]
-
-
-def footprint(module: LightningModule) -> list[object]:
-    """Everything prune could leave behind: hooks of every kind on every module, and how each sub-model attends."""
-    kinds = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-    return [
-        (name, [len(getattr(part, kind)) for kind in kinds], sorted(set(vars(part)) & {"forward", "generate"}),
-         getattr(getattr(part, "config", None), "_attn_implementation", None))
-        for name, part in module.named_modules()
-    ]  # fmt: skip
-
-
-def same(left: list[torch.Tensor], right: list[torch.Tensor]) -> bool:
-    return len(left) == len(right) and all(map(torch.equal, left, right))
+from tests.support.footprints import footprint
+from tests.support.modules import Answering, by_hand, same, two_images, unpruned
+from tests.support.policies import HALF
+from tests.support.trainers import loading, trainer
 
 
 def test_pruning_moves_the_logits_or_the_tests_here_prove_nothing() -> None:
@@ -191,21 +124,10 @@ def test_a_neighbour_that_fails_in_its_own_on_exception_leaves_the_model_as_it_w
     assert footprint(module) == before
 
 
-def two_images(inputs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """The first sample with its image twice: twice the visual tokens."""
-    visual = inputs["input_ids"][:1] == IMAGE
-    ids, mask = (inputs[name][:1] for name in ("input_ids", "attention_mask"))
-    return {
-        "input_ids": torch.cat([ids[visual][None], ids], 1),
-        "attention_mask": torch.cat([mask[visual][None], mask], 1),
-        "pixel_values": inputs["pixel_values"][[0, 0]],
-    }
-
-
 @pytest.mark.parametrize("stage", ["validate", "test", "predict"])
 def test_logged_values_are_means_over_samples_and_tokens(tmp_path: Path, stage: str) -> None:
     module = Answering()  # of 8 query tokens an image
-    loader = DataLoader([module.inputs, two_images(module.inputs)], batch_size=None)  # type: ignore[arg-type]
+    loader = loading([module.inputs, two_images(module.inputs)])
     logger = CSVLogger(tmp_path, name=stage)
     returned = getattr(trainer(TokenPruning(HALF.with_keep(3)), logger=logger), stage)(module, loader)
     logger.save()

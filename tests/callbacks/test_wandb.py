@@ -10,12 +10,14 @@ from typing import Any
 import lightning as L
 import pytest
 from lightning.pytorch.loggers import CSVLogger, WandbLogger
-from torch.utils.data import DataLoader
 
 from catp_lightning import PruningPolicy
 from catp_lightning.calibration.report.report import COLUMNS, report_folder
 from catp_lightning.callbacks import CrossAttentionCalibration
-from tests.calibration.test_report import Module, samples
+from tests.support.calibrations import data
+from tests.support.models import faint_blip2, greedily
+from tests.support.modules import Generating
+from tests.support.trainers import loading
 
 BLOCK, HEADER = 32768, 7
 
@@ -58,7 +60,7 @@ def run(tmp_path: Path) -> tuple[list[Any], list[PruningPolicy], Path]:
     logger = WandbLogger(project="catp", save_dir=str(tmp_path), offline=True)
     callback = CrossAttentionCalibration(tmp_path / "policies", keep=[0.5, 2])
     trainer = L.Trainer(callbacks=[callback], logger=logger, accelerator="cpu", enable_progress_bar=False)
-    trainer.predict(Module(), DataLoader(samples(), batch_size=None))
+    trainer.predict(Generating(faint_blip2(0.2), greedily(1)), loading(data(48, 16)))
     wandb.finish()
     (file,) = tmp_path.glob("wandb/offline-run-*/run-*.wandb")
     return complete(file), callback.policies, file.parent
@@ -116,7 +118,7 @@ def test_any_other_logger_gets_the_figures(tmp_path: Path) -> None:
     logger = CSVLogger(tmp_path)
     callback = CrossAttentionCalibration(tmp_path / "policy.json", keep=0.5)
     trainer = L.Trainer(callbacks=[callback], logger=logger, accelerator="cpu", enable_progress_bar=False)
-    trainer.predict(Module(), DataLoader(samples(), batch_size=None))
+    trainer.predict(Generating(faint_blip2(0.2), greedily(1)), loading(data(48, 16)))
     logger.save()
     header, values = (Path(logger.log_dir) / "metrics.csv").read_text().split("\n")[:2]
     row = dict(zip(header.split(","), values.split(","), strict=True))

@@ -1,7 +1,6 @@
 """The `catp` command: real models, data and files; most runs in this process, a few in one of their own."""
 
 import json
-import os
 import re
 import shutil
 import subprocess
@@ -25,6 +24,7 @@ from catp_lightning.policy import PruningPolicy
 from catp_lightning.policy.locations import budget_file_name
 from catp_lightning.utils import progress
 from tests.support.paths import ROOT
+from tests.support.processes import environment
 from tests.support.tiny_vqa import QUERIES, opt_config, save_model, scenes
 
 CONFIGS = sorted(path.name for path in (ROOT / "configs").glob("*.yaml"))
@@ -145,7 +145,6 @@ def test_a_policy_is_calibrated_validated_and_predicted_with(made, capsys):
 def test_calibration_ends_with_what_was_chosen_what_it_keeps_and_what_it_cost(made):
     command = [sys.executable, "-c", "from catp_lightning.cli.main import main; main()", "calibrate"]
     options = ["--keep", "[0.5, 1]", "--trainer.enable_progress_bar", "true", "--output", "policies"]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
         [*command, "--config", str(made / "tiny.yaml"), *options],
         stdout=subprocess.PIPE,
@@ -153,7 +152,7 @@ def test_calibration_ends_with_what_was_chosen_what_it_keeps_and_what_it_cost(ma
         text=True,
         check=True,
         timeout=900,
-        env=environment,
+        env=environment(),
     )
     chosen, keeps, cost = done.stdout.rstrip("\n").split("\n")[-3:]
     policies = [PruningPolicy.load("policies", keep=budget) for budget in (0.5, 1)]
@@ -417,8 +416,7 @@ def test_a_corrupt_image_read_by_a_worker_process_is_one_message(made, tmp_path,
 
 def process(*args: object) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-c", "from catp_lightning.cli.main import main; main()", *map(str, args)]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    return subprocess.run(command, capture_output=True, text=True, check=False, timeout=900, env=environment)
+    return subprocess.run(command, capture_output=True, text=True, check=False, timeout=900, env=environment())
 
 
 @pytest.mark.slow

@@ -16,7 +16,7 @@ from catp_lightning.data import images
 from catp_lightning.data.images import FORMATS, KEPT_PIXELS, read_image
 from catp_lightning.data.vqa import VQADataset, VQASplit
 from catp_lightning.errors import DataError
-from tests.data.test_odd_images import encoded, noise, split_of
+from tests.support.image_files import encoded, noise, split_of
 
 
 def read(folder: Path, content: bytes) -> Image.Image:
@@ -122,7 +122,6 @@ def png_with(*chunks: bytes) -> bytes:
 
 
 BOMB = zlib.compress(bytes(2**26), 9)
-
 BOMBS: dict[str, tuple[Callable[[], bytes], str]] = {
     "a tile of a gigabyte": (lambda: tiled(32768), "its tiles are of 32768 x 32768 pixels"),
     "the same in BigTIFF": (lambda: tiled(32768, big=True), "its tiles are of 32768 x 32768 pixels"),

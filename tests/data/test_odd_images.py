@@ -23,38 +23,11 @@ from catp_lightning.data import PROMPTS, shipped
 from catp_lightning.data.vqa import VQADataModule, VQADataset, VQASplit, collate
 from catp_lightning.errors import DataError, PolicyError
 from catp_lightning.modules.vqa import VQAModule
-from tests.callbacks.test_calibration import ForwardModule, calibrate, data
-from tests.policy.test_damaged_policies import canary, many  # noqa: F401
-from tests.support.fuzzing import Mutator
+from tests.support.calibrations import calibrate, data
+from tests.support.fuzzing import Mutator, many
+from tests.support.image_files import QUESTION, encoded, noise, split_of
+from tests.support.modules import Forwarding
 from tests.support.tiny_vqa import build_processor, opt_config, save_model
-
-QUESTION = "how many digits are there?"
-
-
-def split_of(folder: Path, images: dict[str, bytes], questions: list[str] | None = None) -> VQASplit:
-    """A split of one question an image; image files keep the bytes that are given, whatever their names say."""
-    (folder / "images").mkdir(parents=True, exist_ok=True)
-    asked = questions or [QUESTION] * len(images)
-    for number, content in enumerate(images.values()):
-        (folder / "images" / f"{number}.png").write_bytes(content)
-    records = [
-        {"question_id": 10 * number, "image_id": number % len(images), "question": text}
-        for number, text in enumerate(asked)
-    ]
-    (folder / "questions.json").write_text(json.dumps({"questions": records}))
-    return VQASplit(str(folder / "questions.json"), str(folder / "images"), image_name="{image_id}.png")
-
-
-def encoded(image: Image.Image, kind: str = "PNG", **settings: Any) -> bytes:
-    buffer = BytesIO()
-    image.save(buffer, kind, **settings)
-    return buffer.getvalue()
-
-
-def noise(width: int, height: int) -> Image.Image:
-    draw = np.random.default_rng(0)
-    return Image.fromarray(draw.integers(0, 256, (height, width, 3), dtype=np.uint8))
-
 
 GREY16 = np.arange(64 * 64, dtype=np.uint16).reshape(64, 64) * 16
 
@@ -368,7 +341,7 @@ def test_a_folder_of_images_that_no_folder_can_be_is_refused(tmp_path: Path) -> 
         VQADataset(split)
 
 
-def fuzz_data(count: int, place: Path, canary: Path) -> None:  # noqa: F811
+def fuzz_data(count: int, place: Path, canary: Path) -> None:
     """Questions and annotations in turn: read to the last item, or refused."""
     split = split_of(place, {"x": encoded(noise(4, 4)), "y": encoded(noise(3, 5))})
     split.annotations = str(place / "annotations.json")
@@ -400,7 +373,7 @@ def fuzz_data(count: int, place: Path, canary: Path) -> None:  # noqa: F811
     assert 0.01 * count < many(count, each) < 0.9 * count
 
 
-def fuzz_images(count: int, place: Path, canary: Path) -> None:  # noqa: F811
+def fuzz_images(count: int, place: Path, canary: Path) -> None:
     contents = [make() for name, make in ODD.items() if "thousand" not in name and "64" not in name]
     split = split_of(place, {"x": contents[0]})
     dataset, file = VQADataset(split), Path(split.images, "0.png")
@@ -419,13 +392,13 @@ def fuzz_images(count: int, place: Path, canary: Path) -> None:  # noqa: F811
         assert 0.01 * count < many(count, each) < 0.99 * count
 
 
-def test_damaged_data_sets_and_images_are_read_or_refused(tmp_path: Path, canary: Path) -> None:  # noqa: F811
+def test_damaged_data_sets_and_images_are_read_or_refused(tmp_path: Path, canary: Path) -> None:
     fuzz_data(400, tmp_path / "data", canary)
     fuzz_images(300, tmp_path / "images", canary)
 
 
 @pytest.mark.slow
-def test_fifty_thousand_damaged_data_sets_and_images_are_read_or_refused(tmp_path: Path, canary: Path) -> None:  # noqa: F811
+def test_fifty_thousand_damaged_data_sets_and_images_are_read_or_refused(tmp_path: Path, canary: Path) -> None:
     fuzz_data(35_000, tmp_path / "data", canary)
     fuzz_images(15_000, tmp_path / "images", canary)
 
@@ -436,10 +409,10 @@ def test_samples_whose_answer_is_no_number_are_left_out_of_a_calibration_and_cou
     for row in (3, 17):
         batches[row // size]["pixel_values"][row % size, :, :4] = float("nan")
     with pytest.warns(UserWarning, match="2 samples were left out, to which the unpruned model's own answer is not a"):
-        policy = calibrate(ForwardModule(), batches, tmp_path / "p.json", keep=4).policies[0]
+        policy = calibrate(Forwarding(), batches, tmp_path / "p.json", keep=4).policies[0]
     assert sum(policy.evidence["samples"].values()) == 38
     assert math.isfinite(policy.evidence["candidates"][0]["choose"]["divergence"])
     for batch in batches:
         batch["pixel_values"][:] = float("nan")
     with pytest.raises(PolicyError, match=r"got \{'learn': 0, 'check': 0\}.* 40 samples were left out"):
-        calibrate(ForwardModule(), batches, tmp_path / "q.json")
+        calibrate(Forwarding(), batches, tmp_path / "q.json")

@@ -3,7 +3,6 @@
 import json
 from pathlib import Path
 
-import lightning as L
 import pytest
 import torch
 from transformers import AutoModelForImageTextToText, Blip2ForConditionalGeneration
@@ -13,8 +12,7 @@ from catp_lightning.data import shipped
 from catp_lightning.data.scenes import write_scenes
 from catp_lightning.data.vqa import VQADataModule, VQASplit
 from tests.support.paths import ROOT
-
-TRAINER = {"accelerator": "cpu", "logger": False, "enable_progress_bar": False, "enable_checkpointing": False}
+from tests.support.trainers import trainer
 
 
 @pytest.fixture(scope="module")
@@ -44,7 +42,7 @@ def test_its_log_says_at_least_90_percent_on_2000_unseen_questions_in_under_45_m
 
 
 def test_it_answers_at_least_nine_in_ten_questions_about_digits_it_never_saw(data: VQADataModule) -> None:
-    (figures,) = L.Trainer(**TRAINER).test(VQAModule(str(shipped("digits_blip2"))), data, verbose=False)
+    (figures,) = trainer().test(VQAModule(str(shipped("digits_blip2"))), data, verbose=False)
     assert figures["test/vqa_accuracy"] >= 0.9
 
 
@@ -52,11 +50,11 @@ def test_it_answers_at_least_nine_in_ten_questions_about_digits_it_never_saw(dat
 def test_a_calibrated_policy_agrees_more_with_the_model_than_catp_does(data: VQADataModule, tmp_path: Path) -> None:
     module = VQAModule(str(shipped("digits_blip2")))
     calibration = CrossAttentionCalibration(tmp_path / "policy.json", keep=0.25)
-    L.Trainer(**TRAINER, callbacks=[calibration]).predict(module, data.calibration_dataloader())
+    trainer(calibration).predict(module, data.calibration_dataloader())
     agreement = {}
     for name, policy in {"calibrated": tmp_path / "policy.json", "catp": PruningPolicy(keep=0.25)}.items():
         pruning = TokenPruning(policy, compare=True)
-        (figures,) = L.Trainer(**TRAINER, callbacks=[pruning]).test(module, data, verbose=False)
+        (figures,) = trainer(pruning).test(module, data, verbose=False)
         assert figures["catp/tokens_kept"] == 8 and figures["catp/keep_share"] == 0.25
         agreement[name] = figures["catp/agreement"]
     assert agreement["calibrated"] > agreement["catp"] + 0.1

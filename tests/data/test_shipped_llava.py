@@ -3,7 +3,6 @@
 import json
 from pathlib import Path
 
-import lightning as L
 import numpy as np
 import torch
 from transformers import AutoModelForImageTextToText, AutoProcessor, LlavaForConditionalGeneration
@@ -13,6 +12,7 @@ from catp_lightning.data import shipped
 from catp_lightning.data.scenes import EMPTY, Scene, digit_pool, draw_scene, write_scenes
 from catp_lightning.data.vqa import VQADataModule, VQASplit
 from tests.support.paths import ROOT
+from tests.support.trainers import trainer
 
 PROMPT = "<image> Question: {} Short answer:"
 
@@ -49,8 +49,7 @@ def test_it_answers_at_least_nine_in_ten_questions_about_digits_it_never_saw(tmp
     place = write_scenes(tmp_path, "test", 200, seed=7, grids=((6, 6),))
     model = str(shipped("digits_llava"))
     data = VQADataModule(model, test=VQASplit.of_scenes(place), prompt=PROMPT, batch_size=50)
-    trainer = L.Trainer(accelerator="cpu", logger=False, enable_progress_bar=False, enable_checkpointing=False)
-    (figures,) = trainer.test(VQAModule(model), data, verbose=False)
+    (figures,) = trainer().test(VQAModule(model), data, verbose=False)
     assert figures["test/vqa_accuracy"] >= 0.9
 
 

@@ -3,7 +3,6 @@
 import json
 from pathlib import Path
 
-import lightning as L
 import numpy as np
 import pytest
 import torch
@@ -14,9 +13,9 @@ from catp_lightning import PruningPolicy, VQAModule, prune
 from catp_lightning.data.scenes import digit_pool, draw_scene, write_scenes
 from catp_lightning.data.vqa import VQADataModule, VQASplit
 from tests.support.paths import ROOT
+from tests.support.trainers import trainer
 
 FOLDER = Path(catp_lightning.data.__file__).parent / "digits_mllama"
-TRAINER = {"accelerator": "cpu", "logger": False, "enable_progress_bar": False, "enable_checkpointing": False}
 TILES = {(3, 3): (1, 1), (3, 6): (1, 2), (6, 3): (2, 1), (6, 6): (2, 2)}  # of a grid of cells: high and wide
 PROMPT = "<|image|>Question: {} Short answer:"
 
@@ -95,7 +94,7 @@ def test_it_answers_at_least_nine_in_ten_questions_about_digits_it_never_saw(tmp
     place = write_scenes(tmp_path, "test", 400, seed=7, grids=tuple(TILES))
     split = VQASplit.of_scenes(place)
     data = VQADataModule(str(FOLDER), test=split, prompt=PROMPT, batch_size=50)
-    (figures,) = L.Trainer(**TRAINER).test(VQAModule(str(FOLDER)), data, verbose=False)
+    (figures,) = trainer().test(VQAModule(str(FOLDER)), data, verbose=False)
     assert figures["test/vqa_accuracy"] >= 0.9
 
 

@@ -1,7 +1,6 @@
 """SparseVLM, DART and visual exit against slow versions of their definitions, written with loops and plain numbers."""
 
 import math
-from collections.abc import Iterator
 from fractions import Fraction
 from typing import Any
 
@@ -9,9 +8,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
-from torch.utils.data import DataLoader
 
 from catp_lightning import PolicyError, PruningError, PruningPolicy, TokenPruning, prune
 from catp_lightning.methods.budget import keep_count
@@ -21,21 +18,18 @@ from catp_lightning.methods.scorers.sparsevlm import SparseVLM, raters
 from catp_lightning.methods.scorers.visual_exit import VisualExit
 from catp_lightning.methods.selectors.dart import DART
 from catp_lightning.methods.selectors.recycle import Recycle, split
-from tests.pruning.test_families import BEAMS, exact, generate, scale
-from tests.pruning.test_stages import BY_NAME, LLAMA, OPT, QWEN, chosen, masked, model_of
-from tests.support.families import Row
+from tests.support.families import BY_NAME, Row
+from tests.support.matrix import BEAMS, exact, generate, scale
 from tests.support.models import random_blip2
+from tests.support.modules import Answering, Generating
 from tests.support.oracles import IMAGE
+from tests.support.stages import LLAMA, OPT, QWEN, chosen, masked, model_of
+from tests.support.trainers import loading, trainer
 
+pytestmark = pytest.mark.usefixtures("no_grad")
 Rows = list[list[float]]
 every_model = pytest.mark.parametrize("row", [LLAMA, QWEN, OPT], ids=repr)
 seeds = given(st.integers(0, 10**6))
-
-
-@pytest.fixture(autouse=True)
-def _no_grad() -> Iterator[None]:
-    with torch.no_grad():
-        yield
 
 
 def numbers(shape: tuple[int, ...], seed: int, most: int = 3) -> Tensor:
@@ -528,28 +522,10 @@ def test_a_sample_of_nothing_but_an_image_is_refused_with_what_to_do(beams: int)
         model(**LLAMA.inputs([0]))  # the next call is pruned like any other
 
 
-class Answering(LightningModule):
-    """A user's module that answers in prediction and computes logits in validation."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.model, self.inputs = random_blip2()
-
-    def loader(self) -> DataLoader[dict[str, Tensor]]:
-        return DataLoader([self.inputs], batch_size=None)  # type: ignore[arg-type]
-
-    def validation_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
-        self.model(**batch)
-
-    def predict_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
-        return self.model.generate(**batch, max_new_tokens=3, do_sample=False)
-
-
 def test_the_callback_reports_that_nothing_is_kept() -> None:
-    module, callback = Answering(), TokenPruning(EXIT, compare=True)
-    quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
-    trainer = Trainer(accelerator="cpu", callbacks=[callback], enable_model_summary=False, **quiet)  # type: ignore[arg-type]
-    for run in (trainer.validate, trainer.predict):
-        run(module, module.loader())
+    callback, (model, inputs) = TokenPruning(EXIT, compare=True), random_blip2()
+    settings = {"max_new_tokens": 3, "do_sample": False}
+    for run, module in (("validate", Answering((model, inputs))), ("predict", Generating(model, settings))):
+        getattr(trainer(callback), run)(module, loading([inputs]))
         assert callback.figures["catp/tokens_kept"] == callback.figures["catp/keep_share"] == 0
         assert 0 <= callback.figures["catp/agreement"] <= 1

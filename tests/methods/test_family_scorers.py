@@ -3,7 +3,6 @@
 import inspect
 import math
 import weakref
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -15,10 +14,9 @@ from catp_lightning import PolicyError, PruningError, PruningPolicy, prune
 from catp_lightning.methods.scorers import SCORERS
 from catp_lightning.models import find_family
 from catp_lightning.pruning.answers import compare_with_unpruned
-from tests.pruning.test_families import generate
 from tests.support.families import (
+    BY_NAME,
     GATED,
-    ROWS,
     TOWER,
     Row,
     Sample,
@@ -29,48 +27,11 @@ from tests.support.families import (
     video,
     with_counts,
 )
+from tests.support.matrix import generate
 from tests.support.oracles import IMAGE, VIDEO, Decoder
+from tests.support.rules import RULES
 
-BY_NAME = {row.name: row for row in ROWS}
-WITH_PATCHES = ("Llava", "LlavaNext", "LlavaOnevision", "VideoLlava", "Qwen2.5-VL", "SmolVLM", "Mistral3")
-RULES: list[tuple[str, dict[str, Any]]] = [
-    *((name, {"scorer": scorer}) for name in (*WITH_PATCHES, "Mllama") for scorer in ("random", "stride", "l2-norm")),
-    *((name, {"scorer": "fastervlm"}) for name in ("Llava", "LlavaNext", "LlavaOnevision")),
-    ("LlavaNext", {"scorer": "fastervlm", "selector_args": {"per": "crop"}}),
-    *((n, {"scorer": s}) for n in ("Llava", "LlavaNext") for s in ("vtc-cls", "vispruner", "visionzip")),
-    *((n, {"scorer": "divprune"}) for n in ("Llava", "LlavaNext", "Qwen2.5-VL", "Mllama", "Blip2-OPT", "Blip2-T5")),
-    *((n, {"scorer": "cdpruner"}) for n in ("Llava", "LlavaNext", "Qwen2.5-VL", "Blip2-OPT", "InstructBlip")),
-    ("LlavaNext", {"scorer": "vispruner", "selector_args": {"per": "crop"}}),
-    ("LlavaOnevision", {"scorer": "visionzip", "selector_args": {"per": "sample"}}),
-    ("Llava", {"scorer": "downsample"}),
-    *((name, {"scorer": "grid"}) for name in (*WITH_PATCHES, "InternVL", "Mllama")),
-    ("LlavaNext", {"scorer": "grid", "selector_args": {"per": "crop"}}),
-    ("Mllama", {"scorer": "trimmed-llama", "selector_args": {"budget": "rows"}}),
-    ("LlavaNext", {"scorer": "l2-norm", "selector": "dpp", "selector_args": {"similarity": "outputs"}}),
-    ("InternVL", {"scorer": "stride", "selector_args": {"per": "crop"}}),
-    ("InstructBlip", {"scorer": "catp"}),
-    ("InstructBlip", {"scorer": "self-attention"}),
-    ("Blip2-T5", {"scorer": "catp", "selector": "dpp"}),
-    ("InstructBlipVideo", {"scorer": "cross-attention"}),
-    ("Mllama", {"scorer": "trimmed-llama"}),
-    ("Mllama", {"scorer": "trimmed-llama", "selector": "top-k", "selector_args": {"per": "crop"}}),
-    ("Llava", {"scorer": "fastv"}),
-    ("Qwen2.5-VL", {"scorer": "fastv", "scorer_args": {"layer": 1}}),
-    ("Blip2-OPT", {"scorer": "pyramiddrop"}),
-    ("Llava", {"scorer": "sparsevlm"}),
-    ("Qwen2.5-VL", {"scorer": "sparsevlm", "scorer_args": {"stages_at": [1, 2], "schedule": "rank", "scale": 0.7}}),
-    ("Blip2-OPT", {"scorer": "sparsevlm", "selector": "top-k"}),
-    ("Llava", {"scorer": "dart", "selector_args": {"pivots": 2}}),
-    ("Qwen2.5-VL", {"scorer": "dart"}),
-    ("Blip2-OPT", {"scorer": "dart", "scorer_args": {"layer": 1}}),
-    *((name, {"scorer": "visual-exit"}) for name in ("Llava", "Qwen2.5-VL", "Blip2-OPT")),
-]
-
-
-@pytest.fixture(autouse=True)
-def _no_grad() -> Iterator[None]:
-    with torch.no_grad():
-        yield
+pytestmark = pytest.mark.usefixtures("no_grad")
 
 
 @pytest.mark.parametrize(("name", "rule"), RULES)

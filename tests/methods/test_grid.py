@@ -1,6 +1,5 @@
 """The two-dimensional control: evenly spaced rows and columns at any budget, of any image, tiles and frames."""
 
-from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -18,15 +17,9 @@ from catp_lightning.methods.selection import choose_tokens
 from catp_lightning.methods.selectors.grid import Grid, spread
 from catp_lightning.models import find_family
 from catp_lightning.models.layout import Image
-from tests.support.families import ROWS
+from tests.support.families import BY_NAME, ROWS
 
-BY_NAME = {row.name: row for row in ROWS}
-
-
-@pytest.fixture(autouse=True)
-def _no_grad() -> Iterator[None]:
-    with torch.no_grad():
-        yield
+pytestmark = pytest.mark.usefixtures("no_grad")
 
 
 @given(

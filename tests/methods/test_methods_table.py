@@ -8,7 +8,7 @@ from catp_lightning import PolicyError, PruningError, PruningPolicy
 from catp_lightning.methods.scorers import SCORERS
 from catp_lightning.models import find_family
 from catp_lightning.pruning import Pruning
-from tests.support.families import ROWS, Row
+from tests.support.families import BY_NAME, Row
 from tests.support.paths import ROOT
 
 PAGE = ROOT / "docs" / "methods.md"
@@ -23,7 +23,6 @@ COLUMNS = {
     "Gemma 3": ("Gemma3",),
 }
 REASONS: list[str] = []
-BY_NAME = {row.name: row for row in ROWS}
 
 
 def runs(row: Row, scorer: str) -> bool:

@@ -1,6 +1,6 @@
 """Whatever the scores, masks and activations: the budgeted number of tokens that exist stays, and nobody else's."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -15,8 +15,10 @@ from catp_lightning.methods.budget import even_counts, keep_count
 from catp_lightning.methods.selectors import SELECTORS, Selector
 from catp_lightning.methods.selectors.dpp import greedy_ranks
 from catp_lightning.models import find_family
-from tests.methods.test_family_scorers import RULES
-from tests.support.families import ROWS, Row
+from tests.support.families import BY_NAME, ROWS, Row
+from tests.support.rules import RULES
+
+pytestmark = pytest.mark.usefixtures("no_grad")
 
 
 def _wants(row: Row) -> bool:
@@ -33,12 +35,6 @@ MAKES: list[Selector] = [
     *(SELECTORS["context-merge"](context=share) for share in (0.0, 0.5, 1.0)),  # type: ignore[call-arg]
     *(SELECTORS["prune-similar"](important=share) for share in (0.0, 1.0)),  # type: ignore[call-arg]
 ]
-
-
-@pytest.fixture(autouse=True)
-def _no_grad() -> Iterator[None]:
-    with torch.no_grad():
-        yield
 
 
 @st.composite
@@ -211,9 +207,6 @@ def test_a_budget_is_at_least_one_and_at_most_all_and_grows_with_itself(keep: fl
     assert staged == sorted(staged, reverse=True) and staged[-1] == count
 
 
-BY_NAME = {row.name: row for row in ROWS}
-
-
 @pytest.mark.parametrize("name", ["Blip2-OPT", "Llava"])
 @settings(max_examples=8)
 @given(seed=st.integers(0, 2**32), share=st.sampled_from([0.0, 0.1, 0.5, 0.9]), pads=st.integers(0, 3))
@@ -248,11 +241,8 @@ EVERY_RULE = [
 ]
 PACKED = {"Mistral3"}
 """Families that read all images of a batch in one attention: one that is no number spoils the others, unpruned too."""
-
 FREE = {"trimmed-llama", "sparsevlm"}
 """How many they keep depends on what they see: on each head's choice, on the rank of the attention."""
-
-
 QUICK = list({rule["scorer"]: (name, rule) for name, rule in reversed(EVERY_RULE)}.values())
 """Each scorer once."""
 

@@ -22,9 +22,8 @@ from catp_lightning.methods.selectors import SELECTORS
 from catp_lightning.methods.selectors.context_merge import ContextMerge
 from catp_lightning.methods.selectors.pool import Pool, grid
 from catp_lightning.methods.selectors.prune_similar import PruneSimilar
-from tests.support.families import ROWS
+from tests.support.families import BY_NAME
 
-BY_NAME = {row.name: row for row in ROWS}
 NAMES = ("vtc-cls", "vispruner", "visionzip", "divprune", "cdpruner", "downsample")
 COMPARED = ("prune-similar", "context-merge", "max-min", "conditional-dpp")
 

@@ -1,10 +1,7 @@
 """Evaluating on images that the policy was calibrated on is told, with their number; nothing else is."""
 
 import base64
-import os
 import re
-import subprocess
-import sys
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -15,50 +12,31 @@ import numpy as np
 import pytest
 import torch
 from lightning.pytorch import LightningModule
-from torch.utils.data import DataLoader, IterableDataset
+from torch.utils.data import IterableDataset
 
 from catp_lightning.callbacks.token_pruning import TokenPruning
 from catp_lightning.errors import PolicyError
-from catp_lightning.metrics import overlap
 from catp_lightning.metrics.overlap import OverlapCheck
 from catp_lightning.modules.pruned import PrunedModule
 from catp_lightning.policy import PruningPolicy
 from catp_lightning.policy.images import decode_images, encode_images
 from catp_lightning.pruning import prune
 from catp_lightning.utils.hashing import fingerprint
-from tests.callbacks.test_token_pruning import HALF, Answering, same, trainer, two_images
+from tests.support.calibrations import images_of
 from tests.support.families import ROWS
-from tests.support.models import random_inputs
-from tests.support.paths import ROOT
-
-Batch = dict[str, torch.Tensor]
-STAGES = ("validate", "test", "predict")
-
-
-def batches(count: int = 4, size: int = 3, seed: int = 1) -> list[Batch]:
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
-        return [random_inputs(8, size, True, torch.float32) for _ in range(count)]
-
-
-def hashes(data: list[Batch]) -> torch.Tensor:
-    return fingerprint(torch.cat([batch["pixel_values"] for batch in data]))
-
-
-def calibrated_on(images: torch.Tensor, keep: float = 0.5) -> PruningPolicy:
-    return replace(HALF.with_keep(keep), evidence={"images": encode_images(images)})
-
-
-def loader(data: list[Batch]) -> DataLoader[Any]:
-    return DataLoader(data, batch_size=None)  # type: ignore[arg-type]
+from tests.support.modules import Answering, same, two_images
+from tests.support.overlapping import Batch, batches, calibrated_on
+from tests.support.policies import HALF
+from tests.support.processes import finished
+from tests.support.trainers import STAGES, loading, trainer
 
 
 def with_callback(policy: Any, stage: str, data: list[Batch], module: LightningModule) -> Any:
-    return getattr(trainer(TokenPruning(policy)), stage)(module, loader(data))
+    return getattr(trainer(TokenPruning(policy)), stage)(module, loading(data))
 
 
 def with_wrapper(policy: Any, stage: str, data: list[Batch], module: LightningModule) -> Any:
-    return getattr(trainer(), stage)(PrunedModule(module, policy), loader(data))
+    return getattr(trainer(), stage)(PrunedModule(module, policy), loading(data))
 
 
 BOTH = pytest.mark.parametrize("evaluate", [with_callback, with_wrapper])
@@ -77,7 +55,7 @@ def told(run: Callable[[], Any]) -> list[str]:
 @pytest.mark.parametrize("stage", STAGES)
 def test_the_images_of_every_batch_that_calibration_read_are_counted(evaluate: Any, stage: str) -> None:
     data, elsewhere = batches(), batches(3, seed=2)
-    known = torch.cat([hashes(data)[[0, 4, 5, 11]], hashes(elsewhere)])
+    known = torch.cat([images_of(data)[[0, 4, 5, 11]], images_of(elsewhere)])
     assert told(lambda: evaluate(calibrated_on(known), stage, data, Answering())) == ["4 of the 13"]
 
 
@@ -86,8 +64,8 @@ def test_two_questions_about_an_image_count_once_in_a_batch_and_across_batches(e
     data = batches(3)
     data[0]["pixel_values"][1] = data[0]["pixel_values"][0]
     data[2]["pixel_values"][2] = data[0]["pixel_values"][0]
-    images = hashes(data)
-    known = torch.cat([images, images, hashes(batches(1, seed=2))])
+    images = images_of(data)
+    known = torch.cat([images, images, images_of(batches(1, seed=2))])
     assert encode_images(known)["count"] == 7 + 3
     assert told(lambda: evaluate(calibrated_on(known), "predict", data, Answering())) == ["7 of the 10"]
 
@@ -96,7 +74,7 @@ def test_two_questions_about_an_image_count_once_in_a_batch_and_across_batches(e
 def test_every_image_of_a_sample_is_seen_not_its_first_alone(evaluate: Any) -> None:
     (batch,) = batches(1)
     second = {**two_images(batch), "pixel_values": batch["pixel_values"][[0, 2]]}
-    known = hashes([batch])[2:]
+    known = images_of([batch])[2:]
     assert told(lambda: evaluate(calibrated_on(known), "predict", [second], Answering())) == ["1 of the 1"]
 
 
@@ -104,7 +82,7 @@ def test_every_image_of_a_sample_is_seen_not_its_first_alone(evaluate: Any) -> N
 @pytest.mark.parametrize("stage", STAGES)
 def test_new_images_or_a_policy_without_evidence_are_not_warned_of(evaluate: Any, stage: str) -> None:
     data = batches()
-    near = torch.cat([hashes(data) + 1, hashes(data) - 1])  # where a search for them ends
+    near = torch.cat([images_of(data) + 1, images_of(data) - 1])  # where a search for them ends
     for policy in (calibrated_on(near), HALF, replace(HALF, evidence={"images": None})):
         assert told(lambda policy=policy: evaluate(policy, stage, data, Answering())) == []
 
@@ -113,14 +91,14 @@ def test_new_images_or_a_policy_without_evidence_are_not_warned_of(evaluate: Any
 def test_what_is_kept_does_not_depend_on_the_evidence(evaluate: Any) -> None:
     data, module = batches(), Answering()
     with pytest.warns(UserWarning, match="12 of the 12"):
-        returned = evaluate(calibrated_on(hashes(data)), "predict", data, module)
+        returned = evaluate(calibrated_on(images_of(data)), "predict", data, module)
     assert same(returned, evaluate(HALF, "predict", data, module))
 
 
 @BOTH
 def test_a_saved_policy_keeps_the_images(evaluate: Any, tmp_path: Path) -> None:
     data = batches()
-    calibrated_on(hashes(data)[:5]).save(tmp_path / "policies" / "keep-0.5.json")
+    calibrated_on(images_of(data)[:5]).save(tmp_path / "policies" / "keep-0.5.json")
     assert told(lambda: evaluate(tmp_path / "policies", "test", data, Answering())) == ["5 of the 5"]
 
 
@@ -137,15 +115,15 @@ class Turns(IterableDataset[Batch]):
 @pytest.mark.parametrize("wrapped", [False, True], ids=["callback", "wrapper"])
 def test_each_epoch_counts_anew_with_and_without_inference_mode(wrapped: bool) -> None:
     data, module = batches(), Answering()
-    policy = calibrated_on(hashes(data)[:8])
+    policy = calibrated_on(images_of(data)[:8])
     root = PrunedModule(module, policy) if wrapped else module
     run = trainer(*([] if wrapped else [TokenPruning(policy)]), max_epochs=2, num_sanity_val_steps=0)
-    turns: DataLoader[Batch] = DataLoader(Turns(data[1:], data[:2]), batch_size=None)
+    turns = loading(Turns(data[1:], data[:2]))
 
     def story() -> None:
-        run.validate(root, loader(data))  # in inference mode
-        run.fit(root, loader(data[:1]), turns)  # outside it
-        run.test(root, loader(data[2:]))
+        run.validate(root, loading(data))  # in inference mode
+        run.fit(root, loading(data[:1]), turns)  # outside it
+        run.test(root, loading(data[2:]))
 
     assert told(story) == ["8 of the 8", "5 of the 8", "6 of the 8", "2 of the 8"]
 
@@ -153,18 +131,18 @@ def test_each_epoch_counts_anew_with_and_without_inference_mode(wrapped: bool) -
 @BOTH
 def test_a_run_that_died_is_not_counted_in_the_next(evaluate: Any) -> None:
     data, module = batches(), Answering()
-    policy = calibrated_on(hashes(data)[:3])
+    policy = calibrated_on(images_of(data)[:3])
     root = PrunedModule(module, policy) if evaluate is with_wrapper else module
     run = trainer(*([] if evaluate is with_wrapper else [TokenPruning(policy)]))
     broken = [data[0], {**data[1], "input_ids": data[1]["input_ids"][:, 1:]}]
     with pytest.raises((RuntimeError, ValueError)):
-        run.predict(root, loader(broken))
-    assert told(lambda: run.predict(root, loader(data[1:]))) == []
+        run.predict(root, loading(broken))
+    assert told(lambda: run.predict(root, loading(data[1:]))) == []
 
 
 def test_steps_of_the_wrapper_called_by_hand_work_in_any_mode() -> None:
     data, module = batches(2), Answering()
-    wrapper = PrunedModule(module.eval(), calibrated_on(hashes(data)[:4]))
+    wrapper = PrunedModule(module.eval(), calibrated_on(images_of(data)[:4]))
     with torch.inference_mode():
         wrapper.predict_step(data[0], 0)
     with torch.no_grad():
@@ -178,7 +156,7 @@ def test_a_step_that_reads_no_image_is_not_warned_of_overlap(evaluate: Any) -> N
     module.test_step = lambda batch, batch_idx: None  # type: ignore[method-assign]
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        evaluate(calibrated_on(hashes(data)), "test", data, module)
+        evaluate(calibrated_on(images_of(data)), "test", data, module)
     assert not [w for w in caught if "_Met" in str(w.message) or "This split contains" in str(w.message)]
 
 
@@ -189,7 +167,7 @@ def test_images_are_looked_at_only_for_a_policy_that_knows_some_and_scores(polic
     module = Answering()
     with torch.no_grad(), prune(module.model, policy) as pruning:
         module.model(**module.inputs)
-    assert [image.tolist() for image in pruning.images] == ([hashes([module.inputs]).tolist()] if filled else [])
+    assert [image.tolist() for image in pruning.images] == ([images_of([module.inputs]).tolist()] if filled else [])
     for settings in ({"policy": policy.with_keep(1.0)}, {"policy": policy, "choose": lambda visual: visual}):
         with torch.no_grad(), prune(module.model, **settings) as pruning:
             module.model(**module.inputs)
@@ -222,7 +200,7 @@ def test_damaged_evidence_is_an_error_before_any_step_even_of_fit(evaluate: Any,
     root = PrunedModule(module, policy) if evaluate is with_wrapper else module
     callbacks = [] if evaluate is with_wrapper else [TokenPruning(policy)]
     with pytest.raises(PolicyError, match='Take "images" out of its evidence'):
-        trainer(*callbacks, max_epochs=1, num_sanity_val_steps=0).fit(root, loader(batches(1)), loader(batches(1)))
+        trainer(*callbacks, max_epochs=1, num_sanity_val_steps=0).fit(root, loading(batches(1)), loading(batches(1)))
     assert module.seen == []
 
 
@@ -246,7 +224,7 @@ def test_all_images_up_to_the_most_come_back_exactly_and_from_numpy_too() -> Non
 def test_beyond_the_most_a_sample_is_kept_whatever_the_order_and_the_number_is_an_estimate(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(overlap, "MOST", 1000)
+    monkeypatch.setattr("catp_lightning.policy.images.MOST", 1000)
     found = torch.arange(12_000)
     images, count = decode_images(encode_images(found))
     assert (len(images), count) == (1000, 12_000)
@@ -268,18 +246,21 @@ import torch
 from torch.utils.data import DataLoader
 from catp_lightning.callbacks import TokenPruning
 from catp_lightning.modules.pruned import PrunedModule
-from tests.metrics.test_overlap import Answering, batches, calibrated_on, hashes, loader, trainer
+from tests.support.calibrations import images_of
+from tests.support.modules import Answering
+from tests.support.overlapping import batches, calibrated_on
+from tests.support.trainers import loading, trainer
 
 if __name__ == "__main__":
     data = batches(5, size=2)  # one process has three batches, the other two
     data[1]["pixel_values"][0] = data[0]["pixel_values"][0]  # an image that both processes read
-    images = hashes(data)
-    policy = calibrated_on(torch.cat([images[[0, 1, 3, 7, 9]], hashes(batches(2, seed=2))]))
+    images = images_of(data)
+    policy = calibrated_on(torch.cat([images[[0, 1, 3, 7, 9]], images_of(batches(2, seed=2))]))
     settings = {"devices": 2, "strategy": "ddp_fork"}
     for stage in ("validate", "predict"):
         options = {"return_predictions": False} if stage == "predict" else {}
-        getattr(trainer(TokenPruning(policy), **settings), stage)(Answering(), loader(data), **options)
-        getattr(trainer(**settings), stage)(PrunedModule(Answering(), policy), loader(data), **options)
+        getattr(trainer(TokenPruning(policy), **settings), stage)(Answering(), loading(data), **options)
+        getattr(trainer(**settings), stage)(PrunedModule(Answering(), policy), loading(data), **options)
 """
 
 
@@ -287,11 +268,7 @@ if __name__ == "__main__":
 def test_two_processes_name_together_the_number_one_would_name(tmp_path: Path) -> None:
     program = tmp_path / "program.py"
     program.write_text(PROGRAM)
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, str(program)]
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=900, check=False)
-    assert done.returncode == 0, done.stderr
-    assert re.findall("This split contains (.*?) images that", done.stderr) == ["5 of the 11"] * 4
+    assert re.findall("This split contains (.*?) images that", finished(program).stderr) == ["5 of the 11"] * 4
 
 
 @pytest.mark.parametrize("scorer", ["fastervlm", "fastv"])

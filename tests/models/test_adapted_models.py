@@ -4,100 +4,19 @@ import copy
 from pathlib import Path
 from typing import Any
 
-import lightning as L
 import pytest
 import torch
-from torch import Tensor, nn
-from torch.utils.data import DataLoader
+from torch import Tensor
 from transformers import Blip2ForConditionalGeneration
 
-from catp_lightning import CrossAttentionCalibration, PolicyError, PruningPolicy, TokenPruning, prune
-from tests.callbacks.test_calibration import SHORT, data
-from tests.callbacks.test_token_pruning import trainer
-from tests.pruning.test_families import generate, state, uneven
-from tests.support import models
-from tests.support.families import ROWS
-from tests.support.models import GREEDY, SHAPES, random_blip2
-from tests.support.oracles import columns_kept, hooked
-
-HALF = PruningPolicy(scorer="catp", keep=0.5)
-FAMILIES = {repr(row): row for row in ROWS}
-
-
-class Holder(L.LightningModule):
-    """A user's module."""
-
-    def __init__(self, net: nn.Module) -> None:
-        super().__init__()
-        self.net: Any = net
-
-    def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
-        return self.net(**batch, labels=batch["input_ids"]).loss
-
-    def validation_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
-        self.validated = self.net(**batch).logits
-
-    def predict_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
-        return self.net.generate(**batch, **SHORT)
-
-    def configure_optimizers(self) -> torch.optim.Optimizer:
-        return torch.optim.SGD([weight for weight in self.parameters() if weight.requires_grad], lr=1e-2)
-
-
-def loader(*batches: dict[str, Tensor]) -> DataLoader[Any]:
-    return DataLoader(list(batches), batch_size=None)  # type: ignore[arg-type]
-
-
-def pruned(module: Any, inputs: dict[str, Tensor], policy: PruningPolicy = HALF) -> tuple[Tensor, Tensor, Tensor]:
-    """Logits, generated tokens, and what was kept."""
-    with torch.no_grad(), prune(module, policy) as pruning:
-        logits, tokens = module(**inputs).logits, module.generate(**inputs, **GREEDY)
-    assert pruning.keep is not None
-    return logits, tokens, pruning.keep
-
-
-def assert_alike(one: tuple[Tensor, ...], other: tuple[Tensor, ...], relative: float = 1e-5) -> None:
-    torch.testing.assert_close(one[0], other[0], rtol=0.0, atol=relative * other[0].abs().max().item())
-    assert all(map(torch.equal, one[1:], other[1:]))
-
-
-def check_dropping_equals_masking(model: Any, inputs: dict[str, Tensor]) -> None:
-    """On a BLIP-2 as it is: with its adapters, or its rounded weights."""
-    logits, tokens, keep = pruned(model, inputs)
-    layers = list(model.get_submodule("language_model.model.decoder.layers"))
-    names = {"input_ids": inputs["input_ids"].masked_fill(inputs["input_ids"] == models.IMAGE, 110)}  # the oracles' id
-    gone = ~columns_kept(names, keep)
-
-    def hide(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
-        mask = kwargs["attention_mask"]
-        hidden = torch.zeros(len(gone), mask.shape[-1], dtype=torch.bool)
-        hidden[:, : gone.shape[1]] = gone
-        own = torch.arange(mask.shape[-1] - mask.shape[-2], mask.shape[-1])[:, None] == torch.arange(mask.shape[-1])
-        seen = mask if mask.dtype == torch.bool else mask == 0
-        return {"attention_mask": seen & ~(hidden[:, None, None] & ~own)}
-
-    with torch.no_grad():
-        full = model(**inputs).logits
-        with hooked(layers, hide):
-            masked, masked_tokens = model(**inputs).logits, model.generate(**inputs, **GREEDY)
-    rows, scale = ~gone & inputs["attention_mask"].bool(), full.abs().max().item()
-    assert (full[rows] - masked[rows]).abs().max() > 0.1 * scale, "dropping must move logits, or this proves nothing"
-    assert (logits[rows] - masked[rows]).abs().max() < 2e-5 * scale
-    assert torch.equal(tokens, masked_tokens)
-
-
-def check_calibrates(model: nn.Module, path: Path) -> PruningPolicy:
-    module, batches = Holder(model), data(16, 8)
-    callback = CrossAttentionCalibration(path / "policy.json", keep=0.5)
-    with torch.no_grad():
-        expected = [module.net.generate(**batch, **SHORT) for batch in batches]
-    predicted = trainer(callback).predict(module, loader(*batches))
-    assert all(map(torch.equal, predicted, expected))
-    with torch.no_grad(), prune(module, callback.policies[0]) as pruning:
-        module.net(**batches[0])
-    assert pruning.keep.sum(1).tolist() == [4] * 8
-    return callback.policies[0]
-
+from catp_lightning import PolicyError, PruningPolicy, TokenPruning, prune
+from tests.support.adapted_models import Holder, assert_alike, check_calibrates, check_dropping_equals_masking, pruned
+from tests.support.families import BY_NAME
+from tests.support.footprints import footprint
+from tests.support.matrix import generate, uneven
+from tests.support.models import SHAPES, SHORT, random_blip2
+from tests.support.policies import HALF
+from tests.support.trainers import loading, trainer
 
 # ---- parts that live elsewhere
 
@@ -123,9 +42,9 @@ def test_a_model_loaded_with_a_device_map_gives_the_pruned_answers_of_the_plain_
     assert any(weight.is_meta for weight in loaded.parameters()) == (device_map is OFFLOADED)
     with torch.no_grad():
         plain = loaded(**inputs).logits
-        before = state(loaded)
+        before = footprint(loaded)
         assert_alike(pruned(loaded, inputs), pruned(model, inputs))
-        assert state(loaded) == before
+        assert footprint(loaded) == before
         assert torch.equal(loaded(**inputs).logits, plain)
 
 
@@ -152,7 +71,7 @@ def test_parts_dispatched_to_disk_before_or_inside_the_context_change_no_answer(
     name: str, when: str, tmp_path: Path
 ) -> None:
     accelerate = pytest.importorskip("accelerate")
-    row = FAMILIES[name]
+    row = BY_NAME[name]
     plain, inputs = row.model(torch.float32), row.inputs(dtype=torch.float32)
 
     def send(model: Any) -> None:
@@ -202,9 +121,9 @@ def lora(**settings: Any) -> tuple[Any, dict[str, Tensor]]:
 def test_an_adapted_model_is_pruned_as_the_model_it_merges_to(adapted: Any) -> None:
     model, inputs = adapted
     base, _ = random_blip2()
-    before, found = state(model), pruned(model, inputs)
-    assert state(model) == before
-    (predicted,) = trainer(TokenPruning(HALF)).predict(Holder(model), loader(inputs))
+    before, found = footprint(model), pruned(model, inputs)
+    assert footprint(model) == before
+    (predicted,) = trainer(TokenPruning(HALF)).predict(Holder(model), loading([inputs]))
     with torch.no_grad(), prune(Holder(model), HALF):
         assert torch.equal(model.generate(**inputs, **SHORT), predicted)
     merged = model.merge_and_unload()
@@ -251,7 +170,7 @@ def test_adapters_train_as_without_pruning_while_validation_is_pruned(settings: 
         frozen = {name: w.clone() for name, w in model.named_parameters() if not w.requires_grad}
         fit = trainer(*callbacks, max_epochs=2, num_sanity_val_steps=0)
         torch.manual_seed(0)
-        fit.fit(module, loader(inputs), loader(inputs))
+        fit.fit(module, loading([inputs]), loading([inputs]))
         weights = {name: w for name, w in model.named_parameters() if w.requires_grad}
         assert all(torch.equal(w, frozen[name]) for name, w in model.named_parameters() if name in frozen)
         found.append((weights, module, inputs))

@@ -11,10 +11,11 @@ from torch.utils.data import DataLoader
 
 from catp_lightning import PruningError, PruningPolicy, TokenPruning, prune
 from catp_lightning.models import find_family, placeholder
-from tests.pruning.test_families import generate, state, uneven
-from tests.support.families import GATED, IMAGE, OLDEST, ROWS, TOWER, Row, pictures, prompts
+from tests.support.families import GATED, OLDEST, ROWS, TOWER, Row, pictures, prompts
+from tests.support.footprints import footprint
+from tests.support.matrix import generate, uneven
 from tests.support.newer_families import NEWER, minimax
-from tests.support.oracles import Decoder
+from tests.support.oracles import IMAGE, Decoder
 
 
 def aya_vision() -> hf.PreTrainedModel:
@@ -78,10 +79,10 @@ UNKNOWN = r"Lfm2VlForConditionalGeneration also takes spatial_shapes: how it mak
 @pytest.mark.parametrize("scorer", ["l2-norm", "random", "stride", "position", "cdpruner", "divprune"])
 def test_images_of_unknown_sizes_are_refused_at_entry_by_what_scores_them(scorer: str) -> None:
     model = lfm2_vl("full_attention", "full_attention")
-    before = state(model)
+    before = footprint(model)
     with pytest.raises(PruningError, match=UNKNOWN), prune(model, PruningPolicy(scorer, keep=0.5)):
         pytest.fail("entered")
-    assert state(model) == before
+    assert footprint(model) == before
 
 
 @pytest.mark.parametrize(

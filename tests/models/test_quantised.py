@@ -10,8 +10,8 @@ from torch import Tensor
 from transformers import Blip2ForConditionalGeneration
 
 from catp_lightning.calibration.identity import model_fingerprint
-from tests.models.test_adapted_models import check_calibrates, check_dropping_equals_masking
-from tests.pruning.test_families import state
+from tests.support.adapted_models import check_calibrates, check_dropping_equals_masking
+from tests.support.footprints import footprint
 from tests.support.models import random_blip2
 
 
@@ -63,12 +63,12 @@ QUANTISED: dict[str, Callable[[Path], tuple[Any, dict[str, Tensor]]]] = {
 @pytest.mark.parametrize("how", QUANTISED)
 def test_dropping_equals_masking_on_the_quantised_model_itself(how: str, tmp_path: Path) -> None:
     model, inputs = QUANTISED[how](tmp_path)
-    before = state(model)
+    before = footprint(model)
     plain, _ = random_blip2()
     with torch.no_grad():
         assert not torch.equal(model(**inputs).logits, plain(**inputs).logits), "it must be quantised"
     check_dropping_equals_masking(model, inputs)
-    assert state(model) == before
+    assert footprint(model) == before
 
 
 @pytest.mark.slow

@@ -24,17 +24,18 @@ from catp_lightning.errors import PolicyError, PruningError
 from catp_lightning.modules.pruned import PrunedModule
 from catp_lightning.policy import PruningPolicy
 from catp_lightning.pruning import prune
-from tests.callbacks.test_token_pruning import footprint, same, trainer
+from tests.support.footprints import footprint
 from tests.support.models import random_blip2
-
-HALF = PruningPolicy(scorer="catp", keep=0.5)
+from tests.support.modules import same
+from tests.support.policies import HALF
+from tests.support.trainers import trainer
 
 
 class Marks(Callback):
     """What a module brings with configure_callbacks."""
 
 
-class Answering(LightningModule):
+class ManySided(LightningModule):
     """A user's module that uses much of Lightning: hyperparameters, metrics, hooks, callbacks."""
 
     def __init__(self, model: str = "random", policy: str = "none", rate: float = 1e-3) -> None:
@@ -93,7 +94,7 @@ class Answering(LightningModule):
         return super().load_state_dict({**super().state_dict(), **state_dict}, strict=strict, assign=assign)
 
 
-class Predicting(Answering):
+class Predicting(ManySided):
     """With a predict_step of its own, decorated and without batch_idx."""
 
     @staticmethod
@@ -109,7 +110,7 @@ class Predicting(Answering):
         return self(batch)
 
 
-def logits(module: Answering, policy: PruningPolicy | None = None) -> list[torch.Tensor]:
+def logits(module: ManySided, policy: PruningPolicy | None = None) -> list[torch.Tensor]:
     module.model.eval()
     with torch.no_grad():
         if policy is None:
@@ -120,7 +121,7 @@ def logits(module: Answering, policy: PruningPolicy | None = None) -> list[torch
 
 @pytest.mark.parametrize("stage", ["validate", "test", "predict"])
 def test_outputs_are_those_of_prune_by_hand_and_the_model_is_left_as_it_was(stage: str) -> None:
-    module = Answering()
+    module = ManySided()
     before, expected, plain = footprint(module), logits(module, HALF), logits(module)
     assert not same(expected, plain)
     returned = getattr(trainer(), stage)(PrunedModule(module, HALF))
@@ -136,7 +137,7 @@ def test_a_decorated_predict_step_without_batch_idx_runs_pruned() -> None:
 
 
 def test_forward_and_training_are_the_modules_own() -> None:
-    plain, inner = Answering(), Answering()
+    plain, inner = ManySided(), ManySided()
     wrapper = PrunedModule(inner, HALF)
     with torch.no_grad():
         assert torch.equal(wrapper(inner.inputs), plain(plain.inputs))
@@ -151,7 +152,7 @@ def test_forward_and_training_are_the_modules_own() -> None:
 @pytest.mark.parametrize("keep", [1.0, 0.5])
 def test_it_logs_what_the_module_logs(tmp_path: Path, keep: float) -> None:
     found = []
-    for name, root in (("plain", Answering()), ("pruned", PrunedModule(Answering(), HALF.with_keep(keep)))):
+    for name, root in (("plain", ManySided()), ("pruned", PrunedModule(ManySided(), HALF.with_keep(keep)))):
         logger = CSVLogger(tmp_path, name=name)
         run = trainer(logger=logger, max_epochs=1, limit_train_batches=1, num_sanity_val_steps=0, log_every_n_steps=1)
         run.fit(root)
@@ -172,18 +173,18 @@ HOOKS = sorted(
 COUNTED = ("on_", "configure_", "optimizer_", "lr_scheduler_", "transfer_", "prepare_", "setup", "teardown")
 
 
-def counting(calls: Counter[str]) -> type[Answering]:
+def counting(calls: Counter[str]) -> type[ManySided]:
     """A module that overrides every hook of Lightning, each counting its calls."""
 
     def hook(name: str) -> Callable[..., Any]:
         def counted(self: Any, *args: Any, **kwargs: Any) -> Any:
             calls[name] += 1
-            return getattr(Answering, name)(self, *args, **kwargs)
+            return getattr(ManySided, name)(self, *args, **kwargs)
 
         return counted
 
     hooks = [name for name in HOOKS if name.startswith(COUNTED) and name != "configure_sharded_model"]  # deprecated
-    return type("Counting", (Answering,), {name: hook(name) for name in hooks})
+    return type("Counting", (ManySided,), {name: hook(name) for name in hooks})
 
 
 def test_every_hook_that_the_module_overrides_is_called_as_often_as_without_the_wrapper(tmp_path: Path) -> None:
@@ -204,7 +205,7 @@ def test_every_hook_that_the_module_overrides_is_called_as_often_as_without_the_
     assert counts[0]["optimizer_step"] == 2
 
 
-@pytest.mark.parametrize("inner", [LightningModule, Answering, Predicting])
+@pytest.mark.parametrize("inner", [LightningModule, ManySided, Predicting])
 def test_a_hook_looks_overridden_exactly_if_the_module_overrides_it(inner: type[LightningModule]) -> None:
     module = inner()
     wrapper = PrunedModule(module, HALF)
@@ -220,7 +221,7 @@ def test_a_hook_looks_overridden_exactly_if_the_module_overrides_it(inner: type[
     ("stage", "step"), [("validate", "validation_step"), ("test", "test_step"), ("predict", "forward")]
 )
 def test_an_exception_in_a_step_leaves_the_model_as_it_was(stage: str, step: str, error: BaseException) -> None:
-    module = Answering()
+    module = ManySided()
     before, plain = footprint(module.model), logits(module)
 
     def fail(batch: dict[str, torch.Tensor], batch_idx: int = 0) -> None:
@@ -235,7 +236,7 @@ def test_an_exception_in_a_step_leaves_the_model_as_it_was(stage: str, step: str
 
 
 def test_either_class_reads_the_checkpoints_of_the_other(tmp_path: Path) -> None:
-    trained, files = Answering(rate=0.1), {}
+    trained, files = ManySided(rate=0.1), {}
     plain, wrapped = copy.deepcopy(trained), PrunedModule(copy.deepcopy(trained), HALF)
     for name, root in (("plain", plain), ("wrapped", wrapped)):
         checkpoint = ModelCheckpoint(tmp_path / name, monitor=None)
@@ -252,11 +253,11 @@ def test_either_class_reads_the_checkpoints_of_the_other(tmp_path: Path) -> None
     assert set(saved["wrapped"]) == set(saved["plain"])
 
     for name, file in files.items():
-        fresh = Answering()
+        fresh = ManySided()
         trainer(enable_checkpointing=True).validate(fresh, ckpt_path=file)
         assert same(fresh.seen, logits(fresh))
         assert fresh.calls["loaded 7"] == 1
-        inner = Answering()
+        inner = ManySided()
         trainer(enable_checkpointing=True).validate(PrunedModule(inner, HALF), ckpt_path=file)
         assert same(inner.seen, logits(inner, HALF))
         assert inner.calls["loaded 7"] == 1
@@ -267,25 +268,25 @@ def test_either_class_reads_the_checkpoints_of_the_other(tmp_path: Path) -> None
 
 def test_load_from_checkpoint_wraps_and_takes_the_stored_policy(tmp_path: Path) -> None:
     files = tmp_path / "plain.ckpt", tmp_path / "wrapped.ckpt"
-    trained = Answering(rate=0.5)
+    trained = ManySided(rate=0.5)
     trained.model.language_projection.weight.data += 1
     for file, root in zip(files, (trained, PrunedModule(trained, HALF)), strict=True):
         run = trainer(limit_val_batches=1)
         run.validate(root)
         run.save_checkpoint(file)
-    loaded = PrunedModule.load_from_checkpoint(files[1], inner=Answering())
+    loaded = PrunedModule.load_from_checkpoint(files[1], inner=ManySided())
     assert loaded.policy == HALF
     assert loaded.inner.calls["loaded 7"] == 1
     assert torch.equal(loaded.inner.model.language_projection.weight, trained.model.language_projection.weight)
-    assert Answering.load_from_checkpoint(files[1]).hparams["rate"] == 0.5
+    assert ManySided.load_from_checkpoint(files[1]).hparams["rate"] == 0.5
     with pytest.raises(PolicyError, match="written without PrunedModule"):
-        PrunedModule.load_from_checkpoint(files[0], inner=Answering())
+        PrunedModule.load_from_checkpoint(files[0], inner=ManySided())
     quarter = HALF.with_keep(0.25)
-    assert PrunedModule.load_from_checkpoint(files[0], inner=Answering(), policy=quarter).policy == quarter
+    assert PrunedModule.load_from_checkpoint(files[0], inner=ManySided(), policy=quarter).policy == quarter
 
 
 def test_fit_resumes_from_its_own_checkpoint(tmp_path: Path) -> None:
-    straight, halted, resumed = (PrunedModule(Answering(), HALF) for _ in range(3))
+    straight, halted, resumed = (PrunedModule(ManySided(), HALF) for _ in range(3))
     trainer(max_epochs=2).fit(straight)
     run = trainer(max_epochs=1)
     run.fit(halted)
@@ -296,7 +297,7 @@ def test_fit_resumes_from_its_own_checkpoint(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("copied", [copy.deepcopy, lambda wrapper: pickle.loads(pickle.dumps(wrapper))])
 def test_copies_are_independent_and_work(copied: Callable[[PrunedModule], PrunedModule]) -> None:
-    wrapper = PrunedModule(Answering(), HALF)
+    wrapper = PrunedModule(ManySided(), HALF)
     other = copied(wrapper)
     assert isinstance(other, PrunedModule)
     assert other.inner is not wrapper.inner
@@ -307,7 +308,7 @@ def test_copies_are_independent_and_work(copied: Callable[[PrunedModule], Pruned
 
 
 def test_callbacks_read_and_set_attributes_of_the_module_inside() -> None:
-    module, added = Answering(), []
+    module, added = ManySided(), []
 
     class Reaches(Callback):
         def setup(self, trainer: Trainer, pl_module: Any, stage: str) -> None:
@@ -331,7 +332,7 @@ def test_callbacks_read_and_set_attributes_of_the_module_inside() -> None:
     ],
 )
 def test_settings_of_the_module_are_those_of_the_wrapper_both_ways(name: str) -> None:
-    module = Answering()
+    module = ManySided()
     wrapper, other = PrunedModule(module, HALF), not getattr(module, name)
     setattr(module, name, other)
     assert getattr(wrapper, name) is other
@@ -340,7 +341,7 @@ def test_settings_of_the_module_are_those_of_the_wrapper_both_ways(name: str) ->
 
 
 def test_metrics_made_in_setup_are_found_in_every_run() -> None:
-    class Fresh(Answering):
+    class Fresh(ManySided):
         def setup(self, stage: str) -> None:
             self.seen.append(self.level)  # alive, so that no new metric gets its id
             self.level = MeanMetric()
@@ -351,7 +352,7 @@ def test_metrics_made_in_setup_are_found_in_every_run() -> None:
 
 
 def test_a_module_that_copies_itself_is_copied_inside_the_wrapper() -> None:
-    class Copies(Answering):
+    class Copies(ManySided):
         def __deepcopy__(self, memo: dict[int, Any]) -> "Copies":
             return Copies(rate=7.0)
 
@@ -361,7 +362,7 @@ def test_a_module_that_copies_itself_is_copied_inside_the_wrapper() -> None:
 
 
 def test_paths_are_read_at_setup_and_by_hand_at_the_first_step(tmp_path: Path) -> None:
-    module = Answering()
+    module = ManySided()
     wrapper = PrunedModule(module, tmp_path / "policies", keep=0.25)
     with pytest.raises(PolicyError, match="policies"):
         trainer().predict(wrapper)
@@ -376,11 +377,11 @@ def test_paths_are_read_at_setup_and_by_hand_at_the_first_step(tmp_path: Path) -
 
 def test_whoever_watches_validation_metrics_is_told() -> None:
     with pytest.warns(UserWarning, match=r"PrunedModule prunes validation inside fit.*EarlyStopping"):
-        trainer(EarlyStopping("val_level"), max_epochs=1, limit_train_batches=1).fit(PrunedModule(Answering(), HALF))
+        trainer(EarlyStopping("val_level"), max_epochs=1, limit_train_batches=1).fit(PrunedModule(ManySided(), HALF))
 
 
 def test_a_strategy_that_shards_is_refused_and_points_to_the_callback() -> None:
-    wrapper = PrunedModule(Answering(), HALF)
+    wrapper = PrunedModule(ManySided(), HALF)
     run = trainer()
     run._accelerator_connector.strategy = FSDPStrategy()  # FSDP itself does not run on a CPU
     wrapper.trainer = run
@@ -389,7 +390,7 @@ def test_a_strategy_that_shards_is_refused_and_points_to_the_callback() -> None:
 
 
 def test_the_callback_on_top_of_the_wrapper_is_refused() -> None:
-    module = Answering()
+    module = ManySided()
     before = footprint(module.model)
     with pytest.raises(PruningError, match="being pruned already"):
         trainer(TokenPruning(HALF)).predict(PrunedModule(module, HALF))
@@ -404,7 +405,7 @@ def test_a_model_of_transformers_alone_is_refused_with_what_to_do() -> None:
 
 def test_it_adds_no_warning_of_its_own() -> None:
     counts = []
-    for root in (Answering(), PrunedModule(Answering(), HALF)):
+    for root in (ManySided(), PrunedModule(ManySided(), HALF)):
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
             trainer().predict(root)

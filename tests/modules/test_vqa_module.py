@@ -4,13 +4,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from lightning.pytorch import Trainer
 from transformers import AutoModelForImageTextToText
 
 from catp_lightning.data.vqa import VQADataModule, VQASplit, collate
 from catp_lightning.errors import DataError
 from catp_lightning.modules.vqa import VQAModule
 from tests.support.tiny_vqa import QUERIES, build_processor, opt_config, save_model, scenes, t5_config
+from tests.support.trainers import trainer
 
 PROMPT = "Question: {} Short answer:"
 SHORT = {"max_new_tokens": 4}
@@ -19,21 +19,6 @@ SHORT = {"max_new_tokens": 4}
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> str:
     return save_model(tmp_path_factory.mktemp("model"), opt_config())
-
-
-@pytest.fixture
-def trainer() -> Trainer:
-    return make_trainer()
-
-
-def make_trainer(**options) -> Trainer:
-    quiet = {
-        "logger": False,
-        "enable_progress_bar": False,
-        "enable_model_summary": False,
-        "enable_checkpointing": False,
-    }
-    return Trainer(accelerator="cpu", devices=1, **quiet, **options)
 
 
 def one_by_one(module: VQAModule, data: VQADataModule) -> list[str]:
@@ -57,10 +42,10 @@ def answer_half_as(split: VQASplit, answers: list[str]) -> None:
 
 
 @pytest.mark.parametrize("workers", [0, 1])
-def test_predictions_are_the_models_own_answers(tmp_path, folder, trainer, workers):
+def test_predictions_are_the_models_own_answers(tmp_path, folder, workers):
     module = VQAModule(folder, generation=SHORT)
     data = VQADataModule(folder, val=scenes(tmp_path, 11), batch_size=4, num_workers=workers)
-    batches = trainer.predict(module, data)
+    batches = trainer().predict(module, data)
     assert [len(batch) for batch in batches] == [4, 4, 3]
     expected = one_by_one(module, data)
     assert len(set(expected)) > 3
@@ -71,14 +56,14 @@ def test_predictions_are_the_models_own_answers(tmp_path, folder, trainer, worke
 
 
 @pytest.mark.parametrize("stage", ["validate", "test"])
-def test_accuracy_is_logged_over_questions_not_batches(tmp_path, folder, trainer, stage):
+def test_accuracy_is_logged_over_questions_not_batches(tmp_path, folder, stage):
     module, split = VQAModule(folder, generation=SHORT), scenes(tmp_path, 10)
     data = VQADataModule(folder, val=split, test=split, batch_size=7)  # the second batch has three
     answer_half_as(split, one_by_one(module, data))
     data = VQADataModule(folder, val=split, test=split, batch_size=7)
     name = {"validate": "val", "test": "test"}[stage]
     for _ in range(2):  # the second run starts from nothing
-        (logged,) = getattr(trainer, stage)(module, data, verbose=False)
+        (logged,) = getattr(trainer(), stage)(module, data, verbose=False)
         assert logged == {f"{name}/vqa_accuracy": 0.5}
 
 
@@ -88,14 +73,14 @@ def test_validation_counts_again_outside_inference_mode(tmp_path, folder):
     answer_half_as(split, one_by_one(module, data))
     data = VQADataModule(folder, val=split, batch_size=2)
     for inference_mode in (True, False):
-        (logged,) = make_trainer(inference_mode=inference_mode).validate(module, data, verbose=False)
+        (logged,) = trainer(inference_mode=inference_mode).validate(module, data, verbose=False)
         assert logged == {"val/vqa_accuracy": 0.5}
 
 
-def test_validation_without_answers_says_what_to_do(tmp_path, folder, trainer):
+def test_validation_without_answers_says_what_to_do(tmp_path, folder):
     data = VQADataModule(folder, val=scenes(tmp_path, 2, annotated=False))
     with pytest.raises(DataError, match=r"val split has no answers.*annotations file, or run trainer\.predict"):
-        trainer.validate(VQAModule(folder), data, verbose=False)
+        trainer().validate(VQAModule(folder), data, verbose=False)
 
 
 def test_model_object_needs_its_processor_named(folder):
@@ -108,16 +93,17 @@ def test_model_object_needs_its_processor_named(folder):
     assert not module.hparams
 
 
-def test_checkpoint_brings_model_and_settings_back(tmp_path, folder, trainer):
+def test_checkpoint_brings_model_and_settings_back(tmp_path, folder):
     module = VQAModule(folder, generation=SHORT)
     torch.nn.init.normal_(module.model.language_projection.weight)  # not what the folder holds
     data = VQADataModule(folder, val=scenes(tmp_path, 6))
-    before = trainer.predict(module, data)
-    trainer.save_checkpoint(tmp_path / "module.ckpt")
+    run = trainer()
+    before = run.predict(module, data)
+    run.save_checkpoint(tmp_path / "module.ckpt")
     loaded = VQAModule.load_from_checkpoint(tmp_path / "module.ckpt")
     assert loaded.generation == {"max_new_tokens": 4, "do_sample": False}
-    assert make_trainer().predict(loaded, data) == before
-    assert make_trainer().predict(VQAModule(folder, generation=SHORT), data) != before
+    assert trainer().predict(loaded, data) == before
+    assert trainer().predict(VQAModule(folder, generation=SHORT), data) != before
 
 
 @pytest.mark.parametrize(
@@ -132,7 +118,7 @@ def test_half_precision_answers_every_question(tmp_path, folder, loaded, precisi
     model = AutoModelForImageTextToText.from_pretrained(folder, dtype=loaded)
     module = VQAModule(model, processor=folder, generation=SHORT)
     data = VQADataModule(folder, val=scenes(tmp_path, 8), batch_size=3)
-    answers = list(chain(*make_trainer(precision=precision).predict(module, data)))
+    answers = list(chain(*trainer(precision=precision).predict(module, data)))
     assert len(answers) == 8
     assert len({answer["answer"] for answer in answers}) > 2
     assert next(model.vision_model.parameters()).dtype == runs_in

@@ -2,16 +2,12 @@
 
 import json
 import pickle
-import resource
-import time
-import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import fields
 from pathlib import Path
 from types import UnionType
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
-import lightning as L
 import numpy as np
 import pytest
 import torch
@@ -32,8 +28,10 @@ from catp_lightning.methods.selectors import SELECTORS
 from catp_lightning.models import find_family
 from catp_lightning.policy.frozen import DEEPEST
 from catp_lightning.pruning.refusals import check_model
-from tests.support.fuzzing import Mutator
-from tests.support.models import GREEDY, random_blip2, random_inputs
+from tests.support.fuzzing import Mutator, many
+from tests.support.models import greedily, random_blip2, random_inputs
+from tests.support.modules import Generating
+from tests.support.trainers import loading, trainer
 
 TEXT = st.text(st.characters(), max_size=8)  # halves of characters too
 
@@ -224,15 +222,6 @@ def test_a_file_that_was_renamed_to_another_budget_is_refused(folder: Path) -> N
         PruningPolicy.load(folder / "renamed", keep=0.5)
 
 
-class Module(L.LightningModule):
-    def __init__(self) -> None:
-        super().__init__()
-        self.net, _ = random_blip2()
-
-    def predict_step(self, batch: dict[str, torch.Tensor], batch_idx: int) -> torch.Tensor:
-        return self.net.generate(**batch, **{**GREEDY, "max_new_tokens": 1, "min_new_tokens": 1})
-
-
 @pytest.fixture(scope="module")
 def documents(folder: Path) -> list[Any]:
     """Policies as files hold them: one written by hand, one that a real calibration found."""
@@ -242,20 +231,11 @@ def documents(folder: Path) -> list[Any]:
         inputs = random_inputs(8, 16, True, torch.float32)
         batches = [{name: value[start : start + 8] for name, value in inputs.items()} for start in (0, 8)]
         callback = CrossAttentionCalibration(folder / "real.json", keep=3, scorer="cross-attention")
-        trainer = L.Trainer(callbacks=[callback], accelerator="cpu", logger=False, enable_progress_bar=False)
-        trainer.predict(Module(), torch.utils.data.DataLoader(batches, batch_size=None))
+        trainer(callback).predict(Generating(random_blip2()[0], greedily(1)), loading(batches))
     plain = PruningPolicy("catp", {"layers": [0, -1], "head_weights": [[1, -0.5], [0, 2]]}, "dpp", {"relevance": 0.5})
     real = PruningPolicy.load(folder / "real.json")
     assert {"images", "candidates", "retention"} <= real.evidence.keys()
     return [plain.to_dict(), real.to_dict()]
-
-
-@pytest.fixture
-def canary(tmp_path: Path) -> Iterator[Path]:
-    """A folder that exists once code from a file was run."""
-    place = tmp_path / "canary"
-    yield place
-    assert not place.exists(), "code from a file was run"
 
 
 def used(policy: PruningPolicy) -> None:
@@ -265,23 +245,6 @@ def used(policy: PruningPolicy) -> None:
     policy.build_selector()
     load_policy(policy, None)
     check_model(policy, find_family(MODEL[0]))
-
-
-def many(count: int, each: Callable[[int], bool]) -> int:
-    """Run `each` on seeds; how many of them it took. None may take seconds, nor memory that is not given back."""
-    before, taken = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, 0
-    with warnings.catch_warnings():
-        warnings.filterwarnings(
-            "ignore", "The policy (has keys|has format_version|was made for)|.* says more than once"
-        )
-        for seed in range(count):
-            start = time.process_time()
-            taken += each(seed)
-            spent = time.process_time() - start
-            assert spent < 2, f"seed {seed} took {spent:.1f} s"
-    grown = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024
-    assert grown < 500, f"{grown:.0f} MiB"
-    return taken
 
 
 def fuzz_policies(count: int, documents: list[Any], place: Path, canary: Path) -> None:
@@ -391,7 +354,7 @@ def test_fifty_thousand_damaged_policies_partial_files_and_checkpoints_are_read_
 def test_a_checkpoint_whose_policy_is_damaged_or_that_holds_code_is_refused(
     documents: list[Any], tmp_path: Path, canary: Path
 ) -> None:
-    file, module = tmp_path / "last.ckpt", Module()
+    file, module = tmp_path / "last.ckpt", Generating(random_blip2()[0])
     damaged = {**documents[0], "keep": {"share": 1e400}}
     torch.save({"state_dict": module.state_dict(), "catp_policy": damaged}, file)
     with pytest.raises(PolicyError, match=r"holds something JSON cannot|keep is"):

@@ -15,11 +15,11 @@ from transformers import DynamicCache, PreTrainedModel, StoppingCriteria, Stoppi
 from transformers.modeling_outputs import BaseModelOutput
 
 from catp_lightning import PruningError, PruningPolicy, prune
-from tests.pruning.test_families import EVERYTHING, every_row, exact, scale, uneven
-from tests.support.families import ROWS, Row
+from tests.support.families import BY_NAME, Row
+from tests.support.matrix import EVERYTHING, every_row, exact, scale, uneven
 from tests.support.oracles import Decoder, Inputs, cache_of
 
-BY_NAME = {row.name: row for row in ROWS}
+pytestmark = pytest.mark.usefixtures("no_grad")
 WHOLE, FEW = PruningPolicy("position", keep=1.0), PruningPolicy("position", keep=2)
 INSIDE = PruningPolicy("fastv", {"layer": 1}, keep=3)
 EACH_PLACE = [
@@ -36,12 +36,6 @@ EACH_PLACE = [
     if name in BY_NAME
 ]
 every_place = pytest.mark.parametrize(("row", "policy"), EACH_PLACE)
-
-
-@pytest.fixture(autouse=True)
-def _no_grad() -> Iterator[None]:
-    with torch.no_grad():
-        yield
 
 
 def kept_by(policy: PruningPolicy) -> dict[str, Any]:

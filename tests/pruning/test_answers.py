@@ -6,20 +6,17 @@ import pytest
 import torch
 from transformers import DynamicCache
 
-from catp_lightning import PruningError, PruningPolicy, prune
+from catp_lightning import PruningError, prune
 from catp_lightning.models import find_family
 from catp_lightning.pruning.answers import Answer, compare_with_unpruned, listening
-from tests.pruning.test_prune_errors import state
+from tests.support.footprints import footprint
 from tests.support.models import GREEDY, random_blip2
+from tests.support.policies import HALF
 
-HALF = PruningPolicy(scorer="catp", keep=0.5)
+pytestmark = pytest.mark.usefixtures("no_grad")
+
+
 BEAMS = {**GREEDY, "num_beams": 3, "num_return_sequences": 2}
-
-
-@pytest.fixture(autouse=True)
-def _no_grad() -> Any:
-    with torch.no_grad():
-        yield
 
 
 @pytest.mark.parametrize("settings", [GREEDY, BEAMS], ids=["greedy", "beams"])
@@ -28,7 +25,7 @@ def test_same_is_whether_the_generated_ids_are_equal_up_to_their_end(settings: d
     model.language_projection.weight.data *= 0.02
     settings = {**settings, "min_new_tokens": 1}
     full = model.generate(**inputs, **settings)
-    before = state(model)
+    before = footprint(model)
     with prune(model, HALF) as pruning:
         alone = model.generate(**inputs, **settings)
         with compare_with_unpruned(pruning) as comparison:
@@ -37,7 +34,7 @@ def test_same_is_whether_the_generated_ids_are_equal_up_to_their_end(settings: d
     pad = lambda ids: torch.nn.functional.pad(ids, (0, width - ids.shape[1]), value=1)  # noqa: E731
     expected = (pad(full) == pad(alone)).view(3, -1).all(1)
     assert len(comparison.same) == 1 and torch.equal(comparison.same[0], expected)
-    assert state(model) == before
+    assert footprint(model) == before
 
 
 def test_a_forward_is_compared_at_the_last_prompt_row() -> None:

@@ -10,18 +10,18 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
-from torch.utils.data import DataLoader
 from transformers import CompileConfig, PreTrainedModel, StaticCache
 
 from catp_lightning import CrossAttentionCalibration, PrunedModule, PruningError, PruningPolicy, TokenPruning, prune
-from tests.callbacks.test_token_pruning import Answering, by_hand, same, trainer, unpruned
-from tests.pruning.test_families import generate, state, uneven
-from tests.support.families import ROWS
+from tests.support.families import BY_NAME
+from tests.support.footprints import footprint
+from tests.support.matrix import generate, uneven
 from tests.support.models import Shape, random_blip2
+from tests.support.modules import Answering, by_hand, same, unpruned
+from tests.support.policies import HALF
+from tests.support.trainers import loading, trainer
 
-HALF = PruningPolicy(scorer="catp", keep=0.5)
-TINY = Shape(vision_layers=1, qformer_layers=1, frequency=1, text_layers=1)  # compiling costs time by the layer
-FAMILIES = {repr(row): row for row in ROWS}
+ONE_LAYER = Shape(vision_layers=1, qformer_layers=1, frequency=1, text_layers=1)  # compiling costs time by the layer
 DECODER = "model.language_model.model.decoder"
 
 
@@ -31,12 +31,6 @@ def _nothing_compiled() -> Iterator[None]:
     torch._dynamo.reset()
     yield
     torch._dynamo.reset()
-
-
-def small() -> Answering:
-    module = Answering()
-    module.model, module.inputs = random_blip2(shape=TINY)
-    return module
 
 
 def in_place(path: str) -> Callable[[Answering], L.LightningModule]:
@@ -98,7 +92,7 @@ class CompilesWhenLoopsStart(Answering):
 
     def __init__(self) -> None:
         super().__init__()
-        self.model, self.inputs = random_blip2(shape=TINY)
+        self.model, self.inputs = random_blip2(shape=ONE_LAYER)
         self.compiled = CompileCounterWithBackend("eager")
 
     def _compile(self) -> None:
@@ -112,12 +106,12 @@ class CompilesWhenLoopsStart(Answering):
 
 
 def test_a_loop_compiled_as_the_message_says_is_pruned_and_nothing_is_compiled_afterwards() -> None:
-    module, plain = CompilesWhenLoopsStart(), small()
-    expected, before = by_hand(plain), state(module.model)
+    module, plain = CompilesWhenLoopsStart(), Answering(random_blip2(shape=ONE_LAYER))
+    expected, before = by_hand(plain), footprint(module.model)
     pruning = trainer(TokenPruning(HALF))
     for _ in range(2):  # what the first loop compiled does not stand in the way of the second
         assert same(pruning.predict(module, module.loader()), expected)
-        assert module.compiled.frame_count > 0 and state(module.model) == before
+        assert module.compiled.frame_count > 0 and footprint(module.model) == before
     assert not any(part._compiled_call_impl for part in module.modules())
     assert same(unpruned(module), unpruned(plain))
 
@@ -136,7 +130,7 @@ def test_training_steps_may_be_compiled_and_validation_beside_them_is_pruned() -
     seen = []
     for compiled in (False, True):
         torch.manual_seed(0)
-        module = small()
+        module = Answering(random_blip2(shape=ONE_LAYER))
         if compiled:
             module.training_step = torch.compile(module.training_step, backend="eager")  # type: ignore[method-assign]
         trainer(TokenPruning(HALF), max_epochs=2, num_sanity_val_steps=0).fit(
@@ -150,7 +144,7 @@ def test_training_steps_may_be_compiled_and_validation_beside_them_is_pruned() -
 
 def several(name: str) -> list[dict[str, Tensor]]:
     """Prompts of two samples that differ in length and in how many tokens they keep."""
-    row = FAMILIES[name]
+    row = BY_NAME[name]
     count = len(row.samples())
     order = [(0, 0), (1, 3), (0, 5), (2, 1), (1, 2), (0, 7), (2, 4), (1, 9), (2, 0), (0, 2)]
     return [row.inputs([first, (first + 1) % count], pads, dtype=torch.float32) for first, pads in order]
@@ -160,7 +154,7 @@ def answers(name: str, model: PreTrainedModel, prompts: list[dict[str, Tensor]],
     """Of each the tokens, the logits of generate and of forward, and how many graphs were compiled by then."""
     found = []
     for inputs in prompts:
-        row = FAMILIES[name]
+        row = BY_NAME[name]
         steps, logits = generate(row, model, inputs), model(**row.oracle.forward_inputs(inputs)).logits
         found.append((*steps, logits, graphs.frame_count if graphs else 0))
     return found
@@ -187,7 +181,7 @@ def check_compiled_inside(
 
     Logits are the uncompiled ones to rounding: transformers makes other masks where it is traced, for other kernels.
     """
-    row = FAMILIES[name]
+    row = BY_NAME[name]
     model, inputs = row.model(torch.float32), several(name)[:prompts]
     choose = uneven() if policy == PruningPolicy() else None
     with torch.no_grad():
@@ -225,7 +219,7 @@ def test_a_language_model_compiled_inside_needs_no_more_graphs_than_an_unpruned_
     policy = PruningPolicy(scorer="fastervlm", keep=0.4)
     graphs = check_compiled_inside("Llava", policy, "model.language_model", compile_in_place)
     torch._dynamo.reset()
-    model, plain = FAMILIES["Llava"].model(torch.float32), CompileCounterWithBackend("eager")
+    model, plain = BY_NAME["Llava"].model(torch.float32), CompileCounterWithBackend("eager")
     compile_in_place(model, "model.language_model", plain)
     with torch.no_grad():
         answers("Llava", model, several("Llava"), plain)
@@ -293,7 +287,7 @@ def test_code_compiled_earlier_that_cannot_be_seen_runs_pruned_inside_and_unprun
     kept: Callable[..., Any],
 ) -> None:
     """torch.compile does not guard hooks: without more, code compiled before would run on unpruned."""
-    model, inputs = random_blip2(shape=TINY)
+    model, inputs = random_blip2(shape=ONE_LAYER)
     others = {"half": HALF, "outputs": PruningPolicy(scorer="l2-norm", keep=0.25)}
     with torch.no_grad():
         full, call, expected = model(**inputs).logits, kept(model), {}
@@ -311,7 +305,7 @@ def test_code_compiled_earlier_that_cannot_be_seen_runs_pruned_inside_and_unprun
 @pytest.mark.slow
 def test_layers_compiled_in_one_context_are_pruned_by_the_hooks_of_the_next() -> None:
     """The second policy drops inside the decoder: its hooks are on layers that the first one's code runs straight."""
-    row = FAMILIES["Llava"]
+    row = BY_NAME["Llava"]
     model, inputs = row.model(torch.float32), row.inputs(dtype=torch.float32)
     policies = [
         PruningPolicy(scorer="position", keep=1000),  # all of them: shapes stay, and nothing else asks for new code
@@ -337,10 +331,10 @@ class Generating(Answering):
 def test_static_caches_are_refused_under_the_trainer_and_the_default_that_is_advised_works(settings: str) -> None:
     module = Generating()
     module.settings = {"cache_implementation": settings, "disable_compile": True}
-    before = state(module.model)
+    before = footprint(module.model)
     with pytest.raises(PruningError, match=r"static cache cannot be pruned.*Leave cache_implementation at its default"):
         trainer(TokenPruning(HALF)).predict(module, module.loader())
-    assert state(module.model) == before
+    assert footprint(module.model) == before
     module.settings = {}
     assert len(trainer(TokenPruning(HALF)).predict(module, module.loader())) == 2
 
@@ -355,7 +349,7 @@ def test_a_static_cache_handed_over_is_refused_under_the_trainer() -> None:
 
 def test_generate_with_a_compile_config_is_pruned_as_without() -> None:
     """transformers compiles decoding for static caches alone."""
-    model, inputs = random_blip2(shape=TINY)
+    model, inputs = random_blip2(shape=ONE_LAYER)
     settings: dict[str, Any] = {**inputs, "max_new_tokens": 3, "do_sample": False}
     with torch.no_grad(), prune(model, HALF) as pruning:
         expected = model.generate(**settings)
@@ -371,8 +365,8 @@ def test_what_is_compiled_in_a_step_of_pruned_module_is_pruned() -> None:
             return super().predict_step(batch, batch_idx)
 
     module = Compiling()
-    module.model, module.inputs = random_blip2(shape=TINY)
-    predicted = trainer().predict(PrunedModule(module, HALF), DataLoader([module.inputs] * 2, batch_size=None))
+    module.model, module.inputs = random_blip2(shape=ONE_LAYER)
+    predicted = trainer().predict(PrunedModule(module, HALF), loading([module.inputs] * 2))
     expected = by_hand(module)[0]
     assert same(predicted, [expected, expected])
     assert not any(isinstance(part, nn.Module) and part._compiled_call_impl for part in module.modules())

@@ -14,11 +14,11 @@ from torch.utils.data import DataLoader, get_worker_info
 
 from catp_lightning import CrossAttentionCalibration, PruningError, PruningPolicy, TokenPruning, prune
 from catp_lightning.utils.hooks import OURS, Seen
-from tests.pruning.test_families import EVERYTHING, uneven
-from tests.support.families import ROWS
+from tests.support.families import BY_NAME
+from tests.support.matrix import EVERYTHING, uneven
 from tests.support.models import GREEDY, random_blip2, random_inputs
+from tests.support.trainers import trainer
 
-BY_NAME = {row.name: row for row in ROWS}
 PLACES = [
     ("Llava", PruningPolicy("fastervlm", keep=3)),
     ("Llava", PruningPolicy("fastv", {"layer": 1}, keep=3)),
@@ -109,16 +109,6 @@ class Collating(L.LightningModule):
         context = "spawn" if workers else None
         numbers: Any = range(count)
         return DataLoader(numbers, 8, num_workers=workers, multiprocessing_context=context, collate_fn=self.collate)
-
-
-def trainer(*callbacks: L.Callback) -> L.Trainer:
-    return L.Trainer(
-        callbacks=[*callbacks],
-        accelerator="cpu",
-        logger=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-    )
 
 
 @pytest.mark.slow

@@ -20,6 +20,11 @@ from catp_lightning.models.mllama import Mllama
 from catp_lightning.prompt.prompt import CrossAttended
 from catp_lightning.pruning.sites.cross_attention import PruneCrossAttention
 from catp_lightning.utils.hashing import fingerprint
+from tests.support.footprints import footprint
+from tests.support.steps import difference, stepwise
+
+pytestmark = pytest.mark.usefixtures("no_grad")
+
 
 IMAGE, PAD, LENGTH, TILES, ROWS = 99, 0, 14, 4, 17  # 16 patches and [CLS] in a tile
 TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-10}
@@ -172,30 +177,14 @@ def masking(model: nn.Module, keep: Tensor, prompt: int = LENGTH) -> Iterator[No
 
 
 def generate(model: nn.Module, inputs: Mapping[str, Any], **settings: Any) -> Any:
-    """Sequences, and the logits of every step in the model's own dtype; generate's are float32."""
-    steps: list[Tensor] = []
-    hook = model.lm_head.register_forward_hook(lambda module, args, output: steps.append(output[:, -1]))
-    try:
-        output = model.generate(**inputs, **{**GREEDY, **settings}, return_dict_in_generate=True)
-    finally:
-        hook.remove()
-    return output, torch.stack(steps, 1)
+    """Sequences with their cache, and the logits of every step."""
+    return stepwise(model, inputs, **{**GREEDY, **settings}, return_dict_in_generate=True)
 
 
 def cross_cache(output: Any) -> list[tuple[int, int]]:
     """Rows and bytes that each cross-attention layer has cached."""
     layers = [output.past_key_values.layers[n] for n in CROSS]
     return [(layer.keys.shape[2], layer.keys.nbytes + layer.values.nbytes) for layer in layers]
-
-
-def difference(a: Tensor, b: Tensor) -> float:
-    return (a - b).abs().max().item()
-
-
-@pytest.fixture(autouse=True)
-def _no_grad() -> object:
-    with torch.no_grad():
-        yield
 
 
 @pytest.mark.parametrize(
@@ -440,29 +429,24 @@ def test_labels_give_the_loss_of_the_masked_run_and_none_is_left_out() -> None:
     assert rows.labels_left_out == 0
 
 
-def hooks(model: nn.Module) -> list[int]:
-    kinds = ("_forward_hooks", "_forward_pre_hooks", "_forward_hooks_always_called", "_backward_hooks")
-    return [len(getattr(module, kind)) for module in model.modules() for kind in kinds] + [len(model.__dict__)]
-
-
 def test_inactive_it_leaves_the_model_alone_and_afterwards_nothing_stays() -> None:
     model, inputs = model_of(torch.float64), inputs_of(CASES["image in the middle"])
-    before, plain = hooks(model), generate(model, inputs)
+    before, plain = footprint(model), generate(model, inputs)
     with dropping(model, uneven) as rows:
-        assert hooks(model) != before
+        assert footprint(model) != before
         pruned = generate(model, inputs)[1]
         rows.active = False
         output, steps = generate(model, inputs)
         rows.active = True
         assert torch.equal(steps, plain[1]) and cross_cache(output) == cross_cache(plain[0])
         assert torch.equal(generate(model, inputs)[1], pruned) and difference(pruned, steps) > 0.1
-    assert hooks(model) == before and torch.equal(generate(model, inputs)[1], plain[1])
+    assert footprint(model) == before and torch.equal(generate(model, inputs)[1], plain[1])
 
 
 @pytest.mark.parametrize("where", ["choose", "a layer after the choice", "the caller"])
 def test_after_an_exception_the_model_is_what_it_was(where: str) -> None:
     model, inputs = model_of(torch.float64), inputs_of(CASES["image in the middle"])
-    before, full = hooks(model), model(**inputs).logits
+    before, full = footprint(model), model(**inputs).logits
 
     def fail(*args: Any) -> Any:
         raise KeyError("on purpose")
@@ -483,7 +467,7 @@ def test_after_an_exception_the_model_is_what_it_was(where: str) -> None:
             if where == "choose":
                 model(**inputs)
             fail()
-    assert hooks(model) == before and torch.equal(model(**inputs).logits, full)
+    assert footprint(model) == before and torch.equal(model(**inputs).logits, full)
     assert len(forgotten) == (where == "choose")
 
 
@@ -493,13 +477,13 @@ class TestRefused:
     @pytest.fixture
     def model(self) -> Iterator[MllamaForConditionalGeneration]:
         model, inputs = model_of(torch.float64), inputs_of(CASES["two images apart"])
-        full, before = model(**inputs).logits, hooks(model)
+        full, before = model(**inputs).logits, footprint(model)
         self.inputs, self.sees = inputs, inputs["cross_attention_mask"]
         with dropping(model, uneven) as self.rows:
             pruned = model(**inputs).logits
             yield model
             assert torch.equal(model(**inputs).logits, pruned)
-        assert hooks(model) == before and torch.equal(model(**inputs).logits, full)
+        assert footprint(model) == before and torch.equal(model(**inputs).logits, full)
 
     def grown(self, column: int) -> Tensor:
         """The mask with a row more, which sees what another one does."""

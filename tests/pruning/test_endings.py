@@ -24,6 +24,9 @@ from catp_lightning.models import find_family
 from catp_lightning.pruning.answers import Answer, compare_with_unpruned, listening
 from tests.support.tiny_vqa import QUERIES, SIZE, build_model, build_processor, opt_config, t5_config
 
+pytestmark = pytest.mark.usefixtures("no_grad")
+
+
 ENDS, COUNT, MOST = [6, 9, 12, 15, 18, 21], 12, 8
 EVERYTHING = PruningPolicy("stride", keep=QUERIES)
 ModelCall = dict[str, Any]
@@ -58,12 +61,6 @@ CALLS: dict[str, Callable[[], ModelCall]] = {
     "stop strings": lambda: {"stop_strings": ["c", "g", "jk", "m", "q"], "tokenizer": letters(), "eos_token_id": 2},
 }
 BEAMS = {"num_beams": 3}
-
-
-@pytest.fixture(autouse=True)
-def _no_grad() -> Any:
-    with torch.no_grad():
-        yield
 
 
 def model_and_batch(text: Any = None) -> tuple[Blip2ForConditionalGeneration, dict[str, Tensor]]:

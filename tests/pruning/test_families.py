@@ -1,39 +1,36 @@
 """The matrix: every family holds every invariant of docs/design.md. What a family lacks is said in its row."""
 
 import copy
-import functools
-from collections.abc import Callable, Iterator, Sequence
 from itertools import pairwise
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
-from transformers import PreTrainedModel
 
 from catp_lightning import PruningError, PruningPolicy, prune
 from tests.support.families import ROWS, Row
-from tests.support.newer_families import NEWER
-from tests.support.oracles import END, IMAGE, START, VIDEO, Decoder, EncoderDecoder, Inputs, columns_kept
+from tests.support.footprints import footprint
+from tests.support.matrix import (
+    BEAMS,
+    EVERYTHING,
+    SAMPLED,
+    SEVERAL,
+    STEPS,
+    PlantedError,
+    chosen,
+    every_row,
+    every_type,
+    exact,
+    fail,
+    generate,
+    rows_where,
+    scale,
+    settled,
+    uneven,
+)
+from tests.support.oracles import Decoder, EncoderDecoder, columns_kept
 
-STEPS = 6
-EVERYTHING = PruningPolicy()
-
-
-def rows_where(holds: Callable[[Row], bool] = lambda row: True) -> pytest.MarkDecorator:
-    newer = [pytest.param(row, marks=pytest.mark.slow) for row in NEWER if holds(row)]
-    return pytest.mark.parametrize("row", [*(row for row in ROWS if holds(row)), *newer], ids=repr)
-
-
-every_row = rows_where()
-every_type = pytest.mark.parametrize("row", [*ROWS, *NEWER], ids=repr)
-exact = functools.partial(torch.testing.assert_close, rtol=0.0)
-
-
-@pytest.fixture(autouse=True)
-def _no_grad() -> Iterator[None]:
-    with torch.no_grad():
-        yield
+pytestmark = pytest.mark.usefixtures("no_grad")
 
 
 @pytest.fixture(autouse=True)
@@ -43,68 +40,6 @@ def _what_a_family_lacks(request: pytest.FixtureRequest) -> None:
     reason = row and row.lacks.get(request.node.originalname.removeprefix("test_"))
     if reason:
         request.applymarker(pytest.mark.xfail(reason=reason, strict=True))
-
-
-def uneven(rows: Sequence[int] | None = None) -> Callable[[Tensor], Tensor]:
-    """A choice that belongs to each sample, whatever batch it is in: another number each, scattered.
-
-    Args:
-        rows: which samples the batch is made of; by default all.
-    """
-    order = torch.rand(4, 64, generator=torch.Generator().manual_seed(4))
-    counts = torch.tensor([2, 4, 3, 5])  # few: what fills up shorter samples should not be most of what was dropped
-
-    def choose(tokens: Tensor) -> Tensor:
-        own = torch.arange(len(tokens)) if rows is None else torch.tensor(rows)
-        scores = order[own, : tokens.shape[1]].masked_fill(~tokens, -1.0)
-        count = counts[own].minimum((tokens.sum(1) - 1).clamp(min=0))[:, None]
-        return scores.argsort(1, descending=True).argsort(1) < count
-
-    return choose
-
-
-def generate(row: Row, model: PreTrainedModel, inputs: Inputs, **settings: Any) -> tuple[Tensor, Tensor]:
-    """New tokens int64 [R, STEPS], greedily by default, and the logits of every step [rows, STEPS, V] in full
-    precision: generate's own are float32."""
-    steps: list[Tensor] = []
-    head = model.get_output_embeddings()
-    hook = head.register_forward_hook(lambda module, args, output: steps.append(output[:, -1]))
-    marks = [token for token in (IMAGE, VIDEO, START, END) if token < len(head.weight)]
-    length = {"max_new_tokens": STEPS, "min_new_tokens": STEPS, "suppress_tokens": marks}
-    try:
-        sequences = model.generate(**inputs, **length, **{"do_sample": False, **settings})
-    finally:
-        hook.remove()
-    return sequences[:, -STEPS:], torch.stack(steps, 1)
-
-
-def chosen(row: Row, inputs: Inputs, rows: Sequence[int] | None = None) -> Tensor:
-    return uneven(rows)(row.oracle.tokens(inputs))
-
-
-def scale(logits: Tensor) -> float:
-    return logits.abs().max().item()
-
-
-def settled(row: Row) -> PreTrainedModel:
-    """A model that was called before: transformers itself sets hooks and attributes then, and they stay."""
-    model = row.model()
-    model(**row.oracle.forward_inputs(row.inputs()))
-    return model
-
-
-def state(model: PreTrainedModel) -> dict[str, Any]:
-    """All that pruning touches: hooks of every module, instance attributes, attention implementations."""
-    of_transformers = ("_forward", "_cache", "_previous_max_cache_length")
-    return {
-        name: (
-            len(part._forward_hooks),
-            len(part._forward_pre_hooks),
-            sorted(key for key in part.__dict__ if not key.startswith(of_transformers)),
-            getattr(getattr(part, "config", None), "_attn_implementation", None),
-        )
-        for name, part in model.named_modules()
-    }
 
 
 @every_row
@@ -222,11 +157,6 @@ def test_a_loop_by_hand_without_cache_or_position_ids_equals_the_masked_loop(row
         exact(logits, masked, atol=row.tolerance() * scale(masked))
 
 
-BEAMS = {"num_beams": 3}
-SEVERAL = {"num_beams": 4, "num_return_sequences": 2}
-SAMPLED = {"do_sample": True, "num_return_sequences": 2, "top_k": 0}
-
-
 @every_row
 @pytest.mark.parametrize("settings", [BEAMS, SEVERAL, SAMPLED], ids=["beams", "sequences", "sampling"])
 def test_beams_and_sampling_find_what_the_masked_model_finds(row: Row, settings: dict[str, Any]) -> None:
@@ -285,34 +215,26 @@ def test_the_loss_is_the_masked_runs_without_labels_predicted_from_dropped_rows(
     assert abs(loss - unpruned) > 1e-4 * unpruned
 
 
-class PlantedError(Exception):
-    pass
-
-
-def fail(*args: object) -> Any:
-    raise PlantedError
-
-
 @every_row
 def test_the_model_is_what_it_was_after_return_and_after_exceptions(row: Row) -> None:
     model, inputs = settled(row), row.oracle.forward_inputs(row.inputs())
-    before, full = state(model), model(**inputs).logits
+    before, full = footprint(model), model(**inputs).logits
     with prune(model, EVERYTHING, choose=uneven()):
-        assert state(model) != before
+        assert footprint(model) != before
         pruned = model(**inputs).logits
         with pytest.raises(PruningError, match="does not nest"), prune(model, EVERYTHING):
             pass
-    assert state(model) == before
+    assert footprint(model) == before
     with pytest.raises(PlantedError), prune(model, EVERYTHING, choose=fail):
         model(**inputs)
-    assert state(model) == before
+    assert footprint(model) == before
     hook = row.oracle.inside(model).register_forward_hook(fail)
     with prune(model, EVERYTHING, choose=uneven()):
         with pytest.raises(PlantedError):
             generate(row, model, row.inputs())
         hook.remove()
         assert torch.equal(model(**inputs).logits, pruned), "the next call is pruned like the first"
-    assert state(model) == before
+    assert footprint(model) == before
     assert torch.equal(model(**inputs).logits, full)
 
 
@@ -359,16 +281,16 @@ def test_compact_positions_equal_a_prompt_physically_shortened(row: Row) -> None
 @rows_where(lambda row: row.coordinates)
 def test_positions_with_coordinates_cannot_be_compact(row: Row) -> None:
     model, inputs = settled(row), row.inputs()
-    before = state(model)
+    before = footprint(model)
     with pytest.raises(PruningError, match="compact"), prune(model, COMPACT, choose=uneven()):
         model(**inputs)
-    assert state(model) == before
+    assert footprint(model) == before
 
 
 @every_row
 def test_a_static_cache_is_refused_where_it_would_hold_visual_tokens(row: Row) -> None:
     model, inputs = settled(row), row.inputs()
-    before = state(model)
+    before = footprint(model)
     with prune(model, EVERYTHING, choose=uneven()):
         if isinstance(row.oracle, EncoderDecoder):
             _, steps = generate(row, model, inputs)
@@ -377,17 +299,17 @@ def test_a_static_cache_is_refused_where_it_would_hold_visual_tokens(row: Row) -
         else:
             with pytest.raises(PruningError, match="static cache"):
                 generate(row, model, inputs, cache_implementation="static")
-    assert state(model) == before
+    assert footprint(model) == before
 
 
 @every_row
 def test_embeddings_without_ids_are_refused(row: Row) -> None:
     model, inputs = settled(row), row.oracle.forward_inputs(row.inputs())
-    before, embeddings = state(model), model.get_input_embeddings()(inputs["input_ids"])
+    before, embeddings = footprint(model), model.get_input_embeddings()(inputs["input_ids"])
     inputs["input_ids"] = None
     with prune(model, EVERYTHING, choose=uneven()), pytest.raises(PruningError, match="inputs_embeds"):
         model(**inputs, inputs_embeds=embeddings)
-    assert state(model) == before
+    assert footprint(model) == before
 
 
 @every_row
@@ -396,14 +318,14 @@ def test_a_cache_of_another_prompt_than_the_last_is_refused(row: Row, whole: boo
     model, inputs = settled(row), row.inputs()
     other = row.inputs(range(len(inputs["input_ids"]))[::-1])
     tokens, choices = inputs["input_ids"][:, -STEPS:], [uneven(), (lambda seen: seen) if whole else uneven()]
-    before = state(model)
+    before = footprint(model)
     with prune(model, EVERYTHING, choose=lambda seen: choices.pop(0)(seen)):  # noqa: PLW0108 - one each call
         first = row.oracle.loop(model, inputs, tokens, with_positions=row.coordinates)
         next(first)
         next(row.oracle.loop(model, other, tokens, with_positions=row.coordinates))
         with pytest.raises(PruningError, match="not filled by the last pruned prompt"):
             next(first)
-    assert state(model) == before
+    assert footprint(model) == before
 
 
 @pytest.mark.parametrize("row", [row for row in ROWS if row.name in ("Llava", "InternVL", "Mistral3")], ids=repr)
@@ -412,10 +334,10 @@ def test_an_image_that_comes_with_a_cache_of_text_is_refused(row: Row) -> None:
     text = torch.full_like(inputs["input_ids"], 5)
     cache = model(input_ids=text, use_cache=True).past_key_values
     mask = torch.cat([torch.ones_like(text), inputs["attention_mask"]], 1)
-    before = state(model)
+    before = footprint(model)
     with prune(model, EVERYTHING, choose=uneven()), pytest.raises(PruningError, match="An image came with a cache"):
         model(**{**inputs, "attention_mask": mask}, past_key_values=cache)
-    assert state(model) == before
+    assert footprint(model) == before
 
 
 @pytest.mark.parametrize("row", [row for row in ROWS if row.name in ("Llava", "Blip2-OPT", "InternVL")], ids=repr)

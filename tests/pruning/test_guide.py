@@ -1,6 +1,5 @@
 """SGL: a small model's attention ranks the visual tokens of a large one, once for each prompt, and leaves no trace."""
 
-from collections.abc import Iterator
 from dataclasses import replace
 from functools import cache
 from typing import Any
@@ -8,35 +7,20 @@ from typing import Any
 import pytest
 import torch
 import transformers as hf
-from lightning.pytorch import LightningModule, Trainer
-from torch import Tensor, nn
-from torch.utils.data import DataLoader
+from torch import nn
 from transformers import PreTrainedModel
 
 from catp_lightning import PolicyError, PrunedModule, PruningError, PruningPolicy, TokenPruning, prune
 from catp_lightning.pruning.guide import rows_paid
-from tests.callbacks.test_token_pruning import trainer
-from tests.pruning.test_families import state
-from tests.support.families import GATED, ROWS, TOKENS, Row, clip
-from tests.support.oracles import END, IMAGE, START, VIDEO, Inputs
+from tests.support.families import BY_NAME, GATED, TOKENS, Row, clip
+from tests.support.footprints import footprint, modes
+from tests.support.guides import ANSWER, RULE, small_llava
+from tests.support.modules import Answering
+from tests.support.oracles import END, IMAGE, START, VIDEO
+from tests.support.trainers import loading, trainer
 
-BY_NAME = {row.name: row for row in ROWS}
-ANSWER = 4
-RULE = PruningPolicy(scorer="sgl", scorer_args={"answer_tokens": ANSWER}, keep=0.4)
+pytestmark = pytest.mark.usefixtures("no_grad")
 GREEDY = {"max_new_tokens": 3, "do_sample": False, "suppress_tokens": [IMAGE, VIDEO]}
-
-
-@pytest.fixture(autouse=True)
-def _no_grad() -> Iterator[None]:
-    with torch.no_grad():
-        yield
-
-
-def small_llava(**changes: Any) -> PreTrainedModel:
-    """Two layers of two heads, and another width than the large model's."""
-    text = {**GATED, "hidden_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 1}
-    config = hf.LlavaConfig(vision_config=clip(), text_config=hf.LlamaConfig(**{**text, **changes}), **TOKENS)
-    return hf.LlavaForConditionalGeneration(config)
 
 
 @cache
@@ -248,14 +232,13 @@ def test_another_number_of_visual_tokens_is_refused_with_both_and_the_guide_is_l
     config.vision_config.patch_size = 16  # a crop is one patch, where the model has four
     row, coarse = BY_NAME["LlavaNext"], hf.LlavaNextForConditionalGeneration(config).train()
     coarse.model.language_model.layers[0].eval()
-    inputs, before = row.inputs([0], dtype=torch.float32), [module.training for module in coarse.modules()]
     with pytest.raises(ValueError, match="do not match"):
-        coarse(**inputs)  # transformers itself sets hooks in the first call, and they stay
-    attributes, inputs = state(coarse), row.inputs([0])
+        coarse(**row.inputs([0], dtype=torch.float32))  # transformers sets hooks in the first call, and they stay
+    before, inputs = (footprint(coarse), modes(coarse)), row.inputs([0])
     with prune(row.model(), RULE, guide=coarse):
         with pytest.raises(PruningError, match=r"cannot read this prompt.* tokens: 14, features: 4"):
             row.model()(**inputs)
-        assert [module.training for module in coarse.modules()] == before and state(coarse) == attributes
+        assert (footprint(coarse), modes(coarse)) == before
 
 
 def test_other_grids_are_refused_when_entering_where_they_are_known() -> None:
@@ -285,13 +268,13 @@ def test_the_guide_is_what_it_was_after_every_prompt(fails: bool) -> None:
     small(**row.inputs([0]))
     small.train()
     small.model.vision_tower.eval()
-    before, modes = state(small), [module.training for module in small.modules()]
+    before = footprint(small)
 
     def fail(*call: Any) -> None:
         raise KeyboardInterrupt
 
     hook = small.model.language_model.layers[1].mlp.register_forward_hook(fail) if fails else None
-    counted = state(small)
+    counted = footprint(small), modes(small)
     try:
         with prune(row.model(), RULE, guide=small):
             if fails:
@@ -299,12 +282,12 @@ def test_the_guide_is_what_it_was_after_every_prompt(fails: bool) -> None:
                     row.model()(**row.inputs([0]))
             else:
                 row.model()(**row.inputs([0]))
-            assert state(small) == counted and [module.training for module in small.modules()] == modes
+            assert (footprint(small), modes(small)) == counted
     finally:
         if hook is not None:
             hook.remove()
         small.eval()
-    assert state(small) == before
+    assert footprint(small) == before
 
 
 def test_modes_do_not_matter_and_a_module_may_hold_the_guide() -> None:
@@ -317,18 +300,9 @@ def test_modes_do_not_matter_and_a_module_may_hold_the_guide() -> None:
     assert torch.equal(found[0], found[1])
 
 
-class Answering(LightningModule):
-    def __init__(self) -> None:
-        super().__init__()
-        self.model = BY_NAME["Llava"].model()
-
-    def predict_step(self, batch: Inputs) -> Tensor:
-        return self.model(**batch).logits
-
-
 def test_the_callback_and_the_wrapper_hand_the_guide_on() -> None:
-    row, module, small = BY_NAME["Llava"], Answering(), guide("Llava")
-    loader = DataLoader([row.inputs()], batch_size=None)  # type: ignore[arg-type]
+    row, small = BY_NAME["Llava"], guide("Llava")
+    module, loader = Answering((row.model(), row.inputs())), loading([row.inputs()])
     with prune(module, RULE, guide=small):
         expected = module.model(**row.inputs()).logits
     by_callback = trainer(TokenPruning(RULE, guide=small)).predict(module, loader)
@@ -337,4 +311,4 @@ def test_the_callback_and_the_wrapper_hand_the_guide_on() -> None:
     assert torch.equal(by_callback[0], expected) and torch.equal(by_wrapper[0], expected)
     assert not set(small.parameters()) & set(wrapper.parameters()), "it is neither trained nor saved"
     with pytest.raises(PruningError, match="guide=small_model"):
-        Trainer(logger=False, enable_progress_bar=False, callbacks=[TokenPruning(RULE)]).predict(module, loader)
+        trainer(TokenPruning(RULE)).predict(module, loader)

@@ -1,6 +1,5 @@
 """States and attention maps that are asked for have the shapes of the full prompt, and the values of the masked run."""
 
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -8,19 +7,13 @@ import torch
 from torch import Tensor
 
 from catp_lightning import PruningError, PruningPolicy, prune
-from tests.pruning.test_families import EVERYTHING, chosen, every_row, exact, scale, uneven
-from tests.support.families import ROWS, Row
+from tests.support.families import BY_NAME, Row
+from tests.support.matrix import EVERYTHING, chosen, every_row, exact, scale, uneven
 from tests.support.oracles import Decoder, EncoderDecoder, Inputs, columns_kept
 
-BY_NAME = {row.name: row for row in ROWS}
+pytestmark = pytest.mark.usefixtures("no_grad")
 ASKED = {"output_hidden_states": True, "output_attentions": True}
 OF_TEXT = ("hidden_states", "attentions", "encoder_hidden_states", "encoder_attentions", "cross_attentions")
-
-
-@pytest.fixture(autouse=True)
-def _no_grad() -> Iterator[None]:
-    with torch.no_grad():
-        yield
 
 
 def states(output: Any) -> dict[str, tuple[Tensor, ...]]:

@@ -14,14 +14,13 @@ from catp_lightning import PruningError, PruningPolicy, prune
 from catp_lightning.methods.selectors import SELECTORS, Selector
 from catp_lightning.prompt.merging import group_means
 from catp_lightning.pruning import Pruning
-from tests.pruning.test_families import exact, generate, scale
-from tests.support.families import ROWS, Row
+from tests.support.families import BY_NAME, ROWS, Row
+from tests.support.matrix import exact, generate, scale
 from tests.support.oracles import Decoder, Inputs, columns_kept, hooked, visual_columns
 
+pytestmark = pytest.mark.usefixtures("no_grad")
 DECODERS = [row for row in ROWS if isinstance(row.oracle, Decoder)]
 OTHERS = [row for row in ROWS if not isinstance(row.oracle, Decoder)]
-BY_NAME = {row.name: row for row in ROWS}
-
 every_decoder = pytest.mark.parametrize("row", DECODERS, ids=repr)
 
 
@@ -65,12 +64,6 @@ def script(order: list[int], kept: int) -> dict[int, int]:
         if (number + order[0]) % 3 != 1:
             carrier[token] = stay[number * number % max(1, kept - 1)]  # the last that stays carries itself alone
     return carrier
-
-
-@pytest.fixture(autouse=True)
-def _no_grad() -> Iterator[None]:
-    with torch.no_grad():
-        yield
 
 
 @pytest.fixture(autouse=True)

@@ -1,6 +1,6 @@
 """What is observed before the decoder, against hooks and hand computation: tokens, text, and keys of the tower."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
@@ -14,15 +14,14 @@ from catp_lightning import PruningPolicy, prune
 from catp_lightning.methods.observation import Needs, Observation, Signal
 from catp_lightning.methods.scorers import Scorer
 from catp_lightning.models import find_family
-from tests.pruning.test_families import exact
-from tests.support.families import GATED, ROWS, TOWER, Image, Row, Sample, clip, pictures, prompts, siglip
+from tests.support.families import BY_NAME, GATED, ROWS, TOWER, Image, Row, Sample, clip, pictures, prompts, siglip
+from tests.support.matrix import exact
 from tests.support.oracles import IMAGE, VIDEO, Decoder, EncoderDecoder, Inputs, hooked, visual_columns
 
-BY_NAME = {row.name: row for row in ROWS}
+pytestmark = pytest.mark.usefixtures("no_grad")
 READERS = [row for row in ROWS if not row.name.startswith("Mllama")]
 READ_AND_TEXT: Needs = {Signal.IMAGE_EMBEDS: None, Signal.TEXT_EMBEDS: None}
 SETTINGS = {"max_new_tokens": 3, "min_new_tokens": 3, "do_sample": False, "suppress_tokens": [IMAGE, VIDEO]}
-
 every_reader = pytest.mark.parametrize("row", READERS, ids=repr)
 
 
@@ -40,12 +39,6 @@ class Notes(Scorer):
     def score(self, seen: Observation) -> Tensor:
         self.seen.append(seen)
         return torch.zeros(seen.images, seen.tokens)
-
-
-@pytest.fixture(autouse=True)
-def _no_grad() -> Iterator[None]:
-    with torch.no_grad():
-        yield
 
 
 @pytest.fixture(autouse=True)

@@ -10,13 +10,14 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from catp_lightning import CrossAttentionCalibration, PruningPolicy, TokenPruning, prune
+from catp_lightning import PruningPolicy, TokenPruning, prune
 from catp_lightning.prompt.attention import attention_map
-from tests.callbacks.test_calibration import Module, data
-from tests.pruning.test_families import state
-from tests.support.families import ROWS
+from tests.support.calibrations import calibrate, data
+from tests.support.families import BY_NAME
+from tests.support.footprints import footprint
+from tests.support.modules import Generating
+from tests.support.trainers import QUIET, loading
 
-FAMILIES = {repr(row): row for row in ROWS}
 CASES = {
     "Blip2-OPT": PruningPolicy(scorer="catp", keep=0.5),
     "Llava": PruningPolicy(scorer="fastervlm", keep=0.5),
@@ -24,13 +25,6 @@ CASES = {
     "Mllama": PruningPolicy(scorer="trimmed-llama", keep=0.5),
 }
 PRECISIONS = ("32-true", "bf16-true", "16-true", "64-true", "bf16-mixed", "16-mixed")
-QUIET: dict[str, Any] = {
-    "accelerator": "cpu",
-    "logger": False,
-    "enable_checkpointing": False,
-    "enable_progress_bar": False,
-    "enable_model_summary": False,
-}
 # Of the largest logit. Half precision rounds a hundred times over on the way: it differs from run to run of other
 # shapes, unpruned as well.
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 2e-5, torch.float16: 5e-3, torch.bfloat16: 4e-2}
@@ -41,14 +35,14 @@ class Predicting(L.LightningModule):
 
     def __init__(self, name: str) -> None:
         super().__init__()
-        self.row = FAMILIES[name.partition(",")[0]]
+        self.row = BY_NAME[name.partition(",")[0]]
         self.model = copy.deepcopy(self.row.model(torch.float32))  # precisions convert it in place
         self.inference: list[bool] = []
         self.autocast: list[bool] = []
 
     def loader(self) -> DataLoader[dict[str, Tensor]]:
         inputs = self.row.oracle.forward_inputs(self.row.inputs(dtype=torch.float32))
-        return DataLoader([inputs], batch_size=None)  # type: ignore[arg-type]
+        return loading([inputs])
 
     def predict_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
         self.inference.append(torch.is_inference_mode_enabled())
@@ -61,7 +55,7 @@ def check(name: str, precision: Any, inference_mode: bool) -> None:
     oracle, (exact_inputs,) = module.row.oracle, module.loader()
     with torch.no_grad():
         module.model(**exact_inputs)  # at its first call transformers sets hooks of its own, which stay
-    before = state(module.model)
+    before = footprint(module.model)
     with torch.no_grad(), prune(module, policy) as full_precision:
         module.model(**exact_inputs)
     pruning = TokenPruning(policy)
@@ -87,7 +81,7 @@ def check(name: str, precision: Any, inference_mode: bool) -> None:
     assert torch.equal(keep.sum(1), full_precision.keep.sum(1)), "as many tokens as the budget says"
     close = _is_close_to_the_threshold(full_precision.scores, full_precision.keep, predicted.dtype)
     assert torch.equal(keep | close, full_precision.keep | close), "others may stay only where scores are all but tied"
-    assert state(module.model) == before
+    assert footprint(module.model) == before
 
 
 def _is_close_to_the_threshold(scores: Tensor, keep: Tensor, dtype: torch.dtype) -> Tensor:
@@ -152,9 +146,7 @@ def test_attention_is_observed_in_float32_under_autocast(dtype: torch.dtype) -> 
 
 
 def calibrated(path: Path, module: L.LightningModule, batches: Any, **settings: Any) -> PruningPolicy:
-    callback = CrossAttentionCalibration(path, keep=0.5)
-    L.Trainer(callbacks=[callback], **QUIET, **settings).predict(module, DataLoader(batches, batch_size=None))
-    return callback.policies[0]
+    return calibrate(module, batches, path, **settings).policies[0]
 
 
 def finite(value: Any) -> bool:
@@ -169,7 +161,7 @@ def finite(value: Any) -> bool:
 @pytest.mark.slow
 def test_a_calibration_in_mixed_precision_measures_what_full_precision_measures(tmp_path: Path) -> None:
     half, full = (
-        calibrated(tmp_path / name, Module(), data(24, 8), precision=name) for name in ("bf16-mixed", "32-true")
+        calibrated(tmp_path / name, Generating(), data(24, 8), precision=name) for name in ("bf16-mixed", "32-true")
     )
     assert finite(half.to_dict()) and half.evidence["samples"] == full.evidence["samples"]
     one, other = (
@@ -196,5 +188,5 @@ def test_every_precision_calibrates_to_a_finite_policy_that_prunes(
     assert finite(policy.to_dict())
     trainer = L.Trainer(callbacks=[TokenPruning(policy)], **QUIET, **settings)
     with pytest.warns(UserWarning, match="images that the policy was calibrated on"):
-        predicted = trainer.predict(module, DataLoader(batches, batch_size=None))
+        predicted = trainer.predict(module, loading(batches))
     assert all(logits.isfinite().all() for logits in predicted)

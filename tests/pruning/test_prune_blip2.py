@@ -5,13 +5,16 @@ import warnings
 import pytest
 import torch
 from torch import Tensor
-from transformers import Blip2ForConditionalGeneration
 
 from catp_lightning import PruningPolicy, prune
 from catp_lightning.calibration.plan import why_not
 from catp_lightning.methods.scorers import SCORERS
 from catp_lightning.models import find_family
 from tests.support.models import GREEDY, IMAGE, SHAPES, random_blip2
+from tests.support.steps import difference, stepwise
+
+pytestmark = pytest.mark.usefixtures("no_grad")
+
 
 FAMILY = find_family(random_blip2()[0])
 SHOWN = [
@@ -41,26 +44,6 @@ def positions(mask: Tensor) -> Tensor:
     return (mask.cumsum(1) * mask - 1).long()
 
 
-def difference(a: Tensor, b: Tensor) -> float:
-    return (a - b).abs().max().item()
-
-
-def generate(model: Blip2ForConditionalGeneration, **inputs: Tensor) -> tuple[Tensor, Tensor]:
-    """Ten greedy steps: sequences, and the logits of every step in the model's own dtype; generate's are float32."""
-    steps: list[Tensor] = []
-    hook = model.language_model.lm_head.register_forward_hook(lambda module, args, output: steps.append(output[:, -1]))
-    try:
-        return model.generate(**inputs, **GREEDY), torch.stack(steps, 1)
-    finally:
-        hook.remove()
-
-
-@pytest.fixture(autouse=True)
-def _no_grad() -> object:
-    with torch.no_grad():
-        yield
-
-
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("shape", SHAPES)
 def test_dropping_equals_masking_in_prefill_and_ten_decoding_steps(shape: str, dtype: torch.dtype) -> None:
@@ -68,7 +51,7 @@ def test_dropping_equals_masking_in_prefill_and_ten_decoding_steps(shape: str, d
     full = model(**inputs).logits
     with prune(model, PruningPolicy(), choose=uneven) as pruning:
         prefill = model(**inputs).logits
-        sequence, steps = generate(model, **inputs)
+        sequence, steps = stepwise(model, inputs, **GREEDY)
     assert pruning.keep.sum(1).tolist() == [2, SHAPES[shape].queries - 1, 3]
     mask = oracle_mask(inputs, pruning.keep)
     length, new = inputs["input_ids"].shape[1], sequence.shape[1] - inputs["input_ids"].shape[1]
@@ -133,7 +116,7 @@ def test_unpadded_prompts_that_keep_different_numbers_stay_exact() -> None:
     for given in (inputs, {name: value for name, value in inputs.items() if name != "attention_mask"}):
         with prune(model, PruningPolicy(), choose=uneven) as pruning:
             logits = model(**given).logits[:, -1]
-            sequences, steps = generate(model, **given)
+            sequences, steps = stepwise(model, given, **GREEDY)
         mask = oracle_mask(inputs, pruning.keep)
         grown = torch.cat([mask, torch.ones(3, 10, dtype=torch.long)], 1)
         oracle = model(

@@ -2,7 +2,6 @@
 
 import re
 from collections.abc import Callable
-from typing import Any
 
 import pytest
 import torch
@@ -12,7 +11,8 @@ from transformers import DynamicCache, PreTrainedModel, StaticCache
 
 from catp_lightning import PolicyError, PruningError, PruningPolicy, prune
 from catp_lightning.models import find_family
-from tests.support.families import ROWS
+from tests.support.families import BY_NAME, ROWS
+from tests.support.footprints import footprint
 from tests.support.models import GREEDY, SHAPES, random_blip2
 from tests.support.oracles import IMAGE
 from tests.support.paths import ROOT
@@ -20,28 +20,15 @@ from tests.support.paths import ROOT
 CATP = PruningPolicy(scorer="catp", scorer_args={"image_weight": "received"}, keep=0.5)
 
 
-def state(model: nn.Module) -> dict[str, Any]:
-    """All that pruning touches: hooks of every module, instance attributes, attention implementations."""
-    return {
-        name: (
-            len(part._forward_hooks),
-            len(part._forward_pre_hooks),
-            sorted(key for key in part.__dict__ if not key.startswith("_forward")),
-            getattr(getattr(part, "config", None), "_attn_implementation", None),
-        )
-        for name, part in model.named_modules()
-    }
-
-
 @pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt, torch.cuda.OutOfMemoryError])
 def test_an_exception_in_the_context_leaves_the_model_as_it_was(error: type[BaseException]) -> None:
     model, inputs = random_blip2()
-    before, logits = state(model), model(**inputs).logits
+    before, logits = footprint(model), model(**inputs).logits
     with pytest.raises(error), prune(model, CATP):
-        assert state(model) != before
+        assert footprint(model) != before
         model(**inputs)
         raise error("stop")
-    assert state(model) == before
+    assert footprint(model) == before
     assert torch.equal(model(**inputs).logits, logits)
 
 
@@ -50,7 +37,7 @@ def test_an_exception_in_the_context_leaves_the_model_as_it_was(error: type[Base
 )
 def test_an_exception_inside_the_model_leaves_it_as_it_was_and_the_next_call_is_pruned(place: str) -> None:
     model, inputs = random_blip2()
-    before = state(model)
+    before = footprint(model)
 
     def fail(*args: object) -> None:
         raise RuntimeError("planted")
@@ -63,19 +50,19 @@ def test_an_exception_inside_the_model_leaves_it_as_it_was_and_the_next_call_is_
         hook.remove()
         pruning.keep = None
         assert torch.equal(model(**inputs).logits, expected) and pruning.keep is not None
-    assert state(model) == before
+    assert footprint(model) == before
 
 
 def test_an_entry_that_fails_changes_nothing() -> None:
     model, _ = random_blip2()
-    before = state(model)
+    before = footprint(model)
     wrong = PruningPolicy(scorer="catp", scorer_args={"layers": [0, 7]})
     with (
         pytest.raises(PruningError, match=r"layer 7 of cross-attention; this model has 2, numbered 0 to 1"),
         prune(model, wrong),
     ):
         pass
-    assert state(model) == before
+    assert footprint(model) == before
 
 
 def test_pruning_does_not_nest_and_works_again_afterwards() -> None:
@@ -202,10 +189,6 @@ def git() -> PreTrainedModel:
     return hf.GitForCausalLM(hf.GitConfig(**WORDS, vision_config=SEEING))
 
 
-def llava() -> PreTrainedModel:
-    return next(row for row in ROWS if row.name == "Llava").model()
-
-
 @pytest.mark.parametrize(
     ("make", "says"),
     [
@@ -216,7 +199,10 @@ def llava() -> PreTrainedModel:
         (clip, "CLIPModel generates no text"),
         (t5, "T5ForConditionalGeneration is an encoder-decoder: its prompt has no placeholders"),
         (git, "GitForCausalLM has no image_token_id in its config, so its visual tokens cannot be told from text"),
-        (lambda: llava().model, "LlavaModel has no language-model head; hand over the model that has it"),
+        (
+            lambda: BY_NAME["Llava"].model().model,
+            "LlavaModel has no language-model head; hand over the model that has it",
+        ),
         (
             lambda: Holder(net=Holder(tower=clip()), text=t5()),
             r"CLIPModel \(net.tower\) .*; T5For\S* \(text\) is an enc",
@@ -238,7 +224,7 @@ class Wrapper:
 
 
 def test_a_model_where_torch_does_not_look_is_named_with_its_place() -> None:
-    model = llava()
+    model = BY_NAME["Llava"].model()
     holder = Holder(head=nn.Linear(2, 2))
     for held, place in (
         ([model], "models[0]"),
@@ -256,7 +242,7 @@ def test_a_model_where_torch_does_not_look_is_named_with_its_place() -> None:
 
 
 def test_what_is_no_module_is_refused_by_what_it_is() -> None:
-    model = llava()
+    model = BY_NAME["Llava"].model()
     for given, says in (
         ([model], r"list is no torch.nn.Module.*holds a LlavaForConditionalGeneration at it\[0\]: hand over that"),
         (Wrapper(model), "Wrapper is no torch.nn.Module.*LlavaForConditionalGeneration at it.net"),
@@ -292,14 +278,14 @@ def test_a_policy_for_another_architecture_is_refused_by_name() -> None:
 
 def test_a_hundred_contexts_leave_nothing_behind() -> None:
     model, inputs = random_blip2()
-    before = state(model)
+    before = footprint(model)
     for _ in range(100):
         with prune(model, CATP):
             pass
-    assert state(model) == before
+    assert footprint(model) == before
     with prune(model, CATP), pytest.raises(RuntimeError):
         model(**{**inputs, "pixel_values": inputs["pixel_values"][:1]})
-    assert state(model) == before
+    assert footprint(model) == before
 
 
 @pytest.mark.parametrize(

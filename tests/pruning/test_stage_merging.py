@@ -13,19 +13,14 @@ from catp_lightning.methods.observation import Signal
 from catp_lightning.models import find_family
 from catp_lightning.pruning.sites.decoder_layers import PruneAtDecoderLayers
 from catp_lightning.pruning.sites.stage_prompt import StagePrompt
-from tests.pruning.test_families import BEAMS, exact, generate, scale
-from tests.pruning.test_stages import LLAMA, OPT, QWEN, Uneven, chosen, masked, model_of, stack_of
 from tests.support.families import Row
+from tests.support.matrix import BEAMS, exact, generate, scale
 from tests.support.oracles import IMAGE, VIDEO, Inputs, hooked, visual_columns
+from tests.support.stages import LLAMA, OPT, QWEN, Uneven, chosen, masked, model_of, stack_of
 
+pytestmark = pytest.mark.usefixtures("no_grad")
 every_model = pytest.mark.parametrize("row", [LLAMA, QWEN], ids=repr)
 every_stage = pytest.mark.parametrize("stages", [(1,), (2,), (1, 3)], ids=str)
-
-
-@pytest.fixture(autouse=True)
-def _no_grad() -> Iterator[None]:
-    with torch.no_grad():
-        yield
 
 
 @dataclass

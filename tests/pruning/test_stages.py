@@ -1,17 +1,14 @@
 """Dropping inside the decoder equals hiding the same tokens from the layers after it."""
 
-import functools
 import re
 import weakref
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 import transformers as hf
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from catp_lightning import PruningError
@@ -21,165 +18,31 @@ from catp_lightning.prompt.masks import layer_mask
 from catp_lightning.prompt.prompt import DecoderPrompt
 from catp_lightning.pruning.sites.decoder_layers import PruneAtDecoderLayers
 from catp_lightning.pruning.sites.stage_prompt import DecoderPrefill, StagePrompt
-from tests.pruning.test_families import (
-    BEAMS,
-    SAMPLED,
-    SEVERAL,
-    STEPS,
-    PlantedError,
-    exact,
-    fail,
-    generate,
-    scale,
-    state,
+from tests.support.families import BY_NAME, Row
+from tests.support.footprints import footprint
+from tests.support.matrix import BEAMS, SAMPLED, SEVERAL, STEPS, PlantedError, exact, fail, generate, scale
+from tests.support.oracles import IMAGE, Inputs, cache_of, columns_kept, of_rows
+from tests.support.stages import (
+    LAST_ROW,
+    LAYERS,
+    LLAMA,
+    MISTRAL,
+    OPT,
+    QUESTIONED,
+    MostAttended,
+    Uneven,
+    chosen,
+    every_model,
+    every_stage,
+    given_to,
+    makes_positions,
+    masked,
+    model_of,
+    stack_of,
+    stages_of,
 )
-from tests.support.families import ROWS, Row
-from tests.support.oracles import IMAGE, Decoder, Inputs, cache_of, columns_kept, hidden_in, hooked, of_rows
 
-LAYERS = 4
-
-
-def deeper(make: Callable[[], PreTrainedModel]) -> PreTrainedModel:
-    """The same model with four decoder layers, so that tokens can leave twice."""
-    model = make()
-    text = model.config.get_text_config()
-    text.num_hidden_layers = LAYERS
-    if getattr(text, "layer_types", None) is not None:
-        text.layer_types = ["full_attention"] * LAYERS
-    return type(model)(model.config)
-
-
-BY_NAME = {row.name: row for row in ROWS}
-LLAMA, OPT, QWEN, MISTRAL, QUESTIONED = (
-    replace(BY_NAME[name], make=functools.partial(deeper, BY_NAME[name].make))
-    for name in ("Llava", "Blip2-OPT", "Qwen2.5-VL", "Mistral3", "InstructBlip")
-)
-MODELS = [LLAMA, OPT, QWEN, MISTRAL, QUESTIONED]
-STAGES = [(1,), (2,), (1, 3)]
-
-every_model = pytest.mark.parametrize("row", MODELS, ids=repr)
-# Qwen2.5-VL makes positions of a wrong shape where a mask is given to a decoding step without them, unpruned as well.
-makes_positions = pytest.mark.parametrize("row", [row for row in MODELS if not row.coordinates], ids=repr)
-every_stage = pytest.mark.parametrize("stages", STAGES, ids=str)
-
-
-LAST_ROW = {Signal.LAST_TOKEN_ATTENTION: (-1,)}
-
-
-@pytest.fixture(autouse=True)
-def _no_grad() -> Iterator[None]:
-    with torch.no_grad():
-        yield
-
-
-def model_of(row: Row, dtype: torch.dtype = torch.float64, attention: str = "sdpa") -> PreTrainedModel:
-    return _model_of(row, dtype, attention)  # one object, however its arguments are given
-
-
-@functools.cache
-def _model_of(row: Row, dtype: torch.dtype, attention: str) -> PreTrainedModel:
-    model = row.model(dtype, attention)
-    if row is OPT:  # tokens that leave late must move its logits too
-        for name, weight in stack_of(row, model).named_parameters():
-            if "_attn" in name and weight.dim() == 2:
-                weight.data *= 2.2
-    return model
-
-
-def stack_of(row: Row, model: PreTrainedModel) -> Any:
-    assert isinstance(row.oracle, Decoder)
-    return model.get_submodule(row.oracle.path)
-
-
-@dataclass
-class Uneven:
-    """A choice that belongs to each sample and stage: other numbers, scattered; each of `keeps` is one choice made."""
-
-    samples: list[int] = field(default_factory=lambda: [0, 1, 2, 3])
-    keeps: list[Tensor] = field(default_factory=list)
-
-    def __call__(self, prompt: StagePrompt) -> Tensor:
-        order = torch.rand(4, 64, generator=torch.Generator().manual_seed(4))
-        shares = torch.tensor([0.5, 0.8, 0.65, 0.4])
-        own = torch.tensor(self.samples)[: len(prompt.tokens)]
-        scores = order[own, : prompt.tokens.shape[1]].masked_fill(~prompt.tokens, -1.0)
-        count = (prompt.tokens.sum(1) * shares[own]).floor()
-        keep = scores.argsort(dim=1, descending=True, stable=True).argsort(1) < count[:, None]
-        self.keeps.append(keep & prompt.tokens)
-        return keep
-
-
-@dataclass
-class MostAttended:
-    """FastV's choice, half of what is there at each stage; what was seen and kept at each."""
-
-    seen: list[StagePrompt] = field(default_factory=list)
-    keeps: list[Tensor] = field(default_factory=list)
-
-    def __call__(self, prompt: StagePrompt) -> Tensor:
-        assert prompt.attention is not None
-        scores = prompt.attention.mean(1).masked_fill(~prompt.tokens, -1.0)
-        keep = (
-            scores.argsort(dim=1, descending=True, stable=True).argsort(1)
-            < (prompt.tokens.sum(1, keepdim=True) + 1) // 2
-        )
-        self.seen.append(prompt)
-        self.keeps.append(keep & prompt.tokens)
-        return keep
-
-
-def stages_of(
-    model: PreTrainedModel, stages: tuple[int, ...], choose: Callable[[StagePrompt], Tensor], observe: bool = False
-) -> PruneAtDecoderLayers:
-    return PruneAtDecoderLayers(find_family(model), choose, False, lambda: None, stages, LAST_ROW if observe else {})
-
-
-def chosen(inputs: Inputs, row: Row, stages: tuple[int, ...], samples: list[int] | None = None) -> list[Tensor]:
-    """What stays after each stage, bool [B, T]: the choice made without a model."""
-    tokens, keeps = row.oracle.tokens(inputs), []
-    for _ in stages:
-        prompt: Any = type("Prompt", (), {"tokens": tokens})
-        tokens = tokens & Uneven(samples or [0, 1, 2, 3])(prompt)
-        keeps.append(tokens)
-    return keeps
-
-
-@contextmanager
-def masked(
-    row: Row, model: PreTrainedModel, inputs: Inputs, stages: tuple[int, ...], keeps: list[Tensor]
-) -> Iterator[None]:
-    """The full model, of which each layer from a stage on does not see what left there."""
-    layers = list(stack_of(row, model).layers)
-    columns = [columns_kept(inputs, keep) for keep in keeps]
-
-    def hide(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
-        at, mask, cache = layers.index(layer), kwargs["attention_mask"], kwargs.get("past_key_values")
-        rows, queries = (args[0] if args else kwargs["hidden_states"]).shape[:2]
-        length = queries + (0 if cache is None else cache.get_seq_length(at))
-        if mask is None:
-            mask = torch.ones(1, 1, queries, length, dtype=torch.bool).tril(length - queries)
-        kept = columns[sum(stage <= at for stage in stages) - 1]
-        gone = torch.zeros(rows, length, dtype=torch.bool)
-        gone[:, : kept.shape[1]] = ~of_rows(kept, rows)
-        others = torch.arange(length - queries, length)[:, None] != torch.arange(length)
-        return {"attention_mask": hidden_in(mask, gone[:, None, None] & others)}
-
-    with hooked(layers[stages[0] :], hide):
-        yield
-
-
-@contextmanager
-def given_to(row: Row, model: PreTrainedModel) -> Iterator[list[list[dict[str, Any]]]]:
-    """What each layer is called with, by name, at each call: entered after dropping, it sees what that changed."""
-    layers = list(stack_of(row, model).layers)
-    calls: list[list[dict[str, Any]]] = [[] for _ in layers]
-
-    def see(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
-        calls[layers.index(layer)].append(kwargs)
-        return {}
-
-    with hooked(layers, see):
-        yield calls
+pytestmark = pytest.mark.usefixtures("no_grad")
 
 
 @every_model
@@ -563,15 +426,15 @@ def test_text_alone_runs_unpruned() -> None:
 @every_model
 def test_the_model_is_what_it_was_after_return_and_after_exceptions(row: Row) -> None:
     model, inputs = model_of(row), row.inputs()
-    before, full, refused = state(model), model(**inputs).logits, []
+    before, full, refused = footprint(model), model(**inputs).logits, []
     with stages_of(model, (1, 3), MostAttended(), observe=True).dropping():
-        assert state(model) != before
+        assert footprint(model) != before
         pruned = model(**inputs).logits
-    assert state(model) == before
+    assert footprint(model) == before
     failing = PruneAtDecoderLayers(find_family(model), fail, False, lambda: refused.append(1), (1, 3), LAST_ROW)
     with pytest.raises(PlantedError), failing.dropping():
         model(**inputs)
-    assert refused and state(model) == before
+    assert refused and footprint(model) == before
     hook = stack_of(row, model).layers[2].register_forward_hook(fail)
     with (dropper := stages_of(model, (1, 3), MostAttended(), observe=True)).dropping():
         with pytest.raises(PlantedError):
@@ -580,7 +443,7 @@ def test_the_model_is_what_it_was_after_return_and_after_exceptions(row: Row) ->
         assert torch.equal(model(**inputs).logits, pruned), "the next call is pruned like the first"
         dropper.active = False
         assert torch.equal(model(**inputs).logits, full)
-    assert state(model) == before
+    assert footprint(model) == before
     assert torch.equal(model(**inputs).logits, full)
 
 
@@ -665,10 +528,10 @@ def test_flex_attention_is_refused() -> None:
 @every_model
 def test_a_static_cache_is_refused(row: Row) -> None:
     model, inputs = model_of(row), row.inputs()
-    before = state(model)
+    before = footprint(model)
     with stages_of(model, (1, 3), Uneven()).dropping(), pytest.raises(PruningError, match="static cache"):
         generate(row, model, inputs, cache_implementation="static")
-    assert state(model) == before
+    assert footprint(model) == before
 
 
 @every_model

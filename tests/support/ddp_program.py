@@ -12,7 +12,8 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import EarlyStopping
 
 from catp_lightning import AnswerWriter, TokenPruning
-from tests.callbacks.test_strategies import POLICY, QUIET, Failing, Trained, loader
+from tests.support.several_processes import POLICY, Failing, Trained, loader
+from tests.support.trainers import QUIET
 
 
 def fit(processes: int) -> dict[str, object]:

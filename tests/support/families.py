@@ -751,3 +751,5 @@ ROWS = [
     Row("Mistral3, sliding window", partial(mistral3, 12), lambda: prompts(sized(8)), Decoder()),
     Row("Pixtral", pixtral, lambda: prompts(sized(4)), Decoder()),
 ]
+
+BY_NAME = {row.name: row for row in ROWS}

@@ -5,7 +5,11 @@ import json
 import os
 import pickle
 import random
+import resource
+import time
+import warnings
 import zipfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -25,18 +29,16 @@ NUMBERS = [
     "-9223372036854775809",
 ]
 """Numbers as JSON text, most of which Python's reader takes."""
-
 STRINGS = [
     "", " ", "\x00", "\ud800", "\u202e", "catp\x00", "x" * 100_000, "../../../etc/passwd", "/dev/zero", "~nobody/x",
     "wandb", "__proto__", "__class__", "__init__", "constructor", "{}", "{image_id}", "%s%s%n", "${PATH}", "-1", "NaN",
     "!!python/object/apply:os.mkdir [canary]", "__import__('os').mkdir('canary')", "<image>", "\ufeff", "é" * 50,
 ]  # fmt: skip
 """Strings to which some program gives a special meaning."""
-
 KEYS = ["__proto__", "__class__", "__dict__", "self", "cls", "", "\x00", "keep", "scorer", "question_id", "answers"]
 
 
-class _Runs:
+class Runs:
     """Object that makes the folder `canary` when it is unpickled."""
 
     def __init__(self, canary: Path) -> None:
@@ -60,7 +62,7 @@ class Mutator:
         with zipfile.ZipFile(packed, "w") as archive:
             archive.writestr("policy.json", "{}")
         self._other = [
-            *(pickle.dumps(_Runs(canary), protocol) for protocol in (0, 2, 5)),
+            *(pickle.dumps(Runs(canary), protocol) for protocol in (0, 2, 5)),
             packed.getvalue(),
             save({"x": zeros(2)}),
             b"\x89PNG\r\n\x1a\n",
@@ -165,3 +167,20 @@ def _places(document: Any) -> list[tuple[Any, Any]]:
             found.append((parent, key))
             left.append(parent[key])
     return found
+
+
+def many(count: int, each: Callable[[int], bool]) -> int:
+    """Run `each` on seeds; how many of them it took. None may take seconds, nor memory that is not given back."""
+    before, taken = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, 0
+    with warnings.catch_warnings():
+        warnings.filterwarnings(
+            "ignore", "The policy (has keys|has format_version|was made for)|.* says more than once"
+        )
+        for seed in range(count):
+            start = time.process_time()
+            taken += each(seed)
+            spent = time.process_time() - start
+            assert spent < 2, f"seed {seed} took {spent:.1f} s"
+    grown = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024
+    assert grown < 500, f"{grown:.0f} MiB"
+    return taken

@@ -41,6 +41,7 @@ SHAPES = {
         queries=12, patch=16, vision_layers=3, qformer_layers=3, text_layers=4, text_heads=2, width=96
     ),
 }
+TINY = Shape(4, 16, 1, 2, 1, 1, 2, 2, 2, 16)
 
 
 def random_blip2(
@@ -119,4 +120,18 @@ def random_inputs(queries: int, batch: int, padded: bool, dtype: torch.dtype, le
     return {"input_ids": ids, "attention_mask": mask, "pixel_values": torch.randn(batch, 3, 32, 32).to(dtype)}
 
 
-GREEDY: dict[str, Any] = {"max_new_tokens": 10, "min_new_tokens": 10, "do_sample": False, "suppress_tokens": [IMAGE]}
+def faint_blip2(share: float = 0.05, **settings: Any) -> Blip2ForConditionalGeneration:
+    """Return a random BLIP-2 whose images count for little, so that some answers survive pruning."""
+    model, _ = random_blip2(**settings)
+    model.language_projection.weight.data *= share
+    return model
+
+
+def greedily(most: int, least: int | None = None) -> dict[str, Any]:
+    """Return settings of generate for answers of `most` tokens, or of `least` to `most`."""
+    fewest = most if least is None else least
+    return {"max_new_tokens": most, "min_new_tokens": fewest, "do_sample": False, "suppress_tokens": [IMAGE]}
+
+
+GREEDY = greedily(10)
+SHORT = greedily(3, 1)

@@ -32,6 +32,26 @@ class Ended:
     left: bool
 
 
+def environment(**more: str) -> dict[str, str]:
+    """Return the environment for another Python that imports this project, with `more` in addition."""
+    return {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", **more}
+
+
+def finished(*arguments: object, seconds: float = 900) -> "subprocess.CompletedProcess[str]":
+    """Run Python with these arguments at the root of the project; it must end without an error."""
+    done = subprocess.run(
+        [sys.executable, *map(str, arguments)],
+        cwd=ROOT,
+        env=environment(),
+        capture_output=True,
+        text=True,
+        timeout=seconds,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
+    return done
+
+
 def in_fork(*works: Callable[[], object], seconds: float = 900) -> list[Ended]:
     """Run each of `works` in a process of its own, forked, so that nothing is imported again; all at the same time."""
     context = multiprocessing.get_context("fork")
@@ -54,13 +74,12 @@ def in_program(*commands: tuple[Sequence[str], Mapping[str, str]], seconds: floa
     with tempfile.TemporaryDirectory() as folder:
         said, processes = [Path(folder, str(number)) for number in range(len(commands))], []
         for (arguments, more), file in zip(commands, said, strict=True):
-            environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", **more}
             with open(file, "wb") as output:
                 processes.append(
                     subprocess.Popen(
                         [sys.executable, *arguments],
                         cwd=ROOT,
-                        env=environment,
+                        env=environment(**more),
                         stdout=output,
                         stderr=subprocess.STDOUT,
                         stdin=subprocess.DEVNULL,

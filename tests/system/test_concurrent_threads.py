@@ -4,7 +4,6 @@ import copy
 import itertools
 import os
 import stat
-import subprocess
 import sys
 import threading
 import time
@@ -17,41 +16,23 @@ from typing import Any
 
 import pytest
 import torch
-from lightning.pytorch import Callback, LightningModule
+from lightning.pytorch import Callback
 from sklearn import linear_model
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
 from transformers import LlavaForConditionalGeneration, PreTrainedModel
 
 from catp_lightning import CrossAttentionCalibration, PruningError, PruningPolicy, TokenPruning, prune
 from catp_lightning.calibration.fit import heads
 from catp_lightning.utils.files import write_text
-from tests.callbacks import test_calibration
-from tests.callbacks.test_token_pruning import HALF, Answering, by_hand, same, trainer, unpruned
-from tests.pruning.test_guide import RULE, small_llava
-from tests.support.families import ROWS
+from tests.support.calibrations import calibrate, data
+from tests.support.families import BY_NAME
+from tests.support.footprints import everything_of
+from tests.support.guides import RULE, small_llava
 from tests.support.models import random_blip2
-from tests.support.paths import ROOT
-from tests.system.test_repeated_pruning import footprint
-
-BY_NAME = {row.name: row for row in ROWS}
-QUARTER = HALF.with_keep(0.25)
-
-
-class Other(Answering):
-    """Another model: its answers are others too."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.model, self.inputs = random_blip2(seed=1)
-
-
-class Sharing(Answering):
-    """Another module around the same model."""
-
-    def __init__(self, module: Answering) -> None:
-        LightningModule.__init__(self)
-        self.model, self.inputs, self.seen = module.model, module.inputs, []
+from tests.support.modules import Answering, Generating, by_hand, same, unpruned
+from tests.support.policies import HALF, QUARTER
+from tests.support.processes import finished
+from tests.support.trainers import loading, trainer
 
 
 class Inside(Callback):
@@ -73,20 +54,20 @@ class Inside(Callback):
 
 
 def test_one_callback_serves_two_trainers_one_after_the_other_and_by_turns() -> None:
-    one, two, callback = Answering(), Other(), TokenPruning(HALF)
-    before = [footprint(module.model) for module in (one, two)]
+    one, two, callback = Answering(), Answering(random_blip2(seed=1)), TokenPruning(HALF)
+    before = [everything_of(module.model) for module in (one, two)]
     expected = [by_hand(one), by_hand(two)]
     assert not same(*expected)
     first, second = trainer(callback), trainer(callback)
     for _ in range(2):
         assert same(first.predict(one, one.loader()), expected[0])
         assert same(second.predict(two, two.loader()), expected[1])
-    assert [footprint(module.model) for module in (one, two)] == before
+    assert [everything_of(module.model) for module in (one, two)] == before
 
 
 @pytest.mark.parametrize("hook", ["on_validation_start", "on_validation_batch_end", "on_validation_epoch_end"])
 def test_a_prediction_inside_anothers_validation_leaves_both_what_they_are_alone(hook: str) -> None:
-    outer, inner = Answering(), Other()
+    outer, inner = Answering(), Answering(random_blip2(seed=1))
     expected = by_hand(outer), by_hand(inner, QUARTER)
     inside = Inside(lambda: trainer(TokenPruning(QUARTER)).predict(inner, inner.loader()), hook)
     pruning = TokenPruning(HALF)
@@ -97,27 +78,27 @@ def test_a_prediction_inside_anothers_validation_leaves_both_what_they_are_alone
 
 def test_pruning_the_same_model_inside_is_refused_and_the_outer_loop_goes_on() -> None:
     module = Answering()
-    before, expected = footprint(module.model), by_hand(module)
-    sharing = Sharing(module)
+    before, expected = everything_of(module.model), by_hand(module)
+    sharing = Answering((module.model, module.inputs))
     inside = Inside(lambda: trainer(TokenPruning(QUARTER)).predict(sharing, module.loader()))
     pruning = TokenPruning(HALF)
     trainer(pruning, inside).validate(module, module.loader())
     assert isinstance(inside.found[0], PruningError) and "being pruned already" in str(inside.found[0])
     assert same(module.seen, expected) and pruning.figures["catp/tokens_kept"] == 4
-    assert footprint(module.model) == before
+    assert everything_of(module.model) == before
 
 
 @pytest.mark.parametrize("stages", [("validate", "test", "predict"), ("validate",)])
 def test_one_callback_in_a_trainer_inside_anothers_loop_is_refused_and_the_outer_loop_goes_on(stages: Any) -> None:
     """Its end would be the outer one's end: the rest of that loop would run unpruned, without a word."""
-    outer, inner, pruning = Answering(), Other(), TokenPruning(HALF, stages=stages)
-    before, expected = [footprint(module.model) for module in (outer, inner)], by_hand(outer)
+    outer, inner, pruning = Answering(), Answering(random_blip2(seed=1)), TokenPruning(HALF, stages=stages)
+    before, expected = [everything_of(module.model) for module in (outer, inner)], by_hand(outer)
     inside = Inside(lambda: trainer(pruning).predict(inner, inner.loader()))
     trainer(pruning, inside).validate(outer, outer.loader())
     assert isinstance(inside.found[0], PruningError)
     assert "This TokenPruning is at work in another Trainer" in str(inside.found[0])
     assert same(outer.seen, expected) and pruning.figures["catp/keep_share"] == 0.5
-    assert [footprint(module.model) for module in (outer, inner)] == before
+    assert [everything_of(module.model) for module in (outer, inner)] == before
     assert same(trainer(pruning).validate(inner, inner.loader()) and inner.seen, by_hand(inner)), "then it serves"
 
 
@@ -125,16 +106,16 @@ def test_a_model_that_is_calibrated_cannot_be_pruned_meanwhile_and_the_policy_is
     tmp_path: Path,
 ) -> None:
     """Calibration would take pruned answers for those of the whole model."""
-    batches = test_calibration.data(24, 12)
-    alone = test_calibration.calibrate(test_calibration.Module(), batches, tmp_path / "alone.json").policies
-    module, other = test_calibration.Module(), Answering()
-    before, loader = footprint(module.net), DataLoader(batches, batch_size=None)  # type: ignore[arg-type]
+    batches = data(24, 12)
+    alone = calibrate(Generating(), batches, tmp_path / "alone.json").policies
+    module, other = Generating(), Answering()
+    before, loader = everything_of(module.net), loading(batches)
 
     def meddle() -> list[str]:
         found = []
         for run in (
             lambda: prune(module, HALF).__enter__(),
-            lambda: trainer(CrossAttentionCalibration(tmp_path / "inner.json")).predict(holding(module.net), loader),
+            lambda: trainer(CrossAttentionCalibration(tmp_path / "inner.json")).predict(Generating(module.net), loader),
         ):
             with pytest.raises(PruningError) as raised:
                 run()
@@ -147,22 +128,16 @@ def test_a_model_that_is_calibrated_cannot_be_pruned_meanwhile_and_the_policy_is
     trainer(calibration, inside).predict(module, loader)
     assert all("being pruned already, or calibrated" in said for said in inside.found[0])
     assert [policy.to_dict() for policy in calibration.policies] == [policy.to_dict() for policy in alone]
-    assert same(other.seen, by_hand(other)) and footprint(module.net) == before
-
-
-def holding(model: Any) -> LightningModule:
-    module = test_calibration.Module()
-    module.net = model
-    return module
+    assert same(other.seen, by_hand(other)) and everything_of(module.net) == before
 
 
 def test_a_calibration_that_fails_while_entering_is_as_if_it_had_not_begun(tmp_path: Path) -> None:
-    module, batches = test_calibration.Module(), test_calibration.data(24, 12)
-    before, calibration = footprint(module.net), CrossAttentionCalibration(tmp_path / "p.json")
-    loader = DataLoader(batches, batch_size=None)  # type: ignore[arg-type]
+    module, batches = Generating(), data(24, 12)
+    before, calibration = everything_of(module.net), CrossAttentionCalibration(tmp_path / "p.json")
+    loader = loading(batches)
     with prune(module, HALF), pytest.raises(PruningError, match="being pruned already"):
         trainer(calibration).predict(module, loader)
-    assert calibration._run is None and footprint(module.net) == before
+    assert calibration._run is None and everything_of(module.net) == before
     trainer(calibration).predict(module, loader)
     assert len(calibration.policies) == 1
 
@@ -181,7 +156,7 @@ def test_models_made_from_one_config_are_left_in_any_order() -> None:
     for model in (one, two):
         with torch.no_grad(), prune(model, policy):
             expected.append(model(**inputs).logits)
-    before = [footprint(model) for model in (one, two)]
+    before = [everything_of(model) for model in (one, two)]
     with torch.no_grad():
         first, second = prune(one, policy), prune(two, policy)
         first.__enter__()
@@ -190,7 +165,7 @@ def test_models_made_from_one_config_are_left_in_any_order() -> None:
         first.__exit__(None, None, None)
         assert torch.equal(two(**inputs).logits, expected[1]), "the second is still observed"
         second.__exit__(None, None, None)
-    assert [footprint(model) for model in (one, two)] == before
+    assert [everything_of(model) for model in (one, two)] == before
 
 
 def test_a_copy_of_a_model_that_is_being_pruned_is_refused() -> None:
@@ -289,11 +264,11 @@ def test_four_models_in_four_threads_answer_as_they_do_alone(times: int) -> None
         ("Mllama", "eager", PruningPolicy(scorer="trimmed-llama", keep=0.5)),
     ]
     models, runs = zip(*(worker(*kind, times) for kind in kinds), strict=True)
-    alone, before = [run() for run in runs], [footprint(model) for model in models]
+    alone, before = [run() for run in runs], [everything_of(model) for model in models]
     for found, expected in zip(together(*runs), alone, strict=True):
         assert not isinstance(found, Exception), found
         assert equal(found, expected)
-    assert [footprint(model) for model in models] == before
+    assert [everything_of(model) for model in models] == before
 
 
 def test_one_policy_and_one_config_in_two_threads() -> None:
@@ -303,7 +278,7 @@ def test_one_policy_and_one_config_in_two_threads() -> None:
     inputs = BY_NAME["Llava"].inputs([0], dtype=torch.float32)
     models = [LlavaForConditionalGeneration(config).eval() for _ in range(2)]
     expected = [by_policy(model, inputs, policy) for model in models]
-    before = [footprint(model) for model in models]
+    before = [everything_of(model) for model in models]
 
     def answer(model: PreTrainedModel) -> Callable[[], list[Tensor]]:
         return lambda: [by_policy(model, inputs, policy) for _ in range(25)]
@@ -311,12 +286,12 @@ def test_one_policy_and_one_config_in_two_threads() -> None:
     for found, logits in zip(together(*map(answer, models)), expected, strict=True):
         assert not isinstance(found, Exception), found
         assert all(torch.equal(each, logits) for each in found)
-    assert [footprint(model) for model in models] == before
+    assert [everything_of(model) for model in models] == before
 
 
 def test_of_threads_that_prune_one_model_at_the_same_time_one_does_and_the_others_are_refused() -> None:
     model, inputs = random_blip2()
-    expected, before = by_policy(model, inputs, HALF), footprint(model)
+    expected, before = by_policy(model, inputs, HALF), everything_of(model)
     for _ in range(10):
         left = threading.Barrier(4)
 
@@ -333,7 +308,7 @@ def test_of_threads_that_prune_one_model_at_the_same_time_one_does_and_the_other
         refused = [each for each in found if isinstance(each, PruningError)]
         assert len(refused) == 3 and all("being pruned already" in str(error) for error in refused), found
         assert torch.equal(next(each for each in found if isinstance(each, Tensor)), expected)
-        assert footprint(model) == before
+        assert everything_of(model) == before
 
 
 def test_a_guide_that_two_threads_ask_at_once_answers_right_or_is_refused() -> None:
@@ -405,15 +380,12 @@ assert names == [["catp_sdpa"]] * 2, names
 @pytest.mark.slow
 @pytest.mark.parametrize("slow", ["0.2", "0"])
 def test_two_threads_that_prune_first_at_the_same_time_find_both_names_of_observed_attention(slow: str) -> None:
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     for _ in range(1 if float(slow) else 5):
-        command = [sys.executable, "-c", REGISTERING, slow]
-        done = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, timeout=900, check=False)
-        assert done.returncode == 0, done.stderr.decode()[-2000:]
+        finished("-c", REGISTERING, slow)
 
 
 def test_trainers_in_two_threads_predict_as_they_do_alone() -> None:
-    modules = [Answering(), Other()]
+    modules = [Answering(), Answering(random_blip2(seed=1))]
     expected = [by_hand(module) for module in modules]
     plain = [unpruned(module) for module in modules]
 
@@ -427,7 +399,7 @@ def test_trainers_in_two_threads_predict_as_they_do_alone() -> None:
 
 
 def test_one_callback_in_two_threads_is_refused_in_one_or_serves_both() -> None:
-    modules, pruning = [Answering(), Other()], TokenPruning(HALF)
+    modules, pruning = [Answering(), Answering(random_blip2(seed=1))], TokenPruning(HALF)
     expected = [by_hand(module) for module in modules]
 
     def predict(module: Answering) -> Callable[[], Any]:
@@ -441,19 +413,19 @@ def test_one_callback_in_two_threads_is_refused_in_one_or_serves_both() -> None:
 
 @pytest.mark.slow
 def test_calibrations_in_two_threads_find_what_they_find_alone(tmp_path: Path) -> None:
-    batches = test_calibration.data(24, 12)
+    batches = data(24, 12)
 
-    def calibrate(place: str) -> Callable[[], list[dict[str, Any]]]:
-        module = test_calibration.Module()
+    def calibration(place: str) -> Callable[[], list[dict[str, Any]]]:
+        module = Generating()
 
         def run() -> list[dict[str, Any]]:
-            found = test_calibration.calibrate(module, batches, tmp_path / place)
+            found = calibrate(module, batches, tmp_path / place)
             return [policy.to_dict() for policy in found.policies]
 
         return run
 
-    alone, filters = calibrate("alone.json")(), list(warnings.filters)
-    for found in together(calibrate("one.json"), calibrate("two.json")):
+    alone, filters = calibration("alone.json")(), list(warnings.filters)
+    for found in together(calibration("one.json"), calibration("two.json")):
         assert found == alone
     assert list(warnings.filters) == filters, "no thread has left those of another behind"
 

@@ -18,10 +18,10 @@ from catp_lightning.methods.scorers import SCORERS
 from catp_lightning.methods.scorers.catp import CATP
 from catp_lightning.methods.scorers.controls import Stride
 from catp_lightning.metrics import Agreement, TokensKept, VQAAccuracy
-from tests.callbacks.test_calibration import Module, calibrate, data
-from tests.support.families import ROWS
+from tests.support.calibrations import calibrate, data
+from tests.support.families import BY_NAME
+from tests.support.modules import Generating
 
-BY_NAME = {row.name: row for row in ROWS}
 DEFAULTS: list[torch.dtype | str] = [torch.float64, torch.bfloat16, torch.float16, "meta"]
 every_default = pytest.mark.parametrize("default", DEFAULTS, ids=str)
 MODELS = ("Llava", "LlavaNext", "Blip2-OPT", "Blip2-T5", "Mllama", "VideoLlava", "InternVL")
@@ -124,7 +124,7 @@ def test_fitted_weights_are_used_in_the_votes_own_precision(default: torch.dtype
 
 @pytest.mark.parametrize("default", [pytest.param(torch.float64, marks=pytest.mark.slow), torch.bfloat16], ids=str)
 def test_a_calibration_finds_the_same_policy(default: torch.dtype, tmp_path: Path) -> None:
-    module, batches = Module(), data(24, 12)
+    module, batches = Generating(), data(24, 12)
     expected = calibrate(module, batches, tmp_path / "expected.json").policies[0]
     with defaults(default):
         found = calibrate(module, batches, tmp_path / "found.json").policies[0]

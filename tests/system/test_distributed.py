@@ -1,16 +1,13 @@
 """Several processes find what one finds: every decision is the same, and figures differ by rounding alone."""
 
 import math
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from catp_lightning import PruningPolicy
-from tests.support.paths import ROOT
+from tests.support.processes import finished
 
 SAMPLES, BUDGETS = 31, (0.5, 0.25)
 CLOSE = {"float64": 1e-9, "float32": 1e-4}
@@ -21,7 +18,9 @@ import sys, torch, lightning as L
 from pathlib import Path
 from torch.utils.data import DataLoader
 from catp_lightning.callbacks import CrossAttentionCalibration
-from tests.callbacks.test_calibration import Module, data
+from tests.support.calibrations import data
+from tests.support.models import faint_blip2
+from tests.support.modules import Generating
 
 if __name__ == "__main__":
     processes, folder = int(sys.argv[1]), Path(sys.argv[2])
@@ -33,7 +32,8 @@ if __name__ == "__main__":
         (samples,) = data(31, 31, dtype)
         # 16 and 15 samples in four batches and three, or 11, 10 and 10 in three, two and two: no batch is one of before
         samples = [{name: value[number] for name, value in samples.items()} for number in range(31)]
-        trainer.predict(Module(dtype=dtype), DataLoader(samples, batch_size=5), return_predictions=False)
+        module = Generating(faint_blip2(dtype=dtype))
+        trainer.predict(module, DataLoader(samples, batch_size=5), return_predictions=False)
 """
 
 SHIPPED = """
@@ -61,11 +61,8 @@ def calibrate(program: str, processes: int, folder: Path, *arguments: str) -> Pa
     """A folder of policies for each dtype."""
     file = folder / f"program{processes}.py"
     file.write_text(program)
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     place = folder / str(processes)
-    command = [sys.executable, str(file), str(processes), str(place), *arguments]
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=900, check=False)
-    assert done.returncode == 0, done.stderr
+    finished(file, processes, place, *arguments)
     return place
 
 

@@ -15,11 +15,12 @@ import pytest
 import torch
 
 from catp_lightning import CrossAttentionCalibration, PruningPolicy, TokenPruning, prune
-from tests.callbacks.test_token_pruning import footprint, same
+from tests.support.footprints import footprint
+from tests.support.modules import same
 from tests.support.paths import ROOT
+from tests.support.policies import HALF
 
 PROJECT = ROOT / "tests/existing_project"
-HALF = PruningPolicy(scorer="catp", keep=0.5)
 PRUNED = '            TokenPruning("policy.json"),\n'
 CALIBRATED = '            CrossAttentionCalibration("measured.json", keep=0.25),\n'
 

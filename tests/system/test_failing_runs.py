@@ -18,14 +18,12 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.core.hooks import CheckpointHooks, DataHooks, ModelHooks
 from lightning.pytorch.loggers import Logger
 from torch import Tensor, nn
-from transformers import PretrainedConfig
 
-from catp_lightning import CrossAttentionCalibration, PrunedModule, PruningPolicy, TokenPruning, prune
-from tests.support.models import GREEDY, Shape, random_blip2, random_inputs
-
-HALF = PruningPolicy(scorer="catp", keep=0.5)
-TINY = Shape(4, 16, 1, 2, 1, 1, 2, 2, 2, 16)
-Batch = dict[str, Tensor]
+from catp_lightning import CrossAttentionCalibration, PrunedModule, TokenPruning, prune
+from tests.support.footprints import footprint, hooks_of
+from tests.support.models import TINY, greedily, random_blip2, random_inputs
+from tests.support.modules import Batch
+from tests.support.policies import HALF
 
 
 def hooks(*classes: type) -> list[str]:
@@ -100,7 +98,7 @@ class Notes(Logger):
         pass
 
 
-class Module(LightningModule):
+class Watched(LightningModule):
     """A user's module. Every hook it has and much of its model is a place where a run may fail."""
 
     def __init__(self, moments: Moments, samples: int) -> None:
@@ -131,30 +129,11 @@ class Module(LightningModule):
         self.log("level", self.model(**batch).logits.mean())
 
     def predict_step(self, batch: Batch, batch_idx: int) -> Tensor:
-        return self.model.generate(**batch, **{**GREEDY, "max_new_tokens": 2, "min_new_tokens": 2})
+        return self.model.generate(**batch, **greedily(2))
 
     def outputs(self) -> Tensor:
         with torch.no_grad():
             return self.model.eval()(**self.inputs).logits
-
-
-def footprint(model: nn.Module) -> dict[str, Any]:
-    """All that could be left on a model: hooks of every kind, attributes of every module, settings of every config."""
-    found: dict[str, Any] = {}
-    for name, part in model.named_modules():
-        found[name] = _hooks(part), sorted(vars(part)), _attention(getattr(part, "config", None))
-    return found
-
-
-def _hooks(part: nn.Module) -> dict[str, int]:
-    return {key: len(value) for key, value in vars(part).items() if "hooks" in key and isinstance(value, dict)}
-
-
-def _attention(config: Any) -> list[Any]:
-    if not isinstance(config, PretrainedConfig):
-        return []
-    below = [_attention(getattr(config, name)) for name in config.sub_configs]
-    return [config._attn_implementation, config._attn_implementation_internal, *below]
 
 
 def open_files() -> list[str]:
@@ -174,7 +153,7 @@ class Runs:
         self.kind, self.stage, self.folder, self.moments = kind, stage, folder, Moments()
         self.policies = folder / "new"
         calibrates = kind == "calibration"
-        self.module = Module(self.moments, 24 if calibrates else 2)
+        self.module = Watched(self.moments, 24 if calibrates else 2)
         self.loader = Batches(self.moments, self.module.inputs)
         self.ours: list[Callback] = []
         self.root: LightningModule = self.module
@@ -235,7 +214,7 @@ class Runs:
 
     def _of_roots(self) -> list[int]:
         """Hooks on what holds the model; its other attributes are Lightning's to change."""
-        return [count for root in (self.root, self.module) for count in _hooks(root).values()]
+        return [count for root in (self.root, self.module) for count in hooks_of(root).values()]
 
 
 def _fail(*args: Any) -> None:

@@ -3,7 +3,6 @@
 import json
 import os
 import random
-import resource
 import shutil
 import signal
 import subprocess
@@ -20,7 +19,6 @@ import pytest
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers import CSVLogger, Logger, WandbLogger
-from torch import Tensor
 from torch.utils.data import DataLoader
 
 from catp_lightning import AnswerWriter, CrossAttentionCalibration, PolicyError, PruningPolicy, TokenPruning
@@ -35,48 +33,13 @@ from catp_lightning.data.scenes import write_scenes
 from catp_lightning.evaluation.comparison import Comparison, save_comparison
 from catp_lightning.evaluation.sweep.table import ModelTable
 from catp_lightning.utils.files import check_writable, write_bytes
-from tests.callbacks.test_answer_writer import Returning, named
-from tests.evaluation.test_comparison import comparison
-from tests.support.models import GREEDY, Shape, random_blip2, random_inputs
+from tests.support.answer_files import Returning, named
+from tests.support.comparisons import comparison
 from tests.support.processes import Ended, free_port, in_fork, in_program
+from tests.support.small_calibrations import Counting, calibrate, contents, data, full_disk, predict
+from tests.support.trainers import loading, trainer
 
-TINY = Shape(4, 16, 1, 2, 1, 1, 2, 2, 2, 16)
 NOBODY = 65534
-Batch = dict[str, Tensor]
-
-
-class Module(LightningModule):
-    """A user's module; `steps` counts what its model was asked."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.net, _ = random_blip2(shape=TINY)
-        self.steps = 0
-
-    def predict_step(self, batch: Batch, batch_idx: int) -> Tensor:
-        self.steps += 1
-        return self.net.generate(**batch, **{**GREEDY, "max_new_tokens": 2, "min_new_tokens": 2})
-
-
-def data() -> list[Batch]:
-    """32 samples in 4 batches."""
-    with torch.random.fork_rng():
-        torch.manual_seed(7)
-        samples = random_inputs(TINY.queries, 32, True, torch.float32, 6)
-    return [{name: value[n : n + 8] for name, value in samples.items()} for n in range(0, 32, 8)]
-
-
-def calibrate(path: Path, *callbacks: Callback, logger: Any = False, **trainer: Any) -> CrossAttentionCalibration:
-    callback = CrossAttentionCalibration(path, keep=0.5, scorer="catp")
-    predict([*callbacks, callback], logger, **trainer)
-    return callback
-
-
-def predict(callbacks: list[Callback], logger: Any = False, **trainer: Any) -> Any:
-    settings = {"accelerator": "cpu", "devices": 1, "enable_progress_bar": False, "enable_model_summary": False}
-    module = Module()
-    run = Trainer(callbacks=callbacks, logger=logger, enable_checkpointing=False, **{**settings, **trainer})
-    return run.predict(module, DataLoader(data(), batch_size=None))
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -92,21 +55,6 @@ def _small() -> Iterator[None]:
 def policy(tmp_path_factory: pytest.TempPathFactory) -> PruningPolicy:
     """Of a calibration that nothing disturbs."""
     return calibrate(tmp_path_factory.mktemp("undisturbed") / "p.json").policies[0]
-
-
-@contextmanager
-def full_disk(most: int) -> Iterator[None]:
-    """No file of this process can be larger than so many bytes: a real error of the system for whoever writes on."""
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (most, before[1]))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, before)
-
-
-def contents(folder: Path) -> dict[str, bytes]:
-    return {str(file.relative_to(folder)): file.read_bytes() for file in folder.rglob("*") if file.is_file()}
 
 
 # What is written whole or not at all.
@@ -125,11 +73,8 @@ def _compared(folder: Path, which: int) -> None:
 
 
 def _answers(folder: Path, which: int) -> None:
-    trainer = Trainer(
-        accelerator="cpu", callbacks=[AnswerWriter(str(folder / "answers.jsonl"))], logger=False, devices=1,
-        enable_progress_bar=False, enable_checkpointing=False,
-    )  # fmt: skip
-    trainer.predict(Returning(named), DataLoader(torch.arange(100 + which), batch_size=50))
+    run = trainer(AnswerWriter(str(folder / "answers.jsonl")), devices=1)
+    run.predict(Returning(named), DataLoader(torch.arange(100 + which), batch_size=50))
 
 
 def _report(policy: PruningPolicy, folder: Path, which: int) -> None:
@@ -347,13 +292,13 @@ def test_a_place_that_cannot_be_written_is_refused_before_the_first_batch(writer
         os.chmod(name, 0o755)
         path, kind = places(Path(name))[place]
         before = sorted(Path(name).rglob("*"))
-        module = Module()
+        module = Counting()
         run = Trainer(
             accelerator="cpu", callbacks=[writer(str(path))], logger=False, enable_progress_bar=False,
             enable_checkpointing=False, default_root_dir=name,
         )  # fmt: skip
         with as_nobody(), pytest.raises(kind, match=re_said(place)):
-            run.predict(module, DataLoader(data(), batch_size=None))
+            run.predict(module, loading(data()))
         assert module.steps == 0 and sorted(Path(name).rglob("*")) == before
 
 
@@ -511,10 +456,10 @@ def test_a_logger_that_fails_costs_a_calibration_nothing_but_a_warning(policy: P
 
 
 def test_a_logger_that_fails_costs_a_prediction_nothing_but_a_warning(tmp_path: Path) -> None:
-    expected = predict([TokenPruning(PruningPolicy(keep=0.5))])
+    expected = predict(TokenPruning(PruningPolicy(keep=0.5)))
     other = CSVLogger(tmp_path / "csv")
     with pytest.warns(UserWarning, match=r"catp/tokens_kept 2, catp/keep_share 0.5 could not be logged.* to Failing "):
-        found = predict([TokenPruning(PruningPolicy(keep=0.5))], [Failing(), other])
+        found = predict(TokenPruning(PruningPolicy(keep=0.5)), logger=[Failing(), other])
     assert len(found) == 4 and all(map(torch.equal, found, expected))
     other.save()
     assert "catp/tokens_kept" in (Path(other.log_dir) / "metrics.csv").read_text()
@@ -574,7 +519,7 @@ from pathlib import Path
 from lightning.pytorch.loggers import WandbLogger
 from lightning.pytorch import Callback
 from catp_lightning import PruningPolicy, TokenPruning
-from tests.system.test_full_disk import calibrate, predict
+from tests.support.small_calibrations import calibrate, predict
 
 class Kills(Callback):
     def on_predict_batch_start(self, *args):
@@ -592,7 +537,7 @@ folder = Path(sys.argv[1])
 logger = WandbLogger(project="catp", save_dir=str(folder), offline=True)
 logger.experiment
 calibrate(folder / "p.json", Kills(), logger=logger)
-print(len(predict([TokenPruning(PruningPolicy(keep=0.5))], logger)), "predictions")
+print(len(predict(TokenPruning(PruningPolicy(keep=0.5)), logger=logger)), "predictions")
 """
 
 

@@ -17,19 +17,21 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 
 import catp_lightning
 from catp_lightning import CrossAttentionCalibration, PrunedModule, PruningError, PruningPolicy, TokenPruning, prune
-from tests.callbacks import test_calibration
-from tests.callbacks.test_token_pruning import HALF, Answering, trainer
-from tests.pruning.test_guide import small_llava
-from tests.support.families import ROWS
+from tests.support.calibrations import data
+from tests.support.families import BY_NAME
+from tests.support.footprints import everything_of
+from tests.support.guides import small_llava
+from tests.support.matrix import PlantedError, fail
 from tests.support.models import random_blip2
+from tests.support.modules import Answering, Generating
 from tests.support.oracles import IMAGE, VIDEO, Inputs
+from tests.support.policies import HALF
+from tests.support.trainers import loading, trainer
 
-BY_NAME = {row.name: row for row in ROWS}
 LITTLE = 8 * 2**20
 """Bytes by which a process may grow once it is warm; 1,000 cycles that lose 16 KiB each grow by twice as much."""
 
@@ -87,19 +89,6 @@ def _frozen() -> Iterator[None]:
     gc.unfreeze()
 
 
-def footprint(model: nn.Module) -> dict[str, Any]:
-    """Of every module the number of its hooks of each kind, its own attributes, its mode and how it attends."""
-    return {
-        name: (
-            {kind: len(value) for kind, value in vars(part).items() if "hooks" in kind and isinstance(value, dict)},
-            sorted(vars(part)),
-            part.training,
-            getattr(getattr(part, "config", None), "_attn_implementation", None),
-        )
-        for name, part in model.named_modules()
-    }
-
-
 def registered() -> list[str]:
     return [*AttentionInterface().valid_keys(), *AttentionMaskInterface().valid_keys()]
 
@@ -143,14 +132,6 @@ def memory() -> int:
     return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
 
-class Planted(Exception):
-    pass
-
-
-def fail(*args: Any) -> None:
-    raise Planted
-
-
 def ways(case: Case, model: PreTrainedModel, inputs: Inputs) -> list[Callable[[], None]]:
     """What may happen in a context: nothing, a forward, text, an error of the user's, one inside the model."""
     given = {"max_new_tokens": 2, "do_sample": False, "suppress_tokens": [IMAGE, VIDEO]}
@@ -163,13 +144,13 @@ def ways(case: Case, model: PreTrainedModel, inputs: Inputs) -> list[Callable[[]
     def break_inside() -> None:
         hook = model.get_decoder().register_forward_pre_hook(fail)
         try:
-            with pytest.raises(Planted):
+            with pytest.raises(PlantedError):
                 enter(lambda: model(**inputs))
         finally:
             hook.remove()
 
     def break_outside() -> None:
-        with pytest.raises(Planted):
+        with pytest.raises(PlantedError):
             enter(lambda: model(**inputs), fail)
 
     def refused() -> None:
@@ -192,10 +173,10 @@ def assert_cycles_leave_nothing(case: Case, cycles: int) -> None:
     with torch.no_grad():
         model(**inputs)  # transformers sets hooks and attributes of its own in a first call
         model.generate(**inputs, max_new_tokens=1)
-        before = footprint(model)
+        before = everything_of(model)
         for way in each * 2:
             way()
-        assert footprint(model) == before and alive()
+        assert everything_of(model) == before and alive()
         names, held = registered(), memory()
 
         def once() -> None:
@@ -203,7 +184,7 @@ def assert_cycles_leave_nothing(case: Case, cycles: int) -> None:
                 way()
 
         assert growing(once, max(2, cycles // (3 * len(each)))) == {}
-        assert footprint(model) == before
+        assert everything_of(model) == before
         assert registered() == names
         assert memory() - held < LITTLE
 
@@ -223,7 +204,7 @@ def test_a_thousand_contexts_leave_a_model_and_the_process_as_they_were(case: Ca
 def test_a_thousand_contexts_without_a_call_grow_nothing() -> None:
     (model, inputs), policy = random_blip2(), PruningPolicy(scorer="catp", keep=0.5)
     model(**inputs)
-    before = footprint(model)
+    before = everything_of(model)
 
     def cycle(times: int) -> None:
         for _ in range(times):
@@ -233,7 +214,7 @@ def test_a_thousand_contexts_without_a_call_grow_nothing() -> None:
     cycle(20)
     held = memory()
     assert growing(lambda: cycle(1), 333) == {}
-    assert footprint(model) == before
+    assert everything_of(model) == before
     assert memory() - held < LITTLE
     tracemalloc.start(4)
     try:
@@ -259,7 +240,7 @@ def test_a_leak_of_one_small_thing_a_context_would_be_found(what: str) -> None:
     """The measure measures: each kind of leak, planted, moves one of the figures that other tests hold still."""
     (model, inputs), leaked, hooks = random_blip2(), [], []
     model(**inputs)
-    before, names, things = footprint(model), registered(), alive()
+    before, names, things = everything_of(model), registered(), alive()
     with prune(model, HALF) as pruning:
         if what == "tensor":
             leaked.append(torch.zeros(1))
@@ -272,7 +253,7 @@ def test_a_leak_of_one_small_thing_a_context_would_be_found(what: str) -> None:
     del pruning
     try:
         found = {
-            "footprint": footprint(model) != before,
+            "footprint": everything_of(model) != before,
             "alive": {kind for kind, count in alive().items() if count != things[kind]},
         }
     finally:
@@ -336,8 +317,8 @@ def test_after_loops_wrapper_and_calibration_a_model_is_freed(tmp_path: Path) ->
     trainer().predict(PrunedModule(module, HALF), module.loader())
     with pytest.raises(RuntimeError, match="planted"):
         trainer(callback).predict(Broken(), module.loader())
-    batches = DataLoader(test_calibration.data(24, 12), batch_size=None)  # type: ignore[arg-type]
-    calibrated = test_calibration.Module()
+    batches = loading(data(24, 12))
+    calibrated = Generating()
     trainer(calibration).predict(calibrated, batches)
     gone = [weakref.ref(module.model), weakref.ref(calibrated.net)]
     for each in (callback, calibration):  # where Lightning puts the module's own methods
@@ -394,9 +375,9 @@ def test_a_thousand_calls_in_one_context_grow_to_a_bound() -> None:
 def assert_loops_leave_nothing(loop: Callable[[], Any], module: nn.Module, times: int) -> None:
     for _ in range(3):
         loop()
-    before, held = footprint(module), memory()
+    before, held = everything_of(module), memory()
     assert growing(loop, times) == {}
-    assert footprint(module) == before
+    assert everything_of(module) == before
     assert memory() - held < LITTLE
 
 
@@ -442,9 +423,9 @@ def test_steps_of_the_wrapper_leave_nothing(steps: int) -> None:
 
 @pytest.mark.slow
 def test_calibrations_in_one_process_leave_nothing(tmp_path: Path) -> None:
-    module, batches = test_calibration.Module(), test_calibration.data(24, 12)
+    module, batches = Generating(), data(24, 12)
 
     def calibrate() -> None:
-        test_calibration.calibrate(module, batches, tmp_path / "p.json")
+        calibrate(module, batches, tmp_path / "p.json")
 
     assert_loops_leave_nothing(calibrate, module, 2)

@@ -31,7 +31,7 @@ from catp_lightning.safe_text import LONGEST, figure_text, markdown_text, one_li
 from catp_lightning.utils.markdown import markdown_table
 from catp_lightning.utils.messages import rank_zero_info, rank_zero_warn, warn
 from catp_lightning.utils.plots import png
-from tests.calibration.test_report import policies  # noqa: F401
+from tests.support.reports import calibrated
 
 HOSTILE = {
     "clears the screen": "\x1b[2J\x1b]0;owned\x07",
@@ -55,6 +55,11 @@ HOSTILE = {
     "long": "x" * 5000,
 }
 ACTING = ("Cc", "Cf", "Cs", "Co", "Zl", "Zp")
+
+
+@pytest.fixture(scope="module")
+def policies(tmp_path_factory: pytest.TempPathFactory) -> list[PruningPolicy]:
+    return calibrated(tmp_path_factory.mktemp("policies"), keep=[0.5, 2])
 
 
 def acts(text: str, allowed: str = "") -> list[str]:
@@ -195,7 +200,7 @@ def other_names(value: Any, text: str) -> Any:
     return [other_names(item, text) for item in value] if isinstance(value, list) else value
 
 
-def test_a_calibrations_page_holds_names_as_they_are(policies: list[PruningPolicy]) -> None:  # noqa: F811
+def test_a_calibrations_page_holds_names_as_they_are(policies: list[PruningPolicy]) -> None:
     for text in HOSTILE.values():
         hostile = [PruningPolicy.from_dict(other_names(policies[0].to_dict(), text))]
         written = page(hostile, {"chosen": f"{text} at keep 0.5"}, ["retention"])
@@ -206,7 +211,7 @@ def test_a_calibrations_page_holds_names_as_they_are(policies: list[PruningPolic
 
 
 def test_a_calibrations_report_is_drawn_and_logged_whatever_names_are(
-    policies: list[PruningPolicy],  # noqa: F811
+    policies: list[PruningPolicy],
     tmp_path: Path,
 ) -> None:
     text = HOSTILE["formula"] + HOSTILE["clears the screen"]
