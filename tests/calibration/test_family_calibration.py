@@ -28,9 +28,10 @@ from catp_lightning.models import find_family
 from catp_lightning.pruning.answers import compare_with_unpruned
 from catp_lightning.utils.hashing import fingerprint
 from tests.support.calibrations import figures
-from tests.support.families import BY_NAME, Row
+from tests.support.families import BY_NAME
 from tests.support.footprints import footprint
 from tests.support.modules import Generating
+from tests.support.rows import Row
 from tests.support.trainers import loading, trainer
 
 BATCHES, KEEP = 14, 0.4

@@ -1,96 +1,28 @@
-"""Heads and layers found from sums alone, on probes of a planted model."""
+"""Heads found from sums alone, on probes of a planted model."""
 
 import warnings
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import numpy as np
 import pytest
-import torch
 from sklearn.linear_model import Lasso, Ridge
 
-from catp_lightning.calibration.fit.heads import GATE, STRENGTHS, describe_heads, fit_heads
-from catp_lightning.calibration.fit.layers import LayerChoice, choose_layers
+from catp_lightning.calibration.fit.heads import STRENGTHS, describe_heads, fit_heads
 from catp_lightning.calibration.fit.sums import FOLDS, FoldSums, ProbeSums
-from catp_lightning.calibration.fit.ties import Tolerance
-
-HEADS, SLOTS, TOKENS, PROBES, BATCH = 16, 8, 16, 16, 40
-EXACT = Tolerance(0.0)
-LAYERS = [list(range(first, first + 4)) for first in range(0, HEADS, 4)]
-SLOT_COLUMNS = range(HEADS, HEADS + SLOTS)
-SLOT_WORTH = np.linspace(-1, 1, SLOTS)
-SAME_LAYER, OTHER_LAYER = {4: 1.0, 5: 0.6, 6: -0.8}, {4: 1.0, 5: 0.6, 11: -0.8}
-
-
-def found_layers(
-    sums: FoldSums, layers: Sequence[Sequence[int]], slots: Sequence[int] = (), ties: Tolerance = EXACT
-) -> LayerChoice:
-    return choose_layers(sums, layers, slots, ties)
-
-
-@dataclass(frozen=True)
-class Draw:
-    """Probes of a planted model: their sums, and the centred rows themselves."""
-
-    sums: FoldSums
-    rows: np.ndarray  # [N, HEADS + SLOTS]
-    y: np.ndarray  # [N]
-    fold: np.ndarray  # [N]
-
-
-def sums_of(*parts: ProbeSums) -> FoldSums:
-    """The sums of several processes, added as their declared reduction adds them."""
-    whole = ProbeSums(parts[0].moment.shape[1])
-    for name in ("gram", "moment", "squares", "rows"):
-        setattr(whole, name, sum(getattr(part, name) for part in parts))
-    return whole.compute()
-
-
-def batches(
-    seed: int, worth: dict[int, float], *, slot_worth: np.ndarray | None = None, noise: float = 2.0, lean: float = 0.0
-) -> list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
-    """Three batches of fold [B], rows [P, B, HEADS + SLOTS] and gain [P, B].
-
-    Half of the tokens of every sample are kept at random. The votes of a token share a component among heads, as real
-    heads agree; `lean` makes the votes of head 0 follow the token's slot.
-    """
-    generator = torch.Generator().manual_seed(seed)
-    weights = torch.tensor([worth.get(head, 0.0) for head in range(HEADS)], dtype=torch.float64)
-    slot = torch.arange(TOKENS) % SLOTS
-    made = []
-    for _ in range(3):
-        votes = torch.randn(BATCH, TOKENS, HEADS, generator=generator, dtype=torch.float64)
-        votes = votes + 0.5 * torch.randn(BATCH, TOKENS, 1, generator=generator, dtype=torch.float64)
-        votes[:, :, 0] += lean * torch.from_numpy(SLOT_WORTH)[slot]
-        votes = (votes - votes.mean(1, keepdim=True)) / votes.std(1, keepdim=True)
-        draws = torch.rand(PROBES, BATCH, TOKENS, generator=generator)
-        kept = (draws.argsort(-1).argsort(-1) < TOKENS // 2).double()
-        heads = torch.einsum("pbt,bth->pbh", kept, votes)
-        slots = kept.reshape(PROBES, BATCH, TOKENS // SLOTS, SLOTS).sum(2)
-        level = 3 * torch.randn(BATCH, generator=generator, dtype=torch.float64)  # some answers are surer than others
-        gain = heads @ weights + level + noise * torch.randn(PROBES, BATCH, generator=generator, dtype=torch.float64)
-        if slot_worth is not None:
-            gain = gain + slots @ torch.from_numpy(slot_worth)
-        fold = torch.randint(0, FOLDS, (BATCH,), generator=generator)
-        made.append((fold, torch.cat([heads, slots], -1), gain))
-    return made
-
-
-def draw(seed: int, worth: dict[int, float], **settings: object) -> Draw:
-    metric, parts = ProbeSums(HEADS + SLOTS), batches(seed, worth, **settings)
-    for batch in parts:
-        metric.update(*batch)
-    rows = np.concatenate([(rows - rows.mean(0)).flatten(0, 1).numpy() for _, rows, _ in parts])
-    y = np.concatenate([(gain - gain.mean(0)).flatten().numpy() for _, _, gain in parts])
-    fold = np.concatenate([fold.expand(PROBES, -1).flatten().numpy() for fold, _, _ in parts])
-    return Draw(sums_of(metric), rows, y, fold)
-
-
-def scaled(sums: FoldSums, column: int, factor: float) -> FoldSums:
-    """The sums had the column come in another unit."""
-    units = np.ones(sums.moment.shape[1])
-    units[column] = factor
-    return replace(sums, gram=sums.gram * units * units[:, None], moment=sums.moment * units)
+from tests.support.planted_heads import (
+    HEADS,
+    LAYERS,
+    OTHER_LAYER,
+    SAME_LAYER,
+    SLOT_COLUMNS,
+    SLOT_WORTH,
+    SLOTS,
+    batches,
+    draw,
+    found_layers,
+    scaled,
+    sums_of,
+)
 
 
 @pytest.mark.parametrize("planted", [SAME_LAYER, OTHER_LAYER], ids=["negative in the same layer", "in another layer"])
@@ -106,20 +38,6 @@ def test_exactly_the_planted_heads_are_found_with_their_signs(planted, slots):
     assert sum(set(np.flatnonzero(fit.weights)) == set(planted) for fit in fits) >= 34  # 95% of 150 others
     assert all((fit.stability[list(planted)] == 1).all() for fit in fits)
     assert all((fit.stability[fit.weights == 0] == 0).all() for fit in fits)
-
-
-@pytest.mark.parametrize(("planted", "layers"), [(SAME_LAYER, {1}), (OTHER_LAYER, {1, 2})])
-@pytest.mark.parametrize("slots", [(), SLOT_COLUMNS], ids=["heads alone", "beside slots"])
-def test_exactly_the_layers_of_the_planted_heads_are_chosen(planted, layers, slots):
-    exact = 0
-    for seed in range(20):
-        choice = found_layers(draw(seed, planted, slot_worth=SLOT_WORTH if len(slots) else None).sums, LAYERS, slots)
-        assert set(choice.layers) >= layers
-        assert choice.layers[0] == 1  # 1.0 and 0.6 against 0.8
-        assert choice.layers == tuple(layer for layer, _, _ in choice.steps)
-        assert all(choice.stability[layer] == 1 for layer in layers)
-        exact += set(choice.layers) == layers
-    assert exact >= 19
 
 
 def test_pure_noise_selects_nothing_and_says_so():
@@ -194,35 +112,6 @@ def test_the_explained_share_is_that_of_fits_on_the_rows_themselves(slots):
     np.testing.assert_array_equal(fit.stability, np.where(fit.weights != 0, same, 0))
     final, _ = least_squares(everything, np.flatnonzero(fit.weights))
     np.testing.assert_allclose(fit.weights, final / data.rows[:, :HEADS].std(0), rtol=1e-6, atol=1e-12)
-
-
-def test_a_layers_step_is_the_share_that_fits_on_the_rows_explain():
-    data = draw(1, OTHER_LAYER)
-    choice = found_layers(data.sums, LAYERS)
-    layer, share, error = choice.steps[0]
-    x = data.rows[:, LAYERS[layer]] / data.rows[:, LAYERS[layer]].std(0)
-    saved = np.zeros(FOLDS)
-    for fold in range(FOLDS):
-        rows = data.fold != fold
-        ridge = Ridge(alpha=0.01 * (x[rows] ** 2).sum(0).mean(), fit_intercept=False).fit(x[rows], data.y[rows])
-        saved[fold] = (data.y[~rows] ** 2).sum() - ((data.y[~rows] - ridge.predict(x[~rows])) ** 2).sum()
-    assert share == pytest.approx(saved.sum() / (data.y**2).sum(), rel=1e-9)
-    squares = np.array([(data.y[data.fold == fold] ** 2).sum() for fold in range(FOLDS)])
-    assert error == pytest.approx(np.std(saved - share * squares, ddof=1) * FOLDS**0.5 / squares.sum(), rel=1e-9)
-    assert 0 < GATE * error < share
-
-
-def test_a_layers_stability_is_how_often_the_others_choose_it_without_one_fold():
-    seen = set()
-    for seed in range(8):
-        sums = draw(seed, {4: 1.0, 11: -0.4}, noise=8.0).sums
-        arrays = (sums.gram, sums.moment, sums.squares, sums.rows)
-        without = [FoldSums(*(np.delete(array, fold, 0) for array in arrays)) for fold in range(FOLDS)]
-        found = [found_layers(each, LAYERS).layers for each in without]
-        shares = found_layers(sums, LAYERS).stability
-        assert shares == tuple(sum(layer in one for one in found) / FOLDS for layer in range(4))
-        seen |= set(shares)
-    assert len(seen) > 2  # some layer was neither always nor never chosen, or counting would not show
 
 
 def test_sums_of_parts_are_one_pass():
@@ -306,13 +195,3 @@ def test_the_report_counts_heads_and_gives_the_interval():
     fit = replace(fit, explained=0.0213, explained_error=0.0031)
     assert describe_heads(fit) == "3 of 16 heads, 2.1% of the variance ± 0.3%"
     assert fit.strength in STRENGTHS
-
-
-def test_layers_that_explain_equally_much_within_a_tie_go_by_their_number() -> None:
-    sums = draw(3, SAME_LAYER).sums  # layer 1; a copy of its heads stands first, weaker by less than a tie
-    twice = [4, 5, 6, 7, *range(4, HEADS)]
-    copied = sums.columns(twice)
-    copied.moment[:, :4] *= 1 - 1e-7
-    apart = found_layers(copied, LAYERS)
-    assert apart.layers[0] == 1, "exactly, the copy explains less"
-    assert found_layers(copied, LAYERS, (), Tolerance(1e-4)).layers[0] == 0

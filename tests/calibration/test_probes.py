@@ -1,108 +1,23 @@
-"""What a probe says is what the model, pruned to that subset, answers; and replays are exact, however they are cut."""
+"""What a probe says is what the model, pruned to that subset, answers; and probes are exact, however they are cut."""
 
 from collections.abc import Callable
-from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 
-from catp_lightning import PruningPolicy, prune
-from catp_lightning.calibration.calibrator import Calibrator
 from catp_lightning.calibration.fit import probes as importance
 from catp_lightning.calibration.fit.probes import WORST, Columns, head_votes, probe, random_subset, sizes
 from catp_lightning.calibration.fit.probing import Probing
 from catp_lightning.calibration.fit.sums import ProbeSums
 from catp_lightning.calibration.plan import VOTERS, Plan
-from catp_lightning.calibration.replay.base import _distinct
-from catp_lightning.calibration.replay.recorder import Recorder
 from catp_lightning.calibration.replay.samples import Samples
 from catp_lightning.calibration.split import fold_of, part_of
-from catp_lightning.methods.observation import Signal
 from catp_lightning.models import find_family
-from catp_lightning.pruning.sites import visual_tokens
-from catp_lightning.utils.hashing import fingerprint
-from tests.support.models import GREEDY, IMAGE, PAD, SHORT, faint_blip2, greedily
+from tests.support.models import GREEDY, PAD
 from tests.support.modules import Batch
-
-EOS = 2
-Net = Any  # transformers types generate's arguments one by one: no dictionary of tensors fits
-ModelCall = Callable[[Net, Batch], Any]
-
-
-def mixed(images: list[int], dtype: torch.dtype = torch.float64, right: bool = False, seed: int = 5) -> Batch:
-    """Samples with different numbers of images, padded after their images, or at the end."""
-    torch.manual_seed(seed)
-    length = 8 * max(images) + 9
-    ids, mask = torch.randint(3, IMAGE - 1, (len(images), length)), torch.ones(len(images), length, dtype=torch.long)
-    for row, count in enumerate(images):
-        ids[row, : 8 * count] = IMAGE
-        pads = 2 * row % 5
-        start = length - pads if right else 8 * count
-        ids[row, start : start + pads], mask[row, start : start + pads] = PAD, 0
-    return {"input_ids": ids, "attention_mask": mask, "pixel_values": torch.randn(sum(images), 3, 32, 32).to(dtype)}
-
-
-def model(dtype: torch.dtype = torch.float64) -> Net:
-    return faint_blip2(0.1, dtype=dtype)  # so that pruned answers are neither lost nor the same
-
-
-def greedy(net: Net, batch: Batch) -> Tensor:
-    return net.generate(**batch, **greedily(4, 1))
-
-
-def beams(net: Net, batch: Batch) -> Tensor:
-    settings = {**SHORT, "num_beams": 3, "num_return_sequences": 2}
-    return net.generate(**batch, **settings)
-
-
-def forward(net: Net, batch: Batch) -> Any:
-    return net(**batch)
-
-
-def record(net: Net, call: ModelCall, batch: Batch) -> tuple[Any, Samples]:
-    family = find_family(net)
-    recorder = Recorder(Plan.of(family), Calibrator(Plan.of(family), [0.5]).needs)
-    with recorder.recording():
-        output = call(net, batch)
-        with recorder.recorded() as ((replay, seen, _),):
-            return output, Samples.of(replay, seen)
-
-
-class Explicit:
-    """Log-probabilities along the unpruned answer, by running the whole model on prompt and answer: [B, A, V]."""
-
-    def __init__(self, net: Net, batch: Batch, output: Any) -> None:
-        self.net, self.batch, rows = net, batch, len(batch["input_ids"])
-        if isinstance(output, Tensor):
-            new = output.shape[1] - batch["input_ids"].shape[1]
-            self.answer = output[:: len(output) // rows, -new:]
-            ended = (self.answer == EOS).long()
-            self.valid = ended.cumsum(1) - ended == 0
-            self.column = torch.full((rows,), batch["input_ids"].shape[1] - 1)
-        else:
-            last = [max(mask.nonzero()[:, 0].tolist()) for mask in batch["attention_mask"]]
-            self.column = torch.tensor(last)
-            self.answer = output.logits[range(rows), last].argmax(-1)[:, None]
-            self.valid = torch.ones(rows, 1, dtype=torch.bool)
-
-    def run(self, keep: Tensor | None = None) -> Tensor:
-        ids, mask = self.batch["input_ids"], self.batch["attention_mask"]
-        new = self.answer.shape[1] - 1
-        grown = {
-            "input_ids": torch.cat([ids, self.answer[:, :new]], 1),
-            "attention_mask": torch.cat([mask, mask.new_ones(len(mask), new)], 1),
-            "pixel_values": self.batch["pixel_values"],
-        }
-        with prune(self.net, PruningPolicy(), choose=lambda visual: visual if keep is None else keep):
-            logits = self.net(**grown).logits
-        rows = [logits[n, column : column + new + 1] for n, column in enumerate(self.column.tolist())]
-        return torch.stack(rows).double().log_softmax(-1)
-
-    def gain(self, keep: Tensor) -> Tensor:
-        each = self.run(keep).gather(2, self.answer[..., None])[..., 0] * self.valid
-        return each.sum(1) / self.valid.sum(1)
+from tests.support.recorded_answers import Explicit, ModelCall, Net, beams, forward, greedy, mixed, model, record
 
 
 def subsets(samples: Samples, size: float, number: int) -> Tensor:
@@ -297,73 +212,3 @@ def test_probes_of_a_sample_do_not_depend_on_batch_or_padding(monkeypatch: pytes
     torch.testing.assert_close(together.rows[:, :1], one.rows, atol=1e-10, rtol=0)
     torch.testing.assert_close(together.gain[:, :1], one.gain, atol=1e-10, rtol=0)
     assert not torch.equal(together.slots[:, 0], together.slots[:, 1]), "the same image, another question"
-
-
-@pytest.mark.parametrize("call", [greedy, beams, forward])
-def test_candidates_are_compared_as_if_each_were_run_by_itself(call: ModelCall) -> None:
-    net, batch = model(), mixed([2, 1, 0, 1, 2])
-    with torch.no_grad():
-        output, samples = record(net, call, batch)
-        replay, visual = samples.replay, samples.visual
-        keep = (torch.rand(9, *visual.shape) < 0.6) & visual
-        keep[:3] = visual
-        keep[4], keep[7], keep[8, :2] = keep[3], keep[3], keep[5, :2]  # duplicates, of all samples or of some
-        explicit = Explicit(net, batch, output)
-        full, diverged, agreed = explicit.run(), [], []
-        for kept in keep:
-            pruned = explicit.run(kept)
-            each = (full.exp() * (full - pruned)).sum(-1) * explicit.valid
-            diverged.append(each.sum(1) / explicit.valid.sum(1))
-            agreed.append(((full.argmax(-1) == pruned.argmax(-1)) | ~explicit.valid).all(1))
-        for rows in (1, 2, 3, 5):
-            found = replace(replay, rows=rows).compare(keep)
-            torch.testing.assert_close(found[0], torch.stack(diverged), atol=1e-10, rtol=0)
-            assert torch.equal(found[1], torch.stack(agreed))
-        some = replay.of_samples(torch.tensor([3, 1]))  # fewer tokens than the batch they come from
-        torch.testing.assert_close(some.compare(keep[:, [3, 1]])[0], torch.stack(diverged)[:, [3, 1]])
-    assert torch.stack(diverged).max() > 0.1 and 0 < torch.stack(agreed).double().mean() < 1, "or this proves nothing"
-
-
-def test_equal_choices_are_answered_once() -> None:
-    net, batch = model(), mixed([1, 1, 1])
-    with torch.no_grad():
-        _, samples = record(net, greedy, batch)
-        keep = (torch.arange(8) < torch.tensor([2, 5, 7, 2, 5, 7])[:, None, None]).expand(-1, 3, -1)
-        answered = 0
-
-        def count(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
-            nonlocal answered
-            answered += len(kwargs["inputs_embeds"])
-
-        net.language_model.register_forward_pre_hook(count, with_kwargs=True)
-        samples.replay.compare(keep)
-    assert answered == 3 + 3 * 3, "the full prompts, and three different choices of each"
-
-
-def test_two_choices_are_the_same_only_if_sample_and_tokens_are() -> None:
-    """All subsets of ten tokens of twelve samples: neither a sample and a token, nor two tokens, stand for another."""
-    keep = torch.tensor([[number >> bit & 1 for bit in range(10)] for number in range(1024)]).bool().repeat(12, 1)
-    sample = torch.arange(12).repeat_interleave(1024)
-    order = torch.cat([torch.randperm(len(keep)), torch.randperm(len(keep))])
-    first, where = _distinct(sample[order], keep[order])
-    assert len(first) == 12 * 1024
-    sample, keep = sample[order], keep[order]
-    assert torch.equal(keep[first][where], keep) and torch.equal(sample[first][where], sample)
-
-
-def test_samples_know_their_images_whatever_their_number() -> None:
-    net, batch = model(), mixed([1, 0, 2, 0, 2, 1])
-    with torch.no_grad():
-        _, samples = record(net, forward, batch)
-    prints = fingerprint(batch["pixel_values"])
-    assert samples.images.tolist() == [prints[0], 0, prints[1], 0, prints[3], prints[5]]
-    some = samples.where(torch.tensor([False, True, True, False, False, True]))
-    assert some.images.tolist() == [0, prints[1], prints[5]] and some.seen.images == 3
-    assert torch.equal(some.seen[Signal.IMAGE_HASH], prints[[1, 2, 5]])
-    assert torch.equal(some.seen[Signal.IMAGE_FEATURES], samples.seen[Signal.IMAGE_FEATURES][[1, 2, 5]])
-    assert torch.equal(some.visual, visual_tokens(batch["input_ids"] == IMAGE)[[1, 2, 5]])
-    turned = {name: value.flip(0) for name, value in mixed([1, 1, 1]).items()}
-    with torch.no_grad():
-        keys = {record(net, forward, some)[1].key for some in (mixed([1, 1, 1]), turned)}
-        turned["pixel_values"] = turned["pixel_values"].flip(0)
-        assert len(keys) == 1 and record(net, forward, turned)[1].key not in keys, "images go with their questions"

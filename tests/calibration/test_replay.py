@@ -17,9 +17,10 @@ from catp_lightning.methods.observation import Observation, Signal
 from catp_lightning.methods.selection import images_to_samples
 from catp_lightning.models import find_family
 from catp_lightning.pruning import Pruning
-from tests.support.families import BY_NAME, Row
+from tests.support.families import BY_NAME
 from tests.support.matrix import uneven
 from tests.support.oracles import IMAGE, VIDEO, Inputs
+from tests.support.rows import Row
 
 pytestmark = pytest.mark.usefixtures("no_grad")
 REPLAYED = ("Llava", "LlavaNext", "Blip2-OPT", "InstructBlip", "InternVL", "SmolVLM", "Mllama")

@@ -1,35 +1,21 @@
-"""The report of a calibration says what its policies record: numbers on the page, points in the figures."""
+"""The report of a calibration says what its policies record: its lines, its page and its table."""
 
 import re
-from collections.abc import Sequence
-from dataclasses import replace
-from pathlib import Path
-from typing import Any
 
-import numpy as np
 import pytest
 from lightning.pytorch.loggers import CSVLogger
-from matplotlib.axes import Axes
 from PIL import Image
 
 from catp_lightning import PruningPolicy
 from catp_lightning.calibration.report.controls import against
 from catp_lightning.calibration.report.figures import (
-    CONTROLS,
-    correlation_figure,
     head_figure,
     layer_figure,
     retention_figure,
-    slot_figure,
 )
 from catp_lightning.calibration.report.page import CAPTIONS, SHOWN
 from catp_lightning.calibration.report.report import COLUMNS, FIGURES, candidate_rows, report, report_folder
-from tests.support.reports import calibrated
-
-
-@pytest.fixture(scope="module")
-def policies(tmp_path_factory: pytest.TempPathFactory) -> list[PruningPolicy]:
-    return calibrated(tmp_path_factory.mktemp("several"), keep=[0.75, 0.5, 2])
+from tests.support.reports import calibrated, lines_of, tables, with_evidence, with_heads, write
 
 
 @pytest.fixture(scope="module")
@@ -42,48 +28,6 @@ def promised(tmp_path_factory: pytest.TempPathFactory) -> list[PruningPolicy]:
 def refused(tmp_path_factory: pytest.TempPathFactory) -> list[PruningPolicy]:
     file = tmp_path_factory.mktemp("refused") / "policy.json"
     return calibrated(file, keep=[4, 2], max_disagreement=0.05, confidence=0.1)
-
-
-def write(policies: Sequence[PruningPolicy], folder: Path, *more: Any) -> tuple[list[str], str]:
-    """The three lines, and the page."""
-    lines = report(policies, [], folder, [], 12.34, *more)
-    return lines, (folder / "report.md").read_text()
-
-
-def tables(page: str, heading: str) -> list[list[str]]:
-    """The rows of the table under a heading; every row must have as many cells as the header."""
-    section = page.partition(f"## {heading}\n")[2].partition("\n## ")[0]
-    rows = [[cell.strip() for cell in line[1:-1].split("|")] for line in section.split("\n") if line.startswith("|")]
-    assert set(rows[1]) == {"---"} and {len(row) for row in rows} == {len(rows[0])}
-    return rows[2:]
-
-
-def with_evidence(policy: PruningPolicy, **changes: Any) -> PruningPolicy:
-    return replace(policy, evidence={**policy.evidence, **changes})
-
-
-def with_heads(policy: PruningPolicy) -> PruningPolicy:
-    """As if probes had found layer 1 and three of its heads."""
-    found = {
-        "layers": [1],
-        "layer_steps": [{"layer": 1, "explained": 0.0321, "error": 0.0043}],
-        "layer_stability": [0.2, 0.8],
-        "head_weights": [[0.25, 0.0, -0.5, 0.125]],
-        "head_stability": [[0.6, 0.0, 1.0, 0.8]],
-        "explained": 0.0456,
-        "explained_error": 0.0054,
-        "strength": 0.2,
-    }
-    nothing = {"layers": [], "layer_steps": [], "layer_stability": [0.0, 0.0]}
-    fitted = {"slots": policy.evidence["fitted"]["slots"], "cross-attention": found, "region-attention": nothing}
-    return with_evidence(policy, fitted=fitted)
-
-
-def lines_of(axes: Axes) -> dict[str, tuple[np.ndarray, np.ndarray]]:
-    """Points of every labelled line, with error bars or without."""
-    drawn = {str(line.get_label()): line for line in axes.lines}
-    drawn |= {str(bars.get_label()): bars.lines[0] for bars in axes.containers}
-    return {name: line.get_data() for name, line in drawn.items() if not name.startswith("_")}
 
 
 def test_three_lines_say_what_was_chosen_what_it_keeps_and_what_it_cost(policies, tmp_path):
@@ -184,73 +128,6 @@ def test_where_nothing_was_selected_the_page_says_so(policies, tmp_path):
     without = PruningPolicy.from_dict(values)
     assert head_figure([without]) is None
     assert "but no selection of heads predicts the answers better than chance" in write([without], tmp_path)[1]
-
-
-def test_the_retention_curve_goes_through_what_was_measured(policies):
-    (axes,) = retention_figure(policies).axes
-    drawn = lines_of(axes)
-    retention = {point["tokens"]: point["agreement"] for point in policies[0].evidence["retention"]}
-    assert dict(zip(*drawn["chosen"], strict=True)) == {**retention, 8: 1.0}
-    (bars,) = axes.containers
-    ends = {x: (low, high) for (x, low), (_, high) in bars.lines[2][0].get_segments()}
-    for point in policies[0].evidence["retention"]:
-        assert ends[point["tokens"]] == pytest.approx(tuple(point["interval"]))
-    there = [name for name in CONTROLS if name != "grid"]  # query tokens have none
-    for name in there:
-        rows = [next(row for row in policy.evidence["candidates"] if row["name"] == name) for policy in policies]
-        agreed = dict(zip((6, 4, 2), (row["check"]["agreement"] for row in rows), strict=True))
-        assert dict(zip(*drawn[name], strict=True)) == {**agreed, 8: 1.0}
-    assert drawn.keys() == {"chosen", *there} and len(set(retention.values())) > 1
-    assert axes.get_xlabel() and axes.get_ylabel()
-
-
-def test_one_budget_is_a_point_and_no_line_to_the_unpruned_model(policies):
-    record = policies[0].to_dict()
-    record["evidence"]["retention"] = record["evidence"]["retention"][:1]
-    (axes,) = retention_figure([PruningPolicy.from_dict(record)]).axes
-    lines = {line.get_label(): line for line in axes.get_lines()}
-    assert all(line.get_linestyle() == "None" for name, line in lines.items() if name in ("chosen", *CONTROLS))
-    assert lines["no pruning"].get_xydata().tolist() == [[8, 1.0]]
-    point = record["evidence"]["retention"][0]
-    (bars,) = axes.containers
-    assert bars.lines[0].get_xydata().tolist() == [[point["tokens"], point["agreement"]]]
-    assert bars.lines[0].get_linestyle() == "None"
-    assert "logarithmic" in axes.get_xlabel() and axes.get_xscale() == "log"
-
-
-def test_the_layer_figure_shows_each_layer_alone_and_the_choice(policies):
-    (axes,) = layer_figure(policies).axes
-    dashed = [line.get_ydata()[0] for line in axes.lines if line.get_linestyle() == "--"]
-    assert dashed == [point["agreement"] for point in policies[0].evidence["retention"]]
-    assert len(set(dashed)) == 3, "or this proves little"
-    for policy, bars in zip(policies, axes.containers, strict=True):
-        assert bars.get_label() == f"keep {policy.keep}"
-        rows = {row["name"]: row["check"] for row in policy.evidence["candidates"]}
-        layers, agreed = bars.lines[0].get_data()
-        assert np.array(layers, float).round().tolist() == [0, 1]
-        assert list(agreed) == [rows["catp layer 0"]["agreement"], rows["catp layer 1"]["agreement"]]
-        for layer, ((_, low), (_, high)) in enumerate(bars.lines[2][0].get_segments()):
-            assert (low, high) == pytest.approx(tuple(rows[f"catp layer {layer}"]["interval"]))
-
-
-def test_the_heatmaps_are_signed_and_centred_at_zero(policies):
-    weights, _colours = head_figure([with_heads(policies[0])]).axes
-    (image,) = weights.images
-    assert image.get_array().tolist() == [[0.25, 0.0, -0.5, 0.125]]
-    assert image.get_clim() == (-0.5, 0.5)
-    assert [label.get_text() for label in weights.get_yticklabels()] == ["1"]  # the chosen layer
-    assert [text.get_text() for text in weights.texts] == ["0.25", "-0.5", "0.12"]  # what is zero stays blank
-    found = [axes for axes in correlation_figure(policies).axes if axes.images]
-    assert [axes.get_title() for axes in found] == list(policies[0].evidence["rank_correlation"])
-    for axes, matrix in zip(found, policies[0].evidence["rank_correlation"].values(), strict=True):
-        assert axes.images[0].get_array().tolist() == matrix
-        assert axes.images[0].get_clim() == (-1, 1)
-
-
-def test_a_bar_stands_for_each_slot(policies):
-    (axes,) = slot_figure(policies).axes
-    assert [bar.get_height() for bar in axes.patches] == policies[0].evidence["fitted"]["slots"]
-    assert len(axes.patches) == 8
 
 
 def test_a_promise_that_holds_is_said_with_its_steps(promised, tmp_path):

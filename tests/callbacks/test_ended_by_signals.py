@@ -10,43 +10,25 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from lightning.pytorch import Callback
-from torch.utils.data import DataLoader, RandomSampler, Sampler
 
 from catp_lightning import (
-    AnswerWriter,
     CrossAttentionCalibration,
-    PolicyError,
-    PruningError,
     PruningPolicy,
     TokenPruning,
 )
-from catp_lightning.calibration.replay.base import Replay
-from catp_lightning.utils.locks import only_run, refuse_running
-from tests.support.answer_files import Returning, lines, named
+from tests.support.answer_files import lines, named
 from tests.support.answer_files import write_answers as answer
-from tests.support.interrupted_calibrations import PARTIAL, calibrate, data, read, small
+from tests.support.interrupted_calibrations import PARTIAL, calibrate, read, sorted_batches
 from tests.support.modules import Generating
 from tests.support.processes import Ended, in_fork, in_program, ranks
 from tests.support.sent_signals import kill_at
 from tests.support.trainers import loading, trainer
 
+pytestmark = pytest.mark.usefixtures("small_calibrations")
+
+
 CODES = {signal.SIGTERM: 143, signal.SIGINT: 130}
-
-
-@pytest.fixture(autouse=True)
-def _small(monkeypatch: pytest.MonkeyPatch) -> None:
-    small(monkeypatch.setattr)
-    monkeypatch.setattr("catp_lightning.calibration.checkpoint.EVERY", 100)
-
-
-@pytest.fixture(scope="module")
-def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> bytes:
-    with pytest.MonkeyPatch.context() as patch:
-        small(patch.setattr)
-        calibrate(path := tmp_path_factory.mktemp("undisturbed") / "p.json")
-    return path.read_bytes()
 
 
 def killed(path: Path, call: int, number: int, where: str, **settings: Any) -> Ended:
@@ -174,7 +156,7 @@ def test_a_pruned_prediction_and_a_pruned_test_end_at_once(tmp_path: Path) -> No
         kill_at(1, signal.SIGTERM, "step")
         Generating.test_step = Generating.predict_step  # type: ignore[assignment]
         run = trainer(TokenPruning(PruningPolicy("catp", keep=0.5)), devices=1)
-        getattr(run, stage)(Generating(), loading(data()))
+        getattr(run, stage)(Generating(), loading(sorted_batches()))
 
     for stage in ("predict", "test"):
         ended = ended_by_sigterm(lambda stage=stage: work(stage))
@@ -229,9 +211,6 @@ def test_in_a_thread_nothing_is_installed(tmp_path: Path) -> None:
     assert [signal.getsignal(number) for number in signal.valid_signals()] == before
 
 
-# A second run, while the first is alive or dead.
-
-
 class Second(Callback):
     """Calibrates at the same path while the first does."""
 
@@ -249,98 +228,6 @@ class Second(Callback):
 def test_a_second_calibration_is_told_that_one_is_running(tmp_path: Path, undisturbed: bytes) -> None:
     path = tmp_path / "p.json"
     callbacks = [Second(path), CrossAttentionCalibration(path, keep=0.25)]
-    trainer(*callbacks, devices=1).predict(Generating(), loading(data()))
+    trainer(*callbacks, devices=1).predict(Generating(), loading(sorted_batches()))
     assert path.read_bytes() == undisturbed
     assert [file.name for file in tmp_path.iterdir()] == ["p.json"]
-
-
-def test_a_lock_of_a_dead_process_is_free_and_new_folders_are_removed_with_it(tmp_path: Path) -> None:
-    file = tmp_path / "a" / "b" / "file"
-
-    def dying() -> None:
-        with only_run(file, 3, PolicyError):
-            os.kill(os.getpid(), signal.SIGKILL)
-
-    in_fork(dying)
-    assert [one.name for one in file.parent.iterdir()] == [".file.3.lock"]
-    refuse_running(file, PolicyError)
-    assert not list(file.parent.iterdir())
-    with only_run(file, 3, PolicyError):
-        for wait in (lambda: refuse_running(file, PolicyError), only_run(file, 3, PolicyError).__enter__):
-            with pytest.raises(PolicyError, match=rf"has not ended is writing to '.*': process {os.getpid()} on"):
-                wait()
-    assert not list(file.parent.iterdir())
-    with only_run(tmp_path / "c" / "d" / "file", 0, PolicyError):
-        pass
-    assert [one.name for one in tmp_path.iterdir()] == ["a"]
-
-
-# What is refused before anything is measured.
-
-
-class Turning(Sampler[int]):
-    """Another order each time, without chance."""
-
-    def __init__(self) -> None:
-        self.readings = 0
-
-    def __iter__(self) -> Any:
-        self.readings += 1
-        return iter(range(self.readings, self.readings + 4))
-
-    def __len__(self) -> int:
-        return 4
-
-
-def refused(path: Path, loader: Any, monkeypatch: pytest.MonkeyPatch, **settings: Any) -> str:
-    monkeypatch.setattr(Replay, "answer_log_probability", lambda *args: pytest.fail("this is measured"))
-    callback = CrossAttentionCalibration(path / "new" / "p.json", keep=0.25, **settings)
-    with pytest.raises((PolicyError, PruningError)) as told:
-        trainer(callback, devices=1).predict(Generating(), loader)
-    assert not list(path.iterdir())
-    return str(told.value)
-
-
-@pytest.mark.parametrize("kind", ["shuffle", "random", "own", "without batches", "iterator"])
-def test_a_loader_of_another_order_each_time_is_refused_before_anything_is_measured(
-    kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    batches = data()
-    samples = [{name: value[n] for name, value in batch.items()} for batch in batches for n in range(5)]
-    loader = {
-        "shuffle": lambda: DataLoader(samples, batch_size=5, shuffle=True),  # type: ignore[arg-type]
-        "random": lambda: DataLoader(samples, batch_size=5, sampler=RandomSampler(range(35), num_samples=30)),  # type: ignore[arg-type]
-        "own": lambda: DataLoader(samples, batch_size=2, sampler=Turning()),  # type: ignore[arg-type]
-        "without batches": lambda: DataLoader(batches, batch_size=None, shuffle=True),  # type: ignore[arg-type]
-        "iterator": lambda: iter(batches),
-    }[kind]()
-    said = refused(tmp_path, loader, monkeypatch)
-    assert "reads its split several times" in said
-    assert ("is an iterator" if kind == "iterator" else "gives another order each time") in said
-
-
-@pytest.mark.parametrize("whole", [True, False])
-def test_a_promise_that_the_split_is_too_small_for_is_refused_before_anything_is_measured(
-    whole: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    batches = data()
-    samples = [{name: value[n] for name, value in batch.items()} for batch in batches for n in range(5)]
-    loader = loading(batches) if whole else DataLoader(samples, batch_size=5)  # type: ignore[arg-type]
-    said = refused(tmp_path, loader, monkeypatch, max_disagreement=0.02)
-    assert f"at most {70 if whole else 35} samples" in said and "takes at least 149 there" in said
-
-
-def test_a_split_in_one_order_is_not_disturbed_by_looking_at_it(tmp_path: Path, undisturbed: bytes) -> None:
-    samples = [{name: value[n] for name, value in batch.items()} for batch in data() for n in range(5)]
-    loader = DataLoader(samples, batch_size=5)  # type: ignore[arg-type]
-    trainer(CrossAttentionCalibration(tmp_path / "p.json", keep=0.25), devices=1).predict(Generating(), loader)
-    assert (tmp_path / "p.json").read_bytes() == undisturbed
-    assert torch.equal(torch.stack([s["pixel_values"] for s in samples[:5]]), data()[0]["pixel_values"])
-
-
-def test_an_own_module_is_told_at_its_first_batch_what_its_step_must_return(tmp_path: Path) -> None:
-    steps: list[Any] = []
-    run = trainer(AnswerWriter(str(tmp_path / "answers.jsonl")), devices=1)
-    with pytest.raises(TypeError, match=r"needs Returning\.predict_step to return a list of"):
-        run.predict(Returning(steps.append), DataLoader(torch.arange(40), batch_size=2))
-    assert len(steps) == 1 and not list(tmp_path.iterdir())

@@ -1,6 +1,5 @@
 """Scorers on the families that show their signals: what is observed, and a choice that belongs to each sample alone."""
 
-import inspect
 import math
 import weakref
 from typing import Any
@@ -10,26 +9,18 @@ import torch
 import transformers as hf
 from torch import Tensor
 
-from catp_lightning import PolicyError, PruningError, PruningPolicy, prune
-from catp_lightning.methods.scorers import SCORERS
+from catp_lightning import PruningError, PruningPolicy, prune
 from catp_lightning.models import find_family
 from catp_lightning.pruning.answers import compare_with_unpruned
-from tests.support.families import (
-    BY_NAME,
-    GATED,
-    TOWER,
-    Row,
-    Sample,
-    clip,
-    llava_onevision,
-    pictures,
-    prompts,
-    video,
-    with_counts,
-)
+from tests.support.decoder_oracle import Decoder
+from tests.support.families import BY_NAME
 from tests.support.matrix import generate
-from tests.support.oracles import IMAGE, VIDEO, Decoder
+from tests.support.oracles import IMAGE, VIDEO
+from tests.support.projector_models import llava_onevision, video
+from tests.support.rows import Row
 from tests.support.rules import RULES
+from tests.support.samples import Sample, pictures, prompts, with_counts
+from tests.support.small_configs import GATED, TOWER, clip
 
 pytestmark = pytest.mark.usefixtures("no_grad")
 
@@ -224,15 +215,6 @@ def test_nothing_of_a_call_is_held_after_it() -> None:
             assert held() is None
 
 
-@pytest.mark.parametrize(
-    "rule", [{"selector_args": {"per": "crop"}}, {"selector": "union"}, {"selector": "dpp"}], ids=str
-)
-def test_inside_the_decoder_a_selector_that_needs_more_is_refused(rule: dict[str, Any]) -> None:
-    model = BY_NAME["Llava"].model()
-    with pytest.raises(PolicyError, match="drops tokens inside the decoder"):
-        prune(model, PruningPolicy(scorer="fastv", **rule)).__enter__()
-
-
 @pytest.mark.parametrize(("name", "short"), [("Blip2-T5", False), ("Llava", False), ("Llava", True), ("Mllama", False)])
 def test_answers_of_a_forward_step_are_compared_with_the_unpruned_models(name: str, short: bool) -> None:
     row = BY_NAME[name]
@@ -251,17 +233,6 @@ def test_answers_of_a_forward_step_are_compared_with_the_unpruned_models(name: s
     assert comparison.same[0].tolist() == (pruned == unpruned).tolist()
 
 
-def test_features_without_pixels_are_refused_with_what_to_do() -> None:
-    row = BY_NAME["Llava"]
-    model, inputs = row.model(), row.inputs()
-    features = model.model.get_image_features(inputs["pixel_values"], return_dict=True)
-    inputs = {name: value for name, value in inputs.items() if name != "pixel_values"}
-    if "mm_encoder_outputs" not in inspect.signature(model.forward).parameters:
-        pytest.skip("this version of transformers takes no features from outside")
-    with prune(model, PruningPolicy(scorer="stride")), pytest.raises(PruningError, match="brought no pixel_values"):
-        model(**inputs, mm_encoder_outputs={"image": features})
-
-
 def test_fastv_drops_from_its_layer_on_and_the_cache_says_so() -> None:
     row = BY_NAME["Llava"]
     model = row.model()
@@ -271,42 +242,3 @@ def test_fastv_drops_from_its_layer_on_and_the_cache_says_so() -> None:
     lengths = [layer.keys.shape[2] for layer in output.past_key_values.layers]
     full, kept = inputs["input_ids"].shape[1], int(pruning.keep.sum(1).max())
     assert lengths == [full, full, full - 9 + kept] and kept == 4  # ceil(0.4 * 9)
-
-
-@pytest.mark.parametrize(
-    ("name", "scorer", "says"),
-    [
-        ("Llava", "catp", "reads cross-attention, which LlavaForConditionalGeneration does not show"),
-        ("Qwen2-VL", "fastervlm", "vision-attention, which Qwen2VLFor"),
-        ("Mllama", "fastv", "drops tokens inside a decoder .*MllamaFor.* by cross-attention"),
-        ("Blip2-T5", "pyramiddrop", "drops tokens inside a decoder .*reads them by encoder"),
-        ("Gemma3", "fastv", "sliding"),
-    ],
-)
-def test_a_scorer_without_its_signal_is_refused_with_those_that_work(name: str, scorer: str, says: str) -> None:
-    model = BY_NAME[name].model()
-    with pytest.raises(PruningError, match=says) as refused, prune(model, PruningPolicy(scorer=scorer)):
-        pass
-    _, _, listed = str(refused.value).partition(f"The scorers that work on {type(model).__name__} are ")
-    told = set(listed.rstrip(".").split(", "))
-    for other in SCORERS:
-        works = True
-        try:
-            with prune(model, PruningPolicy(scorer=other)):
-                pass
-        except PruningError:
-            works = False
-        assert works == (other in told), other
-    assert {"stride", "random"} <= told
-
-
-def test_a_setting_that_is_refused_is_not_answered_with_other_scorers() -> None:
-    for scorer, args in (("fastervlm", {"layers": [99]}), ("sgl", {})):
-        with pytest.raises(PruningError) as refused, prune(BY_NAME["Llava"].model(), PruningPolicy(scorer, args)):
-            pass
-        assert "The scorers that work" not in str(refused.value)
-
-
-def test_every_scorer_has_a_family_that_shows_its_signals() -> None:
-    tried = {rule["scorer"] for _, rule in RULES} | {"region-attention", "position", "sgl"}
-    assert tried == set(SCORERS)

@@ -8,8 +8,9 @@ from catp_lightning import PolicyError, PruningError, PruningPolicy
 from catp_lightning.methods.scorers import SCORERS
 from catp_lightning.models import find_family
 from catp_lightning.pruning import Pruning
-from tests.support.families import BY_NAME, Row
+from tests.support.families import BY_NAME
 from tests.support.paths import ROOT
+from tests.support.rows import Row
 
 PAGE = ROOT / "docs" / "methods.md"
 COLUMNS = {

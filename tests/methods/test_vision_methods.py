@@ -3,134 +3,30 @@
 import math
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
-from transformers import AutoModelForImageTextToText, AutoProcessor
 
-from catp_lightning import PolicyError, PruningError, PruningPolicy, prune
-from catp_lightning.data import shipped
-from catp_lightning.data.scenes import digit_pool, draw_scene
+from catp_lightning import PolicyError, PruningPolicy, prune
 from catp_lightning.methods.observation import Observation, Signal, Values
 from catp_lightning.methods.scorers import SCORERS
 from catp_lightning.methods.scorers.vtc_cls import VTCCLS
-from catp_lightning.methods.selection import choose_tokens
 from catp_lightning.methods.selectors import SELECTORS
 from catp_lightning.methods.selectors.context_merge import ContextMerge
-from catp_lightning.methods.selectors.pool import Pool, grid
 from catp_lightning.methods.selectors.prune_similar import PruneSimilar
-from tests.support.families import BY_NAME
+from tests.support.slow_selectors import (
+    batch,
+    drawn,
+    slow_conditional_dpp,
+    slow_context_merge,
+    slow_max_min,
+    slow_prune_similar,
+)
 
 NAMES = ("vtc-cls", "vispruner", "visionzip", "divprune", "cdpruner", "downsample")
 COMPARED = ("prune-similar", "context-merge", "max-min", "conditional-dpp")
-
-
-def cosine(a: list[float], b: list[float]) -> float:
-    """To five decimals: what is equal but for rounding is a tie."""
-    if a == b:
-        return 1.0
-    lengths = math.sqrt(sum(x * x for x in a)) * math.sqrt(sum(x * x for x in b))
-    return round(sum(x * y for x, y in zip(a, b, strict=True)) / lengths, 5) if lengths else 0.0
-
-
-def by_score(scores: list[float]) -> list[int]:
-    """Highest first; of equals the lowest index, what is not a number last."""
-    return sorted(range(len(scores)), key=lambda t: (math.isnan(scores[t]), -scores[t], t))
-
-
-def slow_prune_similar(scores: list[float], features: list[list[float]], count: int, share: float) -> set[int]:
-    order = by_score(scores)
-    top = math.floor(count * share)
-    if share > 0 and top == 0:
-        top = 1
-    left = order[top:]
-    if top == count:
-        left = []
-    while top + len(left) > count:
-        first: list[int] = []
-        second: list[int] = []
-        for number, token in enumerate(left):
-            (second if number % 2 else first).append(token)
-        drop = min(8, top + len(left) - count, len(left) // 2)
-        nearest = {a: max(cosine(features[a], features[b]) for b in second) for a in first}
-        least_similar_first = sorted(first, key=lambda a: (nearest[a], first.index(a)))
-        left = least_similar_first[: len(first) - drop][::-1] + second
-    return set(order[:top] + left)
-
-
-def slow_context_merge(scores: list[float], keys: list[list[float]], count: int, share: float) -> dict[int, int]:
-    """Who carries each token."""
-    context = min(count - 1, math.floor(count * share + 0.5))
-    dominant = by_score(scores)[: count - context]
-    rest = [t for t in range(len(scores)) if t not in dominant]
-    carrier = {t: t for t in dominant}
-    if context == 0:
-        return carrier | dict.fromkeys(rest, -1)
-    step = max(1, len(rest) // context)
-    targets = [rest[number * step] for number in range(context)]
-    for token in rest:
-        best = targets[0]
-        for target in targets:
-            if cosine(keys[token], keys[target]) > cosine(keys[token], keys[best]):
-                best = target
-        carrier[token] = token if token in targets else best
-    return carrier
-
-
-def slow_max_min(features: list[list[float]], count: int) -> list[int]:
-    apart = [[1 - cosine(a, b) for b in features] for a in features]
-    tokens = range(len(features))
-    chosen: list[int] = []
-    while len(chosen) < count:
-        best, farthest = -1, -1.0
-        for token in tokens:
-            others = [apart[token][u] for u in (chosen or tokens) if u != token]
-            if token not in chosen and (min(others) if others else math.inf) > farthest:
-                best, farthest = token, min(others) if others else math.inf
-        chosen.append(best)
-    return chosen
-
-
-def slow_conditional_dpp(relevance: list[float], features: list[list[float]], count: int) -> list[int]:
-    """Adds the token with which the determinant of the chosen block is largest."""
-    size = len(relevance)
-    unit = np.array(features) / np.linalg.norm(features, axis=1, keepdims=True)
-    kernel = np.outer(relevance, relevance) * (unit @ unit.T)
-    kernel += 1e-4 * np.eye(size)
-    chosen: list[int] = []
-    for _ in range(count):
-        best, largest = -1, -math.inf
-        for token in range(size):
-            block = kernel[np.ix_([*chosen, token], [*chosen, token])]
-            if token not in chosen and np.linalg.det(block) > largest:
-                best, largest = token, float(np.linalg.det(block))
-        chosen.append(best)
-    return chosen
-
-
-def drawn(seed: int, tokens: int, tie: bool) -> tuple[list[float], list[list[float]]]:
-    """Scores and vectors; with ties scores are few numbers and some vectors are the same."""
-    rng = np.random.default_rng(seed)
-    if not tie:
-        return rng.normal(size=tokens).tolist(), rng.normal(size=(tokens, 5)).tolist()
-    vectors = rng.normal(size=(max(2, tokens // 2), 5))[rng.integers(0, max(2, tokens // 2), tokens)]
-    return rng.integers(0, 3, tokens).astype(float).tolist(), vectors.tolist()
-
-
-def batch(rows: list[tuple[list[float], list[list[float]]]]) -> tuple[Tensor, Tensor, Tensor]:
-    """Of different lengths; what is beyond a row's own looks better than anything in it."""
-    size = max(len(scores) for scores, _ in rows)
-    scores = torch.full((len(rows), size), 99.0, dtype=torch.float64)
-    vectors, visual = torch.full((len(rows), size, 5), 7.0, dtype=torch.float64), torch.zeros(len(rows), size) > 0
-    for row, (own, features) in enumerate(rows):
-        scores[row, : len(own)], visual[row, : len(own)] = torch.tensor(own, dtype=torch.float64), True
-        vectors[row, : len(own)] = torch.tensor(features, dtype=torch.float64)
-    return scores, vectors, visual
-
-
 SIZES = st.lists(st.tuples(st.integers(1, 30), st.floats(0.01, 1.0)), min_size=1, max_size=4)
 
 
@@ -335,77 +231,6 @@ def test_equal_tokens_are_kept_from_the_first_on() -> None:
         assert SELECTORS[name]().select(torch.ones(1, 9), visual, counts, vectors)[0, :3].all()
 
 
-def slow_pool(side: int, count: int) -> list[int]:
-    """Who carries each token of a square image."""
-    shapes = [(h, w) for h in range(1, side + 1) for w in range(h, side + 1) if h * w <= count]
-    most = max(h * w for h, w in shapes)
-    high, wide = min((s for s in shapes if s[0] * s[1] == most), key=lambda s: s[1] - s[0])
-    cells: dict[tuple[int, int], list[tuple[int, int]]] = {}
-    for line in range(side):
-        for column in range(side):
-            cell = (math.floor(line * high / side), math.floor(column * wide / side))
-            cells.setdefault(cell, []).append((line, column))
-    assert len(cells) == most
-    carrier = [-1] * side**2
-    for tokens in cells.values():
-        middle = [sum(place[axis] for place in tokens) / len(tokens) for axis in (0, 1)]
-        best = min(tokens, key=lambda t: ((t[0] - middle[0]) ** 2 + (t[1] - middle[1]) ** 2, t))
-        for line, column in tokens:
-            carrier[line * side + column] = best[0] * side + best[1]
-    return carrier
-
-
-def square(sides: list[int], **more: Any) -> Observation:
-    valid = torch.arange(max(sides) ** 2) < torch.tensor([side**2 for side in sides])[:, None]
-    return Observation(valid, {Signal.VISION_ATTENTION: 2}, {}, **more)
-
-
-@pytest.mark.parametrize("side", [1, 2, 3, 5, 6, 12])
-def test_downsampling_is_the_mean_over_cells_of_a_coarser_grid(side: int) -> None:
-    seen, scores = square([side, 12]), torch.zeros(2, 144)
-    for count in range(1, side**2 + 1):
-        choice = choose_tokens(scores, Pool(), count, seen, seen.valid)
-        expected = slow_pool(side, count)
-        assert choice.carrier is not None and choice.carrier[0, : side**2].tolist() == expected
-        assert choice.keep[0, : side**2].tolist() == [carrier == t for t, carrier in enumerate(expected)]
-        assert not choice.keep[0, side**2 :].any() and choice.carrier[0, side**2 :].eq(-1).all()
-
-
-def test_grids_of_hand_computed_budgets() -> None:
-    assert [grid(12, count) for count in (1, 7, 8, 13, 18, 36, 72)] == [
-        *((1, 1), (1, 7), (2, 4), (3, 4), (3, 6), (6, 6), (8, 9))
-    ]
-
-
-@pytest.mark.parametrize(
-    ("seen", "says"),
-    [
-        (Observation.of_equal(1, 6, {}, {}), "an image has 6 of them, which is no square number"),
-        (square([3], crops=torch.zeros(1, 9, dtype=torch.long)), "several crops"),
-        (square([3], protected=torch.arange(9)[None] == 8), "line ends"),
-    ],
-)
-def test_what_is_no_square_grid_is_not_pooled(seen: Observation, says: str) -> None:
-    with pytest.raises(PruningError, match=says):
-        Pool().vectors(seen)
-
-
-@pytest.mark.parametrize("name", ["Blip2-OPT", "Qwen2-VL", "Gemma3"])
-def test_a_family_that_does_not_show_its_patches_is_not_downsampled(name: str) -> None:
-    with (
-        pytest.raises(PruningError, match="averages tokens over a square grid"),
-        prune(BY_NAME[name].model(), PruningPolicy(scorer="downsample")),
-    ):
-        pass
-
-
-def test_crops_and_line_ends_of_llava_next_are_refused_by_downsampling() -> None:
-    row = BY_NAME["LlavaNext"]
-    says = pytest.raises(PruningError, match="square grid, and those of LlavaNextForConditionalGeneration are none")
-    with says, prune(row.model(), PruningPolicy(scorer="downsample")):
-        pass
-
-
 @pytest.mark.parametrize(
     ("fields", "says"),
     [
@@ -418,18 +243,6 @@ def test_crops_and_line_ends_of_llava_next_are_refused_by_downsampling() -> None
 def test_arguments_that_mean_nothing_are_refused(fields: dict[str, Any], says: str) -> None:
     with pytest.raises(PolicyError, match=says):
         PruningPolicy(**fields)
-
-
-@pytest.fixture(scope="module")
-def llava() -> tuple[Any, dict[str, Tensor]]:
-    folder = shipped("digits_llava")
-    model, processor = AutoModelForImageTextToText.from_pretrained(folder), AutoProcessor.from_pretrained(folder)
-    rng, pool = np.random.default_rng(3), digit_pool("test")
-    images = [[np.stack([draw_scene(rng, pool, 6, 6).image] * 3, -1)] for _ in range(4)]
-    texts = [
-        f"<image> Question: {words} Short answer:" for words in ("Is there a 3?", "How many digits are there?") * 2
-    ]
-    return model.eval(), processor(images=images, text=texts, padding=True, return_tensors="pt")
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -450,30 +263,3 @@ def test_the_shipped_llava_reads_as_many_tokens_as_the_budget_says(
     assert (pruning.carrier is not None) is merging
     if merging and count > 1:
         assert pruning.carrier is not None and (pruning.carrier >= 0).all(), "every token lives on"
-
-
-def test_downsampling_the_shipped_llava_is_reading_means_in_the_place_of_cells(
-    llava: tuple[Any, dict[str, Tensor]],
-) -> None:
-    model, inputs = llava
-    rows: list[Tensor] = []
-    hook = model.model.language_model.register_forward_pre_hook(
-        lambda module, args, kwargs: rows.append(kwargs["inputs_embeds"].clone()), with_kwargs=True
-    )
-    with torch.no_grad():
-        model(**inputs)
-    hook.remove()
-    visual = inputs["input_ids"] == model.config.image_token_id
-    features = rows[0][visual].view(4, 12, 12, -1)
-    carriers = torch.tensor(slow_pool(12, 36))
-    written, mask = rows[0].clone(), inputs["attention_mask"].clone()
-    flat = features.flatten(1, 2).clone()
-    flat[:, carriers.unique()] = features.unfold(1, 2, 2).unfold(2, 2, 2).mean((-1, -2)).flatten(1, 2)
-    written[visual] = flat.flatten(0, 1)
-    mask[visual] = (carriers == torch.arange(144)).long().repeat(4)
-    with torch.no_grad():
-        positions = torch.arange(mask.shape[1]).expand(mask.shape)
-        full = model(inputs_embeds=written, attention_mask=mask, position_ids=positions).logits[:, -1]
-        with prune(model, PruningPolicy(scorer="downsample", keep=36)):
-            pruned = model(**inputs).logits[:, -1]
-    torch.testing.assert_close(pruned, full, rtol=0, atol=2e-5 * float(full.abs().max()))

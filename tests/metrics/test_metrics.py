@@ -1,3 +1,5 @@
+"""VQA accuracy, agreement, tokens kept and their intervals, by hand."""
+
 import pytest
 import torch
 from hypothesis import given

@@ -24,8 +24,8 @@ from catp_lightning.pruning import prune
 from catp_lightning.utils.hashing import fingerprint
 from tests.support.calibrations import images_of
 from tests.support.families import ROWS
-from tests.support.modules import Answering, same, two_images
-from tests.support.overlapping import Batch, batches, calibrated_on
+from tests.support.modules import Answering, Batch, same, two_images
+from tests.support.overlapping import batches, calibrated_on
 from tests.support.policies import HALF
 from tests.support.processes import finished
 from tests.support.trainers import STAGES, loading, trainer

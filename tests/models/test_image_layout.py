@@ -14,9 +14,10 @@ from catp_lightning.models import find_family
 from catp_lightning.models.layout import Layout
 from catp_lightning.models.placeholder import Placeholder
 from catp_lightning.pruning.sites import DecoderPrompt
-from tests.support.families import ROWS, Row
+from tests.support.families import ROWS
 from tests.support.newer_families import NEWER
 from tests.support.oracles import IMAGE, VIDEO, Inputs, visual_columns
+from tests.support.rows import Row
 
 SIZED = [row for row in ROWS if row.name in ("Qwen2-VL", "Qwen2.5-VL", "Qwen3-VL", "Mistral3", "Pixtral")]
 

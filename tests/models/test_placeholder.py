@@ -11,11 +11,16 @@ from torch.utils.data import DataLoader
 
 from catp_lightning import PruningError, PruningPolicy, TokenPruning, prune
 from catp_lightning.models import find_family, placeholder
-from tests.support.families import GATED, OLDEST, ROWS, TOWER, Row, pictures, prompts
+from tests.support.decoder_oracle import Decoder
+from tests.support.families import OLDEST, ROWS
 from tests.support.footprints import footprint
 from tests.support.matrix import generate, uneven
-from tests.support.newer_families import NEWER, minimax
-from tests.support.oracles import IMAGE, Decoder
+from tests.support.newer_families import NEWER
+from tests.support.newer_models import minimax
+from tests.support.oracles import IMAGE
+from tests.support.rows import Row
+from tests.support.samples import pictures, prompts
+from tests.support.small_configs import GATED, TOWER
 
 
 def aya_vision() -> hf.PreTrainedModel:

@@ -1,3 +1,5 @@
+"""VQAModule answers every question as its model alone would, and logs accuracy over questions."""
+
 import json
 from itertools import chain
 from pathlib import Path

@@ -1,71 +1,19 @@
-"""SGL: a small model's attention ranks the visual tokens of a large one, once for each prompt, and leaves no trace."""
-
-from dataclasses import replace
-from functools import cache
-from typing import Any
+"""SGL: a small model's attention ranks the visual tokens of a large one, once for each prompt."""
 
 import pytest
 import torch
-import transformers as hf
 from torch import nn
-from transformers import PreTrainedModel
 
-from catp_lightning import PolicyError, PrunedModule, PruningError, PruningPolicy, TokenPruning, prune
+from catp_lightning import PrunedModule, PruningError, PruningPolicy, TokenPruning, prune
 from catp_lightning.pruning.guide import rows_paid
-from tests.support.families import BY_NAME, GATED, TOKENS, Row, clip
-from tests.support.footprints import footprint, modes
-from tests.support.guides import ANSWER, RULE, small_llava
+from tests.support.families import BY_NAME
+from tests.support.guides import RULE, guide, slowly, small_llava, with_images
 from tests.support.modules import Answering
-from tests.support.oracles import END, IMAGE, START, VIDEO
+from tests.support.oracles import IMAGE, VIDEO
 from tests.support.trainers import loading, trainer
 
 pytestmark = pytest.mark.usefixtures("no_grad")
 GREEDY = {"max_new_tokens": 3, "do_sample": False, "suppress_tokens": [IMAGE, VIDEO]}
-
-
-@cache
-def guide(name: str) -> PreTrainedModel:
-    """Another model than the row's own; it looks at images and answers with more than one word."""
-    make = small_llava if name == "Llava" else BY_NAME[name].make
-    model = replace(BY_NAME[name], name=f"guide of {name}", make=make).model()
-    generator = torch.Generator().manual_seed(9)
-    for weight in model.parameters():
-        if weight.dim() == 2:  # not the same numbers as the large model's
-            weight.data = weight.data[:, torch.randperm(weight.shape[1], generator=generator)]
-    marks = [token for token in (IMAGE, VIDEO, START, END) if token < len(model.get_output_embeddings().weight)]
-    model.generation_config.suppress_tokens = marks
-    return model
-
-
-def slowly(row: Row, model: PreTrainedModel, own: int, ends: tuple[int, ...]) -> tuple[list[float], list[int]]:
-    """What the text of one sample and its answer pay each visual token; and the answer. No cache, no batch."""
-    inputs, answer = row.inputs([own]), list[int]()
-
-    def run(tokens: list[int], **settings: Any) -> Any:
-        new = torch.tensor([tokens], dtype=torch.long)
-        return model(**row.oracle.forward_inputs(row.oracle.grow(inputs, new)), **settings)
-
-    while len(answer) < ANSWER and not set(answer) & set(ends):
-        logits = run(answer).logits[0, -1]
-        logits[model.generation_config.suppress_tokens] = -torch.inf
-        answer.append(int(logits.argmax()))
-    before = model.config._attn_implementation
-    model.set_attn_implementation("eager")
-    output = run(answer[:-1], output_attentions=True)
-    model.set_attn_implementation(before)
-    ids = inputs["input_ids"][0].tolist() + answer[:-1]
-    visual = [column for column, id_ in enumerate(ids) if id_ in (IMAGE, VIDEO)]
-    scores = [0.0] * len(visual)
-    for layer in output.get("language_model_outputs", output).attentions:
-        for head in layer[0].tolist():
-            for column, paid in enumerate(head):
-                if column > visual[0] and column not in visual:
-                    scores = [score + paid[token] for score, token in zip(scores, visual, strict=True)]
-    return scores, answer
-
-
-def with_images(row: Row) -> list[int]:
-    return [own for own, sample in enumerate(row.samples()) if sample.images]
 
 
 @pytest.mark.parametrize("name", ["Llava", "LlavaNext", "Qwen2.5-VL", "Blip2-OPT", "Gemma3"])
@@ -185,109 +133,6 @@ def test_rows_that_do_not_count_pay_nothing_and_those_of_padding_are_no_nan() ->
     flash = torch.tensor([[1, 1], [0, 1]])
     same = rows_paid(query.expand(2, -1, -1, -1), key.expand(2, -1, -1, -1), flash, 1.0, batch)
     torch.testing.assert_close(same, paid)
-
-
-def test_without_a_guide_the_error_says_how_to_give_one_and_nothing_scored_needs_none() -> None:
-    row = BY_NAME["Llava"]
-    with pytest.raises(PruningError, match=r"guide=small_model"), prune(row.model(), RULE):
-        pass
-    with prune(row.model(), RULE.with_keep(1.0)) as pruning:
-        row.model()(**row.inputs([0]))
-    assert pruning.keep.all()
-    with pytest.raises(PolicyError, match="answer_tokens is 0"):
-        PruningPolicy(scorer="sgl", scorer_args={"answer_tokens": 0})
-
-
-@pytest.mark.parametrize("name", ["Mllama", "Blip2-T5"])
-def test_models_whose_decoder_reads_no_visual_rows_are_refused(name: str) -> None:
-    for given in (None, guide("Llava")):
-        with pytest.raises(PruningError, match=r"reads them by (cross-attention|encoder)"):
-            prune(BY_NAME[name].model(), RULE, guide=given).__enter__()
-
-
-@pytest.mark.parametrize(
-    ("other", "says"),
-    [
-        (lambda: small_llava(vocab_size=130), r"vocabulary of 130 tokens.* 120\b"),
-        (BY_NAME["Llava"].model, "shares modules"),
-        (BY_NAME["Mllama"].model, "MllamaForConditionalGeneration reads them by cross-attention"),
-        (lambda: nn.Linear(1, 1), "holds no model"),
-        (lambda: hf.LlamaForCausalLM(hf.LlamaConfig(**GATED)), "holds no model"),
-        (lambda: guide("Qwen2.5-VL"), r"image tokens of id \(110, 111\).* \(110,\)"),
-    ],
-)
-def test_a_guide_of_another_kind_is_refused(other: Any, says: str) -> None:
-    with pytest.raises(PruningError, match=says):
-        prune(BY_NAME["Llava"].model(), RULE, guide=other()).__enter__()
-
-
-def test_a_layer_the_guide_lacks_is_refused() -> None:
-    policy = PruningPolicy(scorer="sgl", scorer_args={"layers": [2]})
-    with pytest.raises(PruningError, match=r"layer 2 of the guide.* has 2, numbered 0 to 1"):
-        prune(BY_NAME["Llava"].model(), policy, guide=guide("Llava")).__enter__()
-
-
-def test_another_number_of_visual_tokens_is_refused_with_both_and_the_guide_is_left_as_it_was() -> None:
-    config = BY_NAME["LlavaNext"].make().config
-    config.vision_config.patch_size = 16  # a crop is one patch, where the model has four
-    row, coarse = BY_NAME["LlavaNext"], hf.LlavaNextForConditionalGeneration(config).train()
-    coarse.model.language_model.layers[0].eval()
-    with pytest.raises(ValueError, match="do not match"):
-        coarse(**row.inputs([0], dtype=torch.float32))  # transformers sets hooks in the first call, and they stay
-    before, inputs = (footprint(coarse), modes(coarse)), row.inputs([0])
-    with prune(row.model(), RULE, guide=coarse):
-        with pytest.raises(PruningError, match=r"cannot read this prompt.* tokens: 14, features: 4"):
-            row.model()(**inputs)
-        assert (footprint(coarse), modes(coarse)) == before
-
-
-def test_other_grids_are_refused_when_entering_where_they_are_known() -> None:
-    row = BY_NAME["Blip2-OPT"]
-    config = row.make().config
-    config.num_query_tokens = 7
-    with pytest.raises(PruningError, match=r"has 7 visual tokens an image, the model Blip2\w+ \d+"):
-        prune(row.model(), RULE, guide=hf.Blip2ForConditionalGeneration(config)).__enter__()
-    coarse = hf.LlavaConfig(vision_config=clip(patch_size=12), text_config=hf.LlamaConfig(**GATED), **TOKENS)
-    with pytest.raises(PruningError, match=r"has 4 visual tokens an image, the model Llava\w+ 9"):
-        prune(BY_NAME["Llava"].model(), RULE, guide=hf.LlavaForConditionalGeneration(coarse)).__enter__()
-
-
-def test_a_guide_that_is_being_pruned_is_refused() -> None:
-    small = guide("Llava")
-    with (
-        prune(small, PruningPolicy(scorer="stride")),
-        pytest.raises(PruningError, match="being pruned already"),
-        prune(BY_NAME["Llava"].model(), RULE, guide=small),
-    ):
-        pass
-
-
-@pytest.mark.parametrize("fails", [False, True])
-def test_the_guide_is_what_it_was_after_every_prompt(fails: bool) -> None:
-    row, small = BY_NAME["Llava"], guide("Llava")
-    small(**row.inputs([0]))
-    small.train()
-    small.model.vision_tower.eval()
-    before = footprint(small)
-
-    def fail(*call: Any) -> None:
-        raise KeyboardInterrupt
-
-    hook = small.model.language_model.layers[1].mlp.register_forward_hook(fail) if fails else None
-    counted = footprint(small), modes(small)
-    try:
-        with prune(row.model(), RULE, guide=small):
-            if fails:
-                with pytest.raises(KeyboardInterrupt):
-                    row.model()(**row.inputs([0]))
-            else:
-                row.model()(**row.inputs([0]))
-            assert (footprint(small), modes(small)) == counted
-    finally:
-        if hook is not None:
-            hook.remove()
-        small.eval()
-    assert footprint(small) == before
 
 
 def test_modes_do_not_matter_and_a_module_may_hold_the_guide() -> None:

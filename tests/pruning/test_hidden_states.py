@@ -7,9 +7,12 @@ import torch
 from torch import Tensor
 
 from catp_lightning import PruningError, PruningPolicy, prune
-from tests.support.families import BY_NAME, Row
+from tests.support.decoder_oracle import Decoder
+from tests.support.encoder_oracles import EncoderDecoder
+from tests.support.families import BY_NAME
 from tests.support.matrix import EVERYTHING, chosen, every_row, exact, scale, uneven
-from tests.support.oracles import Decoder, EncoderDecoder, Inputs, columns_kept
+from tests.support.oracles import Inputs, columns_kept
+from tests.support.rows import Row
 
 pytestmark = pytest.mark.usefixtures("no_grad")
 ASKED = {"output_hidden_states": True, "output_attentions": True}

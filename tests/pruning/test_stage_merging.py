@@ -13,9 +13,9 @@ from catp_lightning.methods.observation import Signal
 from catp_lightning.models import find_family
 from catp_lightning.pruning.sites.decoder_layers import PruneAtDecoderLayers
 from catp_lightning.pruning.sites.stage_prompt import StagePrompt
-from tests.support.families import Row
 from tests.support.matrix import BEAMS, exact, generate, scale
 from tests.support.oracles import IMAGE, VIDEO, Inputs, hooked, visual_columns
+from tests.support.rows import Row
 from tests.support.stages import LLAMA, OPT, QWEN, Uneven, chosen, masked, model_of, stack_of
 
 pytestmark = pytest.mark.usefixtures("no_grad")

@@ -33,3 +33,8 @@ def write_answers(path: Path, make=named, questions: int = 5, **options) -> list
 
 def lines(path: Path) -> list[dict]:
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def many_answers(folder: Path, which: int) -> None:
+    run = trainer(AnswerWriter(str(folder / "answers.jsonl")), devices=1)
+    run.predict(Returning(named), DataLoader(torch.arange(100 + which), batch_size=50))

@@ -32,7 +32,7 @@ class Breaking(Generating):
         return super().predict_step(batch, batch_idx)
 
 
-def data() -> list[dict[str, Tensor]]:
+def sorted_batches() -> list[dict[str, Tensor]]:
     """Sorted by part of the split, backwards: every stage has batches without a sample for it, the first among them."""
     with torch.random.fork_rng():
         torch.manual_seed(7)
@@ -49,8 +49,8 @@ def calibrate(
     promise: float | None = None,
     **settings: Any,
 ) -> CrossAttentionCalibration:
-    """Calibrate in one process unless settings of the Trainer say otherwise; by default `data` on a small BLIP-2."""
-    module, batches = Generating() if module is None else module, data() if batches is None else batches
+    """Calibrate, by default a small BLIP-2 on `sorted_batches`, and in one process."""
+    module, batches = Generating() if module is None else module, sorted_batches() if batches is None else batches
     return calibrations.calibrate(module, batches, path, keep, promise, **{"devices": 1, **settings})
 
 

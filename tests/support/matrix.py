@@ -10,9 +10,10 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from catp_lightning import PruningPolicy
-from tests.support.families import ROWS, Row
+from tests.support.families import ROWS
 from tests.support.newer_families import NEWER
 from tests.support.oracles import END, IMAGE, START, VIDEO, Inputs
+from tests.support.rows import Row
 from tests.support.steps import stepwise
 
 STEPS = 6

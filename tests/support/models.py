@@ -135,3 +135,4 @@ def greedily(most: int, least: int | None = None) -> dict[str, Any]:
 
 GREEDY = greedily(10)
 SHORT = greedily(3, 1)
+ONE_LAYER = Shape(vision_layers=1, qformer_layers=1, frequency=1, text_layers=1)  # compiling costs time by the layer

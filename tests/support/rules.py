@@ -35,3 +35,4 @@ RULES: list[tuple[str, dict[str, Any]]] = [
     ("Blip2-OPT", {"scorer": "dart", "scorer_args": {"layer": 1}}),
     *((name, {"scorer": "visual-exit"}) for name in ("Llava", "Qwen2.5-VL", "Blip2-OPT")),
 ]
+NAN, INF = float("nan"), float("inf")

@@ -15,8 +15,10 @@ from catp_lightning.methods.observation import Signal
 from catp_lightning.models import find_family
 from catp_lightning.pruning.sites.decoder_layers import PruneAtDecoderLayers
 from catp_lightning.pruning.sites.stage_prompt import StagePrompt
-from tests.support.families import BY_NAME, Row
-from tests.support.oracles import Decoder, Inputs, columns_kept, hidden_in, hooked, of_rows
+from tests.support.decoder_oracle import Decoder
+from tests.support.families import BY_NAME
+from tests.support.oracles import Inputs, columns_kept, hidden_in, hooked, of_rows
+from tests.support.rows import Row
 
 LAYERS = 4
 

@@ -1,4 +1,4 @@
-"""Only regular files are read and written: nothing waits for a pipe, a device has no end, a link stays a link."""
+"""Files are written whole, with the mode they had, and only regular ones are read: nothing waits for a pipe."""
 
 import os
 import socket
@@ -212,3 +212,28 @@ def test_a_link_that_leads_nowhere_yet_gets_its_file_and_one_that_leads_to_itsel
         with pytest.raises(OSError, match="nothing was written"):
             write(tmp_path / "loop.json")
     assert (tmp_path / "loop.json").is_symlink()
+
+
+def test_a_written_file_can_be_read_by_whom_the_umask_allows(tmp_path: Path) -> None:
+    old = os.umask(0o022)
+    try:
+        file = write_text(tmp_path / "x", "text")
+        assert stat.S_IMODE(file.stat().st_mode) == 0o644
+    finally:
+        os.umask(old)
+
+
+def test_a_file_gets_the_rights_the_umask_gives_without_the_umask_being_touched(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is the process's: to read it is to set it, and for that moment other threads make files anybody may write."""
+    set_mask = os.umask
+    for mask, rights in ((0o077, 0o600), (0o022, 0o644)):
+        before = set_mask(mask)
+        try:
+            with monkeypatch.context() as patch:
+                patch.setattr(os, "umask", lambda mask: pytest.fail("the umask was set"))
+                file = write_text(tmp_path / f"file of {mask:o}", "text")
+        finally:
+            set_mask(before)
+        assert stat.S_IMODE(file.stat().st_mode) == rights
