@@ -47,7 +47,7 @@ test-oldest: .venv-oldest/.installed
 	$(call PYTEST,.venv-oldest)
 
 test-quantised: .venv-quantised/.installed
-	OMP_NUM_THREADS=1 .venv-quantised/bin/python -m pytest -q -m '' tests/test_quantised.py
+	OMP_NUM_THREADS=1 .venv-quantised/bin/python -m pytest -q -m '' tests/models/test_quantised.py
 
 lint: .venv/.installed
 	.venv/bin/ruff check .

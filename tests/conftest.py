@@ -2,6 +2,8 @@
 
 import os
 import signal
+from collections.abc import Iterator
+from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # a test that needs the hub fails at once instead of waiting for it
 os.environ["WANDB_MODE"] = "offline"
@@ -12,6 +14,8 @@ os.environ["TOKENIZERS_PARALLELISM"] = "false"  # otherwise tokenizers warns aft
 import pytest
 import torch
 from hypothesis import settings
+
+pytest.register_assert_rewrite("tests.support")
 
 collect_ignore = ["existing_project"]  # somebody else's project: test_existing_project.py runs a copy of it
 
@@ -28,3 +32,18 @@ settings.load_profile("catp")
 def _seed() -> None:
     """Seed torch, so that a test draws the same numbers alone or after others."""
     torch.manual_seed(0)
+
+
+@pytest.fixture
+def no_grad() -> Iterator[None]:
+    """Run a test without gradients."""
+    with torch.no_grad():
+        yield
+
+
+@pytest.fixture
+def canary(tmp_path: Path) -> Iterator[Path]:
+    """A folder that exists once code from a file was run."""
+    place = tmp_path / "canary"
+    yield place
+    assert not place.exists(), "code from a file was run"

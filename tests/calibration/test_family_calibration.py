@@ -1,0 +1,248 @@
+"""Calibration of every family and of every method: what it measures is what pruning by the saved policy does."""
+
+import math
+from collections.abc import Sequence
+from copy import deepcopy
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+import lightning as L
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+from catp_lightning import CrossAttentionCalibration, PolicyError, PruningError, PruningPolicy, prune
+from catp_lightning.calibration.fit.fitting import Fitted, VoterFit
+from catp_lightning.calibration.fit.heads import HeadFit
+from catp_lightning.calibration.fit.layers import LayerChoice
+from catp_lightning.calibration.plan import Plan
+from catp_lightning.calibration.search.candidates import Candidate, default_candidates, fitted_candidates
+from catp_lightning.calibration.settings import CalibrationSettings
+from catp_lightning.calibration.split import part_of
+from catp_lightning.methods.observation import Observation, Signal
+from catp_lightning.methods.scorers import SCORERS
+from catp_lightning.methods.scorers.controls import Random
+from catp_lightning.models import find_family
+from catp_lightning.pruning.answers import compare_with_unpruned
+from catp_lightning.pruning.pruner import applied
+from catp_lightning.utils.hashing import fingerprint
+from tests.support.calibrations import figures
+from tests.support.families import BY_NAME
+from tests.support.footprints import footprint
+from tests.support.modules import Generating
+from tests.support.rows import Row
+from tests.support.trainers import loading, trainer
+
+BATCHES, KEEP = 14, 0.4
+SETTINGS = {"max_new_tokens": 2, "do_sample": False}
+METHODS = {
+    "Llava": ("fastervlm", "vtc-cls", "vispruner", "visionzip", "cdpruner", "divprune", "downsample", "l2-norm"),
+    "LlavaNext": ("fastervlm", "divprune"),
+    "Blip2-OPT": ("catp", "self-attention", "fastv"),
+    "InstructBlip": ("catp", "cross-attention"),
+    "Mllama": ("trimmed-llama", "l2-norm"),
+}
+FAST = {
+    *(("Llava", "fastervlm"), ("Llava", "divprune"), ("Llava", "downsample"), ("Blip2-OPT", "catp")),
+    *(("InstructBlip", "cross-attention"), ("Mllama", "trimmed-llama")),
+}
+"""Those of `METHODS` that are no slow test: each kind of signal, and each kind of replay."""
+INSIDE = ("fastv", "pyramiddrop", "sparsevlm", "dart", "visual-exit")
+
+
+def data(row: Row) -> list[dict[str, Tensor]]:
+    """Batches of a row's samples, each time with other pixels."""
+    found = []
+    for number in range(BATCHES):
+        inputs = row.inputs(range(len(row.samples())), pads=number % 3)
+        generator = torch.Generator().manual_seed(number)
+        inputs["pixel_values"] = inputs["pixel_values"] + 0.8 * torch.randn(
+            inputs["pixel_values"].shape, generator=generator, dtype=torch.float64
+        ) * (inputs["pixel_values"] != 0)  # where a batch is filled up with zeros it stays so
+        found.append(inputs)
+    return found
+
+
+def calibrate(row: Row, path: Path, **options: Any) -> PruningPolicy:
+    callback = CrossAttentionCalibration(path, keep=KEEP, settings=CalibrationSettings(probes=4), **options)
+    trainer(callback).predict(Generating(row.model(), SETTINGS), loading(data(row)))
+    assert PruningPolicy.load(path) == callback.policies[0]
+    return callback.policies[0]
+
+
+@torch.no_grad()
+def agreement(row: Row, policy: PruningPolicy, guide: nn.Module | None = None) -> tuple[float, float]:
+    """Share of answers as the unpruned model's when it really is pruned, on the learning part and on the other."""
+    same, model = [], row.model()
+    with applied(model, policy, guide=guide) as pruner, compare_with_unpruned(pruner) as comparison:
+        for batch in data(row):
+            model.generate(**batch, **SETTINGS)
+            same.append(comparison.same.pop())
+    images = [first_images(row, batch) for batch in data(row)]
+    together, part = torch.cat(same).double(), part_of(torch.cat(images))
+    return together[part == 0].mean().item(), together[part == 1].mean().item()
+
+
+def first_images(row: Row, batch: dict[str, Tensor]) -> Tensor:
+    """The fingerprint of each sample's first image, 0 for a sample without one: as a scorer sees them, counted here."""
+    seen: list[Observation] = []
+
+    class Noting(Random):
+        def score(self, observation: Observation) -> Tensor:
+            seen.append(observation)
+            return super().score(observation)
+
+    with (
+        patch.object(PruningPolicy, "build_scorer", lambda self: Noting()),
+        prune(row.model(), PruningPolicy("random", keep=0.9)) as pruning,
+    ):
+        row.model()(**row.oracle.forward_inputs(batch))
+    tokens, marks = seen[0].valid.sum(1).tolist(), seen[0][Signal.IMAGE_HASH].tolist()
+    first, image = [], 0
+    for left in pruning.last.counts.tolist():
+        first.append(marks[image] if left else 0)
+        end = sum(tokens[:image]) + left
+        while sum(tokens[:image]) < end:
+            image += 1
+    return torch.tensor(first)
+
+
+def check_figures(row: Row, policy: PruningPolicy, candidates: Sequence[Candidate]) -> set[float]:
+    """What was measured of some candidates is what running them gives; returns the shares."""
+    found = set()
+    for candidate in candidates:
+        measured = figures(policy, candidate.name)
+        learned, checked = agreement(row, candidate.policy(KEEP))
+        if measured["choose"]["samples"] == policy.evidence["samples"]["learn"]:  # it stayed to the end
+            assert measured["choose"]["agreement"] == pytest.approx(learned, abs=1e-12), candidate.name
+        if measured["check"] is not None:
+            assert measured["check"]["agreement"] == pytest.approx(checked, abs=1e-12), candidate.name
+        found.add(measured["choose"]["agreement"])
+    return found
+
+
+@pytest.mark.parametrize(
+    "name",
+    [name if name == "Blip2-OPT" else pytest.param(name, marks=pytest.mark.slow) for name in METHODS],
+)
+def test_what_is_measured_of_every_rule_is_what_pruning_does(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    row = BY_NAME[name]
+    policy = calibrate(row, tmp_path / "policy.json")
+    candidates = default_candidates(Plan.of(find_family(row.model())))
+    names = {candidate.name for candidate in candidates}
+    assert {"random", "stride", "l2-norm", "diversity of outputs"} <= names, "controls always compete"
+    controls = [candidate for candidate in candidates if candidate.reference][:6]
+    others = [candidate for candidate in candidates if candidate.scorer in METHODS[name]][:6]
+    assert len(check_figures(row, policy, [*controls, *others])) > 1, "candidates must differ, or this proves nothing"
+    assert policy.model == find_family(row.model()).describe()
+    checked = agreement(row, policy)[1]
+    chosen = figures(policy, policy.evidence["chosen"])
+    assert chosen["check"]["agreement"] == pytest.approx(checked, abs=1e-12), "the policy is what was checked"
+
+
+@pytest.mark.parametrize(
+    ("name", "method"),
+    [
+        pytest.param(name, method, marks=[] if (name, method) in FAST else pytest.mark.slow)
+        for name in METHODS
+        for method in METHODS[name]
+    ],
+)
+def test_one_method_is_calibrated_by_its_name(
+    name: str, method: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    row, selector = BY_NAME[name], "top-k" if method == "trimmed-llama" else None
+    policy = calibrate(row, tmp_path / "policy.json", scorer=method, selector=selector)
+    controls = {control for control, cls in SCORERS.items() if cls.control}
+    assert policy.scorer == method, "controls compete, but are not what was asked for"
+    assert {row["name"].split()[0] for row in policy.evidence["candidates"]} <= {method, *controls}
+    checked = figures(policy, policy.evidence["chosen"])["check"]["agreement"]
+    assert checked == pytest.approx(agreement(row, policy)[1], abs=1e-12)
+
+
+@pytest.mark.parametrize(
+    "method",
+    [name if name in ("fastv", "visual-exit") else pytest.param(name, marks=pytest.mark.slow) for name in INSIDE],
+)
+def test_a_method_inside_the_decoder_is_calibrated_where_it_drops(
+    method: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    row = BY_NAME["Llava"]
+    args = {"layer": 1} if method in ("fastv", "dart") else None if method == "visual-exit" else {"stages_at": [1]}
+    policy = calibrate(row, tmp_path / "policy.json", scorer=method, scorer_args=args)
+    assert policy.scorer == method
+    checked = figures(policy, policy.evidence["chosen"])["check"]["agreement"]
+    assert checked == pytest.approx(agreement(row, policy)[1], abs=1e-12)
+    if method == "visual-exit":
+        depth = find_family(row.model()).depth
+        assert policy.scorer_args == {"layer": math.ceil(KEEP * depth)}, "a budget is the share of layers that read"
+
+
+@pytest.mark.parametrize(
+    ("name", "method", "args"),
+    [("Llava", None, {}), ("Mllama", None, {}), ("Llava", "fastervlm", {}), ("Llava", "fastv", {"layer": 2})],
+)
+def test_fitted_weights_are_the_same_votes_that_were_fitted(
+    name: str, method: str | None, args: dict[str, Any]
+) -> None:
+    family = find_family(BY_NAME[name].model())
+    plan = Plan.of(family, None if method is None else PruningPolicy(method, args))
+    ((voter, scorer),) = plan.voters.items()
+    layers, heads = (plan.voting(voter)[-1],), plan.heads(voter)
+    weights = np.linspace(-1, 2, heads)
+    fit = HeadFit(weights, np.zeros(0), 0.1, 0.0, 0.5, np.ones(heads))
+    found = VoterFit(LayerChoice(layers, (), (1.0,)), layers, fit, True)
+    candidates = fitted_candidates(plan, Fitted([], None, {voter: found}))
+    policy = next(candidate for candidate in candidates if candidate.name == f"{voter} heads").policy(KEEP)
+    signal = next(iter(scorer.needs))
+    paid = torch.rand(3, heads, 6, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    valid = torch.arange(6) < torch.tensor([6, 4, 6])[:, None]
+    count = plan.layer or family.layers()[signal]
+    seen = Observation(valid, {signal: count}, {(signal, layer): paid for layer in range(count)})
+    votes = scorer.votes(seen)[:, -1]
+    expected = (votes * torch.tensor(fit.weights)[:, None]).sum(1)
+    torch.testing.assert_close(policy.build_scorer().score(seen)[valid], expected[valid], rtol=0, atol=1e-3)
+    assert not torch.allclose(votes, paid, atol=0.1), "on the scale of the fit"
+
+
+def test_a_guide_is_asked_while_its_layers_and_heads_are_calibrated(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    row = BY_NAME["Llava"]
+    guide = deepcopy(row.model())
+    with torch.random.fork_rng(), torch.no_grad():
+        torch.manual_seed(3)
+        for weight in guide.parameters():
+            weight.add_(0.3 * weight.std(correction=0) * torch.randn_like(weight))
+    guide.generate(**row.inputs(), **SETTINGS)  # transformers sets hooks of its own, which stay
+    before = footprint(guide)
+    policy = calibrate(row, tmp_path / "policy.json", scorer="sgl", guide=guide)
+    names = [row["name"] for row in policy.evidence["candidates"]]
+    assert policy.scorer == "sgl" and {"sgl", "sgl layer 0", "sgl layer 1"} <= set(names)
+    for name in (policy.evidence["chosen"], "sgl layer 1"):
+        args = {"layers": [1]} if name == "sgl layer 1" else policy.scorer_args
+        checked = figures(policy, name)["check"]["agreement"]
+        assert checked == pytest.approx(agreement(row, PruningPolicy("sgl", args, keep=KEEP), guide)[1], abs=1e-12)
+    assert footprint(guide) == before
+
+
+def test_a_method_that_needs_what_calibration_cannot_give_is_refused(tmp_path: Path) -> None:
+    module = Generating(BY_NAME["Llava"].model(), SETTINGS)
+    for options, why in (({"scorer": "sgl"}, "guide"), ({"scorer": "catp"}, "cross-attention")):
+        callback = CrossAttentionCalibration(tmp_path / "p.json", **options)  # type: ignore[arg-type]
+        with pytest.raises(PruningError, match=f"cannot be calibrated here.*{why}"):
+            L.Trainer(callbacks=[callback], accelerator="cpu", logger=False, enable_progress_bar=False).predict(
+                module,
+                loading(data(BY_NAME["Llava"])[:1]),
+            )
+    with pytest.raises(PolicyError, match="name it"):
+        CrossAttentionCalibration(scorer_args={"layer": 2})
+
+
+def test_two_images_with_other_pixels_have_other_fingerprints() -> None:
+    first, second = data(BY_NAME["Llava"])[:2]
+    assert not torch.equal(fingerprint(first["pixel_values"]), fingerprint(second["pixel_values"]))

@@ -1,0 +1,211 @@
+"""What a probe says is what the model, pruned to that subset, answers; and probes are exact, however they are cut."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from catp_lightning.calibration.fit.probes import WORST, Columns, head_votes, probe, random_subset, sizes
+from catp_lightning.calibration.fit.probing import Probing
+from catp_lightning.calibration.fit.sums import ProbeSums
+from catp_lightning.calibration.plan import Plan
+from catp_lightning.calibration.replay.samples import Samples
+from catp_lightning.calibration.settings import CalibrationSettings
+from catp_lightning.calibration.split import fold_of, part_of
+from catp_lightning.methods.scorers import CrossAttention, RegionAttention
+from catp_lightning.models import find_family
+from tests.support.models import GREEDY, PAD
+from tests.support.modules import Batch
+from tests.support.recorded_answers import Explicit, ModelCall, Net, beams, forward, greedy, mixed, model, record
+
+VOTERS = {"cross-attention": CrossAttention(), "region-attention": RegionAttention()}
+"""Scorers of models with a Q-Former whose heads are fitted."""
+
+
+def subsets(samples: Samples, size: float, number: int, count: int) -> Tensor:
+    visual = samples.visual
+    counts = torch.tensor([max(1, round(count * size)) for count in visual.sum(1).tolist()])
+    seeds = samples.images ^ samples.replay.questions
+    probes = range(count * number, count * (number + 1))
+    return torch.stack([random_subset(seeds, visual, counts, n) & visual for n in probes])
+
+
+def slow_rows(samples: Samples, keep: Tensor) -> Tensor:
+    """A probe's row by loops over kept tokens, voters, layers and heads."""
+    columns = Columns.of(Plan.of(samples.replay.family))
+    votes = {name: voter.votes(samples.seen).double() for name, voter in VOTERS.items()}
+    rows = torch.zeros(*keep.shape[:2], columns.total, dtype=torch.float64)
+    starts = (samples.visual.sum(1).cumsum(0) - samples.visual.sum(1)) // columns.slots
+    for p, b, t in keep.nonzero().tolist():
+        image, slot = int(starts[b]) + t // columns.slots, t % columns.slots
+        column = 0
+        for name in VOTERS:
+            for layer in range(2):
+                for head in range(4):
+                    assert columns.of_voter(name)[layer][head] == column
+                    rows[p, b, column] += votes[name][image, layer, head, slot]
+                    column += 1
+        assert columns.of_slots[0] == column
+        rows[p, b, column + slot] += 1
+    return rows
+
+
+class Calls:
+    """Counts forwards of modules."""
+
+    def __init__(self, *modules: nn.Module) -> None:
+        self.counts = [0] * len(modules)
+        for number, module in enumerate(modules):
+            module.register_forward_hook(self._counting(number))
+
+    def _counting(self, number: int) -> Callable[..., None]:
+        def count(*args: Any) -> None:
+            self.counts[number] += 1
+
+        return count
+
+
+@pytest.mark.parametrize(
+    ("call", "right"),
+    [(greedy, False), (beams, False), (forward, False), (forward, True)],
+    ids=["greedy", "beams", "forward", "forward, padded right"],
+)
+def test_a_probe_is_what_the_model_pruned_to_that_subset_says_of_its_own_answer(
+    call: ModelCall, right: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("catp_lightning.calibration.fit.probes.WORST", -1000.0)  # or a lost answer could hide anything
+    net, batch = model(), mixed([1, 2, 0, 1, 2], right=right)
+    calls = Calls(net.vision_model, net.qformer)
+    gains = []
+    with torch.no_grad():
+        output, samples = record(net, call, batch)
+        votes = head_votes(VOTERS.values(), samples.seen, samples.visual)
+        found = [
+            probe(samples.replay, votes, samples.images, size, number, 8, probes=3)
+            for number, size in enumerate(sizes([0.5, 3], 8))
+        ]
+        assert calls.counts == [1, 1], "vision runs once a batch, however many subsets are probed"
+        explicit = Explicit(net, batch, output)
+        for number, (size, probes) in enumerate(zip(sizes([0.5, 3], 8), found, strict=True)):
+            keep, count = subsets(samples, size, number, 3), round(8 * size)
+            assert keep[:, :4].sum(2).tolist() == [[count, 2 * count, 0, count]] * 3
+            expected = torch.stack([explicit.gain(kept) for kept in keep])
+            torch.testing.assert_close(probes.gain, expected, atol=1e-10, rtol=0)
+            rows = slow_rows(samples, keep)
+            there = samples.visual.any(1)  # where there is no image nothing can be kept
+            torch.testing.assert_close(probes.rows[:, there], rows[:, there], atol=1e-10, rtol=0)
+            assert torch.equal(probes.slots, probes.rows[..., -8:])
+            centred = (probes.rows - probes.rows.mean(0))[:, ~there]
+            assert not centred.any(), "a sample without an image teaches nothing"
+            gains.append(expected[:, there])
+    assert torch.cat(gains).std(0).min() > 0.1, "what is kept matters, or this proves nothing"
+
+
+def test_after_padding_on_the_right_the_first_token_comes_from_where_generate_takes_it() -> None:
+    """From the padding; transformers advises against it, and numbers the later tokens as if padding were text."""
+
+    def with_logits(net: Net, batch: Batch) -> Any:
+        return net.generate(**batch, **GREEDY, return_dict_in_generate=True, output_logits=True)
+
+    with torch.no_grad():
+        output, samples = record(model(), with_logits, mixed([1, 2, 0, 1, 2], right=True))
+        for rows in ([0, 1, 2, 3, 4], [1, 2, 4], [3]):
+            replay = samples.replay.of_samples(torch.tensor(rows))
+            first = replay.log_probabilities(replay.tokens)[:, 0].float()
+            torch.testing.assert_close(first, output.logits[0][rows].log_softmax(-1), atol=1e-5, rtol=0)
+
+
+def test_the_gains_of_lost_answers_are_cut_off() -> None:
+    net, batch = model(), mixed([1, 1, 1])
+    net.language_projection.weight.data *= 20
+    with torch.no_grad():
+        _, samples = record(net, greedy, batch)
+        keep = subsets(samples, 1 / 8, 0, 3)
+        whole = samples.replay.answer_log_probability(keep)
+        votes = head_votes(VOTERS.values(), samples.seen, samples.visual)
+        found = probe(samples.replay, votes, samples.images, 1 / 8, 0, 8, probes=3).gain
+    assert whole.min() < WORST - 1 and torch.equal(found, whole.clamp(min=WORST))
+
+
+def test_inference_mode_changes_nothing_and_half_precision_little() -> None:
+    def probed(net: Net, dtype: torch.dtype) -> tuple[Samples, Any]:
+        _, samples = record(net, greedy, mixed([1, 2, 1], dtype))
+        votes = head_votes(VOTERS.values(), samples.seen, samples.visual)
+        return samples, probe(samples.replay, votes, samples.images, 0.5, 0, 8, probes=4)
+
+    with torch.no_grad():
+        _, plain = probed(model(torch.float32), torch.float32)
+    with torch.inference_mode():
+        _, inference = probed(model(torch.float32), torch.float32)
+    assert torch.equal(plain.gain, inference.gain) and torch.equal(plain.rows, inference.rows)
+    for autocast, dtype in ((True, torch.float32), (False, torch.bfloat16)):
+        with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            samples, half = probed(model(dtype), dtype)
+        assert half.rows.dtype == half.gain.dtype == torch.float32
+        rows = slow_rows(samples, subsets(samples, 0.5, 0, 4))
+        torch.testing.assert_close(half.rows.double(), rows, atol=1e-4, rtol=0)
+        assert half.gain.isfinite().all() and (half.gain <= 0).all()
+    assert half.gain.shape == (4, 3)
+
+
+def test_one_set_of_probes_serves_all_budgets_and_only_the_learning_part() -> None:
+    assert sizes([0.5, 0.25, 1.0], 8) == [4 / 8, 2 / 8, 1 / 8] and sizes([0.5], 1) == []
+    assert sizes([3, 7, 100], 8) == [7 / 8, 3 / 8, 2 / 8, 1 / 8]
+    net = model()
+    with torch.no_grad():
+        _, samples = record(net, forward, mixed([1] * 30))
+        plan = Plan.of(find_family(net), settings=CalibrationSettings(probes=2))
+        probing = Probing(plan, [0.5, 0.25], part_of, None)
+        probing.see(samples)
+        here = samples.where(part_of(samples.images) == 0)
+        assert 15 < len(here.images) < 30
+        expected = ProbeSums(probing.columns.total)
+        for number, size in enumerate((4, 2, 1)):
+            keep = subsets(here, size / 8, number, 2)
+            gain = here.replay.answer_log_probability(keep).clamp(min=WORST)
+            expected.update(fold_of(here.images), slow_rows(here, keep), gain)
+    found, wanted = probing.sums.compute(), expected.compute()
+    assert found.gram == pytest.approx(wanted.gram, abs=1e-8) and found.moment == pytest.approx(wanted.moment, abs=1e-8)
+    assert found.rows.tolist() == wanted.rows.tolist() and found.rows.sum() == 2 * 3 * len(here.images)
+    assert probing.parts.compute() == {"learn": len(here.images), "check": 30 - len(here.images)}
+    assert torch.equal(probing.images.compute(), samples.images.unique())
+    assert probing.pairs is not None and probing.pairs.compute().gram.shape[1] == 36
+
+
+def test_random_subsets_are_fair_and_depend_on_seed_and_number_alone() -> None:
+    seeds, visual = torch.arange(4000) * 7919, torch.ones(4000, 8, dtype=torch.bool)
+    counts = torch.full((4000,), 3)
+    subset = random_subset(seeds, visual, counts, 5)
+    assert subset.sum(1).eq(3).all()
+    assert torch.equal(random_subset(seeds[10:20], visual[10:20], counts[10:20], 5), subset[10:20])
+    assert not torch.equal(random_subset(seeds, visual, counts, 6), subset)
+    assert (subset.double().mean(0) - 3 / 8).abs().max() < 0.03
+    pairs = subset.double().T @ subset.double() / 4000
+    off = pairs[~torch.eye(8, dtype=torch.bool)]
+    assert (off - 3 / 8 * 2 / 7).abs().max() < 0.03, "slots are drawn independently of each other"
+    visual = torch.arange(8) < torch.tensor([8, 4])[:, None]
+    shorter = random_subset(torch.tensor([1, 2]), visual, torch.tensor([3, 3]), 0)
+    assert shorter.sum(1).tolist() == [3, 3] and not (shorter & ~visual).any()
+
+
+def test_probes_of_a_sample_do_not_depend_on_batch_or_padding() -> None:
+    """Subsets are drawn from image and question: two questions about one image are probed with different subsets."""
+    net, batch = model(), mixed([1, 1, 1])
+    batch["pixel_values"][1] = batch["pixel_values"][0]
+    alone = {
+        name: torch.cat([value[:1, :8], value[:1, :8] * 0 + fill, value[:1, 8:]], 1)
+        for (name, value), fill in zip(batch.items(), (PAD, 0), strict=False)
+    }
+    alone["pixel_values"] = batch["pixel_values"][:1]
+    with torch.no_grad():
+        found = []
+        for some in (batch, alone):
+            _, samples = record(net, greedy, some)
+            votes = head_votes(VOTERS.values(), samples.seen, samples.visual)
+            found.append(probe(samples.replay, votes, samples.images, 0.5, 1, 8, probes=4))
+    together, one = found
+    torch.testing.assert_close(together.rows[:, :1], one.rows, atol=1e-10, rtol=0)
+    torch.testing.assert_close(together.gain[:, :1], one.gain, atol=1e-10, rtol=0)
+    assert not torch.equal(together.slots[:, 0], together.slots[:, 1]), "the same image, another question"

@@ -1,0 +1,126 @@
+"""A calibration under W&B, offline: what the run file itself holds, read back with wandb's own protobufs."""
+
+import json
+import struct
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import pytest
+from lightning.pytorch.loggers import CSVLogger, WandbLogger
+
+from catp_lightning import PruningPolicy
+from catp_lightning.calibration.report.report import COLUMNS, report_folder
+from catp_lightning.callbacks import CrossAttentionCalibration
+from tests.support.calibrations import data
+from tests.support.models import faint_blip2, greedily
+from tests.support.modules import Generating
+from tests.support.trainers import loading
+
+BLOCK, HEADER = 32768, 7
+
+
+def records(file: Path) -> Iterator[Any]:
+    """The records of a run file: LevelDB's log format, chunks of at most a block."""
+    from wandb.proto import wandb_internal_pb2
+
+    content, offset, whole = file.read_bytes(), 7, b""
+    while offset + HEADER <= len(content):
+        if BLOCK - offset % BLOCK < HEADER:
+            offset += BLOCK - offset % BLOCK
+            continue
+        _, length, kind = struct.unpack("<IHB", content[offset : offset + HEADER])
+        if offset + HEADER + length > len(content):
+            return  # not written yet
+        whole += content[offset + HEADER : offset + HEADER + length]
+        offset += HEADER + length
+        if kind in (1, 4):  # the only or the last chunk of a record
+            record = wandb_internal_pb2.Record()
+            record.ParseFromString(whole)
+            whole = b""
+            yield record
+
+
+def complete(file: Path) -> list[Any]:
+    """All records: `wandb.finish` may return before its service has written the last of them."""
+    for _ in range(100):
+        found = list(records(file))
+        if any(record.WhichOneof("record_type") == "exit" for record in found):
+            return found
+        time.sleep(0.1)
+    raise AssertionError(f"{file} never ends")
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> tuple[list[Any], list[PruningPolicy], Path]:
+    import wandb
+
+    logger = WandbLogger(project="catp", save_dir=str(tmp_path), offline=True)
+    callback = CrossAttentionCalibration(tmp_path / "policies", keep=[0.5, 2])
+    trainer = L.Trainer(callbacks=[callback], logger=logger, accelerator="cpu", enable_progress_bar=False)
+    trainer.predict(Generating(faint_blip2(0.2), greedily(1)), loading(data(48, 16)))
+    wandb.finish()
+    (file,) = tmp_path.glob("wandb/offline-run-*/run-*.wandb")
+    return complete(file), callback.policies, file.parent
+
+
+def test_the_run_holds_configuration_tables_figures_and_the_policy(
+    run: tuple[list[Any], list[PruningPolicy], Path],
+) -> None:
+    found, policies, folder = run
+    config = {}
+    history: dict[str, Any] = {}
+    artifacts = []
+    for record in found:
+        kind = record.WhichOneof("record_type")
+        if kind in ("config", "run"):  # older versions keep it with the run
+            source = record.config if kind == "config" else record.run.config
+            config |= {update.key or update.nested_key[0]: json.loads(update.value_json) for update in source.update}
+        elif kind == "history":
+            for item in record.history.item:
+                *outer, last = item.nested_key or [item.key]
+                place = history
+                for key in outer:
+                    place = place.setdefault(key, {})
+                place[last] = json.loads(item.value_json)
+        elif kind == "artifact":
+            artifacts.append(record.artifact)
+    assert config["catp"]["budgets"] == [0.5, 2] and config["catp"]["model"]["type"] == "blip-2"
+    assert config["catp"]["chosen"] == {str(p.keep): p.evidence["chosen"] for p in policies}
+    for policy in policies:
+        best = next(row for row in policy.evidence["candidates"] if row["name"] == policy.evidence["chosen"])
+        assert history[f"catp/keep-{policy.keep}/agreement"] == pytest.approx(best["check"]["agreement"])
+        table = history[f"catp/keep-{policy.keep}/candidates"]
+        assert table["nrows"] == len(policy.evidence["candidates"]) and table["ncols"] == len(COLUMNS)
+        stored = json.loads((folder / "files" / table["path"]).read_text())
+        assert [row[:3] for row in stored["data"]] == [
+            [row["name"], row["control"], row["choose"]["samples"]] for row in policy.evidence["candidates"]
+        ]
+    report = report_folder(folder.parents[1] / "policies")
+    figures = {file.stem: file.read_bytes() for file in report.glob("*.png")}
+    assert figures.keys() >= {"retention", "layers", "slots", "rank_correlation"}
+    for name, image in figures.items():
+        assert (folder / "files" / history[f"catp/{name}"]["path"]).read_bytes() == image
+        assert (folder / "files/report" / f"{name}.png").read_bytes() == image
+    assert (folder / "files/report/report.md").read_text() == (report / "report.md").read_text()
+    policy_artifacts = [artifact for artifact in artifacts if artifact.type == "catp-policy"]
+    assert len(policy_artifacts) == 1
+    assert sorted(entry.path for entry in policy_artifacts[0].manifest.contents) == ["keep-0.5.json", "keep-2.json"]
+    for policy in policies:
+        staged = next(e for e in policy_artifacts[0].manifest.contents if e.path == f"keep-{policy.keep}.json")
+        assert PruningPolicy.load(staged.local_path) == policy
+        assert PruningPolicy.load(folder / "files" / f"keep-{policy.keep}.json") == policy, "beside the run"
+
+
+def test_any_other_logger_gets_the_figures(tmp_path: Path) -> None:
+    logger = CSVLogger(tmp_path)
+    callback = CrossAttentionCalibration(tmp_path / "policy.json", keep=0.5)
+    trainer = L.Trainer(callbacks=[callback], logger=logger, accelerator="cpu", enable_progress_bar=False)
+    trainer.predict(Generating(faint_blip2(0.2), greedily(1)), loading(data(48, 16)))
+    logger.save()
+    header, values = (Path(logger.log_dir) / "metrics.csv").read_text().split("\n")[:2]
+    row = dict(zip(header.split(","), values.split(","), strict=True))
+    checked = callback.policies[0].evidence["retention"][0]["agreement"]
+    assert float(row["catp/keep-0.5/agreement"]) == pytest.approx(checked)

@@ -1,0 +1,170 @@
+"""What a command cannot do it says in one message, and leaves every file as it was."""
+
+import json
+import re
+import shutil
+from pathlib import Path
+
+import pytest
+from jsonargparse import ArgumentError
+
+from catp_lightning.errors import PolicyError
+from catp_lightning.modules.vqa import VQAModule
+from catp_lightning.policy import PruningPolicy
+from tests.support.commands import BLIP2, catp, fails, process, split
+from tests.support.tiny_vqa import QUERIES
+
+
+def test_a_policy_for_another_architecture_is_refused_by_both_names(made, capsys):
+    PruningPolicy("catp", model=BLIP2).save("policy.json")
+    status, message = fails(capsys, "validate", "--config", made / "tiny.yaml", "--policy", "policy.json")
+    assert status == 2
+    assert "made for blip-2 with 32 visual tokens" in message
+    assert f"this model is blip-2 with {QUERIES} visual tokens" in message
+
+
+def test_a_truncated_policy_is_refused_before_the_model_is_loaded(made, capsys):
+    file = PruningPolicy("catp").save("policy.json")
+    file.write_text(file.read_text()[:100])
+    missing = ["--model.model", "no/model"]  # would fail too, and says something else
+    status, message = fails(capsys, "test", "--config", made / "tiny.yaml", *missing, "--policy", "policy.json")
+    assert status == 2
+    assert "policy.json cannot be read as a policy" in message
+
+
+@pytest.mark.parametrize("command", ["validate", "test", "predict", "calibrate"])
+def test_a_missing_dataset_file_is_named(made, capsys, command):
+    name = {"validate": "val", "calibrate": "calibration"}.get(command, "test")
+    options = ["--output", "new"] if command in ("predict", "calibrate") else []
+    missing = [f"--data.{name}.questions", "nowhere.json"]
+    status, message = fails(capsys, command, "--config", made / "tiny.yaml", *missing, *options)
+    assert status == 2
+    assert "nowhere.json: there is no such file" in message
+
+
+@pytest.mark.parametrize("command", ["predict", "calibrate"])
+def test_a_corrupt_image_ends_a_run_and_leaves_an_old_file_as_it_was(made, tmp_path, capsys, command):
+    shutil.copytree(made / "calibration", "scenes")
+    last = max(Path("scenes/images").iterdir())
+    last.write_bytes(last.read_bytes()[:200])
+    Path("old.json").write_text("old\n")
+    place = [f"--data.{'test' if command == 'predict' else 'calibration'}", json.dumps(split(tmp_path / "scenes"))]
+    status, message = fails(capsys, command, "--config", made / "tiny.yaml", *place, "--output", "old.json")
+    assert status == 1
+    assert last.name in message
+    assert "cannot be read" in message
+
+
+@pytest.mark.parametrize(
+    ("args", "status", "said"),
+    [
+        (["validate", "--keep", "0.5"], 2, "give --policy or --scorer"),
+        (["test", "--policy", "policies"], 2, "several budgets (1, 2)"),
+        (["test", "--policy", "policies", "--keep", "3"], 2, "keep=3; it has 1, 2"),
+        (["test", "--policy", "nowhere"], 2, "no policy at 'nowhere'"),
+        (["test", "--policy", "policies", "--keep", "half"], 2, "keep is 'half'"),
+        (["test", "--policy", "policies", "--scorer", "stride"], 2, "give one of them"),
+        (["test", "--scorer", "strid"], 2, "Did you mean 'stride'?"),
+        (["test", "--scorer", "stride", "--scorer_args", "{layer: 2}"], 2, "no argument 'layer'"),
+        (["test", "--scorer", "stride", "--selector", "best"], 2, "no selector 'best'"),
+        (["test", "--scorer", "stride", "--keep", "0"], 2, "keep is 0"),
+        (["test", "--scorer", "fastervlm"], 2, "does not show"),
+        (["test", "--scorer_args", "{layer: 2}"], 2, "--scorer: give it as well"),
+        (["predict", "--output", "new.jsonl", "--selector", "dpp"], 2, "--scorer: give it as well"),
+        (["test", "--polcy", "policies"], 2, "Did you mean --policy?"),
+        (["test", "--config", "nowhere.yaml"], 2, "nowhere.yaml"),
+        (["test", "--model.model", "/nowhere/model"], 2, "no model in /nowhere/model"),
+        (["test", "--data.fraction", "2"], 2, "fraction must be in (0, 1], got 2.0"),
+        (["test", "--ckpt_path", "nowhere.ckpt"], 2, "nowhere.ckpt"),
+        (["predict"], 2, "give --output"),
+        (["predict", "--output", "policies"], 2, "policies is a folder"),
+        (["predict", "--output", "file/answers.jsonl"], 2, "is not a folder"),
+        (["calibrate", "--keep", "0"], 2, "keep is 0"),
+        (["calibrate", "--keep", "2.0"], 2, "keep=2, without the point"),
+        (["calibrate", "--keep", "[0.5, 1]", "--output", "policy.json"], 2, "give a folder"),
+        (["calibrate", "--output", "file"], 2, "file is a file"),
+        (["calibrate", "--output", "taken.json"], 2, "taken-report is a file"),
+        (["calibrate", "--max_disagreement", "2"], 2, "For 2 percent write 0.02"),
+        (["calibrate", "--max_disagreement", "few"], 2, "max_disagreement"),
+        (["calibrate", "--max_disagreement", "0.02", "--confidence", "1"], 2, "confidence is 1"),
+        (["calibrate", "--max_disagreement", "0.001"], 1, "takes at least 2995 there"),
+        (["calibrate", "--confidence", "0.9"], 2, "give --max_disagreement"),
+        (["calibrate", "--data.fraction", "0.03"], 1, "some dozens of images"),
+        (["test", "--data.test", "null"], 2, "test"),
+        (["predict", "--trainer.accelerator", "abacus", "--output", "new.jsonl"], 2, "abacus"),
+        (["forecast"], 2, "no command 'forecast'"),
+        (["calibrat"], 2, "Did you mean 'calibrate'?"),
+    ],
+)
+def test_what_cannot_be_done_is_said_in_one_message(made, capsys, args, status, said):
+    for keep in (1, 2):
+        PruningPolicy("stride", keep=keep).save(f"policies/keep-{keep}.json")
+    for name in ("file", "taken-report"):
+        Path(name).write_text("")
+    config = ["--config", made / "tiny.yaml"]
+    found, message = fails(capsys, args[0], *config, *args[1:])
+    assert said in message
+    assert found == status
+    assert message.count("\n") == 1 or "lists the options" in message
+
+
+@pytest.mark.parametrize(
+    ("args", "said"),
+    [
+        (["scenes", "--qestions", "4"], "Did you mean --questions?"),
+        (["scenes", "--questions", "0"], "0 for the test split; it must be at least 1"),
+        (["scenes", "--calibration_questions", "-1"], "-1 for the calibration split"),
+        (["scenes", "--model", "digits"], "no shipped model 'digits'"),
+        (["scenes", "--output", "file"], "--output file is a file"),
+        (["demo", "--seed", "-1"], "seed is -1"),
+        (["demo", "--questions", "many"], "many"),
+        (["demo", "--output", "file/demo"], "file is not a folder"),
+    ],
+)
+def test_scenes_and_demo_refuse_a_wrong_value_before_anything_is_written(capsys, args, said):
+    Path("file").write_text("")
+    status, message = fails(capsys, *args)
+    assert status == 2
+    assert said in message
+
+
+def test_answers_of_another_layout_end_in_the_writers_message(made, capsys):
+    module = {"class_path": f"{__name__}.Wordless", "init_args": {"model": str(made / "model")}}
+    status, message = fails(
+        capsys, "predict", "--config", made / "tiny.yaml", "--model", json.dumps(module), "--output", "answers.jsonl"
+    )
+    assert status == 1
+    assert "Wordless.predict_step to return a list" in message
+
+
+class Wordless(VQAModule):
+    def predict_step(self, batch, batch_idx):
+        return batch["question_ids"]
+
+
+def test_the_traceback_is_shown_where_the_environment_asks_for_it(made, monkeypatch):
+    monkeypatch.setenv("CATP_TRACEBACK", "1")
+    with pytest.raises(PolicyError):
+        catp(made, "test", "--policy", "nowhere")
+    with pytest.raises(ArgumentError):
+        catp(made, "test", "--nothing", "1")
+
+
+def test_a_corrupt_image_read_by_a_worker_process_is_one_message(made, tmp_path, capsys):
+    shutil.copytree(made / "test", "scenes")
+    first = min(Path("scenes/images").iterdir())
+    first.write_bytes(b"not an image")
+    place = ["--data.num_workers", 1, "--data.test", json.dumps(split(tmp_path / "scenes"))]
+    status, message = fails(capsys, "predict", "--config", made / "tiny.yaml", *place, "--output", "answers.jsonl")
+    assert status == 1
+    assert message.startswith(f"{tmp_path / 'scenes/images' / first.name}, the image of question")
+    assert message.endswith("leave its questions out of the questions file.\n")
+
+
+def test_a_process_of_its_own_that_fails_ends_with_its_status_and_the_message(made):
+    PruningPolicy("catp", model=BLIP2).save("policy.json")
+    done = process("predict", "--config", made / "tiny.yaml", "--policy", "policy.json", "--output", "answers.jsonl")
+    assert done.returncode == 2
+    assert "Traceback" not in done.stderr
+    assert re.search(r"catp: error: The policy was made for blip-2 .*\n$", done.stderr)
+    assert not Path("answers.jsonl").exists()

@@ -1,0 +1,59 @@
+"""docs/methods.md says which methods run on which models; so does the code, and every refusal has its reason."""
+
+from copy import deepcopy
+
+import pytest
+
+from catp_lightning import PolicyError, PruningError, PruningPolicy
+from catp_lightning.methods.scorers import SCORERS
+from catp_lightning.models import find_family
+from catp_lightning.pruning.pruner import Pruner
+from tests.support.families import BY_NAME
+from tests.support.paths import ROOT
+from tests.support.rows import Row
+
+PAGE = ROOT / "docs" / "methods.md"
+COLUMNS = {
+    "BLIP-2, InstructBLIP": ("Blip2-OPT", "InstructBlip"),
+    "the same with T5": ("Blip2-T5",),
+    "LLaVA-1.5": ("Llava",),
+    "LLaVA-NeXT, OneVision": ("LlavaNext", "LlavaOnevision"),
+    "Llama-3.2-Vision": ("Mllama",),
+    "Qwen-VL": ("Qwen2-VL", "Qwen2.5-VL"),
+    "InternVL, SmolVLM, Idefics 3, Pixtral": ("InternVL", "SmolVLM", "Idefics3", "Pixtral"),
+    "Gemma 3": ("Gemma3",),
+}
+REASONS: list[str] = []
+
+
+def runs(row: Row, scorer: str) -> bool:
+    family = find_family(row.model())
+    guide = deepcopy(family.model) if scorer == "sgl" else None
+    try:
+        args = {"layer": 1} if scorer in ("fastv", "dart", "visual-exit") else {}
+        args = {"stages_at": [1]} if scorer in ("pyramiddrop", "sparsevlm") else args
+        Pruner(family, PruningPolicy(scorer, args, keep=0.5), guide=guide)
+    except (PruningError, PolicyError) as error:
+        REASONS.append(str(error))
+        return False
+    return True
+
+
+def computed() -> list[str]:
+    lines = [f"| method | {' | '.join(COLUMNS)} |", "|---" * (len(COLUMNS) + 1) + "|"]
+    for scorer in [name for name in SCORERS if name != "random"] + ["random"]:
+        cells = []
+        for names in COLUMNS.values():
+            found = {runs(BY_NAME[name], scorer) for name in names}
+            assert len(found) == 1, f"{scorer}: {names} differ"
+            cells.append("yes" if found == {True} else "-")
+        lines.append(f"| `{scorer}` | {' | '.join(cells)} |")
+    return lines
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_the_table_of_methods_and_families_is_what_the_code_does() -> None:
+    page = PAGE.read_text(encoding="utf-8")
+    for line in computed():
+        assert line in page, f"missing in docs/methods.md: {line}"
+    assert REASONS and min(map(len, REASONS)) > 60, "a reason, and what to do"

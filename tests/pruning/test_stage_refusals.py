@@ -1,0 +1,100 @@
+"""What cannot be pruned inside the decoder is refused."""
+
+import re
+
+import pytest
+import torch
+
+from catp_lightning import PruningError
+from catp_lightning.models import find_family
+from catp_lightning.pruning.sites import SiteSettings
+from catp_lightning.pruning.sites.decoder_layers import PruneAtDecoderLayers
+from tests.support.families import BY_NAME
+from tests.support.footprints import footprint
+from tests.support.matrix import generate
+from tests.support.oracles import cache_of
+from tests.support.rows import Row
+from tests.support.stages import LLAMA, MISTRAL, Uneven, every_model, makes_positions, model_of, stages_of
+
+pytestmark = pytest.mark.usefixtures("no_grad")
+
+
+@pytest.mark.parametrize("stages", [(), (0,), (4,), (-1,), (2, 1), (1, 1), (1, 9)], ids=str)
+def test_layers_that_do_not_exist_or_descend_are_refused(stages: tuple[int, ...]) -> None:
+    with pytest.raises(PruningError, match=rf"at the layers {re.escape(str(list(stages)))}.*from 1 to 3"):
+        stages_of(model_of(LLAMA), stages, Uneven())
+
+
+def test_compact_positions_are_refused() -> None:
+    with pytest.raises(PruningError, match="layers before it have used their position ids"):
+        PruneAtDecoderLayers(find_family(model_of(LLAMA)), Uneven(), SiteSettings((2,), compact=True))
+
+
+@pytest.mark.parametrize("name", ["Gemma3", "Mistral3, sliding window"])
+def test_sliding_layers_are_refused(name: str) -> None:
+    with pytest.raises(PruningError, match="sliding_attention: which columns their caches hold"):
+        stages_of(BY_NAME[name].model(), (2,), Uneven())
+
+
+def test_layers_of_another_kind_are_refused() -> None:
+    family = find_family(LLAMA.make())
+    family.decoder_config.layer_types = ["linear_attention", "full_attention"] * 2
+    with pytest.raises(PruningError, match="layers of type linear_attention"):
+        PruneAtDecoderLayers(family, Uneven(), SiteSettings((2,)))
+
+
+def test_flex_attention_is_refused() -> None:
+    model = LLAMA.make()
+    model.model.language_model.config._attn_implementation = "flex_attention"
+    with pytest.raises(PruningError, match=r"flex_attention.*eager, sdpa"):
+        stages_of(model, (2,), Uneven())
+
+
+@every_model
+def test_a_static_cache_is_refused(row: Row) -> None:
+    model, inputs = model_of(row), row.inputs()
+    model(**inputs)  # transformers sets hooks of its own in the first call, which stay
+    before = footprint(model)
+    with stages_of(model, (1, 3), Uneven()).installed(), pytest.raises(PruningError, match="static cache"):
+        generate(row, model, inputs, cache_implementation="static")
+    assert footprint(model) == before
+
+
+@every_model
+def test_embeddings_without_ids_are_refused(row: Row) -> None:
+    model, inputs = model_of(row), row.inputs()
+    embeddings = model.get_input_embeddings()(inputs["input_ids"])
+    with stages_of(model, (1, 3), Uneven()).installed(), pytest.raises(PruningError, match="inputs_embeds"):
+        model(**{**inputs, "input_ids": None}, inputs_embeds=embeddings)
+
+
+@makes_positions
+def test_caches_of_other_prompts_and_cut_caches_are_refused(row: Row) -> None:
+    model, inputs = model_of(row), row.inputs()
+    token, decode = inputs["input_ids"][:, -1:], model.get_submodule(row.oracle.stepper)
+    mask = torch.cat([inputs["attention_mask"], torch.ones_like(token)], 1)
+    plain = cache_of(model(**inputs, use_cache=True))
+    with stages_of(model, (1, 3), Uneven()).installed():
+        first, second = (cache_of(model(**inputs, use_cache=True)) for _ in range(2))
+        for cache in (plain, first):
+            with pytest.raises(PruningError, match="not filled by the last pruned prompt"):
+                decode(input_ids=token, attention_mask=mask, past_key_values=cache)
+        decode(input_ids=token, attention_mask=mask, past_key_values=second)
+        second.crop(-2)  # a row of the prompt as well
+        with pytest.raises(PruningError, match="changed since"):
+            decode(input_ids=token, attention_mask=mask[:, :-1], past_key_values=second)
+        third = cache_of(model(**inputs, use_cache=True))
+        model.get_submodule(row.oracle.stepper)(input_ids=token)  # text alone
+        with pytest.raises(PruningError, match="not filled by the last pruned prompt"):
+            decode(input_ids=token, attention_mask=mask, past_key_values=third)
+
+
+@pytest.mark.parametrize("row", [LLAMA, MISTRAL], ids=repr)
+def test_an_image_after_what_is_cached_already_is_refused(row: Row) -> None:
+    model, inputs = model_of(row), row.inputs([0])
+    with stages_of(model, (1, 3), Uneven()).installed():
+        for before in ({"input_ids": inputs["input_ids"][:, :2]}, inputs):  # text alone, and a pruned prompt
+            cache = model(**before, use_cache=True).past_key_values
+            mask = torch.ones(1, cache.get_seq_length() + inputs["input_ids"].shape[1], dtype=torch.long)
+            with pytest.raises(PruningError, match="An image came with a cache"):
+                model(**{**inputs, "attention_mask": mask}, past_key_values=cache)

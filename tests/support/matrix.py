@@ -1,0 +1,85 @@
+"""What tests of every family share: the rows as parameters, a choice of tokens, and generating step by step."""
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from catp_lightning import PruningPolicy
+from tests.support.families import ROWS
+from tests.support.newer_families import NEWER
+from tests.support.oracles import END, IMAGE, START, VIDEO, Inputs
+from tests.support.rows import Row
+from tests.support.steps import stepwise
+
+STEPS = 6
+EVERYTHING = PruningPolicy()
+
+
+def rows_where(holds: Callable[[Row], bool] = lambda row: True) -> pytest.MarkDecorator:
+    newer = [pytest.param(row, marks=pytest.mark.slow) for row in NEWER if holds(row)]
+    return pytest.mark.parametrize("row", [*(row for row in ROWS if holds(row)), *newer], ids=repr)
+
+
+every_row = rows_where()
+every_type = pytest.mark.parametrize("row", [*ROWS, *NEWER], ids=repr)
+exact = functools.partial(torch.testing.assert_close, rtol=0.0)
+
+
+def uneven(rows: Sequence[int] | None = None) -> Callable[[Tensor], Tensor]:
+    """A choice that belongs to each sample, whatever batch it is in: another number each, scattered.
+
+    Args:
+        rows: which samples the batch is made of; by default all.
+    """
+    order = torch.rand(4, 64, generator=torch.Generator().manual_seed(4))
+    counts = torch.tensor([2, 4, 3, 5])  # few: what fills up shorter samples should not be most of what was dropped
+
+    def choose(tokens: Tensor) -> Tensor:
+        own = torch.arange(len(tokens)) if rows is None else torch.tensor(rows)
+        scores = order[own, : tokens.shape[1]].masked_fill(~tokens, -1.0)
+        count = counts[own].minimum((tokens.sum(1) - 1).clamp(min=0))[:, None]
+        return scores.argsort(1, descending=True).argsort(1) < count
+
+    return choose
+
+
+def generate(row: Row, model: PreTrainedModel, inputs: Inputs, **settings: Any) -> tuple[Tensor, Tensor]:
+    """New tokens int64 [R, STEPS], greedily by default, and the logits of every step [rows, STEPS, V]."""
+    words = len(model.get_output_embeddings().weight)
+    marks = [token for token in (IMAGE, VIDEO, START, END) if token < words]
+    length = {"max_new_tokens": STEPS, "min_new_tokens": STEPS, "suppress_tokens": marks}
+    sequences, steps = stepwise(model, inputs, **length, **{"do_sample": False, **settings})
+    return sequences[:, -STEPS:], steps
+
+
+def chosen(row: Row, inputs: Inputs, rows: Sequence[int] | None = None) -> Tensor:
+    return uneven(rows)(row.oracle.tokens(inputs))
+
+
+def scale(logits: Tensor) -> float:
+    return logits.abs().max().item()
+
+
+def settled(row: Row) -> PreTrainedModel:
+    """A model that was called before: transformers itself sets hooks and attributes then, and they stay."""
+    model = row.model()
+    model(**row.oracle.forward_inputs(row.inputs()))
+    return model
+
+
+BEAMS = {"num_beams": 3}
+SEVERAL = {"num_beams": 4, "num_return_sequences": 2}
+SAMPLED = {"do_sample": True, "num_return_sequences": 2, "top_k": 0}
+
+
+class PlantedError(Exception):
+    pass
+
+
+def fail(*args: object) -> Any:
+    raise PlantedError

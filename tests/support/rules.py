@@ -1,0 +1,38 @@
+"""Rules that tests try on the models that show what they need."""
+
+from typing import Any
+
+WITH_PATCHES = ("Llava", "LlavaNext", "LlavaOnevision", "VideoLlava", "Qwen2.5-VL", "SmolVLM", "Mistral3")
+RULES: list[tuple[str, dict[str, Any]]] = [
+    *((name, {"scorer": scorer}) for name in (*WITH_PATCHES, "Mllama") for scorer in ("random", "stride", "l2-norm")),
+    *((name, {"scorer": "fastervlm"}) for name in ("Llava", "LlavaNext", "LlavaOnevision")),
+    ("LlavaNext", {"scorer": "fastervlm", "selector_args": {"per": "crop"}}),
+    *((n, {"scorer": s}) for n in ("Llava", "LlavaNext") for s in ("vtc-cls", "vispruner", "visionzip")),
+    *((n, {"scorer": "divprune"}) for n in ("Llava", "LlavaNext", "Qwen2.5-VL", "Mllama", "Blip2-OPT", "Blip2-T5")),
+    *((n, {"scorer": "cdpruner"}) for n in ("Llava", "LlavaNext", "Qwen2.5-VL", "Blip2-OPT", "InstructBlip")),
+    ("LlavaNext", {"scorer": "vispruner", "selector_args": {"per": "crop"}}),
+    ("LlavaOnevision", {"scorer": "visionzip", "selector_args": {"per": "sample"}}),
+    ("Llava", {"scorer": "downsample"}),
+    *((name, {"scorer": "grid"}) for name in (*WITH_PATCHES, "InternVL", "Mllama")),
+    ("LlavaNext", {"scorer": "grid", "selector_args": {"per": "crop"}}),
+    ("Mllama", {"scorer": "trimmed-llama", "selector_args": {"budget": "rows"}}),
+    ("LlavaNext", {"scorer": "l2-norm", "selector": "dpp", "selector_args": {"similarity": "outputs"}}),
+    ("InternVL", {"scorer": "stride", "selector_args": {"per": "crop"}}),
+    ("InstructBlip", {"scorer": "catp"}),
+    ("InstructBlip", {"scorer": "self-attention"}),
+    ("Blip2-T5", {"scorer": "catp", "selector": "dpp"}),
+    ("InstructBlipVideo", {"scorer": "cross-attention"}),
+    ("Mllama", {"scorer": "trimmed-llama"}),
+    ("Mllama", {"scorer": "trimmed-llama", "selector": "top-k", "selector_args": {"per": "crop"}}),
+    ("Llava", {"scorer": "fastv"}),
+    ("Qwen2.5-VL", {"scorer": "fastv", "scorer_args": {"layer": 1}}),
+    ("Blip2-OPT", {"scorer": "pyramiddrop"}),
+    ("Llava", {"scorer": "sparsevlm"}),
+    ("Qwen2.5-VL", {"scorer": "sparsevlm", "scorer_args": {"stages_at": [1, 2], "schedule": "rank", "scale": 0.7}}),
+    ("Blip2-OPT", {"scorer": "sparsevlm", "selector": "top-k"}),
+    ("Llava", {"scorer": "dart", "selector_args": {"pivots": 2}}),
+    ("Qwen2.5-VL", {"scorer": "dart"}),
+    ("Blip2-OPT", {"scorer": "dart", "scorer_args": {"layer": 1}}),
+    *((name, {"scorer": "visual-exit"}) for name in ("Llava", "Qwen2.5-VL", "Blip2-OPT")),
+]
+NAN, INF = float("nan"), float("inf")

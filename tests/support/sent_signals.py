@@ -1,0 +1,32 @@
+"""Signals that arrive in the middle of a run."""
+
+import os
+import threading
+import time
+from collections.abc import Callable
+from typing import Any
+
+from catp_lightning.calibration.replay.base import Replay
+from catp_lightning.callbacks import calibration
+from tests.support.modules import Generating
+
+
+def kill_at(call: int, number: int, where: str) -> Callable[..., Any]:
+    """A function in whose n-th call the process is sent a signal, by another thread, while it sleeps."""
+    owner, name = {
+        "probe": (Replay, "answer_log_probability"),
+        "compare": (Replay, "compare_each"),
+        "step": (Generating, "predict_step"),
+        "report": (calibration, "report"),
+    }[where]
+    real, calls = getattr(owner, name), []
+
+    def killing(*args: Any, **kwargs: Any) -> Any:
+        calls.append(0)
+        if len(calls) == call:
+            threading.Timer(0.05, os.kill, (os.getpid(), number)).start()
+            time.sleep(60)
+        return real(*args, **kwargs)
+
+    setattr(owner, name, killing)
+    return killing

@@ -1,0 +1,159 @@
+"""What tests of dropping inside the decoder share: deeper models, choices at a layer, and the masked run."""
+
+import functools
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from catp_lightning.methods.observation import Signal
+from catp_lightning.methods.selection import Selection
+from catp_lightning.models import find_family
+from catp_lightning.pruning.sites import SiteSettings
+from catp_lightning.pruning.sites.decoder_layers import PruneAtDecoderLayers
+from catp_lightning.pruning.sites.stage_prompt import StagePrompt
+from tests.support.decoder_oracle import Decoder
+from tests.support.families import BY_NAME
+from tests.support.oracles import Inputs, columns_kept, hidden_in, hooked, of_rows
+from tests.support.rows import Row
+
+LAYERS = 4
+
+
+def deeper(make: Callable[[], PreTrainedModel]) -> PreTrainedModel:
+    """The same model with four decoder layers, so that tokens can leave twice."""
+    model = make()
+    text = model.config.get_text_config()
+    text.num_hidden_layers = LAYERS
+    if getattr(text, "layer_types", None) is not None:
+        text.layer_types = ["full_attention"] * LAYERS
+    return type(model)(model.config)
+
+
+LLAMA, OPT, QWEN, MISTRAL, QUESTIONED = (
+    replace(BY_NAME[name], make=functools.partial(deeper, BY_NAME[name].make))
+    for name in ("Llava", "Blip2-OPT", "Qwen2.5-VL", "Mistral3", "InstructBlip")
+)
+MODELS = [LLAMA, OPT, QWEN, MISTRAL, QUESTIONED]
+STAGES = [(1,), (2,), (1, 3)]
+every_model = pytest.mark.parametrize("row", MODELS, ids=repr)
+# Qwen2.5-VL makes positions of a wrong shape where a mask is given to a decoding step without them, unpruned as well.
+makes_positions = pytest.mark.parametrize("row", [row for row in MODELS if not row.coordinates], ids=repr)
+every_stage = pytest.mark.parametrize("stages", STAGES, ids=str)
+LAST_ROW = {Signal.LAST_TOKEN_ATTENTION: (-1,)}
+
+
+def model_of(row: Row, dtype: torch.dtype = torch.float64, attention: str = "sdpa") -> PreTrainedModel:
+    return _model_of(row, dtype, attention)  # one object, however its arguments are given
+
+
+@functools.cache
+def _model_of(row: Row, dtype: torch.dtype, attention: str) -> PreTrainedModel:
+    model = row.model(dtype, attention)
+    if row is OPT:  # tokens that leave late must move its logits too
+        for name, weight in stack_of(row, model).named_parameters():
+            if "_attn" in name and weight.dim() == 2:
+                weight.data *= 2.2
+    return model
+
+
+def stack_of(row: Row, model: PreTrainedModel) -> Any:
+    assert isinstance(row.oracle, Decoder)
+    return model.get_submodule(row.oracle.path)
+
+
+@dataclass
+class Uneven:
+    """A choice that belongs to each sample and stage: other numbers, scattered; each of `keeps` is one choice made."""
+
+    samples: list[int] = field(default_factory=lambda: [0, 1, 2, 3])
+    keeps: list[Tensor] = field(default_factory=list)
+
+    def __call__(self, prompt: StagePrompt) -> Tensor:
+        order = torch.rand(4, 64, generator=torch.Generator().manual_seed(4))
+        shares = torch.tensor([0.5, 0.8, 0.65, 0.4])
+        own = torch.tensor(self.samples)[: len(prompt.tokens)]
+        scores = order[own, : prompt.tokens.shape[1]].masked_fill(~prompt.tokens, -1.0)
+        count = (prompt.tokens.sum(1) * shares[own]).floor()
+        keep = scores.argsort(dim=1, descending=True, stable=True).argsort(1) < count[:, None]
+        self.keeps.append(keep & prompt.tokens)
+        return keep
+
+
+@dataclass
+class MostAttended:
+    """FastV's choice, half of what is there at each stage; what was seen and kept at each."""
+
+    seen: list[StagePrompt] = field(default_factory=list)
+    keeps: list[Tensor] = field(default_factory=list)
+
+    def __call__(self, prompt: StagePrompt) -> Tensor:
+        assert prompt.attention is not None
+        scores = prompt.attention.mean(1).masked_fill(~prompt.tokens, -1.0)
+        keep = (
+            scores.argsort(dim=1, descending=True, stable=True).argsort(1)
+            < (prompt.tokens.sum(1, keepdim=True) + 1) // 2
+        )
+        self.seen.append(prompt)
+        self.keeps.append(keep & prompt.tokens)
+        return keep
+
+
+def stages_of(
+    model: PreTrainedModel, stages: tuple[int, ...], choose: Callable[[StagePrompt], Tensor], observe: bool = False
+) -> PruneAtDecoderLayers:
+    decide = lambda prompt: Selection(choose(prompt))  # noqa: E731
+    return PruneAtDecoderLayers(find_family(model), decide, SiteSettings(stages, LAST_ROW if observe else {}))
+
+
+def chosen(inputs: Inputs, row: Row, stages: tuple[int, ...], samples: list[int] | None = None) -> list[Tensor]:
+    """What stays after each stage, bool [B, T]: the choice made without a model."""
+    tokens, keeps = row.oracle.tokens(inputs), []
+    for _ in stages:
+        prompt: Any = type("Prompt", (), {"tokens": tokens})
+        tokens = tokens & Uneven(samples or [0, 1, 2, 3])(prompt)
+        keeps.append(tokens)
+    return keeps
+
+
+@contextmanager
+def masked(
+    row: Row, model: PreTrainedModel, inputs: Inputs, stages: tuple[int, ...], keeps: list[Tensor]
+) -> Iterator[None]:
+    """The full model, of which each layer from a stage on does not see what left there."""
+    layers = list(stack_of(row, model).layers)
+    columns = [columns_kept(inputs, keep) for keep in keeps]
+
+    def hide(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+        at, mask, cache = layers.index(layer), kwargs["attention_mask"], kwargs.get("past_key_values")
+        rows, queries = (args[0] if args else kwargs["hidden_states"]).shape[:2]
+        length = queries + (0 if cache is None else cache.get_seq_length(at))
+        if mask is None:
+            mask = torch.ones(1, 1, queries, length, dtype=torch.bool).tril(length - queries)
+        kept = columns[sum(stage <= at for stage in stages) - 1]
+        gone = torch.zeros(rows, length, dtype=torch.bool)
+        gone[:, : kept.shape[1]] = ~of_rows(kept, rows)
+        others = torch.arange(length - queries, length)[:, None] != torch.arange(length)
+        return {"attention_mask": hidden_in(mask, gone[:, None, None] & others)}
+
+    with hooked(layers[stages[0] :], hide):
+        yield
+
+
+@contextmanager
+def given_to(row: Row, model: PreTrainedModel) -> Iterator[list[list[dict[str, Any]]]]:
+    """What each layer is called with, by name, at each call: entered after dropping, it sees what that changed."""
+    layers = list(stack_of(row, model).layers)
+    calls: list[list[dict[str, Any]]] = [[] for _ in layers]
+
+    def see(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+        calls[layers.index(layer)].append(kwargs)
+        return {}
+
+    with hooked(layers, see):
+        yield calls

@@ -1,0 +1,33 @@
+"""Fixtures of the tests of the whole project."""
+
+import gc
+from collections.abc import Iterator
+
+import pytest
+
+from catp_lightning import PruningPolicy
+from catp_lightning.calibration import checkpoint as resume
+from tests.support.small_calibrations import calibrate
+
+
+@pytest.fixture(scope="module")
+def saving_often() -> Iterator[None]:
+    """A calibration saves after every batch."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(resume, "EVERY", 1)
+        yield
+
+
+@pytest.fixture(scope="module")
+def policy(saving_often: None, tmp_path_factory: pytest.TempPathFactory) -> PruningPolicy:
+    """Of a calibration that nothing disturbs."""
+    return calibrate(tmp_path_factory.mktemp("undisturbed") / "p.json").policies[0]
+
+
+@pytest.fixture(scope="module")
+def frozen() -> Iterator[None]:
+    """What was there before is looked at no more: the collector has only to do with what is made here."""
+    gc.collect()
+    gc.freeze()
+    yield
+    gc.unfreeze()

@@ -1,0 +1,284 @@
+"""Names of others on every surface: shown, and never obeyed by a terminal, Rich, Markdown or matplotlib."""
+
+import ast
+import html
+import io
+import pickle
+import random
+import re
+import unicodedata
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from markdown_it import MarkdownIt
+from matplotlib import rc_context
+from rich.console import Console
+from rich.progress import Progress, TextColumn
+
+import catp_lightning
+from catp_lightning import PruningPolicy
+from catp_lightning.calibration.report.page import page
+from catp_lightning.calibration.report.report import candidate_rows, report
+from catp_lightning.cli.main import main
+from catp_lightning.errors import DataError, PolicyError, PruningError
+from catp_lightning.evaluation.comparison import console_tables, figure, markdown
+from catp_lightning.evaluation.sweep.figure import figure as sweep_figure
+from catp_lightning.evaluation.sweep.table import ModelTable, combined
+from catp_lightning.safe_text import LONGEST, figure_text, markdown_text, one_line, printable, rich_text
+from catp_lightning.utils.markdown import markdown_table
+from catp_lightning.utils.messages import rank_zero_info, rank_zero_warn, warn
+from catp_lightning.utils.plots import png
+from tests.support.reports import calibrated
+
+HOSTILE = {
+    "clears the screen": "\x1b[2J\x1b]0;owned\x07",
+    "one byte escape": "\x9b2Ja\x85b",
+    "overwrites the line": "fine\rcatp: saved",
+    "writes a line of its own": "x\ncatp: error: all is well\u2028y\u2029z",
+    "right to left": "\u202egnp.exe\u2066\u200f\u200b\ufeff\U000e0041",
+    "half a character": "\ud800 and \udfff",
+    "Rich's end tag": "mine [/]",
+    "Rich's link": "[link=https://evil.example]x[/link][blink]\\[bold]",
+    "emoji code": "a:skull:b",
+    "table": "a|b\\|c||",
+    "html": '<img src=https://evil.example/x.png onerror="alert(1)"></td><script>x</script>&lt;&#60;',
+    "image": "![x](https://evil.example/x.png) [y](javascript:x) [z]: <https://evil.example>",
+    "emphasis": "**b** *i* _u_ __v__ ~~s~~ `c` ``d`` a_b_c snake_case",
+    "address": "https://evil.example www.evil.example me@evil.example",
+    "formula": r"$\frac{$ $x$ \$ $$",
+    "TeX": r"\input{/etc/passwd} 100% #1 ^_",
+    "hidden from a legend": "_nolegend_",
+    "no glyph": "猫 👩\u200d👧",
+    "long": "x" * 5000,
+}
+ACTING = ("Cc", "Cf", "Cs", "Co", "Zl", "Zp")
+
+
+@pytest.fixture(scope="module")
+def policies(tmp_path_factory: pytest.TempPathFactory) -> list[PruningPolicy]:
+    return calibrated(tmp_path_factory.mktemp("policies"), keep=[0.5, 2])
+
+
+def acts(text: str, allowed: str = "") -> list[str]:
+    return [sign for sign in text if sign not in allowed and unicodedata.category(sign) in ACTING]
+
+
+def drawn(count: int = 300) -> Iterator[str]:
+    """Text of signs that mean something somewhere, the same on every machine."""
+    draw = random.Random(0)
+    signs = [
+        *"\\`*_{}[]()<>#+-.!|~$&@:/^%\"' \t\n\r\x1b\x9b\x00\u202e\u2028\ud800ab1",
+        "://",
+        "www.",
+        "![",
+        "](",
+        "<!--",
+    ]
+    for _ in range(count):
+        yield "".join(draw.choices(signs, k=draw.randint(1, 12)))
+
+
+def test_what_acts_is_written_out_and_nothing_else_changes() -> None:
+    for text in [*HOSTILE.values(), *drawn()]:
+        line = one_line(text)
+        assert not acts(line) and not acts(printable(text), "\n\t")
+        assert one_line(line) == line, "once is enough"
+        assert printable(text).count("\n") == text.count("\n")
+        assert not acts(text) or line != text
+    for plain in ("digits_blip2", "runs/größe, 猫", "a\\b [x] $5"):
+        assert one_line(plain) == plain
+
+
+@pytest.mark.parametrize("kind", [PolicyError, DataError, PruningError])
+def test_errors_are_one_line_that_is_safe_in_every_process(kind: type[Exception]) -> None:
+    for text in HOSTILE.values():
+        error = pickle.loads(pickle.dumps(kind(f"{text} is wrong")))
+        assert type(error) is kind and str(error) == one_line(f"{text} is wrong")
+    told = "Caught DataError in DataLoader worker process 0.\nOriginal Traceback\n  \x1b[2J"
+    assert str(kind(told)) == told.replace("\x1b", "\\x1b"), "a traceback keeps its lines"
+
+
+def test_warnings_and_lines_are_safe_and_told_at_the_callers_line(caplog: pytest.LogCaptureFixture) -> None:
+    for text in HOSTILE.values():
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            warn(text)
+            rank_zero_warn(text)
+        assert [str(warning.message) for warning in caught] == [one_line(text)] * 2
+        assert [warning.filename for warning in caught] == [__file__] * 2
+        with caplog.at_level("INFO", "lightning.pytorch.utilities.rank_zero"):
+            caplog.clear()
+            rank_zero_info(text)
+        assert [record.getMessage() for record in caplog.records] == [one_line(text)]
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+def test_the_command_line_shows_an_error_and_obeys_nothing(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    def fails(*_: object) -> None:
+        raise ValueError(HOSTILE[name])
+
+    monkeypatch.setattr("catp_lightning.cli.main._run", fails)
+    with pytest.raises(SystemExit):
+        main(["demo"])
+    told = capsys.readouterr().err
+    assert told == f"\ncatp: error: ValueError: {printable(HOSTILE[name])}\n" and not acts(told, "\n")
+
+
+def row(method: str, keep: float | None, **more: Any) -> dict[str, Any]:
+    return {
+        "method": method, "keep": keep, "tokens": 3.0, "accuracy": 1.0, "accuracy_interval": [1.0, 1.0],
+        "accuracy_share": 1.0, "agreement": 1.0, "agreement_interval": [1.0, 1.0], "reference_ahead": 0.0,
+        "reference_ahead_interval": [0.0, 0.0], "control": False, **more,
+    }  # fmt: skip
+
+
+def rows(name: str) -> list[dict[str, Any]]:
+    return [row("no pruning", None), row(name, 0.5), row("fine", 0.5, control=True)]
+
+
+def shown(*renderables: Any) -> str:
+    """What a terminal is sent, of colours freed."""
+    console = Console(file=io.StringIO(), width=20_000, force_terminal=True, color_system="truecolor")
+    for renderable in renderables:
+        console.print(renderable)
+    return re.sub(r"\x1b\[[0-9;]*m", "", console.file.getvalue())  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+def test_terminal_tables_and_progress_bars_show_a_name_as_it_is(name: str) -> None:
+    text = HOSTILE[name]
+    for output in (shown(*console_tables(rows(text), text)), shown(rich_text(text, "bold"))):
+        assert one_line(text) in output and not acts(output, "\n")
+    progress = Progress(TextColumn("{task.description}", markup=False))
+    progress.add_task(one_line(text))
+    assert one_line(text) in shown(progress.get_renderable())
+
+
+def rendered(text: str) -> tuple[str, set[str]]:
+    """Markdown as a page shows it: its words, and the tags it has."""
+    written = MarkdownIt("commonmark", {"html": True}).enable(["table", "strikethrough"]).render(text)
+    return html.unescape(re.sub(r"<[^>]*>", "", written)), set(re.findall(r"<(\w+)", written))
+
+
+PLAIN = {"p", "h1", "h2", "h3", "ul", "li", "em", "strong", "table", "thead", "tbody", "tr", "th", "td"}
+
+
+def test_markdown_shows_any_name_as_it_is() -> None:
+    for text in [*HOSTILE.values(), *drawn()]:
+        words, tags = rendered(f"a {markdown_text(text)} b")
+        assert tags == {"p"} and words.strip() == f"a {one_line(text)} b", text
+        words, tags = rendered(markdown_table(["m", text], [[text, "1"], [text, "2"]]))
+        assert tags <= PLAIN - {"em", "strong"}, text
+        assert [line.strip() for line in words.split("\n") if line.strip()].count(one_line(text).strip()) == 3 or not (
+            one_line(text).strip()
+        )
+        assert "://" not in markdown_text(text) and "www." not in markdown_text(text), "no bare address"
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+def test_tables_of_comparisons_and_sweeps_hold_a_name_as_it_is(name: str) -> None:
+    text = HOSTILE[name]
+    table = ModelTable(text, "12 questions.", text, rows(text), {f"other {text}": f"why {text}"})
+    for written in (markdown(rows(text), text), table.markdown(), combined([table, table])):
+        words, tags = rendered(written)
+        assert tags <= PLAIN and one_line(text).strip() in words and not acts(written, "\n")
+
+
+def other_names(value: Any, text: str) -> Any:
+    """Evidence in which every method, voter and model is called by a name that holds `text`."""
+    if isinstance(value, dict):
+        return {
+            f"{key} {text}" if "layer_steps" in str(inner) and isinstance(inner, dict) and "layers" in inner else key:
+            f"{inner} {text}" if key in ("name", "chosen", "type") else other_names(inner, text)
+            for key, inner in value.items()
+        }  # fmt: skip
+    return [other_names(item, text) for item in value] if isinstance(value, list) else value
+
+
+def test_a_calibrations_page_holds_names_as_they_are(policies: list[PruningPolicy]) -> None:
+    for text in HOSTILE.values():
+        hostile = [PruningPolicy.from_dict(other_names(policies[0].to_dict(), text))]
+        written = page(hostile, {"chosen": f"{text} at keep 0.5"}, ["retention"])
+        words, tags = rendered(written)
+        assert tags <= PLAIN | {"img"} and not acts(written, "\n")
+        assert re.findall(r'<img src="([^"]*)"', MarkdownIt().render(written)) == ["retention.png"]
+        assert words.count(one_line(text).strip()) > 5
+
+
+def test_a_calibrations_report_is_drawn_and_logged_whatever_names_are(
+    policies: list[PruningPolicy],
+    tmp_path: Path,
+) -> None:
+    text = HOSTILE["formula"] + HOSTILE["clears the screen"]
+    hostile = [PruningPolicy.from_dict(other_names(policy.to_dict(), text)) for policy in policies]
+    lines = report(hostile, [], tmp_path, [], 1.0)
+    assert text in lines[0] and len(list(tmp_path.glob("*.png"))) >= 3
+    assert not acts(str(candidate_rows(hostile[0])))
+
+
+def test_figures_draw_names_as_they_are() -> None:
+    names = list(HOSTILE.values())
+    several = [row("no pruning", None), *(row(text, keep) for text in names for keep in (0.5, 0.25))]
+    table = ModelTable(HOSTILE["formula"], "", HOSTILE["html"], several)
+    for drawing in (figure(several, HOSTILE["html"]), sweep_figure([table])):
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            assert png(drawing).startswith(b"\x89PNG")
+        legend = drawing.legends[0] if drawing.legends else drawing.axes[0].get_legend()
+        words = {artist.get_text() for artist in legend.get_texts()}
+        assert words == {"no pruning", *map(figure_text, names)} and max(map(len, words)) <= LONGEST + 1
+
+
+def test_no_formula_and_no_tex_is_drawn_whatever_matplotlibs_settings_say() -> None:
+    def pixels(name: str) -> bytes:
+        return png(figure(rows(name), "fine"))
+
+    assert pixels("$xy$") != pixels("xy")
+    with rc_context({"text.usetex": True}):
+        assert pixels(r"\input{x}").startswith(b"\x89PNG")
+
+
+def calls() -> Iterator[tuple[str, ast.Call, str]]:
+    """Every call in the package: where, the call, and what is called."""
+    folder = Path(catp_lightning.__file__).parent
+    for file in sorted(folder.rglob("*.py")):
+        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Call):
+                yield f"{file.relative_to(folder)}:{node.lineno}", node, ast.unparse(node.func)
+
+
+SAFE = ("rich_text(", "one_line(", "printable(", "Text.assemble(")
+NUMBERS = {"calibration_questions", "questions", "policy.keep"}
+
+
+def test_every_line_and_warning_of_ours_goes_through_the_place_that_makes_it_safe() -> None:
+    unsafe = []
+    for place, call, name in calls():
+        if place.startswith(("saying.py", "safe_text.py")):
+            continue
+        if name in ("warnings.warn", "rank_zero.rank_zero_warn", "rank_zero.rank_zero_info"):
+            unsafe.append(f"{place}: {name}; use catp_lightning.utils.messages")
+        if name == "TextColumn" and not any(word.arg == "markup" for word in call.keywords):
+            unsafe.append(f"{place}: {name} reads markup in a description")
+        if name == "print" or name.endswith((".print", ".add_row")):
+            for argument in call.args:
+                values = [value.value for value in ast.walk(argument) if isinstance(value, ast.FormattedValue)]
+                written = ast.unparse(argument)
+                if not written.startswith(SAFE) and any(ast.unparse(value) not in NUMBERS for value in values):
+                    unsafe.append(f"{place}: {written[:80]}")
+    assert not unsafe
+
+
+@pytest.mark.slow
+def test_the_demo_ends_well_in_a_folder_that_is_called_like_markup(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "a[/]b:skull:"
+    main(["demo", "--output", str(folder), "--questions", "8", "--calibration_questions", "24"])
+    assert "a[/]b:skull:" in capsys.readouterr().out.replace("\n", "")
+    assert (folder / "table.md").is_file()
