@@ -8,11 +8,13 @@ from catp_lightning.methods.observation import Needs, Observation, Signal
 from catp_lightning.methods.scorers import SCORERS, AttentionScorer, Scorer
 from catp_lightning.methods.selection import Selection
 from catp_lightning.methods.selectors import SELECTORS, Selector
+from catp_lightning.methods.selectors.base import FeatureSelector, ranked
 
 __all__ = [
     "SCORERS",
     "SELECTORS",
     "AttentionScorer",
+    "FeatureSelector",
     "Method",
     "Needs",
     "Observation",
@@ -20,4 +22,5 @@ __all__ = [
     "Selection",
     "Selector",
     "Signal",
+    "ranked",
 ]

@@ -11,7 +11,7 @@ from catp_lightning.methods.budget import keep_count
 from catp_lightning.methods.observation import Needs, Observation, join
 from catp_lightning.methods.scorers import SCORERS, Scorer
 from catp_lightning.methods.selection import Selection, images_to_samples, own_destination
-from catp_lightning.methods.selectors import Selector, without_autocast
+from catp_lightning.methods.selectors import SELECTORS, Selector, without_autocast
 
 
 @dataclass(frozen=True)
@@ -64,7 +64,7 @@ def select_tokens(
     if selector.per == "sample":
         droppable = images_to_samples(seen.droppable, seen.valid, visual, False)
         vectors = None if vectors is None else images_to_samples(vectors, seen.valid, visual, 0.0)
-        found = _select(selector, by_sample, droppable, keep, vectors)
+        found = selected(selector, by_sample, droppable, _budget(keep, droppable), vectors)
         kept, destination = found.keep | (visual & ~droppable), found.destination
         if destination is not None:
             destination = destination.where(droppable, own_destination(kept))
@@ -72,7 +72,7 @@ def select_tokens(
     kept = seen.valid & ~seen.droppable
     destination = own_destination(kept)
     for part in _parts(seen, selector.per):
-        found = _select(selector, scores, part, keep, vectors)
+        found = selected(selector, scores, part, _budget(keep, part), vectors)
         kept = kept | found.keep
         destination = destination if found.destination is None else found.destination.where(part, destination)
     return Selection(
@@ -82,10 +82,35 @@ def select_tokens(
     )
 
 
-def _select(
-    selector: Selector, scores: Tensor, droppable: Tensor, keep: int | float, vectors: Tensor | None
+def selected(
+    selector: Selector, scores: Tensor, droppable: Tensor, counts: Tensor, vectors: Tensor | None
 ) -> Selection:
-    found = selector.select(scores, droppable, _budget(keep, droppable), vectors)
+    """Return a selector's selection, after a check of what another package's gives.
+
+    Args:
+        selector: the selector.
+        scores: float [R, T].
+        droppable: bool [R, T], tokens that may be chosen.
+        counts: int64 [R], number of tokens to keep.
+        vectors: float [R, T, F], as from the selector's `vectors`, or None.
+
+    Raises:
+        PruningError: what it gives is no selection of these tokens, or another package's selector fails.
+    """
+    try:
+        found = selector.select(scores, droppable, counts, vectors)
+    except Exception as error:
+        if SELECTORS.is_own(selector) or isinstance(error, torch.OutOfMemoryError | PolicyError | PruningError):
+            raise
+        raise PruningError(
+            f"The selector {SELECTORS.name_of(selector)!r} ({type(selector).__module__}) failed on "
+            f"{list(droppable.shape)} tokens: {type(error).__name__}: {error!s:.500}. {_REPAIR}"
+        ) from error
+    if not isinstance(found, Selection):
+        raise PruningError(
+            f"The selector {type(selector).__name__} gives a {type(found).__name__}; `select` returns a Selection. "
+            f"{_REPAIR}"
+        )
     kept = found.keep
     if (kept.dtype, kept.shape, kept.device) != (torch.bool, droppable.shape, droppable.device):
         raise PruningError(
@@ -159,7 +184,7 @@ def _check_scores(scorer: Scorer, scores: Tensor, seen: Observation) -> None:
     )
 
 
-_REPAIR = "Repair or uninstall the package that brings it; CONTRIBUTING.md says what a scorer is."
+_REPAIR = "Repair or uninstall the package that brings it; CONTRIBUTING.md says what scorers and selectors are."
 
 
 def _counts(images: Tensor) -> str:

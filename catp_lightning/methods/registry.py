@@ -97,8 +97,13 @@ class Registry(Mapping[str, type[T]], Generic[T]):
 
     def name_of(self, part: T) -> str:
         """Return the name of an object's class in this registry; the class's own if it is not registered."""
-        known = {**self._loaded, **self._own}
-        return next((name for name, cls in known.items() if cls is type(part)), type(part).__qualname__)
+        cls, known = type(part), {**self._loaded, **self._own}
+        found = next((name for name, own in known.items() if own is cls), None)
+        if found is None:  # imported by hand: its entry point says where it is, without importing anything
+            place = f"{cls.__module__}:{cls.__qualname__}"
+            others = self._others.items()
+            found = next((name for name, points in others if place in [point.value for point in points]), None)
+        return cls.__qualname__ if found is None else found
 
     def is_own(self, part: T) -> bool:
         """Return True if an object's class is one of this package."""

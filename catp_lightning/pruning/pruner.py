@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from catp_lightning.errors import PruningError
-from catp_lightning.methods.method import score_tokens, select_tokens
+from catp_lightning.methods.method import score_tokens, select_tokens, selected
 from catp_lightning.methods.observation import Needs, Signal, join
 from catp_lightning.methods.scorers import SCORERS
 from catp_lightning.methods.selection import Selection, images_to_samples
@@ -181,7 +181,7 @@ class Pruner:
         keep, stages = self.policy.keep, len(self.leave_at)
         counts = self._scorer.stage_counts(keep, prompt.counts, prompt.stage, stages, inside).minimum(visual.sum(1))
         with without_autocast(visual):
-            found = self._selector.select(scores, visual, counts, self._selector.vectors(inside))
+            found = selected(self._selector, scores, visual, counts, self._selector.vectors(inside))
         return replace(found, scores=scores), images
 
 

@@ -10,10 +10,11 @@ from torch import Tensor
 
 from catp_lightning import PruningError, PruningPolicy, prune
 from catp_lightning.methods.observation import Observation
+from catp_lightning.methods.registry import Registry
 from catp_lightning.methods.scorers import SCORERS
 from catp_lightning.methods.scorers.controls import Stride
 from catp_lightning.methods.selection import Selection
-from catp_lightning.methods.selectors import SELECTORS
+from catp_lightning.methods.selectors import SELECTORS, Selector
 from catp_lightning.methods.selectors.top_k import TopK
 from tests.support.models import random_blip2
 
@@ -108,6 +109,23 @@ def test_what_a_selector_returns_is_checked_too(
 
     monkeypatch.setitem(SELECTORS._own, "odd", Odd)
     model, inputs = random_blip2()
-    policy = PruningPolicy("stride", selector="odd", keep=3)
-    with pytest.raises(PruningError, match=f"The selector Odd {says}"), torch.no_grad(), prune(model, policy):
+    for scorer, says_ in (("stride", says), ("fastv", r"gives (torch\.int64|torch\.bool) of shape")):
+        policy = PruningPolicy(scorer, {"layer": 1} if scorer == "fastv" else {}, selector="odd", keep=3)
+        with pytest.raises(PruningError, match=f"The selector Odd {says_}"), torch.no_grad(), prune(model, policy):
+            model(**inputs)
+
+
+@pytest.mark.parametrize(("scorer", "args"), [("stride", {}), ("fastv", {"layer": 1})])
+def test_a_selector_of_another_package_that_fails_is_named_before_the_decoder_and_inside(
+    monkeypatch: pytest.MonkeyPatch, scorer: str, args: dict[str, Any]
+) -> None:
+    class Failing(TopK):
+        def select(self, *args: Any) -> Selection:
+            raise IndexError("made by hand")
+
+    model, inputs = random_blip2()
+    monkeypatch.setattr("catp_lightning.policy.policy.SELECTORS", Registry("selector", Selector, {"failing": Failing}))
+    policy = PruningPolicy(scorer, args, selector="failing", keep=3)
+    says = r"selector 'Failing|.*Failing' .* failed on \[3, 8\] tokens: IndexError: made by hand"
+    with pytest.raises(PruningError, match=says), torch.no_grad(), prune(model, policy):
         model(**inputs)

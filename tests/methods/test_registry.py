@@ -253,7 +253,13 @@ def test_what_contributing_says_about_a_package_outside_works_word_for_word(tmp_
 
 @pytest.mark.parametrize(
     ("title", "most"),
-    [("Add a scorer", 3), ("Add a selector", 3), ("Add a model family", 3), ("Add a place where tokens leave", 4)],
+    [
+        ("Add a scorer", 3),
+        ("Add a selector", 3),
+        ("Add a model family", 3),
+        ("Add a place where tokens leave", 4),
+        ("Add a statistic", 3),
+    ],
 )
 def test_every_recipe_names_few_files_to_understand_and_none_that_is_not_there(title: str, most: int) -> None:
     told = section(title)

@@ -1,6 +1,8 @@
 """A method is an object: a policy is made of one, and gives the same one back, from a file too."""
 
+import importlib
 import json
+import sys
 from collections.abc import Iterator
 from dataclasses import fields
 from pathlib import Path
@@ -111,6 +113,7 @@ def outside(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Registry[Selecto
     (folder / "entry_points.txt").write_text("\n".join(lines))
     (tmp_path / "catp_last.py").write_text(CODE)
     monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "catp_last", raising=False)
     registry: Registry[Selector] = Registry("selector", Selector, {"top-k": TopK})
     monkeypatch.setattr("catp_lightning.policy.policy.SELECTORS", registry)
     return registry
@@ -126,6 +129,13 @@ def test_a_selector_of_another_package_is_used_by_its_name_and_by_its_object(out
     assert pruning.keep is not None and pruning.keep.tolist() == [[False] * 5 + [True] * 3] * 3
 
 
+def test_an_object_of_another_package_has_its_name_although_it_was_imported_by_hand(
+    outside: Registry[Selector],
+) -> None:
+    last = importlib.import_module("catp_last").Last()
+    assert PruningPolicy.of(L2Norm(), last, keep=3).selector == "last"
+
+
 def test_a_wrong_selector_of_another_package_is_refused_with_its_name(outside: Registry[Selector]) -> None:
     says = r"selector 'wrong' of the package catp-last 1\.2 .* is no class under catp_lightning\.methods\.Selector"
     with pytest.raises(PolicyError, match=says):
@@ -135,7 +145,7 @@ def test_a_wrong_selector_of_another_package_is_refused_with_its_name(outside: R
 
 def test_scorers_and_selectors_are_abstract_where_they_must_be() -> None:
     scores, visual = torch.tensor([[1.0, 3.0, 2.0]]), torch.ones(1, 3, dtype=torch.bool)
-    with pytest.raises(NotImplementedError, match="chooses anew at every budget"):
+    with pytest.raises(NotImplementedError, match="Selector has no `ranks`"):
         Selector().select(scores, visual, torch.tensor([1]), None)
     with pytest.raises(TypeError, match="abstract"):
         Scorer()  # type: ignore[abstract]

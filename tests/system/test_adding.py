@@ -5,14 +5,20 @@ import textwrap
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from pathlib import Path
+from typing import Any, Self
 
 import pytest
 import torch
 import transformers as hf
+from matplotlib.figure import Figure
 from torch import Tensor, nn
 
 from catp_lightning import PruningPolicy, prune
+from catp_lightning.calibration import statistics
+from catp_lightning.calibration.plan import Plan
+from catp_lightning.calibration.replay.samples import Samples
+from catp_lightning.calibration.statistics import Statistic
 from catp_lightning.methods import SELECTORS, Selector
 from catp_lightning.models import FAMILIES, find_family
 from catp_lightning.models.placeholder import Placeholder
@@ -21,12 +27,17 @@ from catp_lightning.pruning.pruner import applied
 from catp_lightning.pruning.sites import SITES, PruningSite
 from catp_lightning.pruning.sites.prompt_capture import PromptCapture
 from catp_lightning.utils.hooks import hooked
+from tests.support.calibrations import calibrate, data
 from tests.support.contributing import section
-from tests.support.families import GATED, IMAGE, ROWS, Row, pictures, prompts, siglip
+from tests.support.decoder_oracle import Decoder
+from tests.support.families import ROWS
 from tests.support.footprints import footprint
 from tests.support.matrix import generate, scale, settled, uneven
 from tests.support.merging import merged
-from tests.support.oracles import Decoder
+from tests.support.modules import Generating
+from tests.support.rows import Row
+from tests.support.samples import pictures, prompts
+from tests.support.small_configs import GATED, IMAGE, siglip
 
 LLAVA = next(row for row in ROWS if row.name == "Llava")
 
@@ -209,3 +220,41 @@ def test_the_same_place_takes_a_choice_and_is_the_unpruned_model_where_everythin
         masked_tokens, masked = generate(LLAVA, model, inputs, num_beams=3)
     assert torch.equal(tokens, masked_tokens)
     torch.testing.assert_close(steps, masked, rtol=0, atol=LLAVA.tolerance() * scale(full[1]))
+
+
+class PromptLength(Statistic):
+    """Number of tokens in each prompt, image tokens included: its mean."""
+
+    name, caption = "prompt_length", "Mean length of a prompt."
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.add_state("total", torch.zeros(2, dtype=torch.int64, device="cpu"), dist_reduce_fx="sum")
+
+    @classmethod
+    def of(cls, plan: Plan) -> Self:
+        return cls()
+
+    def update(self, samples: Samples) -> None:
+        self.total = self.total + torch.stack([samples.replay.lengths.sum(), torch.tensor(len(samples.images))])
+
+    def compute(self) -> float:
+        return float(self.total[0] / self.total[1])
+
+    @staticmethod
+    def figure(entry: float) -> Figure | None:
+        figure = Figure()
+        figure.subplots().bar([0], [entry])
+        return figure
+
+
+def test_a_statistic_that_is_added_is_in_evidence_and_report(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(statistics, "STATISTICS", (*statistics.STATISTICS, PromptLength))
+    batches = data(16, 8)
+    policy = calibrate(Generating(), batches, tmp_path / "p.json").policies[0]
+    lengths = torch.cat([batch["attention_mask"].sum(1) for batch in batches])
+    assert policy.evidence["prompt_length"] == lengths.double().mean().item()
+    assert "rank_correlation" in policy.evidence, "beside the others"
+    written = tmp_path / "p-report"
+    assert (written / "prompt_length.png").read_bytes().startswith(b"\x89PNG")
+    assert "Mean length of a prompt." in (written / "report.md").read_text()

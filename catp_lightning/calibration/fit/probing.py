@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from catp_lightning.calibration import statistics
 from catp_lightning.calibration.fit.probes import Columns, head_votes, pair_rows, probe, sizes
 from catp_lightning.calibration.fit.sums import (
     FoldSums,
@@ -19,7 +20,6 @@ from catp_lightning.calibration.passes import Pass
 from catp_lightning.calibration.plan import Plan
 from catp_lightning.calibration.replay.samples import Samples
 from catp_lightning.calibration.split import fold_of
-from catp_lightning.calibration.statistics import STATISTICS
 from catp_lightning.methods.observation import Signal
 from catp_lightning.methods.selection import images_to_samples, protected_tokens
 
@@ -79,7 +79,7 @@ class Probing(Pass):
             "tokens": self.tokens,
             "unsound": self.unsound,
         }
-        self.statistics = {one.name: one.of(plan).to(device) for one in STATISTICS}
+        self.statistics = {one.name: one.of(plan).to(device) for one in statistics.STATISTICS}
         self.metrics |= self.statistics
         self.pairs: ProbeSums | None = None
         slots = self.columns.slots

@@ -13,7 +13,7 @@ from catp_lightning.methods.selection import Selection
 from catp_lightning.prompt.prompt import Prompt
 from catp_lightning.pruning.answers import Answer, listening
 from catp_lightning.pruning.observer import Observer
-from catp_lightning.pruning.sites import SiteSettings, site_of
+from catp_lightning.pruning.sites import PruningSite, SiteSettings, site_of
 
 Recorded = tuple[Replay, Observation, Observation | None]
 
@@ -41,7 +41,7 @@ class Recorder:
         self._site = site_of(plan.family, self._record, SiteSettings(stages, inside))
         before: Needs = {key: layers for key, layers in needs.items() if key is not Signal.GUIDE_ATTENTION}
         self._observer = Observer(plan.family, before, self._site.calls)
-        self._replay = next(replay for replay in REPLAYS if type(self._site) in replay.sites)
+        self._replay = _replay_of(self._site)
         self._prompts: list[tuple[Prompt, Observation | None]] = []  # None: a prompt without images
         self._answers: list[Answer] = []
 
@@ -96,3 +96,18 @@ class Recorder:
     def _recorded(self, prompt: Prompt, seen: Observation, answer: Answer) -> Recorded:
         replay = self._replay.of(self.plan.family, prompt, answer, self.plan.layer)
         return replay, seen, prompt.observation()
+
+
+def _replay_of(site: PruningSite) -> type[Replay]:
+    """Return the class that answers a place's prompts again.
+
+    Raises:
+        PruningError: there is none.
+    """
+    for replay in REPLAYS:
+        if isinstance(site, replay.sites):
+            return replay
+    raise PruningError(
+        f"Prompts of {type(site).__name__} cannot be answered again, so methods that drop tokens there cannot be "
+        "calibrated. Prune by a fixed rule, PruningPolicy(scorer=...)."
+    )

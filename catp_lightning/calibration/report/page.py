@@ -5,9 +5,9 @@ from typing import Any
 
 import numpy as np
 
+from catp_lightning.calibration import statistics
 from catp_lightning.calibration.report.controls import against
 from catp_lightning.calibration.report.figures import visual_tokens, voters
-from catp_lightning.calibration.statistics import STATISTICS
 from catp_lightning.policy import PruningPolicy
 from catp_lightning.safe_text import markdown_text
 from catp_lightning.utils.markdown import markdown_table
@@ -32,9 +32,8 @@ CAPTIONS = {
         "What keeping each slot changes in the log-probability of the unpruned answer, a mean over images: blue slots "
         "are better dropped, if any has to be."
     ),
-    **{one.name: one.caption for one in STATISTICS},
 }
-"""Captions of the figures by file name without suffix, in the order of the page."""
+"""Captions of the figures by file name without suffix, in the order of the page; those of statistics come last."""
 
 
 def page(policies: Sequence[PruningPolicy], lines: Mapping[str, str], figures: Sequence[str]) -> str:
@@ -60,7 +59,7 @@ def page(policies: Sequence[PruningPolicy], lines: Mapping[str, str], figures: S
         "Layers are found by forward selection, then heads by a signed sparse fit; shares are of the variance of the "
         "answers' log-probability, on images left out, ± a standard error.",
         "".join(f"- {markdown_text(name)}: {_found(fit)}\n" for name, fit in voters(policies[0]).items()),
-        *_figures(figures, ("heads", "slots", *(one.name for one in STATISTICS))),
+        *_figures(figures, ("heads", "slots", *(one.name for one in statistics.STATISTICS))),
         *(_candidates(policy) for policy in policies if policy.evidence["candidates"]),
     ]
     return "\n\n".join(part.strip("\n") for part in sections) + "\n"
@@ -75,9 +74,10 @@ def interval(ends: Sequence[float]) -> str:
 
 
 def _figures(there: Sequence[str], names: Sequence[str]) -> Iterator[str]:
+    captions = {**CAPTIONS, **{one.name: one.caption for one in statistics.STATISTICS}}
     for name in names:
         if name in there:
-            yield f"![{name.replace('_', ' ')}]({name}.png)\n\n{CAPTIONS[name]}"
+            yield f"![{name.replace('_', ' ')}]({name}.png)\n\n{captions[name]}"
 
 
 def _budgets(policies: Sequence[PruningPolicy]) -> str:

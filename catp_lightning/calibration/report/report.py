@@ -8,6 +8,7 @@ from typing import Any
 from lightning.pytorch.loggers import Logger
 from matplotlib.figure import Figure
 
+from catp_lightning.calibration import statistics
 from catp_lightning.calibration.report.controls import against
 from catp_lightning.calibration.report.figures import (
     head_figure,
@@ -17,7 +18,6 @@ from catp_lightning.calibration.report.figures import (
     visual_tokens,
 )
 from catp_lightning.calibration.report.page import interval, page, percent
-from catp_lightning.calibration.statistics import STATISTICS
 from catp_lightning.calibration.statistics.base import Statistic
 from catp_lightning.policy import PruningPolicy
 from catp_lightning.safe_text import one_line
@@ -46,14 +46,15 @@ def _statistic(statistic: type[Statistic], policies: Sequence[PruningPolicy]) ->
     return None if entry is None else statistic.figure(entry)
 
 
-FIGURES: dict[str, Callable[[Sequence[PruningPolicy]], Figure | None]] = {
+Draw = Callable[[Sequence[PruningPolicy]], Figure | None]
+
+FIGURES: dict[str, Draw] = {
     "retention": retention_figure,
     "layers": layer_figure,
     "heads": head_figure,
     "slots": slot_figure,
-    **{one.name: partial(_statistic, one) for one in STATISTICS},
 }
-"""Functions that draw the figures of a report, by file name without suffix."""
+"""Functions that draw the figures of a report, by file name without suffix; statistics draw their own."""
 
 PAGE = "report.md"
 
@@ -82,7 +83,8 @@ def report(
         Three lines for the terminal: what was chosen, what it keeps, what it cost.
     """
     lines = {"chosen": _chosen(policies), "keeps": _keeps(policies), "cost": _cost(policies, seconds, plain_seconds)}
-    drawn = {name: figure for name, draw in FIGURES.items() if (figure := draw(policies)) is not None}
+    draws: dict[str, Draw] = {**FIGURES, **{one.name: partial(_statistic, one) for one in statistics.STATISTICS}}
+    drawn = {name: figure for name, draw in draws.items() if (figure := draw(policies)) is not None}
     images = {name: png(figure) for name, figure in drawn.items()}
     text = page(policies, lines, list(images))
     _write(folder, text, images)

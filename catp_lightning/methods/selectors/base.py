@@ -50,7 +50,10 @@ class Selector:
         Returns:
             int64 [R, T]: 0 for the first token kept, 1 for the next; `most` or more for tokens that are not ranked.
         """
-        raise NotImplementedError(f"{type(self).__name__} chooses anew at every budget.")
+        raise NotImplementedError(
+            f"{type(self).__name__} has no `ranks`: a selector that chooses anew at every budget has `select`, and "
+            "`nested = False`."
+        )
 
     def select(self, scores: Tensor, visual: Tensor, counts: Tensor, vectors: Tensor | None) -> Selection:
         """Choose the tokens to keep, and where the others are merged.

@@ -23,7 +23,7 @@ class SiteSettings:
 
     Attributes:
         stages: decoder layers at whose entry tokens leave, ascending; empty: before the first.
-        needs: signals that prompts are to have, of those that are seen inside the language model.
+        needs: signals that the method reads; prompts have those of them that are seen inside the language model.
         compact: True to number the kept rows anew, False to leave them their position ids.
     """
 
