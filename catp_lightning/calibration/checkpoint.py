@@ -17,6 +17,7 @@ from safetensors.torch import load, save
 from torch import Tensor
 from torchmetrics import Metric
 
+from catp_lightning.calibration.sums import copied, states
 from catp_lightning.errors import PolicyError
 from catp_lightning.utils.files import read_bytes, write_bytes
 from catp_lightning.utils.messages import warn
@@ -136,7 +137,7 @@ class CalibrationCheckpoint:
         before = self._stages[self._stage]
         self._changed = True
         # In one step, so that an interrupt finds a batch in the sums and in the count, or in neither.
-        self._stages[self._stage] = _Saved(before.task, before.batches + 1, _copied(metrics))
+        self._stages[self._stage] = _Saved(before.task, before.batches + 1, copied(metrics))
         if (before.batches + 1) % EVERY == 0:
             self._write()
 
@@ -178,7 +179,7 @@ class CalibrationCheckpoint:
         self._changed = False
 
     def _save(self, metrics: Mapping[str, Metric]) -> None:
-        self._stages[self._stage].tensors = _copied(metrics)
+        self._stages[self._stage].tensors = copied(metrics)
         self._write()
 
     def _write(self) -> None:
@@ -238,7 +239,7 @@ class CalibrationCheckpoint:
             )
 
     def _restore(self, tensors: Mapping[str, Tensor], metrics: Mapping[str, Metric]) -> None:
-        for name, value in _states(metrics).items():
+        for name, value in states(metrics).items():
             saved = tensors.get(name)
             if isinstance(value, list):
                 found = saved is None or not value or saved.shape[1:] == value[0].shape[1:]
@@ -286,19 +287,3 @@ def _checksum(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> str
         found.update(json.dumps([name, str(value.dtype), list(value.shape)]).encode())
         found.update(value.contiguous().view(-1).view(torch.uint8).numpy().data)
     return found.hexdigest()
-
-
-def _copied(metrics: Mapping[str, Metric]) -> dict[str, Tensor]:
-    """Return copies of the metrics' current states in CPU memory; lists are concatenated, empty lists left out."""
-    return {
-        name: (torch.cat(value) if isinstance(value, list) else value).detach().to("cpu", copy=True).contiguous()
-        for name, value in _states(metrics).items()
-        if not isinstance(value, list) or value
-    }
-
-
-def _states(metrics: Mapping[str, Metric]) -> dict[str, Tensor | list[Tensor]]:
-    """Return the states of several metrics, by the metric's name and their own: "metric/state"."""
-    return {
-        f"{name}/{state}": value for name, metric in metrics.items() for state, value in metric.metric_state.items()
-    }
