@@ -19,7 +19,7 @@ from catp_lightning import (
 )
 from tests.support.answer_files import lines, named
 from tests.support.answer_files import write_answers as answer
-from tests.support.interrupted_calibrations import PARTIAL, calibrate, read, sorted_batches
+from tests.support.interrupted_calibrations import PARTIAL, ROUNDS, calibrate, read, sorted_batches
 from tests.support.modules import Generating
 from tests.support.processes import Ended, in_fork, in_program, ranks
 from tests.support.sent_signals import kill_at
@@ -227,7 +227,7 @@ class Second(Callback):
 
 def test_a_second_calibration_is_told_that_one_is_running(tmp_path: Path, undisturbed: bytes) -> None:
     path = tmp_path / "p.json"
-    callbacks = [Second(path), CrossAttentionCalibration(path, keep=0.25)]
+    callbacks = [Second(path), CrossAttentionCalibration(path, keep=0.25, settings=ROUNDS)]
     trainer(*callbacks, devices=1).predict(Generating(), loading(sorted_batches()))
     assert path.read_bytes() == undisturbed
     assert [file.name for file in tmp_path.iterdir()] == ["p.json"]

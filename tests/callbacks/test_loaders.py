@@ -15,7 +15,7 @@ from catp_lightning.calibration.replay.base import Replay
 from catp_lightning.calibration.split import round_bounds
 from catp_lightning.callbacks import CrossAttentionCalibration
 from tests.support.calibrations import data
-from tests.support.interrupted_calibrations import sorted_batches
+from tests.support.interrupted_calibrations import ROUNDS, sorted_batches
 from tests.support.modules import Generating
 from tests.support.trainers import QUIET, loading, trainer
 
@@ -77,7 +77,8 @@ def test_a_promise_that_the_split_is_too_small_for_is_refused_before_anything_is
 def test_a_split_in_one_order_is_not_disturbed_by_looking_at_it(tmp_path: Path, undisturbed: bytes) -> None:
     samples = [{name: value[n] for name, value in batch.items()} for batch in sorted_batches() for n in range(5)]
     loader = DataLoader(samples, batch_size=5)  # type: ignore[arg-type]
-    trainer(CrossAttentionCalibration(tmp_path / "p.json", keep=0.25), devices=1).predict(Generating(), loader)
+    callback = CrossAttentionCalibration(tmp_path / "p.json", keep=0.25, settings=ROUNDS)
+    trainer(callback, devices=1).predict(Generating(), loader)
     assert (tmp_path / "p.json").read_bytes() == undisturbed
     assert torch.equal(torch.stack([s["pixel_values"] for s in samples[:5]]), sorted_batches()[0]["pixel_values"])
 

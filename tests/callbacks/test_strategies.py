@@ -10,7 +10,6 @@ import torch
 from lightning.pytorch import Callback, Trainer
 from torch.utils.data import DataLoader
 
-from catp_lightning.calibration.settings import CalibrationSettings
 from catp_lightning.callbacks.calibration import CrossAttentionCalibration
 from catp_lightning.callbacks.token_pruning import TokenPruning
 from catp_lightning.errors import PruningError
@@ -165,8 +164,7 @@ def loader_of(mine: list[Sample]) -> DataLoader[Sample]:
 
 
 def calibrate(path: Path, data: DataLoader[Sample], module: Remembering, **options: Any) -> None:
-    settings = CalibrationSettings(first_round=8)
-    callback = CrossAttentionCalibration(path, keep=0.5, scorer="catp", settings=settings)
+    callback = CrossAttentionCalibration(path, keep=0.5, scorer="catp")
     trainer(callback, **options).predict(module, data, return_predictions=False)
 
 

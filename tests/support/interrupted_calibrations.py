@@ -41,6 +41,10 @@ def sorted_batches() -> list[dict[str, Tensor]]:
     return [{name: value[some] for name, value in samples.items()} for some in order.split(BATCH)]
 
 
+ROUNDS = CalibrationSettings(first_round=10)
+"""Two rounds on few samples."""
+
+
 def calibrate(
     path: Path,
     module: Generating | None = None,
@@ -51,8 +55,7 @@ def calibrate(
 ) -> CrossAttentionCalibration:
     """Calibrate, by default a small BLIP-2 on `sorted_batches`, and in one process."""
     module, batches = Generating() if module is None else module, sorted_batches() if batches is None else batches
-    soon = CalibrationSettings(first_round=10)
-    return calibrations.calibrate(module, batches, path, keep, promise, soon, **{"devices": 1, **settings})
+    return calibrations.calibrate(module, batches, path, keep, promise, ROUNDS, **{"devices": 1, **settings})
 
 
 def small(patch: Callable[[Any, str, Any], None]) -> None:
