@@ -13,6 +13,7 @@ from torchmetrics import MeanMetric
 from catp_lightning.policy import PruningPolicy
 from catp_lightning.pruning import prune
 from tests.support.models import random_blip2
+from tests.support.trainers import loading
 
 
 class Marks(Callback):
@@ -32,7 +33,7 @@ class ManySided(LightningModule):
 
     def loader(self) -> DataLoader[dict[str, torch.Tensor]]:
         one = {name: value[:1] for name, value in self.inputs.items()}
-        return DataLoader([self.inputs, one][: self.batches], batch_size=None)  # type: ignore[arg-type]
+        return loading([self.inputs, one][: self.batches])
 
     train_dataloader = val_dataloader = test_dataloader = predict_dataloader = loader
 
