@@ -19,6 +19,7 @@ from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
@@ -29,6 +30,7 @@ from benchmarks.observed_attention import BORDA, MEAN_LOG, SDPA, SHAPES, interle
 from catp_lightning import CrossAttentionCalibration
 from catp_lightning.calibration.plan import Plan
 from catp_lightning.calibration.replay.recorder import Recorder
+from catp_lightning.callbacks.calibration_run import CalibrationRun
 from catp_lightning.callbacks.context import LoopContext, Stage
 from catp_lightning.cli.demo import BUDGETS, QUIET, scenes_split
 from catp_lightning.data import shipped
@@ -74,14 +76,25 @@ class Timed(CrossAttentionCalibration):
         super().__init__(path, keep=BUDGETS)
         self.parts: defaultdict[str, float] = defaultdict(float)
 
-    def _read_batch(self, trainer: Trainer, run: Any, number: int) -> None:
-        title, start = run.now.title, time.perf_counter()
-        super()._read_batch(trainer, run, number)
-        self.parts[title] += time.perf_counter() - start
+    @contextmanager
+    def loop_context(self, trainer: Trainer, pl_module: LightningModule, stage: Stage) -> Iterator[None]:
+        read_batch, read_again = CalibrationRun.read_batch, CalibrationRun.read_again
 
-    def _read_again(self, trainer: Trainer, run: Any, done: int) -> None:
-        with self._rest_of(STEPS):
-            super()._read_again(trainer, run, done)
+        def timed_batch(run: CalibrationRun, trainer: Trainer, number: int) -> None:
+            title, start = run.now.title, time.perf_counter()
+            read_batch(run, trainer, number)
+            self.parts[title] += time.perf_counter() - start
+
+        def timed_again(run: CalibrationRun, trainer: Trainer, done: int) -> None:
+            with self._rest_of(STEPS):
+                read_again(run, trainer, done)
+
+        with (
+            patch.object(CalibrationRun, "read_batch", timed_batch),
+            patch.object(CalibrationRun, "read_again", timed_again),
+            super().loop_context(trainer, pl_module, stage),
+        ):
+            yield
 
     def on_predict_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         with self._rest_of(CHOICES):

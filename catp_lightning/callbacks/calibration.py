@@ -1,36 +1,32 @@
 """`CrossAttentionCalibration`: finds a pruning policy on a calibration split, during `trainer.predict`."""
 
 import time
-from collections.abc import Generator, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import torch
 from lightning.pytorch import LightningModule, Trainer
 from torch import nn
-from tqdm import tqdm
 
 from catp_lightning.calibration.calibrator import calibrate, needs_of
 from catp_lightning.calibration.checkpoint import CalibrationCheckpoint
-from catp_lightning.calibration.identity import batch_fingerprints, model_fingerprint
-from catp_lightning.calibration.passes import Pass
+from catp_lightning.calibration.identity import model_fingerprint
 from catp_lightning.calibration.plan import Plan
 from catp_lightning.calibration.replay.recorder import Recorder
-from catp_lightning.calibration.replay.samples import Samples
 from catp_lightning.calibration.report.controls import doubts
-from catp_lightning.calibration.report.evidence import CalibrationResult
 from catp_lightning.calibration.report.report import PAGE, report, report_folder
 from catp_lightning.calibration.search.promise import GRID, Promise, descending
 from catp_lightning.calibration.settings import DEFAULTS, CalibrationSettings
+from catp_lightning.callbacks.calibration_run import CalibrationRun, is_hidden
 from catp_lightning.callbacks.context import LoopContext, Stage
-from catp_lightning.callbacks.loaders import Amount, refuse_unordered
-from catp_lightning.callbacks.signals import end_if_told, ended_by, tell
-from catp_lightning.callbacks.steps import StepFunction, batches_again, recorded_steps
+from catp_lightning.callbacks.loaders import refuse_unordered
+from catp_lightning.callbacks.signals import ended_by, tell
+from catp_lightning.callbacks.steps import recorded_steps
 from catp_lightning.callbacks.strategies import on_first, refuse_sharded
-from catp_lightning.errors import PolicyError, PruningError
+from catp_lightning.errors import PolicyError
 from catp_lightning.models import Family, find_family
 from catp_lightning.policy import Budget, PruningPolicy, check_keep
 from catp_lightning.policy.locations import POLICY, budget_file_name, policies_beside
@@ -38,7 +34,7 @@ from catp_lightning.pruning.refusals import compiled_inside, occupied, refuse_un
 from catp_lightning.utils.files import check_writable
 from catp_lightning.utils.locks import only_run, refuse_running
 from catp_lightning.utils.messages import rank_zero_info, rank_zero_warn
-from catp_lightning.utils.progress import Lines, batch_of, shows_bars
+from catp_lightning.utils.progress import Lines
 
 MANY = 2**20  # tokens assumed per image where images differ in size; sorts budgets in shares before budgets in tokens
 
@@ -47,37 +43,6 @@ _SHARDED = (
     "Nor can a process that holds a part of the weights tell which model it is. Calibrate where the model is whole, "
     "on one device or under DDP, and give the policy to TokenPruning under this strategy."
 )
-
-
-@dataclass
-class _Run:
-    """State of one predict loop.
-
-    Attributes:
-        passes: the calibration; each pass over the split is taken from it when the one before has been read.
-        now: the pass that is read.
-        recorder: records the model calls of the user's step.
-        partial: the sums on disk, from which an interrupted run goes on.
-        amount: amount of data in the loaders.
-        lines: progress lines.
-        step: the strategy's `predict_step`, recorded by `recorder`.
-        batches: number of batches of the loop so far.
-        replaying: seconds spent on measuring during the loop, beside the user's own prediction.
-        started: time of the loop's start, as `time.monotonic` gives it.
-        found: what was measured, once the last pass has been read.
-    """
-
-    passes: Generator[Pass, None, CalibrationResult]
-    now: Pass
-    recorder: Recorder
-    partial: CalibrationCheckpoint
-    amount: Amount
-    lines: Lines
-    step: StepFunction = field(init=False)
-    batches: int = 0
-    replaying: float = 0.0  # seconds
-    started: float = field(default_factory=time.monotonic)
-    found: CalibrationResult | None = None
 
 
 class CrossAttentionCalibration(LoopContext):
@@ -163,7 +128,7 @@ class CrossAttentionCalibration(LoopContext):
             _check_exit(self.budgets, scorer_args or {})
         self.policies: list[PruningPolicy] = []
         self.summary: list[str] = []
-        self._run: _Run | None = None
+        self._run: CalibrationRun | None = None
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         super().setup(trainer, pl_module, stage)
@@ -190,13 +155,15 @@ class CrossAttentionCalibration(LoopContext):
         settings = self._settings(trainer, family)
         with only_run(self._stem(), trainer.global_rank, PolicyError):
             partial = CalibrationCheckpoint(self._partial_file(trainer), settings)
-            run = _Run(passes, first, recorder, partial, amount, Lines(first.title))
-            done = self._begin(run)
+            run = CalibrationRun(
+                passes, first, recorder, partial, amount, self.promise, self.settings.promised, Lines(first.title)
+            )
+            done = run.begin()
             again = f" {done} batches of an interrupted calibration are taken over." if done else ""
             rank_zero_info(f"catp: {first.title}, at {_listed(budgets)}.{again}")
             try:
                 with (
-                    nullcontext() if _is_hidden(trainer) else run.lines,
+                    nullcontext() if is_hidden(trainer) else run.lines,
                     occupied(family),
                     compiled_inside(pl_module, family.model),
                     recorder.recording(),
@@ -230,41 +197,22 @@ class CrossAttentionCalibration(LoopContext):
     def _stem(self) -> Path:
         return self.path if self.path.suffix else self.path / "policy"
 
-    @staticmethod
-    def _begin(run: _Run) -> int:
-        """Take over the sums of an interrupted run for this pass; return the number of batches in them."""
-        return run.partial.begin(run.now.key, run.now.metrics)
-
     def on_predict_batch_end(self, trainer: Trainer, pl_module: LightningModule, *args: Any) -> None:
         if self._run is not None:
             before = time.monotonic()
-            self._read_batch(trainer, self._run, self._run.batches)
+            self._run.read_batch(trainer, self._run.batches)
             self._run.batches += 1
             self._run.replaying += time.monotonic() - before
-
-    def _read_batch(self, trainer: Trainer, run: _Run, number: int) -> None:
-        """Measure one batch: replay the model calls of the step that just ran, under the same precision."""
-        run.lines.now = f"{run.now.title}, {batch_of(number + 1, trainer.num_predict_batches)}"
-        with run.recorder.recorded() as pairs, torch.no_grad(), trainer.precision_plugin.predict_step_context():
-            batch = [Samples.of(*pair) for pair in pairs]
-            marks = batch_fingerprints(batch)
-            if run.partial.has(number, marks):
-                return
-            if number == 0 and self.promise is not None:
-                run.amount.check(sum(len(samples.images) for samples in batch), self.promise, self.settings.promised)
-            for samples in batch:
-                run.now.see(samples)
-            run.partial.add(marks, run.now.metrics)
 
     def on_predict_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self._run is None:
             return
         run = self._run
         plain = time.monotonic() - run.started - run.replaying
-        while not self._finish(run):
+        while not run.finish():
             run.lines.now = run.now.title
             rank_zero_info(f"catp: {run.lines.now}.")
-            self._read_again(trainer, run, self._begin(run))
+            run.read_again(trainer, run.begin())
         assert run.found is not None
         self.policies = run.found.policies()
         for doubt in doubts(self.policies):
@@ -303,44 +251,7 @@ class CrossAttentionCalibration(LoopContext):
             rank_zero_info(line)
         self.summary = []
 
-    @staticmethod
-    def _finish(run: _Run) -> bool:
-        """End a pass, after saving its sums, so that it need not be repeated; return True if it was the last."""
-        run.partial.finish(run.batches, run.now.metrics)
-        try:
-            run.now = next(run.passes)
-        except StopIteration as end:
-            run.found = end.value
-        except PolicyError:  # too few images: a run with more of them is another calibration
-            run.partial.delete()
-            raise
-        return run.found is not None
-
-    def _read_again(self, trainer: Trainer, run: _Run, done: int) -> None:
-        """Run the user's step again on every batch that is not in the sums of this pass, and measure it.
-
-        Raises:
-            PruningError: the loader gives another number of batches than in the loop.
-        """
-        if done == run.batches:
-            return
-        hidden = _is_hidden(trainer) or not shows_bars()
-        batches = tqdm(batches_again(trainer), total=run.batches, desc="catp", disable=hidden)
-        seen = 0
-        for number, arguments in enumerate(batches):
-            seen += 1
-            end_if_told()
-            if number >= done:
-                run.step(*arguments)
-                self._read_batch(trainer, run, number)
-        if seen != run.batches:
-            run.partial.forget()
-            raise PruningError(
-                f"The calibration loader gave {run.batches} batches at first and {seen} when asked again. Calibration "
-                "reads its split several times: give a DataLoader over a data set, not an iterator that ends."
-            )
-
-    def _save(self, trainer: Trainer, run: _Run, plain: float | None) -> None:
+    def _save(self, trainer: Trainer, run: CalibrationRun, plain: float | None) -> None:
         """Write the policies and their report."""
         run.lines.now = "writing policies and their report"
         files = [policy.save(self._file(policy.keep)) for policy in self.policies]
@@ -366,11 +277,6 @@ class CrossAttentionCalibration(LoopContext):
 
     def __getstate__(self) -> dict[str, Any]:
         return {**super().__getstate__(), "_run": None}
-
-
-def _is_hidden(trainer: Trainer) -> bool:
-    """True if this process shows no progress: progress bars are off, or it is not the first process."""
-    return trainer.progress_bar_callback is None or not trainer.is_global_zero
 
 
 def _check_exit(budgets: Sequence[int | float], args: Mapping[str, Any]) -> None:

@@ -16,7 +16,8 @@ from rich.text import Text
 from torch.utils.data import DataLoader
 
 from catp_lightning.callbacks.context import Stage
-from catp_lightning.cli.commands import Command, telling_of_scenes
+from catp_lightning.cli.command import Command
+from catp_lightning.cli.commands import telling_of_scenes
 from catp_lightning.data import GRIDS, PROMPTS, SHIPPED, shipped
 from catp_lightning.data.scenes import Split, write_scenes
 from catp_lightning.data.vqa import VQADataModule

@@ -1,4 +1,4 @@
-"""Test files stand on their own, and can be seen whole."""
+"""Test files stand on their own, and files of tests and package can be seen whole."""
 
 import ast
 import re
@@ -34,3 +34,12 @@ def test_no_test_file_is_imported() -> None:
 def test_every_file_is_short() -> None:
     lengths = {file: len(file.read_text(encoding="utf-8").splitlines()) for file in FILES}
     assert {str(file): length for file, length in lengths.items() if length > LONGEST} == {}
+
+
+def test_the_package_has_few_modules_at_its_root_and_no_file_above_300_lines() -> None:
+    package = ROOT / "catp_lightning"
+    assert len(list(package.glob("*.py"))) <= 4
+    long = {
+        file.name: count for file in package.rglob("*.py") if (count := len(file.read_text().splitlines())) > LONGEST
+    }
+    assert long == {}

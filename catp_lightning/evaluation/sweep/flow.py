@@ -24,7 +24,8 @@ from catp_lightning.errors import PolicyError, PruningError
 from catp_lightning.evaluation.comparison import Comparison, Result
 from catp_lightning.evaluation.sweep.figure import figure
 from catp_lightning.evaluation.sweep.jobs import Jobs, Outcome, data_fingerprint, versions
-from catp_lightning.evaluation.sweep.methods import CALIBRATED, Job, is_calibrated, rules
+from catp_lightning.evaluation.sweep.methods import Job, is_calibrated, rules
+from catp_lightning.evaluation.sweep.reference import check_reference, reference_of
 from catp_lightning.evaluation.sweep.table import ModelTable
 from catp_lightning.methods.scorers import SCORERS
 from catp_lightning.metrics import vqa_score
@@ -92,7 +93,7 @@ def sweep_model(
     found, notes = rules([name for name in names if not is_calibrated(name)], family, layers)
     calibrations = [name for name in names if is_calibrated(name)]
     titles = [rule.title for rule in found] + calibrations
-    _check_reference(reference, titles, notes, family)
+    check_reference(reference, titles, notes, family)
     name = Path(str(family.describe()["name"])).name
     name = family.name if name in ("", "..") else name
     lines.now = f"{name}: reading the questions"
@@ -125,7 +126,7 @@ def sweep_model(
     lines.now = f"{name}: writing tables"
     if not outcomes:
         raise PolicyError(f"None of {', '.join(names)} makes sense on {name}: {next(iter(notes.values()))}")
-    table = _table(name, full, outcomes, batches, _reference(reference, outcomes, notes), notes)
+    table = _table(name, full, outcomes, batches, reference_of(reference, outcomes, notes), notes)
     write_text(folder / "table.md", table.markdown())
     write_json(folder / "table.json", table.to_json(), indent=2)
     write_bytes(folder / "accuracy.png", png(figure([table]), dpi=120))
@@ -281,24 +282,3 @@ def _guide(family: Family, device: torch.device) -> Callable[[], Any]:
         return copies[0]
 
     return guide
-
-
-def _named(title: str) -> str:
-    """Return a title without its part in brackets: `random` for `random (3 seeds)`."""
-    return title.partition(" (")[0]
-
-
-def _check_reference(reference: str | None, titles: Sequence[str], notes: Mapping[str, str], family: Family) -> None:
-    known = {*titles, *map(_named, titles), *notes}
-    if reference is not None and reference not in known:
-        raise PolicyError(
-            f"The reference {reference!r} is none of the methods that are compared on {type(family.model).__name__}: "
-            f"{', '.join(dict.fromkeys(titles))}."
-        )
-
-
-def _reference(wanted: str | None, outcomes: Mapping[Job, Outcome], notes: Mapping[str, str]) -> str:
-    """Return the title of the reference: `wanted` if it is in the table, otherwise `CALIBRATED` or the first one."""
-    titles = list(dict.fromkeys(job.title for job in outcomes))
-    chosen = [title for title in titles if wanted in (title, _named(title))]
-    return (chosen or [title for title in titles if title == CALIBRATED] or titles)[0]
