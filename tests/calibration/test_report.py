@@ -15,6 +15,7 @@ from catp_lightning.calibration.report.figures import (
 )
 from catp_lightning.calibration.report.page import CAPTIONS, SHOWN
 from catp_lightning.calibration.report.report import COLUMNS, FIGURES, candidate_rows, report, report_folder
+from catp_lightning.calibration.statistics import STATISTICS
 from tests.support.reports import calibrated, lines_of, tables, with_evidence, with_heads, write
 
 
@@ -97,14 +98,15 @@ def test_all_controls_are_shown_even_where_they_are_last(policies, tmp_path):
 def test_figures_are_valid_files_beside_the_page_and_stale_ones_go(policies, tmp_path):
     _, page = write([with_heads(policy) for policy in policies], tmp_path / "new" / "report")
     folder = tmp_path / "new" / "report"
-    assert re.findall(r"!\[[\w ]+\]\((.+)\)", page) == [f"{name}.png" for name in CAPTIONS]
+    captions = {**CAPTIONS, **{one.name: one.caption for one in STATISTICS}}
+    assert re.findall(r"!\[[\w ]+\]\((.+)\)", page) == [f"{name}.png" for name in captions]
     assert FIGURES.keys() == CAPTIONS.keys()
-    for name, caption in CAPTIONS.items():
+    for name, caption in captions.items():
         assert caption in page
         with Image.open(folder / f"{name}.png") as image:
             image.load()
             assert image.format == "PNG" and min(image.size) > 100
-    assert {file.name for file in folder.iterdir()} == {"report.md", *(f"{name}.png" for name in CAPTIONS)}
+    assert {file.name for file in folder.iterdir()} == {"report.md", *(f"{name}.png" for name in captions)}
     _, page = write(policies, folder)  # nothing was selected here
     assert "heads.png" not in page and not (folder / "heads.png").exists()
 
