@@ -14,7 +14,7 @@ greedy run as far as agreement goes. One policy is predicted for real as well, a
 
 import argparse
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
@@ -29,23 +29,28 @@ from rich.markdown import Markdown
 from rich.progress import track
 from scipy.stats import t as student
 
+from benchmarks.answers import QUIET, predict, scenes_split
 from catp_lightning import CrossAttentionCalibration, PruningPolicy, VQAModule
 from catp_lightning.calibration.plan import Plan
 from catp_lightning.calibration.replay.recorder import Recorder
+from catp_lightning.calibration.search.candidates import Candidate, default_candidates
 from catp_lightning.calibration.search.ranks import token_ranks
-from catp_lightning.cli.demo import CALIBRATED, QUIET, RULES, fixed_rules, predict, scenes_split
 from catp_lightning.data import shipped
 from catp_lightning.data.vqa import VQADataModule
-from catp_lightning.evaluation.comparison import Comparison, Result, figure, markdown
+from catp_lightning.evaluation.comparison import Comparison, Result
+from catp_lightning.evaluation.sweep.figure import figure
+from catp_lightning.evaluation.sweep.methods import CALIBRATED, RANDOM_SEEDS
+from catp_lightning.evaluation.sweep.table import ModelTable
 from catp_lightning.methods.budget import keep_count
 from catp_lightning.methods.observation import join
 from catp_lightning.models import find_family
 from catp_lightning.policy.images import decode_images
 from catp_lightning.policy.locations import budget_file_name
 from catp_lightning.safe_text import Markdown as MarkdownText
-from catp_lightning.utils.files import write_json, write_text
+from catp_lightning.utils.files import write_bytes, write_json, write_text
 from catp_lightning.utils.markdown import markdown_table
 from catp_lightning.utils.messages import quiet
+from catp_lightning.utils.plots import png
 
 BUDGETS = (0.5, 0.25, 0.125, 0.0625)
 BATCH = 64
@@ -54,12 +59,19 @@ TABLE_DRAWS = 5
 DRAWS, SIZES, STABILITY_QUESTIONS = 10, (64, 256, 512), 2000
 
 SHOWN = {
-    **RULES,
+    "stride": "stride",
+    "l2-norm": "L2 norm",
+    "self-attention": "self-attention",
+    "catp": "CATP, all layers",
+    "catp weighted by image token": "CATP, image-token weights",
+    "cross-attention": "mean log attention",
     "diversity of outputs": "diversity of outputs (plain DPP)",
     "diversity of cross-attention": "diversity of cross-attention (plain DPP)",
     "position": "position",
     "region-attention": "region attention",
 }
+"""Fixed rules of the table: names of candidates, and the names that the table shows."""
+CONTROLS = ("random (3 seeds)", "stride", "L2 norm", "position", *(title for title in SHOWN.values() if "DPP" in title))
 BEST = "CATP, best layer on calibration data"
 
 # Requirements on the calibrated policy.
@@ -124,11 +136,21 @@ def _rules(policies: Sequence[PruningPolicy]) -> tuple[list[PruningPolicy], torc
 def calibrate(module: VQAModule, data: VQADataModule, folder: Path, questions: int) -> list[PruningPolicy]:
     """Return a policy for each budget, calibrated on the first `questions`, a multiple of the batch size."""
     callback = CrossAttentionCalibration(folder, keep=BUDGETS)
-    trainer = Trainer(
-        **QUIET, callbacks=[callback], limit_predict_batches=questions // BATCH, enable_progress_bar=False
-    )
+    trainer = Trainer(**QUIET, callbacks=[callback], limit_predict_batches=questions // BATCH)
     trainer.predict(module, data.calibration_dataloader(), return_predictions=False)
     return callback.policies
+
+
+def fixed_rules(module: VQAModule) -> Iterator[tuple[str, Candidate]]:
+    """Yield fixed rules by the names the table shows: random, once for each seed, `SHOWN`, and CATP's single layers."""
+    rules = {candidate.name: candidate for candidate in default_candidates(Plan.of(find_family(module)))}
+    for seed in RANDOM_SEEDS:
+        yield f"random ({len(RANDOM_SEEDS)} seeds)", Candidate("random", "random", {"seed": seed})
+    for name, title in SHOWN.items():
+        yield title, rules[name]
+        if name == "catp":
+            alone = (name for name in rules if name.startswith("catp layer"))
+            yield from ((name.replace("catp", "CATP,"), rules[name]) for name in alone)
 
 
 def table(folder: Path, console: Console) -> str:
@@ -141,7 +163,7 @@ def table(folder: Path, console: Console) -> str:
         policies += _of_draw(module, folder, draw, CALIBRATION_QUESTIONS)
     calibration = scenes_split(folder / "draw-0", "calibration", CALIBRATION_QUESTIONS, 0)
     data = VQADataModule(model, calibration=calibration, test=test_split, batch_size=BATCH)
-    rules = list(fixed_rules(module, SHOWN))
+    rules = list(fixed_rules(module))
     jobs = [(name, rule.policy(keep)) for name, rule in rules for keep in BUDGETS]
     jobs += [(CALIBRATED, policy) for policy in policies]
     batches = list(data.test_dataloader())
@@ -165,7 +187,8 @@ def table(folder: Path, console: Console) -> str:
         if (result.method, result.keep) == (name, keep)
     ]
     ours = len(policies)
-    comparison = Comparison(test.images, CALIBRATED, [*results[:-ours], *of_best, *results[-ours:]])
+    full = Result("no pruning", None, None, np.ones(len(test.images)), tokens or 0)
+    comparison = Comparison(test.images, CALIBRATED, [full, *results[:-ours], *of_best, *results[-ours:]])
     return _save_table(comparison, best, policies, folder)
 
 
@@ -173,7 +196,7 @@ def _check_against_predict(
     module: VQAModule, batches: list[Any], policy: PruningPolicy, same: np.ndarray, answers: list[str]
 ) -> None:
     """Raise RuntimeError unless `trainer.predict` with TokenPruning agrees exactly where replay says it does."""
-    predicted, _ = predict(module, batches, policy)
+    predicted = predict(module, batches, policy)
     wrong = int((np.equal(predicted, answers) != same).sum())
     if wrong:
         raise RuntimeError(
@@ -195,7 +218,7 @@ def best_layers(layers: Sequence[tuple[str, float]], agreement: Sequence[float])
     return {keep: name for keep, (name, _) in best.items()}
 
 
-def met(row: dict[str, Any]) -> bool:
+def met(row: Mapping[str, Any]) -> bool:
     """True if calibration is as far ahead of a rival as is required, by the lower end of the paired interval."""
     low: float = row["reference_ahead_interval"][0]
     if row["method"] in NOT_WORSE and row["keep"] > BETTER_FROM:
@@ -203,7 +226,7 @@ def met(row: dict[str, Any]) -> bool:
     return low > 0 or (row["method"] not in NOT_WORSE and bool(row["agreement"] >= CEILING))
 
 
-def verdicts(rows: Sequence[dict[str, Any]]) -> str:
+def verdicts(rows: Sequence[Mapping[str, Any]]) -> str:
     """Return as Markdown the aims, and for each rival and budget whether calibration is ahead as is required."""
     ours = {row["keep"]: row for row in rows if row["method"] == CALIBRATED}
     reached = [
@@ -229,19 +252,21 @@ def verdicts(rows: Sequence[dict[str, Any]]) -> str:
 
 
 def _save_table(comparison: Comparison, best: dict[float, str], policies: list[PruningPolicy], folder: Path) -> str:
-    rows = comparison.rows()
+    about = f"{TEST_QUESTIONS:,} questions about {len(set(comparison.images)):,} images."
+    shown = ModelTable.of("The shipped BLIP-2", about, comparison, dict.fromkeys(CONTROLS, False), {})
+    rows = shown.rows[1:]
     title = f"The shipped BLIP-2 on {TEST_QUESTIONS:,} test questions"
     chosen = {
         keep: "; ".join(policy.evidence["chosen"] for policy in policies if policy.keep == keep) for keep in BUDGETS
     }
     notes = "".join(f"- keep {keep}: calibration chose {chosen[keep]}; {BEST}: {best[keep]}.\n" for keep in BUDGETS)
     found = verdicts(rows)
-    write_text(folder / "table.md", f"# {title}\n\n{markdown(rows, comparison.reference)}\n{notes}\n{found}")
+    write_text(folder / "table.md", f"{shown.markdown()}\n{notes}\n{found}")
     named = {str(keep): {"chosen": chosen[keep], "best layer": best[keep]} for keep in BUDGETS}
     judged = [row if row["method"] == CALIBRATED else {**row, "met": met(row)} for row in rows]
     whole = {"title": title, "reference": comparison.reference, "budgets": named, "rows": judged}
     write_json(folder / "table.json", whole, indent=2)
-    figure(rows, comparison.reference, "agreement").savefig(folder / "agreement.png", dpi=120)
+    write_bytes(folder / "agreement.png", png(figure([shown]), dpi=120))
     return f"{notes}\n{found}"
 
 
@@ -333,7 +358,7 @@ def spread_figure(agreement: np.ndarray) -> Figure:
     return drawing
 
 
-def _with_interval(row: dict[str, Any]) -> str:
+def _with_interval(row: Mapping[str, Any]) -> str:
     low, high = row["agreement_interval"]
     return f"{row['agreement']:.4f} ({low:.4f} to {high:.4f})"
 

@@ -26,13 +26,13 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from rich.console import Console
 from rich.table import Table
 
+from benchmarks.answers import QUIET, scenes_split
 from benchmarks.observed_attention import BORDA, MEAN_LOG, SDPA, SHAPES, interleaved, ratios, vision_cases
 from catp_lightning import CrossAttentionCalibration
 from catp_lightning.calibration.plan import Plan
 from catp_lightning.calibration.replay.recorder import Recorder
 from catp_lightning.callbacks.calibration_run import CalibrationRun
 from catp_lightning.callbacks.context import LoopContext, Stage
-from catp_lightning.cli.demo import BUDGETS, QUIET, scenes_split
 from catp_lightning.data import shipped
 from catp_lightning.data.vqa import VQADataModule, VQASplit
 from catp_lightning.methods.scorers import SCORERS, AttentionScorer
@@ -44,6 +44,7 @@ from catp_lightning.utils.messages import quiet
 PLAIN, WHOLE = "plain predict", "whole calibration"
 FIRST, STEPS = "the user's steps, observed, and setting up", "the user's steps, read again"
 CHOICES, REPORT = "fits and choices", "policies and report written"
+BUDGETS = (0.5, 0.25, 0.125)
 HELD = ("plain", "calibration", "above")
 MIB = 2**20
 
@@ -122,7 +123,7 @@ class Setting:
 
     def predict(self, callback: Callback | None = None) -> None:
         with quiet(ours=False):
-            trainer = Trainer(**QUIET, callbacks=callback, enable_progress_bar=False)
+            trainer = Trainer(**QUIET, callbacks=callback)
             trainer.predict(self.module, self.data.calibration_dataloader())
 
     def calibrate(self) -> Timed:

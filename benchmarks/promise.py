@@ -23,10 +23,10 @@ from lightning.pytorch import Trainer
 from rich.console import Console
 from scipy.stats import binom
 
+from benchmarks.answers import QUIET, predict
 from catp_lightning import CrossAttentionCalibration, PruningPolicy, VQAModule
 from catp_lightning.calibration.search.promise import GRID, Promise, walk
 from catp_lightning.calibration.search.sums import DrawnQuestions
-from catp_lightning.cli.demo import QUIET, predict
 from catp_lightning.data import GRIDS, PROMPTS, SHIPPED, shipped
 from catp_lightning.data.scenes import KINDS, Split, write_scenes
 from catp_lightning.data.vqa import VQADataModule
@@ -109,10 +109,10 @@ def answered_by(
     """Predict for real, unpruned and by each policy, and return the agreement."""
     data = VQADataModule(str(shipped(model)), test=split, batch_size=BATCH, prompt=PROMPTS[model])
     batches = list(data.test_dataloader())
-    full, _ = predict(module, batches, None)
+    full = predict(module, batches, None)
     same = []
     for policy in policies:
-        answers, _ = predict(module, batches, policy)
+        answers = predict(module, batches, policy)
         same.append(np.equal(answers, full))
         console.print(f"{model}, keep {policy.keep}: {1 - same[-1].mean():.3f} of the answers change", highlight=False)
     asked = [record["question"] for record in json.loads(Path(split.questions).read_text())["questions"]]
@@ -132,7 +132,7 @@ def calibrated(module: VQAModule, model: str, folder: Path) -> list[PruningPolic
         split = split_of(model, folder / "calibration", "calibration", CALIBRATION_QUESTIONS // len(KINDS), 0)
         data = VQADataModule(str(shipped(model)), calibration=split, batch_size=BATCH, prompt=PROMPTS[model])
         callback = CrossAttentionCalibration(folder / "policies", keep=list(GRID))
-        trainer = Trainer(**QUIET, callbacks=[callback], enable_progress_bar=False)
+        trainer = Trainer(**QUIET, callbacks=[callback])
         trainer.predict(module, data.calibration_dataloader(), return_predictions=False)
     return [PruningPolicy.load(file) for file in files]
 

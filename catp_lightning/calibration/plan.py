@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, fields, replace
-from typing import Any, Protocol
+from typing import Any
 
 from torch import nn
 
@@ -156,17 +156,10 @@ def _signal(scorer: Scorer) -> Signal:
     return next(signal for signal in scorer.needs if signal in OF_HEADS)
 
 
-class Rule(Protocol):
-    """Protocol of a pruning policy without its budget."""
-
-    def policy(self, keep: int | float) -> PruningPolicy:
-        """Return the policy at a budget."""
-
-
-def why_not(family: Family, rule: PruningPolicy | Rule, guide: nn.Module | None = None) -> str | None:
-    """Return the reason why a policy, or a rule at any budget, cannot prune this model; None if it can."""
+def why_not(family: Family, policy: PruningPolicy, guide: nn.Module | None = None) -> str | None:
+    """Return the reason why a policy cannot prune this model; None if it can."""
     try:
-        Pruner(family, rule if isinstance(rule, PruningPolicy) else rule.policy(0.5), guide=guide)
+        Pruner(family, policy, guide=guide)
     except (PruningError, PolicyError) as error:
         return str(error)
     return None

@@ -7,10 +7,10 @@ import numpy as np
 import pytest
 from rich.console import Console
 
+from benchmarks.answers import QUIET, predict
 from benchmarks.promise import CHECKED, KINDS, Answered, answered_by, broken, calibrated, drawn, limit, split_of
 from catp_lightning import CrossAttentionCalibration, PruningPolicy, VQAModule
 from catp_lightning.calibration.search.promise import GRID, Promise
-from catp_lightning.cli.demo import QUIET, predict
 from catp_lightning.data import PROMPTS, shipped
 from catp_lightning.data.vqa import VQADataModule
 from catp_lightning.utils.messages import quiet
@@ -78,8 +78,8 @@ def test_twenty_calibrations_keep_their_promise_on_new_images(tmp_path: Path) ->
             str(shipped(model)), test=split_of(model, tmp_path / "new", "calibration", 750, 900), **data
         )
         batches = list(new.test_dataloader())
-        full, _ = predict(module, batches, None)
-        truth = {keep: np.not_equal(predict(module, batches, rule.with_keep(keep))[0], full).mean() for keep in GRID}
+        full = predict(module, batches, None)
+        truth = {keep: np.not_equal(predict(module, batches, rule.with_keep(keep)), full).mean() for keep in GRID}
         kept, budgets = 0, []
         for draw in range(20):
             own = split_of(model, tmp_path / f"draw-{draw}", "calibration", images, draw)
@@ -87,7 +87,7 @@ def test_twenty_calibrations_keep_their_promise_on_new_images(tmp_path: Path) ->
             callback = CrossAttentionCalibration(
                 tmp_path / f"policy-{draw}.json", keep=list(GRID), max_disagreement=promise, scorer="stride"
             )
-            L.Trainer(**QUIET, callbacks=[callback], enable_progress_bar=False).predict(module, loader)
+            L.Trainer(**QUIET, callbacks=[callback]).predict(module, loader)
             (policy,) = callback.policies
             assert policy.evidence["promise"]["images"] > 100 and len(KINDS) == 4
             budgets.append(policy.keep)

@@ -1,13 +1,23 @@
 """The table's figures and intervals are what they say, by hand and against a slow bootstrap."""
 
-import json
-from pathlib import Path
-
 import numpy as np
 import pytest
 
-from catp_lightning.evaluation.comparison import Comparison, Result, markdown, save_comparison
-from tests.support.comparisons import IMAGES, comparison
+from catp_lightning.evaluation.comparison import Comparison, Result
+from catp_lightning.evaluation.sweep.table import ModelTable, over_draws
+
+IMAGES = [1, 1, 2, 3, 3, 3, 4, 5]
+
+
+def comparison() -> Comparison:
+    rng = np.random.default_rng(0)
+    draw = lambda: rng.integers(0, 2, len(IMAGES)).astype(float)  # noqa: E731
+    full = Result("no pruning", None, draw(), np.ones(len(IMAGES)), 32.0)
+    rival = [
+        Result("random", keep, draw(), draw(), tokens) for keep, tokens in ((0.5, 16.0), (4, 4.0)) for _ in range(3)
+    ]
+    ours = [Result("ours", keep, draw(), draw(), tokens) for keep, tokens in ((0.5, 16.0), (4, 4.0))]
+    return Comparison(IMAGES, "ours", [full, *rival, *ours])
 
 
 def test_seeds_are_averaged_and_differences_are_paired() -> None:
@@ -39,17 +49,14 @@ def test_intervals_resample_images_not_questions() -> None:
     )
 
 
-def test_the_files_hold_every_method_at_every_budget(tmp_path: Path) -> None:
-    rows = save_comparison(comparison(), tmp_path, "title")
-    assert json.loads((tmp_path / "table.json").read_text())["rows"] == rows
-    assert (tmp_path / "accuracy.png").read_bytes()[:4] == b"\x89PNG"
-    text = (tmp_path / "table.md").read_text()
-    assert text == "# title\n\n" + markdown(rows, "ours")
-    figures, ahead = text.split("How far")
-    lines = [line for line in figures.splitlines() if line.startswith("|")]
-    assert [line.split(" | ")[0] for line in lines[2:]] == ["| no pruning", "| random", "| ours"]
-    assert all(line.count("|") == 8 for line in lines), "a name, and three figures at two budgets"
-    assert len([line for line in ahead.splitlines() if line.startswith("| random")]) == 1
+def test_a_table_holds_every_method_at_every_budget() -> None:
+    table = ModelTable.of("m", "8 questions.", comparison(), {"random": False}, {})
+    for keep in (0.5, 4):
+        part = table.markdown().partition(f"## keep {keep}\n\n")[2].partition("##")[0]
+        lines = [line.split(" | ") for line in part.splitlines() if line.startswith("|")][2:]
+        assert {line[0] for line in lines} == {"| no pruning", "| random (control)", "| **ours**"}
+        assert all(len(line) == 7 for line in lines), "a name and six figures"
+        assert [bool(line[-1].strip("| ")) for line in lines if "ours" in line[0]] == [False], "not ahead of itself"
 
 
 def test_draws_of_a_method_widen_its_interval_by_how_far_they_differ() -> None:
@@ -66,7 +73,7 @@ def test_draws_of_a_method_widen_its_interval_by_how_far_they_differ() -> None:
     assert all(high - low > 1.5 * np.ptp(one["agreement_interval"]) for one in within), "images alone say less"
     error = np.std(means, ddof=1) / 3**0.5
     assert (high - low) / 2 == pytest.approx(1.96 * error, rel=0.35), "as of the mean of three draws"
-    assert "; draws ± 0.0" in markdown([{**row, "keep": 0.5}], "ours")
+    assert over_draws(row, "agreement").startswith("± 0.0")
 
 
 def test_a_rival_is_paired_with_every_draw_of_the_reference() -> None:

@@ -4,7 +4,6 @@ import numpy as np
 import pytest
 
 from catp_lightning.evaluation.comparison import Comparison, Result
-from catp_lightning.evaluation.comparison import figure as plain
 from catp_lightning.evaluation.sweep.figure import figure
 from catp_lightning.evaluation.sweep.table import ModelTable
 
@@ -13,8 +12,7 @@ def test_one_token_and_everything_are_two_budgets_in_a_table_and_a_plot() -> Non
     same = np.array([1.0, 0.0, 1.0])
     results = [Result("no pruning", None, None, np.ones(3), 32.0), Result("a", 1, None, same, 1.0)]
     results += [Result("a", 1.0, None, np.ones(3), 32.0), Result("b", 1, None, 1 - same, 0.0, 8.0)]
-    rows = [{**row, "control": False} for row in Comparison([1, 2, 3], "a", results).rows()]
-    found = ModelTable("m", "3 questions.", "a", rows)
+    found = ModelTable.of("m", "3 questions.", Comparison([1, 2, 3], "a", results), {}, {})
     assert [(row["method"], row["keep"], row["agreement"]) for row in found.at(1)[1:]] == [
         ("a", 1, pytest.approx(2 / 3)),
         ("b", 1, pytest.approx(1 / 3)),
@@ -30,13 +28,12 @@ def test_the_band_of_the_reference_is_seen_whole(budgets: tuple[int, ...]) -> No
     same = np.array([1.0, 0.0, 1.0, 1.0] * 2)
     results = [Result("no pruning", None, None, np.ones(8), 32.0)]
     results += [Result(name, keep, None, same, float(keep)) for name in ("a", "b") for keep in budgets]
-    comparison = Comparison(range(8), "a", results)
-    rows = [{**row, "control": False} for row in comparison.rows()]
-    for axes in (figure([ModelTable("m", "8 questions.", "a", rows)]).axes[0], plain(rows, "a", "agreement").axes[0]):
-        bottom, top = axes.get_ylim()
-        _band, ends = axes.collections  # of one budget a band has no width
-        for row, segment in zip((row for row in rows if row["method"] == "a"), ends.get_segments(), strict=True):
-            low, high = row["agreement_interval"]
-            assert segment[:, 1].tolist() == pytest.approx([low, high]) and high - low > 0.3
-            assert bottom < low and high < top
-        assert "logarithmic" in axes.get_xlabel() and axes.get_xscale() == "log"
+    table = ModelTable.of("m", "8 questions.", Comparison(range(8), "a", results), {}, {})
+    (axes,) = figure([table]).axes
+    bottom, top = axes.get_ylim()
+    _band, ends = axes.collections  # of one budget a band has no width
+    for row, segment in zip((row for row in table.rows if row["method"] == "a"), ends.get_segments(), strict=True):
+        low, high = row["agreement_interval"]
+        assert segment[:, 1].tolist() == pytest.approx([low, high]) and high - low > 0.3
+        assert bottom < low and high < top
+    assert "logarithmic" in axes.get_xlabel() and axes.get_xscale() == "log"

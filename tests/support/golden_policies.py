@@ -74,7 +74,7 @@ def calibrated(case: Case, module: VQAModule, folder: Path) -> str:
 def demo_table(folder: Path) -> str:
     """The table that the demo writes into `folder`."""
     catp(["demo", "--output", str(folder)])
-    return (folder / "table.md").read_text()
+    return (folder / "digits_blip2" / "table.md").read_text()
 
 
 def main() -> None:

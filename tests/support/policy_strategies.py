@@ -10,7 +10,6 @@ from hypothesis import strategies as st
 
 from catp_lightning import PruningPolicy
 from catp_lightning.calibration.plan import why_not
-from catp_lightning.calibration.search.candidates import Candidate
 from catp_lightning.methods.scorers import SCORERS
 from catp_lightning.methods.selectors import SELECTORS
 from catp_lightning.models import find_family
@@ -72,7 +71,7 @@ def rules(draw: st.DrawFn, junk: bool, scorers: Sequence[str] = sorted(SCORERS))
 
 
 MODEL = random_blip2()
-ON_BLIP2 = [name for name in SCORERS if why_not(find_family(MODEL[0]), Candidate(name, name)) is None]
+ON_BLIP2 = [name for name in SCORERS if why_not(find_family(MODEL[0]), PruningPolicy(name)) is None]
 
 
 def exact(policy: PruningPolicy) -> str:

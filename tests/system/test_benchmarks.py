@@ -7,11 +7,14 @@ import numpy as np
 import pytest
 
 from benchmarks.agreement import BEST, BUDGETS, met, paired_interval, replayed, spread, verdicts
+from benchmarks.answers import predict, scenes_split
 from catp_lightning import PruningPolicy, VQAModule
-from catp_lightning.cli.demo import CALIBRATED, predict, scenes_split
 from catp_lightning.data import shipped
 from catp_lightning.data.vqa import VQADataModule
-from catp_lightning.evaluation.comparison import Comparison, Result, figure, markdown
+from catp_lightning.evaluation.comparison import Comparison, Result
+from catp_lightning.evaluation.sweep.figure import figure
+from catp_lightning.evaluation.sweep.methods import CALIBRATED
+from catp_lightning.evaluation.sweep.table import ModelTable
 from catp_lightning.utils.messages import quiet
 
 PLAIN = "diversity of outputs (plain DPP)"
@@ -58,11 +61,12 @@ def test_the_verdicts_say_what_was_aimed_at_and_what_was_reached() -> None:
 
 
 def test_a_table_without_accuracy_shows_agreement_alone() -> None:
-    rows = comparison().rows()
-    text = markdown(rows, CALIBRATED)
-    assert "accuracy" not in text and "accuracy" not in rows[0]
-    assert "| calibrated | 1.000 (1.000 to 1.000) | 16 | 0.750" in text
-    (axes,) = figure(rows, CALIBRATED, "agreement").axes
+    found = comparison()
+    full = Result("no pruning", None, None, np.ones(40), 32.0)
+    table = ModelTable.of("m", "", Comparison(found.images, CALIBRATED, [full, *found.results]), {}, {})
+    assert "accuracy" not in table.markdown() and "accuracy" not in table.rows[0]
+    assert "| **calibrated** | 1.000 (1.000 to 1.000) | 16.0 |" in table.markdown()
+    (axes,) = figure([table]).axes
     assert axes.get_ylabel() == "agreement with the unpruned model"
 
 
@@ -91,7 +95,7 @@ def test_replayed_answers_are_those_of_predict(tmp_path: Path) -> None:
     found = replayed(module, batches, policies)
     assert found.images == [int(image) for batch in batches for image in batch["image_ids"]]
     with quiet(ours=False):
-        assert found.answers == predict(module, batches, None)[0]
+        assert found.answers == predict(module, batches, None)
         for policy, same in zip(policies, found.same, strict=True):
             assert 5 < same.sum() < 48, "some answers must change, or this proves nothing"
-            assert list(same) == list(np.equal(predict(module, batches, policy)[0], found.answers))
+            assert list(same) == list(np.equal(predict(module, batches, policy), found.answers))

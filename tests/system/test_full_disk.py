@@ -13,11 +13,9 @@ from catp_lightning import PruningPolicy
 from catp_lightning.calibration.report.report import report
 from catp_lightning.cli.sweep import save_all
 from catp_lightning.data.scenes import write_scenes
-from catp_lightning.evaluation.comparison import Comparison, save_comparison
 from catp_lightning.evaluation.sweep.table import ModelTable
 from catp_lightning.utils.files import write_bytes
 from tests.support.answer_files import many_answers
-from tests.support.comparisons import comparison
 from tests.support.small_calibrations import calibrate, contents, full_disk
 
 pytestmark = pytest.mark.usefixtures("saving_often")
@@ -30,18 +28,12 @@ def _tables(folder: Path, which: int) -> None:
     save_all([ModelTable("m", "3 questions.", "b", rows)], folder)
 
 
-def _compared(folder: Path, which: int) -> None:
-    given = comparison()
-    save_comparison(Comparison(given.images, given.reference, given.results[which:]), folder, "title")
-
-
 def _report(policy: PruningPolicy, folder: Path, which: int) -> None:
     report([policy], [], folder, [], 1.0 + which)
 
 
 WRITERS: dict[str, Callable[[Path, int], object]] = {
     "a policy": lambda folder, which: PruningPolicy(evidence={"long": [which] * 2000}).save(folder),
-    "a comparison": _compared,
     "the tables of a sweep": _tables,
     "scenes": lambda folder, which: write_scenes(folder, "test", 4, seed=which),
     "answers": many_answers,

@@ -24,8 +24,7 @@ from catp_lightning.calibration.report.page import page
 from catp_lightning.calibration.report.report import candidate_rows, report
 from catp_lightning.cli.main import main
 from catp_lightning.errors import DataError, PolicyError, PruningError
-from catp_lightning.evaluation.comparison import console_tables, figure, markdown
-from catp_lightning.evaluation.sweep.figure import figure as sweep_figure
+from catp_lightning.evaluation.sweep.figure import figure
 from catp_lightning.evaluation.sweep.table import ModelTable, combined
 from catp_lightning.safe_text import LONGEST, figure_text, markdown_text, one_line, printable, rich_text
 from catp_lightning.utils.markdown import markdown_table
@@ -152,7 +151,8 @@ def shown(*renderables: Any) -> str:
 @pytest.mark.parametrize("name", HOSTILE)
 def test_terminal_tables_and_progress_bars_show_a_name_as_it_is(name: str) -> None:
     text = HOSTILE[name]
-    for output in (shown(*console_tables(rows(text), text)), shown(rich_text(text, "bold"))):
+    table = ModelTable(text, "12 questions.", text, rows(text))
+    for output in (shown(*table.console()), shown(rich_text(text, "bold"))):
         assert one_line(text) in output and not acts(output, "\n")
     progress = Progress(TextColumn("{task.description}", markup=False))
     progress.add_task(one_line(text))
@@ -184,7 +184,7 @@ def test_markdown_shows_any_name_as_it_is() -> None:
 def test_tables_of_comparisons_and_sweeps_hold_a_name_as_it_is(name: str) -> None:
     text = HOSTILE[name]
     table = ModelTable(text, "12 questions.", text, rows(text), {f"other {text}": f"why {text}"})
-    for written in (markdown(rows(text), text), table.markdown(), combined([table, table])):
+    for written in (table.markdown(), combined([table, table])):
         words, tags = rendered(written)
         assert tags <= PLAIN and one_line(text).strip() in words and not acts(written, "\n")
 
@@ -225,18 +225,17 @@ def test_figures_draw_names_as_they_are() -> None:
     names = list(HOSTILE.values())
     several = [row("no pruning", None), *(row(text, keep) for text in names for keep in (0.5, 0.25))]
     table = ModelTable(HOSTILE["formula"], "", HOSTILE["html"], several)
-    for drawing in (figure(several, HOSTILE["html"]), sweep_figure([table])):
-        with warnings.catch_warnings():
-            warnings.simplefilter("error")
-            assert png(drawing).startswith(b"\x89PNG")
-        legend = drawing.legends[0] if drawing.legends else drawing.axes[0].get_legend()
-        words = {artist.get_text() for artist in legend.get_texts()}
-        assert words == {"no pruning", *map(figure_text, names)} and max(map(len, words)) <= LONGEST + 1
+    drawing = figure([table])
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert png(drawing).startswith(b"\x89PNG")
+    words = {artist.get_text() for artist in drawing.legends[0].get_texts()}
+    assert words == {"no pruning", *map(figure_text, names)} and max(map(len, words)) <= LONGEST + 1
 
 
 def test_no_formula_and_no_tex_is_drawn_whatever_matplotlibs_settings_say() -> None:
     def pixels(name: str) -> bytes:
-        return png(figure(rows(name), "fine"))
+        return png(figure([ModelTable("m", "", "fine", rows(name))]))
 
     assert pixels("$xy$") != pixels("xy")
     with rc_context({"text.usetex": True}):
@@ -281,4 +280,4 @@ def test_the_demo_ends_well_in_a_folder_that_is_called_like_markup(
     folder = tmp_path / "a[/]b:skull:"
     main(["demo", "--output", str(folder), "--questions", "8", "--calibration_questions", "24"])
     assert "a[/]b:skull:" in capsys.readouterr().out.replace("\n", "")
-    assert (folder / "table.md").is_file()
+    assert (folder / "digits_blip2" / "table.md").is_file()

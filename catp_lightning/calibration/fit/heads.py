@@ -89,19 +89,6 @@ def fit_heads(sums: FoldSums, heads: Sequence[int], slots: Sequence[int] = ()) -
     return _fit(weights, scale, float(STRENGTHS[chosen]), explained, stability)
 
 
-def describe_heads(fit: HeadFit) -> str:
-    """Describe a fit in one line, for a report.
-
-    >>> nothing = np.zeros(16)
-    >>> describe_heads(HeadFit(nothing, np.zeros(0), 0.0, 0.0, 1.0, nothing))
-    'nothing: no head predicts the answers better than chance on left-out images'
-    """
-    if not fit.selected:
-        return "nothing: no head predicts the answers better than chance on left-out images"
-    found = f"{np.count_nonzero(fit.weights)} of {len(fit.weights)} heads"
-    return f"{found}, {fit.explained:.1%} of the variance ± {fit.explained_error:.1%}"
-
-
 def prepare(sums: FoldSums, heads: Sequence[int], slots: Sequence[int]) -> tuple[FoldSums, np.ndarray]:
     """Return the sums of the folds that have rows, and the spread of each head: float64 [H].
 

@@ -86,7 +86,7 @@ def default_candidates(plan: Plan) -> list[Candidate]:
             rule = Candidate(f"{name}, top-k", name, selector="top-k")
         if cls.selector in COMPARING and not _similar(plan):
             continue
-        if not cls().stages(plan.family.depth) and why_not(plan.family, rule) is None:
+        if not cls().stages(plan.family.depth) and why_not(plan.family, rule.policy(0.5)) is None:
             found.append(rule)
     if Signal.CROSS_ATTENTION in plan.family.layers():
         return found + list(_of_qformer(plan))
@@ -152,7 +152,7 @@ def _of_method(plan: Plan, method: PruningPolicy) -> Iterator[Candidate]:
     if plan.layer == 0:
         for name, cls in SCORERS.usable():
             rule = Candidate(name, name, control=True, reference=True, eligible=False)
-            if cls.control and name != method.scorer and why_not(plan.family, rule) is None:
+            if cls.control and name != method.scorer and why_not(plan.family, rule.policy(0.5)) is None:
                 yield rule
 
 

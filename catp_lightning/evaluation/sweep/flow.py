@@ -24,7 +24,7 @@ from catp_lightning.errors import PolicyError, PruningError
 from catp_lightning.evaluation.comparison import Comparison, Result
 from catp_lightning.evaluation.sweep.figure import figure
 from catp_lightning.evaluation.sweep.jobs import Jobs, Outcome, data_fingerprint, versions
-from catp_lightning.evaluation.sweep.methods import Job, is_calibrated, rules
+from catp_lightning.evaluation.sweep.methods import Job, fixed_methods, is_calibrated
 from catp_lightning.evaluation.sweep.reference import check_reference, reference_of
 from catp_lightning.evaluation.sweep.table import ModelTable
 from catp_lightning.methods.scorers import SCORERS
@@ -90,9 +90,9 @@ def sweep_model(
         PolicyError: the reference is not among the methods, or none of them makes sense on the model.
     """
     family, console = find_family(reading.module), Console()
-    found, notes = rules([name for name in names if not is_calibrated(name)], family, layers)
+    found, notes = fixed_methods([name for name in names if not is_calibrated(name)], family, layers)
     calibrations = [name for name in names if is_calibrated(name)]
-    titles = [rule.title for rule in found] + calibrations
+    titles = [job.title for job in found] + calibrations
     check_reference(reference, titles, notes, family)
     name = Path(str(family.describe()["name"])).name
     name = family.name if name in ("", "..") else name
@@ -107,9 +107,7 @@ def sweep_model(
     runner = Jobs(folder / "jobs", partial(reading.predict, loader), everything, _guide(family, reading.device))
     lines.now = f"{name}: answering without pruning"
     full = runner.finished(None) or runner.run(None)
-    jobs = [
-        Job(rule.title, rule.name, rule.policy(keep), rule.control, rule.guided) for rule in found for keep in budgets
-    ]
+    jobs = [job.at(keep) for job in found for keep in budgets]
     for title in reversed(calibrations):
         for number, loader in reversed(list(enumerate(loaders, 1))):
             name_of_draw = title if number == 1 else f"{title} draw {number}"
@@ -239,14 +237,8 @@ def _table(
         assert outcome.tokens_kept is not None
         comparison.results.append(_result(job.title, job.policy.keep, outcome, full, outcome.tokens_kept, batches))
     controls = {job.title: SCORERS[job.policy.scorer].published for job in outcomes if job.control}
-    rows = [
-        {**row, "control": row["method"] in controls, "published": controls.get(row["method"], False)}
-        for row in comparison.rows()
-    ]
-    if (best := rows[0].get("accuracy")) is not None:
-        rows = [{**row, "accuracy_share": row["accuracy"] / best if best else None} for row in rows]
     about = f"{len(images)} questions about {len(set(images))} images."
-    return ModelTable(name, about, reference, rows, notes)
+    return ModelTable.of(name, about, comparison, controls, notes)
 
 
 def _result(

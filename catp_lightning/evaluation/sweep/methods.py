@@ -1,8 +1,8 @@
 """Methods that a sweep compares on a model, and the reasons why others make no sense there."""
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 from catp_lightning.errors import PolicyError, PruningError, did_you_mean
@@ -17,49 +17,41 @@ ALL, CALIBRATED = "all", "calibrated"
 IMPROVED = ("fastervlm", "fastv", "trimmed-llama")
 """Scorers whose own layers and head weights `all` calibrates, beside the calibration where all candidates compete."""
 RANDOM_SEEDS = (0, 1, 2)
-SETTINGS: dict[str, tuple[tuple[str, dict[str, Any], dict[str, Any]], ...]] = {
-    "catp": (("catp weighted by image token", {"image_weight": "received"}, {}),),
-    "trimmed-llama": (("trimmed-llama at equal rows", {}, {"budget": "rows"}),),
+SETTINGS: dict[str, tuple[tuple[str, dict[str, Any]], ...]] = {
+    "catp": (("catp weighted by image token", {"scorer_args": {"image_weight": "received"}}),),
+    "divprune": (
+        (
+            "diversity alone (DPP)",
+            {"scorer": "position", "selector": "dpp", "selector_args": {"similarity": "outputs", "relevance": 0.0}},
+        ),
+    ),
+    "trimmed-llama": (("trimmed-llama at equal rows", {"selector_args": {"budget": "rows"}}),),
 }
-"""Other published settings of a scorer that are compared too: title, arguments of the scorer and of the selector."""
+"""Other settings that are compared beside a scorer's own: title, and arguments of `PruningPolicy` that differ."""
 GUIDED = "{} (guided by the model itself)"
-
-
-@dataclass(frozen=True)
-class Rule:
-    """One method with its arguments, without a budget.
-
-    Attributes:
-        title: name in tables; several rules of one title are averaged.
-        name: unique name.
-        scorer: name of the scorer.
-        args: arguments of the scorer.
-        control: True if it is a control that a real method must beat.
-        guided: True if it reads the attention of a guide, another model; in a sweep that is a copy of the model itself.
-        selector_args: arguments of the scorer's own selector.
-    """
-
-    title: str
-    name: str
-    scorer: str
-    args: Mapping[str, Any] = field(default_factory=dict)
-    control: bool = False
-    guided: bool = False
-    selector_args: Mapping[str, Any] = field(default_factory=dict)
-
-    def policy(self, keep: int | float) -> PruningPolicy:
-        return PruningPolicy(self.scorer, self.args, selector_args=self.selector_args, keep=keep)
 
 
 @dataclass(frozen=True, eq=False)
 class Job:
-    """One method at one budget: the policy that prunes, with title, name, control and guided as in `Rule`."""
+    """One method at one budget.
+
+    Attributes:
+        title: name in tables; several jobs of one title and budget are averaged.
+        name: unique name of the method.
+        policy: policy that prunes.
+        control: True if the method is a control that a real method must beat.
+        guided: True if it reads the attention of a guide, another model; in a sweep that is a copy of the model itself.
+    """
 
     title: str
     name: str
     policy: PruningPolicy
     control: bool = False
     guided: bool = False
+
+    def at(self, keep: int | float) -> "Job":
+        """Return the job of the same method at another budget."""
+        return replace(self, policy=self.policy.with_keep(keep))
 
     @property
     def file_name(self) -> str:
@@ -89,15 +81,18 @@ def is_calibrated(name: str) -> bool:
     return name.partition(" ")[0] == CALIBRATED
 
 
-def rules(names: Sequence[str], family: Family, layers: bool) -> tuple[list[Rule], dict[str, str]]:
-    """Return the rules of the named scorers that make sense on a model, and by title the reason why others do not.
+def fixed_methods(names: Sequence[str], family: Family, layers: bool) -> tuple[list[Job], dict[str, str]]:
+    """Return jobs of the named scorers that make sense on a model, and by title the reason why others do not.
 
     Args:
         names: names of scorers, in `SCORERS`.
         family: family of the model.
-        layers: add a rule for each single layer of every attention scorer.
+        layers: add a job for each single layer of every attention scorer.
+
+    Returns:
+        One job a method, at half of the tokens: `Job.at` gives other budgets.
     """
-    found: list[Rule] = []
+    found: list[Job] = []
     refused: dict[str, tuple[str, str]] = {}
     for name in names:
         try:
@@ -105,30 +100,30 @@ def rules(names: Sequence[str], family: Family, layers: bool) -> tuple[list[Rule
         except PolicyError as error:  # a broken scorer of another package
             refused[name] = (name, str(error))
             continue
-        for rule in several:
+        for job in several:
             try:
-                _try(rule, family)
-                found.append(rule)
+                _try(job, family)
+                found.append(job)
             except (PruningError, PolicyError) as error:
-                refused.setdefault(name, (rule.title, str(error)))  # one reason is enough for all layers of a scorer
+                refused.setdefault(name, (job.title, str(error)))  # one reason is enough for all layers of a scorer
     return found, dict(refused.values())
 
 
-def _of_scorer(name: str, family: Family, layers: bool) -> Iterator[Rule]:
+def _of_scorer(name: str, family: Family, layers: bool) -> Iterator[Job]:
     scorer = SCORERS[name]
     if name == "random":
         title = f"random ({len(RANDOM_SEEDS)} seeds)"
-        yield from (Rule(title, f"random seed {n}", name, {"seed": n}, control=True) for n in RANDOM_SEEDS)
+        yield from (Job(title, f"random seed {n}", PruningPolicy(name, {"seed": n}), True) for n in RANDOM_SEEDS)
         return
     guided = Signal.GUIDE_ATTENTION in scorer().needs
-    yield Rule(GUIDED.format(name) if guided else name, name, name, control=scorer.control, guided=guided)
-    for title, scorer_args, selector_args in SETTINGS.get(name, ()):
-        yield Rule(title, title, name, scorer_args, scorer.control, guided, selector_args)
+    yield Job(GUIDED.format(name) if guided else name, name, PruningPolicy(name), scorer.control, guided)
+    for title, settings in SETTINGS.get(name, ()):
+        yield Job(title, title, PruningPolicy(**{"scorer": name, **settings}), scorer.control, guided)
     if layers:
         for args in _single_layers(scorer(), family):
             at = "at layer" if "layer" in args else "layer"  # tokens leave there, or its attention is read
             title = f"{name} {at} {next(iter(args.values()))}".replace("[", "").replace("]", "")
-            yield Rule(title, title, name, args, scorer.control, guided)
+            yield Job(title, title, PruningPolicy(name, args), scorer.control, guided)
 
 
 def _single_layers(scorer: Any, family: Family) -> Iterator[dict[str, Any]]:
@@ -144,9 +139,9 @@ def _single_layers(scorer: Any, family: Family) -> Iterator[dict[str, Any]]:
         yield from ({"layers": [n]} for n in range(counts[0]))
 
 
-def _try(rule: Rule, family: Family) -> None:
-    """Raise PruningError or PolicyError if the model cannot be pruned by a rule; the model is not touched."""
-    if rule.guided:  # the guide, a copy of the model, is not made for this check
+def _try(job: Job, family: Family) -> None:
+    """Raise PruningError or PolicyError if the model cannot be pruned by a job's policy; the model is not touched."""
+    if job.guided:  # the guide, a copy of the model, is not made for this check
         refuse_without_rows(family)
         return
-    Pruner(family, rule.policy(0.5))
+    Pruner(family, job.policy)

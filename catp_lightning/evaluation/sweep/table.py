@@ -2,10 +2,13 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Self
 
-from catp_lightning.evaluation.comparison import over_draws
-from catp_lightning.safe_text import Markdown, markdown_text
+import numpy as np
+from rich.table import Table
+
+from catp_lightning.evaluation.comparison import Comparison, Measure
+from catp_lightning.safe_text import Markdown, markdown_text, rich_text
 from catp_lightning.utils.markdown import markdown_table
 
 Row = Mapping[str, Any]
@@ -39,6 +42,27 @@ class ModelTable:
     rows: Sequence[Row]
     notes: Mapping[str, str] = field(default_factory=dict)
 
+    @classmethod
+    def of(
+        cls,
+        name: str,
+        about: str,
+        comparison: Comparison,
+        controls: Mapping[str, bool],
+        notes: Mapping[str, str],
+    ) -> Self:
+        """Return the table of a comparison whose first result is the unpruned model's.
+
+        `controls` has an entry for each control, by title: True if it is a published rule as well.
+        """
+        kinds = ((row, row["method"]) for row in comparison.rows())
+        rows: list[Row] = [
+            {**row, "control": title in controls, "published": controls.get(title, False)} for row, title in kinds
+        ]
+        if (best := rows[0].get("accuracy")) is not None:
+            rows = [{**row, "accuracy_share": row["accuracy"] / best if best else None} for row in rows]
+        return cls(name, about, comparison.reference, rows, notes)
+
     @property
     def budgets(self) -> list[int | float]:
         return list({repr(row["keep"]): row["keep"] for row in self.rows if row["keep"] is not None}.values())
@@ -63,6 +87,20 @@ class ModelTable:
         if self.notes:
             parts.append(f"## Not in the table\n\n{self._reasons()}")
         return "\n".join(parts)
+
+    def console(self) -> list[Table]:
+        """Return a table for the terminal for each budget, with the columns that fit there."""
+        tables = []
+        for keep in self.budgets:
+            head = ["method", *(["accuracy"] if self.measured else []), "agreement (95%)", "tokens"]
+            table = Table(*head, title=f"keep {keep}", title_justify="left")
+            for row in self.at(keep):
+                accuracy = [f"{row['accuracy']:.3f}"] if self.measured else []
+                cells = [*accuracy, _interval(row, "agreement"), f"{row['tokens']:.1f}"]
+                style = "bold" if row["method"] == self.reference else None
+                table.add_row(rich_text(row["method"] + kind(row)), *cells, style=style)
+            tables.append(table)
+        return tables
 
     def _reasons(self) -> str:
         """Return a Markdown list of why methods are not in the table, grouped by reason."""
@@ -151,6 +189,16 @@ def share(row: Row) -> str:
     """Return accuracy in percent of the unpruned model's, or agreement in percent; "-" if that accuracy is 0."""
     value = row.get("accuracy_share", row["agreement"])
     return "-" if value is None else f"{100 * value:.1f}"
+
+
+def over_draws(row: Row, measure: Measure) -> str:
+    """Return standard deviation and range of a row's draws as text; "" where there is one draw.
+
+    >>> over_draws({"agreement_draws": [0.93, 0.95, 0.94]}, "agreement"), over_draws({}, "agreement")
+    ('± 0.010 (0.930 to 0.950)', '')
+    """
+    draws = row.get(f"{measure}_draws", [])
+    return f"± {np.std(draws, ddof=1):.3f} ({min(draws):.3f} to {max(draws):.3f})" if len(draws) > 1 else ""
 
 
 def _interval(row: Row, name: str, sign: str = "") -> str:
