@@ -18,7 +18,7 @@ from catp_lightning.calibration.fit.ties import Tolerance
 from catp_lightning.calibration.passes import Pass
 from catp_lightning.calibration.plan import Plan
 from catp_lightning.calibration.replay.samples import Samples
-from catp_lightning.calibration.report.evidence import CalibrationResult
+from catp_lightning.calibration.report.result import CalibrationResult
 from catp_lightning.calibration.search.candidates import Candidate, default_candidates, fitted_candidates
 from catp_lightning.calibration.search.promise import Promise
 from catp_lightning.calibration.search.race import Check, Race

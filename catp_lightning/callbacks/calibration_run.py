@@ -13,7 +13,7 @@ from catp_lightning.calibration.identity import batch_fingerprints
 from catp_lightning.calibration.passes import Pass
 from catp_lightning.calibration.replay.recorder import Recorder
 from catp_lightning.calibration.replay.samples import Samples
-from catp_lightning.calibration.report.evidence import CalibrationResult
+from catp_lightning.calibration.report.result import CalibrationResult
 from catp_lightning.calibration.search.promise import Promise
 from catp_lightning.callbacks.loaders import Amount
 from catp_lightning.callbacks.signals import end_if_told

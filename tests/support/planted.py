@@ -14,7 +14,7 @@ from catp_lightning.calibration.fit.ties import Tolerance
 from catp_lightning.calibration.plan import Plan
 from catp_lightning.calibration.replay.recorder import Recorder
 from catp_lightning.calibration.replay.samples import Samples
-from catp_lightning.calibration.report.evidence import CalibrationResult
+from catp_lightning.calibration.report.result import CalibrationResult
 from catp_lightning.calibration.search.promise import Promise
 from catp_lightning.calibration.search.race import Race
 from catp_lightning.calibration.search.standings import Standings

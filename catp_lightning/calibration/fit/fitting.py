@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, NotRequired, TypedDict
 
 import numpy as np
 
@@ -39,6 +39,32 @@ class VoterFit:
         """Return the head weights, a row for each chosen layer; `heads` is the number of heads of a layer."""
         assert self.fit is not None
         return [rounded(row) for row in self.fit.weights.reshape(len(self.layers), heads)]
+
+
+class LayerStep(TypedDict):
+    """A layer that forward selection added: share of the variance it explains beyond those before, and its error."""
+
+    layer: int
+    explained: float
+    error: float
+
+
+class FitEvidence(TypedDict):
+    """Fit of one scorer as plain numbers; entries about heads are missing where no layer was chosen.
+
+    `layer_stability` has, for each layer, the share of folds whose fit without them chose it too; `head_weights` and
+    `head_stability` are lists [L, H] for the chosen layers, `explained` is a share of the variance, and `strength` the
+    strength of the penalty.
+    """
+
+    layers: list[int]
+    layer_steps: list[LayerStep]
+    layer_stability: list[float]
+    head_weights: NotRequired[list[list[float]]]
+    head_stability: NotRequired[list[list[float]]]
+    explained: NotRequired[float]
+    explained_error: NotRequired[float]
+    strength: NotRequired[float]
 
 
 @dataclass(frozen=True)
@@ -141,11 +167,11 @@ def rounded(values: np.ndarray) -> list[float]:
     return [float(f"{value:.6g}") for value in values]
 
 
-def _evidence(found: VoterFit, heads: int) -> dict[str, Any]:
-    steps = [{"layer": s[0], "explained": float(s[1]), "error": float(s[2])} for s in found.choice.steps]
-    shown: dict[str, Any] = {
+def _evidence(found: VoterFit, heads: int) -> FitEvidence:
+    steps = found.choice.steps
+    shown: FitEvidence = {
         "layers": list(found.layers),
-        "layer_steps": steps,
+        "layer_steps": [{"layer": at, "explained": float(share), "error": float(error)} for at, share, error in steps],
         "layer_stability": [float(share) for share in found.choice.stability],
     }
     if found.fit is not None:

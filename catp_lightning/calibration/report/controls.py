@@ -1,11 +1,11 @@
 """Compare a chosen policy with the best control, and warn if its evidence is too thin to rely on."""
 
-from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 from scipy.stats import norm
 
+from catp_lightning.calibration.report.evidence import RetentionPoint, evidence_of
 from catp_lightning.policy import PruningPolicy
 
 ENOUGH = 64
@@ -53,7 +53,7 @@ def verdict(interval: Sequence[float]) -> str:
     return "ahead" if low > 0 else "behind" if high < 0 else "level"
 
 
-def against(point: Mapping[str, Any]) -> str:
+def against(point: RetentionPoint) -> str:
     """Describe in words how a budget's choice compares with its best control; "" if no control was checked."""
     best = point["best_control"]
     if best is None:
@@ -65,7 +65,7 @@ def against(point: Mapping[str, Any]) -> str:
 
 def doubts(policies: Sequence[PruningPolicy]) -> Iterator[str]:
     """Yield a sentence for each reason to doubt policies: few checked answers, a better control, low agreement."""
-    evidence = policies[0].evidence
+    evidence = evidence_of(policies[0])
     checked = evidence["samples"]["check"]
     kept = {repr(policy.keep) for policy in policies}
     points = [point for point in evidence["retention"] if repr(point["keep"]) in kept]

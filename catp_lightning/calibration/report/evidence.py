@@ -1,160 +1,112 @@
-"""Evidence of a calibration, as a policy records it: plain numbers."""
+"""Evidence of a calibration, as a policy's JSON holds it: the type of each entry, and functions that read them."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
-from typing import Any
+from typing import Any, NotRequired, TypedDict, cast
 
-import numpy as np
-from torch import Tensor
-
-from catp_lightning.calibration.report.controls import paired_difference, verdict
-from catp_lightning.calibration.search.candidates import Candidate
-from catp_lightning.calibration.search.promise import Promise, Walk, walk
-from catp_lightning.methods.budget import keep_count
-from catp_lightning.metrics import wilson_interval
+from catp_lightning.calibration.fit.fitting import FitEvidence
 from catp_lightning.policy import PruningPolicy
-from catp_lightning.policy.images import encode_images
 
 
-@dataclass(frozen=True)
-class CalibrationResult:
-    """All measurements of a calibration, reduced over all processes.
+class Figures(TypedDict):
+    """Figures of one candidate at one budget, on `samples` samples.
 
-    K budgets, C candidates, R candidates checked at a budget, I images, L layers.
-
-    Attributes:
-        model: description of the model that the policies are made for, from its family's `describe`.
-        tokens: mean number of droppable visual tokens of an image.
-        budgets: budgets in the user's order; with a promise, in descending order.
-        promise: promise that the chosen budget has to keep; None: none was asked for.
-        candidates: all candidates; other fields refer to them by their index.
-        chosen: for each budget, index of the chosen candidate.
-        choosing: sums over the rounds: `divergence`, `squares`, `agreed` and `count`, each [K, C].
-        checking: the same sums over the checking part, on which nothing was decided.
-        drawn: number of images of the checking part, and for each budget the number of them on which its choice
-            disagrees, one question per image.
-        alive: for each budget, indices of the candidates that were checked, the chosen one first.
-        by_image: for the checking part, number of questions about each image [I], and number of them to which each
-            checked candidate gave the unpruned answer [I, K, R].
-        parts: number of samples in each part of the split.
-        images: int64, fingerprints of all images.
-        fitted: findings of the probes, as plain numbers.
-        statistics: entries of the statistics, by name.
+    `divergence` is the mean over samples of KL(unpruned || pruned) in nats, with its standard error; `agreement` is the
+    share of answers that are the unpruned model's, with Wilson's 95% interval.
     """
 
-    model: Mapping[str, Any]
+    samples: int
+    divergence: float
+    divergence_error: float
+    agreement: float
+    interval: Sequence[float]
+
+
+class CandidateRow(TypedDict):
+    """One candidate: its figures over the rounds, and on the checking part; None: it was eliminated before."""
+
+    name: str
+    control: bool
+    choose: Figures
+    check: Figures | None
+
+
+class BestControl(TypedDict):
+    """The control that agreed most on the checking part, and the lead of the choice over it, paired by question."""
+
+    name: str
+    agreement: float
+    difference: float
+    interval: Sequence[float]
+    verdict: str
+
+
+class RetentionPoint(TypedDict):
+    """A point of the retention curve: agreement of a budget's choice on samples it was not chosen on."""
+
+    keep: int | float
+    tokens: int
+    chosen: str
+    control: bool
+    agreement: float
+    interval: Sequence[float]
+    best_control: BestControl | None
+
+
+class PromiseStep(TypedDict):
+    """The test of one budget, as in `TestedBudget`."""
+
+    keep: int | float
+    disagreed: int
+    bound: float
+    tested: bool
+    holds: bool
+
+
+class PromiseEvidence(TypedDict):
+    """A promise, the number of images it was tested on, and the test of each budget, from the largest down."""
+
+    max_disagreement: float
+    confidence: float
+    images: int
+    steps: Sequence[PromiseStep]
+
+
+class Evidence(TypedDict):
+    """Evidence of a policy; statistics have an entry of their own each, by name.
+
+    `samples` counts samples by part of the split, `tokens` is the mean number of visual tokens of an image, `images`
+    are encoded hashes, `fitted` has an entry for each scorer and the list "slots".
+    """
+
+    chosen: str
+    control: bool
+    samples: Mapping[str, int]
     tokens: float
-    budgets: Sequence[int | float]
-    promise: Promise | None
-    candidates: Sequence[Candidate]
-    chosen: Sequence[int]
-    choosing: Mapping[str, np.ndarray]
-    checking: Mapping[str, np.ndarray]
-    drawn: tuple[int, list[int]]
-    alive: Sequence[Sequence[int]]
-    by_image: tuple[np.ndarray, np.ndarray]
-    parts: Mapping[str, int]
-    images: Tensor
+    images: str
+    retention: Sequence[RetentionPoint]
     fitted: Mapping[str, Any]
-    statistics: Mapping[str, Any]
-
-    def policies(self) -> list[PruningPolicy]:
-        """Return a policy for each budget; with a promise, one policy, at the smallest budget that keeps it, or 1.0."""
-        common = self._common()
-        if self.promise is None:
-            return [self._policy(budget, common) for budget in range(len(self.budgets))]
-        walked = walk(self.promise, self.drawn[1], self.drawn[0])
-        shown = {"promise": {**asdict(self.promise), "images": self.drawn[0], "steps": self._steps(walked)}}
-        if walked.chosen is not None:
-            return [self._policy(walked.chosen, {**common, **shown})]
-        evidence = {"chosen": "no pruning", "control": False, **common, **shown, "candidates": []}
-        return [PruningPolicy("position", keep=1.0, model=self.model, evidence=evidence)]
-
-    def _policy(self, budget: int, common: Mapping[str, Any]) -> PruningPolicy:
-        chosen = self.candidates[self.chosen[budget]]
-        evidence = {
-            "chosen": chosen.name,
-            "control": chosen.control,
-            **common,
-            "candidates": self._rows(budget),
-        }
-        return replace(chosen.policy(self.budgets[budget]), model=self.model, evidence=evidence)
-
-    def _common(self) -> dict[str, Any]:
-        return {
-            "samples": dict(self.parts),
-            "tokens": round(self.tokens, 1),
-            "images": encode_images(self.images),
-            "retention": [self._retention(budget) for budget in range(len(self.budgets))],
-            "fitted": dict(self.fitted),
-            **self.statistics,
-        }
-
-    def _retention(self, budget: int) -> dict[str, Any]:
-        """Return a point of the retention curve: agreement of a budget's choice on samples it was not chosen on."""
-        figures = _figures(self.checking, budget, self.chosen[budget])
-        assert figures is not None
-        chosen = self.candidates[self.chosen[budget]]
-        return {
-            "keep": self.budgets[budget],
-            "tokens": 0 if chosen.scorer == "visual-exit" else keep_count(self.budgets[budget], round(self.tokens)),
-            "chosen": chosen.name,
-            "control": chosen.control,
-            "agreement": figures["agreement"],
-            "interval": figures["interval"],
-            "best_control": self._best_control(budget),
-        }
-
-    def _best_control(self, budget: int) -> dict[str, Any] | None:
-        """Return the control that agreed most on the checking part, and the lead of the choice over it.
-
-        None if no control was checked. Selecting the best of several controls on the same answers that are compared
-        favours it a little, so a difference of 0 is slightly better than a draw for the choice.
-        """
-        questions, agreed = self.by_image
-        controls = {
-            place: self.candidates[number]
-            for place, number in enumerate(self.alive[budget])
-            if place and self.candidates[number].control
-        }
-        if not controls:
-            return None
-        best = max(controls, key=lambda place: (agreed[:, budget, place].sum(), -place))
-        difference, interval = paired_difference(questions, agreed[:, budget, 0], agreed[:, budget, best])
-        return {
-            "name": controls[best].name,
-            "agreement": float(agreed[:, budget, best].sum() / questions.sum()),
-            "difference": difference,
-            "interval": list(interval),
-            "verdict": verdict(interval),
-        }
-
-    def _rows(self, budget: int) -> list[dict[str, Any]]:
-        """Return a row for each candidate, sorted by samples answered (rounds survived), divergence and name."""
-        rows = []
-        for number, candidate in enumerate(self.candidates):
-            row: dict[str, Any] = {"name": candidate.name, "control": candidate.control}
-            row["choose"] = _figures(self.choosing, budget, number)
-            row["check"] = _figures(self.checking, budget, number)
-            rows.append(row)
-        return sorted(rows, key=lambda row: (-row["choose"]["samples"], row["choose"]["divergence"], row["name"]))
-
-    def _steps(self, walked: Walk) -> list[dict[str, Any]]:
-        return [{"keep": keep, **asdict(step)} for keep, step in zip(self.budgets, walked.steps, strict=True)]
+    promise: NotRequired[PromiseEvidence]
+    candidates: Sequence[CandidateRow]
 
 
-def _figures(sums: Mapping[str, np.ndarray], budget: int, number: int) -> dict[str, Any] | None:
-    """Return the figures of one candidate at one budget; None if it answered no sample."""
-    count = int(sums["count"][budget, number])
-    if not count:
-        return None
-    agreed = int(sums["agreed"][budget, number])
-    mean = float(sums["divergence"][budget, number]) / count
-    variance = max(0.0, float(sums["squares"][budget, number]) / count - mean**2)
-    return {
-        "samples": count,
-        "divergence": mean,
-        "divergence_error": (variance / count) ** 0.5,
-        "agreement": agreed / count,
-        "interval": list(wilson_interval(agreed, count)),
-    }
+def evidence_of(policy: PruningPolicy) -> Evidence:
+    """Return the evidence of a calibrated policy."""
+    return cast(Evidence, policy.evidence)
+
+
+def visual_tokens(policy: PruningPolicy) -> int:
+    """Return the number of visual tokens of an image, the rounded mean where images differ."""
+    return round(evidence_of(policy)["tokens"])
+
+
+def fits(policy: PruningPolicy) -> dict[str, FitEvidence]:
+    """Return what the probes found for each scorer whose heads were fitted, by name."""
+    return {name: found for name, found in evidence_of(policy)["fitted"].items() if name != "slots"}
+
+
+def checked(policy: PruningPolicy, name: str) -> tuple[float, ...]:
+    """Return (agreement, low, high) of a candidate on the checking part; empty if it was eliminated before."""
+    for row in evidence_of(policy)["candidates"]:
+        if row["name"] == name and row["check"]:
+            return row["check"]["agreement"], *row["check"]["interval"]
+    return ()

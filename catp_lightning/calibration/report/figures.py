@@ -10,6 +10,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, NullLocator
 
+from catp_lightning.calibration.report.evidence import checked, evidence_of, fits, visual_tokens
 from catp_lightning.methods.budget import keep_count
 from catp_lightning.policy import PruningPolicy
 from catp_lightning.safe_text import figure_text
@@ -24,7 +25,7 @@ CHOSEN = "crimson"
 
 def retention_figure(policies: Sequence[PruningPolicy]) -> Figure:
     """Plot agreement with the unpruned model over visual tokens kept: the choices, controls, and any promise."""
-    evidence, total = policies[0].evidence, visual_tokens(policies[0])
+    evidence, total = evidence_of(policies[0]), visual_tokens(policies[0])
     figure, axes = _figure(8, 4.2)
     points = {point["tokens"]: (point["agreement"], *point["interval"]) for point in evidence["retention"]}
     joined = len(points.keys() - {total}) > 1  # from one budget to the unpruned model a line would be a guess
@@ -73,7 +74,7 @@ def layer_figure(policies: Sequence[PruningPolicy]) -> Figure | None:
         aside = 0.08 * (number - (len(alone) - 1) / 2)  # so that intervals do not hide each other
         shifted = {layer + aside: figures for layer, figures in found.items()}
         _intervals(axes, sorted(shifted), shifted, color=shade, marker="o", label=f"keep {policy.keep}")
-        chosen = checked(policy, policy.evidence["chosen"])[0]
+        chosen = checked(policy, evidence_of(policy)["chosen"])[0]
         label = "chosen policy" if number + 1 == len(alone) else None  # once in the legend
         axes.axhline(chosen, color=shade, linestyle="--", linewidth=1, label=label)
     axes.xaxis.set_major_locator(MaxNLocator(WRITTEN, integer=True))
@@ -84,7 +85,7 @@ def layer_figure(policies: Sequence[PruningPolicy]) -> Figure | None:
 
 def head_figure(policies: Sequence[PruningPolicy]) -> Figure | None:
     """Plot the fitted head weights of the chosen layers, a heatmap for each voter that has any."""
-    found = {name: fit for name, fit in voters(policies[0]).items() if np.any(fit.get("head_weights", 0))}
+    found = {name: fit for name, fit in fits(policies[0]).items() if np.any(fit.get("head_weights", 0))}
     if not found:
         return None
     shapes = {name: np.shape(fit["head_weights"]) for name, fit in found.items()}
@@ -102,7 +103,7 @@ def head_figure(policies: Sequence[PruningPolicy]) -> Figure | None:
 
 def slot_figure(policies: Sequence[PruningPolicy]) -> Figure | None:
     """Plot the value of each slot (a place among an image's visual tokens) for the answer, whatever the image shows."""
-    worth = np.array(policies[0].evidence["fitted"]["slots"])
+    worth = np.array(evidence_of(policies[0])["fitted"]["slots"])
     if not len(worth):
         return None
     figure, axes = _figure(8, 3.2)
@@ -115,27 +116,9 @@ def slot_figure(policies: Sequence[PruningPolicy]) -> Figure | None:
     return figure
 
 
-def visual_tokens(policy: PruningPolicy) -> int:
-    """Return the number of visual tokens of an image, the rounded mean where images differ."""
-    return round(policy.evidence["tokens"])
-
-
-def voters(policy: PruningPolicy) -> dict[str, Mapping[str, Any]]:
-    """Return the findings of the probes for each voter, by name."""
-    return {name: found for name, found in policy.evidence["fitted"].items() if name != "slots"}
-
-
-def checked(policy: PruningPolicy, name: str) -> tuple[float, ...]:
-    """Return (agreement, low, high) of a candidate on the checking part; empty if it was eliminated before."""
-    for row in policy.evidence["candidates"]:
-        if row["name"] == name and row["check"]:
-            return row["check"]["agreement"], *row["check"]["interval"]
-    return ()
-
-
 def _layers_alone(policy: PruningPolicy) -> dict[float, tuple[float, ...]]:
     """Return (agreement, low, high) by layer that votes alone: CATP's layers, else those of another method."""
-    rows = [(re.fullmatch(r"([\w-]+) layer (\d+)", row["name"]), row) for row in policy.evidence["candidates"]]
+    rows = [(re.fullmatch(r"([\w-]+) layer (\d+)", row["name"]), row) for row in evidence_of(policy)["candidates"]]
     methods = sorted({match[1] for match, _ in rows if match}, key=lambda name: (name != "catp", name))
     figures = {int(match[2]): row["check"] or row["choose"] for match, row in rows if match and match[1] == methods[0]}
     return {layer: (found["agreement"], *found["interval"]) for layer, found in figures.items()}

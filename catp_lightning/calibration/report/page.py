@@ -1,13 +1,12 @@
 """Render a calibration as a page of Markdown, from the evidence of its policies."""
 
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
 
 import numpy as np
 
 from catp_lightning.calibration import statistics
 from catp_lightning.calibration.report.controls import against
-from catp_lightning.calibration.report.figures import visual_tokens, voters
+from catp_lightning.calibration.report.evidence import FitEvidence, evidence_of, fits, visual_tokens
 from catp_lightning.policy import PruningPolicy
 from catp_lightning.safe_text import markdown_text
 from catp_lightning.utils.markdown import markdown_table
@@ -44,7 +43,7 @@ def page(policies: Sequence[PruningPolicy], lines: Mapping[str, str], figures: S
         lines: what was chosen, what it keeps and what it cost, in a sentence each.
         figures: names of the figures that exist, as in `CAPTIONS`; their files lie beside the page.
     """
-    evidence = policies[0].evidence
+    evidence = evidence_of(policies[0])
     parts = ", ".join(f"{count} samples to {part}" for part, count in evidence["samples"].items())
     sections = [
         f"# Calibration of {markdown_text((policies[0].model or {})['type'])}",
@@ -58,9 +57,9 @@ def page(policies: Sequence[PruningPolicy], lines: Mapping[str, str], figures: S
         "## What the probes found",
         "Layers are found by forward selection, then heads by a signed sparse fit; shares are of the variance of the "
         "answers' log-probability, on images left out, ± a standard error.",
-        "".join(f"- {markdown_text(name)}: {_found(fit)}\n" for name, fit in voters(policies[0]).items()),
+        "".join(f"- {markdown_text(name)}: {_found(fit)}\n" for name, fit in fits(policies[0]).items()),
         *_figures(figures, ("heads", "slots", *(one.name for one in statistics.STATISTICS))),
-        *(_candidates(policy) for policy in policies if policy.evidence["candidates"]),
+        *(_candidates(policy) for policy in policies if evidence_of(policy)["candidates"]),
     ]
     return "\n\n".join(part.strip("\n") for part in sections) + "\n"
 
@@ -81,8 +80,8 @@ def _figures(there: Sequence[str], names: Sequence[str]) -> Iterator[str]:
 
 
 def _budgets(policies: Sequence[PruningPolicy]) -> str:
-    evidence, total = policies[0].evidence, visual_tokens(policies[0])
-    controls = {row["name"] for policy in policies for row in policy.evidence["candidates"] if row["control"]}
+    evidence, total = evidence_of(policies[0]), visual_tokens(policies[0])
+    controls = {row["name"] for policy in policies for row in evidence_of(policy)["candidates"] if row["control"]}
     rows = [
         [
             point["keep"],
@@ -100,7 +99,7 @@ def _budgets(policies: Sequence[PruningPolicy]) -> str:
 
 
 def _promise(policy: PruningPolicy) -> str:
-    promise = policy.evidence["promise"]
+    promise = evidence_of(policy)["promise"]
     most, confidence, images = promise["max_disagreement"], promise["confidence"], promise["images"]
     rows = [
         [
@@ -130,7 +129,7 @@ def _promise(policy: PruningPolicy) -> str:
     )
 
 
-def _found(fit: Mapping[str, Any]) -> str:
+def _found(fit: FitEvidence) -> str:
     """Describe in words the layers and heads that were fitted for one voter."""
     if not fit["layers"]:
         return "nothing; no layer's votes predict the answers better than chance on left-out images."
@@ -155,7 +154,7 @@ def _explained(share: float, error: float) -> str:
 
 
 def _candidates(policy: PruningPolicy) -> str:
-    everyone = policy.evidence["candidates"]
+    everyone = evidence_of(policy)["candidates"]
     shown = [row for place, row in enumerate(everyone) if place < SHOWN or row["control"]]
     rows = [
         [

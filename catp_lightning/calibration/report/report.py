@@ -10,13 +10,8 @@ from matplotlib.figure import Figure
 
 from catp_lightning.calibration import statistics
 from catp_lightning.calibration.report.controls import against
-from catp_lightning.calibration.report.figures import (
-    head_figure,
-    layer_figure,
-    retention_figure,
-    slot_figure,
-    visual_tokens,
-)
+from catp_lightning.calibration.report.evidence import PromiseEvidence, evidence_of, visual_tokens
+from catp_lightning.calibration.report.figures import head_figure, layer_figure, retention_figure, slot_figure
 from catp_lightning.calibration.report.page import interval, page, percent
 from catp_lightning.calibration.statistics.base import Statistic
 from catp_lightning.policy import PruningPolicy
@@ -111,7 +106,7 @@ def report_folder(path: Path) -> Path:
 def candidate_rows(policy: PruningPolicy) -> list[list[Any]]:
     """Return a row of `COLUMNS` for each candidate, best first; its check is None if it was eliminated before."""
     rows = []
-    for row in policy.evidence["candidates"]:
+    for row in evidence_of(policy)["candidates"]:
         choose, check = row["choose"], row["check"]
         checks = [check["divergence"], check["agreement"], *check["interval"]] if check else [None] * 4
         found = [choose["samples"], choose["divergence"], choose["agreement"]]
@@ -124,14 +119,14 @@ def _chosen(policies: Sequence[PruningPolicy]) -> str:
         return "no pruning: no budget keeps the promise"
     said = []
     for policy in policies:
-        control = " (a control: no finding of this calibration beats it)" if policy.evidence["control"] else ""
+        control = " (a control: no finding of this calibration beats it)" if evidence_of(policy)["control"] else ""
         said.append(f"{policy.evidence['chosen']} at keep {policy.keep}{control}")
-    smallest = ", the smallest budget that keeps the promise" if "promise" in policies[0].evidence else ""
+    smallest = ", the smallest budget that keeps the promise" if "promise" in evidence_of(policies[0]) else ""
     return "; ".join(said) + smallest
 
 
 def _keeps(policies: Sequence[PruningPolicy]) -> str:
-    evidence, total = policies[0].evidence, visual_tokens(policies[0])
+    evidence, total = evidence_of(policies[0]), visual_tokens(policies[0])
     if _unpruned(policies):
         promise = evidence["promise"]
         first = promise["steps"][0]
@@ -150,7 +145,7 @@ def _keeps(policies: Sequence[PruningPolicy]) -> str:
     return line + (f"; {_promised(evidence['promise'])}" if "promise" in evidence else "")
 
 
-def _promised(promise: Mapping[str, Any]) -> str:
+def _promised(promise: PromiseEvidence) -> str:
     last = [step for step in promise["steps"] if step["holds"]][-1]
     return (
         f"at most {promise['max_disagreement']:.4g} of new images disagree, with confidence "
@@ -159,14 +154,14 @@ def _promised(promise: Mapping[str, Any]) -> str:
 
 
 def _cost(policies: Sequence[PruningPolicy], seconds: float, plain_seconds: float | None) -> str:
-    samples = sum(policies[0].evidence["samples"].values())
+    samples = sum(evidence_of(policies[0])["samples"].values())
     times = f", {seconds / plain_seconds:.1f} times the prediction alone" if plain_seconds else ""
     return f"{seconds:,.1f} s for {samples} samples{times}"
 
 
 def _unpruned(policies: Sequence[PruningPolicy]) -> bool:
     """Return True if a promise was asked for that no budget keeps."""
-    return not policies[0].evidence["candidates"]
+    return not evidence_of(policies[0])["candidates"]
 
 
 def _write(folder: Path, text: str, images: Mapping[str, bytes]) -> None:
@@ -181,10 +176,10 @@ def _metrics(policies: Sequence[PruningPolicy]) -> dict[str, float]:
     """Return agreement and divergence of each policy on the checking part; none for one that keeps all tokens."""
     metrics = {}
     for policy in policies:
-        for row in policy.evidence["candidates"]:
-            if row["name"] == policy.evidence["chosen"]:
-                metrics[f"catp/keep-{policy.keep}/agreement"] = row["check"]["agreement"]
-                metrics[f"catp/keep-{policy.keep}/divergence"] = row["check"]["divergence"]
+        for row in evidence_of(policy)["candidates"]:
+            if row["name"] == evidence_of(policy)["chosen"] and (check := row["check"]):
+                metrics[f"catp/keep-{policy.keep}/agreement"] = check["agreement"]
+                metrics[f"catp/keep-{policy.keep}/divergence"] = check["divergence"]
     return metrics
 
 
@@ -198,13 +193,13 @@ def _log_to_wandb(
     """Log metrics, tables, figures and an artifact of the policies; save the page and the policies beside the run."""
     import wandb
 
-    first = policies[0].evidence
+    first = evidence_of(policies[0])
     config = {
         "budgets": [policy.keep for policy in policies],
         "candidates": len(first["candidates"]),
         "samples": first["samples"],
         "model": dict(policies[0].model or {}),
-        "chosen": {str(policy.keep): policy.evidence["chosen"] for policy in policies},
+        "chosen": {str(policy.keep): evidence_of(policy)["chosen"] for policy in policies},
     }
     run = logger.experiment
     if run.disabled:  # its folder is temporary, and nobody removes it

@@ -9,6 +9,7 @@ from catp_lightning.calibration.fit.fitting import Fitted, VoterFit
 from catp_lightning.calibration.plan import Plan, why_not
 from catp_lightning.methods.observation import Signal
 from catp_lightning.methods.scorers import SCORERS
+from catp_lightning.methods.selectors import SELECTORS
 from catp_lightning.policy import PruningPolicy
 
 STRENGTHS = (0.5, 1.5)
@@ -21,9 +22,6 @@ FITTED_STRENGTHS = (0.25, 0.5, 1.0)
 
 COMPARED = 1024
 """Limit on the tokens of an image for selection by similarity: each candidate's kernel has that number squared."""
-
-COMPARING = ("max-min", "conditional-dpp", "prune-similar", "context-merge")
-"""Selectors other than the DPP that compare tokens with each other, up to `COMPARED` tokens of an image."""
 
 WEIGHTS = ("layers", "head_weights", "slot_weights")
 
@@ -84,7 +82,7 @@ def default_candidates(plan: Plan) -> list[Candidate]:
         rule = Candidate(name, name, control=cls.control, reference=cls.control)
         if name == "trimmed-llama":
             rule = Candidate(f"{name}, top-k", name, selector="top-k")
-        if cls.selector in COMPARING and not _similar(plan):
+        if SELECTORS[cls.selector].compares and not _similar(plan):
             continue
         if not cls().stages(plan.family.depth) and why_not(plan.family, rule.policy(0.5)) is None:
             found.append(rule)

@@ -14,9 +14,9 @@ import numpy as np
 import torch
 from lightning.pytorch import LightningModule
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.text import Text
 from torch.utils.data import DataLoader, Subset
+from tqdm import tqdm
 
 from catp_lightning.calibration.identity import model_fingerprint
 from catp_lightning.callbacks import CrossAttentionCalibration
@@ -140,21 +140,18 @@ def _outcomes(
     done = {job: outcome for job in jobs if (outcome := runner.finished(job)) is not None}
     if done:
         console.print(rich_text(f"{name} {len(done)} of {len(jobs)} jobs were finished by an earlier run."))
-    columns = (TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=console, disable=not shows_bars()) as progress:
-        task = progress.add_task(one_line(name), total=len(jobs), completed=len(done))
+    with tqdm(total=len(jobs), initial=len(done), desc=one_line(name), disable=not shows_bars()) as bar:
         for number, job in enumerate(jobs, 1):
             if job not in done:
                 lines.now = f"{name} {number} of {len(jobs)} jobs: {job.name}, keep {job.policy.keep}"
-                progress.update(task, description=one_line(f"{name} {job.name}, keep {job.policy.keep}"))
+                bar.set_postfix_str(one_line(f"{job.name}, keep {job.policy.keep}"))
                 try:
                     done[job] = runner.run(job)
                 except (PruningError, PolicyError) as error:
                     notes[f"{job.title}, keep {job.policy.keep}"] = str(error)
-                progress.advance(task)
+                bar.update()
             if job in done:
                 yield job, done[job]
-        progress.update(task, description=one_line(f"{name} compared"))
 
 
 def _calibration_draws(reading: Reading, draws: int) -> list[Any]:

@@ -20,11 +20,13 @@ class Selector:
         nested: True if a smaller budget keeps a subset of a larger one; such a selector implements `ranks`, any other
             `select`.
         merges: True if other tokens are merged into kept ones: selections have a `destination`.
+        compares: True if tokens are compared with each other, which takes memory by the square of their number.
         needs_grid: True if tokens must be the patches of one square image, line by line.
     """
 
     nested: ClassVar[bool] = True
     merges: ClassVar[bool] = False
+    compares: ClassVar[bool] = False
     needs_grid: ClassVar[bool] = False
 
     per: Literal["image", "crop", "sample"] = "image"
@@ -78,6 +80,7 @@ class FeatureSelector(Selector):
         compared: the signal by which tokens are compared, [I, T, D], D features.
     """
 
+    compares: ClassVar[bool] = True
     compared: ClassVar[Signal] = Signal.IMAGE_FEATURES
 
     @property

@@ -29,6 +29,7 @@ class ContextMerge(Selector):
 
     nested: ClassVar[bool] = False
     merges: ClassVar[bool] = True
+    compares: ClassVar[bool] = True
 
     context: float = 10 / 64
 

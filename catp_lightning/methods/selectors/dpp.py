@@ -2,7 +2,7 @@
 
 import math
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -31,6 +31,8 @@ class DPP(Selector):
             "outputs", the tokens as they leave the vision part.
         layers: the cross-attention layers whose maps are compared, counted from 0; None: all. Heads are kept apart.
     """
+
+    compares: ClassVar[bool] = True
 
     relevance: float = 1.0
     similarity: Literal["cross-attention", "regions", "outputs"] = "cross-attention"

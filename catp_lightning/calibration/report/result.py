@@ -1,0 +1,169 @@
+"""Result of a calibration, and the policies with their evidence that it makes."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+import numpy as np
+from torch import Tensor
+
+from catp_lightning.calibration.report.controls import paired_difference, verdict
+from catp_lightning.calibration.report.evidence import (
+    BestControl,
+    CandidateRow,
+    Figures,
+    PromiseStep,
+    RetentionPoint,
+)
+from catp_lightning.calibration.search.candidates import Candidate
+from catp_lightning.calibration.search.promise import Promise, Walk, walk
+from catp_lightning.methods.budget import keep_count
+from catp_lightning.metrics import wilson_interval
+from catp_lightning.policy import PruningPolicy
+from catp_lightning.policy.images import encode_images
+
+
+@dataclass(frozen=True)
+class CalibrationResult:
+    """All measurements of a calibration, reduced over all processes.
+
+    K budgets, C candidates, R candidates checked at a budget, I images, L layers.
+
+    Attributes:
+        model: description of the model that the policies are made for, from its family's `describe`.
+        tokens: mean number of droppable visual tokens of an image.
+        budgets: budgets in the user's order; with a promise, in descending order.
+        promise: promise that the chosen budget has to keep; None: none was asked for.
+        candidates: all candidates; other fields refer to them by their index.
+        chosen: for each budget, index of the chosen candidate.
+        choosing: sums over the rounds: `divergence`, `squares`, `agreed` and `count`, each [K, C].
+        checking: the same sums over the checking part, on which nothing was decided.
+        drawn: number of images of the checking part, and for each budget the number of them on which its choice
+            disagrees, one question per image.
+        alive: for each budget, indices of the candidates that were checked, the chosen one first.
+        by_image: for the checking part, number of questions about each image [I], and number of them to which each
+            checked candidate gave the unpruned answer [I, K, R].
+        parts: number of samples in each part of the split.
+        images: int64, fingerprints of all images.
+        fitted: findings of the probes, as plain numbers.
+        statistics: entries of the statistics, by name.
+    """
+
+    model: Mapping[str, Any]
+    tokens: float
+    budgets: Sequence[int | float]
+    promise: Promise | None
+    candidates: Sequence[Candidate]
+    chosen: Sequence[int]
+    choosing: Mapping[str, np.ndarray]
+    checking: Mapping[str, np.ndarray]
+    drawn: tuple[int, list[int]]
+    alive: Sequence[Sequence[int]]
+    by_image: tuple[np.ndarray, np.ndarray]
+    parts: Mapping[str, int]
+    images: Tensor
+    fitted: Mapping[str, Any]
+    statistics: Mapping[str, Any]
+
+    def policies(self) -> list[PruningPolicy]:
+        """Return a policy for each budget; with a promise, one policy, at the smallest budget that keeps it, or 1.0."""
+        common = self._common()
+        if self.promise is None:
+            return [self._policy(budget, common) for budget in range(len(self.budgets))]
+        walked = walk(self.promise, self.drawn[1], self.drawn[0])
+        shown = {"promise": {**asdict(self.promise), "images": self.drawn[0], "steps": self._steps(walked)}}
+        if walked.chosen is not None:
+            return [self._policy(walked.chosen, {**common, **shown})]
+        evidence = {"chosen": "no pruning", "control": False, **common, **shown, "candidates": []}
+        return [PruningPolicy("position", keep=1.0, model=self.model, evidence=evidence)]
+
+    def _policy(self, budget: int, common: Mapping[str, Any]) -> PruningPolicy:
+        chosen = self.candidates[self.chosen[budget]]
+        evidence = {
+            "chosen": chosen.name,
+            "control": chosen.control,
+            **common,
+            "candidates": self._rows(budget),
+        }
+        return replace(chosen.policy(self.budgets[budget]), model=self.model, evidence=evidence)
+
+    def _common(self) -> dict[str, Any]:
+        return {
+            "samples": dict(self.parts),
+            "tokens": round(self.tokens, 1),
+            "images": encode_images(self.images),
+            "retention": [self._retention(budget) for budget in range(len(self.budgets))],
+            "fitted": dict(self.fitted),
+            **self.statistics,
+        }
+
+    def _retention(self, budget: int) -> RetentionPoint:
+        """Return a point of the retention curve: agreement of a budget's choice on samples it was not chosen on."""
+        figures = _figures(self.checking, budget, self.chosen[budget])
+        assert figures is not None
+        chosen = self.candidates[self.chosen[budget]]
+        return {
+            "keep": self.budgets[budget],
+            "tokens": 0 if chosen.scorer == "visual-exit" else keep_count(self.budgets[budget], round(self.tokens)),
+            "chosen": chosen.name,
+            "control": chosen.control,
+            "agreement": figures["agreement"],
+            "interval": figures["interval"],
+            "best_control": self._best_control(budget),
+        }
+
+    def _best_control(self, budget: int) -> BestControl | None:
+        """Return the control that agreed most on the checking part, and the lead of the choice over it.
+
+        None if no control was checked. Selecting the best of several controls on the same answers that are compared
+        favours it a little, so a difference of 0 is slightly better than a draw for the choice.
+        """
+        questions, agreed = self.by_image
+        controls = {
+            place: self.candidates[number]
+            for place, number in enumerate(self.alive[budget])
+            if place and self.candidates[number].control
+        }
+        if not controls:
+            return None
+        best = max(controls, key=lambda place: (agreed[:, budget, place].sum(), -place))
+        difference, interval = paired_difference(questions, agreed[:, budget, 0], agreed[:, budget, best])
+        return {
+            "name": controls[best].name,
+            "agreement": float(agreed[:, budget, best].sum() / questions.sum()),
+            "difference": difference,
+            "interval": list(interval),
+            "verdict": verdict(interval),
+        }
+
+    def _rows(self, budget: int) -> list[CandidateRow]:
+        """Return a row for each candidate, sorted by samples answered (rounds survived), divergence and name."""
+        rows: list[CandidateRow] = []
+        for number, candidate in enumerate(self.candidates):
+            choose, check = (_figures(sums, budget, number) for sums in (self.choosing, self.checking))
+            assert choose is not None  # every candidate answers the first round
+            rows.append({"name": candidate.name, "control": candidate.control, "choose": choose, "check": check})
+        return sorted(rows, key=lambda row: (-row["choose"]["samples"], row["choose"]["divergence"], row["name"]))
+
+    def _steps(self, walked: Walk) -> list[PromiseStep]:
+        return [
+            {"keep": keep, "disagreed": step.disagreed, "bound": step.bound, "tested": step.tested, "holds": step.holds}
+            for keep, step in zip(self.budgets, walked.steps, strict=True)
+        ]
+
+
+def _figures(sums: Mapping[str, np.ndarray], budget: int, number: int) -> Figures | None:
+    """Return the figures of one candidate at one budget; None if it answered no sample."""
+    count = int(sums["count"][budget, number])
+    if not count:
+        return None
+    agreed = int(sums["agreed"][budget, number])
+    mean = float(sums["divergence"][budget, number]) / count
+    variance = max(0.0, float(sums["squares"][budget, number]) / count - mean**2)
+    return {
+        "samples": count,
+        "divergence": mean,
+        "divergence_error": (variance / count) ** 0.5,
+        "agreement": agreed / count,
+        "interval": list(wilson_interval(agreed, count)),
+    }
