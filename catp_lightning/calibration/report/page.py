@@ -24,7 +24,7 @@ CAPTIONS = {
         "at each budget; dashed is the chosen policy. Where the points lie apart, it matters which layer is read."
     ),
     "heads": (
-        "Weights of the heads of the chosen layers: red heads vote for tokens that help the answer, blue heads for "
+        "Weights of the heads of the chosen layers: red heads look at tokens that help the answer, blue heads at "
         "tokens that are better dropped, and blank ones were not selected."
     ),
     "slots": (
@@ -130,9 +130,9 @@ def _promise(policy: PruningPolicy) -> str:
 
 
 def _found(fit: FitEvidence) -> str:
-    """Describe in words the layers and heads that were fitted for one voter."""
+    """Describe in words the layers and heads that were fitted for one scorer."""
     if not fit["layers"]:
-        return "nothing; no layer's votes predict the answers better than chance on left-out images."
+        return "nothing; no layer's head scores predict the answers better than chance on left-out images."
     steps = ", ".join(
         f"layer {step['layer']} ({_explained(step['explained'], step['error'])} of the variance, chosen again in "
         f"{fit['layer_stability'][step['layer']]:.0%} of the fits that leave a fold out)"
