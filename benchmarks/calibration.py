@@ -67,7 +67,7 @@ class Votes(LoopContext):
         assert self.recorder is not None
         with self.recorder.recorded() as pairs, torch.no_grad():
             for _, seen in pairs:
-                self.scorer.votes(seen)
+                self.scorer.head_scores(seen)
 
 
 class Timed(CrossAttentionCalibration):

@@ -105,7 +105,7 @@ def calibrate(
 
 
 def needs_of(plan: Plan) -> Needs:
-    """Return the signals to observe before the decoder: those that candidates and voters read, and image hashes."""
+    """Return the signals to observe before the decoder: those that candidates and fits read, and image hashes."""
     depth = plan.family.depth
     methods = [candidate.policy(1.0).method() for candidate in all_candidates(plan, Fitted([0.0] * plan.slots))]
     entering = [method.needs for method in methods if not method.scorer.stages(depth)]

@@ -25,14 +25,14 @@ class Plan:
     Attributes:
         family: family of the model.
         method: the one method that is calibrated; None: all methods that drop before the decoder compete.
-        voters: scorers whose head weights are fitted, by name, with all the layers they may read.
+        scorers: scorers whose head weights are fitted, by name, with all the layers they may read.
         layer: decoder layer at whose entry tokens leave; 0: before the first layer.
         guide: guide model that the method reads; None: it reads none.
         settings: settings that trade time for precision.
     """
 
     family: Family
-    voters: Mapping[str, AttentionScorer]
+    scorers: Mapping[str, AttentionScorer]
     method: PruningPolicy | None = None
     layer: int = 0
     guide: Guide | None = None
@@ -60,8 +60,8 @@ class Plan:
             )
         if method is not None:
             return cls._of_method(family, method, guide, settings)
-        voters = {name: scorer for name, scorer in _fitted() if family.shows(scorer.needs)}
-        return cls(family, voters, settings=settings)
+        scorers = {name: scorer for name, scorer in _fitted() if family.shows(scorer.needs)}
+        return cls(family, scorers, settings=settings)
 
     @classmethod
     def _of_method(
@@ -75,20 +75,20 @@ class Plan:
             asked = Guide(guide, family, None, getattr(scorer, "answer_tokens", 1))
         stages = scorer.stages(family.depth)
         plain = cls(family, {}, method, stages[0] if stages else 0, asked, settings)
-        voter = everything_it_reads(plain, scorer, method.selector, stages)
-        return plain if voter is None else replace(plain, voters={method.scorer: voter})
+        fitted = everything_it_reads(plain, scorer, method.selector, stages)
+        return plain if fitted is None else replace(plain, scorers={method.scorer: fitted})
 
     @property
     def slots(self) -> int:
         """Number of slots, places of an image's tokens with a meaning of their own: a Q-Former's queries; 0: none."""
         own = Signal.CROSS_ATTENTION in self.family.layers() and self.layer == 0
-        own = own and (self.method is None or bool(self.voters))  # slots alone are no setting of a method
+        own = own and (self.method is None or bool(self.scorers))  # slots alone are no setting of a method
         return (self.family.tokens_per_image or 0) if own else 0
 
-    def voting(self, name: str) -> list[int]:
-        """Return the layers that a voter reads."""
-        layers = self.voters[name].layers
-        return list(range(self.count(_signal(self.voters[name]))) if layers is None else layers)
+    def layers_read(self, name: str) -> list[int]:
+        """Return the layers that a scorer reads."""
+        layers = self.scorers[name].layers
+        return list(range(self.count(_signal(self.scorers[name]))) if layers is None else layers)
 
     def count(self, signal: Signal) -> int:
         """Return the number of layers that a signal has before the decoder."""
@@ -99,19 +99,19 @@ class Plan:
         )
 
     def heads(self, name: str) -> int:
-        """Return the number of heads in each layer that a voter reads."""
-        signal = _signal(self.voters[name])
+        """Return the number of heads in each layer that a scorer reads."""
+        signal = _signal(self.scorers[name])
         return (self.guide.family if signal is Signal.GUIDE_ATTENTION and self.guide else self.family).heads(signal)
 
     @property
     def needs(self) -> Needs:
-        """Signals that the voters read before the decoder."""
-        return {} if self.layer else join(voter.needs for voter in self.voters.values())
+        """Signals that these scorers read before the decoder."""
+        return {} if self.layer else join(scorer.needs for scorer in self.scorers.values())
 
     @property
     def needs_inside(self) -> dict[Signal, tuple[int, ...] | None]:
-        """Signals that the voters read inside the decoder."""
-        return join(voter.needs for voter in self.voters.values()) if self.layer else {}
+        """Signals that these scorers read inside the decoder."""
+        return join(scorer.needs for scorer in self.scorers.values()) if self.layer else {}
 
 
 def _fitted() -> Iterator[tuple[str, AttentionScorer]]:

@@ -6,7 +6,7 @@ import torch
 from lightning.pytorch import Trainer
 
 from catp_lightning.errors import PruningError
-from catp_lightning.utils.compat import is_a
+from catp_lightning.utils.compat import is_lightning_instance
 
 _DEEPSPEED = (
     "{name} cannot be used under {strategy}: DeepSpeed runs the model in an engine of its own, whose hooks at ZeRO "
@@ -18,7 +18,7 @@ _DEEPSPEED = (
 
 def refuse_deepspeed(trainer: Trainer, name: str) -> None:
     """Raise PruningError if DeepSpeed runs the model; `name` is the class that cannot be used with it."""
-    if is_a(trainer.strategy, "DeepSpeedStrategy"):
+    if is_lightning_instance(trainer.strategy, "DeepSpeedStrategy"):
         raise PruningError(_DEEPSPEED.format(name=name, strategy=type(trainer.strategy).__name__))
 
 
@@ -31,7 +31,7 @@ def refuse_sharded(trainer: Trainer, name: str, why: str) -> None:
         why: end of the message, after "which shards the model": the reason, and what to do instead.
     """
     refuse_deepspeed(trainer, name)
-    if is_a(trainer.strategy, "FSDPStrategy", "ModelParallelStrategy"):
+    if is_lightning_instance(trainer.strategy, "FSDPStrategy", "ModelParallelStrategy"):
         strategy = type(trainer.strategy).__name__
         raise PruningError(f"{name} cannot be used under {strategy}, which shards the model{why}")
 

@@ -24,8 +24,8 @@ from catp_lightning.policy.sources import Source, policy_or_path
 from catp_lightning.pruning.answers import AnswerComparison, compare_with_unpruned
 from catp_lightning.pruning.pruner import applied
 from catp_lightning.pruning.record import Prefill
-from catp_lightning.utils.compat import is_a
-from catp_lightning.utils.loggers import tell
+from catp_lightning.utils.compat import is_lightning_instance
+from catp_lightning.utils.loggers import log_safely
 from catp_lightning.utils.messages import rank_zero_info, rank_zero_warn
 
 
@@ -225,7 +225,7 @@ class TokenPruning(LoopContext):
         if self._loop is not None:
             self.figures = self._loop.figures()
             said = ", ".join(f"{name} {value:.4g}" for name, value in self.figures.items())
-            tell(trainer.loggers, said, lambda logger: logger.log_metrics(self.figures, step=trainer.global_step))
+            log_safely(trainer.loggers, said, lambda logger: logger.log_metrics(self.figures, step=trainer.global_step))
             if not trainer.loggers:  # otherwise nobody would see the figures
                 rank_zero_info(said)
 
@@ -256,7 +256,8 @@ def warn_where_monitored(trainer: Trainer, name: str) -> None:
     watched = {
         f"{type(callback).__name__} (monitor={monitor!r})"
         for callback in _callbacks(trainer)
-        if is_a(callback, "EarlyStopping", "Checkpoint") and (monitor := getattr(callback, "monitor", None))
+        if is_lightning_instance(callback, "EarlyStopping", "Checkpoint")
+        and (monitor := getattr(callback, "monitor", None))
     }
     if watched:
         rank_zero_warn(

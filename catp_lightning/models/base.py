@@ -92,7 +92,7 @@ class Family(ABC):
         return None
 
     @property
-    def most_tokens(self) -> int | None:
+    def max_tokens_per_image(self) -> int | None:
         """Number of visual tokens of the largest image; None if it is not known."""
         return self.tokens_per_image
 

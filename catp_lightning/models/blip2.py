@@ -157,7 +157,7 @@ class Blip2(Family):
         sample = prompt.visual.nonzero()[:: self.tokens_per_image, 0]  # the sample of each image
         values, text = dict(values), None
         if Signal.IMAGE_EMBEDS in wanted:
-            read = prompt.embeds[:: prompt.beams][prompt.visual].detach()
+            read = prompt.embeds[:: prompt.rows_per_sample][prompt.visual].detach()
             values[Signal.IMAGE_EMBEDS] = read.unflatten(0, (-1, self.tokens_per_image))
         if Signal.TEXT_EMBEDS in wanted:
             values[Signal.TEXT_EMBEDS], text = (part[sample] for part in prompt.text())

@@ -23,7 +23,7 @@ class LlavaNext(Llava):
         return None
 
     @property
-    def most_tokens(self) -> int | None:
+    def max_tokens_per_image(self) -> int | None:
         pinpoints = getattr(self.model.config, "image_grid_pinpoints", None)
         if not pinpoints:
             return None

@@ -84,7 +84,7 @@ class Mllama(Family):
         return True
 
     @property
-    def most_tokens(self) -> int:
+    def max_tokens_per_image(self) -> int:
         return self.tiles * self.rows_per_tile
 
     def layers(self) -> Mapping[Signal, int]:
@@ -123,7 +123,7 @@ class Mllama(Family):
             )
         if Signal.IMAGE_HASH in wanted:
             found[Signal.IMAGE_HASH] = fingerprint(
-                prompt.arguments["pixel_values"][:: prompt.beams].flatten(0, 1)[images]
+                prompt.arguments["pixel_values"][:: prompt.rows_per_sample].flatten(0, 1)[images]
             )
         tile = torch.arange(self.tiles, device=valid.device).repeat_interleave(self.rows_per_tile)
         if Signal.PATCH_POSITION in wanted:

@@ -221,7 +221,7 @@ class Placeholder(Family):
             Signal.IMAGE_FEATURES,
             Signal.IMAGE_EMBEDS,
         }:  # features are one to a token only after projection
-            found[signal] = layout.padded(prompt.embeds[:: prompt.beams][prompt.visual].detach())
+            found[signal] = layout.padded(prompt.embeds[:: prompt.rows_per_sample][prompt.visual].detach())
         text = None
         if Signal.TEXT_EMBEDS in wanted:
             samples = layout.samples(prompt.visual)

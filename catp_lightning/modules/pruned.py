@@ -20,7 +20,7 @@ from catp_lightning.policy.checkpoints import POLICY_KEY, missing_policy, stored
 from catp_lightning.policy.sources import Source, policy_or_path
 from catp_lightning.pruning.pruner import applied
 from catp_lightning.pruning.record import Prefill
-from catp_lightning.utils.compat import is_a
+from catp_lightning.utils.compat import is_lightning_instance
 
 _STEPS = frozenset({"validation_step", "test_step", "predict_step"})
 _EPOCH_ENDS = frozenset({"on_validation_epoch_end", "on_test_epoch_end", "on_predict_epoch_end"})
@@ -99,7 +99,7 @@ class PrunedModule(LightningModule):
     ) -> None:
         super().__init__()
         if not isinstance(inner, LightningModule):
-            if is_a(inner, "LightningModule"):
+            if is_lightning_instance(inner, "LightningModule"):
                 raise TypeError(
                     f"PrunedModule is a lightning.pytorch.LightningModule and {type(inner).__name__} one of "
                     "pytorch_lightning; modules of the two packages do not mix. Import lightning.pytorch where "

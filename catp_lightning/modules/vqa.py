@@ -87,15 +87,15 @@ class VQAModule(LightningModule):
         return [text.strip() for text in self.processor.batch_decode(output, skip_special_tokens=True)]
 
     def _check_length(self, batch: VQABatch) -> None:
-        most = getattr(self.model.config.get_text_config(decoder=True), "max_position_embeddings", None)
-        if not isinstance(most, int) or self.model.config.is_encoder_decoder:
+        max_positions = getattr(self.model.config.get_text_config(decoder=True), "max_position_embeddings", None)
+        if not isinstance(max_positions, int) or self.model.config.is_encoder_decoder:
             return
         lengths = batch["inputs"]["attention_mask"].sum(1)
-        if int(lengths.max()) > most:
+        if int(lengths.max()) > max_positions:
             raise DataError(
                 f"The prompt of question {int(batch['question_ids'][lengths.argmax()])} has {int(lengths.max()):,} "
-                f"tokens, visual ones included; the model has {most:,} positions. Shorten the question, or leave it "
-                "out of the questions file."
+                f"tokens, visual ones included; the model has {max_positions:,} positions. Shorten the question, or leave "
+                "it out of the questions file."
             )
 
     def _check_image_tokens(self, batch: VQABatch) -> None:

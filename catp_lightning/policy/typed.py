@@ -70,9 +70,9 @@ def _convert(value: Any, hint: Any, what: str) -> Any:
 
 
 def _converted_list(value: Sequence[Any], each: Any, what: str) -> tuple[Any, ...]:
-    most = NUMBERS if each is float else LAYERS
-    if len(value) > most:
-        raise TooLong(f"{what} has {len(value):,} entries; at most {most:,} are allowed.")
+    max_items = NUMBERS if each is float else LAYERS
+    if len(value) > max_items:
+        raise TooLong(f"{what} has {len(value):,} entries; at most {max_items:,} are allowed.")
     if each is float and set(map(type, value)) == {float} and all(map(math.isfinite, value)):
         return tuple(value)  # at once: there may be thousands, at every use of a policy
     return tuple(_convert(item, each, what) for item in value)

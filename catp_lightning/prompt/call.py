@@ -140,7 +140,7 @@ class CallTracker:
         """Note that a prompt was made of what the running call brought: parts that are run by hand lead to another."""
         self._by_hand = ModelCall()
 
-    def beams(self, rows: int) -> int:
+    def rows_per_sample(self, rows: int) -> int:
         """Return how many of `rows` belong to each sample of the running `generate`; 1 outside of it."""
         return rows // self.samples if self.samples and rows % self.samples == 0 else 1
 

@@ -105,8 +105,8 @@ class KeptSequence:
 
 def kept_sequence(keep: Tensor, mask: Tensor) -> KeptSequence:
     """Return what is left of a prompt: `keep`, bool [R, L], under the attention mask `mask`, int64 [R, L]."""
-    most = int(keep.sum(1).max())
-    order = (~keep).long().argsort(dim=1, stable=True)[:, :most].sort(1).values
+    max_tokens = int(keep.sum(1).max())
+    order = (~keep).long().argsort(dim=1, stable=True)[:, :max_tokens].sort(1).values
     return KeptSequence(order, keep.gather(1, order), mask)
 
 

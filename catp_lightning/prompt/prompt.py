@@ -19,13 +19,13 @@ class Prompt:
     Attributes:
         tokens: bool [B, T], the visual tokens that each sample has, in the order of their placeholders.
         arguments: arguments of the model's own call: pixel values, sizes of images and the like.
-        beams: number of rows that the model's own tensors have for each sample; they lie next to each other.
+        rows_per_sample: number of rows that the model's own tensors have for each sample; they lie next to each other.
         stage: number of the stage at which it is decided on, 0 for the first.
     """
 
     tokens: Tensor
     arguments: ModelCall
-    beams: int
+    rows_per_sample: int
     stage: int = field(default=0, kw_only=True)
 
     @property
@@ -65,7 +65,7 @@ class DecoderPrompt(Prompt):
     def of(
         cls,
         arguments: ModelCall,
-        beams: int,
+        rows_per_sample: int,
         ids: Tensor,
         visual: Tensor,
         embeds: Tensor,
@@ -74,7 +74,7 @@ class DecoderPrompt(Prompt):
         is_prompt: Tensor,
     ) -> "DecoderPrompt":
         """Return a prompt with the visual tokens whose placeholders are `visual`."""
-        return cls(visual_tokens(visual), arguments, beams, ids, visual, embeds, mask, positions, is_prompt)
+        return cls(visual_tokens(visual), arguments, rows_per_sample, ids, visual, embeds, mask, positions, is_prompt)
 
     def _refuse_end(self, columns: Tensor) -> None:
         """Raise PruningError if the last row of a prompt is dropped, as what is generated would follow nothing.
@@ -99,8 +99,10 @@ class DecoderPrompt(Prompt):
         own = self.is_prompt & ~self.visual
         after = own & (self.visual.cumsum(1) > 0)
         own = after | (own & ~after.any(1, keepdim=True))
-        most = int(own.sum(1).max())
-        return (~own).long().argsort(dim=1, stable=True)[:, :most], own.long().sort(1, descending=True)[0][:, :most] > 0
+        count = int(own.sum(1).max())
+        return (~own).long().argsort(dim=1, stable=True)[:, :count], own.long().sort(1, descending=True)[0][
+            :, :count
+        ] > 0
 
     def text(self) -> tuple[Tensor, Tensor]:
         """Return the embeddings of the text rows that scorers read, float [B, R, D], and which exist, bool [B, R].
@@ -108,7 +110,7 @@ class DecoderPrompt(Prompt):
         The rows are those of `text_columns`; embeddings are zeros beyond a sample's own.
         """
         columns, valid = self.text_columns()
-        embeds = self.embeds[:: self.beams].detach()
+        embeds = self.embeds[:: self.rows_per_sample].detach()
         return embeds.gather(1, columns[..., None].expand(-1, -1, embeds.shape[-1])) * valid[..., None], valid
 
     def columns(self, keep: Tensor) -> Tensor:
@@ -123,7 +125,7 @@ class DecoderPrompt(Prompt):
         own = columns_kept(self.visual, keep)
         if self.generating:
             self._refuse_end(own)
-        columns = own.repeat_interleave(self.beams, 0)
+        columns = own.repeat_interleave(self.rows_per_sample, 0)
         if bool(columns.all()):
             return columns
         begun = (self.mask.cumsum(1) > 0)[:, 1:]

@@ -189,10 +189,10 @@ def _prompt_alone(prompt: DecoderPrompt) -> tuple[Tensor, Tensor]:
     Padding is on the left. Placeholders of images in the answer stay: the images are read all the same.
     """
     own = prompt.is_prompt | prompt.visual
-    real = prompt.mask[:: prompt.beams] != 0
+    real = prompt.mask[:: prompt.rows_per_sample] != 0
     own |= ~own.any(1, keepdim=True) & real & (real.cumsum(1) == 1)  # an empty prompt: one row has to be read
-    most = int(own.sum(1).max())
-    order = own.long().argsort(dim=1, stable=True)[:, -most:]
+    max_tokens = int(own.sum(1).max())
+    order = own.long().argsort(dim=1, stable=True)[:, -max_tokens:]
     return order, own.gather(1, order)
 
 

@@ -3,7 +3,7 @@
 PACKAGES = ("lightning", "pytorch_lightning")
 
 
-def is_a(thing: object, *names: str) -> bool:
+def is_lightning_instance(thing: object, *names: str) -> bool:
     """True if `thing` is an instance of a Lightning class of one of these names, of either package.
 
     >>> from lightning.pytorch.callbacks import EarlyStopping

@@ -12,26 +12,26 @@ from pathlib import Path
 from typing import Any
 
 
-def read_bytes(path: str | Path, most: int | None = None) -> bytes:
+def read_bytes(path: str | Path, max_bytes: int | None = None) -> bytes:
     """Return the content of a regular file; a pipe would be waited for, and a device may have no end.
 
     Args:
         path: path of the file, or a link to one.
-        most: limit on the bytes of the file; None: any number.
+        max_bytes: limit on the bytes of the file; None: any number.
 
     Raises:
-        OSError: the file cannot be read, is not a regular file, or is larger than `most`; nothing is then returned, and
-            a file that is too large from the start is not read at all.
+        OSError: the file cannot be read, is not a regular file, or is larger than `max_bytes`; nothing is then
+            returned, and a file that is too large from the start is not read at all.
     """
     _require_regular(os.stat(path).st_mode, path)
     with open(path, "rb", opener=_without_waiting) as file:  # it may have become a pipe since
         found = os.fstat(file.fileno())
         _require_regular(found.st_mode, path)
-        if most is None:
+        if max_bytes is None:
             return file.read()
-        content = b"" if found.st_size > most else file.read(most + 1)  # it may be growing
-    if max(found.st_size, len(content)) > most:
-        raise OSError(errno.EFBIG, f"it is larger than {most:,} bytes, the most that is read here", str(path))
+        content = b"" if found.st_size > max_bytes else file.read(max_bytes + 1)  # it may be growing
+    if max(found.st_size, len(content)) > max_bytes:
+        raise OSError(errno.EFBIG, f"it is larger than {max_bytes:,} bytes, the most that is read here", str(path))
     return content
 
 

@@ -7,7 +7,7 @@ from lightning.pytorch.loggers import Logger
 from catp_lightning.utils.messages import rank_zero_warn
 
 
-def tell(loggers: Iterable[Logger], what: str, log: Callable[[Logger], None]) -> None:
+def log_safely(loggers: Iterable[Logger], what: str, log: Callable[[Logger], None]) -> None:
     """Call `log` with each logger; those that raise are named in one warning, with the reason.
 
     A network, a disk or a service may be gone after hours of work, at whose end results are logged.

@@ -109,9 +109,9 @@ def test_beams_equal_those_of_the_masked_run(case: str) -> None:
     with dropping(model, lambda prompt: prompts.append(prompt) or uneven(prompt), observe=True):
         output = model.generate(**inputs, **GREEDY, **settings)
     (prompt,) = prompts
-    assert prompt.beams == settings["num_beams"] and torch.equal(prompt.tokens, seen(inputs))
+    assert prompt.rows_per_sample == settings["num_beams"] and torch.equal(prompt.tokens, seen(inputs))
     assert prompt.states.shape[:2] == prompt.tokens.shape and len(prompt.attention) == len(prompt.tokens)
-    assert len(prompt.arguments["pixel_values"]) == len(prompt.tokens) * prompt.beams
+    assert len(prompt.arguments["pixel_values"]) == len(prompt.tokens) * prompt.rows_per_sample
     with masking(model, uneven(prompt)):
         assert torch.equal(model.generate(**inputs, **GREEDY, **settings), output)
 

@@ -14,8 +14,8 @@ from catp_lightning.calibration.fit.ties import Tolerance
 
 
 @dataclass(frozen=True)
-class VoterFit:
-    """Fit of one voter: its chosen layers and the weights of their heads.
+class ScorerFit:
+    """Fit of one scorer: its chosen layers and the weights of their heads.
 
     Attributes:
         choice: selection of layers, in the order they were added.
@@ -49,18 +49,18 @@ class Fitted:
         slots: value of each slot, fitted without heads; empty without slots.
         greedy: a score for each slot, the highest of which form the best fixed set; None if there are too many slots,
             or none.
-        voters: fit of each voter, by name.
+        scorers: fit of each scorer, by name.
     """
 
     slots: list[float] = field(default_factory=list)
     greedy: list[float] | None = None
-    voters: Mapping[str, VoterFit] = field(default_factory=dict)
+    scorers: Mapping[str, ScorerFit] = field(default_factory=dict)
 
     def evidence(self, columns: Columns) -> dict[str, Any]:
         """Return the findings as plain numbers, for the policy's evidence."""
         return {
             "slots": self.slots,
-            **{name: _evidence(found, columns.voters[name][1]) for name, found in self.voters.items()},
+            **{name: _evidence(found, columns.scorers[name][1]) for name, found in self.scorers.items()},
         }
 
 
@@ -73,9 +73,9 @@ def fit(sums: FoldSums, pairs: FoldSums | None, columns: Columns, ties: Toleranc
         columns: column layout of a probe's row.
         ties: tolerance within which layers and sets are equally good.
     """
-    slots, voters = columns.of_slots, {}
-    for name, (layers_read, _) in columns.voters.items():
-        choice = choose_layers(sums, columns.of_voter(name), slots, ties)
+    slots, scorers = columns.of_slots, {}
+    for name, (layers_read, _) in columns.scorers.items():
+        choice = choose_layers(sums, columns.of_scorer(name), slots, ties)
         choice = replace(
             choice,
             layers=tuple(layers_read[place] for place in choice.layers),
@@ -83,8 +83,8 @@ def fit(sums: FoldSums, pairs: FoldSums | None, columns: Columns, ties: Toleranc
         )
         layers = tuple(sorted(choice.layers))
         found = fit_heads(sums, columns.of_heads(name, layers), slots) if layers else None
-        voters[name] = VoterFit(choice, layers, found, found is not None and found.selected)
-    return Fitted(_slots(sums, columns), _greedy(pairs, columns, ties), voters)
+        scorers[name] = ScorerFit(choice, layers, found, found is not None and found.selected)
+    return Fitted(_slots(sums, columns), _greedy(pairs, columns, ties), scorers)
 
 
 def fit_without(
@@ -92,13 +92,13 @@ def fit_without(
 ) -> Fitted:
     """Fit again without one fold, to be measured on it: layers that `like` chose, weights that never saw the fold."""
     sums, pairs = sums.without(fold), None if pairs is None else pairs.without(fold)
-    voters = {
+    scorers = {
         name: replace(found, fit=fit_heads(sums, columns.of_heads(name, found.layers), columns.of_slots))
         if found.selected
         else found
-        for name, found in like.voters.items()
+        for name, found in like.scorers.items()
     }
-    return Fitted(_slots(sums, columns), _greedy(pairs, columns, ties), voters)
+    return Fitted(_slots(sums, columns), _greedy(pairs, columns, ties), scorers)
 
 
 def _slots(sums: FoldSums, columns: Columns) -> list[float]:
@@ -141,7 +141,7 @@ def rounded(values: np.ndarray) -> list[float]:
     return [float(f"{value:.6g}") for value in values]
 
 
-def _evidence(found: VoterFit, heads: int) -> dict[str, Any]:
+def _evidence(found: ScorerFit, heads: int) -> dict[str, Any]:
     steps = [{"layer": s[0], "explained": float(s[1]), "error": float(s[2])} for s in found.choice.steps]
     shown: dict[str, Any] = {
         "layers": list(found.layers),

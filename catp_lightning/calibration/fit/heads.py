@@ -1,4 +1,4 @@
-"""Signed sparse regression of a kept token's effect on the answer on the votes of heads, from sums alone."""
+"""Signed sparse regression of a kept token's effect on the answer on head scores, from sums alone."""
 
 import threading
 import warnings
@@ -35,7 +35,7 @@ class HeadFit:
     """Signed weights of H heads, and values of S slots.
 
     Attributes:
-        weights: float64 [H], value of one unit of each head's vote; exactly 0 for a head that is not selected.
+        weights: float64 [H], value of one unit of each head's score; exactly 0 for a head that is not selected.
         slots: float64 [S], value of each slot, fitted together with the heads; empty without slots.
         explained: share of the answers' variance explained out of fold, beyond the slots. The strength was chosen on
             the same folds, so it is a little optimistic if many strengths are about equal.
@@ -98,7 +98,7 @@ def prepare(sums: FoldSums, heads: Sequence[int], slots: Sequence[int]) -> tuple
     arrays = (sums.gram[filled], sums.moment[filled], sums.squares[filled], sums.rows[filled])
     data = FoldSums(*arrays).columns([*slots, *heads])
     variance = np.einsum("kff->f", data.gram)[len(slots) :] / max(data.rows.sum(), 1)
-    constant = variance <= 1e-20 * variance.max(initial=0)  # a constant after centring: rounding, not a vote
+    constant = variance <= 1e-20 * variance.max(initial=0)  # a constant after centring: rounding, not a score
     scale = np.sqrt(np.where(constant, np.inf, variance))  # dividing by infinity makes it exactly 0
     units = np.concatenate([np.ones(len(slots)), scale])
     return replace(data, gram=data.gram / units / units[:, None], moment=data.moment / units), scale

@@ -1,4 +1,4 @@
-"""Select the layers whose votes predict a kept token's effect on the answer: forward selection on out-of-fold error."""
+"""Select layers whose head scores predict a kept token's effect on the answer: forward selection, out-of-fold error."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -14,7 +14,7 @@ LayerStep = tuple[int, float, float]
 
 @dataclass(frozen=True)
 class LayerChoice:
-    """Layers that were selected for a voter.
+    """Layers that were selected for a scorer.
 
     Attributes:
         layers: selected layers in the order they were added; empty: none predicts the answers better than chance.

@@ -2,7 +2,7 @@
 
 Random subsets of a sample's tokens are kept, by the same dropping that a policy uses, and the log-probability of the
 unpruned answer is measured under each. A probe's row describes what was kept: for every attention head the sum of its
-votes over the kept tokens, and for every slot the number of kept tokens. A regression on these rows is linear in the
+scores over the kept tokens, and for every slot the number of kept tokens. A regression on these rows is linear in the
 head weights.
 """
 
@@ -27,35 +27,35 @@ WORST = -3.0  # mean log-probability; below it (5%) an answer is lost, and furth
 
 @dataclass(frozen=True)
 class Columns:
-    """Column layout of a probe's row: first the heads of each voter, layer by layer, then the slots.
+    """Column layout of a probe's row: first the heads of each scorer, layer by layer, then the slots.
 
     Attributes:
-        voters: by name, the layers that vote and the number of heads of a layer.
+        scorers: by name, the layers that are read and the number of heads of a layer.
         slots: number of slots, places of an image's tokens; 0 where a place alone has no meaning.
     """
 
-    voters: Mapping[str, tuple[tuple[int, ...], int]]
+    scorers: Mapping[str, tuple[tuple[int, ...], int]]
     slots: int
 
     @classmethod
     def of(cls, plan: Plan) -> "Columns":
-        return cls({name: (tuple(plan.voting(name)), plan.heads(name)) for name in plan.voters}, plan.slots)
+        return cls({name: (tuple(plan.layers_read(name)), plan.heads(name)) for name in plan.scorers}, plan.slots)
 
     @property
     def total(self) -> int:
-        return sum(len(layers) * heads for layers, heads in self.voters.values()) + self.slots
+        return sum(len(layers) * heads for layers, heads in self.scorers.values()) + self.slots
 
-    def of_voter(self, name: str) -> list[list[int]]:
-        """Return the columns of a voter's heads, a list for each of its layers."""
-        before = list(self.voters)[: list(self.voters).index(name)]
-        start = sum(len(self.voters[other][0]) * self.voters[other][1] for other in before)
-        layers, heads = self.voters[name]
+    def of_scorer(self, name: str) -> list[list[int]]:
+        """Return the columns of a scorer's heads, a list for each of its layers."""
+        before = list(self.scorers)[: list(self.scorers).index(name)]
+        start = sum(len(self.scorers[other][0]) * self.scorers[other][1] for other in before)
+        layers, heads = self.scorers[name]
         return [[start + place * heads + head for head in range(heads)] for place in range(len(layers))]
 
     def of_heads(self, name: str, layers: Sequence[int]) -> list[int]:
-        """Return the columns of a voter's heads in the given layers."""
-        places = [self.voters[name][0].index(layer) for layer in layers]
-        return [column for place in places for column in self.of_voter(name)[place]]
+        """Return the columns of a scorer's heads in the given layers."""
+        places = [self.scorers[name][0].index(layer) for layer in layers]
+        return [column for place in places for column in self.of_scorer(name)[place]]
 
     @property
     def of_slots(self) -> list[int]:
@@ -96,7 +96,7 @@ class Probes:
 
 def probe(
     replay: Replay,
-    votes: Tensor,
+    head_scores: Tensor,
     images: Tensor,
     size: float,
     number: int,
@@ -109,7 +109,7 @@ def probe(
 
     Args:
         replay: replay of the samples.
-        votes: float [B, T, V], votes of the voters' heads, V in all, for each visual token.
+        head_scores: float [B, T, V], scores of the scorers' heads, V in all, for each visual token.
         images: int64 [B], fingerprints: with the question they seed the draws, so that batches and ranks do not matter.
         size: share of each image's tokens to keep, on average over several images.
         number: index of the size, so that each size has draws of its own.
@@ -123,9 +123,10 @@ def probe(
     seeds = images ^ replay.questions
     keep = torch.stack([random_subset(seeds, visual, counts, probes * number + n, owner) for n in range(probes)])
     keep = keep if stay is None else keep | stay
-    slots = keep.unflatten(2, (-1, per)).sum(2).to(votes.dtype) if per else votes.new_zeros(*keep.shape[:2], 0)
-    with without_autocast(votes):
-        rows = torch.cat([torch.einsum("pbt,btv->pbv", keep.to(votes.dtype), votes), slots], 2)
+    slots = head_scores.new_zeros(*keep.shape[:2], 0)
+    slots = keep.unflatten(2, (-1, per)).sum(2).to(slots) if per else slots
+    with without_autocast(head_scores):
+        rows = torch.cat([torch.einsum("pbt,btv->pbv", keep.to(head_scores.dtype), head_scores), slots], 2)
     return Probes(rows, slots, floored(replay.answer_log_probability(keep)))
 
 
@@ -134,16 +135,17 @@ def floored(log_probability: Tensor) -> Tensor:
     return log_probability.nan_to_num(nan=WORST).clamp(min=WORST)
 
 
-def head_votes(voters: Iterable[AttentionScorer], seen: Observation, visual: Tensor) -> Tensor:
-    """Return the votes of every voter's heads, V in all, for each visual token: bool [B, T] -> float [B, T, V].
+def scores_of_heads(scorers: Iterable[AttentionScorer], seen: Observation, visual: Tensor) -> Tensor:
+    """Return the scores of all scorers' heads, V in all, for each visual token: bool [B, T] -> float [B, T, V].
 
-    Votes are float32 or float64. A vote that is NaN or infinite counts as 0.
+    They are float32 or float64. One that is NaN or infinite counts as 0.
     """
     with without_autocast(visual):
-        all_ = [voter.votes(seen).flatten(1, 2).transpose(1, 2) for voter in voters]
-    votes = torch.cat(all_, 2) if all_ else torch.zeros(*seen.valid.shape, 0, device=visual.device, dtype=torch.float32)
-    votes = votes.to(torch.promote_types(votes.dtype, torch.float32)).nan_to_num(0.0, 0.0, 0.0)
-    return images_to_samples(votes, seen.valid, visual, 0.0)
+        found = [scorer.head_scores(seen).flatten(1, 2).transpose(1, 2) for scorer in scorers]
+    none = torch.zeros(*seen.valid.shape, 0, device=visual.device, dtype=torch.float32)
+    together = torch.cat(found, 2) if found else none
+    together = together.to(torch.promote_types(together.dtype, torch.float32)).nan_to_num(0.0, 0.0, 0.0)
+    return images_to_samples(together, seen.valid, visual, 0.0)
 
 
 def random_subset(seeds: Tensor, visual: Tensor, counts: Tensor, number: int, owner: Tensor | None = None) -> Tensor:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from catp_lightning.calibration import statistics
-from catp_lightning.calibration.fit.probes import Columns, head_votes, pair_rows, probe, sizes
+from catp_lightning.calibration.fit.probes import Columns, pair_rows, probe, scores_of_heads, sizes
 from catp_lightning.calibration.fit.sums import (
     FoldSums,
     ImageSet,
@@ -105,7 +105,7 @@ class Probing(Pass):
 
     def _probe(self, samples: Samples) -> None:
         seen = samples.seen if samples.inside is None else samples.inside
-        votes = head_votes(self.plan.voters.values(), seen, samples.visual)
+        head_scores = scores_of_heads(self.plan.scorers.values(), seen, samples.visual)
         fold, owner = fold_of(samples.images, self.plan.settings.folds), None
         stay = protected_tokens(samples.seen, samples.visual) if samples.inside is None else None
         stay = stay if stay is not None and bool(stay.any()) else None
@@ -116,7 +116,7 @@ class Probing(Pass):
         for number, size in enumerate(self.sizes):
             found = probe(
                 samples.replay,
-                votes,
+                head_scores,
                 samples.images,
                 size,
                 number,

@@ -52,7 +52,7 @@ class CrossAttentionReplay(Replay):
         given["position_ids"] = columns if positions is None else positions.expand_as(ids)
         states = given["cross_attention_states"]
         given["cross_attention_states"] = states.reshape(len(ids), -1, states.shape[-1])  # from one entry per tile
-        given = {name: value[:: prompt.beams] for name, value in given.items()}
+        given = {name: value[:: prompt.rows_per_sample] for name, value in given.items()}
         first, rows = first_answers(answers, len(prompt.tokens), family.decoder_config.vocab_size)
         return cls(family, first, rows, prompt.tokens, given)
 

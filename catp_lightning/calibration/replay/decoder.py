@@ -39,7 +39,7 @@ class DecoderReplay(Replay):
 
     @classmethod
     def of(cls, family: Family, prompt: DecoderPrompt, answers: Answer, layer: int = 0) -> "DecoderReplay":
-        beams = prompt.beams
+        beams = prompt.rows_per_sample
         vocabulary = family.language_model.config.get_text_config().vocab_size
         answers, rows = first_answers(answers, len(prompt.visual), vocabulary)
         embeds, mask, positions = (part[::beams] for part in (prompt.embeds, prompt.mask, prompt.positions))

@@ -63,7 +63,7 @@ def retention_figure(policies: Sequence[PruningPolicy]) -> Figure:
 
 
 def layer_figure(policies: Sequence[PruningPolicy]) -> Figure | None:
-    """Plot agreement when one layer votes alone: figure 5 of 2404.08567, for the user's own model and method."""
+    """Plot agreement when one layer is read alone: figure 5 of 2404.08567, for the user's own model and method."""
     alone = [(policy, found) for policy in policies if (found := _layers_alone(policy))]
     if not alone:
         return None
@@ -77,14 +77,14 @@ def layer_figure(policies: Sequence[PruningPolicy]) -> Figure | None:
         label = "chosen policy" if number + 1 == len(alone) else None  # once in the legend
         axes.axhline(chosen, color=shade, linestyle="--", linewidth=1, label=label)
     axes.xaxis.set_major_locator(MaxNLocator(WRITTEN, integer=True))
-    axes.set(xlabel="layer that votes alone, 0 the first", ylabel=AGREEMENT, ylim=(0, 1.02))
+    axes.set(xlabel="layer that is read alone, 0 the first", ylabel=AGREEMENT, ylim=(0, 1.02))
     figure.legend(loc="outside upper center", ncols=5, frameon=False)
     return figure
 
 
 def head_figure(policies: Sequence[PruningPolicy]) -> Figure | None:
-    """Plot the fitted head weights of the chosen layers, a heatmap for each voter that has any."""
-    found = {name: fit for name, fit in voters(policies[0]).items() if np.any(fit.get("head_weights", 0))}
+    """Plot the fitted head weights of the chosen layers, a heatmap for each scorer that has any."""
+    found = {name: fit for name, fit in scorers(policies[0]).items() if np.any(fit.get("head_weights", 0))}
     if not found:
         return None
     shapes = {name: np.shape(fit["head_weights"]) for name, fit in found.items()}
@@ -120,7 +120,7 @@ def visual_tokens(policy: PruningPolicy) -> int:
     return round(policy.evidence["tokens"])
 
 
-def voters(policy: PruningPolicy) -> dict[str, Mapping[str, Any]]:
+def scorers(policy: PruningPolicy) -> dict[str, Mapping[str, Any]]:
     """Return the findings of the probes for each voter, by name."""
     return {name: found for name, found in policy.evidence["fitted"].items() if name != "slots"}
 
@@ -134,7 +134,7 @@ def checked(policy: PruningPolicy, name: str) -> tuple[float, ...]:
 
 
 def _layers_alone(policy: PruningPolicy) -> dict[float, tuple[float, ...]]:
-    """Return (agreement, low, high) by layer that votes alone: CATP's layers, else those of another method."""
+    """Return (agreement, low, high) by layer that is read alone: CATP's layers, else those of another method."""
     rows = [(re.fullmatch(r"([\w-]+) layer (\d+)", row["name"]), row) for row in policy.evidence["candidates"]]
     methods = sorted({match[1] for match, _ in rows if match}, key=lambda name: (name != "catp", name))
     figures = {int(match[2]): row["check"] or row["choose"] for match, row in rows if match and match[1] == methods[0]}

@@ -7,7 +7,7 @@ import numpy as np
 
 from catp_lightning.calibration import statistics
 from catp_lightning.calibration.report.controls import against
-from catp_lightning.calibration.report.figures import visual_tokens, voters
+from catp_lightning.calibration.report.figures import scorers, visual_tokens
 from catp_lightning.policy import PruningPolicy
 from catp_lightning.safe_text import markdown_text
 from catp_lightning.utils.markdown import markdown_table
@@ -25,7 +25,7 @@ CAPTIONS = {
         "at each budget; dashed is the chosen policy. Where the points lie apart, it matters which layer is read."
     ),
     "heads": (
-        "Weights of the heads of the chosen layers: red heads vote for tokens that help the answer, blue heads for "
+        "Weights of the heads of the chosen layers: red heads look at tokens that help the answer, blue heads at "
         "tokens that are better dropped, and blank ones were not selected."
     ),
     "slots": (
@@ -58,7 +58,7 @@ def page(policies: Sequence[PruningPolicy], lines: Mapping[str, str], figures: S
         "## What the probes found",
         "Layers are found by forward selection, then heads by a signed sparse fit; shares are of the variance of the "
         "answers' log-probability, on images left out, ± a standard error.",
-        "".join(f"- {markdown_text(name)}: {_found(fit)}\n" for name, fit in voters(policies[0]).items()),
+        "".join(f"- {markdown_text(name)}: {_found(fit)}\n" for name, fit in scorers(policies[0]).items()),
         *_figures(figures, ("heads", "slots", *(one.name for one in statistics.STATISTICS))),
         *(_candidates(policy) for policy in policies if policy.evidence["candidates"]),
     ]
@@ -131,9 +131,9 @@ def _promise(policy: PruningPolicy) -> str:
 
 
 def _found(fit: Mapping[str, Any]) -> str:
-    """Describe in words the layers and heads that were fitted for one voter."""
+    """Describe in words the layers and heads that were fitted for one scorer."""
     if not fit["layers"]:
-        return "nothing; no layer's votes predict the answers better than chance on left-out images."
+        return "nothing; no layer's head scores predict the answers better than chance on left-out images."
     steps = ", ".join(
         f"layer {step['layer']} ({_explained(step['explained'], step['error'])} of the variance, chosen again in "
         f"{fit['layer_stability'][step['layer']]:.0%} of the fits that leave a fold out)"

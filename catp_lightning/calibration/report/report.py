@@ -21,9 +21,9 @@ from catp_lightning.calibration.report.page import interval, page, percent
 from catp_lightning.calibration.statistics.base import Statistic
 from catp_lightning.policy import PruningPolicy
 from catp_lightning.safe_text import one_line
-from catp_lightning.utils.compat import is_a
+from catp_lightning.utils.compat import is_lightning_instance
 from catp_lightning.utils.files import write_bytes, write_text
-from catp_lightning.utils.loggers import tell
+from catp_lightning.utils.loggers import log_safely
 from catp_lightning.utils.plots import png
 
 COLUMNS = (
@@ -90,12 +90,12 @@ def report(
     _write(folder, text, images)
 
     def log(logger: Logger) -> None:
-        if is_a(logger, "WandbLogger"):
+        if is_lightning_instance(logger, "WandbLogger"):
             _log_to_wandb(logger, policies, files, text, images)
         elif metrics := _metrics(policies):
             logger.log_metrics(metrics, step=step)
 
-    tell(loggers, f"What the calibration found is in {folder}; it", log)
+    log_safely(loggers, f"What the calibration found is in {folder}; it", log)
     return [f"catp: {name}: {line}" for name, line in lines.items()]
 
 

@@ -5,7 +5,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from catp_lightning.calibration.fit.fitting import Fitted, VoterFit
+from catp_lightning.calibration.fit.fitting import Fitted, ScorerFit
 from catp_lightning.calibration.plan import Plan, why_not
 from catp_lightning.methods.observation import Signal
 from catp_lightning.methods.scorers import SCORERS
@@ -90,8 +90,8 @@ def default_candidates(plan: Plan) -> list[Candidate]:
             found.append(rule)
     if Signal.CROSS_ATTENTION in plan.family.layers():
         return found + list(_of_qformer(plan))
-    for name in plan.voters:
-        layers = plan.voting(name)
+    for name in plan.scorers:
+        layers = plan.layers_read(name)
         single = [_top_k(f"{name} layer {n}", name, {"layers": [n]}, reference=True) for n in layers]
         found += single if len(layers) > 1 else []
     return found + list(_of_outputs(plan))
@@ -100,7 +100,7 @@ def default_candidates(plan: Plan) -> list[Candidate]:
 def _of_qformer(plan: Plan) -> Iterator[Candidate]:
     """Yield a Q-Former's single layers (`catp layer 0` reads its first cross-attention), weighted CATP, and DPPs."""
     layers = range(plan.family.layers()[Signal.CROSS_ATTENTION])
-    for name in ("catp", *plan.voters):
+    for name in ("catp", *plan.scorers):
         yield from (Candidate(f"{name} layer {n}", name, {"layers": [n]}, reference=name == "catp") for n in layers)
     yield Candidate("catp weighted by image token", "catp", {"image_weight": "received"})
     for similarity in ("cross-attention", "outputs"):
@@ -121,10 +121,10 @@ def _both_signs(scorer: str, similarity: str) -> Iterator[Candidate]:
 def _of_outputs(plan: Plan) -> Iterator[Candidate]:
     """Yield DPPs on the similarity of token features, with and without relevance; none where tokens are too many."""
     if _similar(plan):
-        for name in (*plan.voters, "l2-norm"):
+        for name in (*plan.scorers, "l2-norm"):
             yield from _both_signs(name, "outputs")
-        for name in plan.voters:
-            layers = plan.voting(name)
+        for name in plan.scorers:
+            layers = plan.layers_read(name)
             for n in layers if len(layers) > 1 else []:
                 args = {"similarity": "outputs", "relevance": STRENGTHS[0]}
                 title = f"dpp of outputs, {name} layer {n} x {STRENGTHS[0]:+g}"
@@ -134,7 +134,7 @@ def _of_outputs(plan: Plan) -> Iterator[Candidate]:
 
 def _similar(plan: Plan) -> bool:
     """Return True if tokens leave before the decoder and an image has at most `COMPARED`, so they can be compared."""
-    return plan.layer == 0 and (plan.family.most_tokens or COMPARED + 1) <= COMPARED
+    return plan.layer == 0 and (plan.family.max_tokens_per_image or COMPARED + 1) <= COMPARED
 
 
 def _of_method(plan: Plan, method: PruningPolicy) -> Iterator[Candidate]:
@@ -144,8 +144,8 @@ def _of_method(plan: Plan, method: PruningPolicy) -> Iterator[Candidate]:
         yield Exit("visual-exit", method.scorer, args, *more, depth=plan.family.depth)
         return
     yield Candidate(method.scorer, method.scorer, args, *more, control=SCORERS[method.scorer].control)
-    for name in plan.voters:
-        layers = plan.voting(name)
+    for name in plan.scorers:
+        layers = plan.layers_read(name)
         plain = {key: value for key, value in args.items() if key not in WEIGHTS}
         single = [Candidate(f"{name} layer {n}", name, {**plain, "layers": [n]}, *more, reference=True) for n in layers]
         yield from single if len(layers) > 1 else []
@@ -166,36 +166,36 @@ def fitted_candidates(plan: Plan, fitted: Fitted) -> list[Candidate]:
     several = dict(_similarities(plan, fitted))
     if fitted.slots:
         found += _sets("slots", "position", {"weights": fitted.slots}, several)
-    for name, voter in fitted.voters.items():
-        if voter.selected:
-            heads = {**_scale(plan, name), **_weights(plan, name, voter)}
+    for name, fit in fitted.scorers.items():
+        if fit.selected:
+            heads = {**_scale(plan, name), **_weights(plan, name, fit)}
             plain = {kind: args for kind, args in several.items() if kind in ("outputs", "cross-attention")}
             found += _sets(f"{name} heads", name, heads, plain)
             if fitted.slots:
-                both = {**heads, "slot_weights": voter.slot_weights}
+                both = {**heads, "slot_weights": fit.slot_weights}
                 found += _sets(f"{name} heads and slots", name, both, several)
     return found
 
 
 def _of_method_fitted(plan: Plan, method: PruningPolicy, fitted: Fitted) -> Iterator[Candidate]:
     plain = {key: value for key, value in method.scorer_args.items() if key not in WEIGHTS}
-    for name, voter in fitted.voters.items():
-        if voter.selected:
-            args = {**plain, **_scale(plan, name), **_weights(plan, name, voter)}
+    for name, fit in fitted.scorers.items():
+        if fit.selected:
+            args = {**plain, **_scale(plan, name), **_weights(plan, name, fit)}
             yield Candidate(f"{name} heads", name, args, method.selector, method.selector_args)
             if fitted.slots:
-                both = {**args, "slot_weights": voter.slot_weights}
+                both = {**args, "slot_weights": fit.slot_weights}
                 yield Candidate(f"{name} heads and slots", name, both, method.selector, method.selector_args)
 
 
 def _scale(plan: Plan, name: str) -> dict[str, Any]:
-    """Return the `scale` argument with which a voter's weights were fitted; empty if its scorer has none."""
-    scale = getattr(plan.voters[name], "scale", None)
+    """Return the `scale` argument with which a scorer's weights were fitted; empty if its scorer has none."""
+    scale = getattr(plan.scorers[name], "scale", None)
     return {} if scale is None else {"scale": scale}
 
 
-def _weights(plan: Plan, name: str, voter: VoterFit) -> dict[str, Any]:
-    return {"layers": list(voter.layers), "head_weights": voter.head_weights(plan.heads(name))}
+def _weights(plan: Plan, name: str, found: ScorerFit) -> dict[str, Any]:
+    return {"layers": list(found.layers), "head_weights": found.head_weights(plan.heads(name))}
 
 
 def _sets(
@@ -226,7 +226,7 @@ def _similarities(plan: Plan, fitted: Fitted) -> Iterator[tuple[str, dict[str, A
     yield "cross-attention", {}
     yield "regions", {"similarity": "regions"}
     yield from ((f"cross-attention layer {layer}", {"layers": [layer]}) for layer in layers)
-    chosen = {voter.layers for voter in fitted.voters.values() if 1 < len(voter.layers) < len(layers)}
+    chosen = {found.layers for found in fitted.scorers.values() if 1 < len(found.layers) < len(layers)}
     for several in sorted(chosen):
         yield f"cross-attention layers {' and '.join(map(str, several))}", {"layers": list(several)}
 

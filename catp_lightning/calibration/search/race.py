@@ -129,15 +129,15 @@ class Race(Pass):
             return Selection(samples.visual)
         return policy.method().select(samples.seen, policy.keep, samples.visual)
 
-    def _ranks(self, samples: Samples, most: int) -> Tensor:
-        """Return the rank at which tokens join each candidate's set, `most` without nested ranking: int64 [N, B, T]."""
+    def _ranks(self, samples: Samples, max_tokens: int) -> Tensor:
+        """Return the rank at which tokens join each candidate's set, int64 [N, B, T]; `max_tokens` without nested ranks."""
         visual, fold = samples.visual, fold_of(samples.images, self.plan.settings.folds)
-        ranks = torch.full((len(self.running), *visual.shape), most, device=visual.device, dtype=torch.int64)
+        ranks = torch.full((len(self.running), *visual.shape), max_tokens, device=visual.device, dtype=torch.int64)
         if self._shared:
-            ranks[self._shared] = token_ranks(self._of_all, samples.seen, visual, most)
+            ranks[self._shared] = token_ranks(self._of_all, samples.seen, visual, max_tokens)
         for number in fold.unique().tolist() if self._own else []:
             here = samples.where(fold == number)
-            found = token_ranks(self._of_fold[number], here.seen, here.visual, most)
+            found = token_ranks(self._of_fold[number], here.seen, here.visual, max_tokens)
             rows = (fold == number).nonzero()[:, 0]
             ranks[torch.tensor(self._own, dtype=torch.int64, device=ranks.device)[:, None], rows, : found.shape[2]] = (
                 found

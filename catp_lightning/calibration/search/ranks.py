@@ -17,18 +17,18 @@ from catp_lightning.methods.selectors.dpp import DPP, exact_similarity, greedy_r
 KERNELS = 2**20  # elements of the DPP kernels that are held at a time, 8 MiB
 
 
-def token_ranks(rules: Sequence[Method], seen: Observation, visual: Tensor, most: int) -> Tensor:
+def token_ranks(rules: Sequence[Method], seen: Observation, visual: Tensor, max_tokens: int) -> Tensor:
     """Return the rank at which each token joins each rule's set, so that one result serves all budgets.
 
     Args:
         rules: C methods.
         seen: signals of I images that the rules read.
         visual: bool [B, T], visual tokens of each sample.
-        most: number of tokens of an image that are to be ranked.
+        max_tokens: number of tokens of an image that are to be ranked.
 
     Returns:
-        int64 [C, B, T]: 0 for the first of an image's droppable tokens to join; `most` or more for a droppable token
-        that stays out and for padding. The ranks of protected tokens, which always stay, mean nothing.
+        int64 [C, B, T]: 0 for the first of an image's droppable tokens to join; `max_tokens` or more for a droppable
+        token that stays out and for padding. The ranks of protected tokens, which always stay, mean nothing.
     """
     scores: dict[Scorer, Tensor] = {}
     similarities: dict[Selector, Tensor] = {}
@@ -40,7 +40,7 @@ def token_ranks(rules: Sequence[Method], seen: Observation, visual: Tensor, most
         if scorer not in scores:
             scores[scorer] = score_tokens(scorer, seen, visual)
         if not isinstance(selector, DPP):
-            ranks.append(selector.ranks(scores[scorer], droppable, most, selector.vectors(seen)))
+            ranks.append(selector.ranks(scores[scorer], droppable, max_tokens, selector.vectors(seen)))
             continue
         kind = replace(selector, relevance=0.0)
         if kind not in similarities:
@@ -48,17 +48,17 @@ def token_ranks(rules: Sequence[Method], seen: Observation, visual: Tensor, most
         kernels[number] = selector.kernel(scores[scorer], droppable, similarities[kind])
         ranks.append(droppable)  # placeholder: kernels of many candidates are solved together
         if len(kernels) * kernels[number].numel() >= KERNELS:
-            _solve(kernels, ranks, droppable, most)
-    _solve(kernels, ranks, droppable, most)
-    return images_to_samples(torch.stack(ranks, 2), seen.valid, visual, most).permute(2, 0, 1)
+            _solve(kernels, ranks, droppable, max_tokens)
+    _solve(kernels, ranks, droppable, max_tokens)
+    return images_to_samples(torch.stack(ranks, 2), seen.valid, visual, max_tokens).permute(2, 0, 1)
 
 
-def _solve(kernels: dict[int, Tensor], ranks: list[Tensor], droppable: Tensor, most: int) -> None:
+def _solve(kernels: dict[int, Tensor], ranks: list[Tensor], droppable: Tensor, max_tokens: int) -> None:
     """Solve the DPP kernels together, put their solutions into the candidates' places in `ranks`, clear `kernels`."""
     if not kernels:
         return
     together = torch.cat(list(kernels.values()))
-    solved = greedy_ranks(together, droppable.repeat(len(kernels), 1), most).chunk(len(kernels))
+    solved = greedy_ranks(together, droppable.repeat(len(kernels), 1), max_tokens).chunk(len(kernels))
     for number, found in zip(kernels, solved, strict=True):
         ranks[number] = found
     kernels.clear()

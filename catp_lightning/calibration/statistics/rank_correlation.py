@@ -18,13 +18,13 @@ from catp_lightning.utils.plots import WRITTEN, heatmap
 
 
 class RankCorrelation(Statistic):
-    """Mean over images of Spearman's rank correlation between layers' scores of an image's tokens, by voter.
+    """Mean over images of Spearman's rank correlation between layers' scores of an image's tokens, by scorer.
 
     As in figure 4 of 2504.00557, for any scores that come by layer. Images with padding or protected tokens are left
     out: those would shift an image's ranks.
 
     Args:
-        plan: plan of the calibration, with its voters.
+        plan: plan of the calibration, with its scorers.
     """
 
     name: ClassVar[str] = "rank_correlation"
@@ -38,8 +38,8 @@ class RankCorrelation(Statistic):
     def __init__(self, plan: Plan, **kwargs: Any) -> None:
         super().__init__(**kwargs)
         self.plan = plan
-        for number, voter in enumerate(plan.voters):
-            shape = (len(plan.voting(voter)),) * 2
+        for number, scorer in enumerate(plan.scorers):
+            shape = (len(plan.layers_read(scorer)),) * 2
             self.add_state(f"sum_{number}", torch.zeros(shape, dtype=torch.float64, device="cpu"), dist_reduce_fx="sum")
         self.add_state("images", torch.zeros(1, dtype=torch.int64, device="cpu"), dist_reduce_fx="sum")
 
@@ -51,21 +51,21 @@ class RankCorrelation(Statistic):
         seen = samples.seen if samples.inside is None else samples.inside
         whole = seen.droppable.all(1)
         with without_autocast(whole):
-            for number, voter in enumerate(self.plan.voters.values()):
-                getattr(self, f"sum_{number}").add_(correlations(voter.votes(seen).sum(2)[whole]))
+            for number, scorer in enumerate(self.plan.scorers.values()):
+                getattr(self, f"sum_{number}").add_(correlations(scorer.head_scores(seen).sum(2)[whole]))
         self.images += whole.sum()
 
     def compute(self) -> dict[str, list[list[float]]]:
-        """Return the mean correlation by voter, [L, L], without voters that were not seen."""
+        """Return the mean correlation by scorer, [L, L], without scorers that were not seen."""
         found = {
             name: getattr(self, f"sum_{number}") / self.images.clamp(min=1)
-            for number, name in enumerate(self.plan.voters)
+            for number, name in enumerate(self.plan.scorers)
         }
         return {name: mean.cpu().numpy().round(4).tolist() for name, mean in found.items() if bool(mean.any())}
 
     @staticmethod
     def figure(entry: Mapping[str, Sequence[Sequence[float]]]) -> Figure | None:
-        """Plot the correlations of each voter that has several layers as a heatmap."""
+        """Plot the correlations of each scorer that has several layers as a heatmap."""
         found = {name: np.array(matrix) for name, matrix in entry.items() if len(matrix) > 1}
         if not found:
             return None

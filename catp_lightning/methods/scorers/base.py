@@ -66,7 +66,7 @@ class EqualScores(Scorer):
 
 @dataclass(frozen=True)
 class AttentionScorer(Scorer):
-    """Base class of scorers that sum weighted votes: one number for each token from each attention head.
+    """Base class of scorers that sum weighted head scores: one number for each token from each attention head.
 
     Attributes of the class:
         fitted: True if a calibration of all methods fits weights for the heads of this one, on every model that has the
@@ -74,9 +74,9 @@ class AttentionScorer(Scorer):
             by name fits the heads of any scorer.
 
     Attributes:
-        layers: the layers that vote, counted from 0, or from -1 for the last; None: all.
+        layers: the layers that are read, counted from 0, or from -1 for the last; None: all.
         head_weights: [L, H], a weight for each head of each of those L layers, which may be negative; None: all 1.
-        slot_weights: [T], a number for each token of an image, added to the sum of the votes; None: all 0.
+        slot_weights: [T], a number for each token of an image, added to the sum of the head scores; None: all 0.
     """
 
     fitted: ClassVar[bool] = False
@@ -95,24 +95,24 @@ class AttentionScorer(Scorer):
                 raise ValueError(f"head_weights has {len(self.head_weights)} rows for {len(self.layers)} layers.")
 
     @abstractmethod
-    def votes(self, seen: Observation) -> Tensor:
-        """Votes of each of H heads in L layers for each token: float [I, L, H, T]."""
+    def head_scores(self, seen: Observation) -> Tensor:
+        """Score that each of H heads in L layers gives each token: float [I, L, H, T]."""
 
     def score(self, seen: Observation) -> Tensor:
-        votes = self.votes(seen)
-        scores = weigh(votes, self.weights(votes))
+        head_scores = self.head_scores(seen)
+        scores = weigh(head_scores, self.weights(head_scores))
         return scores if self.slot_weights is None else scores + slot_scores(self.slot_weights, scores)
 
-    def weights(self, votes: Tensor) -> Tensor | None:
-        """Return `head_weights` as a tensor [L, H] of the votes' dtype, on their device; None if there are none."""
+    def weights(self, head_scores: Tensor) -> Tensor | None:
+        """Return `head_weights` as a tensor [L, H] of the scores' dtype, on their device; None if there are none."""
         if self.head_weights is None:
             return None
-        return torch.tensor(self.head_weights, dtype=votes.dtype, device=votes.device)
+        return torch.tensor(self.head_weights, dtype=head_scores.dtype, device=head_scores.device)
 
 
 @dataclass(frozen=True)
 class PaidAttention(AttentionScorer):
-    """Base class of scorers whose votes are the attention that a token gets.
+    """Base class of scorers whose head scores are the attention that a token gets.
 
     Attributes:
         scale: "attention", the probabilities; or "log", their logarithm, standardised over the tokens of an image: the
@@ -125,7 +125,7 @@ class PaidAttention(AttentionScorer):
     def attention(self, seen: Observation) -> Tensor:
         """Attention that each token gets from each of H heads in L layers: float [I, L, H, T]."""
 
-    def votes(self, seen: Observation) -> Tensor:
+    def head_scores(self, seen: Observation) -> Tensor:
         attention = self.attention(seen)
         return attention if self.scale == "attention" else standardised_log(attention, seen.droppable)
 
@@ -160,17 +160,17 @@ def slot_scores(weights: Sequence[float], like: Tensor) -> Tensor:
     return torch.tensor(weights, device=like.device, dtype=like.dtype).expand_as(like)
 
 
-def weigh(votes: Tensor, head_weights: Tensor | None = None) -> Tensor:
-    """Sum of votes over layers and heads, weighted if weights are given: [I, L, H, T], [L, H] or None -> [I, T].
+def weigh(head_scores: Tensor, head_weights: Tensor | None = None) -> Tensor:
+    """Sum of head scores over layers and heads, weighted if weights are given: [I, L, H, T], [L, H] or None -> [I, T].
 
     Raises:
-        ValueError: `head_weights` is not of the shape [L, H] of the votes.
+        ValueError: `head_weights` is not of the shape [L, H] of the head scores.
     """
     if head_weights is None:
-        return votes.sum((1, 2))
-    if head_weights.shape != votes.shape[1:3]:
+        return head_scores.sum((1, 2))
+    if head_weights.shape != head_scores.shape[1:3]:
         raise ValueError(
-            f"head_weights has shape {tuple(head_weights.shape)}; the votes come from {votes.shape[1]} layers of "
-            f"{votes.shape[2]} heads."
+            f"head_weights has shape {tuple(head_weights.shape)}; the scores come from {head_scores.shape[1]} layers of "
+            f"{head_scores.shape[2]} heads."
         )
-    return torch.einsum("blht,lh->bt", votes, head_weights.to(votes))
+    return torch.einsum("blht,lh->bt", head_scores, head_weights.to(head_scores))

@@ -30,7 +30,7 @@ class CATP(AttentionScorer):
         weight: Needs = {Signal.VISION_ATTENTION_RECEIVED: None} if self.image_weight == "received" else {}
         return {Signal.CROSS_ATTENTION: self.layers, **weight}
 
-    def votes(self, seen: Observation) -> Tensor:
+    def head_scores(self, seen: Observation) -> Tensor:
         weights = seen[Signal.VISION_ATTENTION_RECEIVED] if self.image_weight == "received" else None
         return _summed(borda_points(seen.by_layer(Signal.CROSS_ATTENTION, self.layers)), weights)
 

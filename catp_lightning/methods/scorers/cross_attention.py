@@ -1,4 +1,4 @@
-"""Mean log cross-attention: a softer vote than CATP's ranks, and much cheaper."""
+"""Mean log cross-attention: softer than CATP's ranks, and much cheaper."""
 
 from dataclasses import dataclass
 from typing import ClassVar
@@ -11,9 +11,9 @@ from catp_lightning.methods.scorers.base import AttentionScorer
 
 @dataclass(frozen=True)
 class CrossAttention(AttentionScorer):
-    """Mean log attention of a query token over image tokens, a vote of each head, standardised over the query tokens.
+    """Mean log attention of a query token over image tokens, head by head, standardised over the query tokens.
 
-    Our own method; calibration regresses on these votes. A mean of probabilities would be the same for every query
+    Our own method; calibration regresses on these scores. A mean of probabilities would be the same for every query
     token, as each row of attention sums to 1.
     """
 
@@ -23,7 +23,7 @@ class CrossAttention(AttentionScorer):
     def needs(self) -> Needs:
         return {Signal.CROSS_ATTENTION: self.layers}
 
-    def votes(self, seen: Observation) -> Tensor:
+    def head_scores(self, seen: Observation) -> Tensor:
         return standardise(seen.by_layer(Signal.CROSS_ATTENTION, self.layers).clamp(min=1e-20).log().mean(-1))
 
 

@@ -16,5 +16,5 @@ class SelfAttention(AttentionScorer):
     def needs(self) -> Needs:
         return {Signal.SELF_ATTENTION: self.layers}
 
-    def votes(self, seen: Observation) -> Tensor:
+    def head_scores(self, seen: Observation) -> Tensor:
         return seen.by_layer(Signal.SELF_ATTENTION, self.layers)

@@ -73,7 +73,7 @@ class SparseVLM(AttentionScorer):
         dropped = [math.floor(min(self.scale * n + 1e-9, own)) for n, own in zip(beyond, left.tolist(), strict=True)]
         return (left - torch.tensor(dropped, device=tokens.device, dtype=torch.int64)).maximum(least)
 
-    def votes(self, seen: Observation) -> Tensor:
+    def head_scores(self, seen: Observation) -> Tensor:
         paid, count = self._rated(seen)
         return paid.sum(3) / count.clamp(min=1)[:, None, None, None]
 

@@ -38,17 +38,17 @@ class Selector:
         """Vectors by which tokens are compared, float [I, T, F features]; None if the selector reads only scores."""
         return None
 
-    def ranks(self, scores: Tensor, visual: Tensor, most: int, vectors: Tensor | None) -> Tensor:
+    def ranks(self, scores: Tensor, visual: Tensor, max_tokens: int, vectors: Tensor | None) -> Tensor:
         """Rank of each token in the order in which tokens are kept: a smaller budget keeps a subset of a larger one.
 
         Args:
             scores: float [R, T], R rows.
             visual: bool [R, T], True for tokens that exist and may be chosen.
-            most: number of tokens of each row to rank.
+            max_tokens: number of tokens of each row to rank.
             vectors: float [R, T, F], as from `vectors`, or None.
 
         Returns:
-            int64 [R, T]: 0 for the first token kept, 1 for the next; `most` or more for tokens that are not ranked.
+            int64 [R, T]: 0 for the first token kept, 1 for the next; `max_tokens` or more where a token is not ranked.
         """
         raise NotImplementedError(
             f"{type(self).__name__} has no `ranks`: a selector that chooses anew at every budget has `select`, and "

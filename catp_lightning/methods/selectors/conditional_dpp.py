@@ -16,9 +16,9 @@ class ConditionalDPP(FeatureSelector):
     infinity counts as 0.
     """
 
-    def ranks(self, scores: Tensor, visual: Tensor, most: int, vectors: Tensor | None) -> Tensor:
+    def ranks(self, scores: Tensor, visual: Tensor, max_tokens: int, vectors: Tensor | None) -> Tensor:
         assert vectors is not None  # `vectors` above always gives some
         similarity = exact_similarity(vectors)
         relevance = scores.nan_to_num(0.0, 0.0, 0.0).to(similarity.dtype)
         relevance = relevance.clamp(0, most_in_a_kernel(similarity.dtype))
-        return greedy_ranks(similarity * relevance[:, :, None] * relevance[:, None], visual, most)
+        return greedy_ranks(similarity * relevance[:, :, None] * relevance[:, None], visual, max_tokens)

@@ -51,9 +51,9 @@ class DPP(Selector):
             maps = maps * seen[Signal.VISION_ATTENTION_RECEIVED].sqrt()[:, None, None, None]
         return maps.flatten(1, 2).transpose(1, 2).flatten(2)
 
-    def ranks(self, scores: Tensor, visual: Tensor, most: int, vectors: Tensor | None) -> Tensor:
+    def ranks(self, scores: Tensor, visual: Tensor, max_tokens: int, vectors: Tensor | None) -> Tensor:
         assert vectors is not None  # `vectors` above always gives some
-        return greedy_ranks(self.kernel(scores, visual, exact_similarity(vectors)), visual, most)
+        return greedy_ranks(self.kernel(scores, visual, exact_similarity(vectors)), visual, max_tokens)
 
     def kernel(self, scores: Tensor, visual: Tensor, similarity: Tensor) -> Tensor:
         """DPP kernel diag(q) S diag(q) from scores [R, T], mask [R, T] and similarity S [R, T, T]: float [R, T, T]."""
@@ -95,17 +95,17 @@ def cosine_similarity(vectors: Tensor, dtype: torch.dtype = torch.float32) -> Te
     return similarity
 
 
-def greedy_ranks(kernel: Tensor, visual: Tensor, most: int) -> Tensor:
+def greedy_ranks(kernel: Tensor, visual: Tensor, max_tokens: int) -> Tensor:
     """Greedy maximum a posteriori (MAP) set of a k-DPP: each step adds the token with the largest log-determinant gain.
 
     Args:
         kernel: float [R, T, T], symmetric, positive semi-definite, finite.
         visual: bool [R, T], True for tokens that may be chosen.
-        most: number of steps.
+        max_tokens: number of steps.
 
     Returns:
-        int64 [R, T], the step at which a token is added; `most` if it is not added. Where gains are equal the lowest
-        index wins.
+        int64 [R, T], the step at which a token is added; `max_tokens` if it is not added. Where gains are equal the
+        lowest index wins.
 
     1709.05135, algorithm 1: a Cholesky factor that grows by one column a step, at a cost of O(T k) a step. In exact
     arithmetic no gain falls below the ridge, and no entry of a column takes more from a gain than its excess over the
@@ -115,11 +115,11 @@ def greedy_ranks(kernel: Tensor, visual: Tensor, most: int) -> Tensor:
     rows, size = torch.arange(len(kernel), device=kernel.device), kernel.shape[1]
     kernel = kernel + RIDGE * torch.eye(size, dtype=kernel.dtype, device=kernel.device)
     gain = kernel.diagonal(dim1=1, dim2=2).clone()
-    factors = kernel.new_zeros(len(kernel), most, size)
-    ranks = torch.full(visual.shape, most, device=visual.device, dtype=torch.int64)
-    for step in range(most):
-        best = gain.masked_fill((ranks < most) | ~visual, -torch.inf).argmax(1)
-        ranks[rows, best] = torch.where(visual[rows, best], ranks[rows, best].clamp(max=step), most)
+    factors = kernel.new_zeros(len(kernel), max_tokens, size)
+    ranks = torch.full(visual.shape, max_tokens, device=visual.device, dtype=torch.int64)
+    for step in range(max_tokens):
+        best = gain.masked_fill((ranks < max_tokens) | ~visual, -torch.inf).argmax(1)
+        ranks[rows, best] = torch.where(visual[rows, best], ranks[rows, best].clamp(max=step), max_tokens)
         with without_autocast(kernel):
             past = (factors[rows, :step, best][:, None] @ factors[:, :step])[:, 0]
         most_taken = (gain - RIDGE).clamp(min=0).sqrt()

@@ -11,5 +11,5 @@ from catp_lightning.methods.selectors.base import Selector, ranked
 class TopK(Selector):
     """Keeps the tokens with the highest scores; where scores are equal the lowest index wins."""
 
-    def ranks(self, scores: Tensor, visual: Tensor, most: int, vectors: Tensor | None) -> Tensor:
+    def ranks(self, scores: Tensor, visual: Tensor, max_tokens: int, vectors: Tensor | None) -> Tensor:
         return ranked(scores, visual)

@@ -31,13 +31,13 @@ class Union(Selector):
         """Attention that each token gets from each head of each cross-attention layer: float [I, T, layers x heads]."""
         return seen.by_layer(Signal.CROSS_ATTENTION_TO_IMAGE).flatten(1, 2).transpose(1, 2)
 
-    def ranks(self, scores: Tensor, visual: Tensor, most: int, vectors: Tensor | None) -> Tensor:
+    def ranks(self, scores: Tensor, visual: Tensor, max_tokens: int, vectors: Tensor | None) -> Tensor:
         """Best rank that any head gives each token, int64 [R, T]; with `budget` "head" several tokens may share a rank.
 
         Args:
             scores: float [R, T], which break ties with `budget` "rows".
             visual: bool [R, T], True for tokens that exist and may be chosen.
-            most: not read.
+            max_tokens: not read.
             vectors: float [R, T, layers x heads], as from `vectors`.
         """
         assert vectors is not None  # `vectors` above always gives some

@@ -127,7 +127,7 @@ class PruneCrossAttention(PruningSite):
 
     def _record_nothing(self, tokens: Tensor, states: Tensor) -> None:
         """Record an empty choice for a prompt whose text sees no image."""
-        beams = self.calls.beams(len(tokens))
+        beams = self.calls.rows_per_sample(len(tokens))
         self.decide(CrossAttended(tokens[::beams], self.calls.arguments, beams, states[::beams], None, self._given))
 
     def _decode(self, cache: Any, held: int, sight: TextVisibility) -> dict[str, Any]:
@@ -156,7 +156,7 @@ class PruneCrossAttention(PruningSite):
         return (read, *output[1:])
 
     def _narrow(self, prefill: CrossAttentionPrefill, module: nn.Module, kwargs: dict[str, Any]) -> None:
-        beams = self.calls.beams(len(prefill.tokens))
+        beams = self.calls.rows_per_sample(len(prefill.tokens))
         tokens, states = prefill.tokens[::beams], prefill.states[::beams]
         attention = self._attention(prefill, module, kwargs, beams) if self.observe else None
         prompt = CrossAttended(tokens, self.calls.arguments, beams, states, attention, self._given)

@@ -109,7 +109,7 @@ class PromptCapture:
                 "Pass input_ids (and pixel_values), not inputs_embeds; chunked prefill and assisted decoding cannot be "
                 "pruned."
             )
-        ids = ids[:: self.calls.beams(len(ids))].to(embeds.device)
+        ids = ids[:: self.calls.rows_per_sample(len(ids))].to(embeds.device)
         mask = self.mask(kwargs)
         if isinstance(mask, Tensor) and mask.dim() == 2 and rows % len(mask) == 0:
             mask = mask.repeat_interleave(rows // len(mask), 0)

@@ -62,7 +62,7 @@ class DecoderPrefill:
         self.kept: list[KeptSequence] = []
         self.values: Values = {}
         if Signal.IMAGE_EMBEDS in needs:
-            self.values[Signal.IMAGE_EMBEDS] = self._visual(prompt.embeds[:: prompt.beams].detach())
+            self.values[Signal.IMAGE_EMBEDS] = self._visual(prompt.embeds[:: prompt.rows_per_sample].detach())
         if Signal.TEXT_EMBEDS in needs:
             self.values[Signal.TEXT_EMBEDS] = prompt.text()[0]
 
@@ -70,7 +70,9 @@ class DecoderPrefill:
         """Return the prompt at a stage, whose rows `hidden`, [R, n, D], are about to enter layer `layer`."""
         values = dict(self.values)
         if Signal.HIDDEN_STATES in self.needs:
-            values[Signal.HIDDEN_STATES] = self._visual(self.rows.scatter(hidden.detach())[:: self.prompt.beams])
+            values[Signal.HIDDEN_STATES] = self._visual(
+                self.rows.scatter(hidden.detach())[:: self.prompt.rows_per_sample]
+            )
         return StagePrompt(**{**vars(self.prompt), "tokens": self.tokens, "stage": stage}, layer=layer, values=values)
 
     def narrow(self, keep: Tensor) -> KeptSequence:
@@ -84,8 +86,8 @@ class DecoderPrefill:
         emptied = before.short_mask.any(1) & ~stays.short_mask.any(1)
         if bool(emptied.any()):
             raise PruningError(
-                f"All tokens of sample {int(emptied.nonzero()[0]) // self.prompt.beams} are visual and all of them "
-                "leave: no row is left to answer from. Give the sample a prompt with text, or choose a scorer that "
+                f"All tokens of sample {int(emptied.nonzero()[0]) // self.prompt.rows_per_sample} are visual and all of "
+                "them leave: no row is left to answer from. Give the sample a prompt with text, or choose a scorer that "
                 "keeps some."
             )
         self.rows = KeptSequence(before.order.gather(1, stays.order), stays.valid, before.mask)
@@ -110,7 +112,7 @@ class DecoderPrefill:
             self.values[Signal.LAST_TOKEN_ATTENTION, layer] = self.last_row(query, key, mask, scaling)
         if (Signal.TEXT_TO_IMAGE_ATTENTION, layer) not in self.values and Signal.TEXT_TO_IMAGE_ATTENTION in self.needs:
             columns, valid = self.prompt.text_columns()
-            order = self.rows.order[:: self.prompt.beams]
+            order = self.rows.order[:: self.prompt.rows_per_sample]
             place = torch.arange(order.shape[1], device=order.device).expand_as(order)
             at = torch.zeros_like(self.prompt.ids).scatter(1, order, place).gather(1, columns)
             self.values[Signal.TEXT_TO_IMAGE_ATTENTION, layer] = self._paid(at, valid, query, key, mask, scaling)
@@ -118,8 +120,8 @@ class DecoderPrefill:
 
     def last_row(self, query: Tensor, key: Tensor, mask: Tensor | None, scaling: float) -> Tensor:
         """Return the attention that the row which predicts the answer pays to the visual tokens: [B, H, T]."""
-        order, real = (part[:: self.prompt.beams] for part in (self.rows.order, self.rows.short_mask))
-        is_prompt = self.prompt.is_prompt.gather(1, order) & self.rows.valid[:: self.prompt.beams]
+        order, real = (part[:: self.prompt.rows_per_sample] for part in (self.rows.order, self.rows.short_mask))
+        is_prompt = self.prompt.is_prompt.gather(1, order) & self.rows.valid[:: self.prompt.rows_per_sample]
         last = is_prompt.shape[1] - 1 - is_prompt.flip(1).long().argmax(1)
         at = last.where(is_prompt.any(1), real.argmax(1))[:, None]
         return self._paid(at, torch.ones_like(at, dtype=torch.bool), query, key, mask, scaling)[:, :, 0]
@@ -134,7 +136,7 @@ class DecoderPrefill:
             valid: bool [B, r], False for rows that do not exist: their attention is 0.
             query, key, mask, scaling: as of an `attention.Reduction`.
         """
-        beams, heads, few = self.prompt.beams, key.shape[1], at.shape[1]
+        beams, heads, few = self.prompt.rows_per_sample, key.shape[1], at.shape[1]
         order = self.rows.order[::beams]
         each = torch.arange(len(at), device=at.device)[:, None]
         if mask is not None and mask.dim() == 4:
