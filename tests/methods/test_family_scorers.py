@@ -38,13 +38,11 @@ def test_a_choice_belongs_to_the_sample_and_to_the_prompt(name: str, rule: dict[
         assert torch.equal(pruning.keep, keep), "generate keeps what forward does, at every step"
         # Of a sample's several images older versions of generate give a beam the first one twice, unpruned as well.
         few = [own for own, sample in enumerate(row.samples()) if len(sample.images) < 2]
-        model.generate(**row.inputs(few), **settings, num_beams=2)
+        model.generate(**row.inputs(few), **{**settings, "max_new_tokens": 1}, num_beams=2)
         assert torch.equal(pruning.keep, keep[few, : pruning.keep.shape[1]]), "before beams are expanded"
-        for own in range(len(keep)):
+        for own in (0, 1):
             alone = row.inputs([own], pads=3)
             model(**row.oracle.forward_inputs(alone))
-            if not keep[own].any():
-                continue
             width = pruning.keep.shape[1]
             assert torch.equal(pruning.keep[0], keep[own, :width]) and not keep[own, width:].any()
             torch.testing.assert_close(
@@ -208,12 +206,11 @@ def test_nothing_of_a_call_is_held_after_it() -> None:
     row = BY_NAME["Llava"]
     model, inputs = row.model(), row.inputs()
     with prune(model, PruningPolicy(scorer="fastervlm", keep=0.5)):
-        for call in (lambda pixels: model(**{**inputs, "pixel_values": pixels}),):
-            pixels = inputs["pixel_values"].clone()
-            held = weakref.ref(pixels)
-            call(pixels)
-            del pixels
-            assert held() is None
+        pixels = inputs["pixel_values"].clone()
+        held = weakref.ref(pixels)
+        model(**{**inputs, "pixel_values": pixels})
+        del pixels
+        assert held() is None
 
 
 @pytest.mark.parametrize(("name", "short"), [("Blip2-T5", False), ("Llava", False), ("Llava", True), ("Mllama", False)])

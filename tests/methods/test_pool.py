@@ -49,19 +49,11 @@ def test_what_is_no_square_grid_is_not_pooled(seen: Observation, says: str) -> N
         Pool().vectors(seen)
 
 
-@pytest.mark.parametrize("name", ["Blip2-OPT", "Qwen2-VL", "Gemma3"])
-def test_a_family_that_does_not_show_its_patches_is_not_downsampled(name: str) -> None:
-    with (
-        pytest.raises(PruningError, match="averages tokens over a square grid"),
-        prune(BY_NAME[name].model(), PruningPolicy(scorer="downsample")),
-    ):
-        pass
-
-
-def test_crops_and_line_ends_of_llava_next_are_refused_by_downsampling() -> None:
-    row = BY_NAME["LlavaNext"]
-    says = pytest.raises(PruningError, match="square grid, and those of LlavaNextForConditionalGeneration are none")
-    with says, prune(row.model(), PruningPolicy(scorer="downsample")):
+@pytest.mark.parametrize("name", ["Blip2-OPT", "Qwen2-VL", "Gemma3", "LlavaNext"])
+def test_a_family_whose_tokens_are_no_square_of_patches_is_not_downsampled(name: str) -> None:
+    model = BY_NAME[name].model()
+    says = f"averages tokens over a square grid, and those of {type(model).__name__} are none"
+    with pytest.raises(PruningError, match=says), prune(model, PruningPolicy(scorer="downsample")):
         pass
 
 

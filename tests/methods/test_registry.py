@@ -1,8 +1,7 @@
 """Scorers of other packages: found by name, imported when asked for, and told apart from what is broken."""
 
-import json
-import os
 import re
+import runpy
 import signal
 import subprocess
 import sys
@@ -13,11 +12,13 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+from torch import Tensor
 
-from catp_lightning import PolicyError, PruningPolicy
+from catp_lightning import PolicyError, PruningPolicy, prune
 from catp_lightning.methods.registry import Registry
 from catp_lightning.methods.scorers import SCORERS, Scorer
 from catp_lightning.methods.scorers.controls import Random, Stride
+from catp_lightning.methods.selectors import SELECTORS
 from tests.support.contributing import section
 from tests.support.paths import ROOT
 
@@ -201,36 +202,9 @@ def test_an_unknown_name_is_answered_with_the_nearest_of_other_packages_too(
         PruningPolicy(scorer="brandnew")
 
 
-CHECK = """
-import json, runpy, sys
-import catp_lightning
-from catp_lightning.methods import SCORERS, SELECTORS
-known = "largest-feature" in SCORERS and "bottom-k" in SELECTORS
-early = "catp_largest_feature" in sys.modules
-used = runpy.run_path("use.py")
-features = []
-hook = used["model"].qformer.register_forward_hook(lambda module, args, output: features.append(output[0]))
-used["model"](**used["inputs"])
-slow = [max(abs(number) for number in token) ** 2 for token in features[0][0].tolist()]
-found = {"known": known, "early": early, "slow": slow}
-found |= {name: getattr(used["pruning"], name)[0].tolist() for name in ("keep", "scores")}
-lowest = catp_lightning.PruningPolicy(scorer="largest-feature", selector="bottom-k", keep=8)
-with catp_lightning.prune(used["model"], lowest) as pruning:
-    used["model"](**used["inputs"])
-found["lowest"] = pruning.keep[0].tolist()
-json.dump(found, open("found.json", "w"))
-"""
-
-
-def run(folder: Path, *command: str, **environment: str) -> str:
-    """Standard output of this interpreter, in a folder."""
-    settings = {"capture_output": True, "text": True, "timeout": 120, "env": {**os.environ, **environment}}
-    done = subprocess.run([sys.executable, *command], cwd=folder, check=False, **settings)  # type: ignore[call-overload]
-    assert done.returncode == 0, done.stderr
-    return str(done.stdout)
-
-
-def test_what_contributing_says_about_a_package_outside_works_word_for_word(tmp_path: Path) -> None:
+def test_what_contributing_says_about_a_package_outside_works_word_for_word(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     told = section("Add a method from outside")
     blocks = re.findall(r"`(\w+\.(?:toml|py))`(?:(?!```).)*```\w+\n(.*?)```", told, flags=re.DOTALL)
     files = {name: textwrap.dedent(code) for name, code in blocks}
@@ -239,16 +213,27 @@ def test_what_contributing_says_about_a_package_outside_works_word_for_word(tmp_
     for name, code in files.items():
         (tmp_path / name).write_text(code)
     offline = ["--no-deps", "--no-build-isolation", "--no-index", "--disable-pip-version-check"]
-    run(tmp_path, "-m", *command.split(), *offline, "--target", "installed")
+    installs = [sys.executable, "-m", *command.split(), *offline, "--target", "installed"]
+    done = subprocess.run(installs, cwd=tmp_path, check=False, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
     (tmp_path / "catp_largest_feature.py").unlink()  # what was installed is used
-    printed = run(tmp_path, "-c", CHECK, PYTHONPATH=os.pathsep.join(map(str, (tmp_path / "installed", ROOT))))
-    assert printed == "8 of 32 tokens stay\n"
-    found = json.loads((tmp_path / "found.json").read_text())
-    assert found["known"] and not found["early"]
-    assert found["scores"] == pytest.approx(found["slow"], rel=1e-5)
-    best, worst = (sorted(range(32), key=lambda token: sign * found["slow"][token])[:8] for sign in (-1, 1))
-    assert [token for token, kept in enumerate(found["keep"]) if kept] == sorted(best)
-    assert [token for token, kept in enumerate(found["lowest"]) if kept] == sorted(worst)
+    for registry in (SCORERS, SELECTORS):
+        assert not {"largest-feature", "bottom-k"} & {*registry}, "entry points were read without the package"
+        monkeypatch.delitem(vars(registry), "_others")
+        monkeypatch.setattr(registry, "_loaded", {})
+    monkeypatch.syspath_prepend(tmp_path / "installed")
+    assert "largest-feature" in SCORERS and "bottom-k" in SELECTORS and "catp_largest_feature" not in sys.modules
+    used = runpy.run_path(str(tmp_path / "use.py"))
+    assert capsys.readouterr().out == "8 of 32 tokens stay\n"
+    features: list[Tensor] = []
+    used["model"].qformer.register_forward_hook(lambda module, args, output: features.append(output[0]))
+    with prune(used["model"], PruningPolicy(scorer="largest-feature", selector="bottom-k", keep=8)) as lowest:
+        used["model"](**used["inputs"])
+    slow = [max(abs(number) for number in token) ** 2 for token in features[0][0].tolist()]
+    assert used["pruning"].scores[0].tolist() == pytest.approx(slow, rel=1e-5)
+    for sign, kept in ((-1, used["pruning"].keep), (1, lowest.keep)):
+        assert kept[0].nonzero()[:, 0].tolist() == sorted(sorted(range(32), key=lambda n: sign * slow[n])[:8])
+    del sys.modules["catp_largest_feature"]
 
 
 @pytest.mark.parametrize(

@@ -66,7 +66,7 @@ def select(selector: Selector, given: Mapping[str, Tensor]) -> Tensor:
 
 
 @pytest.mark.parametrize("selector", MAKES, ids=repr)
-@settings(max_examples=30)
+@settings(max_examples=12)
 @given(given=rows())
 def test_a_selector_keeps_the_budgeted_number_of_tokens_that_exist_whatever_the_scores(
     selector: Selector, given: dict[str, Tensor]
@@ -88,7 +88,7 @@ def test_a_selector_keeps_the_budgeted_number_of_tokens_that_exist_whatever_the_
 
 
 @pytest.mark.parametrize("selector", MAKES, ids=repr)
-@settings(max_examples=15)
+@settings(max_examples=8)
 @given(given=rows(), more=st.integers(1, 9))
 def test_a_row_is_chosen_from_alone_whatever_stands_beside_it_and_after_it(
     selector: Selector, given: dict[str, Tensor], more: int

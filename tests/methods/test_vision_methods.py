@@ -161,13 +161,11 @@ def test_of_a_hand_computed_row_vispruner_keeps_the_unlike() -> None:
     assert keep.tolist() == [[True, False, True, True, True]]
 
 
-@pytest.mark.parametrize("tokens", range(2, 40))
-def test_vispruner_meets_every_budget_at_every_residue(tokens: int) -> None:
-    visual = torch.ones(1, tokens, dtype=torch.bool)
-    for count in range(1, tokens + 1):
-        scores, vectors = torch.rand(1, tokens), torch.randn(1, tokens, 3)
-        keep = PruneSimilar().select(scores, visual, torch.tensor([count]), vectors).keep
-        assert keep.sum() == count
+def test_vispruner_meets_every_budget_at_every_residue() -> None:
+    for tokens in range(2, 40, 3):
+        visual, counts = torch.ones(tokens, tokens, dtype=torch.bool), torch.arange(1, tokens + 1)  # a row each budget
+        scores, vectors = torch.rand(tokens, tokens), torch.randn(tokens, tokens, 3)
+        assert torch.equal(PruneSimilar().select(scores, visual, counts, vectors).keep.sum(1), counts)
 
 
 def test_of_a_budget_of_one_the_most_attended_token_stays_alone() -> None:
@@ -227,12 +225,6 @@ def test_what_a_row_keeps_does_not_depend_on_its_batch_even_where_tokens_are_the
             assert carrier[:1, :23].equal(selector.select(own[0], own[1], alone.sum(1), own[2]).destination)
 
 
-def test_equal_tokens_are_kept_from_the_first_on() -> None:
-    vectors, visual, counts = torch.ones(1, 9, 4) * 0.3, torch.ones(1, 9, dtype=torch.bool), torch.tensor([3])
-    for name in ("max-min", "conditional-dpp"):
-        assert SELECTORS[name]().select(torch.ones(1, 9), visual, counts, vectors).keep[0, :3].all()
-
-
 @pytest.mark.parametrize(
     ("fields", "says"),
     [
@@ -248,14 +240,14 @@ def test_arguments_that_mean_nothing_are_refused(fields: dict[str, Any], says: s
 
 
 @pytest.mark.parametrize("name", NAMES)
-@pytest.mark.parametrize("keep", [0.5, 0.05, 1, 18])
+@pytest.mark.parametrize("keep", [0.05, 1])
 def test_the_shipped_llava_reads_as_many_tokens_as_the_budget_says(
     name: str, keep: int | float, llava: tuple[Any, dict[str, Tensor]]
 ) -> None:
     model, inputs = llava
     with torch.no_grad(), prune(model, PruningPolicy(scorer=name, keep=keep)) as pruning:
         output = model(**inputs, use_cache=True)
-        answers = model.generate(**inputs, max_new_tokens=3)
+        answers = model.generate(**inputs, max_new_tokens=2)
     count = keep if isinstance(keep, int) else math.ceil(keep * 144)
     assert pruning.keep is not None and pruning.keep.sum(1).tolist() == [count] * 4
     assert output.logits.isfinite().all() and answers.shape[1] > inputs["input_ids"].shape[1]

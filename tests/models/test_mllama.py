@@ -19,7 +19,7 @@ pytestmark = pytest.mark.usefixtures("no_grad")
 class TestFamily:
     def test_it_knows_the_parts_of_its_model(self) -> None:
         family = Mllama(model_of(torch.float64))
-        assert dict(family.shape()) == {"cross_attention_layers": 3, "heads": 4, "rows_per_tile": 17, "tiles": 4}
+        assert dict(family.shape()) == {"cross_attention_layers": 2, "heads": 4, "rows_per_tile": 17, "tiles": 4}
         assert Mllama.handles(family.model) and not Mllama.handles(family.model.model)
         assert family.placeholder_ids == (IMAGE,) and family.describe()["type"] == "mllama"
         assert [module.layer_idx for module in family.cross_attention] == CROSS

@@ -18,62 +18,48 @@ from catp_lightning.pruning.pruner import applied
 from tests.support.caches import FEW, INSIDE, WHOLE, every_place, kept_by, loop, words
 from tests.support.decoder_oracle import Decoder
 from tests.support.families import BY_NAME
-from tests.support.matrix import EVERYTHING, every_row, exact, scale, uneven
+from tests.support.matrix import EVERYTHING, cases, exact, rows_where, scale, uneven
 from tests.support.oracles import Inputs, cache_of
 from tests.support.rows import Row
 
 pytestmark = pytest.mark.usefixtures("no_grad")
 
 
-def inside_policies(row: Row) -> list[PruningPolicy]:
-    """Where tokens can leave in a family: at its entry, and at layer 1 where its decoder allows that."""
-    policies = [EVERYTHING]
-    if isinstance(row.oracle, Decoder):
-        try:
-            with prune(row.model(), INSIDE):
-                row.model()(**row.inputs())
-            policies.append(INSIDE)
-        except PruningError:
-            pass
-    return policies
+def is_looped(row: Row) -> bool:
+    return "a_decoding_loop_by_hand_equals_generate" not in row.lacks
 
 
-@every_row
-def test_a_cache_is_refused_once_its_context_is_left(row: Row) -> None:
+@pytest.mark.parametrize(
+    ("row", "policy"),
+    [*cases(is_looped, EVERYTHING), *((BY_NAME[name], INSIDE) for name in ("Llava", "InternVL"))],
+)
+def test_a_cache_is_refused_once_its_context_is_left(row: Row, policy: PruningPolicy) -> None:
     model, inputs = row.model(), row.inputs()
-    if "a_decoding_loop_by_hand_equals_generate" in row.lacks:
-        pytest.skip(row.lacks["a_decoding_loop_by_hand_equals_generate"])
-    for policy in inside_policies(row):
+    with prune(model, policy, **kept_by(policy)):
+        steps = loop(row, model, inputs)
+        next(steps), next(steps)
+    with pytest.raises(PruningError, match="holds a pruned prompt"):
+        next(steps)
+    for other in (WHOLE, FEW):
         with prune(model, policy, **kept_by(policy)):
             steps = loop(row, model, inputs)
-            next(steps), next(steps)
-        with pytest.raises(PruningError, match="holds a pruned prompt"):
             next(steps)
-        for other in (WHOLE, FEW):
-            with prune(model, policy, **kept_by(policy)):
-                steps = loop(row, model, inputs)
-                next(steps)
-            with (
-                prune(model, other),
-                pytest.raises(PruningError, match=r"^This cache|^These encoder states"),
-            ):
-                next(steps)
+        with prune(model, other), pytest.raises(PruningError, match=r"^This cache|^These encoder states"):
+            next(steps)
 
 
-@every_row
+@rows_where(lambda row: is_looped(row) and row.name != "Mllama")
 def test_a_cache_of_which_nothing_was_dropped_goes_on_anywhere(row: Row) -> None:
+    """But not Llama-3.2-Vision's, in which rows that no text sees are not stored even so."""
     model, inputs = row.model(), row.inputs()
-    if "a_decoding_loop_by_hand_equals_generate" in row.lacks or row.name == "Mllama":
-        pytest.skip("it cannot be looped, or rows that no text sees are not stored even so")
     expected = torch.stack([*loop(row, model, inputs)], 1)
-    for policy in (WHOLE, WHOLE.with_keep(1000)):
-        for later in (nullcontext, lambda: prune(model, FEW)):
-            with prune(model, policy):
-                steps = loop(row, model, inputs)
-                found = [next(steps)]
-            with later():
-                found += [*steps]
-            exact(torch.stack(found, 1), expected, atol=1e-9 * scale(expected))
+    for policy, later in ((WHOLE, nullcontext()), (WHOLE.with_keep(1000), prune(model, FEW))):
+        with prune(model, policy):
+            steps = loop(row, model, inputs)
+            found = [next(steps)]
+        with later:
+            found += [*steps]
+        exact(torch.stack(found, 1), expected, atol=1e-9 * scale(expected))
 
 
 def decoded(row: Row, model: PreTrainedModel, inputs: Inputs, change: Callable[[Any], Any]) -> Iterator[Tensor]:

@@ -28,7 +28,7 @@ from tests.support.tiny_vqa import QUERIES, SIZE, build_model, build_processor, 
 pytestmark = pytest.mark.usefixtures("no_grad")
 
 
-ENDS, COUNT, MOST = [6, 9, 12, 15, 18, 21], 12, 8
+ENDS, COUNT, MOST = [6, 9, 12, 15, 18, 21], 8, 8
 EVERYTHING = PruningPolicy("stride", keep=QUERIES)
 ModelCall = dict[str, Any]
 
@@ -150,7 +150,10 @@ def test_a_generate_that_joins_the_answers_of_several_calls_may_name_their_end_i
     original = model.generate
 
     def in_halves(**inputs: Any) -> Tensor:
-        halves = [{name: value[part] for name, value in inputs.items()} for part in (slice(0, 6), slice(6, 12))]
+        halves = [
+            {name: value[part] for name, value in inputs.items()}
+            for part in (slice(COUNT // 2), slice(COUNT // 2, COUNT))
+        ]
         found = [original(**half, max_new_tokens=MOST, do_sample=False, eos_token_id=ENDS) for half in halves]
         width = max(one.shape[1] for one in found)
         return torch.cat([torch.nn.functional.pad(one, (0, width - one.shape[1])) for one in found])

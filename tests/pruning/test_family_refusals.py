@@ -7,9 +7,21 @@ import torch
 
 from catp_lightning import PruningError, PruningPolicy, prune
 from tests.support.encoder_oracles import EncoderDecoder
-from tests.support.families import ROWS
+from tests.support.families import BY_NAME, ROWS
 from tests.support.footprints import footprint
-from tests.support.matrix import EVERYTHING, STEPS, every_row, exact, generate, rows_where, scale, settled, uneven
+from tests.support.matrix import (
+    EVERYTHING,
+    STEPS,
+    cases,
+    every,
+    every_row,
+    exact,
+    generate,
+    rows_where,
+    scale,
+    settled,
+    uneven,
+)
 from tests.support.rows import Row
 
 pytestmark = pytest.mark.usefixtures("no_grad", "what_a_family_lacks")
@@ -20,7 +32,7 @@ COMPACT = PruningPolicy(positions="compact")
 def test_compact_positions_equal_a_prompt_physically_shortened(row: Row) -> None:
     model, inputs = row.model(), row.inputs()
     with prune(model, COMPACT, choose=uneven()) as pruning:
-        tokens, steps = generate(row, model, inputs)
+        tokens, steps = generate(row, model, inputs, 2)
     for sample in range(len(tokens)):
         alone, answer = row.inputs([sample]), tokens[sample : sample + 1]
         keep = pruning.keep[sample : sample + 1]
@@ -62,8 +74,10 @@ def test_embeddings_without_ids_are_refused(row: Row) -> None:
     assert footprint(model) == before
 
 
-@every_row
-@pytest.mark.parametrize("whole", [False, True], ids=["that was pruned", "that kept everything"])
+WHOLE = [pytest.param(BY_NAME[name], True, id=f"{name}, kept whole") for name in ("Llava", "Blip2-T5", "Mllama")]
+
+
+@pytest.mark.parametrize(("row", "whole"), [*cases(every, False), *WHOLE])
 def test_a_cache_of_another_prompt_than_the_last_is_refused(row: Row, whole: bool) -> None:
     model, inputs = settled(row), row.inputs()
     other = row.inputs(range(len(inputs["input_ids"]))[::-1])

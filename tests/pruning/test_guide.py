@@ -16,8 +16,10 @@ pytestmark = pytest.mark.usefixtures("no_grad")
 GREEDY = {"max_new_tokens": 3, "do_sample": False, "suppress_tokens": [IMAGE, VIDEO]}
 
 
-@pytest.mark.parametrize("name", ["Llava", "LlavaNext", "Qwen2.5-VL", "Blip2-OPT", "Gemma3"])
-@pytest.mark.parametrize("ended", [False, True])
+@pytest.mark.parametrize(
+    ("name", "ended"),
+    [("Llava", False), *((name, True) for name in ("Llava", "LlavaNext", "Qwen2.5-VL", "Blip2-OPT", "Gemma3"))],
+)
 def test_scores_are_the_sum_over_layers_heads_and_rows_of_text_until_the_answer_ends(name: str, ended: bool) -> None:
     row, model = BY_NAME[name], guide(name)
     inputs, samples, ends = row.inputs(with_images(row), pads=2), with_images(row), tuple[int, ...]()

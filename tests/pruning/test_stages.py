@@ -8,13 +8,14 @@ import torch
 from catp_lightning.methods.selection import Selection
 from catp_lightning.models import find_family
 from catp_lightning.pruning.sites import PruneAtDecoderLayers, SiteSettings
-from tests.support.matrix import BEAMS, SAMPLED, SEVERAL, STEPS, exact, generate, scale
+from tests.support.matrix import SAMPLED_BEAMS, STEPS, exact, generate, scale
 from tests.support.oracles import cache_of, columns_kept, of_rows
 from tests.support.rows import Row
 from tests.support.stages import (
     LAYERS,
     OPT,
     QUESTIONED,
+    STAGES,
     MostAttended,
     Uneven,
     chosen,
@@ -31,9 +32,10 @@ pytestmark = pytest.mark.usefixtures("no_grad")
 
 
 @every_model
-@every_stage
 @pytest.mark.parametrize(
-    ("dtype", "attention"), [(torch.float32, "sdpa"), (torch.float64, "sdpa"), (torch.float32, "eager")], ids=str
+    ("stages", "dtype", "attention"),
+    [*((stages, torch.float64, "sdpa") for stages in STAGES), ((1, 3), torch.float32, "eager")],
+    ids=str,
 )
 def test_dropping_equals_hiding_from_later_layers_in_prefill_and_decoding(
     row: Row, stages: tuple[int, ...], dtype: torch.dtype, attention: str
@@ -94,17 +96,16 @@ def test_hidden_states_come_back_at_full_length_with_zeros_for_rows_that_are_gon
 
 
 @every_model
-@pytest.mark.parametrize("settings", [BEAMS, SEVERAL, SAMPLED], ids=["beams", "sequences", "sampling"])
-def test_beams_and_sampling_find_what_the_masked_model_finds(row: Row, settings: dict[str, Any]) -> None:
+def test_beams_and_sampling_find_what_the_masked_model_finds(row: Row) -> None:
     model, inputs, stages = model_of(row), row.inputs(), (1, 3)
     with stages_of(model, stages, choose := Uneven()).installed():
         torch.manual_seed(3)
-        tokens, steps = generate(row, model, inputs, **settings)
+        tokens, steps = generate(row, model, inputs, **SAMPLED_BEAMS)
     keeps = chosen(inputs, row, stages)
     assert all(map(torch.equal, choose.keeps, keeps)), "the batch before beams are expanded"
     with masked(row, model, inputs, stages, keeps):
         torch.manual_seed(3)
-        masked_tokens, masked_steps = generate(row, model, inputs, **settings)
+        masked_tokens, masked_steps = generate(row, model, inputs, **SAMPLED_BEAMS)
     assert torch.equal(tokens, masked_tokens)
     exact(steps, masked_steps, atol=1e-10 * scale(steps))
 
@@ -181,11 +182,11 @@ def test_a_sample_does_not_depend_on_its_batch_or_padding(row: Row) -> None:
     model, inputs = model_of(row), row.inputs()
     count, stages = len(inputs["input_ids"]), (1, 3)
     with stages_of(model, stages, first := MostAttended(), observe=True).installed():
-        _, together = generate(row, model, inputs)
+        _, together = generate(row, model, inputs, 2)
     for rows, pads in [([sample], 0) for sample in range(count)] + [(list(range(count))[::-1], 4)]:
         part = row.inputs(rows, pads)
         with stages_of(model, stages, choose := MostAttended(), observe=True).installed():
-            _, steps = generate(row, model, part)
+            _, steps = generate(row, model, part, 2)
         exact(steps, together[rows], atol=1e-10 * scale(together))
         for one, other in zip(choose.seen, first.seen, strict=True):
             found = other.attention[rows, :, : one.attention.shape[2]]

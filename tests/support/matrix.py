@@ -16,17 +16,34 @@ from tests.support.oracles import END, IMAGE, START, VIDEO, Inputs
 from tests.support.rows import Row
 from tests.support.steps import stepwise
 
-STEPS = 6
+STEPS = 4
 EVERYTHING = PruningPolicy()
 
 
-def rows_where(holds: Callable[[Row], bool] = lambda row: True) -> pytest.MarkDecorator:
-    newer = [pytest.param(row, marks=pytest.mark.slow) for row in NEWER if holds(row)]
-    return pytest.mark.parametrize("row", [*(row for row in ROWS if holds(row)), *newer], ids=repr)
+def every(row: Row) -> bool:
+    return True
 
 
-every_row = rows_where()
-every_type = pytest.mark.parametrize("row", [*ROWS, *NEWER], ids=repr)
+def cases(holds: Callable[[Row], bool], *more: object, name: str = "", quick: bool = False) -> list[Any]:
+    """Parameters of a test: rows, and beside each `more`, which `name` names; newer types are slow unless `quick`."""
+    return [
+        pytest.param(row, *more, id=f"{row}{name}", marks=() if quick or row in ROWS else pytest.mark.slow)
+        for row in filter(holds, (*ROWS, *NEWER))
+    ]
+
+
+def rows_where(holds: Callable[[Row], bool]) -> pytest.MarkDecorator:
+    return pytest.mark.parametrize("row", cases(holds))
+
+
+every_row = rows_where(every)
+every_type = pytest.mark.parametrize(
+    ("row", "dtype", "attention"),
+    [
+        *cases(every, torch.float64, None, name=", float64", quick=True),
+        *cases(every, torch.float32, "eager", name=", float32 eager"),
+    ],
+)
 exact = functools.partial(torch.testing.assert_close, rtol=0.0)
 
 
@@ -48,13 +65,15 @@ def uneven(rows: Sequence[int] | None = None) -> Callable[[Tensor], Tensor]:
     return choose
 
 
-def generate(row: Row, model: PreTrainedModel, inputs: Inputs, **settings: Any) -> tuple[Tensor, Tensor]:
-    """New tokens int64 [R, STEPS], greedily by default, and the logits of every step [rows, STEPS, V]."""
+def generate(
+    row: Row, model: PreTrainedModel, inputs: Inputs, count: int = STEPS, **settings: Any
+) -> tuple[Tensor, Tensor]:
+    """New tokens int64 [R, count], greedily by default, and the logits of every step [rows, count, V]."""
     words = len(model.get_output_embeddings().weight)
     marks = [token for token in (IMAGE, VIDEO, START, END) if token < words]
-    length = {"max_new_tokens": STEPS, "min_new_tokens": STEPS, "suppress_tokens": marks}
+    length = {"max_new_tokens": count, "min_new_tokens": count, "suppress_tokens": marks}
     sequences, steps = stepwise(model, inputs, **length, **{"do_sample": False, **settings})
-    return sequences[:, -STEPS:], steps
+    return sequences[:, -count:], steps
 
 
 def chosen(row: Row, inputs: Inputs, rows: Sequence[int] | None = None) -> Tensor:
@@ -73,8 +92,7 @@ def settled(row: Row) -> PreTrainedModel:
 
 
 BEAMS = {"num_beams": 3}
-SEVERAL = {"num_beams": 4, "num_return_sequences": 2}
-SAMPLED = {"do_sample": True, "num_return_sequences": 2, "top_k": 0}
+SAMPLED_BEAMS = {"num_beams": 3, "num_return_sequences": 2, "do_sample": True, "top_k": 0}
 
 
 class PlantedError(Exception):

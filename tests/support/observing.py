@@ -14,7 +14,7 @@ from catp_lightning.methods.scorers import Scorer
 from tests.support.oracles import IMAGE, VIDEO
 
 READ_AND_TEXT: Needs = {Signal.IMAGE_EMBEDS: None, Signal.TEXT_EMBEDS: None}
-SETTINGS = {"max_new_tokens": 3, "min_new_tokens": 3, "do_sample": False, "suppress_tokens": [IMAGE, VIDEO]}
+SETTINGS = {"max_new_tokens": 2, "min_new_tokens": 2, "do_sample": False, "suppress_tokens": [IMAGE, VIDEO]}
 
 
 @dataclass(frozen=True)

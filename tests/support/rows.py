@@ -1,6 +1,7 @@
 """What a row of the matrix is: a family with a model, samples for it, and its oracle."""
 
 from collections.abc import Callable, Mapping, Sequence
+from copy import deepcopy
 from dataclasses import dataclass, field
 from functools import cache
 
@@ -30,7 +31,7 @@ class Row:
 
     name: str
     make: Callable[[], PreTrainedModel]
-    samples: Callable[[], list[Sample]]
+    samples: Callable[[], list[Sample]] = field(compare=False)  # the model is the same, whatever it reads
     oracle: Oracle
     join: Callable[[Sequence[Sample], Inputs], Inputs] = each_image
     attention: str = "sdpa"
@@ -76,11 +77,17 @@ class Row:
 
 @cache
 def _model(row: Row, dtype: torch.dtype, attention: str) -> PreTrainedModel:
+    model = deepcopy(_made(row)).to(dtype)  # quicker than to make another
+    model.set_attn_implementation(attention)
+    return model
+
+
+@cache
+def _made(row: Row) -> PreTrainedModel:
     with torch.random.fork_rng():
         torch.manual_seed(0)
         model = row.make().eval()
         _scale_up(model)
-        model.to(dtype).set_attn_implementation(attention)
     model.generation_config.pad_token_id = PAD
     return model
 

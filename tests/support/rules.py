@@ -4,7 +4,8 @@ from typing import Any
 
 WITH_PATCHES = ("Llava", "LlavaNext", "LlavaOnevision", "VideoLlava", "Qwen2.5-VL", "SmolVLM", "Mistral3")
 RULES: list[tuple[str, dict[str, Any]]] = [
-    *((name, {"scorer": scorer}) for name in (*WITH_PATCHES, "Mllama") for scorer in ("random", "stride", "l2-norm")),
+    *((name, {"scorer": scorer}) for name in (*WITH_PATCHES, "Mllama") for scorer in ("random", "l2-norm")),
+    ("Llava", {"scorer": "stride"}),
     *((name, {"scorer": "fastervlm"}) for name in ("Llava", "LlavaNext", "LlavaOnevision")),
     ("LlavaNext", {"scorer": "fastervlm", "selector_args": {"per": "crop"}}),
     *((n, {"scorer": s}) for n in ("Llava", "LlavaNext") for s in ("vtc-cls", "vispruner", "visionzip")),
