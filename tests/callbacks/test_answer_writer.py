@@ -5,7 +5,6 @@ import os
 import signal
 from itertools import chain
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -19,7 +18,6 @@ from catp_lightning.modules.vqa import VQAModule
 from tests.support.answer_files import Returning, lines, named, write_answers
 from tests.support.processes import in_fork
 from tests.support.tiny_vqa import opt_config, save_model, scenes
-from tests.support.trainers import trainer
 
 
 def test_answers_of_a_real_model_are_written_in_the_result_layout(tmp_path):
@@ -84,7 +82,7 @@ def test_a_run_that_fails_leaves_the_old_file_and_its_answers_up_to_then(tmp_pat
         (lambda ids: [{"question_id": 1, "answer": 3}], "one of them is {'question_id': 1, 'answer': 3}"),
     ],
 )
-def test_other_predictions_are_refused_at_the_first_batch(tmp_path, make, message):
+def test_an_own_module_is_told_at_its_first_batch_what_its_step_must_return(tmp_path, make, message):
     calls = []
     with pytest.raises(TypeError, match=r"Returning\.predict_step to return a list of") as caught:
         write_answers(tmp_path / "answers.jsonl", lambda ids: calls.append(ids) or make(ids))
@@ -163,11 +161,3 @@ def test_a_second_run_is_refused_while_one_writes_to_the_same_file(tmp_path: Pat
     write_answers(path, second)
     assert [file.name for file in tmp_path.iterdir()] == ["answers.jsonl"]
     assert lines(path) == named([0, 1, 2, 3, 4])
-
-
-def test_an_own_module_is_told_at_its_first_batch_what_its_step_must_return(tmp_path: Path) -> None:
-    steps: list[Any] = []
-    run = trainer(AnswerWriter(str(tmp_path / "answers.jsonl")), devices=1)
-    with pytest.raises(TypeError, match=r"needs Returning\.predict_step to return a list of"):
-        run.predict(Returning(steps.append), DataLoader(torch.arange(40), batch_size=2))
-    assert len(steps) == 1 and not list(tmp_path.iterdir())

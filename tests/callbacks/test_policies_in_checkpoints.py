@@ -62,9 +62,17 @@ def answers(module: Answering, run: Trainer, root: Any, stage: str, **options: A
     return returned if stage == "predict" else module.seen
 
 
-@pytest.mark.parametrize("stage", STAGES)
-@pytest.mark.parametrize("by", GETS)
-@pytest.mark.parametrize("written", GETS)
+@pytest.mark.parametrize(
+    ("written", "by", "stage"),
+    [
+        ("TokenPruning", "TokenPruning", "validate"),
+        ("PrunedModule", "TokenPruning", "test"),
+        ("TokenPruning", "TokenPruning", "predict"),
+        ("TokenPruning", "PrunedModule", "validate"),
+        ("PrunedModule", "PrunedModule", "test"),
+        ("PrunedModule", "PrunedModule", "predict"),
+    ],
+)
 def test_weights_and_policy_come_from_the_checkpoint_that_is_named(
     written: str, by: str, stage: str, checkpoint: Callable[..., Path]
 ) -> None:
@@ -166,8 +174,9 @@ DAMAGES: dict[str, Callable[[dict[str, Any]], Any]] = {
 }
 
 
-@pytest.mark.parametrize("damage", DAMAGES)
-@pytest.mark.parametrize("by", GETS)
+@pytest.mark.parametrize(
+    ("by", "damage"), [*(("TokenPruning", damage) for damage in DAMAGES), ("PrunedModule", "nothing")]
+)
 def test_a_damaged_policy_in_a_checkpoint_is_told_and_another_can_take_its_place(
     by: str, damage: str, checkpoint: Callable[..., Path], tmp_path: Path
 ) -> None:

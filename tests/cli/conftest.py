@@ -10,7 +10,7 @@ from tests.support.commands import QUESTIONS, split
 from tests.support.tiny_vqa import opt_config, save_model, scenes
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny model, scenes for calibration and test, and a configuration that names them."""
     folder = tmp_path_factory.mktemp("made")

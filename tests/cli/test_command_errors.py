@@ -161,10 +161,18 @@ def test_a_corrupt_image_read_by_a_worker_process_is_one_message(made, tmp_path,
     assert message.endswith("leave its questions out of the questions file.\n")
 
 
-def test_a_process_of_its_own_that_fails_ends_with_its_status_and_the_message(made):
+@pytest.mark.parametrize(
+    ("args", "said"),
+    [
+        (["scenes", "--qestions", "4"], r"Did you mean --questions\?\n`catp scenes --help` lists the options\."),
+        pytest.param(["predict", "--policy", "policy.json"], "made for blip-2 ", marks=pytest.mark.slow),
+    ],
+)
+def test_a_process_of_its_own_that_fails_ends_with_its_status_and_the_message(made, args, said):
     PruningPolicy("catp", model=BLIP2).save("policy.json")
-    done = process("predict", "--config", made / "tiny.yaml", "--policy", "policy.json", "--output", "answers.jsonl")
+    config = [] if args[0] == "scenes" else ["--config", made / "tiny.yaml"]
+    done = process(*args, *config, "--output", "new")
     assert done.returncode == 2
     assert "Traceback" not in done.stderr
-    assert re.search(r"catp: error: The policy was made for blip-2 .*\n$", done.stderr)
-    assert not Path("answers.jsonl").exists()
+    assert re.search(rf"catp: error: .*{said}.*\n$", done.stderr)
+    assert not Path("new").exists()

@@ -42,6 +42,9 @@ class OwnData(VQADataModule):
         super().setup(stage)
 
 
+STRIDE = ["--scorer", "stride"]  # a calibration without probes
+
+
 class WithoutCalibration(VQADataModule):
     calibration_dataloader = property()  # hasattr says no
 
@@ -90,7 +93,7 @@ def test_calibration_ends_with_what_was_chosen_what_it_keeps_and_what_it_cost(ma
 
 
 def test_a_promise_writes_one_policy_whatever_the_budgets(made):
-    promise = ["--max_disagreement", 0.9, "--confidence", 0.2]
+    promise = ["--max_disagreement", 0.9, "--confidence", 0.2, *STRIDE]
     catp(made, "calibrate", *promise, "--output", "promised")
     policy = PruningPolicy.load("promised/policy.json")
     found = policy.evidence["promise"]
@@ -102,7 +105,7 @@ def test_a_promise_writes_one_policy_whatever_the_budgets(made):
 
 
 def test_several_budgets_go_to_a_folder_where_keep_chooses(made, capsys):
-    catp(made, "calibrate", "--output", "policies", "--keep", "[0.5, 1]")
+    catp(made, "calibrate", *STRIDE, "--output", "policies", "--keep", "[0.5, 1]")
     assert {path.name for path in Path("policies").iterdir()} == {"keep-0.5.json", "keep-1.json", "report"}
     capsys.readouterr()
     catp(made, "test", "--policy", "policies", "--keep", "1")
@@ -139,7 +142,7 @@ def test_own_classes_and_callbacks_are_named_in_yaml(made, capsys):
     OwnModule.asked, OwnData.stages = [], []
     main(["test", "--config", "mine.yaml"])
     assert printed(capsys.readouterr().out)["catp/tokens_kept"] == 1  # an int in YAML stays a number of tokens
-    main(["calibrate", "--config", "mine.yaml", "--trainer.callbacks", "null", "--output", "calibrated.json"])
+    main(["calibrate", "--config", "mine.yaml", "--trainer.callbacks", "null", *STRIDE, "--output", "calibrated.json"])
     read = Counter(OwnModule.asked)  # calibration reads its split several times
     assert read.keys() == set(asked(made, "calibration")) and len(set(read.values())) == 1
     assert min(read.values()) >= 3
@@ -147,8 +150,8 @@ def test_own_classes_and_callbacks_are_named_in_yaml(made, capsys):
 
 
 def test_a_datamodule_without_calibration_split_is_calibrated_on_its_prediction_split(made):
-    data = ["--data", f"{__name__}.WithoutCalibration"]
-    catp(made, "calibrate", *data, "--data.predict", json.dumps(split(made / "calibration")), "--output", "policy.json")
+    data = ["--data", f"{__name__}.WithoutCalibration", "--data.predict", json.dumps(split(made / "calibration"))]
+    catp(made, "calibrate", *data, *STRIDE, "--output", "policy.json")
     assert sum(PruningPolicy.load("policy.json").evidence["samples"].values()) == 32
 
 
@@ -172,7 +175,7 @@ def test_a_fixed_rule_is_named_on_the_command_line(made, capsys):
         ("predict", ["--output", "answers.jsonl"], r"predict: batch 2 of 3"),
         ("validate", [], r"validate: batch 2 of 3"),
         ("test", ["--scorer", "stride"], r"test: batch 2 of 3"),
-        ("calibrate", ["--output", "policy.json"], r"round 1 of 1, \d+ candidates, batch [4-7] of 8"),
+        ("calibrate", [*STRIDE, "--output", "policy.json"], r"round 1 of 1, \d+ candidates, batch [4-7] of 8"),
     ],
 )
 def test_without_a_terminal_lines_say_how_far_a_command_is(made, capsys, monkeypatch, command, options, said):

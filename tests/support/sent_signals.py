@@ -4,11 +4,20 @@ import os
 import threading
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 from catp_lightning.calibration.replay.base import Replay
 from catp_lightning.callbacks import calibration
+from tests.support import calibrations
+from tests.support.interrupted_calibrations import sorted_batches
 from tests.support.modules import Generating
+from tests.support.small_calibrations import QUICK
+
+
+def calibrate(path: Path, **settings: Any) -> None:
+    """Calibrate a small BLIP-2 on `sorted_batches` in two rounds at little cost, by default in one process."""
+    calibrations.calibrate(Generating(), sorted_batches(), path, 0.5, None, QUICK, **{"devices": 1, **settings})
 
 
 def kill_at(call: int, number: int, where: str) -> Callable[..., Any]:
