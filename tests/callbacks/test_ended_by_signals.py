@@ -12,14 +12,13 @@ from typing import Any
 import pytest
 from lightning.pytorch import Callback
 
-from catp_lightning import CrossAttentionCalibration, PruningPolicy, TokenPruning
+from catp_lightning import PruningPolicy, TokenPruning
 from tests.support.answer_files import lines, named
 from tests.support.answer_files import write_answers as answer
 from tests.support.interrupted_calibrations import PARTIAL, read, sorted_batches
 from tests.support.modules import Generating
 from tests.support.processes import Ended, in_fork, in_program, ranks
-from tests.support.sent_signals import calibrate, kill_at
-from tests.support.small_calibrations import QUICK
+from tests.support.sent_signals import calibrate, kill_at, quick
 from tests.support.trainers import loading, trainer
 
 pytestmark = pytest.mark.usefixtures("no_report")
@@ -222,7 +221,6 @@ class Second(Callback):
 
 def test_a_second_calibration_is_told_that_one_is_running(tmp_path: Path, undisturbed: bytes) -> None:
     path = tmp_path / "p.json"
-    callbacks = [Second(path), CrossAttentionCalibration(path, keep=0.5, settings=QUICK)]
-    trainer(*callbacks, devices=1).predict(Generating(), loading(sorted_batches()))
+    trainer(Second(path), quick(path), devices=1).predict(Generating(), loading(sorted_batches()))
     assert path.read_bytes() == undisturbed
     assert [file.name for file in tmp_path.iterdir()] == ["p.json"]

@@ -16,6 +16,7 @@ from catp_lightning.callbacks import CrossAttentionCalibration
 from tests.support.calibrations import data
 from tests.support.interrupted_calibrations import sorted_batches
 from tests.support.modules import Generating
+from tests.support.sent_signals import quick
 from tests.support.small_calibrations import QUICK
 from tests.support.trainers import loading, trainer
 
@@ -79,8 +80,7 @@ def test_a_promise_that_the_split_is_too_small_for_is_refused_before_anything_is
 def test_a_split_in_one_order_is_not_disturbed_by_looking_at_it(tmp_path: Path, undisturbed: bytes) -> None:
     samples = sorted_samples()
     loader = DataLoader(samples, batch_size=5)  # type: ignore[arg-type]
-    callback = CrossAttentionCalibration(tmp_path / "p.json", keep=0.5, settings=QUICK)
-    trainer(callback, devices=1).predict(Generating(), loader)
+    trainer(quick(tmp_path / "p.json"), devices=1).predict(Generating(), loader)
     assert (tmp_path / "p.json").read_bytes() == undisturbed
     assert torch.equal(torch.stack([s["pixel_values"] for s in samples[:5]]), sorted_batches()[0]["pixel_values"])
 
@@ -94,7 +94,7 @@ def test_a_loader_that_cannot_be_read_twice_is_refused(tmp_path: Path) -> None:
             while self.left:
                 yield self.left.pop()
 
-    run = trainer(CrossAttentionCalibration(tmp_path / "p.json", settings=QUICK))
+    run = trainer(quick(tmp_path / "p.json"))
     with pytest.raises(PruningError, match="gave 3 batches at first and 0 when asked again"):
         run.predict(Generating(), loading(Once()))
     assert not (tmp_path / "p.json").exists()
@@ -120,7 +120,7 @@ def test_every_pass_sees_the_batches_of_the_first(tmp_path: Path) -> None:
 
     module = Counting()
     loader = loading([{"outer": {"inner": batch}} for batch in data(40, 8)])
-    callback = CrossAttentionCalibration(tmp_path / "p.json", settings=QUICK)
+    callback = quick(tmp_path / "p.json")
     trainer(callback, limit_predict_batches=3).predict(module, [loader, loader])
     samples = callback.policies[0].evidence["samples"]
     assert sum(samples.values()) == 2 * 24

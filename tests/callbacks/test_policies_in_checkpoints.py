@@ -14,6 +14,7 @@ from lightning.pytorch.strategies import SingleDeviceStrategy
 
 from catp_lightning import PolicyError, PrunedModule, PruningPolicy, TokenPruning
 from tests.support.footprints import footprint
+from tests.support.models import TINY, random_blip2
 from tests.support.modules import Answering, by_hand, same
 from tests.support.policies import HALF, QUARTER
 from tests.support.trainers import STAGES, trainer
@@ -25,7 +26,7 @@ class Trained(Answering):
     """Learns enough in one step for its answers to change."""
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__(random_blip2(shape=TINY))
         self.train_dataloader = lambda: self.loader(1)
         self.val_dataloader = self.test_dataloader = self.predict_dataloader = self.loader
 

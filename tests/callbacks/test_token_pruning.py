@@ -11,16 +11,15 @@ import torch
 from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 from lightning.pytorch.cli import LightningArgumentParser
-from lightning.pytorch.loggers import CSVLogger
 
 from catp_lightning.callbacks.calibration import CrossAttentionCalibration
 from catp_lightning.callbacks.token_pruning import TokenPruning
 from catp_lightning.errors import PolicyError, PruningError
 from catp_lightning.policy import PruningPolicy
 from tests.support.footprints import footprint
-from tests.support.modules import Answering, by_hand, same, two_images, unpruned
+from tests.support.modules import Answering, by_hand, same, unpruned
 from tests.support.policies import HALF
-from tests.support.trainers import loading, trainer
+from tests.support.trainers import trainer
 
 
 def test_pruning_moves_the_logits_or_the_tests_here_prove_nothing() -> None:
@@ -119,22 +118,6 @@ def test_a_neighbour_that_fails_in_its_own_on_exception_leaves_the_model_as_it_w
     assert footprint(module) == before
     assert same(trainer(pruning).predict(module, module.loader()), by_hand(module))
     assert footprint(module) == before
-
-
-@pytest.mark.parametrize("stage", ["validate", "test", "predict"])
-def test_logged_values_are_means_over_samples_and_tokens(tmp_path: Path, stage: str) -> None:
-    module = Answering()  # of 8 query tokens an image
-    loader = loading([module.inputs, two_images(module.inputs)])
-    logger = CSVLogger(tmp_path, name=stage)
-    returned = getattr(trainer(TokenPruning(HALF.with_keep(3)), logger=logger), stage)(module, loader)
-    logger.save()
-    header, line = (Path(logger.log_dir) / "metrics.csv").read_text().splitlines()
-    logged = dict(zip(header.split(","), line.split(","), strict=True))
-    expected = {"catp/tokens_kept": (3 * 3 + 6) / 4, "catp/keep_share": 3 / 8}
-    for name, value in expected.items():
-        assert float(logged[name]) == pytest.approx(value)
-        assert stage == "predict" or returned[0][name] == pytest.approx(value)
-    assert "catp/agreement" not in logged
 
 
 def test_each_validation_epoch_counts_anew_and_checkpoints_hold_the_policy_alone(tmp_path: Path) -> None:

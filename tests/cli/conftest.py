@@ -20,7 +20,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     scenes(folder / "test", QUESTIONS)
     data = {name: split(folder / place) for name, place in splits.items()}
     config = {
-        "model": {"model": model},
+        "model": {"model": model, "generation": {"max_new_tokens": 4}},
         "data": {"processor": model, "batch_size": 4, **data},
         "trainer": {"accelerator": "cpu", "devices": 1, "enable_progress_bar": False},
     }
@@ -32,3 +32,9 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def in_own_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Commands write into the folder they are run in."""
     monkeypatch.chdir(tmp_path)
+
+
+@pytest.fixture
+def no_report(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Calibrations draw no figures."""
+    monkeypatch.setattr("catp_lightning.callbacks.calibration.report", lambda *_: [])

@@ -32,12 +32,9 @@ def test_a_truncated_policy_is_refused_before_the_model_is_loaded(made, capsys):
     assert "policy.json cannot be read as a policy" in message
 
 
-@pytest.mark.parametrize("command", ["validate", "test", "predict", "calibrate"])
-def test_a_missing_dataset_file_is_named(made, capsys, command):
-    name = {"validate": "val", "calibrate": "calibration"}.get(command, "test")
-    options = ["--output", "new"] if command in ("predict", "calibrate") else []
-    missing = [f"--data.{name}.questions", "nowhere.json"]
-    status, message = fails(capsys, command, "--config", made / "tiny.yaml", *missing, *options)
+@pytest.mark.parametrize(("command", "name"), [("validate", "val"), ("calibrate", "calibration")])
+def test_a_missing_dataset_file_is_named(made, capsys, command, name):
+    status, message = fails(capsys, command, "--config", made / "tiny.yaml", f"--data.{name}.questions", "nowhere.json")
     assert status == 2
     assert "nowhere.json: there is no such file" in message
 
@@ -67,7 +64,6 @@ def test_a_corrupt_image_ends_a_run_and_leaves_an_old_file_as_it_was(made, tmp_p
         (["test", "--scorer", "strid"], 2, "Did you mean 'stride'?"),
         (["test", "--scorer", "stride", "--scorer_args", "{layer: 2}"], 2, "no argument 'layer'"),
         (["test", "--scorer", "stride", "--selector", "best"], 2, "no selector 'best'"),
-        (["test", "--scorer", "stride", "--keep", "0"], 2, "keep is 0"),
         (["test", "--scorer", "fastervlm"], 2, "does not show"),
         (["test", "--scorer_args", "{layer: 2}"], 2, "--scorer: give it as well"),
         (["predict", "--output", "new.jsonl", "--selector", "dpp"], 2, "--scorer: give it as well"),
@@ -89,7 +85,6 @@ def test_a_corrupt_image_ends_a_run_and_leaves_an_old_file_as_it_was(made, tmp_p
         (["calibrate", "--max_disagreement", "0.02", "--confidence", "1"], 2, "confidence is 1"),
         (["calibrate", "--max_disagreement", "0.001"], 1, "takes at least 2995 there"),
         (["calibrate", "--confidence", "0.9"], 2, "give --max_disagreement"),
-        (["calibrate", "--data.fraction", "0.03"], 1, "some dozens of images"),
         (["test", "--data.test", "null"], 2, "test"),
         (["predict", "--trainer.accelerator", "abacus", "--output", "new.jsonl"], 2, "abacus"),
         (["forecast"], 2, "no command 'forecast'"),
@@ -114,7 +109,7 @@ def test_what_cannot_be_done_is_said_in_one_message(made, capsys, args, status, 
         (["scenes", "--qestions", "4"], "Did you mean --questions?"),
         (["scenes", "--questions", "0"], "0 for the test split; it must be at least 1"),
         (["scenes", "--calibration_questions", "-1"], "-1 for the calibration split"),
-        (["scenes", "--model", "digits"], "no shipped model 'digits'"),
+        (["scenes", "--model", "digits"], "no shipped model 'digits'; there are: digits_blip2"),
         (["scenes", "--output", "file"], "--output file is a file"),
         (["demo", "--seed", "-1"], "seed is -1"),
         (["demo", "--questions", "many"], "many"),
@@ -161,18 +156,9 @@ def test_a_corrupt_image_read_by_a_worker_process_is_one_message(made, tmp_path,
     assert message.endswith("leave its questions out of the questions file.\n")
 
 
-@pytest.mark.parametrize(
-    ("args", "said"),
-    [
-        (["scenes", "--qestions", "4"], r"Did you mean --questions\?\n`catp scenes --help` lists the options\."),
-        pytest.param(["predict", "--policy", "policy.json"], "made for blip-2 ", marks=pytest.mark.slow),
-    ],
-)
-def test_a_process_of_its_own_that_fails_ends_with_its_status_and_the_message(made, args, said):
-    PruningPolicy("catp", model=BLIP2).save("policy.json")
-    config = [] if args[0] == "scenes" else ["--config", made / "tiny.yaml"]
-    done = process(*args, *config, "--output", "new")
+def test_a_process_of_its_own_that_fails_ends_with_its_status_and_the_message():
+    done = process("scenes", "--qestions", "4", "--output", "new")
+    said = r"^catp: error: .* Did you mean --questions\?\n`catp scenes --help` lists the options\.\n$"
     assert done.returncode == 2
-    assert "Traceback" not in done.stderr
-    assert re.search(rf"catp: error: .*{said}.*\n$", done.stderr)
+    assert re.search(said, done.stderr)
     assert not Path("new").exists()
