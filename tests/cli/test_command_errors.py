@@ -23,22 +23,6 @@ def test_a_policy_for_another_architecture_is_refused_by_both_names(made, capsys
     assert f"this model is blip-2 with {QUERIES} visual tokens" in message
 
 
-def test_a_truncated_policy_is_refused_before_the_model_is_loaded(made, capsys):
-    file = PruningPolicy("catp").save("policy.json")
-    file.write_text(file.read_text()[:100])
-    missing = ["--model.model", "no/model"]  # would fail too, and says something else
-    status, message = fails(capsys, "test", "--config", made / "tiny.yaml", *missing, "--policy", "policy.json")
-    assert status == 2
-    assert "policy.json cannot be read as a policy" in message
-
-
-@pytest.mark.parametrize(("command", "name"), [("validate", "val"), ("calibrate", "calibration")])
-def test_a_missing_dataset_file_is_named(made, capsys, command, name):
-    status, message = fails(capsys, command, "--config", made / "tiny.yaml", f"--data.{name}.questions", "nowhere.json")
-    assert status == 2
-    assert "nowhere.json: there is no such file" in message
-
-
 @pytest.mark.parametrize("command", ["predict", "calibrate"])
 def test_a_corrupt_image_ends_a_run_and_leaves_an_old_file_as_it_was(made, tmp_path, capsys, command):
     shutil.copytree(made / "calibration", "scenes")
@@ -59,6 +43,7 @@ def test_a_corrupt_image_ends_a_run_and_leaves_an_old_file_as_it_was(made, tmp_p
         (["test", "--policy", "policies"], 2, "several budgets (1, 2)"),
         (["test", "--policy", "policies", "--keep", "3"], 2, "keep=3; it has 1, 2"),
         (["test", "--policy", "nowhere"], 2, "no policy at 'nowhere'"),
+        (["test", "--policy", "torn.json", "--model.model", "no/model"], 2, "torn.json cannot be read as a policy"),
         (["test", "--policy", "policies", "--keep", "half"], 2, "keep is 'half'"),
         (["test", "--policy", "policies", "--scorer", "stride"], 2, "give one of them"),
         (["test", "--scorer", "strid"], 2, "Did you mean 'stride'?"),
@@ -70,6 +55,8 @@ def test_a_corrupt_image_ends_a_run_and_leaves_an_old_file_as_it_was(made, tmp_p
         (["test", "--polcy", "policies"], 2, "Did you mean --policy?"),
         (["test", "--config", "nowhere.yaml"], 2, "nowhere.yaml"),
         (["test", "--model.model", "/nowhere/model"], 2, "no model in /nowhere/model"),
+        (["validate", "--data.val.questions", "no.json"], 2, "no.json: there is no such file"),
+        (["calibrate", "--data.calibration.questions", "no.json"], 2, "no.json: there is no such file"),
         (["test", "--data.fraction", "2"], 2, "fraction must be in (0, 1], got 2.0"),
         (["test", "--ckpt_path", "nowhere.ckpt"], 2, "nowhere.ckpt"),
         (["predict"], 2, "give --output"),
@@ -94,8 +81,8 @@ def test_a_corrupt_image_ends_a_run_and_leaves_an_old_file_as_it_was(made, tmp_p
 def test_what_cannot_be_done_is_said_in_one_message(made, capsys, args, status, said):
     for keep in (1, 2):
         PruningPolicy("stride", keep=keep).save(f"policies/keep-{keep}.json")
-    for name in ("file", "taken-report"):
-        Path(name).write_text("")
+    for name, content in {"file": "", "taken-report": "", "torn.json": '{"scorer": "ca'}.items():
+        Path(name).write_text(content)
     config = ["--config", made / "tiny.yaml"]
     found, message = fails(capsys, args[0], *config, *args[1:])
     assert said in message
@@ -158,7 +145,7 @@ def test_a_corrupt_image_read_by_a_worker_process_is_one_message(made, tmp_path,
 
 def test_a_process_of_its_own_that_fails_ends_with_its_status_and_the_message():
     done = process("scenes", "--qestions", "4", "--output", "new")
-    said = r"^catp: error: .* Did you mean --questions\?\n`catp scenes --help` lists the options\.\n$"
+    said = r"^\ncatp: error: .* Did you mean --questions\?\n`catp scenes --help` lists the options\.\n$"
     assert done.returncode == 2
     assert re.search(said, done.stderr)
     assert not Path("new").exists()
