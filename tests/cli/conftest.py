@@ -15,7 +15,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny model, scenes for calibration and test, and a configuration that names them."""
     folder = tmp_path_factory.mktemp("made")
     model = save_model(folder / "model", opt_config())
-    write_scenes(folder / "calibration", "calibration", 32)
+    write_scenes(folder / "calibration", "calibration", 16)
     splits = {"calibration": "calibration", "val": "test", "test": "test"}
     scenes(folder / "test", QUESTIONS)
     data = {name: split(folder / place) for name, place in splits.items()}

@@ -53,7 +53,7 @@ def test_a_policy_is_calibrated_validated_and_predicted_with(made, capsys):
     catp(made, "calibrate", "--output", "policies")
     policy = PruningPolicy.load("policies/policy.json")
     assert policy.keep == 0.5, "without --keep"
-    assert sum(policy.evidence["samples"].values()) == 32
+    assert sum(policy.evidence["samples"].values()) == 16
     catp(made, "validate", "--policy", "policies", "--compare", "true")
     metrics = printed(capsys.readouterr().out)
     assert metrics["catp/tokens_kept"] == QUERIES / 2
@@ -87,7 +87,7 @@ def test_calibration_ends_with_what_was_chosen_what_it_keeps_and_what_it_cost(ma
     assert keeps.startswith("catp: keeps: of ")
     assert re.search(rf"with 2 of {QUERIES} tokens, (ahead of|level with|behind) [^;]*; ", keeps)
     assert re.search(rf" with 1 of {QUERIES} tokens, [^;]* \([^)]*\)$", keeps)
-    assert re.fullmatch(r"catp: cost: [\d.]+ s for 32 samples(, [\d.]+ times the prediction alone)?", cost)
+    assert re.fullmatch(r"catp: cost: [\d.]+ s for 16 samples(, [\d.]+ times the prediction alone)?", cost)
     assert done.stdout.count("catp: chosen: ") == 1
     assert f"- **Chosen**: {chosen.removeprefix('catp: chosen: ')}\n" in Path("policies/report/report.md").read_text()
 
@@ -166,7 +166,7 @@ def test_own_classes_and_callbacks_are_named_in_yaml(made, capsys):
 def test_a_datamodule_without_calibration_split_is_calibrated_on_its_prediction_split(made):
     data = ["--data", f"{__name__}.WithoutCalibration", "--data.predict", json.dumps(split(made / "calibration"))]
     catp(made, "calibrate", *data, *STRIDE, "--output", "policy.json")
-    assert sum(PruningPolicy.load("policy.json").evidence["samples"].values()) == 32
+    assert sum(PruningPolicy.load("policy.json").evidence["samples"].values()) == 16
 
 
 @pytest.mark.usefixtures("no_report")
@@ -176,7 +176,7 @@ def test_a_datamodule_without_calibration_split_is_calibrated_on_its_prediction_
         ("predict", ["--output", "answers.jsonl"], r"predict: batch 2 of 3"),
         ("validate", [], r"validate: batch 2 of 3"),
         ("test", ["--scorer", "stride"], r"test: batch 2 of 3"),
-        ("calibrate", [*STRIDE, "--output", "policy.json"], r"round 1 of 1, \d+ candidates, batch [4-7] of 8"),
+        ("calibrate", [*STRIDE, "--output", "policy.json"], r"round 1 of 1, \d+ candidates, batch [2-3] of 4"),
     ],
 )
 def test_without_a_terminal_lines_say_how_far_a_command_is(made, capsys, monkeypatch, command, options, said):
