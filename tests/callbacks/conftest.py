@@ -1,21 +1,24 @@
 """Fixtures of the tests of callbacks."""
 
+from collections.abc import Iterator
+
 import pytest
 
-from tests.support.interrupted_calibrations import calibrate, small
-
-
-@pytest.fixture
-def small_calibrations(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Few samples, no report, and hardly a saving that nobody asked for."""
-    small(monkeypatch.setattr)
-    monkeypatch.setattr("catp_lightning.calibration.checkpoint.EVERY", 100)
+from tests.support.sent_signals import calibrate
 
 
 @pytest.fixture(scope="module")
-def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> bytes:
-    """The policy file of such a calibration that nothing interrupts."""
+def no_report() -> Iterator[None]:
+    """Calibrations draw no figures."""
     with pytest.MonkeyPatch.context() as patch:
-        small(patch.setattr)
+        patch.setattr("catp_lightning.callbacks.calibration.report", lambda *_: [])
+        yield
+
+
+@pytest.fixture(scope="session")
+def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> bytes:
+    """The policy file of a calibration that nothing interrupts."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("catp_lightning.callbacks.calibration.report", lambda *_: [])
         calibrate(path := tmp_path_factory.mktemp("undisturbed") / "p.json")
     return path.read_bytes()

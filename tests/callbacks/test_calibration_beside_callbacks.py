@@ -15,7 +15,10 @@ from tests.support.calibrations import data
 from tests.support.footprints import footprint
 from tests.support.models import SHORT
 from tests.support.modules import Generating
+from tests.support.small_calibrations import QUICK
 from tests.support.trainers import loading, trainer
+
+pytestmark = pytest.mark.usefixtures("no_report")
 
 
 class Several(Generating):
@@ -32,7 +35,7 @@ def calibrated(
 ) -> dict[str, Any]:
     """The policy that a run beside `neighbours` ends in; its predictions and the model are those of a run without."""
     module = Several() if module is None else module
-    before, callback = footprint(module), CrossAttentionCalibration(path, scorer="catp")
+    before, callback = footprint(module), CrossAttentionCalibration(path, scorer="catp", settings=QUICK)
     loaders = settings.pop("loaders", None) or loader()
     callbacks = [callback, *neighbours] if first else [*neighbours, callback]
     returned = trainer(*callbacks, **settings).predict(module, loaders) or []
@@ -91,12 +94,12 @@ def _restored() -> Iterator[None]:
     torch.use_deterministic_algorithms(False)
 
 
-QUICK = ("several loaders", "rich", "barebones")
+SLOW = ("tqdm", "inference_mode=False", "deterministic", "profiler")
 
 
 @pytest.mark.usefixtures("_restored")
 @pytest.mark.parametrize(
-    "name", [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in SETTINGS]
+    "name", [pytest.param(name, marks=pytest.mark.slow) if name in SLOW else name for name in SETTINGS]
 )
 def test_under_every_setting_of_the_trainer_the_policy_is_the_same(
     plain: dict[str, Any], name: str, tmp_path: Path
@@ -108,7 +111,7 @@ def test_under_every_setting_of_the_trainer_the_policy_is_the_same(
 def test_a_module_may_bring_it_itself(plain: dict[str, Any], tmp_path: Path) -> None:
     class Brings(Generating):
         def configure_callbacks(self) -> list[Callback]:
-            return [CrossAttentionCalibration(tmp_path / "policy.json", scorer="catp")]
+            return [CrossAttentionCalibration(tmp_path / "policy.json", scorer="catp", settings=QUICK)]
 
     trainer().predict(Brings(), loader())
     assert PruningPolicy.load(tmp_path / "policy.json").to_dict() == plain

@@ -12,21 +12,16 @@ from typing import Any
 import pytest
 from lightning.pytorch import Callback
 
-from catp_lightning import (
-    CrossAttentionCalibration,
-    PruningPolicy,
-    TokenPruning,
-)
+from catp_lightning import PruningPolicy, TokenPruning
 from tests.support.answer_files import lines, named
 from tests.support.answer_files import write_answers as answer
-from tests.support.interrupted_calibrations import PARTIAL, ROUNDS, calibrate, read, sorted_batches
+from tests.support.interrupted_calibrations import PARTIAL, read, sorted_batches
 from tests.support.modules import Generating
 from tests.support.processes import Ended, in_fork, in_program, ranks
-from tests.support.sent_signals import kill_at
+from tests.support.sent_signals import calibrate, kill_at, quick
 from tests.support.trainers import loading, trainer
 
-pytestmark = pytest.mark.usefixtures("small_calibrations")
-
+pytestmark = pytest.mark.usefixtures("no_report")
 
 CODES = {signal.SIGTERM: 143, signal.SIGINT: 130}
 
@@ -49,9 +44,9 @@ def killed(path: Path, call: int, number: int, where: str, **settings: Any) -> E
 @pytest.mark.parametrize(
     ("call", "number", "where"),
     [
-        (11, signal.SIGTERM, "probe"),
+        (8, signal.SIGTERM, "probe"),
         (6, signal.SIGINT, "step"),
-        pytest.param(12, signal.SIGTERM, "compare", marks=pytest.mark.slow),
+        pytest.param(9, signal.SIGTERM, "compare", marks=pytest.mark.slow),
         pytest.param(1, signal.SIGINT, "report", marks=pytest.mark.slow),
     ],
 )
@@ -64,19 +59,14 @@ def test_a_signal_in_any_stage_ends_a_calibration_and_the_next_run_goes_on(
     (said,) = [line for line in ended.said.splitlines() if "same command goes on" in line]
     assert number.name in said and str(tmp_path / PARTIAL) in said
     assert not list(tmp_path.glob(".*")), "no lock is left"
-    metadata, _ = read(tmp_path / PARTIAL)
-    assert any(batches for _, batches in json.loads(metadata["stages"]))
+    metadata, tensors = read(tmp_path / PARTIAL)
+    stages = json.loads(metadata["stages"])
+    assert any(batches for _, batches in stages)
+    if where == "probe":  # in the middle of a batch
+        assert 0 < stages[0][1] == len(tensors["data"]) < 7
+        assert int(tensors["0/parts/counts"].sum()) == 5 * stages[0][1], "sums of whole batches"
     calibrate(path)
     assert path.read_bytes() == undisturbed
-
-
-def test_a_signal_in_the_middle_of_a_batch_saves_the_sums_of_whole_batches(tmp_path: Path) -> None:
-    ended = killed(tmp_path / "p.json", 11, signal.SIGTERM, "probe")
-    assert ended.code == 143, ended.said
-    metadata, tensors = read(tmp_path / PARTIAL)
-    ((_, batches),) = json.loads(metadata["stages"])
-    assert 0 < batches == len(tensors["data"]) < 7
-    assert int(tensors["0/parts/counts"].sum()) == 5 * batches
 
 
 def test_before_the_first_batch_is_measured_there_is_nothing_to_save(tmp_path: Path) -> None:
@@ -102,8 +92,7 @@ def test_every_process_saves_its_part_and_ends(tmp_path: Path) -> None:
 LAUNCHED = """
 import os, signal, sys
 from pathlib import Path
-from tests.support.interrupted_calibrations import calibrate
-from tests.support.sent_signals import kill_at
+from tests.support.sent_signals import calibrate, kill_at
 
 if __name__ == "__main__":
     if "LOCAL_RANK" not in os.environ:  # the first process, which Lightning lets start the other
@@ -227,7 +216,6 @@ class Second(Callback):
 
 def test_a_second_calibration_is_told_that_one_is_running(tmp_path: Path, undisturbed: bytes) -> None:
     path = tmp_path / "p.json"
-    callbacks = [Second(path), CrossAttentionCalibration(path, keep=0.25, settings=ROUNDS)]
-    trainer(*callbacks, devices=1).predict(Generating(), loading(sorted_batches()))
+    trainer(Second(path), quick(path), devices=1).predict(Generating(), loading(sorted_batches()))
     assert path.read_bytes() == undisturbed
     assert [file.name for file in tmp_path.iterdir()] == ["p.json"]

@@ -4,7 +4,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import lightning as L
 import pytest
 import torch
 from torch import Tensor
@@ -15,11 +14,17 @@ from catp_lightning.calibration.replay.base import Replay
 from catp_lightning.calibration.split import round_bounds
 from catp_lightning.callbacks import CrossAttentionCalibration
 from tests.support.calibrations import data
-from tests.support.interrupted_calibrations import ROUNDS, sorted_batches
+from tests.support.interrupted_calibrations import sorted_batches
 from tests.support.modules import Generating
-from tests.support.trainers import QUIET, loading, trainer
+from tests.support.sent_signals import quick
+from tests.support.small_calibrations import QUICK
+from tests.support.trainers import loading, trainer
 
-pytestmark = pytest.mark.usefixtures("small_calibrations")
+pytestmark = pytest.mark.usefixtures("no_report")
+
+
+def sorted_samples() -> list[dict[str, Tensor]]:
+    return [{name: value[n] for name, value in batch.items()} for batch in sorted_batches() for n in range(5)]
 
 
 class Turning(Sampler[int]):
@@ -38,7 +43,7 @@ class Turning(Sampler[int]):
 
 def refused(path: Path, loader: Any, monkeypatch: pytest.MonkeyPatch, **settings: Any) -> str:
     monkeypatch.setattr(Replay, "answer_log_probability", lambda *args: pytest.fail("this is measured"))
-    callback = CrossAttentionCalibration(path / "new" / "p.json", keep=0.25, **settings)
+    callback = CrossAttentionCalibration(path / "new" / "p.json", settings=QUICK, **settings)
     with pytest.raises((PolicyError, PruningError)) as told:
         trainer(callback, devices=1).predict(Generating(), loader)
     assert not list(path.iterdir())
@@ -49,8 +54,7 @@ def refused(path: Path, loader: Any, monkeypatch: pytest.MonkeyPatch, **settings
 def test_a_loader_of_another_order_each_time_is_refused_before_anything_is_measured(
     kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    batches = sorted_batches()
-    samples = [{name: value[n] for name, value in batch.items()} for batch in batches for n in range(5)]
+    batches, samples = sorted_batches(), sorted_samples()
     loader = {
         "shuffle": lambda: DataLoader(samples, batch_size=5, shuffle=True),  # type: ignore[arg-type]
         "random": lambda: DataLoader(samples, batch_size=5, sampler=RandomSampler(range(35), num_samples=30)),  # type: ignore[arg-type]
@@ -67,18 +71,16 @@ def test_a_loader_of_another_order_each_time_is_refused_before_anything_is_measu
 def test_a_promise_that_the_split_is_too_small_for_is_refused_before_anything_is_measured(
     whole: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    batches = sorted_batches()
-    samples = [{name: value[n] for name, value in batch.items()} for batch in batches for n in range(5)]
+    batches, samples = sorted_batches(), sorted_samples()
     loader = loading(batches) if whole else DataLoader(samples, batch_size=5)  # type: ignore[arg-type]
     said = refused(tmp_path, loader, monkeypatch, max_disagreement=0.02)
     assert f"at most {70 if whole else 35} samples" in said and "takes at least 149 there" in said
 
 
 def test_a_split_in_one_order_is_not_disturbed_by_looking_at_it(tmp_path: Path, undisturbed: bytes) -> None:
-    samples = [{name: value[n] for name, value in batch.items()} for batch in sorted_batches() for n in range(5)]
+    samples = sorted_samples()
     loader = DataLoader(samples, batch_size=5)  # type: ignore[arg-type]
-    callback = CrossAttentionCalibration(tmp_path / "p.json", keep=0.25, settings=ROUNDS)
-    trainer(callback, devices=1).predict(Generating(), loader)
+    trainer(quick(tmp_path / "p.json"), devices=1).predict(Generating(), loader)
     assert (tmp_path / "p.json").read_bytes() == undisturbed
     assert torch.equal(torch.stack([s["pixel_values"] for s in samples[:5]]), sorted_batches()[0]["pixel_values"])
 
@@ -92,14 +94,13 @@ def test_a_loader_that_cannot_be_read_twice_is_refused(tmp_path: Path) -> None:
             while self.left:
                 yield self.left.pop()
 
-    trainer = L.Trainer(callbacks=[CrossAttentionCalibration(tmp_path / "p.json")], **QUIET)
+    run = trainer(quick(tmp_path / "p.json"))
     with pytest.raises(PruningError, match="gave 3 batches at first and 0 when asked again"):
-        trainer.predict(Generating(), loading(Once()))
+        run.predict(Generating(), loading(Once()))
     assert not (tmp_path / "p.json").exists()
 
 
-@pytest.mark.parametrize("several", [False, True])
-def test_every_pass_sees_the_batches_of_the_first(tmp_path: Path, several: bool) -> None:
+def test_every_pass_sees_the_batches_of_the_first(tmp_path: Path) -> None:
     """Limits, several loaders and a module's own transfer hooks apply to all passes."""
 
     class Counting(Generating):
@@ -119,11 +120,10 @@ def test_every_pass_sees_the_batches_of_the_first(tmp_path: Path, several: bool)
 
     module = Counting()
     loader = loading([{"outer": {"inner": batch}} for batch in data(40, 8)])
-    callback = CrossAttentionCalibration(tmp_path / "p.json")
-    trainer = L.Trainer(callbacks=[callback], limit_predict_batches=3, **QUIET)
-    trainer.predict(module, [loader, loader] if several else loader)
+    callback = quick(tmp_path / "p.json")
+    trainer(callback, limit_predict_batches=3).predict(module, [loader, loader])
     samples = callback.policies[0].evidence["samples"]
-    assert sum(samples.values()) == 24 * (1 + several)
-    passes, each = 2 + len(round_bounds(samples["learn"])), 6 if several else 3
-    assert len(module.steps) == passes * each
-    assert module.steps == module.steps[:each] * passes
+    assert sum(samples.values()) == 2 * 24
+    passes = 2 + len(round_bounds(samples["learn"], QUICK.first_round))
+    assert len(module.steps) == passes * 6
+    assert module.steps == module.steps[:6] * passes

@@ -30,17 +30,20 @@ from tests.support.several_processes import (
     loader,
     samples,
 )
+from tests.support.small_calibrations import QUICK
 from tests.support.trainers import QUIET, Stream, trainer
+
+pytestmark = pytest.mark.usefixtures("no_report")
 
 
 def evaluations(processes: int) -> dict[str, Found]:
     several = {"devices": processes, "strategy": "ddp"} if processes > 1 else {"devices": 1}
-    runs = {
-        f"{stage} {count} {'wrapped' if wrapped else 'callback'}": evaluate(stage, loader(count), wrapped, **several)
-        for wrapped in (False, True)
-        for stage, count in (("validate", 12), ("validate", 7), ("test", 12), ("predict", 7))
+    runs = {"callback": ["validate 12", "validate 7", "test 12", "predict 7"], "wrapped": ["validate 12", "predict 7"]}
+    return {
+        f"{run} {by}": evaluate(run.split()[0], loader(int(run.split()[1])), by == "wrapped", **several)
+        for by in runs
+        for run in runs[by]
     }
-    return runs
 
 
 @pytest.fixture(scope="module")
@@ -164,7 +167,7 @@ def loader_of(mine: list[Sample]) -> DataLoader[Sample]:
 
 
 def calibrate(path: Path, data: DataLoader[Sample], module: Remembering, **options: Any) -> None:
-    callback = CrossAttentionCalibration(path, keep=0.5, scorer="catp")
+    callback = CrossAttentionCalibration(path, keep=0.5, scorer="catp", settings=QUICK)
     trainer(callback, **options).predict(module, data, return_predictions=False)
 
 

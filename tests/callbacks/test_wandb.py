@@ -7,9 +7,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import lightning as L
 import pytest
-from lightning.pytorch.loggers import CSVLogger, WandbLogger
+from lightning.pytorch.loggers import WandbLogger
 
 from catp_lightning import PruningPolicy
 from catp_lightning.calibration.report.report import COLUMNS, report_folder
@@ -17,7 +16,8 @@ from catp_lightning.callbacks import CrossAttentionCalibration
 from tests.support.calibrations import data
 from tests.support.models import faint_blip2, greedily
 from tests.support.modules import Generating
-from tests.support.trainers import loading
+from tests.support.small_calibrations import QUICK
+from tests.support.trainers import loading, trainer
 
 BLOCK, HEADER = 32768, 7
 
@@ -58,9 +58,8 @@ def run(tmp_path: Path) -> tuple[list[Any], list[PruningPolicy], Path]:
     import wandb
 
     logger = WandbLogger(project="catp", save_dir=str(tmp_path), offline=True)
-    callback = CrossAttentionCalibration(tmp_path / "policies", keep=[0.5, 2])
-    trainer = L.Trainer(callbacks=[callback], logger=logger, accelerator="cpu", enable_progress_bar=False)
-    trainer.predict(Generating(faint_blip2(0.2), greedily(1)), loading(data(48, 16)))
+    callback = CrossAttentionCalibration(tmp_path / "policies", keep=[0.5, 2], settings=QUICK)
+    trainer(callback, logger=logger).predict(Generating(faint_blip2(0.2), greedily(1)), loading(data(32, 32)))
     wandb.finish()
     (file,) = tmp_path.glob("wandb/offline-run-*/run-*.wandb")
     return complete(file), callback.policies, file.parent
@@ -112,15 +111,3 @@ def test_the_run_holds_configuration_tables_figures_and_the_policy(
         staged = next(e for e in policy_artifacts[0].manifest.contents if e.path == f"keep-{policy.keep}.json")
         assert PruningPolicy.load(staged.local_path) == policy
         assert PruningPolicy.load(folder / "files" / f"keep-{policy.keep}.json") == policy, "beside the run"
-
-
-def test_any_other_logger_gets_the_figures(tmp_path: Path) -> None:
-    logger = CSVLogger(tmp_path)
-    callback = CrossAttentionCalibration(tmp_path / "policy.json", keep=0.5)
-    trainer = L.Trainer(callbacks=[callback], logger=logger, accelerator="cpu", enable_progress_bar=False)
-    trainer.predict(Generating(faint_blip2(0.2), greedily(1)), loading(data(48, 16)))
-    logger.save()
-    header, values = (Path(logger.log_dir) / "metrics.csv").read_text().split("\n")[:2]
-    row = dict(zip(header.split(","), values.split(","), strict=True))
-    checked = callback.policies[0].evidence["retention"][0]["agreement"]
-    assert float(row["catp/keep-0.5/agreement"]) == pytest.approx(checked)

@@ -15,7 +15,7 @@ from catp_lightning.cli.sweep import budgets, listed
 from catp_lightning.data import GRIDS, PROMPTS, SHIPPED, shipped
 from catp_lightning.data.scenes import CELL, write_scenes
 from catp_lightning.data.vqa import VQADataModule, VQASplit
-from catp_lightning.errors import DataError, PolicyError
+from catp_lightning.errors import PolicyError
 from catp_lightning.evaluation.sweep.methods import named
 from catp_lightning.modules.vqa import VQAModule
 from tests.support.paths import ROOT
@@ -149,12 +149,3 @@ def test_scenes_and_prompts_of_a_shipped_model_are_those_of_its_configuration(tm
     sizes = {Image.open(path).size for path in Path(config["data"]["test"]["images"]).iterdir()}
     assert sizes <= {(CELL * columns, CELL * rows) for rows, columns in GRIDS[model]}
     assert len(sizes) > 1 or len(GRIDS[model]) == 1
-
-
-def test_scenes_for_an_unknown_model_are_refused(tmp_path, monkeypatch) -> None:
-    monkeypatch.chdir(tmp_path)
-    with pytest.raises(DataError, match="no shipped model 'letters'"):
-        shipped("letters")
-    with pytest.raises(SystemExit, match="2"):
-        main(["scenes", "--model", "letters"])
-    assert not list(tmp_path.iterdir())

@@ -69,16 +69,6 @@ def test_load_from_checkpoint_wraps_and_takes_the_stored_policy(tmp_path: Path) 
     assert PrunedModule.load_from_checkpoint(files[0], inner=ManySided(), policy=quarter).policy == quarter
 
 
-def test_fit_resumes_from_its_own_checkpoint(tmp_path: Path) -> None:
-    straight, halted, resumed = (PrunedModule(ManySided(), HALF) for _ in range(3))
-    trainer(max_epochs=2).fit(straight)
-    run = trainer(max_epochs=1)
-    run.fit(halted)
-    run.save_checkpoint(tmp_path / "one.ckpt")
-    trainer(max_epochs=2).fit(resumed, ckpt_path=str(tmp_path / "one.ckpt"))
-    assert all(map(torch.equal, straight.state_dict().values(), resumed.state_dict().values()))
-
-
 @pytest.mark.parametrize("copied", [copy.deepcopy, lambda wrapper: pickle.loads(pickle.dumps(wrapper))])
 def test_copies_are_independent_and_work(copied: Callable[[PrunedModule], PrunedModule]) -> None:
     wrapper = PrunedModule(ManySided(), HALF)

@@ -6,6 +6,7 @@ import torch
 from lightning.pytorch import Callback
 from torch.utils.data import DataLoader
 
+from tests.support.models import TINY, random_blip2
 from tests.support.modules import Answering
 from tests.support.trainers import trainer
 
@@ -14,6 +15,9 @@ class Still(Answering):
     """Its weights stay what they are while it is trained, so that every epoch answers alike."""
 
     batch_size = 1  # of `samples`, for the Tuner
+
+    def __init__(self) -> None:
+        super().__init__(random_blip2(shape=TINY))
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         return torch.optim.SGD(self.parameters(), lr=0.0)

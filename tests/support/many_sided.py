@@ -12,7 +12,7 @@ from torchmetrics import MeanMetric
 
 from catp_lightning.policy import PruningPolicy
 from catp_lightning.pruning import prune
-from tests.support.models import random_blip2
+from tests.support.models import TINY, random_blip2
 from tests.support.trainers import loading
 
 
@@ -26,7 +26,7 @@ class ManySided(LightningModule):
     def __init__(self, model: str = "random", policy: str = "none", rate: float = 1e-3) -> None:
         super().__init__()
         self.save_hyperparameters()
-        self.model, self.inputs = random_blip2()
+        self.model, self.inputs = random_blip2(shape=TINY)
         self.model.vision_model.requires_grad_(False)
         self.level = MeanMetric()
         self.batches, self.seen, self.calls = 2, [], Counter[str]()

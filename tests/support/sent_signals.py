@@ -4,11 +4,25 @@ import os
 import threading
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 from catp_lightning.calibration.replay.base import Replay
-from catp_lightning.callbacks import calibration
+from catp_lightning.callbacks import CrossAttentionCalibration, calibration
+from tests.support.interrupted_calibrations import sorted_batches
 from tests.support.modules import Generating
+from tests.support.small_calibrations import QUICK
+from tests.support.trainers import loading, trainer
+
+
+def quick(path: Path) -> CrossAttentionCalibration:
+    """A calibration in several rounds at little cost."""
+    return CrossAttentionCalibration(path, keep=0.5, scorer="catp", settings=QUICK)
+
+
+def calibrate(path: Path, **settings: Any) -> None:
+    """Calibrate a small BLIP-2 on `sorted_batches`, by default in one process."""
+    trainer(quick(path), **{"devices": 1, **settings}).predict(Generating(), loading(sorted_batches()))
 
 
 def kill_at(call: int, number: int, where: str) -> Callable[..., Any]:
