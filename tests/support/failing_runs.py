@@ -20,6 +20,7 @@ from tests.support.footprints import footprint, hooks_of
 from tests.support.models import TINY, greedily, random_blip2, random_inputs
 from tests.support.modules import Batch
 from tests.support.policies import HALF
+from tests.support.small_calibrations import QUICK
 
 
 def hooks(*classes: type) -> list[str]:
@@ -156,7 +157,7 @@ class Runs:
         if kind == "wrapper":
             self.root = PrunedModule(self.module, HALF)
         elif calibrates:
-            self.ours = [CrossAttentionCalibration(self.policies, keep=0.5, scorer="l2-norm")]
+            self.ours = [CrossAttentionCalibration(self.policies, keep=0.5, scorer="l2-norm", settings=QUICK)]
         else:
             self.ours = [TokenPruning(HALF, sanity_check=True, compare=True)]
         self.before, self.expected = footprint(self.module.model), self.module.outputs()

@@ -37,9 +37,11 @@ def data() -> list[dict[str, Tensor]]:
     return [{name: value[n : n + 8] for name, value in samples.items()} for n in range(0, 32, 8)]
 
 
+QUICK = CalibrationSettings(probes=2, sizes=(0.25,), folds=2, first_round=8)
+
+
 def calibrate(path: Path, *callbacks: Callback, **settings: Any) -> CrossAttentionCalibration:
-    soon = CalibrationSettings(first_round=8)
-    callback = CrossAttentionCalibration(path, keep=0.5, scorer="catp", settings=soon)
+    callback = CrossAttentionCalibration(path, keep=0.5, scorer="catp", settings=QUICK)
     predict(*callbacks, callback, **settings)
     return callback
 

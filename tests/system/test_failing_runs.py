@@ -18,6 +18,7 @@ from tests.support.footprints import footprint
 from tests.support.models import TINY, random_blip2
 from tests.support.policies import HALF
 
+pytestmark = pytest.mark.usefixtures("undrawn")
 KINDS = [
     *((kind, stage) for kind in ("callback", "wrapper") for stage in ("fit", "validate", "test", "predict")),
     ("calibration", "predict"),
