@@ -234,12 +234,3 @@ def test_a_link_that_is_put_in_place_later_is_refused_when_it_is_read(secret: Pa
     place.symlink_to(secret)
     with pytest.raises(DataError, match="it lies outside the folder of images"):
         dataset[0]
-
-
-@pytest.mark.parametrize(
-    "name",
-    ["{image_id:0{image_id}d}.png", "{image_id:0999999999d}.png", "{image_id.__class__}{image_id}", "{image_id}{0}"],
-)
-def test_an_image_name_with_a_field_that_costs_or_tells_more_is_refused(name: str) -> None:
-    with pytest.raises(DataError, match="Use the field image_id"):
-        VQASplit("questions.json", "images", image_name=name)

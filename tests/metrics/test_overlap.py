@@ -29,7 +29,7 @@ from tests.support.modules import Answering, Batch, same, two_images
 from tests.support.overlapping import batches, calibrated_on
 from tests.support.policies import HALF
 from tests.support.processes import finished
-from tests.support.trainers import STAGES, loading, trainer
+from tests.support.trainers import loading, trainer
 
 
 def with_callback(policy: Any, stage: str, data: list[Batch], module: LightningModule) -> Any:
@@ -53,7 +53,7 @@ def told(run: Callable[[], Any]) -> list[str]:
 
 
 @BOTH
-@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize("stage", ["validate", "predict"])
 def test_the_images_of_every_batch_that_calibration_read_are_counted(evaluate: Any, stage: str) -> None:
     data, elsewhere = batches(), batches(3, seed=2)
     known = torch.cat([images_of(data)[[0, 4, 5, 11]], images_of(elsewhere)])

@@ -150,7 +150,7 @@ class Runs:
         self.kind, self.stage, self.folder, self.moments = kind, stage, folder, Moments()
         self.policies = folder / "new"
         calibrates = kind == "calibration"
-        self.module = Watched(self.moments, 24 if calibrates else 2)
+        self.module = Watched(self.moments, 16 if calibrates else 2)
         self.loader = Batches(self.moments, self.module.inputs)
         self.ours: list[Callback] = []
         self.root: LightningModule = self.module

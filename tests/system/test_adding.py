@@ -251,6 +251,7 @@ class PromptLength(Statistic):
 
 def test_a_statistic_that_is_added_is_in_evidence_and_report(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(statistics, "STATISTICS", (*statistics.STATISTICS, PromptLength))
+    monkeypatch.setattr("catp_lightning.calibration.report.report.FIGURES", {})  # only those of statistics
     batches = data(16, 8)
     policy = calibrate(Generating(), batches, tmp_path / "p.json", calibration=QUICK).policies[0]
     lengths = torch.cat([batch["attention_mask"].sum(1) for batch in batches])

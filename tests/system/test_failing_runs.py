@@ -33,7 +33,7 @@ def _interrupts() -> Iterator[None]:
     signal.signal(signal.SIGINT, before)
 
 
-QUICK = (("callback", "predict"), ("callback", "validate"), ("wrapper", "predict"), ("calibration", "predict"))
+QUICK = (("callback", "predict"), ("wrapper", "predict"), ("calibration", "predict"))
 
 
 @pytest.mark.parametrize(
