@@ -66,8 +66,8 @@ def fuzz_images(count: int, place: Path, canary: Path) -> None:
 
 
 def test_damaged_data_sets_and_images_are_read_or_refused(tmp_path: Path, canary: Path) -> None:
-    fuzz_data(400, tmp_path / "data", canary)
-    fuzz_images(300, tmp_path / "images", canary)
+    fuzz_data(200, tmp_path / "data", canary)
+    fuzz_images(200, tmp_path / "images", canary)
 
 
 @pytest.mark.slow

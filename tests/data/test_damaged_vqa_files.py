@@ -145,12 +145,6 @@ def test_a_processor_that_cannot_place_an_image_is_refused_by_what_it_lacks(tmp_
     assert len(next(iter(whole.val_dataloader()))["question_ids"]) == 2
 
 
-@pytest.mark.parametrize("name", ["{image_id.x}.png", "{image_id[0]}.png", "{image_id.__class__}"])
-def test_an_image_name_that_asks_for_more_than_the_id_is_refused(name: str) -> None:
-    with pytest.raises(DataError, match="Use the field image_id"):
-        VQASplit("questions.json", "images", image_name=name)
-
-
 def test_a_folder_of_images_that_no_folder_can_be_is_refused(tmp_path: Path) -> None:
     split = split_of(tmp_path, {"x": encoded(noise(8, 8))})
     split.images = "x" * 5000

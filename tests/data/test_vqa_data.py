@@ -129,8 +129,12 @@ def test_prompt_without_one_place_for_the_question_is_refused(prompt):
         VQADataModule("unused", prompt=prompt)
 
 
-@pytest.mark.parametrize("name", ["image.png", "{}.png", "{image}.png", "{image_id:q}.png", "{image_id"])
-def test_image_name_without_the_id_is_refused(name):
+NAMES = ["image.png", "{}.png", "{image}.png", "{image_id:q}.png", "{image_id", "{image_id}{0}", "{image_id.x}.png"]
+NAMES += ["{image_id[0]}.png", "{image_id.__class__}", "{image_id:0{image_id}d}.png", "{image_id:0999999999d}.png"]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_an_image_name_without_the_id_or_with_a_field_that_costs_or_tells_more_is_refused(name):
     with pytest.raises(DataError, match="Use the field image_id"):
         VQASplit("questions.json", "images", image_name=name)
 

@@ -63,8 +63,10 @@ def test_calibrated_is_measured_once_and_is_the_reference(tmp_path: Path, capsys
     assert (tmp_path / "digits_blip2/policies/calibrated/keep-0.125.json").stat().st_mtime_ns > written
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_a_calibration_that_is_refused_is_a_note(tmp_path: Path) -> None:
-    args = ["--models", "digits_blip2", "--scorers", "calibrated,stride", "--keep", "4", "--calibration_questions", 2]
+    args = ["--models", "digits_blip2", "--scorers", "calibrated,stride", "--keep", "4"]
+    args += ["--questions", "8", "--calibration_questions", "2"]
     output = sweep(tmp_path, *args)
     assert table(output).keys() == {("no pruning", "None"), ("stride", "4")}
     text = (output / "digits_blip2/table.md").read_text()

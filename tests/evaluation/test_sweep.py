@@ -101,8 +101,9 @@ def test_the_same_command_again_runs_nothing_and_ends_in_the_same_bytes(swept: P
     assert {path: path.read_bytes() for path in files} == files
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_only_what_has_changed_is_run_again(tmp_path: Path) -> None:
-    args = ["--models", "digits_blip2", "--scorers", "stride,l2-norm", "--keep"]
+    args = ["--models", "digits_blip2", "--questions", 8, "--scorers", "stride,l2-norm", "--keep"]
     before = jobs(sweep(tmp_path, *args, "4"))
     damaged, other = tmp_path / "digits_blip2/jobs/l2-norm-keep-4.json", "stride-keep-4.json"
     damaged.write_text(damaged.read_text()[:-40])
@@ -137,7 +138,7 @@ def test_a_killed_sweep_ends_in_the_same_table_and_repeats_no_finished_job(swept
 
 def test_several_models_make_one_table_and_one_plot_more(tmp_path: Path) -> None:
     args = ["--scorers", "trimmed-llama,sgl,downsample,stride", "--keep", "0.25", "--reference", "stride"]
-    sweep(tmp_path, "--models", "[digits_llava, digits_mllama]", *args, "--data.batch_size", 12)
+    sweep(tmp_path, "--models", "[digits_llava, digits_mllama]", *args, "--questions", 12)
     found = {model: table(tmp_path, model) for model in ("digits_llava", "digits_mllama")}
     assert found["digits_llava"].keys() == {
         ("no pruning", "None"),

@@ -139,9 +139,9 @@ def fuzz_partials(count: int, place: Path, canary: Path) -> None:
 def test_damaged_policies_partial_files_and_checkpoints_are_read_or_refused(
     documents: list[Any], tmp_path: Path, canary: Path
 ) -> None:
-    fuzz_policies(500, documents, tmp_path, canary)
-    fuzz_checkpoints(150, documents, canary)
-    fuzz_partials(150, tmp_path, canary)
+    fuzz_policies(250, documents, tmp_path, canary)
+    fuzz_checkpoints(100, documents, canary)
+    fuzz_partials(100, tmp_path, canary)
 
 
 @pytest.mark.slow

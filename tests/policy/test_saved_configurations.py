@@ -16,7 +16,7 @@ from catp_lightning.policy.sources import policy_or_path
 
 TRAINER = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False, "accelerator": "cpu"}
 DPP = PruningPolicy("catp", {"layers": [0, -1]}, "dpp", {"relevance": -1.5}, keep=1)
-FORMS: dict[str, tuple[Any, PruningPolicy]] = {
+FORMS: dict[str, tuple[Any, Any]] = {
     "fields": ({"scorer": "catp", "keep": 0.25}, PruningPolicy("catp", keep=0.25)),
     "one token": ({"keep": 1}, PruningPolicy(keep=1)),
     "all tokens": ({"keep": 1.0}, PruningPolicy(keep=1.0)),
@@ -25,18 +25,22 @@ FORMS: dict[str, tuple[Any, PruningPolicy]] = {
         {"class_path": "catp_lightning.PruningPolicy", "init_args": {"scorer": "stride", "keep": 1}},
         PruningPolicy("stride", keep=1),
     ),
+    **{place: (place, place) for place in ("policies/policy.json", "wandb://a/b/policy:v3", "hf://me/policy@v1")},
+    "no policy": (None, None),
 }
 
 
-def configuration(policy: Any, wrapped: bool) -> dict[str, Any]:
+def configuration(*policies: Any, wrapped: bool = False) -> dict[str, Any]:
+    """Of a module that one policy wraps, or of a callback for each."""
     if wrapped:
         inner = {"class_path": f"{BoringModel.__module__}.BoringModel"}
-        arguments = {"inner": inner, "policy": policy}
+        arguments = {"inner": inner, "policy": policies[0]}
         return {"trainer": TRAINER, "model": {"class_path": "catp_lightning.PrunedModule", "init_args": arguments}}
-    arguments = {"policy": policy, "stages": []}
-    return {
-        "trainer": {**TRAINER, "callbacks": [{"class_path": "catp_lightning.TokenPruning", "init_args": arguments}]}
-    }
+    callbacks = [
+        {"class_path": "catp_lightning.TokenPruning", "init_args": {"policy": policy, "stages": []}}
+        for policy in policies
+    ]
+    return {"trainer": {**TRAINER, "callbacks": callbacks}}
 
 
 def command(file: Path, wrapped: bool, *args: str, print_config: bool = False, **options: Any) -> LightningCLI:
@@ -56,51 +60,43 @@ def printed(file: Path, wrapped: bool) -> str:
     return out.getvalue()
 
 
-def read(file: Path, wrapped: bool) -> Any:
-    """The policy of the module or callback that a configuration makes."""
+def read(file: Path, wrapped: bool) -> list[Any]:
+    """The policies of the module or callbacks that a configuration makes."""
     whole = yaml.safe_load(file.read_text())  # "predict" has options of its own, and only runs
     part = file.with_suffix(".part.yaml")
     part.write_text(yaml.safe_dump({key: whole[key] for key in ("trainer", "model") if key in whole}))
     made = command(part, wrapped, run=False)
     if wrapped:
         assert isinstance(made.model, PrunedModule)
-        return made.model.policy
-    return next(callback.policy for callback in made.trainer.callbacks if isinstance(callback, TokenPruning))
+        return [made.model.policy]
+    return [callback.policy for callback in made.trainer.callbacks if isinstance(callback, TokenPruning)]
 
 
-@pytest.mark.parametrize("wrapped", [False, True])
-@pytest.mark.parametrize("form", FORMS)
-def test_a_printed_configuration_is_read_as_the_one_it_was_printed_from(
-    tmp_path: Path, form: str, wrapped: bool
-) -> None:
-    given, expected = FORMS[form]
-    first, second = tmp_path / "first.yaml", tmp_path / "second.yaml"
-    first.write_text(yaml.safe_dump(configuration(given, wrapped)))
+@pytest.mark.parametrize("forms", [tuple(FORMS), ("one token",), ("an object",)], ids=len)
+def test_a_printed_configuration_is_read_as_the_one_it_was_printed_from(tmp_path: Path, forms: tuple[str, ...]) -> None:
+    """Those of paths stay paths; one form alone is that of a module."""
+    given, expected = zip(*(FORMS[form] for form in forms), strict=True)
+    first, second, wrapped = tmp_path / "first.yaml", tmp_path / "second.yaml", len(forms) == 1
+    first.write_text(yaml.safe_dump(configuration(*given, wrapped=wrapped)))
     second.write_text(printed(first, wrapped))
     assert printed(second, wrapped) == second.read_text()
     for file in (first, second):
-        policy = read(file, wrapped)
-        assert policy == expected and type(policy.keep) is type(expected.keep)
-
-
-@pytest.mark.parametrize("place", ["policies/policy.json", "wandb://a/b/policy:v3", "hf://me/policy@v1", None])
-def test_a_path_stays_a_path(tmp_path: Path, place: str | None) -> None:
-    first, second = tmp_path / "first.yaml", tmp_path / "second.yaml"
-    first.write_text(yaml.safe_dump(configuration(place, False)))
-    second.write_text(printed(first, False))
-    assert read(first, False) == read(second, False) == place
+        policies = read(file, wrapped)
+        assert policies == list(expected)
+        for policy, same in zip(policies, expected, strict=True):
+            assert type(getattr(policy, "keep", None)) is type(getattr(same, "keep", None))
 
 
 def test_the_configuration_that_is_saved_of_a_run_runs_again(tmp_path: Path) -> None:
     file = tmp_path / "first.yaml"
     for run in ("one", "two"):
-        made = configuration({"scorer": "stride", "keep": 1}, False)
+        made = configuration({"scorer": "stride", "keep": 1})
         if run == "one":
             file.write_text(yaml.safe_dump(made))
         folder = tmp_path / run
         command(file, False, "predict", f"--trainer.default_root_dir={folder}", save_config_callback=SaveConfigCallback)
         file = folder / "config.yaml"
-        assert read(file, False) == PruningPolicy("stride", keep=1)
+        assert read(file, False) == [PruningPolicy("stride", keep=1)]
 
 
 @pytest.mark.parametrize(

@@ -20,6 +20,7 @@ from tests.support.footprints import footprint, hooks_of
 from tests.support.models import TINY, greedily, random_blip2, random_inputs
 from tests.support.modules import Batch
 from tests.support.policies import HALF
+from tests.support.small_calibrations import QUICK
 
 
 def hooks(*classes: type) -> list[str]:
@@ -149,14 +150,14 @@ class Runs:
         self.kind, self.stage, self.folder, self.moments = kind, stage, folder, Moments()
         self.policies = folder / "new"
         calibrates = kind == "calibration"
-        self.module = Watched(self.moments, 24 if calibrates else 2)
+        self.module = Watched(self.moments, 16 if calibrates else 2)
         self.loader = Batches(self.moments, self.module.inputs)
         self.ours: list[Callback] = []
         self.root: LightningModule = self.module
         if kind == "wrapper":
             self.root = PrunedModule(self.module, HALF)
         elif calibrates:
-            self.ours = [CrossAttentionCalibration(self.policies, keep=0.5, scorer="l2-norm")]
+            self.ours = [CrossAttentionCalibration(self.policies, keep=0.5, scorer="l2-norm", settings=QUICK)]
         else:
             self.ours = [TokenPruning(HALF, sanity_check=True, compare=True)]
         self.before, self.expected = footprint(self.module.model), self.module.outputs()

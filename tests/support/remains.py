@@ -63,9 +63,7 @@ def _guide() -> PreTrainedModel:
 
 CASES = [
     Case("Blip2-OPT", "catp"),
-    Case("Blip2-OPT", "l2-norm"),
     Case("Blip2-T5", "self-attention"),
-    Case("Llava", "fastervlm"),
     Case("Llava", "fastv"),
     Case("Llava", "visionzip"),
     Case("Llava", "sgl", (("answer_tokens", 2),)),

@@ -11,15 +11,23 @@ from tests.support.small_calibrations import calibrate
 
 
 @pytest.fixture(scope="module")
-def saving_often() -> Iterator[None]:
+def undrawn() -> Iterator[None]:
+    """Figures of reports are written, but not drawn, which takes longer than a small calibration."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("catp_lightning.calibration.report.report.png", lambda figure: b"\x89PNG" * 200)
+        yield
+
+
+@pytest.fixture(scope="module")
+def saving_often(undrawn: None) -> Iterator[None]:
     """A calibration saves after every batch."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(resume, "EVERY", 1)
         yield
 
 
-@pytest.fixture(scope="module")
-def policy(saving_often: None, tmp_path_factory: pytest.TempPathFactory) -> PruningPolicy:
+@pytest.fixture(scope="session")
+def policy(tmp_path_factory: pytest.TempPathFactory) -> PruningPolicy:
     """Of a calibration that nothing disturbs."""
     return calibrate(tmp_path_factory.mktemp("undisturbed") / "p.json").policies[0]
 

@@ -88,14 +88,14 @@ def test_the_paired_interval_is_students() -> None:
 
 def test_replayed_answers_are_those_of_predict(tmp_path: Path) -> None:
     model = str(shipped("digits_blip2"))
-    data = VQADataModule(model, test=scenes_split(tmp_path, "test", 48, 3), batch_size=16)
+    data = VQADataModule(model, test=scenes_split(tmp_path, "test", 32, 3), batch_size=16)
     module, batches = VQAModule(model), list[Any](data.test_dataloader())
     diverse = {"selector": "dpp", "selector_args": {"relevance": -0.5}}
-    policies = [PruningPolicy("catp", keep=keep, **some) for keep in (0.25, 3) for some in ({}, diverse)]
+    policies = [PruningPolicy("catp", keep=0.25), PruningPolicy("catp", keep=3, **diverse)]
     found = replayed(module, batches, policies)
     assert found.images == [int(image) for batch in batches for image in batch["image_ids"]]
     with quiet(ours=False):
         assert found.answers == predict(module, batches, None)
         for policy, same in zip(policies, found.same, strict=True):
-            assert 5 < same.sum() < 48, "some answers must change, or this proves nothing"
+            assert 3 < same.sum() < 32, "some answers must change, or this proves nothing"
             assert list(same) == list(np.equal(predict(module, batches, policy), found.answers))

@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -20,21 +21,44 @@ from tests.support.modules import same
 from tests.support.paths import ROOT
 from tests.support.policies import HALF
 
+pytestmark = pytest.mark.usefixtures("undrawn")
 PROJECT = ROOT / "tests/existing_project"
 PRUNED = '            TokenPruning("policy.json"),\n'
-CALIBRATED = '            CrossAttentionCalibration("measured.json", keep=0.25),\n'
+CALIBRATED = '            CrossAttentionCalibration("measured.json", keep=0.25, scorer="stride"),\n'
+
+
+@contextmanager
+def standing_in(folder: Path, source: Path) -> Iterator[Path]:
+    """A copy, in which one stands as its user does; what of it was imported is forgotten afterwards."""
+    shutil.copytree(source, folder, dirs_exist_ok=True, ignore=shutil.ignore_patterns("__pycache__"))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        patch.syspath_prepend(folder)
+        patch.setattr(sys, "argv", ["reading"])
+        HALF.save("policy.json")
+        yield folder
+        forget()
 
 
 @pytest.fixture
-def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """A copy, in which one stands as its user does; what of it was imported is forgotten afterwards."""
-    shutil.copytree(PROJECT, tmp_path, dirs_exist_ok=True, ignore=shutil.ignore_patterns("__pycache__"))
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.syspath_prepend(tmp_path)
-    monkeypatch.setattr(sys, "argv", ["reading"])
-    HALF.save("policy.json")
-    yield tmp_path
-    forget()
+def project(tmp_path: Path) -> Iterator[Path]:
+    with standing_in(tmp_path, PROJECT) as folder:
+        yield folder
+
+
+@pytest.fixture(scope="module")
+def after_training(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The project, trained in runs/ and evaluated in plain/."""
+    with standing_in(tmp_path_factory.mktemp("trained"), PROJECT) as folder:
+        trained()
+        evaluated("plain")
+    return folder
+
+
+@pytest.fixture
+def trained_project(tmp_path: Path, after_training: Path) -> Iterator[Path]:
+    with standing_in(tmp_path, after_training) as folder:
+        yield folder
 
 
 def forget() -> None:
@@ -61,6 +85,10 @@ def trained(out: str = "runs") -> dict[str, Any]:
 def evaluated(out: str) -> tuple[list[torch.Tensor], list[torch.Tensor], dict[str, Any]]:
     """What the project's own callbacks and logger caught: logits of its test, words it said, what was logged."""
     run("evaluate", "--out", out, "--ckpt", "runs/last.ckpt")
+    return written(out)
+
+
+def written(out: str) -> tuple[list[torch.Tensor], list[torch.Tensor], dict[str, Any]]:
     words = torch.load(Path(out) / "words.pt", weights_only=True)["predictions"]
     return torch.load(Path(out) / "logits.pt"), [batch["words"] for batch in words], logged(out, "evaluate")
 
@@ -99,9 +127,8 @@ def by_hand() -> tuple[list[torch.Tensor], list[torch.Tensor]]:
     return logits, words
 
 
-def test_one_line_prunes_its_evaluation_and_without_the_line_all_is_as_before(project: Path) -> None:
-    trained()
-    logits, words, figures = evaluated("plain")
+def test_one_line_prunes_its_evaluation_and_without_the_line_all_is_as_before(trained_project: Path) -> None:
+    logits, words, figures = written("plain")
     assert not [key for key in figures if key.startswith("catp")]
 
     script = insert("evaluate", PRUNED, after="            logits,\n")
@@ -123,8 +150,9 @@ def test_one_line_prunes_its_evaluation_and_without_the_line_all_is_as_before(pr
     assert again[2] == figures
 
 
-def test_one_line_prunes_the_validation_of_its_training_and_nothing_of_the_training(project: Path) -> None:
-    weights, figures = trained("runs"), logged("runs", "train")
+def test_one_line_prunes_the_validation_of_its_training_and_nothing_of_the_training(trained_project: Path) -> None:
+    weights = torch.load("runs/last.ckpt", weights_only=True)["state_dict"]
+    figures = logged("runs", "train")
     insert("train", PRUNED.replace("    ", "", 1), after="        LearningRateMonitor(),\n")
     pruned_weights, pruned_figures = trained("pruned"), logged("pruned", "train")
     assert all(torch.equal(value, pruned_weights[key]) for key, value in weights.items())
@@ -134,9 +162,8 @@ def test_one_line_prunes_the_validation_of_its_training_and_nothing_of_the_train
     assert pruned_figures["catp/tokens_kept"] == 4
 
 
-def test_one_line_calibrates_on_its_own_data_and_its_predictions_stay_the_usual_ones(project: Path) -> None:
-    trained()
-    logits, words, figures = evaluated("plain")
+def test_one_line_calibrates_on_its_own_data_and_its_predictions_stay_the_usual_ones(trained_project: Path) -> None:
+    logits, words, figures = written("plain")
     insert("evaluate", CALIBRATED, after="            logits,\n")
     measured = evaluated("measured")
     assert same(measured[0], logits)
@@ -167,9 +194,8 @@ trainer:
     [
         ["--config", "pruned.yaml"],
         ["--trainer.callbacks+=TokenPruning", "--trainer.callbacks.policy=policy.json"],
-        ["--trainer.callbacks+=catp_lightning.TokenPruning", "--trainer.callbacks.policy=policy.json"],
     ],
-    ids=["YAML", "name", "path"],
+    ids=["YAML", "name"],
 )
 def test_a_command_line_of_its_own_takes_token_pruning(project: Path, arguments: list[str]) -> None:
     Path("pruned.yaml").write_text(CONFIG)
@@ -188,12 +214,12 @@ def test_a_command_line_of_its_own_takes_calibration(project: Path) -> None:
         [
             "predict", "--config", "config.yaml", "--trainer.callbacks+=CrossAttentionCalibration",
             "--trainer.callbacks.path=measured.json", "--trainer.callbacks.keep=3",
-            "--trainer.callbacks.scorer=catp",
+            "--trainer.callbacks.scorer=stride", "--trainer.callbacks.settings.probes=2",
         ]
     )  # fmt: skip
     assert any(isinstance(callback, CrossAttentionCalibration) for callback in command.trainer.callbacks)
     policy = PruningPolicy.load("measured.json")
-    assert (policy.keep, policy.scorer) == (3, "catp")
+    assert (policy.keep, policy.scorer) == (3, "stride")
 
 
 @pytest.mark.slow

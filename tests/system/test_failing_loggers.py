@@ -64,15 +64,13 @@ def wandb_anew(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 
 @pytest.mark.usefixtures("wandb_anew")
-@pytest.mark.parametrize("how", ["by the environment", "by the logger"])
 def test_under_a_disabled_run_of_wandb_a_calibration_is_what_it_is_without(
-    how: str, policy: PruningPolicy, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    policy: PruningPolicy, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     import wandb
 
-    if how == "by the environment":
-        monkeypatch.setenv("WANDB_MODE", "disabled")
-    logger = WandbLogger(save_dir=str(tmp_path), **({} if how == "by the environment" else {"mode": "disabled"}))
+    monkeypatch.setenv("WANDB_MODE", "disabled")
+    logger = WandbLogger(save_dir=str(tmp_path))
     place = Path(logger.experiment.dir)
     with warnings.catch_warnings(record=True) as told:
         warnings.simplefilter("always")

@@ -18,6 +18,7 @@ from tests.support.footprints import footprint
 from tests.support.models import TINY, random_blip2
 from tests.support.policies import HALF
 
+pytestmark = pytest.mark.usefixtures("undrawn")
 KINDS = [
     *((kind, stage) for kind in ("callback", "wrapper") for stage in ("fit", "validate", "test", "predict")),
     ("calibration", "predict"),
@@ -32,7 +33,7 @@ def _interrupts() -> Iterator[None]:
     signal.signal(signal.SIGINT, before)
 
 
-QUICK = (("callback", "predict"), ("callback", "validate"), ("wrapper", "predict"), ("calibration", "predict"))
+QUICK = (("callback", "predict"), ("wrapper", "predict"), ("calibration", "predict"))
 
 
 @pytest.mark.parametrize(

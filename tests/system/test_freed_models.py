@@ -16,9 +16,10 @@ from tests.support.families import BY_NAME
 from tests.support.modules import Answering, Generating
 from tests.support.policies import HALF
 from tests.support.remains import CASES, Case, uncollected
+from tests.support.small_calibrations import QUICK
 from tests.support.trainers import loading, trainer
 
-pytestmark = pytest.mark.usefixtures("frozen")
+pytestmark = pytest.mark.usefixtures("frozen", "undrawn")
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
@@ -38,7 +39,8 @@ def test_a_model_is_freed_with_its_last_reference(case: Case) -> None:
 
 def test_after_loops_wrapper_and_calibration_a_model_is_freed(tmp_path: Path) -> None:
     module = Answering()
-    callback, calibration = TokenPruning(HALF), CrossAttentionCalibration(tmp_path / "p.json", keep=0.5)
+    callback = TokenPruning(HALF)
+    calibration = CrossAttentionCalibration(tmp_path / "p.json", keep=0.5, settings=QUICK)
     trainer(callback).validate(module, module.loader())
     trainer().predict(PrunedModule(module, HALF), module.loader())
     with pytest.raises(RuntimeError, match="planted"):

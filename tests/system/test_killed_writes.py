@@ -76,7 +76,7 @@ def test_killed_at_any_moment_a_file_is_the_old_one_or_the_new_one(tmp_path: Pat
 
     chance, left, kills = random.Random(0), 0, 0
     file = two[0].save(tmp_path)
-    while kills < 20 or not left:
+    while kills < 10 or not left:
         kills += 1
         assert kills < 500, "not one was killed in the middle"
         before = file.stat().st_mtime_ns

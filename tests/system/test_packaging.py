@@ -1,5 +1,6 @@
 """What a user installs: the wheel holds everything, an editable install too, and importing changes nothing global."""
 
+import json
 import shutil
 import subprocess
 import sys
@@ -9,7 +10,9 @@ from pathlib import Path
 import pytest
 
 from catp_lightning.data import SHIPPED
+from tests.support.global_state import changed_by_importing
 from tests.support.paths import ROOT
+from tests.support.processes import in_fork
 
 SOURCES = ["pyproject.toml", "setup.py", "README.md", "LICENSE", "catp_lightning", "configs"]
 LIBRARIES = [path for path in sys.path if path.endswith("-packages")]
@@ -107,38 +110,13 @@ def test_an_editable_install_finds_configurations_where_they_are_edited(source: 
 
 
 def test_importing_the_package_changes_nothing_global() -> None:
-    code = """
-sys.path.insert(0, sys.argv[1])
-import logging, os, random, signal, threading, warnings
-import lightning.pytorch, numpy, torch, torchmetrics, transformers
-import transformers.masking_utils, transformers.modeling_utils
-from torch.nn.modules import module
+    """In a process of its own, in which the package was not imported yet, and nobody else set what it could set."""
+    (ended,) = in_fork(lambda: print(json.dumps(changed_by_importing())))
+    assert json.loads(ended.said) == [], ended.said
 
-def state():
-    names = ("transformers", "lightning", "lightning.pytorch", "catp_lightning")
-    loggers = [logging.root, *map(logging.getLogger, names)]
-    return {
-        "attention implementations": sorted(transformers.modeling_utils.ALL_ATTENTION_FUNCTIONS.keys()),
-        "mask implementations": sorted(transformers.masking_utils.ALL_MASK_ATTENTION_FUNCTIONS.keys()),
-        "dtype, device": (torch.get_default_dtype(), torch.get_default_device()),
-        "gradients": (torch.is_grad_enabled(), torch.is_inference_mode_enabled()),
-        "threads": (torch.get_num_threads(), threading.active_count()),
-        "determinism": (torch.are_deterministic_algorithms_enabled(), torch.get_float32_matmul_precision()),
-        "global hooks": (len(module._global_forward_hooks), len(module._global_forward_pre_hooks)),
-        "random states": (random.getstate(), torch.get_rng_state().tolist(), numpy.random.get_state()[1].tolist()),
-        "loggers": [(log.name, log.level, log.propagate, list(log.handlers)) for log in loggers],
-        "warning filters": [str(entry) for entry in warnings.filters],
-        "environment": dict(os.environ),
-        "interpreter hooks": (sys.excepthook, sys.displayhook, signal.getsignal(signal.SIGINT)),
-    }
 
-before = state()
-import catp_lightning
-for name in catp_lightning.__all__:  # imported when they are asked for
-    getattr(catp_lightning, name)
-after = state()
-changed = {key: (before[key], after[key]) for key in before if before[key] != after[key]}
-assert not changed, changed
-print(catp_lightning.__file__)
-"""
-    assert python(code, ROOT, cwd=ROOT) == str(ROOT / "catp_lightning/__init__.py")
+@pytest.mark.slow
+def test_importing_the_package_first_changes_nothing_global_either() -> None:
+    """In a new interpreter: libraries that the package imports are new to it too."""
+    code = "sys.path.insert(0, sys.argv[1]); from tests.support import global_state as found"
+    assert python(f"{code}; print(found.changed_by_importing())", ROOT, cwd=ROOT) == "[]"

@@ -2,6 +2,7 @@
 
 import ast
 import re
+from functools import cache
 from pathlib import Path
 
 from tests.support.paths import ROOT
@@ -16,6 +17,7 @@ def rows() -> list[re.Match[str]]:
     return [match for match in found if match["tests"].strip().strip("-") not in ("", "test")]
 
 
+@cache
 def there_in(file: Path) -> dict[str, bool]:
     """Names of the tests in a file, and whether each is slow as a whole."""
     functions = [node for node in ast.parse(file.read_text(encoding="utf-8")).body if isinstance(node, ast.FunctionDef)]

@@ -31,7 +31,7 @@ def assert_cycles_leave_nothing(case: Case, cycles: int) -> None:
         model(**inputs)  # transformers sets hooks and attributes of its own in a first call
         model.generate(**inputs, max_new_tokens=1)
         before = everything_of(model)
-        for way in each * 2:
+        for way in each:
             way()
         assert everything_of(model) == before and alive()
         names, held = registered(), memory()
@@ -163,11 +163,10 @@ def assert_loops_leave_nothing(loop: Callable[[], Any], module: nn.Module, times
     assert memory() - held < LITTLE
 
 
-@pytest.mark.parametrize("loops", [4, pytest.param(70, marks=pytest.mark.slow)])
-@pytest.mark.parametrize("compare", [False, True], ids=["", "compare"])
-def test_validation_loops_leave_nothing(loops: int, compare: bool) -> None:
+@pytest.mark.parametrize("loops", [3, pytest.param(70, marks=pytest.mark.slow)])
+def test_validation_loops_leave_nothing(loops: int) -> None:
     module = Answering()
-    run = trainer(TokenPruning(HALF, compare=compare))
+    run = trainer(TokenPruning(HALF, compare=True))
     loader = module.loader()
 
     def loop() -> None:
@@ -191,7 +190,7 @@ def test_epochs_of_fit_with_pruned_validation_leave_nothing(epochs: int) -> None
     assert_loops_leave_nothing(loop, module, epochs)
 
 
-@pytest.mark.parametrize("steps", [16, pytest.param(333, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("steps", [6, pytest.param(333, marks=pytest.mark.slow)])
 def test_steps_of_the_wrapper_leave_nothing(steps: int) -> None:
     module = Answering()
     wrapper, batch = PrunedModule(module, HALF), next(iter(module.loader()))
