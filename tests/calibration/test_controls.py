@@ -63,27 +63,27 @@ def test_answers_are_added_up_by_image_whatever_the_order_and_the_batches() -> N
 @pytest.mark.parametrize("planted", [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_a_policy_carries_its_difference_to_the_best_control_paired_by_image(planted: bool) -> None:
     module, batches = Planted(slot_3 if planted else _first), two_questions(40, 40)
-    calibrator = finished(module, batches, [2, 1], settings=replace(QUICK, checked=0.4))
+    calibrator = finished(module, batches, [2], settings=replace(QUICK, checked=0.4))
     images, checked = images_of(batches), part_of(images_of(batches), 0.4) == 1
-    for policy, keep, chosen in zip(calibrator.policies(), (2, 1), calibrator.result.chosen, strict=True):
-        (point,) = [point for point in policy.evidence["retention"] if point["keep"] == keep]
-        same = {
-            n: agrees(module, candidate.policy(keep), batches)[checked]
-            for n, candidate in enumerate(calibrator.result.candidates)
-            if n == chosen or (candidate.control and candidate.reference)
-        }
-        rivals = {calibrator.result.candidates[n].name: agreed for n, agreed in same.items() if n != chosen}
-        best = max(agreed.double().mean() for agreed in rivals.values())
-        named = point["best_control"]
-        assert rivals[named["name"]].double().mean() == best == pytest.approx(named["agreement"])
-        assert named["difference"] == pytest.approx(float(same[chosen].double().mean() - best))
-        several = [images[checked] == image for image in images[checked].unique()]
-        by_image = [
-            np.array([int(values[own].sum()) for own in several])
-            for values in (torch.ones_like(same[chosen]), same[chosen], rivals[named["name"]])
-        ]
-        assert named["interval"] == pytest.approx(list(paired_difference(*by_image)[1]))
-        assert named["verdict"] == verdict(named["interval"])
+    (policy,), (chosen,) = calibrator.policies(), calibrator.result.chosen
+    (point,) = policy.evidence["retention"]
+    same = {
+        n: agrees(module, candidate.policy(2), batches)[checked]
+        for n, candidate in enumerate(calibrator.result.candidates)
+        if n == chosen or (candidate.control and candidate.reference)
+    }
+    rivals = {calibrator.result.candidates[n].name: agreed for n, agreed in same.items() if n != chosen}
+    best = max(agreed.double().mean() for agreed in rivals.values())
+    named = point["best_control"]
+    assert rivals[named["name"]].double().mean() == best == pytest.approx(named["agreement"])
+    assert named["difference"] == pytest.approx(float(same[chosen].double().mean() - best))
+    several = [images[checked] == image for image in images[checked].unique()]
+    by_image = [
+        np.array([int(values[own].sum()) for own in several])
+        for values in (torch.ones_like(same[chosen]), same[chosen], rivals[named["name"]])
+    ]
+    assert named["interval"] == pytest.approx(list(paired_difference(*by_image)[1]))
+    assert named["verdict"] == verdict(named["interval"])
     assert planted == (named["verdict"] == "ahead"), "slot 3 is no control's; the first token is that of `position`"
 
 

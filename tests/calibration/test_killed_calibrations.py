@@ -12,28 +12,12 @@ from tests.support.killed_calibrations import first, killed_and_started_again, p
 pytestmark = pytest.mark.usefixtures("small_calibrations")
 
 
-MOMENTS = {
-    "while probing": ("probe", 4),
-    "in the middle of writing what was probed": ("replaces p.json.partial", 2),
-    "in the second round": ("compare in round 2", 2),
-    "while checking": ("compare in checking", 2),
-    "when the policy is written": ("deletes", 1),
-}
-
-
-@pytest.mark.parametrize(
-    "moment",
-    [
-        moment if moment == "in the middle of writing what was probed" else pytest.param(moment, marks=pytest.mark.slow)
-        for moment in MOMENTS
-    ],
-)
 def test_a_killed_calibration_ends_in_the_same_policy_and_repeats_nothing(
-    undisturbed: tuple[Path, list[str]], tmp_path: Path, moment: str
+    undisturbed: tuple[Path, list[str]], tmp_path: Path
 ) -> None:
-    beginning, nth = MOMENTS[moment]
-    lines = [n for n, line in enumerate(undisturbed[1], 1) if line.startswith(beginning)]
-    killed_and_started_again(tmp_path, lines[nth - 1], undisturbed)
+    """In the middle of writing what was probed, the second time."""
+    writing = [n for n, line in enumerate(undisturbed[1], 1) if line.startswith("replaces p.json.partial")]
+    killed_and_started_again(tmp_path, writing[1], undisturbed)
 
 
 @pytest.mark.slow

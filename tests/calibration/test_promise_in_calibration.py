@@ -12,7 +12,7 @@ from catp_lightning.callbacks import CrossAttentionCalibration
 from tests.support.calibrations import QUICK, data, images_of
 from tests.support.models import faint_blip2
 from tests.support.modules import Generating
-from tests.support.planted import Planted, agrees, finished, recorded, slot_3, two_questions
+from tests.support.planted import Planted, agrees, finished, slot_3, two_questions
 from tests.support.trainers import loading, trainer
 
 
@@ -22,8 +22,7 @@ def test_a_promise_is_tested_on_one_question_of_each_image_of_the_checking_part(
     calibrator = finished(module, batches, [4, 2, 1], promise, QUICK)
     (policy,) = calibrator.policies()
     shown = policy.evidence["promise"]
-    with torch.no_grad():
-        draws = torch.cat([some.keys for some in recorded(module, batches)])
+    draws = torch.cat([some.keys for some in calibrator.samples])
     images = images_of(batches)
     checked = [image for image in images.unique().tolist() if part_of(torch.tensor([image]), 0.5).item()]
     first = [min((images == image).nonzero()[:, 0].tolist(), key=lambda n: int(draws[n])) for image in checked]

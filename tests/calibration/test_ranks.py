@@ -39,7 +39,7 @@ def signals(images: int, seed: int, levels: int | None, dtype: torch.dtype) -> O
     return replace(seen, text=torch.ones(images, 3, dtype=torch.bool))
 
 
-@settings(max_examples=6)
+@settings(max_examples=4)
 @given(
     st.lists(st.integers(0, 2), min_size=1, max_size=4),
     st.integers(0, 10**6),
