@@ -82,5 +82,5 @@ def planted() -> Any:
 def candidates(family: Family, planted: Any) -> list[Candidate]:
     """All rules of a BLIP-2: those that are given and those that were fitted."""
     fitted = fit(planted[0], planted[1], COLUMNS, TIES)
-    assert all(found.selected for found in fitted.voters.values()), "every kind of candidate is there"
+    assert all(found.selected for found in fitted.scorers.values()), "every kind of candidate is there"
     return [*default_candidates(Plan.of(family)), *fitted_candidates(Plan.of(family), fitted)]

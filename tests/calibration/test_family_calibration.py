@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from catp_lightning import CrossAttentionCalibration, PolicyError, PruningError, PruningPolicy, prune
-from catp_lightning.calibration.fit.fitting import Fitted, VoterFit
+from catp_lightning.calibration.fit.fitting import Fitted, ScorerFit
 from catp_lightning.calibration.fit.heads import HeadFit
 from catp_lightning.calibration.fit.layers import LayerChoice
 from catp_lightning.calibration.plan import Plan
@@ -185,22 +185,22 @@ def test_fitted_weights_are_the_same_votes_that_were_fitted(
 ) -> None:
     family = find_family(BY_NAME[name].model())
     plan = Plan.of(family, None if method is None else PruningPolicy(method, args))
-    ((voter, scorer),) = plan.voters.items()
-    layers, heads = (plan.voting(voter)[-1],), plan.heads(voter)
+    ((name, scorer),) = plan.scorers.items()
+    layers, heads = (plan.layers_read(name)[-1],), plan.heads(name)
     weights = np.linspace(-1, 2, heads)
     fit = HeadFit(weights, np.zeros(0), 0.1, 0.0, 0.5, np.ones(heads))
-    found = VoterFit(LayerChoice(layers, (), (1.0,)), layers, fit, True)
-    candidates = fitted_candidates(plan, Fitted([], None, {voter: found}))
-    policy = next(candidate for candidate in candidates if candidate.name == f"{voter} heads").policy(KEEP)
+    found = ScorerFit(LayerChoice(layers, (), (1.0,)), layers, fit, True)
+    candidates = fitted_candidates(plan, Fitted([], None, {name: found}))
+    policy = next(candidate for candidate in candidates if candidate.name == f"{name} heads").policy(KEEP)
     signal = next(iter(scorer.needs))
     paid = torch.rand(3, heads, 6, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     valid = torch.arange(6) < torch.tensor([6, 4, 6])[:, None]
     count = plan.layer or family.layers()[signal]
     seen = Observation(valid, {signal: count}, {(signal, layer): paid for layer in range(count)})
-    votes = scorer.votes(seen)[:, -1]
-    expected = (votes * torch.tensor(fit.weights)[:, None]).sum(1)
+    head_scores = scorer.head_scores(seen)[:, -1]
+    expected = (head_scores * torch.tensor(fit.weights)[:, None]).sum(1)
     torch.testing.assert_close(policy.build_scorer().score(seen)[valid], expected[valid], rtol=0, atol=1e-3)
-    assert not torch.allclose(votes, paid, atol=0.1), "on the scale of the fit"
+    assert not torch.allclose(head_scores, paid, atol=0.1), "on the scale of the fit"
 
 
 def test_a_guide_is_asked_while_its_layers_and_heads_are_calibrated(tmp_path: Path) -> None:

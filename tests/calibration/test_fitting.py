@@ -24,7 +24,7 @@ from tests.support.planted_fits import COLUMNS, TIES, probes
 FOLDS = DEFAULTS.folds
 
 
-VOTERS = {"cross-attention": CrossAttention(), "region-attention": RegionAttention()}
+SCORERS_FITTED = {"cross-attention": CrossAttention(), "region-attention": RegionAttention()}
 """Scorers of models with a Q-Former whose heads are fitted."""
 
 
@@ -54,7 +54,7 @@ def test_the_rules_for_a_fold_never_saw_it_and_the_final_ones_saw_all(family: Fa
         assert [candidate.name for candidate in before] == [candidate.name for candidate in after] == names
         for one, other in zip(before, after, strict=True):
             assert (one == other) == (fold == CHANGED), one.name
-    heads = fitted.voters["region-attention"]
+    heads = fitted.scorers["region-attention"]
     assert heads.fit is not None and heads.layers == (0,)
     whole = fit_heads(sums, COLUMNS.of_heads("region-attention", (0,)), COLUMNS.of_slots)
     assert heads.head_weights(4) == [rounded(whole.weights)] and heads.slot_weights == rounded(whole.slots)
@@ -72,7 +72,7 @@ def test_what_a_slot_is_worth_is_scikit_learns_ridge_on_all_rows(planted: Any) -
 def test_nothing_that_can_be_learned_is_found_in_constant_answers(family: Family, planted: Any) -> None:
     sums, pairs = (replace(part, moment=0 * part.moment, squares=0 * part.squares) for part in planted[:2])
     fitted = fit(sums, pairs, COLUMNS, TIES)
-    assert fitted.slots == [0.0] * 8 and not any(found.selected for found in fitted.voters.values())
+    assert fitted.slots == [0.0] * 8 and not any(found.selected for found in fitted.scorers.values())
     names = {candidate.name for candidate in fitted_candidates(Plan.of(family), fitted)}
     assert not any("heads" in name for name in names)
     nothing = ProbeSums(COLUMNS.total).compute()  # a model with one visual token: there is nothing to probe
@@ -83,7 +83,7 @@ def test_nothing_that_can_be_learned_is_found_in_constant_answers(family: Family
 def quadratic_sums(value: np.ndarray, sizes: Sequence[int], samples: int = 120) -> tuple[FoldSums, FoldSums]:
     """Probes of a set function x' V x, with a little noise."""
     slots = len(value)
-    columns = Columns(COLUMNS.voters, slots)
+    columns = Columns(COLUMNS.scorers, slots)
     sums, pairs = ProbeSums(columns.total), ProbeSums(slots * (slots + 1) // 2)
     visual, fold = torch.ones(samples, slots, dtype=torch.bool), torch.arange(samples) % FOLDS
     for size in sizes:
@@ -144,7 +144,7 @@ def test_pairs_are_counted_with_each_slot_itself() -> None:
 
 def test_columns_stand_where_they_are_said_to() -> None:
     assert COLUMNS.total == 24 and COLUMNS.of_slots == list(range(16, 24))
-    together = [column for name in VOTERS for heads in COLUMNS.of_voter(name) for column in heads]
+    together = [column for name in SCORERS_FITTED for heads in COLUMNS.of_scorer(name) for column in heads]
     assert together == list(range(16)) and COLUMNS.of_heads("region-attention", (1,)) == [12, 13, 14, 15]
     fitted = Fitted([0.0] * 8)
     assert fitted.evidence(COLUMNS) == {"slots": [0.0] * 8}

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from catp_lightning.calibration.fit.probes import WORST, Columns, head_votes, probe, random_subset, sizes
+from catp_lightning.calibration.fit.probes import WORST, Columns, probe, random_subset, scores_of_heads, sizes
 from catp_lightning.calibration.fit.probing import Probing
 from catp_lightning.calibration.fit.sums import ProbeSums
 from catp_lightning.calibration.plan import Plan
@@ -19,7 +19,7 @@ from tests.support.models import GREEDY, PAD
 from tests.support.modules import Batch
 from tests.support.recorded_answers import Explicit, ModelCall, Net, beams, forward, greedy, mixed, model, record
 
-VOTERS = {"cross-attention": CrossAttention(), "region-attention": RegionAttention()}
+SCORERS_FITTED = {"cross-attention": CrossAttention(), "region-attention": RegionAttention()}
 """Scorers of models with a Q-Former whose heads are fitted."""
 
 
@@ -32,19 +32,19 @@ def subsets(samples: Samples, size: float, number: int, count: int) -> Tensor:
 
 
 def slow_rows(samples: Samples, keep: Tensor) -> Tensor:
-    """A probe's row by loops over kept tokens, voters, layers and heads."""
+    """A probe's row by loops over kept tokens, scorers, layers and heads."""
     columns = Columns.of(Plan.of(samples.replay.family))
-    votes = {name: voter.votes(samples.seen).double() for name, voter in VOTERS.items()}
+    head_scores = {name: scorer.head_scores(samples.seen).double() for name, scorer in SCORERS_FITTED.items()}
     rows = torch.zeros(*keep.shape[:2], columns.total, dtype=torch.float64)
     starts = (samples.visual.sum(1).cumsum(0) - samples.visual.sum(1)) // columns.slots
     for p, b, t in keep.nonzero().tolist():
         image, slot = int(starts[b]) + t // columns.slots, t % columns.slots
         column = 0
-        for name in VOTERS:
+        for name in SCORERS_FITTED:
             for layer in range(2):
                 for head in range(4):
-                    assert columns.of_voter(name)[layer][head] == column
-                    rows[p, b, column] += votes[name][image, layer, head, slot]
+                    assert columns.of_scorer(name)[layer][head] == column
+                    rows[p, b, column] += head_scores[name][image, layer, head, slot]
                     column += 1
         assert columns.of_slots[0] == column
         rows[p, b, column + slot] += 1
@@ -66,9 +66,9 @@ def test_a_probe_is_what_the_model_pruned_to_that_subset_says_of_its_own_answer(
         part.register_forward_hook(lambda module, *_: calls.append(module))
     with torch.no_grad():
         output, samples = record(net, call, batch)
-        votes = head_votes(VOTERS.values(), samples.seen, samples.visual)
+        head_scores = scores_of_heads(SCORERS_FITTED.values(), samples.seen, samples.visual)
         found = [
-            probe(samples.replay, votes, samples.images, size, number, 8, probes=3)
+            probe(samples.replay, head_scores, samples.images, size, number, 8, probes=3)
             for number, size in enumerate(sizes([0.5, 3], 8))
         ]
         assert calls == seeing, "vision runs once a batch, however many subsets are probed"
@@ -109,16 +109,16 @@ def test_the_gains_of_lost_answers_are_cut_off() -> None:
         _, samples = record(net, greedy, batch)
         keep = subsets(samples, 1 / 8, 0, 3)
         whole = samples.replay.answer_log_probability(keep)
-        votes = head_votes(VOTERS.values(), samples.seen, samples.visual)
-        found = probe(samples.replay, votes, samples.images, 1 / 8, 0, 8, probes=3).gain
+        head_scores = scores_of_heads(SCORERS_FITTED.values(), samples.seen, samples.visual)
+        found = probe(samples.replay, head_scores, samples.images, 1 / 8, 0, 8, probes=3).gain
     assert whole.min() < WORST - 1 and torch.equal(found, whole.clamp(min=WORST))
 
 
 def test_inference_mode_changes_nothing_and_half_precision_little() -> None:
     def probed(net: Net, dtype: torch.dtype) -> tuple[Samples, Any]:
         _, samples = record(net, greedy, mixed([1, 2, 1], dtype))
-        votes = head_votes(VOTERS.values(), samples.seen, samples.visual)
-        return samples, probe(samples.replay, votes, samples.images, 0.5, 0, 8, probes=4)
+        head_scores = scores_of_heads(SCORERS_FITTED.values(), samples.seen, samples.visual)
+        return samples, probe(samples.replay, head_scores, samples.images, 0.5, 0, 8, probes=4)
 
     with torch.no_grad():
         _, plain = probed(model(torch.float32), torch.float32)
@@ -188,8 +188,8 @@ def test_probes_of_a_sample_do_not_depend_on_batch_or_padding() -> None:
         found = []
         for some in (batch, alone):
             _, samples = record(net, greedy, some)
-            votes = head_votes(VOTERS.values(), samples.seen, samples.visual)
-            found.append(probe(samples.replay, votes, samples.images, 0.5, 1, 8, probes=4))
+            head_scores = scores_of_heads(SCORERS_FITTED.values(), samples.seen, samples.visual)
+            found.append(probe(samples.replay, head_scores, samples.images, 0.5, 1, 8, probes=4))
     together, one = found
     torch.testing.assert_close(together.rows[:, :1], one.rows, atol=1e-10, rtol=0)
     torch.testing.assert_close(together.gain[:, :1], one.gain, atol=1e-10, rtol=0)

@@ -77,7 +77,7 @@ def test_all_rules_together_keep_what_each_keeps_by_itself(
 
 
 def test_autocast_changes_no_rank(candidates: list[Candidate]) -> None:
-    """Half precision would round similarities and weighted votes until ties decide."""
+    """Half precision would round similarities and weighted scores until ties decide."""
     seen, visual = signals(64, 0, None, torch.float32), torch.ones(64, 8, dtype=torch.bool)
     rules = [candidate.policy(1.0) for candidate in candidates]
     plain = token_ranks([rule.method() for rule in rules], seen, visual, 4)

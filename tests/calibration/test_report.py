@@ -117,13 +117,15 @@ def test_what_the_probes_found_is_said_in_words(policies, tmp_path):
     assert "layer 1 (3.21% ± 0.43% of the variance, chosen again in 80% of the fits" in cross
     assert "3 of 4 heads, which explain 4.56% ± 0.54% of the variance" in cross
     assert "same sign in 60% to 100%" in cross
-    assert "- region-attention: nothing; no layer's votes predict the answers better than chance" in page
+    assert "- region-attention: nothing; no layer's head scores predict the answers better than chance" in page
 
 
 def test_where_nothing_was_selected_the_page_says_so(policies, tmp_path):
     assert not any(policies[0].evidence["fitted"][name]["layers"] for name in ("cross-attention", "region-attention"))
     _, page = write(policies, tmp_path)
-    assert page.count(": nothing; no layer's votes predict the answers better than chance on left-out images.") == 2
+    assert (
+        page.count(": nothing; no layer's head scores predict the answers better than chance on left-out images.") == 2
+    )
     assert head_figure(policies) is None
     values = with_heads(policies[0]).to_dict()
     values["evidence"]["fitted"]["cross-attention"]["head_weights"] = [[0.0] * 4]

@@ -88,7 +88,7 @@ def test_a_weight_on_probabilities_before_ranking_would_change_nothing_and_ours_
     assert not torch.equal(borda_vote(attention, image_weights=weights).argsort(1), borda_vote(attention).argsort(1))
 
 
-def test_layers_and_head_weights_choose_who_votes() -> None:
+def test_layers_and_head_weights_choose_what_is_summed() -> None:
     observation = seen()
     everybody = CATP().score(observation)
     each = [CATP(layers=(layer,)).score(observation) for layer in range(3)]
@@ -105,7 +105,7 @@ def test_layers_and_head_weights_choose_who_votes() -> None:
 
 
 def test_head_weights_of_another_shape_are_refused() -> None:
-    with pytest.raises(ValueError, match=r"shape \(1, 2\); the votes come from 3 layers of 2 heads"):
+    with pytest.raises(ValueError, match=r"shape \(1, 2\); the scores come from 3 layers of 2 heads"):
         CATP(head_weights=((1.0, 1.0),)).score(seen())
     with pytest.raises(ValueError, match="2 rows for 1 layers"):
         CATP(layers=(0,), head_weights=((1.0,), (1.0,)))
@@ -117,20 +117,20 @@ def test_head_weights_of_another_shape_are_refused() -> None:
 
 def test_cross_attention_is_mean_log_attention_standardised_by_image_and_head() -> None:
     observation = seen()
-    votes = CrossAttention().votes(observation)
+    head_scores = CrossAttention().head_scores(observation)
     for layer in range(3):
         for head in range(2):
             for image in range(2):
                 rows = observation.values[Signal.CROSS_ATTENTION, layer][image, head]
                 mean = torch.stack([torch.stack([p.log() for p in row]).mean() for row in rows])
                 expected = (mean - mean.mean()) / mean.std(correction=0)
-                torch.testing.assert_close(votes[image, layer, head], expected)
-    assert torch.allclose(votes.mean(-1), torch.zeros(2, 3, 2, dtype=torch.float64))
+                torch.testing.assert_close(head_scores[image, layer, head], expected)
+    assert torch.allclose(head_scores.mean(-1), torch.zeros(2, 3, 2, dtype=torch.float64))
 
 
 def test_region_attention_is_the_log_of_attention_weighted_by_what_each_image_token_receives() -> None:
     observation = seen()
-    votes = RegionAttention().votes(observation)
+    head_scores = RegionAttention().head_scores(observation)
     received = observation[Signal.VISION_ATTENTION_RECEIVED]
     for layer in range(3):
         for head in range(2):
@@ -141,13 +141,13 @@ def test_region_attention_is_the_log_of_attention_weighted_by_what_each_image_to
                 ]
                 logs = torch.tensor(on_regions, dtype=torch.float64).log()
                 expected = (logs - logs.mean()) / logs.std(correction=0)
-                torch.testing.assert_close(votes[image, layer, head], expected)
+                torch.testing.assert_close(head_scores[image, layer, head], expected)
     only = RegionAttention(layers=(1,), head_weights=((0.5, -2.0),)).score(observation)
-    torch.testing.assert_close(only, 0.5 * votes[:, 1, 0] - 2 * votes[:, 1, 1])
+    torch.testing.assert_close(only, 0.5 * head_scores[:, 1, 0] - 2 * head_scores[:, 1, 1])
     assert RegionAttention(layers=(1,)).needs == {Signal.CROSS_ATTENTION: (1,), Signal.VISION_ATTENTION_RECEIVED: None}
     scaled = seen()
     scaled.values[Signal.VISION_ATTENTION_RECEIVED] = 100 * received
-    torch.testing.assert_close(RegionAttention().votes(scaled), votes, msg="only proportions count")
+    torch.testing.assert_close(RegionAttention().head_scores(scaled), head_scores, msg="only proportions count")
 
 
 @pytest.mark.parametrize("name", ["catp", "cross-attention", "region-attention", "self-attention"])

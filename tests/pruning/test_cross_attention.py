@@ -114,9 +114,9 @@ def test_beams_equal_those_of_the_masked_run(case: str, settings: dict[str, Any]
     with dropping(model, lambda prompt: prompts.append(prompt) or uneven(prompt), observe=True):
         output = model.generate(**inputs, **GREEDY, **settings)
     (prompt,) = prompts
-    assert prompt.beams == settings["num_beams"] and torch.equal(prompt.tokens, seen(inputs))
+    assert prompt.rows_per_sample == settings["num_beams"] and torch.equal(prompt.tokens, seen(inputs))
     assert prompt.states.shape[:2] == prompt.tokens.shape and len(prompt.attention) == len(prompt.tokens)
-    assert len(prompt.arguments["pixel_values"]) == len(prompt.tokens) * prompt.beams
+    assert len(prompt.arguments["pixel_values"]) == len(prompt.tokens) * prompt.rows_per_sample
     with masking(model, uneven(prompt)):
         assert torch.equal(model.generate(**inputs, **GREEDY, **settings), output)
 
@@ -131,7 +131,7 @@ def test_sampled_sequences_equal_those_of_the_masked_run() -> None:
     with masking(model, uneven(prompts[0])):
         torch.manual_seed(1)
         assert torch.equal(model.generate(**inputs, **settings), output)
-    assert output.shape == (9, LENGTH + 7) and prompts[0].beams == 3
+    assert output.shape == (9, LENGTH + 7) and prompts[0].rows_per_sample == 3
 
 
 @pytest.mark.parametrize("case", CASES)

@@ -51,21 +51,21 @@ def batches(
 ) -> list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
     """Three batches of fold [B], rows [P, B, HEADS + SLOTS] and gain [P, B].
 
-    Half of the tokens of every sample are kept at random. The votes of a token share a component among heads, as real
-    heads agree; `lean` makes the votes of head 0 follow the token's slot.
+    Half of the tokens of every sample are kept at random. The scores of a token share a component among heads, as real
+    heads agree; `lean` makes the scores of head 0 follow the token's slot.
     """
     generator = torch.Generator().manual_seed(seed)
     weights = torch.tensor([worth.get(head, 0.0) for head in range(HEADS)], dtype=torch.float64)
     slot = torch.arange(TOKENS) % SLOTS
     made = []
     for _ in range(3):
-        votes = torch.randn(BATCH, TOKENS, HEADS, generator=generator, dtype=torch.float64)
-        votes = votes + 0.5 * torch.randn(BATCH, TOKENS, 1, generator=generator, dtype=torch.float64)
-        votes[:, :, 0] += lean * torch.from_numpy(SLOT_WORTH)[slot]
-        votes = (votes - votes.mean(1, keepdim=True)) / votes.std(1, keepdim=True)
+        head_scores = torch.randn(BATCH, TOKENS, HEADS, generator=generator, dtype=torch.float64)
+        head_scores = head_scores + 0.5 * torch.randn(BATCH, TOKENS, 1, generator=generator, dtype=torch.float64)
+        head_scores[:, :, 0] += lean * torch.from_numpy(SLOT_WORTH)[slot]
+        head_scores = (head_scores - head_scores.mean(1, keepdim=True)) / head_scores.std(1, keepdim=True)
         draws = torch.rand(PROBES, BATCH, TOKENS, generator=generator)
         kept = (draws.argsort(-1).argsort(-1) < TOKENS // 2).double()
-        heads = torch.einsum("pbt,bth->pbh", kept, votes)
+        heads = torch.einsum("pbt,bth->pbh", kept, head_scores)
         slots = kept.reshape(PROBES, BATCH, TOKENS // SLOTS, SLOTS).sum(2)
         level = 3 * torch.randn(BATCH, generator=generator, dtype=torch.float64)  # some answers are surer than others
         gain = heads @ weights + level + noise * torch.randn(PROBES, BATCH, generator=generator, dtype=torch.float64)

@@ -190,7 +190,7 @@ def test_tables_of_comparisons_and_sweeps_hold_a_name_as_it_is(name: str) -> Non
 
 
 def other_names(value: Any, text: str) -> Any:
-    """Evidence in which every method, voter and model is called by a name that holds `text`."""
+    """Evidence in which every method, scorer and model is called by a name that holds `text`."""
     if isinstance(value, dict):
         return {
             f"{key} {text}" if "layer_steps" in str(inner) and isinstance(inner, dict) and "layers" in inner else key:
