@@ -11,29 +11,29 @@ from catp_lightning import PruningPolicy
 from catp_lightning.calibration.fit.fitting import fit
 from catp_lightning.calibration.fit.probes import Columns
 from catp_lightning.calibration.plan import Plan
+from catp_lightning.calibration.report import report
 from catp_lightning.calibration.search.candidates import Candidate, default_candidates, fitted_candidates
 from catp_lightning.models import Family, find_family
 from tests.support.interrupted_calibrations import PARTIAL, Breaking, calibrate, small
-from tests.support.killed_calibrations import Server
+from tests.support.killed_calibrations import run
 from tests.support.models import random_blip2
 from tests.support.planted_fits import COLUMNS, TIES, probes
 from tests.support.reports import calibrated
 
 
-@pytest.fixture(scope="module")
-def server() -> Iterator[Server]:
-    """A process that has imported everything, and forks those that are killed."""
-    started = Server()
-    yield started
-    started.process.stdin.close()  # type: ignore[union-attr]
-    assert started.process.wait(60) == 0
+@pytest.fixture(scope="package", autouse=True)
+def _undrawn() -> Iterator[None]:
+    """Reports have figures, but these are not rendered, which costs as much as a small calibration."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(report, "png", lambda figure: b"")
+        yield
 
 
 @pytest.fixture(scope="module")
-def undisturbed(server: Server, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[str]]:
+def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[str]]:
     """Its folder, and what it noted."""
     folder = tmp_path_factory.mktemp("undisturbed")
-    return folder, server.run(folder, None)[0]
+    return folder, run(folder, None)[0]
 
 
 @pytest.fixture
@@ -59,7 +59,7 @@ def path(interrupted: Path, tmp_path: Path) -> Path:
     return tmp_path / "p.json"
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="package")
 def policies(tmp_path_factory: pytest.TempPathFactory) -> list[PruningPolicy]:
     """Those of a real calibration for three budgets."""
     return calibrated(tmp_path_factory.mktemp("several"), keep=[0.75, 0.5, 2])

@@ -16,7 +16,7 @@ from catp_lightning.calibration.split import fold_of, part_of
 from catp_lightning.methods.observation import join
 from catp_lightning.models import find_family
 from catp_lightning.utils.hashing import fingerprint
-from tests.support.calibrations import calibrate, data, images_of
+from tests.support.calibrations import QUICK, calibrate, data, images_of
 from tests.support.models import faint_blip2
 from tests.support.modules import Generating
 from tests.support.planted import Planted, agrees, finished, highest_norm, recorded, slot_3
@@ -43,7 +43,7 @@ def test_the_one_slot_that_matters_is_found_and_always_kept(tmp_path: Path) -> N
 
 def test_where_a_control_is_truly_best_it_is_the_policy_and_the_evidence_says_so(tmp_path: Path) -> None:
     module = Planted(highest_norm)
-    policy = calibrate(module, data(64, 32, torch.float64), tmp_path / "p.json", keep=1).policies[0]
+    policy = calibrate(module, data(64, 32, torch.float64), tmp_path / "p.json", keep=1, calibration=QUICK).policies[0]
     assert (policy.scorer, policy.selector, policy.evidence["chosen"]) == ("l2-norm", None, "l2-norm")
     assert policy.evidence["control"] and policy.evidence["retention"][0]["control"]
     first, second = policy.evidence["candidates"][:2]
@@ -109,9 +109,9 @@ def test_a_handful_of_images_is_enough_or_refused(count: int, enough: bool) -> N
     assert all(parts) == enough
     if not enough:
         with pytest.raises(PolicyError, match=rf"got \{{'learn': {parts[0]}, 'check': {parts[1]}\}}: give some dozens"):
-            finished(module, batches, [4])
+            finished(module, batches, [4], settings=QUICK)
     else:
-        policy = finished(module, batches, [4]).policies()[0]
+        policy = finished(module, batches, [4], settings=QUICK).policies()[0]
         assert agrees(module, policy, batches).shape == (count,) and policy.keep == 4
 
 
@@ -123,7 +123,10 @@ def test_nothing_is_decided_on_the_checking_part() -> None:
         checked = part_of(fingerprint(batch["pixel_values"])) == 1
         batch["input_ids"][checked, -1] = batch["input_ids"][checked, -1] % 90 + 4
     assert any((a["input_ids"] != b["input_ids"]).any() for a, b in zip(batches, other, strict=True))
-    found = [finished(Generating(faint_blip2(dtype=torch.float64)), some, [2]).policies() for some in (batches, other)]
+    found = [
+        finished(Generating(faint_blip2(dtype=torch.float64)), some, [2], settings=QUICK).policies()
+        for some in (batches, other)
+    ]
     for one, two in zip(*found, strict=True):
         assert (one.scorer, one.scorer_args, one.selector_args) == (two.scorer, two.scorer_args, two.selector_args)
         for key in ("chosen", "samples", "images", "fitted", "rank_correlation"):
@@ -134,7 +137,7 @@ def test_nothing_is_decided_on_the_checking_part() -> None:
 
 
 def test_what_is_observed_serves_every_candidate_that_can_be_fitted() -> None:
-    calibrator = finished(Planted(slot_3), data(32, 16, torch.float64), [2])
+    calibrator = finished(Planted(slot_3), data(32, 16, torch.float64), [2], settings=QUICK)
     rules = [candidate.policy(1.0) for candidate in calibrator.result.candidates]
     observed, needs = needs_of(calibrator.plan), join(rule.method().needs for rule in rules)
     assert join([observed, needs]) == dict(observed)

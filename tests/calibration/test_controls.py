@@ -1,5 +1,6 @@
 """What a calibration says of the best control, and when it says that its evidence is thin."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +13,7 @@ from catp_lightning.calibration.report.controls import against, doubts, paired_d
 from catp_lightning.calibration.search.sums import ImageAgreement
 from catp_lightning.calibration.split import part_of
 from catp_lightning.callbacks import CrossAttentionCalibration
-from tests.support.calibrations import images_of
+from tests.support.calibrations import QUICK, images_of
 from tests.support.planted import Planted, agrees, finished, slot_3, two_questions
 from tests.support.trainers import loading, trainer
 
@@ -61,28 +62,28 @@ def test_answers_are_added_up_by_image_whatever_the_order_and_the_batches() -> N
 
 @pytest.mark.parametrize("planted", [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_a_policy_carries_its_difference_to_the_best_control_paired_by_image(planted: bool) -> None:
-    module, batches = Planted(slot_3 if planted else _first), two_questions(70, 35)
-    calibrator = finished(module, batches, [2, 1])
-    images, checked = images_of(batches), part_of(images_of(batches)) == 1
-    for policy, keep, chosen in zip(calibrator.policies(), (2, 1), calibrator.result.chosen, strict=True):
-        (point,) = [point for point in policy.evidence["retention"] if point["keep"] == keep]
-        same = {
-            n: agrees(module, candidate.policy(keep), batches)[checked]
-            for n, candidate in enumerate(calibrator.result.candidates)
-            if n == chosen or (candidate.control and candidate.reference)
-        }
-        rivals = {calibrator.result.candidates[n].name: agreed for n, agreed in same.items() if n != chosen}
-        best = max(agreed.double().mean() for agreed in rivals.values())
-        named = point["best_control"]
-        assert rivals[named["name"]].double().mean() == best == pytest.approx(named["agreement"])
-        assert named["difference"] == pytest.approx(float(same[chosen].double().mean() - best))
-        several = [images[checked] == image for image in images[checked].unique()]
-        by_image = [
-            np.array([int(values[own].sum()) for own in several])
-            for values in (torch.ones_like(same[chosen]), same[chosen], rivals[named["name"]])
-        ]
-        assert named["interval"] == pytest.approx(list(paired_difference(*by_image)[1]))
-        assert named["verdict"] == verdict(named["interval"])
+    module, batches = Planted(slot_3 if planted else _first), two_questions(40, 40)
+    calibrator = finished(module, batches, [2], settings=replace(QUICK, checked=0.4))
+    images, checked = images_of(batches), part_of(images_of(batches), 0.4) == 1
+    (policy,), (chosen,) = calibrator.policies(), calibrator.result.chosen
+    (point,) = policy.evidence["retention"]
+    same = {
+        n: agrees(module, candidate.policy(2), batches)[checked]
+        for n, candidate in enumerate(calibrator.result.candidates)
+        if n == chosen or (candidate.control and candidate.reference)
+    }
+    rivals = {calibrator.result.candidates[n].name: agreed for n, agreed in same.items() if n != chosen}
+    best = max(agreed.double().mean() for agreed in rivals.values())
+    named = point["best_control"]
+    assert rivals[named["name"]].double().mean() == best == pytest.approx(named["agreement"])
+    assert named["difference"] == pytest.approx(float(same[chosen].double().mean() - best))
+    several = [images[checked] == image for image in images[checked].unique()]
+    by_image = [
+        np.array([int(values[own].sum()) for own in several])
+        for values in (torch.ones_like(same[chosen]), same[chosen], rivals[named["name"]])
+    ]
+    assert named["interval"] == pytest.approx(list(paired_difference(*by_image)[1]))
+    assert named["verdict"] == verdict(named["interval"])
     assert planted == (named["verdict"] == "ahead"), "slot 3 is no control's; the first token is that of `position`"
 
 
@@ -117,13 +118,13 @@ def test_what_stands_beside_a_choice_in_words() -> None:
 
 
 def test_a_calibration_on_a_few_images_warns_and_still_saves(tmp_path: Path) -> None:
-    callback = CrossAttentionCalibration(tmp_path / "policies", keep=[2, 1])
+    callback = CrossAttentionCalibration(tmp_path / "policies", keep=[2, 1], settings=QUICK)
     with pytest.warns(UserWarning, match="Calibration evidence is thin: agreement was checked on"):
         trainer(callback).predict(Planted(slot_3), loading(two_questions(20, 20)))
     assert len(list(tmp_path.rglob("keep-*.json"))) == 2
 
 
 def test_a_calibration_for_more_tokens_than_an_image_has_says_so_before_it_measures(tmp_path: Path) -> None:
-    callback = CrossAttentionCalibration(tmp_path / "policies", keep=[64, 2], scorer="stride")
+    callback = CrossAttentionCalibration(tmp_path / "policies", keep=[64, 2], scorer="stride", settings=QUICK)
     with pytest.warns(UserWarning, match=r"keep is 64 tokens, and every image of .* has 8"):
         trainer(callback).predict(Planted(slot_3), loading(two_questions(20, 20)))

@@ -11,34 +11,23 @@ from catp_lightning.calibration.replay.base import agreement, divergence
 from catp_lightning.calibration.search.candidates import default_candidates
 from catp_lightning.calibration.split import part_of
 from catp_lightning.models import find_family
-from catp_lightning.pruning.answers import compare_with_unpruned
-from catp_lightning.pruning.pruner import applied
-from tests.support.calibrations import calibrate, data, figures, images_of
+from tests.support.calibrations import QUICK, calibrate, data, figures, images_of
 from tests.support.models import SHORT, faint_blip2
 from tests.support.modules import Generating
+from tests.support.planted import agrees
 
 
 def test_the_figures_are_what_running_each_candidate_pruned_gives(tmp_path: Path) -> None:
     """Agreement comes from teacher-forced replays; generating again under the policy must say the same."""
-    module, batches = Generating(faint_blip2(dtype=torch.float64)), data(48, 12, torch.float64)
-    policy = calibrate(module, batches, tmp_path / "p.json", keep=7).policies[0]
+    module, batches = Generating(faint_blip2(dtype=torch.float64)), data(48, 24, torch.float64)
+    policy = calibrate(module, batches, tmp_path / "p.json", keep=7, calibration=QUICK).policies[0]
     candidates = {candidate.name: candidate for candidate in default_candidates(Plan.of(find_family(module)))}
-    rates = set()
+    part, rates = part_of(images_of(batches)), set()
     for name in (
-        "catp",
-        "cross-attention layer 1",
-        "l2-norm",
-        "dpp of outputs, catp x +0.5",
-        "diversity of cross-attention",
+        *("catp", "cross-attention layer 1", "l2-norm"),
+        *("dpp of outputs, catp x +0.5", "diversity of cross-attention"),
     ):
-        same, parts = [], []
-        with torch.no_grad(), applied(module, candidates[name].policy(7)) as pruner:  # noqa: SIM117
-            with compare_with_unpruned(pruner) as comparison:
-                for batch in batches:
-                    module.net.generate(**batch, **SHORT)
-                    same.append(comparison.same.pop())
-                    parts.append(part_of(images_of([batch])))
-        together, part = torch.cat(same).double(), torch.cat(parts)
+        together = agrees(module, candidates[name].policy(7), batches).double()
         row = figures(policy, name)
         assert row["choose"]["agreement"] == pytest.approx(together[part == 0].mean().item(), abs=1e-12)
         assert row["choose"]["samples"] == (part == 0).sum()
@@ -50,15 +39,15 @@ def test_the_figures_are_what_running_each_candidate_pruned_gives(tmp_path: Path
             assert row["check"] is None
         rates.add(row["choose"]["agreement"])
     assert len(rates) > 2 and max(rates) > 0, "candidates must differ, or this proves nothing"
-    assert policy.evidence["samples"] == {
-        "learn": int((part == 0).sum()),
-        "check": int((part == 1).sum()),
-    }
+    checked = agrees(module, policy, batches)[part == 1].double().mean().item()
+    chosen = figures(policy, policy.evidence["chosen"])
+    assert chosen["check"]["agreement"] == pytest.approx(checked, abs=1e-12), "the policy is what was checked"
+    assert policy.evidence["samples"] == {"learn": int((part == 0).sum()), "check": int((part == 1).sum())}
 
 
 def test_divergence_is_the_mean_kl_from_the_unpruned_model_along_its_answer(tmp_path: Path) -> None:
     module, batches = Generating(faint_blip2(dtype=torch.float64)), data(16, 16, torch.float64)
-    policy = calibrate(module, batches, tmp_path / "p.json", keep=3).policies[0]
+    policy = calibrate(module, batches, tmp_path / "p.json", keep=3, calibration=QUICK).policies[0]
     batch, net = batches[0], module.net
     sequences = net.generate(**batch, **SHORT)
     new = sequences.shape[1] - batch["input_ids"].shape[1]

@@ -1,8 +1,8 @@
 """Calibration of every family and of every method: what it measures is what pruning by the saved policy does."""
 
 import math
-from collections.abc import Sequence
 from copy import deepcopy
+from functools import cache
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -18,7 +18,7 @@ from catp_lightning.calibration.fit.fitting import Fitted, ScorerFit
 from catp_lightning.calibration.fit.heads import HeadFit
 from catp_lightning.calibration.fit.layers import LayerChoice
 from catp_lightning.calibration.plan import Plan
-from catp_lightning.calibration.search.candidates import Candidate, default_candidates, fitted_candidates
+from catp_lightning.calibration.search.candidates import default_candidates, fitted_candidates
 from catp_lightning.calibration.settings import CalibrationSettings
 from catp_lightning.calibration.split import part_of
 from catp_lightning.methods.observation import Observation, Signal
@@ -27,7 +27,6 @@ from catp_lightning.methods.scorers.controls import Random
 from catp_lightning.models import find_family
 from catp_lightning.pruning.answers import compare_with_unpruned
 from catp_lightning.pruning.pruner import applied
-from catp_lightning.utils.hashing import fingerprint
 from tests.support.calibrations import figures
 from tests.support.families import BY_NAME
 from tests.support.footprints import footprint
@@ -35,23 +34,36 @@ from tests.support.modules import Generating
 from tests.support.rows import Row
 from tests.support.trainers import loading, trainer
 
-BATCHES, KEEP = 14, 0.4
+BATCHES, KEEP, CHECKED = 6, 0.4, 0.4
 SETTINGS = {"max_new_tokens": 2, "do_sample": False}
+QUICK = CalibrationSettings(probes=1, sizes=(0.25,), folds=2, checked=CHECKED)
 METHODS = {
-    "Llava": ("fastervlm", "vtc-cls", "vispruner", "visionzip", "cdpruner", "divprune", "downsample", "l2-norm"),
+    "Llava": (
+        *("fastervlm", "vtc-cls", "vispruner", "visionzip", "cdpruner", "divprune", "downsample", "l2-norm"),
+        *("fastv", "pyramiddrop", "sparsevlm", "dart", "visual-exit"),
+    ),
     "LlavaNext": ("fastervlm", "divprune"),
     "Blip2-OPT": ("catp", "self-attention", "fastv"),
     "InstructBlip": ("catp", "cross-attention"),
     "Mllama": ("trimmed-llama", "l2-norm"),
 }
 FAST = {
-    *(("Llava", "fastervlm"), ("Llava", "divprune"), ("Llava", "downsample"), ("Blip2-OPT", "catp")),
-    *(("InstructBlip", "cross-attention"), ("Mllama", "trimmed-llama")),
+    "Llava": ("fastervlm", "divprune", "downsample", "fastv", "visual-exit"),
+    "Blip2-OPT": ("catp",),
+    "InstructBlip": ("cross-attention",),
+    "Mllama": ("trimmed-llama",),
 }
 """Those of `METHODS` that are no slow test: each kind of signal, and each kind of replay."""
-INSIDE = ("fastv", "pyramiddrop", "sparsevlm", "dart", "visual-exit")
+INSIDE: dict[str, dict[str, Any]] = {
+    "fastv": {"layer": 1},
+    "dart": {"layer": 1},
+    "pyramiddrop": {"stages_at": [1]},
+    "sparsevlm": {"stages_at": [1]},
+}
+"""Arguments of methods that drop inside the decoder: where."""
 
 
+@cache
 def data(row: Row) -> list[dict[str, Tensor]]:
     """Batches of a row's samples, each time with other pixels."""
     found = []
@@ -66,7 +78,7 @@ def data(row: Row) -> list[dict[str, Tensor]]:
 
 
 def calibrate(row: Row, path: Path, **options: Any) -> PruningPolicy:
-    callback = CrossAttentionCalibration(path, keep=KEEP, settings=CalibrationSettings(probes=4), **options)
+    callback = CrossAttentionCalibration(path, keep=KEEP, settings=QUICK, **options)
     trainer(callback).predict(Generating(row.model(), SETTINGS), loading(data(row)))
     assert PruningPolicy.load(path) == callback.policies[0]
     return callback.policies[0]
@@ -80,13 +92,19 @@ def agreement(row: Row, policy: PruningPolicy, guide: nn.Module | None = None) -
         for batch in data(row):
             model.generate(**batch, **SETTINGS)
             same.append(comparison.same.pop())
-    images = [first_images(row, batch) for batch in data(row)]
-    together, part = torch.cat(same).double(), part_of(torch.cat(images))
+    together, part = torch.cat(same).double(), part_of(first_images(row), CHECKED)
     return together[part == 0].mean().item(), together[part == 1].mean().item()
 
 
-def first_images(row: Row, batch: dict[str, Tensor]) -> Tensor:
+@cache
+def first_images(row: Row) -> Tensor:
     """The fingerprint of each sample's first image, 0 for a sample without one: as a scorer sees them, counted here."""
+    found = torch.cat([_first_images(row, batch) for batch in data(row)])
+    assert len(found.unique()) > len(found) / 2, "other pixels have other fingerprints"
+    return found
+
+
+def _first_images(row: Row, batch: dict[str, Tensor]) -> Tensor:
     seen: list[Observation] = []
 
     class Noting(Random):
@@ -109,74 +127,50 @@ def first_images(row: Row, batch: dict[str, Tensor]) -> Tensor:
     return torch.tensor(first)
 
 
-def check_figures(row: Row, policy: PruningPolicy, candidates: Sequence[Candidate]) -> set[float]:
-    """What was measured of some candidates is what running them gives; returns the shares."""
-    found = set()
-    for candidate in candidates:
-        measured = figures(policy, candidate.name)
-        learned, checked = agreement(row, candidate.policy(KEEP))
-        if measured["choose"]["samples"] == policy.evidence["samples"]["learn"]:  # it stayed to the end
-            assert measured["choose"]["agreement"] == pytest.approx(learned, abs=1e-12), candidate.name
-        if measured["check"] is not None:
-            assert measured["check"]["agreement"] == pytest.approx(checked, abs=1e-12), candidate.name
-        found.add(measured["choose"]["agreement"])
-    return found
+def check(row: Row, policy: PruningPolicy) -> None:
+    """The policy is what was checked."""
+    checked = figures(policy, policy.evidence["chosen"])["check"]["agreement"]
+    assert checked == pytest.approx(agreement(row, policy)[1], abs=1e-12)
 
 
-@pytest.mark.parametrize(
-    "name",
-    [name if name == "Blip2-OPT" else pytest.param(name, marks=pytest.mark.slow) for name in METHODS],
-)
-def test_what_is_measured_of_every_rule_is_what_pruning_does(
-    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    row = BY_NAME[name]
+@pytest.mark.slow
+@pytest.mark.parametrize("name", METHODS)
+def test_what_is_measured_of_every_rule_is_what_pruning_does(name: str, tmp_path: Path) -> None:
+    row, shares = BY_NAME[name], set()
     policy = calibrate(row, tmp_path / "policy.json")
     candidates = default_candidates(Plan.of(find_family(row.model())))
     names = {candidate.name for candidate in candidates}
     assert {"random", "stride", "l2-norm", "diversity of outputs"} <= names, "controls always compete"
     controls = [candidate for candidate in candidates if candidate.reference][:6]
     others = [candidate for candidate in candidates if candidate.scorer in METHODS[name]][:6]
-    assert len(check_figures(row, policy, [*controls, *others])) > 1, "candidates must differ, or this proves nothing"
+    for candidate in [*controls, *others]:
+        measured = figures(policy, candidate.name)
+        learned, checked = agreement(row, candidate.policy(KEEP))
+        if measured["choose"]["samples"] == policy.evidence["samples"]["learn"]:  # it stayed to the end
+            assert measured["choose"]["agreement"] == pytest.approx(learned, abs=1e-12), candidate.name
+        if measured["check"] is not None:
+            assert measured["check"]["agreement"] == pytest.approx(checked, abs=1e-12), candidate.name
+        shares.add(measured["choose"]["agreement"])
+    assert len(shares) > 1, "candidates must differ, or this proves nothing"
     assert policy.model == find_family(row.model()).describe()
-    checked = agreement(row, policy)[1]
-    chosen = figures(policy, policy.evidence["chosen"])
-    assert chosen["check"]["agreement"] == pytest.approx(checked, abs=1e-12), "the policy is what was checked"
+    check(row, policy)
 
 
 @pytest.mark.parametrize(
     ("name", "method"),
     [
-        pytest.param(name, method, marks=[] if (name, method) in FAST else pytest.mark.slow)
+        pytest.param(name, method, marks=[] if method in FAST.get(name, ()) else pytest.mark.slow)
         for name in METHODS
         for method in METHODS[name]
     ],
 )
-def test_one_method_is_calibrated_by_its_name(
-    name: str, method: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_one_method_is_calibrated_by_its_name_and_where_it_drops(name: str, method: str, tmp_path: Path) -> None:
     row, selector = BY_NAME[name], "top-k" if method == "trimmed-llama" else None
-    policy = calibrate(row, tmp_path / "policy.json", scorer=method, selector=selector)
+    policy = calibrate(row, tmp_path / "policy.json", scorer=method, scorer_args=INSIDE.get(method), selector=selector)
     controls = {control for control, cls in SCORERS.items() if cls.control}
     assert policy.scorer == method, "controls compete, but are not what was asked for"
     assert {row["name"].split()[0] for row in policy.evidence["candidates"]} <= {method, *controls}
-    checked = figures(policy, policy.evidence["chosen"])["check"]["agreement"]
-    assert checked == pytest.approx(agreement(row, policy)[1], abs=1e-12)
-
-
-@pytest.mark.parametrize(
-    "method",
-    [name if name in ("fastv", "visual-exit") else pytest.param(name, marks=pytest.mark.slow) for name in INSIDE],
-)
-def test_a_method_inside_the_decoder_is_calibrated_where_it_drops(
-    method: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    row = BY_NAME["Llava"]
-    args = {"layer": 1} if method in ("fastv", "dart") else None if method == "visual-exit" else {"stages_at": [1]}
-    policy = calibrate(row, tmp_path / "policy.json", scorer=method, scorer_args=args)
-    assert policy.scorer == method
-    checked = figures(policy, policy.evidence["chosen"])["check"]["agreement"]
-    assert checked == pytest.approx(agreement(row, policy)[1], abs=1e-12)
+    check(row, policy)
     if method == "visual-exit":
         depth = find_family(row.model()).depth
         assert policy.scorer_args == {"layer": math.ceil(KEEP * depth)}, "a budget is the share of layers that read"
@@ -209,9 +203,7 @@ def test_fitted_weights_are_the_same_votes_that_were_fitted(
     assert not torch.allclose(head_scores, paid, atol=0.1), "on the scale of the fit"
 
 
-def test_a_guide_is_asked_while_its_layers_and_heads_are_calibrated(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_guide_is_asked_while_its_layers_and_heads_are_calibrated(tmp_path: Path) -> None:
     row = BY_NAME["Llava"]
     guide = deepcopy(row.model())
     with torch.random.fork_rng(), torch.no_grad():
@@ -241,8 +233,3 @@ def test_a_method_that_needs_what_calibration_cannot_give_is_refused(tmp_path: P
             )
     with pytest.raises(PolicyError, match="name it"):
         CrossAttentionCalibration(scorer_args={"layer": 2})
-
-
-def test_two_images_with_other_pixels_have_other_fingerprints() -> None:
-    first, second = data(BY_NAME["Llava"])[:2]
-    assert not torch.equal(fingerprint(first["pixel_values"]), fingerprint(second["pixel_values"]))

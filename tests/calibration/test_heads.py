@@ -28,34 +28,37 @@ from tests.support.planted_heads import (
 FOLDS = DEFAULTS.folds
 
 
-@pytest.mark.parametrize("planted", [SAME_LAYER, OTHER_LAYER], ids=["negative in the same layer", "in another layer"])
-@pytest.mark.parametrize("slots", [(), SLOT_COLUMNS], ids=["heads alone", "beside slots"])
+@pytest.mark.parametrize(
+    ("planted", "slots"),
+    [(SAME_LAYER, ()), (OTHER_LAYER, SLOT_COLUMNS)],
+    ids=["negative in the same layer", "in another layer, beside slots"],
+)
 def test_exactly_the_planted_heads_are_found_with_their_signs(planted, slots):
     slot_worth = SLOT_WORTH if len(slots) else None
-    fits = [fit_heads(draw(seed, planted, slot_worth=slot_worth).sums, range(HEADS), slots) for seed in range(40)]
+    fits = [fit_heads(draw(seed, planted, slot_worth=slot_worth).sums, range(HEADS), slots) for seed in range(20)]
     true = np.array(list(planted.values()))
     for fit in fits:
         found = fit.weights[list(planted)]
         np.testing.assert_allclose(found / found[0], true / true[0], atol=0.15)
         assert fit.selected and fit.explained > 10 * fit.explained_error
-    assert sum(set(np.flatnonzero(fit.weights)) == set(planted) for fit in fits) >= 34  # 95% of 150 others
+    assert sum(set(np.flatnonzero(fit.weights)) == set(planted) for fit in fits) >= 17  # 95% of 150 others
     assert all((fit.stability[list(planted)] == 1).all() for fit in fits)
     assert all((fit.stability[fit.weights == 0] == 0).all() for fit in fits)
 
 
 def test_pure_noise_selects_nothing():
-    draws = [draw(seed, {}).sums for seed in range(60)]
+    draws = [draw(seed, {}).sums for seed in range(30)]
     fits = [fit_heads(sums, range(HEADS)) for sums in draws]
-    assert sum(fit.selected for fit in fits) <= 4  # 3% of many more draws; at one standard error 7%
-    assert sum(bool(found_layers(sums, LAYERS).layers) for sums in draws) <= 3
+    assert sum(fit.selected for fit in fits) <= 2  # 3% of many more draws; at one standard error 7%
+    assert sum(bool(found_layers(sums, LAYERS).layers) for sums in draws) <= 2
     nothing = next(fit for fit in fits if not fit.selected)
     assert nothing.strength == 1 and nothing.explained == 0 and not nothing.weights.any()
 
 
 def test_noise_around_slots_that_matter_selects_no_head():
-    draws = [draw(seed, {}, slot_worth=SLOT_WORTH).sums for seed in range(40)]
-    assert sum(fit_heads(sums, range(HEADS), SLOT_COLUMNS).selected for sums in draws) <= 3
-    assert sum(bool(found_layers(sums, LAYERS, SLOT_COLUMNS).layers) for sums in draws) <= 3
+    draws = [draw(seed, {}, slot_worth=SLOT_WORTH).sums for seed in range(20)]
+    assert sum(fit_heads(sums, range(HEADS), SLOT_COLUMNS).selected for sums in draws) <= 2
+    assert sum(bool(found_layers(sums, LAYERS, SLOT_COLUMNS).layers) for sums in draws) <= 2
 
 
 def test_a_head_that_only_follows_the_slots_is_selected_without_them_and_not_beside_them():
@@ -129,8 +132,7 @@ def test_sums_of_parts_are_one_pass():
     assert merged.strength == whole.strength and merged.explained == pytest.approx(whole.explained, rel=1e-9)
 
 
-@pytest.mark.parametrize("factor", [1e-4, 1e4])
-@pytest.mark.parametrize("column", [4, 7], ids=["planted", "not planted"])
+@pytest.mark.parametrize(("column", "factor"), [(4, 1e-4), (7, 1e4)], ids=["planted", "not planted"])
 def test_the_unit_of_a_column_changes_nothing_but_its_weight(column, factor):
     sums = draw(4, OTHER_LAYER).sums
     before, after = (fit_heads(each, range(HEADS)) for each in (sums, scaled(sums, column, factor)))

@@ -2,14 +2,11 @@
 
 from pathlib import Path
 
-import pytest
 import torch
 from torch import nn
 
 from catp_lightning.calibration.identity import model_fingerprint
 from tests.support.models import faint_blip2
-
-pytestmark = pytest.mark.usefixtures("small_calibrations")
 
 
 def test_the_fingerprint_of_a_model_depends_on_every_single_weight() -> None:

@@ -22,8 +22,7 @@ from tests.support.planted_heads import (
 FOLDS = DEFAULTS.folds
 
 
-@pytest.mark.parametrize(("planted", "layers"), [(SAME_LAYER, {1}), (OTHER_LAYER, {1, 2})])
-@pytest.mark.parametrize("slots", [(), SLOT_COLUMNS], ids=["heads alone", "beside slots"])
+@pytest.mark.parametrize(("planted", "layers", "slots"), [(SAME_LAYER, {1}, ()), (OTHER_LAYER, {1, 2}, SLOT_COLUMNS)])
 def test_exactly_the_layers_of_the_planted_heads_are_chosen(planted, layers, slots):
     exact = 0
     for seed in range(20):

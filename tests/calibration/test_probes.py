@@ -1,11 +1,10 @@
 """What a probe says is what the model, pruned to that subset, answers; and probes are exact, however they are cut."""
 
-from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from catp_lightning.calibration.fit.probes import WORST, Columns, probe, random_subset, scores_of_heads, sizes
 from catp_lightning.calibration.fit.probing import Probing
@@ -52,21 +51,6 @@ def slow_rows(samples: Samples, keep: Tensor) -> Tensor:
     return rows
 
 
-class Calls:
-    """Counts forwards of modules."""
-
-    def __init__(self, *modules: nn.Module) -> None:
-        self.counts = [0] * len(modules)
-        for number, module in enumerate(modules):
-            module.register_forward_hook(self._counting(number))
-
-    def _counting(self, number: int) -> Callable[..., None]:
-        def count(*args: Any) -> None:
-            self.counts[number] += 1
-
-        return count
-
-
 @pytest.mark.parametrize(
     ("call", "right"),
     [(greedy, False), (beams, False), (forward, False), (forward, True)],
@@ -77,8 +61,9 @@ def test_a_probe_is_what_the_model_pruned_to_that_subset_says_of_its_own_answer(
 ) -> None:
     monkeypatch.setattr("catp_lightning.calibration.fit.probes.WORST", -1000.0)  # or a lost answer could hide anything
     net, batch = model(), mixed([1, 2, 0, 1, 2], right=right)
-    calls = Calls(net.vision_model, net.qformer)
-    gains = []
+    seeing, calls, gains = [net.vision_model, net.qformer], [], []
+    for part in seeing:
+        part.register_forward_hook(lambda module, *_: calls.append(module))
     with torch.no_grad():
         output, samples = record(net, call, batch)
         head_scores = scores_of_heads(SCORERS_FITTED.values(), samples.seen, samples.visual)
@@ -86,7 +71,7 @@ def test_a_probe_is_what_the_model_pruned_to_that_subset_says_of_its_own_answer(
             probe(samples.replay, head_scores, samples.images, size, number, 8, probes=3)
             for number, size in enumerate(sizes([0.5, 3], 8))
         ]
-        assert calls.counts == [1, 1], "vision runs once a batch, however many subsets are probed"
+        assert calls == seeing, "vision runs once a batch, however many subsets are probed"
         explicit = Explicit(net, batch, output)
         for number, (size, probes) in enumerate(zip(sizes([0.5, 3], 8), found, strict=True)):
             keep, count = subsets(samples, size, number, 3), round(8 * size)

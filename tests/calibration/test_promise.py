@@ -129,10 +129,6 @@ def test_a_walk_is_plain_json_for_the_evidence() -> None:
     assert json.loads(json.dumps(dataclasses.asdict(result)))["steps"][1]["disagreed"] == 9
 
 
-def test_no_budgets_no_choice() -> None:
-    assert walk(Promise(0.02), [], images=149).chosen is None
-
-
 @given(st.lists(st.integers(0, 30), max_size=8), st.integers(149, 1_500), st.floats(0.02, 0.5))
 def test_every_budget_down_to_the_chosen_holds_and_the_next_fails(
     disagreed: list[int], images: int, share: float

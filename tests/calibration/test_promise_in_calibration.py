@@ -9,21 +9,20 @@ from catp_lightning import PolicyError, PruningPolicy, TokenPruning
 from catp_lightning.calibration.search.promise import Promise, upper_bound
 from catp_lightning.calibration.split import part_of
 from catp_lightning.callbacks import CrossAttentionCalibration
-from tests.support.calibrations import data, images_of
+from tests.support.calibrations import QUICK, data, images_of
 from tests.support.models import faint_blip2
 from tests.support.modules import Generating
-from tests.support.planted import Planted, agrees, finished, recorded, slot_3, two_questions
+from tests.support.planted import Planted, agrees, finished, slot_3, two_questions
 from tests.support.trainers import loading, trainer
 
 
 def test_a_promise_is_tested_on_one_question_of_each_image_of_the_checking_part() -> None:
-    module, batches = Planted(slot_3), two_questions(70, 35)
+    module, batches = Planted(slot_3), two_questions(70, 70)
     promise = Promise(0.35, 0.9)
-    calibrator = finished(module, batches, [4, 2, 1], promise)
+    calibrator = finished(module, batches, [4, 2, 1], promise, QUICK)
     (policy,) = calibrator.policies()
     shown = policy.evidence["promise"]
-    with torch.no_grad():
-        draws = torch.cat([some.keys for some in recorded(module, batches)])
+    draws = torch.cat([some.keys for some in calibrator.samples])
     images = images_of(batches)
     checked = [image for image in images.unique().tolist() if part_of(torch.tensor([image]), 0.5).item()]
     first = [min((images == image).nonzero()[:, 0].tolist(), key=lambda n: int(draws[n])) for image in checked]
@@ -41,9 +40,9 @@ def test_a_promise_is_tested_on_one_question_of_each_image_of_the_checking_part(
 
 def test_budgets_of_a_promise_are_walked_from_the_largest(tmp_path: Path) -> None:
     callback = CrossAttentionCalibration(
-        tmp_path / "p.json", keep=[1, 6, 2, 0.75], max_disagreement=0.6, confidence=0.5
+        tmp_path / "p.json", keep=[1, 6, 2, 0.75], max_disagreement=0.6, confidence=0.5, settings=QUICK
     )
-    trainer(callback).predict(Planted(slot_3), loading(data(40, 20, torch.float64)))
+    trainer(callback).predict(Planted(slot_3), loading(data(40, 40, torch.float64)))
     (policy,) = callback.policies
     steps = policy.evidence["promise"]["steps"]
     assert [step["keep"] for step in steps] == [6, 2, 1], "0.75 of 8 is 6 again"
@@ -54,7 +53,9 @@ def test_budgets_of_a_promise_are_walked_from_the_largest(tmp_path: Path) -> Non
 def test_where_no_budget_holds_the_policy_prunes_nothing_and_can_be_used(tmp_path: Path) -> None:
     module, batches = Generating(faint_blip2(dtype=torch.float64)), data(40, 20, torch.float64)
     module.net.language_projection.weight.data *= 20  # hardly an answer survives
-    callback = CrossAttentionCalibration(tmp_path / "p.json", keep=[2, 1], max_disagreement=0.2, confidence=0.5)
+    callback = CrossAttentionCalibration(
+        tmp_path / "p.json", keep=[2, 1], max_disagreement=0.2, confidence=0.5, settings=QUICK
+    )
     trainer(callback).predict(module, loading(batches))
     (policy,) = callback.policies
     assert policy.keep == 1.0 and policy.evidence["chosen"] == "no pruning" and not policy.evidence["control"]

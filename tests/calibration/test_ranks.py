@@ -39,14 +39,14 @@ def signals(images: int, seed: int, levels: int | None, dtype: torch.dtype) -> O
     return replace(seen, text=torch.ones(images, 3, dtype=torch.bool))
 
 
-@settings(max_examples=6)
+@settings(max_examples=4)
 @given(
     st.lists(st.integers(0, 2), min_size=1, max_size=4),
     st.integers(0, 10**6),
     st.sampled_from([None, 2, 5]),
     st.sampled_from([torch.float32, torch.float64, torch.bfloat16]),
     st.sampled_from([1, 1500, 2**20]),
-    st.permutations([8, 4, 3, 1]),
+    st.sampled_from([8, 4, 3, 1]),
 )
 def test_all_rules_together_keep_what_each_keeps_by_itself(
     candidates: list[Candidate],
@@ -55,13 +55,13 @@ def test_all_rules_together_keep_what_each_keeps_by_itself(
     levels: int | None,
     dtype: torch.dtype,
     kernels: int,
-    counts: list[int],
+    count: int,
 ) -> None:
     """At every budget, for samples of no, one and two images, however many kernels are solved at a time."""
     seen = signals(sum(images), seed, levels, dtype)
     visual = torch.arange(8 * max(images)) < 8 * torch.tensor(images)[:, None]
     rules = [candidate.policy(1.0) for candidate in candidates]
-    budgets: list[int | float] = [*counts[:2], 0.25, 0.6]
+    budgets: list[int | float] = [count, 0.6]
     most = max(keep_count(keep, 8) for keep in budgets)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sets, "KERNELS", kernels)

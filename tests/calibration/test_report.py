@@ -7,6 +7,7 @@ from lightning.pytorch.loggers import CSVLogger
 from PIL import Image
 
 from catp_lightning import PruningPolicy
+from catp_lightning.calibration.report import report as writing
 from catp_lightning.calibration.report.controls import against
 from catp_lightning.calibration.report.figures import (
     head_figure,
@@ -16,6 +17,7 @@ from catp_lightning.calibration.report.figures import (
 from catp_lightning.calibration.report.page import CAPTIONS, SHOWN
 from catp_lightning.calibration.report.report import COLUMNS, FIGURES, candidate_rows, report, report_folder
 from catp_lightning.calibration.statistics import STATISTICS
+from catp_lightning.utils.plots import png
 from tests.support.reports import calibrated, lines_of, tables, with_evidence, with_heads, write
 
 
@@ -49,17 +51,17 @@ def test_three_lines_say_what_was_chosen_what_it_keeps_and_what_it_cost(policies
 
 
 def test_a_control_that_wins_is_called_one(policies, tmp_path):
-    assert not policies[0].evidence["control"]
-    lines, page = write(policies, tmp_path)
-    assert "a control" not in lines[0].split(" at keep 0.75")[0]
-    everyone = policies[0].evidence["candidates"]
-    stride = next(row for row in everyone if row["name"] == "stride")
-    rest = [row for row in everyone if row is not stride]
-    point = {**policies[0].evidence["retention"][0], "chosen": "stride"}
-    won = with_evidence(policies[0], chosen="stride", control=True, candidates=[stride, *rest], retention=[point])
-    (chosen, *_), page = write([won], tmp_path)
-    assert chosen == "catp: chosen: stride at keep 0.75 (a control: no finding of this calibration beats it)"
-    assert tables(page, "Budgets")[0][2] == "stride (a control)"
+    ours, theirs = (
+        with_evidence(policies[0], control=won, retention=[{**policies[0].evidence["retention"][0], "chosen": name}])
+        for name, won in (("catp", False), ("stride", True))
+    )
+    for policy, line, cell in (
+        (ours, "", "catp"),
+        (theirs, " (a control: no finding of this calibration beats it)", "stride (a control)"),
+    ):
+        (chosen, *_), page = write([policy], tmp_path)
+        assert chosen == f"catp: chosen: {policy.evidence['chosen']} at keep 0.75{line}"
+        assert tables(page, "Budgets")[0][2] == cell
 
 
 def test_the_page_has_every_budget_and_the_best_candidates_with_all_controls(policies, tmp_path):
@@ -86,16 +88,14 @@ def test_the_page_has_every_budget_and_the_best_candidates_with_all_controls(pol
             assert row[2:5] == [str(choose["samples"]), said, f"{choose['agreement']:.1%}"]
             assert row[5].startswith(f"{check['agreement']:.1%} (") if check else row[5] == ""
     assert any(row["check"] is None for row in policies[0].evidence["candidates"]), "or the last column proves nothing"
+    last = sorted(policies[0].evidence["candidates"], key=lambda row: row["control"])
+    _, page = write([with_evidence(policies[0], candidates=last)], tmp_path)
+    shown = [row[0] for row in tables(page, "Candidates at keep 0.75")]
+    assert shown[SHOWN:] == [row["name"] for row in last if row["control"]], "controls are shown even at the end"
 
 
-def test_all_controls_are_shown_even_where_they_are_last(policies, tmp_path):
-    everyone = sorted(policies[0].evidence["candidates"], key=lambda row: row["control"])
-    _, page = write([with_evidence(policies[0], candidates=everyone)], tmp_path)
-    controls = [row["name"] for row in everyone if row["control"]]
-    assert [row[0] for row in tables(page, "Candidates at keep 0.75")][SHOWN:] == controls
-
-
-def test_figures_are_valid_files_beside_the_page_and_stale_ones_go(policies, tmp_path):
+def test_figures_are_valid_files_beside_the_page_and_stale_ones_go(policies, tmp_path, monkeypatch):
+    monkeypatch.setattr(writing, "png", png)
     _, page = write([with_heads(policy) for policy in policies], tmp_path / "new" / "report")
     folder = tmp_path / "new" / "report"
     captions = {**CAPTIONS, **{one.name: one.caption for one in STATISTICS}}

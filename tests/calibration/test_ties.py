@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from catp_lightning.calibration.fit.ties import Tolerance
 from catp_lightning.calibration.search.standings import NOTHING
-from tests.support.calibrations import data
+from tests.support.calibrations import QUICK, data
 from tests.support.models import faint_blip2
 from tests.support.modules import Generating
 from tests.support.planted import finished
@@ -38,7 +38,7 @@ def test_a_chain_of_close_values_is_not_one_tie() -> None:
 
 @pytest.mark.parametrize(("dtype", "by_name"), [(torch.float32, True), (torch.float64, False)])
 def test_candidates_that_diverge_equally_within_rounding_go_by_name(dtype: torch.dtype, by_name: bool) -> None:
-    calibrator = finished(Generating(faint_blip2(dtype=dtype)), data(24, 12, dtype), [4])
+    calibrator = finished(Generating(faint_blip2(dtype=dtype)), data(12, 12, dtype), [4], settings=QUICK)
     standings = calibrator.standings
     sums: Any = standings.rounds[0]
     alive = list(range(len(standings.candidates)))

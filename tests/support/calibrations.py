@@ -14,6 +14,9 @@ from catp_lightning.utils.hashing import fingerprint
 from tests.support.models import random_inputs
 from tests.support.trainers import loading, trainer
 
+QUICK = CalibrationSettings(probes=4, sizes=(0.25,))
+"""Few probes: for what does not depend on weights that are worth having."""
+
 
 def data(count: int, batch: int, dtype: torch.dtype = torch.float32) -> list[dict[str, Tensor]]:
     """Return `count` samples for a BLIP-2 of 8 queries, the same each time, in batches."""

@@ -41,8 +41,8 @@ def sorted_batches() -> list[dict[str, Tensor]]:
     return [{name: value[some] for name, value in samples.items()} for some in order.split(BATCH)]
 
 
-ROUNDS = CalibrationSettings(first_round=10)
-"""Two rounds on few samples."""
+ROUNDS = CalibrationSettings(first_round=10, probes=4, folds=2)
+"""Two rounds on few samples, and few probes."""
 
 
 def calibrate(

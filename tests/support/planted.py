@@ -69,6 +69,7 @@ class Finished:
     """A calibration that went through all its passes, without a trainer."""
 
     plan: Plan
+    samples: list[Samples]
     probing: Probing
     rounds: list[Race]
     result: CalibrationResult
@@ -97,7 +98,7 @@ def finished(
                 passes.append(next(flow))
             except StopIteration as end:
                 probing, *rounds, _ = passes
-                return Finished(plan, probing, rounds, end.value)
+                return Finished(plan, samples, probing, rounds, end.value)
             for some in samples:
                 passes[-1].see(some)
 

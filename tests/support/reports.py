@@ -11,7 +11,7 @@ from matplotlib.axes import Axes
 from catp_lightning import PruningPolicy
 from catp_lightning.calibration.report.report import report
 from catp_lightning.callbacks import CrossAttentionCalibration
-from tests.support.calibrations import data
+from tests.support.calibrations import QUICK, data
 from tests.support.models import faint_blip2, greedily
 from tests.support.modules import Generating
 from tests.support.trainers import loading, trainer
@@ -19,8 +19,8 @@ from tests.support.trainers import loading, trainer
 
 def calibrated(path: Path, **settings: Any) -> list[PruningPolicy]:
     """By a real calibration of a small model."""
-    callback = CrossAttentionCalibration(path, **settings)
-    trainer(callback).predict(Generating(faint_blip2(0.2), greedily(1)), loading(data(48, 16)))
+    callback = CrossAttentionCalibration(path, settings=QUICK, **settings)
+    trainer(callback).predict(Generating(faint_blip2(0.2), greedily(1)), loading(data(48, 24)))
     return callback.policies
 
 
