@@ -7,7 +7,7 @@ def is_lightning_instance(thing: object, *names: str) -> bool:
     """True if `thing` is an instance of a Lightning class of one of these names, of either package.
 
     >>> from lightning.pytorch.callbacks import EarlyStopping
-    >>> is_a(EarlyStopping("loss"), "EarlyStopping", "Checkpoint"), is_a(print, "EarlyStopping")
+    >>> is_lightning_instance(EarlyStopping("loss"), "EarlyStopping"), is_lightning_instance(print, "EarlyStopping")
     (True, False)
     """
     classes = type(thing).__mro__

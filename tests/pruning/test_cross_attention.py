@@ -126,7 +126,7 @@ def test_sampled_sequences_equal_those_of_the_masked_run() -> None:
     with masking(model, uneven(prompts[0])):
         torch.manual_seed(1)
         assert torch.equal(model.generate(**inputs, **settings), output)
-    assert output.shape == (9, LENGTH + 7) and prompts[0].rows_per_sample == 3
+    assert output.shape == (9, LENGTH + 4) and prompts[0].rows_per_sample == 3
 
 
 @pytest.mark.parametrize("case", CASES)

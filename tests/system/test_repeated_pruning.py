@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from catp_lightning import PrunedModule, PruningPolicy, TokenPruning, prune
 from catp_lightning.pruning.pruner import applied
-from tests.support.calibrations import data
+from tests.support.calibrations import calibrate, data
 from tests.support.footprints import everything_of
 from tests.support.models import random_blip2
 from tests.support.modules import Answering, Generating
@@ -206,7 +206,7 @@ def test_steps_of_the_wrapper_leave_nothing(steps: int) -> None:
 def test_calibrations_in_one_process_leave_nothing(tmp_path: Path) -> None:
     module, batches = Generating(), data(24, 12)
 
-    def calibrate() -> None:
+    def again() -> None:
         calibrate(module, batches, tmp_path / "p.json")
 
-    assert_loops_leave_nothing(calibrate, module, 2)
+    assert_loops_leave_nothing(again, module, 2)

@@ -30,7 +30,6 @@ from catp_lightning.utils.markdown import markdown_table
 from catp_lightning.utils.messages import rank_zero_info, rank_zero_warn, warn
 from catp_lightning.utils.plots import png
 from tests.support.reports import calibrated
-from tests.support.small_calibrations import QUICK
 
 HOSTILE = {
     "clears the screen": "\x1b[2J\x1b]0;owned\x07",
@@ -58,7 +57,7 @@ ACTING = ("Cc", "Cf", "Cs", "Co", "Zl", "Zp")
 
 @pytest.fixture(scope="module")
 def policies(tmp_path_factory: pytest.TempPathFactory) -> list[PruningPolicy]:
-    return calibrated(tmp_path_factory.mktemp("policies"), keep=[0.5, 2], settings=QUICK)
+    return calibrated(tmp_path_factory.mktemp("policies"), keep=[0.5, 2])
 
 
 def acts(text: str, allowed: str = "") -> list[str]:
