@@ -32,6 +32,7 @@ from tests.support.families import BY_NAME
 from tests.support.footprints import footprint
 from tests.support.modules import Generating
 from tests.support.rows import Row
+from tests.support.rules import early
 from tests.support.trainers import loading, trainer
 
 BATCHES, KEEP, CHECKED = 6, 0.4, 0.4
@@ -54,13 +55,6 @@ FAST = {
     "Mllama": ("trimmed-llama",),
 }
 """Those of `METHODS` that are no slow test: each kind of signal, and each kind of replay."""
-INSIDE: dict[str, dict[str, Any]] = {
-    "fastv": {"layer": 1},
-    "dart": {"layer": 1},
-    "pyramiddrop": {"stages_at": [1]},
-    "sparsevlm": {"stages_at": [1]},
-}
-"""Arguments of methods that drop inside the decoder: where."""
 
 
 @cache
@@ -166,7 +160,8 @@ def test_what_is_measured_of_every_rule_is_what_pruning_does(name: str, tmp_path
 )
 def test_one_method_is_calibrated_by_its_name_and_where_it_drops(name: str, method: str, tmp_path: Path) -> None:
     row, selector = BY_NAME[name], "top-k" if method == "trimmed-llama" else None
-    policy = calibrate(row, tmp_path / "policy.json", scorer=method, scorer_args=INSIDE.get(method), selector=selector)
+    where = {} if method == "visual-exit" else early(method)  # there the budget says where
+    policy = calibrate(row, tmp_path / "policy.json", scorer=method, scorer_args=where, selector=selector)
     controls = {control for control, cls in SCORERS.items() if cls.control}
     assert policy.scorer == method, "controls compete, but are not what was asked for"
     assert {row["name"].split()[0] for row in policy.evidence["candidates"]} <= {method, *controls}
@@ -180,7 +175,7 @@ def test_one_method_is_calibrated_by_its_name_and_where_it_drops(name: str, meth
     ("name", "method", "args"),
     [("Llava", None, {}), ("Mllama", None, {}), ("Llava", "fastervlm", {}), ("Llava", "fastv", {"layer": 2})],
 )
-def test_fitted_weights_are_the_same_votes_that_were_fitted(
+def test_fitted_weights_weigh_the_head_scores_that_were_fitted(
     name: str, method: str | None, args: dict[str, Any]
 ) -> None:
     family = find_family(BY_NAME[name].model())

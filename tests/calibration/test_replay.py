@@ -14,6 +14,7 @@ from catp_lightning.calibration.replay.base import Replay, Variants
 from catp_lightning.calibration.replay.recorder import Recorder
 from catp_lightning.calibration.replay.samples import Samples
 from catp_lightning.methods.observation import Observation, Signal
+from catp_lightning.methods.scorers import SCORERS
 from catp_lightning.methods.selection import images_to_samples
 from catp_lightning.models import find_family
 from catp_lightning.pruning.pruner import Pruner
@@ -21,6 +22,7 @@ from tests.support.families import BY_NAME
 from tests.support.matrix import uneven
 from tests.support.oracles import IMAGE, VIDEO, Inputs
 from tests.support.rows import Row
+from tests.support.rules import early
 
 pytestmark = pytest.mark.usefixtures("no_grad")
 REPLAYED = ("Llava", "LlavaNext", "Blip2-OPT", "InstructBlip", "InternVL", "SmolVLM", "Mllama")
@@ -104,11 +106,11 @@ def test_a_replay_at_a_layer_is_the_pruned_run_whose_tokens_leave_there(name: st
     assert (expected - replay.log_probabilities(replay.tokens)).abs().max() > 1e-3, "dropping matters"
 
 
-@pytest.mark.parametrize("scorer", ["pyramiddrop", "sparsevlm", "visual-exit", "dart"])
+@pytest.mark.parametrize("scorer", [name for name in SCORERS if early(name)])
 def test_a_method_that_chooses_inside_the_decoder_is_replayed_as_it_prunes(scorer: str) -> None:
     row = BY_NAME["Llava"]
     model, inputs = row.model(), row.inputs(pads=1)
-    policy = PruningPolicy(scorer, {"layer": 1} if scorer in ("visual-exit", "dart") else {"stages_at": [1]}, keep=0.4)
+    policy = PruningPolicy(scorer, early(scorer), keep=0.4)
     replay, _, _, answers = recorded(row, inputs, policy)
     with prune(model, policy):
         expected = forced_logits(model, inputs, answers)

@@ -5,12 +5,14 @@ from copy import deepcopy
 import pytest
 
 from catp_lightning import PolicyError, PruningError, PruningPolicy
+from catp_lightning.methods.observation import Signal
 from catp_lightning.methods.scorers import SCORERS
 from catp_lightning.models import find_family
 from catp_lightning.pruning.pruner import Pruner
 from tests.support.families import BY_NAME
 from tests.support.paths import ROOT
 from tests.support.rows import Row
+from tests.support.rules import RULES, early
 
 PAGE = ROOT / "docs" / "methods.md"
 COLUMNS = {
@@ -30,9 +32,7 @@ def runs(row: Row, scorer: str) -> bool:
     family = find_family(row.model())
     guide = deepcopy(family.model) if scorer == "sgl" else None
     try:
-        args = {"layer": 1} if scorer in ("fastv", "dart", "visual-exit") else {}
-        args = {"stages_at": [1]} if scorer in ("pyramiddrop", "sparsevlm") else args
-        Pruner(family, PruningPolicy(scorer, args, keep=0.5), guide=guide)
+        Pruner(family, PruningPolicy(scorer, early(scorer), keep=0.5), guide=guide)
     except (PruningError, PolicyError) as error:
         REASONS.append(str(error))
         return False
@@ -57,3 +57,8 @@ def test_the_table_of_methods_and_families_is_what_the_code_does() -> None:
     for line in computed():
         assert line in page, f"missing in docs/methods.md: {line}"
     assert REASONS and min(map(len, REASONS)) > 60, "a reason, and what to do"
+
+
+def test_every_method_is_in_the_one_list_that_drives_their_tests() -> None:
+    guided = {name for name, scorer in SCORERS.items() if Signal.GUIDE_ATTENTION in scorer().needs}
+    assert {rule["scorer"] for _, rule in RULES} == SCORERS.keys() - guided, "guided ones need a second model"

@@ -1,6 +1,9 @@
-"""Rules that tests try on the models that show what they need."""
+"""The one list of methods that tests try, on the models that show what they need."""
 
+from dataclasses import fields
 from typing import Any
+
+from catp_lightning.methods.scorers import SCORERS
 
 WITH_PATCHES = ("Llava", "LlavaNext", "LlavaOnevision", "VideoLlava", "Qwen2.5-VL", "SmolVLM", "Mistral3")
 RULES: list[tuple[str, dict[str, Any]]] = [
@@ -21,6 +24,8 @@ RULES: list[tuple[str, dict[str, Any]]] = [
     ("InternVL", {"scorer": "stride", "selector_args": {"per": "crop"}}),
     ("InstructBlip", {"scorer": "catp"}),
     ("InstructBlip", {"scorer": "self-attention"}),
+    ("InstructBlip", {"scorer": "region-attention"}),
+    ("Blip2-OPT", {"scorer": "position"}),
     ("Blip2-T5", {"scorer": "catp", "selector": "dpp"}),
     ("InstructBlipVideo", {"scorer": "cross-attention"}),
     ("Mllama", {"scorer": "trimmed-llama"}),
@@ -37,3 +42,9 @@ RULES: list[tuple[str, dict[str, Any]]] = [
     *((name, {"scorer": "visual-exit"}) for name in ("Llava", "Qwen2.5-VL", "Blip2-OPT")),
 ]
 NAN, INF = float("nan"), float("inf")
+
+
+def early(scorer: str) -> dict[str, Any]:
+    """Return the arguments with which a method inside the decoder drops tokens at layer 1; {} for any other."""
+    names = {field.name for field in fields(SCORERS[scorer])} if SCORERS[scorer]().stages(4) else set()
+    return {"stages_at": [1]} if "stages_at" in names else {"layer": 1} if "layer" in names else {}
