@@ -89,12 +89,12 @@ def vision_cases(shape: str, batch: int) -> dict[str, Callable[[], None]]:
     def observed(scorer: Scorer | None, needs: Needs) -> Callable[[], None]:
         def run() -> None:
             model.set_attn_implementation("sdpa")
-            call: Any = SimpleNamespace(given=ModelCall())
+            call: Any = SimpleNamespace(user_call=ModelCall())
             observer = Observer(find_family(model), needs, call)
             with observer.watching():
                 vision_part(model, pixels)
             if scorer is not None:
-                scorer.score(observer.take(Prompt(torch.empty(0, 0), call.given, 1)))
+                scorer.score(observer.take(Prompt(torch.empty(0, 0), call.user_call, 1)))
 
         return run
 

@@ -25,7 +25,7 @@ from scipy.stats import binom
 
 from benchmarks.answers import QUIET, predict
 from catp_lightning import CrossAttentionCalibration, PruningPolicy, VQAModule
-from catp_lightning.calibration.search.promise import GRID, Promise, walk
+from catp_lightning.calibration.search.promise import GRID, Promise, fixed_sequence_test
 from catp_lightning.calibration.search.sums import DrawnQuestions
 from catp_lightning.data import GRIDS, PROMPTS, SHIPPED, shipped
 from catp_lightning.data.scenes import KINDS, Split, write_scenes
@@ -83,7 +83,7 @@ def broken(
     """Return the number of `redraws` calibrations whose chosen budget disagrees on more than was promised."""
     rng, truth, count = np.random.default_rng(seed), answered.disagreement, 0
     for _ in range(redraws):
-        chosen = walk(promise, drawn(answered, images, rng, by_text), images).chosen
+        chosen = fixed_sequence_test(promise, drawn(answered, images, rng, by_text), images).chosen
         count += chosen is not None and bool(truth[chosen] > promise.max_disagreement)
     return count
 

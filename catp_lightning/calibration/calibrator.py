@@ -66,7 +66,7 @@ def calibrate(
 
     def belongs(to: int, samples: Samples) -> Tensor:
         """Return which samples are of a part, bool [B], without those that the unpruned model gives no number for."""
-        return (part(samples.images) == to) & ~torch.isin(samples.keys, learned.unsound)
+        return (part(samples.images) == to) & ~torch.isin(samples.keys, learned.not_finite)
 
     standings, alive = Standings(candidates, ties), [list(range(len(candidates))) for _ in budgets]
     bounds = round_bounds(learned.parts["learn"], settings.first_round)
@@ -128,15 +128,15 @@ def check_budgets(budgets: Sequence[int | float]) -> None:
 def _check_amount(learned: Learned, promise: Promise | None, checked: int) -> None:
     """Raise PolicyError if there are too few images; warn of samples that were left out."""
     left_out = (
-        f" {len(learned.unsound):,} samples were left out, to which the unpruned model's own answer is not a number "
+        f" {len(learned.not_finite):,} samples were left out, to which the unpruned model's own answer is not a number "
         "(NaN or infinite): look for damaged pixels, broken weights, or too low a precision."
     )
     if not all(learned.parts.values()):
         raise PolicyError(
             f"Calibration needs samples in every part of its split, got {learned.parts}: give some dozens of images."
-            f"{left_out if len(learned.unsound) else ''}"
+            f"{left_out if len(learned.not_finite) else ''}"
         )
-    if len(learned.unsound):
+    if len(learned.not_finite):
         rank_zero_warn(f"Calibration:{left_out}")
     if promise is not None:
         promise.check_images(checked)

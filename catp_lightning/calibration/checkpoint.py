@@ -102,12 +102,12 @@ class CalibrationCheckpoint:
             self._restore(saved.tensors, metrics)
         return saved.batches
 
-    def has(self, number: int, marks: tuple[int, int]) -> bool:
+    def has(self, number: int, batch_hashes: tuple[int, int]) -> bool:
         """Return True if a batch of this stage is in the sums already.
 
         Args:
             number: index of the batch.
-            marks: fingerprints of the batch, from `batch_fingerprints`.
+            batch_hashes: fingerprints of the batch, from `batch_fingerprints`.
 
         Raises:
             PolicyError: it is not the batch that had this number before, or, in the first stage, the model answers it
@@ -115,25 +115,25 @@ class CalibrationCheckpoint:
         """
         if number < len(self._data):
             before = self._data[number]
-            if before[0] != marks[0]:
+            if before[0] != batch_hashes[0]:
                 if self._stage:
                     self.forget()
-                raise PolicyError(self._other_batch(number, before[0], marks[0]))
-            if before[1] != marks[1] and self._stage == 0:
+                raise PolicyError(self._other_batch(number, before[0], batch_hashes[0]))
+            if before[1] != batch_hashes[1] and self._stage == 0:
                 raise PolicyError(
                     f"{self.path} is part of a calibration with other answers: those to batch {number} had fingerprint "
-                    f"{before[1]:016x}, now {marks[1]:016x}. Go on with the generation settings, and on the kind of "
-                    f"device, it was begun with, {ANEW}"
+                    f"{before[1]:016x}, now {batch_hashes[1]:016x}. Go on with the generation settings, and on the "
+                    f"kind of device, it was begun with, {ANEW}"
                 )
         return number < self._stages[self._stage].batches
 
-    def add(self, marks: tuple[int, int], metrics: Mapping[str, Metric]) -> None:
+    def add(self, batch_hashes: tuple[int, int], metrics: Mapping[str, Metric]) -> None:
         """Record that the next batch is in the sums; every `EVERY` batches the file is written.
 
         The sums are copied, so that an interrupt in the next batch finds sums of whole batches, whatever was added.
         """
         if self._stage == 0:
-            self._data.append(marks)
+            self._data.append(batch_hashes)
         before = self._stages[self._stage]
         self._changed = True
         # In one step, so that an interrupt finds a batch in the sums and in the count, or in neither.

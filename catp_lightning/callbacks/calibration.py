@@ -36,7 +36,8 @@ from catp_lightning.utils.locks import only_run, refuse_running
 from catp_lightning.utils.messages import rank_zero_info, rank_zero_warn
 from catp_lightning.utils.progress import Lines
 
-MANY = 2**20  # tokens assumed per image where images differ in size; sorts budgets in shares before budgets in tokens
+ASSUMED_TOKENS = 2**20
+"""Tokens of an image where images differ in size; budgets in shares are then sorted before budgets in tokens."""
 
 _SHARDED = (
     ": every forward of it waits for all processes, but each answers its own batches again, as often as those need. "
@@ -143,7 +144,7 @@ class CrossAttentionCalibration(LoopContext):
         refuse_unprunable(pl_module, family)
         amount = refuse_unordered(trainer)
         plan = Plan.of(family, self.method, self.guide, self.settings)
-        tokens = family.tokens_per_image or MANY
+        tokens = family.tokens_per_image or ASSUMED_TOKENS
         budgets = self.budgets if self.promise is None else tuple(descending(self.budgets, tokens))
         if more := [keep for keep in budgets if isinstance(keep, int) and keep > tokens]:
             rank_zero_warn(

@@ -65,14 +65,14 @@ class CalibrationRun:
         self.lines.now = f"{self.now.title}, {batch_of(number + 1, trainer.num_predict_batches)}"
         with self.recorder.recorded() as pairs, torch.no_grad(), trainer.precision_plugin.predict_step_context():
             batch = [Samples.of(*pair) for pair in pairs]
-            marks = batch_fingerprints(batch)
-            if self.partial.has(number, marks):
+            batch_hashes = batch_fingerprints(batch)
+            if self.partial.has(number, batch_hashes):
                 return
             if number == 0 and self.promise is not None:
                 self.amount.check(sum(len(samples.images) for samples in batch), self.promise, self.promised)
             for samples in batch:
                 self.now.see(samples)
-            self.partial.add(marks, self.now.metrics)
+            self.partial.add(batch_hashes, self.now.metrics)
 
     def finish(self) -> bool:
         """End a pass, after saving its sums, so that it need not be repeated; return True if it was the last."""

@@ -18,7 +18,7 @@ Stage = Literal["validate", "test", "predict"]
 Failed = Callable[[BaseException], None]
 
 
-class _First(Callback):
+class _LeavesFirst(Callback):
     """Callback that calls `failed` when a run fails, and ends the run before a batch if a signal has come."""
 
     def __init__(self, failed: Failed) -> None:
@@ -38,13 +38,13 @@ class _First(Callback):
 
 
 @contextmanager
-def _told_first(trainer: Trainer, failed: Failed) -> Iterator[None]:
+def _leave_before_other_callbacks(trainer: Trainer, failed: Failed) -> Iterator[None]:
     """Context in which `failed` is called before any callback's `on_exception`.
 
     Were it called later, a callback that raises there would keep it from being called at all.
     """
     callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]  # Lightning does not declare it
-    first = _First(failed)
+    first = _LeavesFirst(failed)
     trainer.callbacks = [first, *callbacks]  # type: ignore[attr-defined]  # a new list: Lightning may be iterating over the old one
     try:
         yield
@@ -96,7 +96,7 @@ class LoopContext(Callback, ABC):
             if trainer.state.fn != "fit":
                 stack.enter_context(ended_by_signals(trainer))
             stack.enter_context(self.loop_context(trainer, pl_module, stage))
-            stack.enter_context(_told_first(trainer, lambda error: self._fail(trainer, error)))
+            stack.enter_context(_leave_before_other_callbacks(trainer, lambda error: self._fail(trainer, error)))
             self._entered = stack.pop_all()
 
     def save_what_was_done(self, trainer: Trainer, error: BaseException) -> None:

@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader, IterableDataset
 from catp_lightning.calibration.search.promise import Promise
 from catp_lightning.errors import PolicyError, PruningError
 
-MOST = 4096  # batches of a loader without a length whose order is compared
+MAX_COMPARED = 4096  # batches of a loader without a length whose order is compared
 HOPELESS = 1e-9  # a split is refused if enough images fall in the part that tests a promise less probably than this
 
 
@@ -94,7 +94,7 @@ def _order(loader: Any, most: float) -> list[list[str]] | None:
         return None
     batches = _batch_sampler(loader)
     batches = ([item] for item in loader.sampler) if batches is None else batches
-    return [list(map(repr, batch)) for batch in islice(batches, most if isinstance(most, int) else MOST)]
+    return [list(map(repr, batch)) for batch in islice(batches, most if isinstance(most, int) else MAX_COMPARED)]
 
 
 def _batch_sampler(loader: Any) -> Any:

@@ -11,7 +11,7 @@ from catp_lightning.policy.images import decode_images, has_images
 from catp_lightning.utils.messages import rank_zero_warn
 
 
-class _Met(Metric):
+class _MatchedHashes(Metric):
     """Metric that counts how many of N known images were met, by any number of processes.
 
     Its state is uint8 [N], 1 for an image that was met: of fixed size, reduced by maximum, and therefore exact.
@@ -55,7 +55,7 @@ class OverlapCheck:
     def __init__(self, policy: PruningPolicy, device: torch.device) -> None:
         hashes, self.count = decode_images(policy.evidence["images"])
         self.hashes = hashes.to(device)
-        self._met = _Met(len(hashes)).to(device)
+        self._met = _MatchedHashes(len(hashes)).to(device)
 
     def see(self, images: Iterable[Tensor]) -> None:
         """Add the fingerprints of a batch: any number of tensors int64 [I]."""

@@ -12,7 +12,7 @@ DEEPEST = 64
 LARGEST = 2**22
 """Most bytes of a policy's JSON, 4 MiB; that of a calibration with fingerprints of 100,000 images has 1.5 MB."""
 
-MOST = 2**18
+MAX_VALUES = 2**18
 """Most numbers, texts, lists and dictionaries in a policy; that of a calibration has about ten thousand."""
 
 
@@ -73,7 +73,7 @@ def frozen(name: str, value: Any) -> FrozenDict:
 
 
 def check_size(name: str, value: Any, deepest: int = DEEPEST) -> None:
-    """Raise PolicyError if a value holds more than `MOST` values, more text than `LARGEST`, or is nested too deep.
+    """Raise PolicyError if a value holds more than `MAX_VALUES` values or `LARGEST` text, or is nested too deep.
 
     Nothing is copied, and no more is read than a policy may hold, so that a value that contains itself is refused too.
 
@@ -93,7 +93,7 @@ def check_size(name: str, value: Any, deepest: int = DEEPEST) -> None:
                 inner += item
             elif isinstance(item, str):
                 text += len(item)
-            if values + len(inner) > MOST or text > LARGEST:
+            if values + len(inner) > MAX_VALUES or text > LARGEST:
                 raise PolicyError(too_large(name))
         if not inner:
             return
@@ -103,7 +103,9 @@ def check_size(name: str, value: Any, deepest: int = DEEPEST) -> None:
 
 def too_large(name: str) -> str:
     """Error message for a policy, or a part of one, that is larger than any calibration makes it."""
-    return f"{name} is too large: a policy holds at most {MOST:,} values, of {LARGEST // 2**20} MiB. Leave some out."
+    return (
+        f"{name} is too large: a policy holds at most {MAX_VALUES:,} values, of {LARGEST // 2**20} MiB. Leave some out."
+    )
 
 
 def _shown(value: Any) -> str:

@@ -12,7 +12,7 @@ from catp_lightning.errors import PolicyError
 from catp_lightning.policy.policy import PruningPolicy
 from catp_lightning.utils.hashing import mix
 
-MOST = 100_000
+MAX_STORED_HASHES = 100_000
 """Most fingerprints that a policy keeps: 800 kB, 1.1 MB as text."""
 
 
@@ -37,8 +37,8 @@ def encode_images(hashes: Tensor | np.ndarray) -> dict[str, Any]:
         raise ValueError(f"hashes are fingerprints, int64, of at least one image, got {found.numel()} {found.dtype}.")
     found = found.cpu().unique()
     count = len(found)
-    if count > MOST:
-        found = found[mix(found).argsort()[:MOST]].sort().values
+    if count > MAX_STORED_HASHES:
+        found = found[mix(found).argsort()[:MAX_STORED_HASHES]].sort().values
     return {"count": count, "hashes": base64.b64encode(found.numpy().astype("<i8").tobytes()).decode()}
 
 

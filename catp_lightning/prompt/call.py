@@ -41,7 +41,7 @@ class CallTracker:
     Attributes:
         arguments: the running call of `outer`; empty if there is none.
         outermost: the running call of the model itself, which has the labels; empty if there is none.
-        given: the user's call: generate's while it runs, else `arguments`. Newer versions of generate read pixels
+        user_call: the user's call: generate's while it runs, else `arguments`. Newer versions of generate read pixels
             before they expand beams and hand on features alone. Where neither runs, because a caller runs the parts of
             the model one after the other, it stands for those, up to the prompt that they lead to.
         samples: number of samples that the running `generate` was given, or None; later tensors have a row for each
@@ -131,7 +131,7 @@ class CallTracker:
         return self._calls[self.model][-1] if self._calls[self.model] else ModelCall()
 
     @property
-    def given(self) -> ModelCall:
+    def user_call(self) -> ModelCall:
         if self._generating is not None:
             return self._generating
         return self._calls[self.outer][-1] if self._calls[self.outer] else self._by_hand

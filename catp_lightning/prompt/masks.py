@@ -37,15 +37,15 @@ def two_dimensional(mask: Any, rows: int, length: int, device: torch.device) -> 
     return mask.to(device).long()
 
 
-def prefill_masks(given: Any, prompt: KeptSequence, config: PreTrainedConfig, dtype: torch.dtype) -> Masks:
+def prefill_masks(mask_argument: Any, prompt: KeptSequence, config: PreTrainedConfig, dtype: torch.dtype) -> Masks:
     """Return the decoder's mask at prefill, made from `given`, the mask that its caller made of the full prompt.
 
     Never None: gaps in position ids would be read as several packed sequences.
     """
-    if isinstance(given, dict):
-        return {name: on_both_axes(mask, prompt) for name, mask in given.items() if mask is not None}
-    if isinstance(given, Tensor) and given.dim() == 4:
-        return on_both_axes(given, prompt)
+    if isinstance(mask_argument, dict):
+        return {name: on_both_axes(mask, prompt) for name, mask in mask_argument.items() if mask is not None}
+    if isinstance(mask_argument, Tensor) and mask_argument.dim() == 4:
+        return on_both_axes(mask_argument, prompt)
     if not _window_binds(config, prompt.mask.shape[1]):
         return prompt.short_mask
     return own_masks(prompt.order, prompt.order, prompt.short_mask.bool(), config, dtype)

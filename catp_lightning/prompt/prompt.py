@@ -164,9 +164,9 @@ class CrossAttended(Prompt):
             each image row, summed over the prompt's text rows that see an image; 0 where `tokens` is False. Text from
             the first label on does not belong to the prompt; if only such text sees an image, its first row counts.
             None if the attention was not asked for.
-        given: arguments of the text model's call, by name, without its cache.
+        text_arguments: arguments of the text model's call, by name, without its cache.
     """
 
     states: Tensor
     attention: Tensor | None
-    given: Mapping[str, Any]
+    text_arguments: Mapping[str, Any]

@@ -83,14 +83,14 @@ class Observer:
     def _storing(self, key: Signal | tuple[Signal, int]) -> Callable[[Tensor], None]:
         def store(value: Tensor) -> None:
             if self.active:
-                self.calls.given.signals[key] = value
+                self.calls.user_call.signals[key] = value
 
         return store
 
     def _reading(self, key: Signal | tuple[Signal, int], read: Callable[..., Tensor]) -> Callable[..., None]:
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
             if self.active:
-                self.calls.given.signals[key] = read(args, kwargs, output).detach()
+                self.calls.user_call.signals[key] = read(args, kwargs, output).detach()
 
         return hook
 

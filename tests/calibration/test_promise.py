@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from scipy.optimize import brentq
 from scipy.stats import binom
 
-from catp_lightning.calibration.search.promise import GRID, Promise, descending, upper_bound, walk
+from catp_lightning.calibration.search.promise import GRID, Promise, descending, fixed_sequence_test, upper_bound
 from catp_lightning.errors import PolicyError
 from catp_lightning.methods.budget import keep_count
 
@@ -94,13 +94,13 @@ def test_too_few_images_are_refused_with_the_numbers_needed(images: int) -> None
     with pytest.raises(PolicyError, match=rf"are {images} images .*at least 149.* 236 for one, 313 for two\."):
         Promise(0.02).check_images(images)
     with pytest.raises(PolicyError, match="at least 149"):
-        walk(Promise(0.02), [0], images)
+        fixed_sequence_test(Promise(0.02), [0], images)
 
 
 def test_149_images_without_a_disagreement_pass_and_with_one_fail() -> None:
     Promise(0.02).check_images(149)
-    assert walk(Promise(0.02), [0], 149).chosen == 0
-    assert walk(Promise(0.02), [1], 149).chosen is None
+    assert fixed_sequence_test(Promise(0.02), [0], 149).chosen == 0
+    assert fixed_sequence_test(Promise(0.02), [1], 149).chosen is None
 
 
 @pytest.mark.parametrize("name", ["max_disagreement", "confidence"])
@@ -116,7 +116,7 @@ def test_percent_are_answered_with_the_share() -> None:
 
 
 def test_the_walk_stops_at_the_first_failure_and_reports_the_rest() -> None:
-    result = walk(Promise(0.02), [0, 2, 12, 0, 1], images=400)
+    result = fixed_sequence_test(Promise(0.02), [0, 2, 12, 0, 1], images=400)
     assert result.chosen == 1
     assert [step.holds for step in result.steps] == [True, True, False, False, False]
     assert [step.tested for step in result.steps] == [True, True, True, False, False]
@@ -125,7 +125,7 @@ def test_the_walk_stops_at_the_first_failure_and_reports_the_rest() -> None:
 
 
 def test_a_walk_is_plain_json_for_the_evidence() -> None:
-    result = walk(Promise(0.02), list(np.array([0, 9])), images=200)
+    result = fixed_sequence_test(Promise(0.02), list(np.array([0, 9])), images=200)
     assert json.loads(json.dumps(dataclasses.asdict(result)))["steps"][1]["disagreed"] == 9
 
 
@@ -133,7 +133,7 @@ def test_a_walk_is_plain_json_for_the_evidence() -> None:
 def test_every_budget_down_to_the_chosen_holds_and_the_next_fails(
     disagreed: list[int], images: int, share: float
 ) -> None:
-    result = walk(Promise(share), disagreed, images)
+    result = fixed_sequence_test(Promise(share), disagreed, images)
     passed = 0 if result.chosen is None else result.chosen + 1
     within = [upper_bound(count, images, 0.95) <= share for count in disagreed]
     assert all(within[:passed]) and not any(within[passed : passed + 1])
@@ -158,7 +158,7 @@ def chosen_rates(rates: tuple[float, ...], images: int, draw: Draw) -> np.ndarra
 
     @cache
     def chosen(disagreed: tuple[int, ...]) -> float:
-        index = walk(Promise(0.02), disagreed, images).chosen
+        index = fixed_sequence_test(Promise(0.02), disagreed, images).chosen
         return 0.0 if index is None else rates[index]
 
     return np.array([chosen(tuple(row)) for row in drawn.tolist()])

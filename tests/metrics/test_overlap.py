@@ -157,7 +157,7 @@ def test_a_step_that_reads_no_image_is_not_warned_of_overlap(evaluate: Any) -> N
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         evaluate(calibrated_on(images_of(data)), "test", data, module)
-    assert not [w for w in caught if "_Met" in str(w.message) or "This split contains" in str(w.message)]
+    assert not [w for w in caught if "_MatchedHashes" in str(w.message) or "This split contains" in str(w.message)]
 
 
 @pytest.mark.parametrize(
@@ -230,7 +230,7 @@ def test_all_images_up_to_the_most_come_back_exactly_and_from_numpy_too() -> Non
 def test_beyond_the_most_a_sample_is_kept_whatever_the_order_and_the_number_is_an_estimate(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("catp_lightning.policy.images.MOST", 1000)
+    monkeypatch.setattr("catp_lightning.policy.images.MAX_STORED_HASHES", 1000)
     found = torch.arange(12_000)
     images, count = decode_images(encode_images(found))
     assert (len(images), count) == (1000, 12_000)

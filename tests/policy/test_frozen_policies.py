@@ -15,7 +15,7 @@ import torch
 import catp_lightning
 from catp_lightning import PolicyError, PruningPolicy, prune
 from catp_lightning.calibration.search.candidates import Candidate
-from catp_lightning.policy.frozen import LARGEST, MOST, FrozenDict, FrozenList
+from catp_lightning.policy.frozen import LARGEST, MAX_VALUES, FrozenDict, FrozenList
 from catp_lightning.policy.typed import LAYERS, NUMBERS
 from tests.support.models import random_blip2
 
@@ -127,10 +127,10 @@ def test_a_policy_goes_to_a_process_that_is_started_anew() -> None:
 @pytest.mark.parametrize(
     ("values", "says"),
     [
-        ({"evidence": {"x": [[]] * MOST}}, r"is too large: a policy holds at most 262,144 values, of 4 MiB"),
+        ({"evidence": {"x": [[]] * MAX_VALUES}}, r"is too large: a policy holds at most 262,144 values, of 4 MiB"),
         ({"evidence": {"x": "a" * (LARGEST + 1)}}, "is too large"),
         ({"evidence": {"x": "\u20ac" * (LARGEST // 2)}}, "This policy is too large"),
-        ({"evidence": {str(n): 0 for n in range(MOST)}}, "is too large"),
+        ({"evidence": {str(n): 0 for n in range(MAX_VALUES)}}, "is too large"),
         ({"scorer_args": {"layers": [0] * 10**6}}, "is too large"),
         ({"scorer_args": {"layers": [0] * (LAYERS + 1)}}, r"layers of scorer 'catp' has 1,025 entries; at most 1,024"),
         ({"scorer_args": {"slot_weights": [0.5] * (NUMBERS + 1)}}, r"has 65,537 entries; at most 65,536"),

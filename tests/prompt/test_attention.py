@@ -28,8 +28,8 @@ ALL = {
 
 def in_one_call(model: Blip2ForConditionalGeneration, needs: Needs) -> tuple[Observer, Prompt]:
     """An observer that takes all that is run for one call, and a prompt of that call: a Q-Former does not need more."""
-    call: Any = SimpleNamespace(given=ModelCall())
-    return Observer(find_family(model), needs, call), Prompt(torch.empty(0, 0), call.given, 1)
+    call: Any = SimpleNamespace(user_call=ModelCall())
+    return Observer(find_family(model), needs, call), Prompt(torch.empty(0, 0), call.user_call, 1)
 
 
 def observe(model: Blip2ForConditionalGeneration, inputs: dict[str, Tensor]) -> tuple[Observation, Tensor]:
@@ -134,7 +134,7 @@ def test_nothing_is_kept_from_a_call_that_failed() -> None:
             model(**inputs)
         hook.remove()
         with pytest.raises(PruningError, match="without the vision part"):
-            observer.take(Prompt(torch.empty(0, 0), calls.given, 1))
+            observer.take(Prompt(torch.empty(0, 0), calls.user_call, 1))
 
 
 def test_the_observer_sits_on_the_module_only_inside() -> None:

@@ -36,7 +36,7 @@ class Learned:
         sums: sums of the probes by fold.
         pairs: sums of the probes on pairs of slots; None where slots have no meaning or are too many.
         images: int64, fingerprints of all images.
-        unsound: int64, keys of the samples to which the unpruned model's own answer is not a number.
+        not_finite: int64, keys of the samples to which the unpruned model's own answer is not a number.
         parts: number of samples in each part of the split.
         tokens: mean number of droppable visual tokens of an image.
         statistics: entries of the statistics in the evidence, by name.
@@ -46,7 +46,7 @@ class Learned:
     sums: FoldSums
     pairs: FoldSums | None
     images: Tensor
-    unsound: Tensor
+    not_finite: Tensor
     parts: dict[str, int]
     tokens: float
     statistics: dict[str, Any]
@@ -68,16 +68,16 @@ class Probing(Pass):
         self.sizes = sizes(budgets, plan.family.tokens_per_image, plan.settings.sizes) if self.columns.total else []
         self.sums = ProbeSums(self.columns.total, plan.settings.folds).to(device)
         self.images, self.parts = ImageSet().to(device), PartCounts().to(device)
-        self.tokens, self.unsound = TokenCounts().to(device), ImageSet().to(device)
+        self.tokens, self.not_finite = TokenCounts().to(device), ImageSet().to(device)
         nothing = torch.empty(0, dtype=torch.int64, device=device)  # a process may have no batch
         self.images.update(nothing)
-        self.unsound.update(nothing)
+        self.not_finite.update(nothing)
         self.metrics = {
             "probes": self.sums,
             "images": self.images,
             "parts": self.parts,
             "tokens": self.tokens,
-            "unsound": self.unsound,
+            "not_finite": self.not_finite,
         }
         self.statistics = {one.name: one.of(plan).to(device) for one in statistics.STATISTICS}
         self.metrics |= self.statistics
@@ -88,10 +88,10 @@ class Probing(Pass):
 
     def see(self, samples: Samples) -> None:
         # One NaN would make all sums NaN, and nothing can be learnt where the model itself gives no finite answer.
-        sound = samples.replay.sound()
-        self.unsound.update(samples.keys[~sound])
-        if sound.any():
-            self._measure(samples if bool(sound.all()) else samples.where(sound))
+        finite = samples.replay.is_finite()
+        self.not_finite.update(samples.keys[~finite])
+        if finite.any():
+            self._measure(samples if bool(finite.all()) else samples.where(finite))
 
     def _measure(self, samples: Samples) -> None:
         part = self.part_of(samples.images)
@@ -136,7 +136,7 @@ class Probing(Pass):
             self.sums.compute(),
             None if self.pairs is None else self.pairs.compute(),
             self.images.compute(),
-            self.unsound.compute(),
+            self.not_finite.compute(),
             self.parts.compute(),
             self.tokens.compute(),
             {name: statistic.compute() for name, statistic in self.statistics.items()},

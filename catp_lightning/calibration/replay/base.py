@@ -103,7 +103,7 @@ class Replay(ABC):
         """
         raise NotImplementedError(f"{type(self.family.model).__name__} has no stages inside its decoder")
 
-    def sound(self) -> Tensor:
+    def is_finite(self) -> Tensor:
         """Return True where the unpruned answer has a finite log-probability, neither NaN nor infinite: bool [B]."""
         some = [
             self.of_samples(index)

@@ -32,29 +32,29 @@ class CrossAttentionReplay(Replay):
 
     Attributes:
         seen: image rows that each text sees: bool [B, T].
-        given: arguments of the text model by name, with B rows each.
+        arguments: arguments of the text model by name, with B rows each.
     """
 
     sites = (PruneCrossAttention,)
 
     seen: Tensor
-    given: Mapping[str, Tensor]
+    arguments: Mapping[str, Tensor]
 
     @classmethod
     def of(cls, family: Family, prompt: CrossAttended, answers: Answer, layer: int = 0) -> "CrossAttentionReplay":
-        ids = prompt.given.get("input_ids")
+        text = prompt.text_arguments
+        ids, positions = text.get("input_ids"), text.get("position_ids")
         if ids is None:
             raise PruningError("Calibration answers prompts again from their ids: pass input_ids, not inputs_embeds.")
-        given = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
-        given |= {name: prompt.given[name] for name in BY_ROW if prompt.given.get(name) is not None}
+        arguments = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+        arguments |= {name: text[name] for name in BY_ROW if text.get(name) is not None}
         columns = torch.arange(ids.shape[1], device=ids.device).expand_as(ids)
-        positions = prompt.given.get("position_ids")
-        given["position_ids"] = columns if positions is None else positions.expand_as(ids)
-        states = given["cross_attention_states"]
-        given["cross_attention_states"] = states.reshape(len(ids), -1, states.shape[-1])  # from one entry per tile
-        given = {name: value[:: prompt.rows_per_sample] for name, value in given.items()}
+        arguments["position_ids"] = columns if positions is None else positions.expand_as(ids)
+        states = arguments["cross_attention_states"]
+        arguments["cross_attention_states"] = states.reshape(len(ids), -1, states.shape[-1])  # from one entry per tile
+        arguments = {name: value[:: prompt.rows_per_sample] for name, value in arguments.items()}
         first, rows = first_answers(answers, len(prompt.tokens), family.decoder_config.vocab_size)
-        return cls(family, first, rows, prompt.tokens, given)
+        return cls(family, first, rows, prompt.tokens, arguments)
 
     @property
     def tokens(self) -> Tensor:
@@ -62,19 +62,19 @@ class CrossAttentionReplay(Replay):
 
     @property
     def lengths(self) -> Tensor:
-        return self.given["attention_mask"].sum(1)
+        return self.arguments["attention_mask"].sum(1)
 
     @property
     def questions(self) -> Tensor:
-        return text_fingerprint(self.given["input_ids"], self.given["attention_mask"] == 1)
+        return text_fingerprint(self.arguments["input_ids"], self.arguments["attention_mask"] == 1)
 
     def of_samples(self, index: Tensor) -> "CrossAttentionReplay":
-        given = {name: value[index] for name, value in self.given.items()}
-        return replace(self, seen=self.seen[index], given=given, answers=some_answers(self.answers, index))
+        arguments = {name: value[index] for name, value in self.arguments.items()}
+        return replace(self, seen=self.seen[index], arguments=arguments, answers=some_answers(self.answers, index))
 
     def log_probabilities(self, keep: Tensor, destination: Tensor | None = None) -> Tensor:
         assert destination is None  # selectors that merge are refused here
-        family, length = cast(Mllama, self.family), self.given["input_ids"].shape[1]
+        family, length = cast(Mllama, self.family), self.arguments["input_ids"].shape[1]
         site = PruneCrossAttention(family, lambda prompt: Selection(keep))
         site.prompt_length = length
         needed, place = answering_rows(self.answers, self.answers.row[:, None], length)
@@ -84,22 +84,23 @@ class CrossAttentionReplay(Replay):
 
     def _forced(self) -> dict[str, Any]:
         """Return the text model's arguments for prompt and answer; answers see what the prompt's last token sees."""
-        forced, given = self.answers.ids[:, :-1], self.given
+        forced, arguments = self.answers.ids[:, :-1], self.arguments
+        positions = arguments["position_ids"]
         steps = torch.arange(1, forced.shape[1] + 1, device=forced.device)
-        real = given["attention_mask"]
+        real = arguments["attention_mask"]
         last = real.shape[1] - 1 - real.flip(1).argmax(1)
 
         def extended(name: str) -> Tensor:
             """Extend an argument [B, 1, L, n] over the answer: the row of the prompt's last token is repeated."""
-            value = given[name]
+            value = arguments[name]
             end = value[torch.arange(len(value), device=value.device), :, last][:, :, None]
             return torch.cat([value, end.expand(-1, -1, forced.shape[1], -1)], 2)
 
         return {
-            "input_ids": torch.cat([given["input_ids"], forced], 1),
+            "input_ids": torch.cat([arguments["input_ids"], forced], 1),
             "attention_mask": torch.cat([real, torch.ones_like(forced)], 1),
-            "position_ids": torch.cat([given["position_ids"], given["position_ids"].amax(1, keepdim=True) + steps], 1),
-            "cross_attention_states": given["cross_attention_states"],
+            "position_ids": torch.cat([positions, positions.amax(1, keepdim=True) + steps], 1),
+            "cross_attention_states": arguments["cross_attention_states"],
             "cross_attention_mask": extended("cross_attention_mask"),
             "full_text_row_masked_out_mask": extended("full_text_row_masked_out_mask"),
         }

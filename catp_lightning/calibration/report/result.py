@@ -16,7 +16,7 @@ from catp_lightning.calibration.report.evidence import (
     RetentionPoint,
 )
 from catp_lightning.calibration.search.candidates import Candidate
-from catp_lightning.calibration.search.promise import Promise, Walk, walk
+from catp_lightning.calibration.search.promise import FixedSequence, Promise, fixed_sequence_test
 from catp_lightning.methods.budget import keep_count
 from catp_lightning.metrics import wilson_interval
 from catp_lightning.policy import PruningPolicy
@@ -70,7 +70,7 @@ class CalibrationResult:
         common = self._common()
         if self.promise is None:
             return [self._policy(budget, common) for budget in range(len(self.budgets))]
-        walked = walk(self.promise, self.drawn[1], self.drawn[0])
+        walked = fixed_sequence_test(self.promise, self.drawn[1], self.drawn[0])
         shown = {"promise": {**asdict(self.promise), "images": self.drawn[0], "steps": self._steps(walked)}}
         if walked.chosen is not None:
             return [self._policy(walked.chosen, {**common, **shown})]
@@ -145,7 +145,7 @@ class CalibrationResult:
             rows.append({"name": candidate.name, "control": candidate.control, "choose": choose, "check": check})
         return sorted(rows, key=lambda row: (-row["choose"]["samples"], row["choose"]["divergence"], row["name"]))
 
-    def _steps(self, walked: Walk) -> list[PromiseStep]:
+    def _steps(self, walked: FixedSequence) -> list[PromiseStep]:
         return [
             {"keep": keep, "disagreed": step.disagreed, "bound": step.bound, "tested": step.tested, "holds": step.holds}
             for keep, step in zip(self.budgets, walked.steps, strict=True)

@@ -110,7 +110,7 @@ class TestedBudget:
 
 
 @dataclass(frozen=True)
-class Walk:
+class FixedSequence:
     """Test results of all budgets, from the largest down, and the budget that was chosen.
 
     Attributes:
@@ -122,7 +122,7 @@ class Walk:
     chosen: int | None
 
 
-def walk(promise: Promise, disagreed: Sequence[int], images: int) -> Walk:
+def fixed_sequence_test(promise: Promise, disagreed: Sequence[int], images: int) -> FixedSequence:
     """Test budgets in a fixed order and stop at the first that fails.
 
     Args:
@@ -149,7 +149,7 @@ def walk(promise: Promise, disagreed: Sequence[int], images: int) -> Walk:
         steps.append(TestedBudget(count, bound, tested, holds))
         tested = holds
     passed = sum(step.holds for step in steps)
-    return Walk(tuple(steps), passed - 1 if passed else None)
+    return FixedSequence(tuple(steps), passed - 1 if passed else None)
 
 
 @lru_cache(maxsize=4096)  # the inverse of the beta distribution takes longer than a small test does

@@ -31,7 +31,7 @@ class Statistic(Sums):
 
     @abstractmethod
     def update(self, samples: Samples) -> None:
-        """Add a batch of samples whose unpruned answer is sound."""
+        """Add a batch of samples whose unpruned answer is finite."""
 
     @abstractmethod
     def compute(self) -> Any:

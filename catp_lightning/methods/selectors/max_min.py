@@ -19,14 +19,14 @@ class MaxMin(FeatureSelector):
 
     def ranks(self, scores: Tensor, visual: Tensor, max_tokens: int, vectors: Tensor | None) -> Tensor:
         assert vectors is not None  # `vectors` above always gives some
-        sound = visual & ~vectors.isnan().any(-1)
+        finite = visual & ~vectors.isnan().any(-1)
         distance = 1 - rounded_similarity(vectors)
-        others = sound[:, None] & ~torch.eye(visual.shape[1], dtype=torch.bool, device=visual.device)
+        others = finite[:, None] & ~torch.eye(visual.shape[1], dtype=torch.bool, device=visual.device)
         nearest = distance.masked_fill(~others, torch.inf).amin(2)
         ranks = torch.full(visual.shape, max_tokens, device=visual.device, dtype=torch.int64)
         rows = torch.arange(len(visual), device=visual.device)
         for step in range(max_tokens):
-            open_ = nearest.masked_fill(~sound, -1).masked_fill(~visual | (ranks < max_tokens), -torch.inf)
+            open_ = nearest.masked_fill(~finite, -1).masked_fill(~visual | (ranks < max_tokens), -torch.inf)
             best = open_.argmax(1)
             there = open_[rows, best] > -torch.inf
             ranks[rows, best] = torch.where(there, step, ranks[rows, best])

@@ -40,11 +40,11 @@ class PruneSimilar(FeatureSelector):
 
     def select(self, scores: Tensor, visual: Tensor, counts: Tensor, vectors: Tensor | None) -> Selection:
         assert vectors is not None  # `vectors` above always gives some
-        sound = visual & ~vectors.isnan().any(-1)
-        last = (~sound).long() + (~visual).long()
+        finite = visual & ~vectors.isnan().any(-1)
+        last = (~finite).long() + (~visual).long()
         order = (ranked(scores, visual) + last * visual.shape[1]).argsort(1)
         keep = torch.zeros_like(visual)
-        sizes = torch.stack([sound.sum(1).maximum(counts), counts], 1)
+        sizes = torch.stack([finite.sum(1).maximum(counts), counts], 1)
         for size in sizes.unique(dim=0):  # rows of equal sizes are worked on together
             rows = (sizes == size).all(1).nonzero()[:, 0]
             tokens, count = (int(number) for number in size)

@@ -69,7 +69,7 @@ class PruneCrossAttention(PruningSite):
 
     def _reset(self) -> None:
         self._opened.close()
-        self._given: Mapping[str, Any] = {}  # arguments of the running call of the text model
+        self._text_arguments: Mapping[str, Any] = {}  # arguments of the running call of the text model
         self._prefill: CrossAttentionPrefill | None = None  # the running prefill
         self._changes: dict[str, Any] = {}  # replaced arguments of the cross-attention layers in the running call
         self._length: int | None = None  # columns of the prompt of the running `generate`
@@ -90,7 +90,7 @@ class PruneCrossAttention(PruningSite):
         self._prefill, self._changes = None, {}
         if not self.active:
             return
-        self._given = {name: value for name, value in kwargs.items() if name != "past_key_values"}
+        self._text_arguments = {name: value for name, value in kwargs.items() if name != "past_key_values"}
         cache, states = kwargs.get("past_key_values"), kwargs.get("cross_attention_states")
         held = _image_rows(cache, self.family.cross_attention[0].layer_idx)
         if states is None and held == 0:  # text alone
@@ -109,17 +109,17 @@ class PruneCrossAttention(PruningSite):
                 "Attention to image rows cannot be shown while rows are dropped: text before an image reads all of "
                 "them, other text only those that stay. Leave output_attentions out; output_hidden_states works."
             )
-        sight = TextVisibility.of(kwargs, self.family.rows_per_tile)
+        visibility = TextVisibility.of(kwargs, self.family.rows_per_tile)
         if states is None:
-            self._changes = self._decode(cache, held, sight)
+            self._changes = self._decode(cache, held, visibility)
             return
         if held:
             raise PruningError(
                 "An image came with a cache that holds image rows already, and cannot be added to it. Generate "
                 "from the whole text again, with all of its images and without past_key_values."
             )
-        self._length = self.prompt_length or self.calls.prompt_length(sight.real.shape[1])
-        self._prefill = CrossAttentionPrefill(sight, states.reshape(len(sight.real), -1, states.shape[-1]))
+        self._length = self.prompt_length or self.calls.prompt_length(visibility.real.shape[1])
+        self._prefill = CrossAttentionPrefill(visibility, states.reshape(len(visibility.real), -1, states.shape[-1]))
         if bool(self._prefill.tokens.any()):
             self._changes = self._prefill.changes
         else:
@@ -128,15 +128,17 @@ class PruneCrossAttention(PruningSite):
     def _record_nothing(self, tokens: Tensor, states: Tensor) -> None:
         """Record an empty choice for a prompt whose text sees no image."""
         beams = self.calls.rows_per_sample(len(tokens))
-        self.decide(CrossAttended(tokens[::beams], self.calls.arguments, beams, states[::beams], None, self._given))
+        self.decide(
+            CrossAttended(tokens[::beams], self.calls.arguments, beams, states[::beams], None, self._text_arguments)
+        )
 
-    def _decode(self, cache: Any, held: int, sight: TextVisibility) -> dict[str, Any]:
+    def _decode(self, cache: Any, held: int, visibility: TextVisibility) -> dict[str, Any]:
         if is_short(cache) is False:  # it holds all rows, and the model's own masks are right
             return {}
         at = rows_of(cache)
-        if self._stored is None or not self._stored.is_in(cache, held) or at is None or len(at) != len(sight.real):
+        if self._stored is None or not self._stored.is_in(cache, held) or at is None or len(at) != len(visibility.real):
             raise foreign_cache()
-        changes = self._stored.changes(sight, at)
+        changes = self._stored.changes(visibility, at)
         self._opened.open(cache)
         return changes
 
@@ -159,7 +161,7 @@ class PruneCrossAttention(PruningSite):
         beams = self.calls.rows_per_sample(len(prefill.tokens))
         tokens, states = prefill.tokens[::beams], prefill.states[::beams]
         attention = self._attention(prefill, module, kwargs, beams) if self.observe else None
-        prompt = CrossAttended(tokens, self.calls.arguments, beams, states, attention, self._given)
+        prompt = CrossAttended(tokens, self.calls.arguments, beams, states, attention, self._text_arguments)
         keep = self.decide(prompt).keep & tokens
         if not torch.equal(keep, tokens):
             prefill.narrow(keep.repeat_interleave(beams, 0))
@@ -182,7 +184,7 @@ class PruneCrossAttention(PruningSite):
         self, prefill: CrossAttentionPrefill, module: nn.Module, kwargs: dict[str, Any], beams: int
     ) -> Tensor:
         hidden, states, mask = (kwargs[k] for k in ("hidden_states", "cross_attention_states", "attention_mask"))
-        is_prompt = _before_labels(prefill.sight.of_text.any(2), self.calls.arguments.get("labels"))
+        is_prompt = _before_labels(prefill.visibility.of_text.any(2), self.calls.arguments.get("labels"))
         if self._length is not None:
             is_prompt[:, self._length :] = False
         paid = torch.stack(
@@ -196,7 +198,7 @@ class PruneCrossAttention(PruningSite):
 
     def _leave(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         self._opened.close()
-        prefill, self._prefill, self._changes, self._given = self._prefill, None, {}, {}
+        prefill, self._prefill, self._changes, self._text_arguments = self._prefill, None, {}, {}
         if prefill is None:
             return
         cache, stored = kwargs.get("past_key_values"), prefill.stored

@@ -183,9 +183,9 @@ class PruneAtDecoderLayers(PruningSite):
         changes = {**self._changes, **first}
         return tuple(changes.pop(name, value) for name, value in zip(names, args, strict=False)), {**kwargs, **changes}
 
-    def _begin(self, stage: int, given: dict[str, Any]) -> dict[str, Any]:
+    def _begin(self, stage: int, arguments: dict[str, Any]) -> dict[str, Any]:
         """Set the arguments replaced in all layers of a stage; return those replaced in its first layer only."""
-        prefill, hidden = self._prefill, given["hidden_states"]
+        prefill, hidden = self._prefill, arguments["hidden_states"]
         if prefill is None:
             rows = self._step[stage]
         else:
@@ -199,13 +199,13 @@ class PruneAtDecoderLayers(PruningSite):
         if rows.whole:
             return {}
         flash = "flash" in str(self.family.decoder_config._attn_implementation)
-        self._changes = {"attention_mask": layer_mask(given.get("attention_mask"), rows, self._later, flash)}
+        self._changes = {"attention_mask": layer_mask(arguments.get("attention_mask"), rows, self._later, flash)}
         if prefill is None:
             return {}
-        if given.get("position_ids") is not None:
-            self._changes["position_ids"] = of_columns(given["position_ids"][..., None], rows)[..., 0]
-        if given.get("position_embeddings") is not None:
-            self._changes["position_embeddings"] = tuple(of_columns(x, rows) for x in given["position_embeddings"])
+        if arguments.get("position_ids") is not None:
+            self._changes["position_ids"] = of_columns(arguments["position_ids"][..., None], rows)[..., 0]
+        if arguments.get("position_embeddings") is not None:
+            self._changes["position_embeddings"] = tuple(of_columns(x, rows) for x in arguments["position_embeddings"])
         return {"hidden_states": hidden}
 
     def _leave(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:

@@ -80,10 +80,10 @@ class PruneAtEncoderInput(PruningSite):
     def _biased(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if self._prompt is None:
             return None
-        given = {**dict(zip(self._block_names, args, strict=False)), **kwargs}
+        arguments = {**dict(zip(self._block_names, args, strict=False)), **kwargs}
         first: Any = module
         bias = self._bias(first.layer[0].SelfAttention, self._prompt)
-        bias, mask = bias.to(given["hidden_states"].dtype), given.get("attention_mask")
+        bias, mask = bias.to(arguments["hidden_states"].dtype), arguments.get("attention_mask")
         if mask is not None:  # older versions of transformers add the mask to their own bias only
             hidden = ~mask if mask.dtype == torch.bool else mask < 0
             bias = bias.masked_fill(hidden, torch.finfo(bias.dtype).min)

@@ -18,7 +18,7 @@ class CrossAttentionPrefill:
     R is B samples times the beams, T image rows, N tiles of all images, L text rows, D features.
 
     Attributes:
-        sight: the tiles that the call's text sees.
+        visibility: the tiles that the call's text sees.
         states: float [R, T, D], all image rows.
         tokens: bool [R, T], True for the image rows that text sees.
         rows: image rows that the next layer reads; fillers are masked.
@@ -28,12 +28,12 @@ class CrossAttentionPrefill:
         stored: the rows that were cached, for later decoding steps; None before the first layer has cached any.
     """
 
-    def __init__(self, sight: TextVisibility, states: Tensor) -> None:
-        self.sight, self.states = sight, states
-        self.tile_rows = states.shape[1] // sight.tiles.shape[2]
-        self.last = sight.last_tiles()
+    def __init__(self, visibility: TextVisibility, states: Tensor) -> None:
+        self.visibility, self.states = visibility, states
+        self.tile_rows = states.shape[1] // visibility.tiles.shape[2]
+        self.last = visibility.last_tiles()
         self.whole = ~self.last.any(1, keepdim=True)  # bool [R, 1]: decoding sees no tile, and attends to all rows
-        self.tokens = self._rows(sight.of_text.any(1))
+        self.tokens = self._rows(visibility.of_text.any(1))
         self.stored: CachedRows | None = None
         self.narrow(self.tokens)
 
@@ -59,11 +59,11 @@ class CrossAttentionPrefill:
         self.complete = self.cached.order.shape[1] == keep.shape[1] and not bool((self.tokens & ~keep).any())
         self.changes = {
             "cross_attention_states": self.rows.gather(self.states),
-            "attention_mask": self.sight.mask_of(self.rows),
+            "attention_mask": self.visibility.mask_of(self.rows),
         }
         self._left: list[tuple[int, Tensor]] = []  # (row of the batch, its text rows that see no kept tile)
         if self.rows.order.shape[1] < keep.shape[1]:
-            nothing = ~(self.sight.tiles & tiles[:, None]).any(2)
+            nothing = ~(self.visibility.tiles & tiles[:, None]).any(2)
             self._left = [(row, nothing[row].nonzero()[:, 0]) for row in nothing.any(1).nonzero()[:, 0].tolist()]
 
     def repaired(self, module: Any, hidden: Tensor, output: Tensor) -> Tensor:
@@ -73,7 +73,7 @@ class CrossAttentionPrefill:
         """
         output = output.clone() if self._left else output
         for row, at in self._left:
-            read = read_unmasked(module, hidden[row, at], self.states[row], self.sight.sees[row, at])
+            read = read_unmasked(module, hidden[row, at], self.states[row], self.visibility.sees[row, at])
             output[row, at] = read.to(output.dtype)
         return output
 
@@ -108,24 +108,24 @@ class CachedRows:
         """Return True if `cache`, which holds `held` image rows, is the one that holds these rows."""
         return self.cache() is cache and self.rows.order.shape[1] == held
 
-    def changes(self, sight: TextVisibility, at: Tensor) -> dict[str, Any]:
+    def changes(self, visibility: TextVisibility, at: Tensor) -> dict[str, Any]:
         """Return the replaced arguments of the cross-attention layers in a decoding step.
 
         Args:
-            sight: the tiles that the step's text sees.
+            visibility: the tiles that the step's text sees.
             at: int64 [R], the row of the prefill that each row of the batch continues.
 
         Raises:
             PruningError: the step sees tiles that were not stored.
         """
         rows, tiles = self.rows.of_rows(at), self.tiles.index_select(0, at)[:, None]
-        attends_to_all = (sight.real & ~sight.sees)[..., None]
-        if bool((sight.of_text & ~tiles | attends_to_all & tiles).any()):
+        attends_to_all = (visibility.real & ~visibility.sees)[..., None]
+        if bool((visibility.of_text & ~tiles | attends_to_all & tiles).any()):
             raise PruningError(
                 "A decoding step sees other tiles than the last row of its prompt did, and those are not in the cache. "
                 "Extend cross_attention_mask by its last row at every step, or generate from the whole text again."
             )
-        return {"attention_mask": sight.mask_of(rows)}
+        return {"attention_mask": visibility.mask_of(rows)}
 
 
 def _stored(rows: Tensor, keep: Tensor) -> KeptSequence:

@@ -46,13 +46,13 @@ class PromptCapture:
 
     def _see_ids(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if not self.calls.in_decoder and args and args[0].dim() == 2:
-            self.calls.given.ids = args[0]
+            self.calls.user_call.ids = args[0]
 
     def _take_ids(self) -> Tensor | None:
         """Return the ids of the running call; those that an embedding layer saw are returned once."""
         if self.family.outer is not None:
             return self.calls.arguments.get("input_ids")
-        call = self.calls.given
+        call = self.calls.user_call
         ids, call.ids = call.ids, None
         return ids
 
@@ -118,14 +118,14 @@ class PromptCapture:
         positions = self.family.positions(mask) if positions is None else positions.to(embeds.device)
         positions = positions.expand(*positions.shape[:-2], rows, length)
         beams, visual = rows // len(ids), self._visual(ids)
-        self.family.check_images(visual, self.calls.given)
-        is_prompt = self._asks(mask[::beams] != 0)
-        prompt = DecoderPrompt.of(self.calls.given, beams, ids, visual, embeds, mask, positions, is_prompt)
+        self.family.check_images(visual, self.calls.user_call)
+        is_prompt = self._prompt_columns(mask[::beams] != 0)
+        prompt = DecoderPrompt.of(self.calls.user_call, beams, ids, visual, embeds, mask, positions, is_prompt)
         self.calls.taken()
         generating = self.family.reads == "decoder" and self.calls.prompt_length(is_prompt.shape[1]) is not None
         return replace(prompt, generating=generating)
 
-    def _asks(self, real: Tensor) -> Tensor:
+    def _prompt_columns(self, real: Tensor) -> Tensor:
         """Return the columns of the prompt itself, bool [B, L], without an answer, generated or with labels.
 
         Args:
