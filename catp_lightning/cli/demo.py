@@ -38,7 +38,7 @@ def run_demo(output: str, questions: int, calibration_questions: int, seed: int,
         questions: number of test questions, about digits that neither training nor calibration saw.
         calibration_questions: number of questions the policies are chosen on.
         seed: seed of the scenes.
-        preparation: set to be over before the first question is read.
+        preparation: preparation of the command, which is over.
     """
     console, folder, start, model = Console(), Path(output), time.monotonic(), str(shipped(MODEL))
     # One thread: on matrices this small several are hardly faster, and beside other work they wait for each other.

@@ -62,7 +62,7 @@ def demo(args: list[str], summary: str, preparation: Preparation) -> None:
         print("The demo takes about two minutes where nothing else runs; importing torch comes first.", flush=True)
         from catp_lightning.cli.demo import run_demo
 
-        preparation.lines.close()  # the demo has lines of its own
+        preparation.end()
         run_demo(output, questions, calibration_questions, seed, preparation)
 
     _call("demo", run, args, summary)
