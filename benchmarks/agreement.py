@@ -236,7 +236,7 @@ def verdicts(rows: Sequence[Mapping[str, Any]]) -> str:
     rivals: dict[str, dict[float, str]] = {}
     for row in rows:
         if row["method"] != CALIBRATED:
-            verdict = f"{_yes(met(row))} ({row['reference_ahead_interval'][0]:+.3f})"
+            verdict = MarkdownText(f"{_yes(met(row))} ({row['reference_ahead_interval'][0]:+.3f})")
             rivals.setdefault(row["method"], {})[row["keep"]] = verdict
     asked = {**dict.fromkeys(BEATEN, "ahead"), **dict.fromkeys(NOT_WORSE, "not worse")}
     order = [*asked, *(name for name in rivals if name not in asked)]

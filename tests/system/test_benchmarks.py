@@ -1,5 +1,6 @@
 """The benchmarks' own arithmetic, by hand, and that replaying answers is predicting them."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -58,6 +59,13 @@ def test_the_verdicts_say_what_was_aimed_at_and_what_was_reached() -> None:
     lines = [line.split(" | ") for line in rivals.splitlines() if "(+" in line]
     assert [line[1] for line in lines] == ["ahead"] * 4 + ["not worse"] * 3 + ["-"]
     assert all(line[2] == "yes (+0.500)" for line in lines)
+
+
+def test_a_rival_that_is_level_is_a_bold_no() -> None:
+    found = comparison()
+    level = [replace(one, method="position") for one in found.results if one.method == CALIBRATED]
+    text = verdicts(Comparison(found.images, CALIBRATED, [*found.results, *level]).rows())
+    assert "| position | - | yes (+0.000) | **no** (+0.000) | **no** (+0.000) | **no** (+0.000) |" in text
 
 
 def test_a_table_without_accuracy_shows_agreement_alone() -> None:
