@@ -55,7 +55,7 @@ class Plan:
             raise PruningError(
                 f"Calibration answers recorded prompts again, which is exact on BLIP-2 and InstructBLIP with a decoder "
                 f"as language model, on the LLaVA family, Llama-3.2-Vision, InternVL, SmolVLM and Idefics 3; "
-                f"{type(family.model).__name__} with {type(family.decoder).__name__} is none of them. Prune it by a "
+                f"{type(family.model).__name__} with {type(family.decoder).__name__} is not among them. Prune it by a "
                 "fixed rule, PruningPolicy(scorer=...); docs/families.md says which scorers it shows signals for."
             )
         if method is not None:

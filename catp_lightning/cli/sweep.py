@@ -236,7 +236,7 @@ def budgets(value: Any) -> list[int | float]:
 
 
 def _number(text: str) -> Any:
-    """Return a text as int or else as float; unchanged if it is no number, for `check_keep` to refuse."""
+    """Return a text as int or else as float; unchanged if it is not a number, for `check_keep` to refuse."""
     for kind in (int, float):
         with suppress(ValueError):
             return kind(text)

@@ -51,7 +51,7 @@ def read_image(path: Path, max_pixels: int = MAX_PIXELS) -> Image.Image:
             more. A file that this function itself refuses is an OSError that says what is allowed.
     """
     if not path.is_file():  # opening a pipe would wait for ever
-        raise OSError("it is no file")
+        raise OSError("it is not a file")
     with open(path, "rb") as file:
         if (size := os.fstat(file.fileno()).st_size) > MAX_BYTES:
             raise OSError(f"it has {size:,} bytes, more than {MAX_BYTES:,}")
@@ -60,7 +60,7 @@ def read_image(path: Path, max_pixels: int = MAX_PIXELS) -> Image.Image:
         try:
             image = Image.open(file, formats=FORMATS)
         except Image.UnidentifiedImageError as error:
-            raise OSError(f"it is none of {', '.join(FORMATS)}") from error
+            raise OSError(f"its format is not one of {', '.join(FORMATS)}") from error
         with image:
             _check_size(image, max_pixels)
             return _rgb(image)

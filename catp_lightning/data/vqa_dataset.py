@@ -227,7 +227,7 @@ def _field(record: Any, name: str, kind: type, where: str) -> Any:
     if isinstance(value, int) and not -(2**63) <= value < 2**63:
         raise DataError(f"{where}: {name!r} is {value!r:.80}; an id is a whole number of 64 bits.")
     if isinstance(value, str) and any("\ud800" <= sign <= "\udfff" for sign in value):
-        raise DataError(f"{where}: {name!r} is {value!r:.80}, which is no text: half a character is missing.")
+        raise DataError(f"{where}: {name!r} is {value!r:.80}, which is not text: half a character is missing.")
     return value
 
 

@@ -95,7 +95,7 @@ def selected(
         vectors: float [R, T, F], as from the selector's `vectors`, or None.
 
     Raises:
-        PruningError: what it gives is no selection of these tokens, or another package's selector fails.
+        PruningError: what it gives is not a selection of these tokens, or another package's selector fails.
     """
     try:
         found = selector.select(scores, droppable, counts, vectors)

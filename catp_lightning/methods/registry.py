@@ -116,10 +116,10 @@ class Registry(Mapping[str, type[T]], Generic[T]):
         (point,) = points
         with self._faults(point, "cannot be imported"):
             found: Any = point.load()
-        with self._faults(point, f"is no {self.kind}"):
+        with self._faults(point, f"is not a {self.kind}"):
             if not isinstance(found, type) or not issubclass(found, self.base):
                 base = f"catp_lightning.methods.{self.base.__name__}"
-                raise self._refusal(point, f"is no class under {base}, but {found!r:.100}")
+                raise self._refusal(point, f"is not a class under {base}, but {found!r:.100}")
             if inspect.isabstract(found):
                 lacking: frozenset[str] = vars(found)["__abstractmethods__"]
                 raise self._refusal(point, f"lacks {', '.join(sorted(lacking))}")
@@ -128,7 +128,7 @@ class Registry(Mapping[str, type[T]], Generic[T]):
             needs = found().needs
         if not isinstance(needs, Mapping) or not all(isinstance(key, Signal) for key in needs):
             raise self._refusal(
-                point, f"has needs that are no mapping of catp_lightning.methods.Signal, but {needs!r:.100}"
+                point, f"has needs that are not a mapping of catp_lightning.methods.Signal, but {needs!r:.100}"
             )
         return found
 

@@ -61,7 +61,7 @@ class Image:
 
 
 def _square(patches: int) -> tuple[int, int]:
-    """Return rows and columns of a square of patches, or of one line if their number is no square."""
+    """Return rows and columns of a square of patches, or of one line if their number is not a square."""
     side = math.isqrt(patches)
     return (side, side) if side * side == patches else (1, max(1, patches))
 

@@ -40,13 +40,13 @@ def _reasons(model: PreTrainedModel) -> Iterator[str]:
 
 
 def refuse_other(module: Any) -> None:
-    """Raise PruningError if `module` is no torch module, but a list of models, a pipeline or a name, for example."""
+    """Raise PruningError if `module` is not a torch module, but a list of models, a pipeline or a name, for example."""
     if isinstance(module, nn.Module):
         return
     inside = [f"a {type(part).__name__} at {place}" for place, part in _models(module, "it", 2)]
     held = f" It holds {_listed(inside)}: hand over that." if inside else ""
     raise PruningError(
-        f"{type(module).__name__} is no torch.nn.Module, so there is nothing to prune in it.{held or _hint(module)}"
+        f"{type(module).__name__} is not a torch.nn.Module, so there is nothing to prune in it.{held or _hint(module)}"
     )
 
 

@@ -74,7 +74,7 @@ class PrunedModule(LightningModule):
             that `ckpt_path=` names. A given policy wins over the checkpoint's, with a warning of the differences.
         keep: the budget, as in `TokenPruning`.
         model: the name of the submodule to prune, where `inner` holds several supported models.
-        guide: the smaller model that the scorer `sgl` reads, as in `TokenPruning`; it is no submodule of the wrapper.
+        guide: smaller model that the scorer `sgl` reads, as in `TokenPruning`; not a submodule of the wrapper.
 
     Raises:
         TypeError: `inner` is not a `lightning.pytorch.LightningModule`.

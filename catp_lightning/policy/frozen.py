@@ -66,7 +66,7 @@ def frozen(name: str, value: Any) -> FrozenDict:
     try:
         copy = json.loads(json.dumps(dict(value), allow_nan=False))
     except (TypeError, ValueError, RecursionError) as error:
-        raise PolicyError(f"{name} holds something JSON cannot: {error!s:.200}.") from error
+        raise PolicyError(f"{name} holds a value that JSON cannot hold: {error!s:.200}.") from error
     found = _frozen(copy)
     assert isinstance(found, FrozenDict)
     return found

@@ -264,7 +264,7 @@ def _named(known: Registry[Any], part: Any) -> tuple[str, dict[str, Any]]:
     name = known.name_of(part)
     if name not in known or known[name] is not type(part):
         raise PolicyError(
-            f"{part!r:.200} is no {known.kind} that a policy can name: {type(part).__qualname__} is not registered. "
+            f"{part!r:.200} is not a {known.kind} that a policy can name: {type(part).__qualname__} is not registered. "
             f"Register its class by an entry point of the group {known.group}; CONTRIBUTING.md shows how."
         )
     plain = known[name]()

@@ -1,4 +1,4 @@
-"""What is left of a prompt once rows are dropped, and how its outputs are put back over all columns."""
+"""Rows of a prompt that stay, and the way back: outputs over all columns of the full prompt."""
 
 import weakref
 from collections.abc import Callable

@@ -1,4 +1,4 @@
-"""Which image tiles text sees, and how it attends to their rows, in models that read images by cross-attention."""
+"""Image tiles that text sees, and its attention to their rows, in models that read images by cross-attention."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass

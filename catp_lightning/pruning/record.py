@@ -10,7 +10,7 @@ from catp_lightning.policy import PruningPolicy
 
 @dataclass(frozen=True)
 class Prefill:
-    """What one prefill kept; B samples, before beams are expanded, T visual tokens of the largest.
+    """Tokens that one prefill kept; B samples, before beams are expanded, T visual tokens of the largest.
 
     Attributes:
         keep: bool [B, T], visual tokens that stayed.

@@ -145,7 +145,7 @@ def refuse_merging(policy: PruningPolicy, selector: Selector, family: Family) ->
     if selector.needs_grid and not family.has_grid:
         raise PruningError(
             f"The policy's {policy.selector or policy.scorer!r} averages tokens over a square grid, and those of "
-            f"{type(family.model).__name__} are none: they are queries, or of several crops, or have line ends or a "
+            f"{type(family.model).__name__} form none: they are queries, or of several crops, or have line ends or a "
             "[CLS] among them. Use it on a LLaVA-1.5, or choose another control: stride works on every model."
         )
     if family.reads != "decoder":

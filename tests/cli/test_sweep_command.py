@@ -123,7 +123,7 @@ def test_wrong_arguments_are_named_before_anything_is_written(
 def test_a_reference_that_is_not_compared_is_refused_with_what_is(tmp_path: Path, capsys) -> None:
     options = ["--questions", 8, "--calibration_questions", 8, "--output", tmp_path, "--scorers", "stride,random"]
     found = refused(capsys, "--models", "digits_blip2", *options, "--reference", "catp")
-    assert "The reference 'catp' is none of the methods" in found and "stride, random (3 seeds)" in found
+    assert "The reference 'catp' is not among the methods" in found and "stride, random (3 seeds)" in found
     assert not list(tmp_path.rglob("jobs"))
 
 

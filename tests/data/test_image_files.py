@@ -31,7 +31,9 @@ def test_an_image_that_is_a_postscript_program_starts_nothing(tmp_path: Path, mo
     monkeypatch.setenv("PATH", f"{program.parent}:{os.environ['PATH']}")
     monkeypatch.setattr(EpsImagePlugin, "gs_binary", None)  # where Pillow remembers the program it found
     content = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 8 8\n%%EndComments\nshowpage\n%%EOF\n"
-    with pytest.raises(DataError, match=r"0\.png.* cannot be read: it is none of PNG, JPEG, WEBP, GIF, BMP, TIFF"):
+    with pytest.raises(
+        DataError, match=r"0\.png.* cannot be read: its format is not one of PNG, JPEG, WEBP, GIF, BMP, TIFF"
+    ):
         read(tmp_path, content)
     assert not (tmp_path / "started").exists()
 
@@ -47,7 +49,7 @@ def test_another_format_is_refused_whatever_its_name(tmp_path: Path, kind: str) 
         content = encoded(noise(64, 64), kind)
     except (KeyError, OSError):
         pytest.skip(f"this Pillow writes no {kind}")
-    with pytest.raises(DataError, match="it is none of PNG"):
+    with pytest.raises(DataError, match="its format is not one of PNG"):
         read(tmp_path, content)
 
 

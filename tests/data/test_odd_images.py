@@ -92,14 +92,14 @@ def test_what_is_no_image_file_at_all_is_refused_at_once(tmp_path: Path) -> None
     before = signal.signal(signal.SIGALRM, too_late)
     signal.alarm(30)
     try:
-        with pytest.raises(DataError, match=r"0\.png, .* cannot be read: it is no file"):
+        with pytest.raises(DataError, match=r"0\.png, .* cannot be read: it is not a file"):
             dataset[0]
     finally:
         signal.alarm(0)
         signal.signal(signal.SIGALRM, before)
     place.unlink()
     place.mkdir()
-    with pytest.raises(DataError, match=r"0\.png, .* cannot be read: it is no file"):
+    with pytest.raises(DataError, match=r"0\.png, .* cannot be read: it is not a file"):
         dataset[0]
     place.rmdir()
     place.symlink_to(place)

@@ -116,7 +116,7 @@ def test_a_token_that_a_processor_does_without_marks_no_question(tmp_path: Path)
 @pytest.mark.parametrize(
     ("change", "says"),
     [
-        ({"question": "a\ud800b"}, "'question' is 'a.ud800b', which is no text"),
+        ({"question": "a\ud800b"}, "'question' is 'a.ud800b', which is not text"),
         ({"question_id": 2**63}, "'question_id' is 9223372036854775808; an id is a whole number of 64 bits"),
         ({"image_id": -(2**70)}, "'image_id' is -1180591620717411303424; an id is a whole number of 64 bits"),
         ({"image_id": 1.0}, "'image_id' must be int, got 1.0"),

@@ -39,7 +39,7 @@ def test_grids_of_hand_computed_budgets() -> None:
 @pytest.mark.parametrize(
     ("seen", "says"),
     [
-        (Observation.of_equal(1, 6, {}, {}), "an image has 6 of them, which is no square number"),
+        (Observation.of_equal(1, 6, {}, {}), "an image has 6 of them, which is not a square number"),
         (square([3], crops=torch.zeros(1, 9, dtype=torch.long)), "several crops"),
         (square([3], protected=torch.arange(9)[None] == 8), "line ends"),
     ],
@@ -52,7 +52,7 @@ def test_what_is_no_square_grid_is_not_pooled(seen: Observation, says: str) -> N
 @pytest.mark.parametrize("name", ["Blip2-OPT", "Qwen2-VL", "Gemma3", "LlavaNext"])
 def test_a_family_whose_tokens_are_no_square_of_patches_is_not_downsampled(name: str) -> None:
     model = BY_NAME[name].model()
-    says = f"averages tokens over a square grid, and those of {type(model).__name__} are none"
+    says = f"averages tokens over a square grid, and those of {type(model).__name__} form none"
     with pytest.raises(PruningError, match=says), prune(model, PruningPolicy(scorer="downsample")):
         pass
 

@@ -109,11 +109,11 @@ def test_a_model_where_torch_does_not_look_is_named_with_its_place() -> None:
 def test_what_is_no_module_is_refused_by_what_it_is() -> None:
     model = BY_NAME["Llava"].model()
     for given, says in (
-        ([model], r"list is no torch.nn.Module.*holds a LlavaForConditionalGeneration at it\[0\]: hand over that"),
-        (Wrapper(model), "Wrapper is no torch.nn.Module.*LlavaForConditionalGeneration at it.net"),
-        ("llava-hf/llava-1.5-7b-hf", "str is no torch.nn.Module.*call from_pretrained first"),
-        (None, "NoneType is no torch.nn.Module"),
-        (type(model), "is no torch.nn.Module"),
+        ([model], r"list is not a torch.nn.Module.*holds a LlavaForConditionalGeneration at it\[0\]: hand over that"),
+        (Wrapper(model), "Wrapper is not a torch.nn.Module.*LlavaForConditionalGeneration at it.net"),
+        ("llava-hf/llava-1.5-7b-hf", "str is not a torch.nn.Module.*call from_pretrained first"),
+        (None, "NoneType is not a torch.nn.Module"),
+        (type(model), "is not a torch.nn.Module"),
     ):
         with pytest.raises(PruningError, match=says), prune(given, CATP):  # type: ignore[arg-type]
             pass

@@ -159,7 +159,7 @@ def test_a_checkpoint_whose_policy_is_damaged_or_that_holds_code_is_refused(
     file, module = tmp_path / "last.ckpt", Generating(random_blip2()[0])
     damaged = {**documents[0], "keep": {"share": 1e400}}
     torch.save({"state_dict": module.state_dict(), "catp_policy": damaged}, file)
-    with pytest.raises(PolicyError, match=r"holds something JSON cannot|keep is"):
+    with pytest.raises(PolicyError, match=r"holds a value that JSON cannot hold|keep is"):
         PrunedModule.load_from_checkpoint(file, inner=module)
     for content in (Mutator(0, canary)._other[0], Mutator(0, canary)._other[2]):
         file.write_bytes(content)

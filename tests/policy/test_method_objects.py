@@ -82,7 +82,7 @@ class Unknown(Stride):
 def test_a_class_without_a_name_is_refused_with_what_to_do() -> None:
     with pytest.raises(PolicyError, match=r"Unknown is not registered.*the group catp_lightning\.scorers"):
         PruningPolicy.of(Unknown())
-    with pytest.raises(PolicyError, match="is no selector that a policy can name"):
+    with pytest.raises(PolicyError, match="is not a selector that a policy can name"):
         PruningPolicy.of(Stride(), Stride())  # type: ignore[arg-type]
 
 
@@ -137,7 +137,7 @@ def test_an_object_of_another_package_has_its_name_although_it_was_imported_by_h
 
 
 def test_a_wrong_selector_of_another_package_is_refused_with_its_name(outside: Registry[Selector]) -> None:
-    says = r"selector 'wrong' of the package catp-last 1\.2 .* is no class under catp_lightning\.methods\.Selector"
+    says = r"selector 'wrong' of the package catp-last 1\.2 .* is not a class under catp_lightning\.methods\.Selector"
     with pytest.raises(PolicyError, match=says):
         PruningPolicy("stride", selector="wrong")
     assert list(outside) == ["top-k", "last", "wrong"]

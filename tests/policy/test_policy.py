@@ -56,7 +56,7 @@ def test_every_name_constructs_with_keep_alone() -> None:
             r"layers of scorer 'catp' is \[0\.5\]; allowed is a list of \(a whole number\)",
         ),
         ({"scorer_args": {"layers": [True]}}, "layers of scorer 'catp'"),
-        ({"scorer_args": {"head_weights": [[float("nan")]]}}, "scorer_args holds something JSON cannot"),
+        ({"scorer_args": {"head_weights": [[float("nan")]]}}, "scorer_args holds a value that JSON cannot hold"),
         (
             {"scorer_args": {"image_weight": "x"}},
             "image_weight of scorer 'catp' is 'x'; allowed is 'none' or 'received'",
@@ -65,7 +65,7 @@ def test_every_name_constructs_with_keep_alone() -> None:
         ({"selector_args": {"relevance": 1.0}}, "selector 'top-k' has no argument 'relevance'; it takes per"),
         ({"selector": "dpp", "selector_args": {"relevance": "high"}}, "relevance of selector 'dpp' is 'high'"),
         ({"model": "blip-2"}, "model must be a dictionary"),
-        ({"evidence": {"x": float("inf")}}, "evidence holds something JSON cannot"),
+        ({"evidence": {"x": float("inf")}}, "evidence holds a value that JSON cannot hold"),
         ({"format_version": "1"}, "format_version is '1'"),
     ],
 )

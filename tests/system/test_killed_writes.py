@@ -58,7 +58,7 @@ def test_killed_while_it_is_written_a_file_is_the_old_one(name: str, moment: str
     (left,) = (one for one in new if "rank0" not in one and not one.endswith(".lock"))  # answers up to then, its lock
     assert left.endswith(".tmp") and {key: after[key] for key in before} == before
     if name == "a policy":
-        assert PruningPolicy.load(tmp_path).evidence == {"long": [0] * 999}, "what was left is no policy"
+        assert PruningPolicy.load(tmp_path).evidence == {"long": [0] * 999}, "what was left is not a policy"
         assert PruningPolicy.load(tmp_path, keep=0.5).evidence == {"long": [0] * 999}
         (tmp_path / "keep-0.5.json").unlink()
         with pytest.raises(PolicyError, match="There is no policy"):

@@ -1,1 +1,1 @@
-"""What a calibration tells: evidence in the policy, page, figures, log."""
+"""Outputs of a calibration: evidence in the policy, page, figures, log."""

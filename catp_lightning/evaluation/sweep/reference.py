@@ -17,7 +17,7 @@ def check_reference(reference: str | None, titles: Sequence[str], notes: Mapping
     known = {*titles, *map(_named, titles), *notes}
     if reference is not None and reference not in known:
         raise PolicyError(
-            f"The reference {reference!r} is none of the methods that are compared on {type(family.model).__name__}: "
+            f"The reference {reference!r} is not among the methods that are compared on {type(family.model).__name__}: "
             f"{', '.join(dict.fromkeys(titles))}."
         )
 

@@ -18,7 +18,7 @@ class Scorer(ABC):
 
     Attributes:
         selector: name of the selector this method uses unless the policy names another.
-        control: True if the method is a control: any real method must beat it, and it is no finding of a calibration.
+        control: True if the method is a control, which any real method must beat; it is not a finding of a calibration.
         published: True if its authors publish the rule as a method; a control may be one too.
     """
 

@@ -81,7 +81,7 @@ class SparseVLM(AttentionScorer):
         """Attention from the raters to the tokens that are left, and the number of raters.
 
         Returns:
-            float [I, L, H, R, T], R text rows, 0 where a row is no rater or a token is not there; and int64 [I].
+            float [I, L, H, R, T], R text rows, 0 where a row is not a rater or a token is not there; and int64 [I].
         """
         assert seen.text is not None  # observed with the rows themselves
         chosen = raters(seen[Signal.IMAGE_EMBEDS], seen[Signal.TEXT_EMBEDS], seen.text)

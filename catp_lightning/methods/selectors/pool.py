@@ -45,7 +45,7 @@ class Pool(Selector):
         counts = seen.valid.sum(1)
         sides = counts.float().sqrt().round().long()
         if not bool((sides**2 == counts).all()):
-            raise _refused(f"an image has {int(counts[sides**2 != counts][0])} of them, which is no square number")
+            raise _refused(f"an image has {int(counts[sides**2 != counts][0])} of them, which is not a square number")
         place = seen.valid.cumsum(1) - 1
         lines = torch.stack([place // sides[:, None].clamp(min=1), place % sides[:, None].clamp(min=1)], -1)
         return (lines * seen.valid[..., None]).float()
@@ -57,7 +57,7 @@ class Pool(Selector):
 
 def _refused(reason: str) -> PruningError:
     return PruningError(
-        f"Tokens are averaged over a square grid, and those of this model are none: {reason}. Use it on a LLaVA-1.5, "
+        f"Tokens are averaged over a square grid, and those of this model form none: {reason}. Use it on a LLaVA-1.5, "
         "or choose another control: stride works on every model."
     )
 
