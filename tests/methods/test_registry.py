@@ -103,9 +103,9 @@ def test_iterating_over_the_values_imports_all(install: Callable[..., None]) -> 
         ("outside_good:Missing", "cannot be imported: AttributeError: .*Missing"),
         (
             "outside_wrong:Good",
-            "is no class under catp_lightning.methods.Scorer, but <class 'outside_wrong.Good'>",
+            "is not a class under catp_lightning.methods.Scorer, but <class 'outside_wrong.Good'>",
         ),
-        ("outside_wrong:number", "is no class under catp_lightning.methods.Scorer, but 3"),
+        ("outside_wrong:number", "is not a class under catp_lightning.methods.Scorer, but 3"),
         ("outside_abstract:Good", "lacks needs"),
         ("outside_asks:Good", "cannot be made without arguments: TypeError"),
         ("outside_exits:Good", "cannot be imported: SystemExit: 3"),
