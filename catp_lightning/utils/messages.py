@@ -1,6 +1,7 @@
 """Lines and warnings of this package, escaped: names that others chose cannot act on the terminal that shows them."""
 
 import logging
+import threading
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -25,6 +26,18 @@ def rank_zero_warn(message: str) -> None:
 def warn(message: str, stacklevel: int = 1) -> None:
     """Call `warnings.warn` with the message as one safe line; `stacklevel` counts from the caller."""
     warnings.warn(one_line(message), stacklevel=stacklevel + 1)
+
+
+_FILTERS = threading.Lock()
+"""Lock on the process's warning filters: threads that change and restore them in turn could leave the changed ones."""
+
+
+@contextmanager
+def without_warnings(message: str = "", category: type[Warning] = Warning) -> Iterator[None]:
+    """Context without warnings of a category whose text begins with a match of `message`; one thread at a time."""
+    with _FILTERS, warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message, category)
+        yield
 
 
 @contextmanager

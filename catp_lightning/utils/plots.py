@@ -1,6 +1,5 @@
 """Figures as bytes of PNG files, and words on their axes."""
 
-import warnings
 from io import BytesIO
 
 import numpy as np
@@ -8,6 +7,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.text import Text
 from matplotlib.ticker import MaxNLocator
+
+from catp_lightning.utils.messages import without_warnings
 
 LOGARITHMIC = "on a logarithmic scale"
 
@@ -20,8 +21,7 @@ def png(figure: Figure, dpi: int = 110) -> bytes:
         text.set_usetex(False)
         text.set_parse_math(text in numbers)  # tick labels may be powers
     buffer = BytesIO()
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "Glyph .* missing from")  # a box replaces it in a name
+    with without_warnings("Glyph .* missing from"):  # a box replaces it in a name
         figure.savefig(buffer, format="png", dpi=dpi)
     return buffer.getvalue()
 

@@ -24,7 +24,7 @@ class Ended:
     Attributes:
         code: its exit code; None: it was killed here, because its time was over.
         said: its standard output and standard error.
-        left: True if processes that it had started were still running half a second later; they were killed.
+        left: True if processes that it had started were still running ten seconds later; they were killed.
     """
 
     code: int | None
@@ -141,7 +141,7 @@ def _work(work: Callable[[], object], said: Path) -> None:
 
 
 def _ended(group: int, code: int | None, said: Path) -> Ended:
-    until = time.monotonic() + (0.5 if code is not None else 0)
+    until = time.monotonic() + (10 if code is not None else 0)
     while left := _running(group):
         if time.monotonic() >= until:
             os.killpg(group, signal.SIGKILL)

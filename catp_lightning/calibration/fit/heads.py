@@ -1,13 +1,12 @@
 """Signed sparse regression of a kept token's effect on the answer on head scores, from sums alone."""
 
-import threading
-import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
 
 from catp_lightning.calibration.fit.sums import FoldSums
+from catp_lightning.utils.messages import without_warnings
 
 RIDGE = 0.01
 """Ridge penalty of every least-squares fit, as a share of the mean diagonal of its block of the Gram matrix."""
@@ -149,18 +148,13 @@ def _strength(errors: np.ndarray, squares: np.ndarray) -> int:
     return chosen if share > GATE * error else 0
 
 
-_FILTERS = threading.Lock()
-"""Lock on the process's warning filters: threads that change and restore them in turn could leave the changed ones."""
-
-
 def _path(gram: np.ndarray, moment: np.ndarray, rows: int, slots: int, top: float) -> np.ndarray:
     """Return the refits at each of the A strengths, the first without heads: float64 [A, S + H]."""
     from sklearn.exceptions import ConvergenceWarning  # here: importing it changes the environment of the process
     from sklearn.linear_model import lars_path_gram
 
     inner, outer = partial_out(gram, moment, slots)
-    with _FILTERS, warnings.catch_warnings():
-        warnings.simplefilter("ignore", ConvergenceWarning)  # warns of duplicate columns, and takes one
+    with without_warnings(category=ConvergenceWarning):  # it warns of duplicate columns, and takes one
         penalties, _, path = lars_path_gram(  # in units of `top`: penalties are strengths
             outer / (rows * top),
             inner / rows,
