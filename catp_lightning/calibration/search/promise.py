@@ -136,7 +136,7 @@ def fixed_sequence_test(promise: Promise, disagreed: Sequence[int], images: int)
         ValueError: a count is not in 0 .. images.
 
     Example:
-        >>> result = walk(Promise(0.02), [0, 1, 4, 1], images=300)
+        >>> result = fixed_sequence_test(Promise(0.02), [0, 1, 4, 1], images=300)
         >>> result.chosen, [step.tested for step in result.steps], [step.holds for step in result.steps]
         (1, [True, True, True, False], [True, True, False, False])
     """
