@@ -18,7 +18,7 @@ from tests.support.calibrations import calibrate, data, figures, images_of
 from tests.support.footprints import footprint
 from tests.support.models import SHORT, faint_blip2
 from tests.support.modules import Forwarding, Generating
-from tests.support.small_calibrations import QUICK
+from tests.support.small_calibrations import QUICKEST
 from tests.support.trainers import loading, trainer
 
 pytestmark = pytest.mark.usefixtures("no_report")
@@ -29,7 +29,7 @@ def test_predictions_stay_the_usual_ones_and_the_model_what_it_was(tmp_path: Pat
     module, batches = Generating(settings=settings), data(24, 8)
     before = footprint(module.net)
     expected = [module.net.generate(**batch, **settings) for batch in batches]
-    callback = CrossAttentionCalibration(tmp_path / "policy.json", settings=QUICK)
+    callback = CrossAttentionCalibration(tmp_path / "policy.json", settings=QUICKEST)
     predictions = trainer(callback).predict(module, loading(batches))
     assert all(torch.equal(a, b) for a, b in zip(predictions, expected, strict=True))
     assert footprint(module.net) == before
@@ -41,7 +41,7 @@ def test_predictions_stay_the_usual_ones_and_the_model_what_it_was(tmp_path: Pat
 
 
 def test_the_policy_is_the_candidate_with_the_least_divergence_and_says_if_it_is_a_control(tmp_path: Path) -> None:
-    callback = calibrate(Generating(), data(32, 32), tmp_path, keep=[0.5, 0.25, 2], calibration=QUICK)
+    callback = calibrate(Generating(), data(32, 32), tmp_path, keep=[0.5, 0.25, 2], calibration=QUICKEST)
     assert [policy.keep for policy in callback.policies] == [0.5, 0.25, 2]
     for policy in callback.policies:
         rows = policy.evidence["candidates"]
@@ -66,8 +66,8 @@ def test_the_policy_is_the_candidate_with_the_least_divergence_and_says_if_it_is
 
 def test_batches_and_order_do_not_matter(tmp_path: Path) -> None:
     module = Generating(faint_blip2(dtype=torch.float64))
-    one = calibrate(module, data(24, 24, torch.float64), tmp_path / "a.json", calibration=QUICK).policies[0]
-    many = calibrate(module, data(24, 5, torch.float64)[::-1], tmp_path / "b.json", calibration=QUICK).policies[0]
+    one = calibrate(module, data(24, 24, torch.float64), tmp_path / "a.json", calibration=QUICKEST).policies[0]
+    many = calibrate(module, data(24, 5, torch.float64)[::-1], tmp_path / "b.json", calibration=QUICKEST).policies[0]
     assert one.evidence["chosen"] == many.evidence["chosen"]
     for row in one.evidence["candidates"]:
         other = figures(many, row["name"])
@@ -79,7 +79,7 @@ def test_batches_and_order_do_not_matter(tmp_path: Path) -> None:
 
 def test_a_step_that_only_calls_forward_is_calibrated_by_its_next_token(tmp_path: Path) -> None:
     module, batches = Forwarding(faint_blip2(dtype=torch.float64)), data(24, 8, torch.float64)
-    policy = calibrate(module, batches, tmp_path / "p.json", calibration=replace(QUICK, first_round=32)).policies[0]
+    policy = calibrate(module, batches, tmp_path / "p.json", calibration=replace(QUICKEST, first_round=32)).policies[0]
     same, part = [], []
     with torch.no_grad():
         for batch in batches:
@@ -137,10 +137,10 @@ def test_an_interrupted_calibration_leaves_the_model_and_the_old_policy(tmp_path
 
 def test_bfloat16_calibrates_with_finite_figures(tmp_path: Path) -> None:
     module, batches = Generating(), data(16, 16)
-    policy = calibrate(module, batches, tmp_path / "p.json", calibration=QUICK, precision="bf16-mixed").policies[0]
+    policy = calibrate(module, batches, tmp_path / "p.json", calibration=QUICKEST, precision="bf16-mixed").policies[0]
     assert policy.evidence["candidates"][-1]["choose"]["divergence"] < float("inf")
     module, batches = Generating(faint_blip2(dtype=torch.bfloat16)), data(16, 16, torch.bfloat16)
-    true = calibrate(module, batches, tmp_path / "q.json", calibration=QUICK).policies[0]
+    true = calibrate(module, batches, tmp_path / "q.json", calibration=QUICKEST).policies[0]
     assert true.evidence["candidates"][0]["choose"]["divergence"] >= -1e-3
 
 
@@ -150,24 +150,24 @@ def test_samples_whose_answer_is_no_number_are_left_out_of_a_calibration_and_cou
     for row in (3, 27):
         batches[row // size]["pixel_values"][row % size, :, :4] = float("nan")
     with pytest.warns(UserWarning, match="2 samples were left out, to which the unpruned model's own answer is not a"):
-        policy = calibrate(Forwarding(), batches, tmp_path / "p.json", keep=4, calibration=QUICK).policies[0]
+        policy = calibrate(Forwarding(), batches, tmp_path / "p.json", keep=4, calibration=QUICKEST).policies[0]
     assert sum(policy.evidence["samples"].values()) == 38
     assert math.isfinite(policy.evidence["candidates"][0]["choose"]["divergence"])
     for batch in batches:
         batch["pixel_values"][:] = float("nan")
     with pytest.raises(PolicyError, match=r"got \{'learn': 0, 'check': 0\}.* 40 samples were left out"):
-        calibrate(Forwarding(), batches, tmp_path / "q.json", calibration=QUICK)
+        calibrate(Forwarding(), batches, tmp_path / "q.json", calibration=QUICKEST)
 
 
 def test_a_folder_that_is_calibrated_anew_for_fewer_budgets_says_what_is_left_of_before(tmp_path: Path) -> None:
     module, folder = Generating(), tmp_path / "policies"
     with warnings.catch_warnings():
         warnings.filterwarnings("error", message=".*(held keep|different calibrations)")
-        calibrate(module, data(24, 12), folder, keep=[0.5, 0.25], calibration=QUICK)
+        calibrate(module, data(24, 12), folder, keep=[0.5, 0.25], calibration=QUICKEST)
         old = PruningPolicy.load(folder, keep=0.25)
         assert PruningPolicy.load(folder, keep=0.5).evidence["retention"] == old.evidence["retention"]
     with pytest.warns(UserWarning, match=r"held keep-0\.25\.json before, which this calibration did not measure"):
-        new = calibrate(module, data(24, 12)[::-1], folder, keep=[0.5], calibration=QUICK).policies[0]
+        new = calibrate(module, data(24, 12)[::-1], folder, keep=[0.5], calibration=QUICKEST).policies[0]
     with pytest.warns(UserWarning, match=r"different calibrations: keep-0\.25\.json, which is used, .*keep-0\.5\.json"):
         assert PruningPolicy.load(folder, keep=0.25) == old, "nothing that was measured is deleted"
     with pytest.warns(UserWarning, match=r"different calibrations: keep-0\.5\.json, which is used"):

@@ -15,7 +15,7 @@ from tests.support.calibrations import data
 from tests.support.footprints import footprint
 from tests.support.models import SHORT
 from tests.support.modules import Generating
-from tests.support.small_calibrations import QUICK
+from tests.support.small_calibrations import QUICKEST
 from tests.support.trainers import loading, trainer
 
 pytestmark = pytest.mark.usefixtures("no_report")
@@ -35,7 +35,7 @@ def calibrated(
 ) -> dict[str, Any]:
     """The policy that a run beside `neighbours` ends in; its predictions and the model are those of a run without."""
     module = Several() if module is None else module
-    before, callback = footprint(module), CrossAttentionCalibration(path, scorer="catp", settings=QUICK)
+    before, callback = footprint(module), CrossAttentionCalibration(path, scorer="catp", settings=QUICKEST)
     loaders = settings.pop("loaders", None) or loader()
     callbacks = [callback, *neighbours] if first else [*neighbours, callback]
     returned = trainer(*callbacks, **settings).predict(module, loaders) or []
@@ -111,7 +111,7 @@ def test_under_every_setting_of_the_trainer_the_policy_is_the_same(
 def test_a_module_may_bring_it_itself(plain: dict[str, Any], tmp_path: Path) -> None:
     class Brings(Generating):
         def configure_callbacks(self) -> list[Callback]:
-            return [CrossAttentionCalibration(tmp_path / "policy.json", scorer="catp", settings=QUICK)]
+            return [CrossAttentionCalibration(tmp_path / "policy.json", scorer="catp", settings=QUICKEST)]
 
     trainer().predict(Brings(), loader())
     assert PruningPolicy.load(tmp_path / "policy.json").to_dict() == plain

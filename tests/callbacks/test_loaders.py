@@ -17,7 +17,7 @@ from tests.support.calibrations import data
 from tests.support.interrupted_calibrations import sorted_batches
 from tests.support.modules import Generating
 from tests.support.sent_signals import quick
-from tests.support.small_calibrations import QUICK
+from tests.support.small_calibrations import QUICKEST
 from tests.support.trainers import loading, trainer
 
 pytestmark = pytest.mark.usefixtures("no_report")
@@ -43,7 +43,7 @@ class Turning(Sampler[int]):
 
 def refused(path: Path, loader: Any, monkeypatch: pytest.MonkeyPatch, **settings: Any) -> str:
     monkeypatch.setattr(Replay, "answer_log_probability", lambda *args: pytest.fail("this is measured"))
-    callback = CrossAttentionCalibration(path / "new" / "p.json", settings=QUICK, **settings)
+    callback = CrossAttentionCalibration(path / "new" / "p.json", settings=QUICKEST, **settings)
     with pytest.raises((PolicyError, PruningError)) as told:
         trainer(callback, devices=1).predict(Generating(), loader)
     assert not list(path.iterdir())
@@ -124,6 +124,6 @@ def test_every_pass_sees_the_batches_of_the_first(tmp_path: Path) -> None:
     trainer(callback, limit_predict_batches=3).predict(module, [loader, loader])
     samples = callback.policies[0].evidence["samples"]
     assert sum(samples.values()) == 2 * 24
-    passes = 2 + len(round_bounds(samples["learn"], QUICK.first_round))
+    passes = 2 + len(round_bounds(samples["learn"], QUICKEST.first_round))
     assert len(module.steps) == passes * 6
     assert module.steps == module.steps[:6] * passes

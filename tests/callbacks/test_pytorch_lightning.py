@@ -19,7 +19,7 @@ from tests.support.modules import Generating, same
 from tests.support.other_lightning import Answering, Naming, pytorch_lightning, trainer
 from tests.support.policies import HALF
 from tests.support.processes import finished
-from tests.support.small_calibrations import QUICK
+from tests.support.small_calibrations import QUICKEST
 from tests.support.tiny_vqa import build_model, opt_config, save_model
 from tests.support.trainers import STAGES, loading
 from tests.support.trainers import trainer as lightning_trainer
@@ -75,7 +75,7 @@ def test_the_policy_is_the_one_of_a_trainer_of_lightning(tmp_path: Path) -> None
         path = tmp_path / name / "policy.json"
         logger_of = pytorch_lightning if run is trainer else lightning.pytorch
         logger = logger_of.loggers.CSVLogger(tmp_path / name)
-        calibration = CrossAttentionCalibration(path, scorer="catp", settings=QUICK)
+        calibration = CrossAttentionCalibration(path, scorer="catp", settings=QUICKEST)
         predictions = run(calibration, logger=logger).predict(calibrated, loader())
         assert same(predictions, expected)
         found.append(PruningPolicy.load(path).to_dict())

@@ -30,7 +30,7 @@ from tests.support.several_processes import (
     loader,
     samples,
 )
-from tests.support.small_calibrations import QUICK
+from tests.support.small_calibrations import QUICKEST
 from tests.support.trainers import QUIET, Stream, trainer
 
 pytestmark = pytest.mark.usefixtures("no_report")
@@ -167,7 +167,7 @@ def loader_of(mine: list[Sample]) -> DataLoader[Sample]:
 
 
 def calibrate(path: Path, data: DataLoader[Sample], module: Remembering, **options: Any) -> None:
-    callback = CrossAttentionCalibration(path, keep=0.5, scorer="catp", settings=QUICK)
+    callback = CrossAttentionCalibration(path, keep=0.5, scorer="catp", settings=QUICKEST)
     trainer(callback, **options).predict(module, data, return_predictions=False)
 
 

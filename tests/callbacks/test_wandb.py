@@ -16,7 +16,7 @@ from catp_lightning.callbacks import CrossAttentionCalibration
 from tests.support.calibrations import data
 from tests.support.models import faint_blip2, greedily
 from tests.support.modules import Generating
-from tests.support.small_calibrations import QUICK
+from tests.support.small_calibrations import QUICKEST
 from tests.support.trainers import loading, trainer
 
 BLOCK, HEADER = 32768, 7
@@ -58,7 +58,7 @@ def run(tmp_path: Path) -> tuple[list[Any], list[PruningPolicy], Path]:
     import wandb
 
     logger = WandbLogger(project="catp", save_dir=str(tmp_path), offline=True)
-    callback = CrossAttentionCalibration(tmp_path / "policies", keep=[0.5, 2], settings=QUICK)
+    callback = CrossAttentionCalibration(tmp_path / "policies", keep=[0.5, 2], settings=QUICKEST)
     trainer(callback, logger=logger).predict(Generating(faint_blip2(0.2), greedily(1)), loading(data(32, 32)))
     wandb.finish()
     (file,) = tmp_path.glob("wandb/offline-run-*/run-*.wandb")

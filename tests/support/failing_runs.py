@@ -20,7 +20,7 @@ from tests.support.footprints import footprint, hooks_of
 from tests.support.models import TINY, greedily, random_blip2, random_inputs
 from tests.support.modules import Batch
 from tests.support.policies import HALF
-from tests.support.small_calibrations import QUICK
+from tests.support.small_calibrations import QUICKEST
 
 
 def hooks(*classes: type) -> list[str]:
@@ -157,7 +157,7 @@ class Runs:
         if kind == "wrapper":
             self.root = PrunedModule(self.module, HALF)
         elif calibrates:
-            self.ours = [CrossAttentionCalibration(self.policies, keep=0.5, scorer="l2-norm", settings=QUICK)]
+            self.ours = [CrossAttentionCalibration(self.policies, keep=0.5, scorer="l2-norm", settings=QUICKEST)]
         else:
             self.ours = [TokenPruning(HALF, sanity_check=True, compare=True)]
         self.before, self.expected = footprint(self.module.model), self.module.outputs()

@@ -11,13 +11,13 @@ from catp_lightning.calibration.replay.base import Replay
 from catp_lightning.callbacks import CrossAttentionCalibration, calibration
 from tests.support.interrupted_calibrations import sorted_batches
 from tests.support.modules import Generating
-from tests.support.small_calibrations import QUICK
+from tests.support.small_calibrations import QUICKEST
 from tests.support.trainers import loading, trainer
 
 
 def quick(path: Path) -> CrossAttentionCalibration:
     """A calibration in several rounds at little cost."""
-    return CrossAttentionCalibration(path, keep=0.5, scorer="catp", settings=QUICK)
+    return CrossAttentionCalibration(path, keep=0.5, scorer="catp", settings=QUICKEST)
 
 
 def calibrate(path: Path, **settings: Any) -> None:

@@ -37,11 +37,12 @@ def data() -> list[dict[str, Tensor]]:
     return [{name: value[n : n + 8] for name, value in samples.items()} for n in range(0, 32, 8)]
 
 
-QUICK = CalibrationSettings(probes=2, sizes=(0.25,), folds=2, first_round=8)
+QUICKEST = CalibrationSettings(probes=2, sizes=(0.25,), folds=2, first_round=8)
+"""The fewest probes and folds, and several rounds on few samples: for what does not depend on what is found."""
 
 
 def calibrate(path: Path, *callbacks: Callback, **settings: Any) -> CrossAttentionCalibration:
-    callback = CrossAttentionCalibration(path, keep=0.5, scorer="catp", settings=QUICK)
+    callback = CrossAttentionCalibration(path, keep=0.5, scorer="catp", settings=QUICKEST)
     predict(*callbacks, callback, **settings)
     return callback
 

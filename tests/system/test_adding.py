@@ -37,7 +37,7 @@ from tests.support.merging import merged
 from tests.support.modules import Generating
 from tests.support.rows import Row
 from tests.support.samples import pictures, prompts
-from tests.support.small_calibrations import QUICK
+from tests.support.small_calibrations import QUICKEST
 from tests.support.small_configs import GATED, IMAGE, siglip
 
 LLAVA = next(row for row in ROWS if row.name == "Llava")
@@ -253,7 +253,7 @@ def test_a_statistic_that_is_added_is_in_evidence_and_report(tmp_path: Path, mon
     monkeypatch.setattr(statistics, "STATISTICS", (*statistics.STATISTICS, PromptLength))
     monkeypatch.setattr("catp_lightning.calibration.report.report.FIGURES", {})  # only those of statistics
     batches = data(16, 8)
-    policy = calibrate(Generating(), batches, tmp_path / "p.json", calibration=QUICK).policies[0]
+    policy = calibrate(Generating(), batches, tmp_path / "p.json", calibration=QUICKEST).policies[0]
     lengths = torch.cat([batch["attention_mask"].sum(1) for batch in batches])
     assert policy.evidence["prompt_length"] == lengths.double().mean().item()
     assert "rank_correlation" in policy.evidence, "beside the others"

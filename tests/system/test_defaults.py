@@ -22,7 +22,7 @@ from catp_lightning.pruning.pruner import applied
 from tests.support.calibrations import calibrate, data
 from tests.support.families import BY_NAME
 from tests.support.modules import Generating
-from tests.support.small_calibrations import QUICK
+from tests.support.small_calibrations import QUICKEST
 
 DEFAULTS: list[torch.dtype | str] = [torch.float64, torch.bfloat16, "meta"]
 every_default = pytest.mark.parametrize("default", DEFAULTS, ids=str)
@@ -127,9 +127,9 @@ def test_fitted_weights_are_used_in_the_votes_own_precision(default: torch.dtype
 @pytest.mark.parametrize("default", [pytest.param(torch.float64, marks=pytest.mark.slow), torch.bfloat16], ids=str)
 def test_a_calibration_finds_the_same_policy(default: torch.dtype, tmp_path: Path) -> None:
     module, batches = Generating(), data(24, 12)
-    expected = calibrate(module, batches, tmp_path / "expected.json", calibration=QUICK).policies[0]
+    expected = calibrate(module, batches, tmp_path / "expected.json", calibration=QUICKEST).policies[0]
     with defaults(default):
-        found = calibrate(module, batches, tmp_path / "found.json", calibration=QUICK).policies[0]
+        found = calibrate(module, batches, tmp_path / "found.json", calibration=QUICKEST).policies[0]
     assert (found.scorer, found.scorer_args, found.selector) == (
         expected.scorer,
         expected.scorer_args,

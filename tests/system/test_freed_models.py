@@ -16,7 +16,7 @@ from tests.support.families import BY_NAME
 from tests.support.modules import Answering, Generating
 from tests.support.policies import HALF
 from tests.support.remains import CASES, Case, uncollected
-from tests.support.small_calibrations import QUICK
+from tests.support.small_calibrations import QUICKEST
 from tests.support.trainers import loading, trainer
 
 pytestmark = pytest.mark.usefixtures("frozen", "undrawn")
@@ -40,7 +40,7 @@ def test_a_model_is_freed_with_its_last_reference(case: Case) -> None:
 def test_after_loops_wrapper_and_calibration_a_model_is_freed(tmp_path: Path) -> None:
     module = Answering()
     callback = TokenPruning(HALF)
-    calibration = CrossAttentionCalibration(tmp_path / "p.json", keep=0.5, settings=QUICK)
+    calibration = CrossAttentionCalibration(tmp_path / "p.json", keep=0.5, settings=QUICKEST)
     trainer(callback).validate(module, module.loader())
     trainer().predict(PrunedModule(module, HALF), module.loader())
     with pytest.raises(RuntimeError, match="planted"):

@@ -13,7 +13,7 @@ from tests.support.footprints import everything_of
 from tests.support.models import random_blip2
 from tests.support.modules import Answering, Generating, by_hand, same
 from tests.support.policies import HALF, QUARTER
-from tests.support.small_calibrations import QUICK
+from tests.support.small_calibrations import QUICKEST
 from tests.support.trainers import loading, trainer
 
 pytestmark = pytest.mark.usefixtures("undrawn")
@@ -88,7 +88,7 @@ def test_a_model_that_is_calibrated_cannot_be_pruned_meanwhile_and_the_policy_is
 ) -> None:
     """Calibration would take pruned answers for those of the whole model."""
     batches = data(24, 12)
-    alone = calibrate(Generating(), batches, tmp_path / "alone.json", calibration=QUICK).policies
+    alone = calibrate(Generating(), batches, tmp_path / "alone.json", calibration=QUICKEST).policies
     module, other = Generating(), Answering()
     before, loader = everything_of(module.net), loading(batches)
 
@@ -105,7 +105,7 @@ def test_a_model_that_is_calibrated_cannot_be_pruned_meanwhile_and_the_policy_is
         return found
 
     inside = Inside(meddle, "on_predict_batch_start")
-    calibration = CrossAttentionCalibration(tmp_path / "p.json", settings=QUICK)
+    calibration = CrossAttentionCalibration(tmp_path / "p.json", settings=QUICKEST)
     trainer(calibration, inside).predict(module, loader)
     assert all("being pruned already, or calibrated" in said for said in inside.found[0])
     assert [policy.to_dict() for policy in calibration.policies] == [policy.to_dict() for policy in alone]
@@ -115,7 +115,7 @@ def test_a_model_that_is_calibrated_cannot_be_pruned_meanwhile_and_the_policy_is
 def test_a_calibration_that_fails_while_entering_is_as_if_it_had_not_begun(tmp_path: Path) -> None:
     module, batches = Generating(), data(24, 12)
     before = everything_of(module.net)
-    calibration = CrossAttentionCalibration(tmp_path / "p.json", scorer="stride", settings=QUICK)
+    calibration = CrossAttentionCalibration(tmp_path / "p.json", scorer="stride", settings=QUICKEST)
     loader = loading(batches)
     with prune(module, HALF), pytest.raises(PruningError, match="being pruned already"):
         trainer(calibration).predict(module, loader)

@@ -119,8 +119,9 @@ def _chosen(policies: Sequence[PruningPolicy]) -> str:
         return "no pruning: no budget keeps the promise"
     said = []
     for policy in policies:
-        control = " (a control: no finding of this calibration beats it)" if evidence_of(policy)["control"] else ""
-        said.append(f"{policy.evidence['chosen']} at keep {policy.keep}{control}")
+        evidence = evidence_of(policy)
+        control = " (a control: no finding of this calibration beats it)" if evidence["control"] else ""
+        said.append(f"{evidence['chosen']} at keep {policy.keep}{control}")
     smallest = ", the smallest budget that keeps the promise" if "promise" in evidence_of(policies[0]) else ""
     return "; ".join(said) + smallest
 

@@ -55,9 +55,9 @@ class ModelTable:
 
         `controls` has an entry for each control, by title: True if it is a published rule as well.
         """
-        kinds = ((row, row["method"]) for row in comparison.rows())
         rows: list[Row] = [
-            {**row, "control": title in controls, "published": controls.get(title, False)} for row, title in kinds
+            {**row, "control": row["method"] in controls, "published": controls.get(row["method"], False)}
+            for row in comparison.rows()
         ]
         if (best := rows[0].get("accuracy")) is not None:
             rows = [{**row, "accuracy_share": row["accuracy"] / best if best else None} for row in rows]
