@@ -111,7 +111,7 @@ def replayed(module: VQAModule, batches: Iterable[Any], policies: Sequence[Pruni
             answers += module.answer(batch)
             images += batch["image_ids"].tolist()
             with recorder.recorded() as pairs:
-                ((replay, seen, _),) = pairs
+                ((replay, seen, *_),) = pairs
                 counts = torch.tensor([keep_count(policy.keep, seen.tokens) for policy in policies])
                 ranks = token_ranks([rule.method() for rule in rules], seen, replay.tokens, int(counts.max()))
                 same = torch.empty(len(policies), ranks.shape[1], dtype=torch.bool)

@@ -66,7 +66,7 @@ class Votes(LoopContext):
     def on_predict_batch_end(self, trainer: Trainer, pl_module: LightningModule, *args: Any) -> None:
         assert self.recorder is not None
         with self.recorder.recorded() as pairs, torch.no_grad():
-            for _, seen in pairs:
+            for _, seen, *_ in pairs:
                 self.scorer.head_scores(seen)
 
 

@@ -59,7 +59,7 @@ def main() -> None:
         inputs = processor(images=[[picture]] * len(text), text=text, padding=True, return_tensors="pt")
         with torch.no_grad(), recorder.recording():
             module.model.generate(**inputs)
-            with recorder.recorded() as [(replay, _, _)]:
+            with recorder.recorded() as [(replay, *_)]:
                 _, same = replay.compare(keep[:, None].expand(-1, len(text), -1))
         kept = same.double().numpy() @ weights(scene.grid)
         best.append(kept.max())

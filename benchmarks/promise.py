@@ -25,8 +25,8 @@ from scipy.stats import binom
 
 from benchmarks.answers import QUIET, predict
 from catp_lightning import CrossAttentionCalibration, PruningPolicy, VQAModule
+from catp_lightning.calibration.asked import Asked
 from catp_lightning.calibration.search.promise import GRID, Promise, fixed_sequence_test
-from catp_lightning.calibration.search.sums import DrawnQuestions
 from catp_lightning.data import GRIDS, PROMPTS, SHIPPED, shipped
 from catp_lightning.data.scenes import KINDS, Split, write_scenes
 from catp_lightning.data.vqa import VQADataModule
@@ -72,9 +72,10 @@ def drawn(answered: Answered, images: int, rng: np.random.Generator, by_text: bo
     fingerprints = torch.from_numpy(rng.integers(-(2**63), 2**63 - 1, images)).repeat_interleave(len(KINDS))
     texts = torch.from_numpy(answered.texts[chosen].reshape(-1))
     agreed = torch.from_numpy(answered.same[chosen].reshape(len(texts), -1).T)
-    metric = DrawnQuestions(len(agreed))
-    metric.update(fingerprints, texts if by_text else mix(fingerprints ^ texts), agreed)
-    return metric.compute()[1]
+    metric = Asked(len(agreed))
+    draws = texts if by_text else mix(fingerprints ^ texts)
+    metric.update(fingerprints, torch.zeros_like(fingerprints), draws, agreed)
+    return [int(count) for count in metric.compute().drawn.sum(0)]
 
 
 def broken(

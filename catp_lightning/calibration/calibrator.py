@@ -21,6 +21,7 @@ from catp_lightning.calibration.replay.samples import Samples
 from catp_lightning.calibration.report.result import CalibrationResult
 from catp_lightning.calibration.search.candidates import Candidate, default_candidates, fitted_candidates
 from catp_lightning.calibration.search.promise import Promise
+from catp_lightning.calibration.search.promised import PromisedGroups
 from catp_lightning.calibration.search.race import Check, Race
 from catp_lightning.calibration.search.standings import Standings
 from catp_lightning.calibration.split import part_of, round_bounds, round_of
@@ -52,10 +53,14 @@ def calibrate(
     settings, ties = plan.settings, Tolerance.under(plan.family.model.dtype)
     part = partial(part_of, checked=settings.checked if promise is None else settings.promised)
 
-    probing = Probing(plan, budgets, part, device)
+    probing = Probing(plan, budgets, part, device, counting=promise is not None)
     yield probing
     learned = probing.learned()
-    _check_amount(learned, promise, int((part(learned.images) == 1).sum()))
+    _check_amount(learned)
+    promised = None
+    if promise is not None and learned.asked is not None:
+        promised = PromisedGroups(promise, learned.asked, learned.groups)
+        promised.refuse_too_few(part(torch.from_numpy(learned.asked.images)).numpy() == 1)
 
     fitted = fit(learned.sums, learned.pairs, learned.columns, ties)
     candidates = all_candidates(plan, fitted)
@@ -89,12 +94,12 @@ def calibrate(
         model=plan.family.describe(),
         tokens=learned.tokens,
         budgets=tuple(budgets),
-        promise=promise,
+        promised=promised,
         candidates=candidates,
         chosen=chosen,
         choosing=standings.sums(),
         checking=check.sums.compute(),
-        drawn=check.drawn.compute(),
+        asked=check.asked.compute(),
         alive=checked,
         by_image=check.by_image.compute(),
         parts=learned.parts,
@@ -125,7 +130,7 @@ def check_budgets(budgets: Sequence[int | float]) -> None:
         raise PolicyError(f"keep is {list(budgets)}; give one budget or several different ones.")
 
 
-def _check_amount(learned: Learned, promise: Promise | None, checked: int) -> None:
+def _check_amount(learned: Learned) -> None:
     """Raise PolicyError if there are too few images; warn of samples that were left out."""
     left_out = (
         f" {len(learned.not_finite):,} samples were left out, to which the unpruned model's own answer is not a number "
@@ -138,5 +143,3 @@ def _check_amount(learned: Learned, promise: Promise | None, checked: int) -> No
         )
     if len(learned.not_finite):
         rank_zero_warn(f"Calibration:{left_out}")
-    if promise is not None:
-        promise.check_images(checked)

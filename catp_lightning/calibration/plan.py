@@ -1,6 +1,6 @@
 """Plan of a calibration: choose among all methods that drop before the decoder, or among one method's settings."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
@@ -163,3 +163,13 @@ def why_not(family: Family, policy: PruningPolicy, guide: nn.Module | None = Non
     except (PruningError, PolicyError) as error:
         return str(error)
     return None
+
+
+def check_exit(budgets: Sequence[int | float], args: Mapping[str, Any]) -> None:
+    """Raise PolicyError if a calibration of visual exit is given the layer, which it has to find, or token budgets."""
+    if "layer" in args or not all(isinstance(keep, float) for keep in budgets):
+        raise PolicyError(
+            f"visual-exit is calibrated with keep {list(budgets)} and scorer_args {dict(args)}: its budgets are shares "
+            "of the decoder's layers that read visual tokens, floats in (0, 1], and give the layer; leave `layer` out. "
+            "max_disagreement finds the first layer at which they may leave."
+        )

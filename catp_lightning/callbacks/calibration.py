@@ -14,11 +14,11 @@ from torch import nn
 from catp_lightning.calibration.calibrator import calibrate, needs_of
 from catp_lightning.calibration.checkpoint import CalibrationCheckpoint
 from catp_lightning.calibration.identity import model_fingerprint
-from catp_lightning.calibration.plan import Plan
+from catp_lightning.calibration.plan import Plan, check_exit
 from catp_lightning.calibration.replay.recorder import Recorder
 from catp_lightning.calibration.report.controls import doubts
 from catp_lightning.calibration.report.report import PAGE, report, report_folder
-from catp_lightning.calibration.search.promise import GRID, Promise, descending
+from catp_lightning.calibration.search.promise import GRID, Over, Promise, descending
 from catp_lightning.calibration.settings import DEFAULTS, CalibrationSettings
 from catp_lightning.callbacks.calibration_run import CalibrationRun, is_hidden
 from catp_lightning.callbacks.context import LoopContext, Stage
@@ -68,6 +68,10 @@ class CrossAttentionCalibration(LoopContext):
         max_disagreement: chooses the budget by a promise: budgets are tried from the largest down, and the last one is
             taken at which the answers to at most this share of new images change, in (0, 1). One policy is saved.
         confidence: confidence of that promise, in (0, 1).
+        over: what that share is of: "images", each with one question drawn at random among those asked about it; or
+            "questions", so that an image counts as often as it is asked about. Images are taken as independent draws.
+        group_by: name of a field of the batches, with a text, whole number or boolean for each sample that the model is
+            asked about, in that order. It divides questions into groups, and the promise is made for each of them.
         model: the name of the submodule to calibrate, where the module holds several supported models.
         scorer: the only method to calibrate, with its layers and head weights; None: every method that drops tokens
             before the decoder is a candidate. A method that drops tokens inside the decoder is calibrated only if it is
@@ -101,6 +105,8 @@ class CrossAttentionCalibration(LoopContext):
         *,
         max_disagreement: float | None = None,
         confidence: float = 0.95,
+        over: Over = "images",
+        group_by: str | None = None,
         model: str | None = None,
         scorer: str | None = None,
         scorer_args: Mapping[str, Any] | None = None,
@@ -110,7 +116,7 @@ class CrossAttentionCalibration(LoopContext):
     ) -> None:
         super().__init__(("predict",))
         self.path, self.model, self.settings = Path(path), model, settings
-        self.promise = None if max_disagreement is None else Promise(max_disagreement, confidence)
+        self.promise = Promise.asked(max_disagreement, confidence, over, group_by)
         if keep is None:
             keep = 0.5 if self.promise is None else list(GRID)
         self.several = isinstance(keep, Sequence) and not isinstance(keep, str) and self.promise is None
@@ -126,7 +132,7 @@ class CrossAttentionCalibration(LoopContext):
         self.guide = guide
         self.method = None if scorer is None else PruningPolicy(scorer, scorer_args or {}, selector)
         if scorer == "visual-exit":
-            _check_exit(self.budgets, scorer_args or {})
+            check_exit(self.budgets, scorer_args or {})
         self.policies: list[PruningPolicy] = []
         self.summary: list[str] = []
         self._run: CalibrationRun | None = None
@@ -181,6 +187,7 @@ class CrossAttentionCalibration(LoopContext):
             "catp-lightning": version("catp-lightning"),
             "keep": [repr(keep) for keep in self.budgets],
             "promise": None if self.promise is None else [self.promise.max_disagreement, self.promise.confidence],
+            "promise of": None if self.promise is None else [self.promise.over, self.promise.group_by],
             "process": f"{trainer.global_rank} of {trainer.world_size}",
             "precision": trainer.precision,
             "method": None if self.method is None else self.method.to_dict(),
@@ -197,6 +204,10 @@ class CrossAttentionCalibration(LoopContext):
 
     def _stem(self) -> Path:
         return self.path if self.path.suffix else self.path / "policy"
+
+    def on_predict_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, *args: Any) -> None:
+        if self._run is not None:
+            self._run.read_groups(batch)
 
     def on_predict_batch_end(self, trainer: Trainer, pl_module: LightningModule, *args: Any) -> None:
         if self._run is not None:
@@ -278,16 +289,6 @@ class CrossAttentionCalibration(LoopContext):
 
     def __getstate__(self) -> dict[str, Any]:
         return {**super().__getstate__(), "_run": None}
-
-
-def _check_exit(budgets: Sequence[int | float], args: Mapping[str, Any]) -> None:
-    """Raise PolicyError if a calibration of visual exit is given the layer, which it has to find, or token budgets."""
-    if "layer" in args or not all(isinstance(keep, float) for keep in budgets):
-        raise PolicyError(
-            f"visual-exit is calibrated with keep {list(budgets)} and scorer_args {dict(args)}: its budgets are shares "
-            "of the decoder's layers that read visual tokens, floats in (0, 1], and give the layer; leave `layer` out. "
-            "max_disagreement finds the first layer at which they may leave."
-        )
 
 
 def _listed(budgets: Sequence[int | float]) -> str:

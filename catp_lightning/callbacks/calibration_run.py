@@ -3,6 +3,7 @@
 import time
 from collections.abc import Generator
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from lightning.pytorch import Trainer
@@ -11,6 +12,7 @@ from tqdm import tqdm
 from catp_lightning.calibration.checkpoint import CalibrationCheckpoint
 from catp_lightning.calibration.identity import batch_fingerprints
 from catp_lightning.calibration.passes import Pass
+from catp_lightning.calibration.replay.groups import Groups
 from catp_lightning.calibration.replay.recorder import Recorder
 from catp_lightning.calibration.replay.samples import Samples
 from catp_lightning.calibration.report.result import CalibrationResult
@@ -36,6 +38,7 @@ class CalibrationRun:
         promised: share of the images that a promise is tested on.
         lines: progress lines.
         step: the strategy's `predict_step`, recorded by `recorder`.
+        groups: groups of the current batch's samples; None if the promise names no field for them.
         batches: number of batches of the loop so far.
         replaying: seconds spent on measuring during the loop, beside the user's own prediction.
         started: time of the loop's start, as `time.monotonic` gives it.
@@ -51,6 +54,7 @@ class CalibrationRun:
     promised: float
     lines: Lines
     step: StepFunction = field(init=False)
+    groups: Groups | None = None
     batches: int = 0
     replaying: float = 0.0  # seconds
     started: float = field(default_factory=time.monotonic)
@@ -60,11 +64,17 @@ class CalibrationRun:
         """Take over the sums of an interrupted run for this pass; return the number of batches in them."""
         return self.partial.begin(self.now.key, self.now.metrics)
 
+    def read_groups(self, batch: Any) -> None:
+        """Read the groups of a batch's samples, before the user's step, which may take the field out of the batch."""
+        field = None if self.promise is None else self.promise.group_by
+        self.groups = None if field is None else Groups.of(batch, field)
+
     def read_batch(self, trainer: Trainer, number: int) -> None:
         """Measure one batch: replay the model calls of the step that just ran, under the same precision."""
         self.lines.now = f"{self.now.title}, {batch_of(number + 1, trainer.num_predict_batches)}"
-        with self.recorder.recorded() as pairs, torch.no_grad(), trainer.precision_plugin.predict_step_context():
-            batch = [Samples.of(*pair) for pair in pairs]
+        recorded, precision = self.recorder.recorded(self.groups), trainer.precision_plugin.predict_step_context()
+        with recorded as found, torch.no_grad(), precision:
+            batch = [Samples.of(*one) for one in found]
             batch_hashes = batch_fingerprints(batch)
             if self.partial.has(number, batch_hashes):
                 return
@@ -101,6 +111,7 @@ class CalibrationRun:
             seen += 1
             end_if_told()
             if number >= done:
+                self.read_groups(arguments[0])
                 self.step(*arguments)
                 self.read_batch(trainer, number)
         if seen != self.batches:

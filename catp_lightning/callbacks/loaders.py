@@ -44,10 +44,11 @@ class Amount:
         else:
             most = 2 * self.batches * samples
         if binom.sf(promise.images_needed - 1, most, share) < HOPELESS:
+            counted = "one question each" if promise.over == "images" else "with all their questions"
             raise PolicyError(
                 f"The calibration split has at most {most} samples, too few to promise a disagreement of at most "
                 f"{promise.max_disagreement:g} with confidence {promise.confidence:g}: a budget is tested on "
-                f"{share:.0%} of the images, one question each, and takes at least {promise.images_needed} there. "
+                f"{share:.0%} of the images, {counted}, and takes at least {promise.images_needed} there. "
                 f"Take {round(promise.images_for(2) / share)} images or more, raise max_disagreement, or lower "
                 "confidence."
             )

@@ -12,6 +12,7 @@ from lightning.pytorch import Callback
 from lightning.pytorch.cli import LightningArgumentParser
 
 from catp_lightning.calibration.report.report import report_folder
+from catp_lightning.calibration.search.promise import Over
 from catp_lightning.callbacks.answer_writer import AnswerWriter
 from catp_lightning.callbacks.calibration import CrossAttentionCalibration
 from catp_lightning.callbacks.context import Stage
@@ -43,6 +44,10 @@ class Calibrate(Command):
         )
         parser.add_argument("--max_disagreement", type=float | None, help=help_)
         parser.add_argument("--confidence", type=float, default=CONFIDENCE, help="Of that promise.")
+        help_ = "What its share is of: new images, each with one question drawn at random, or new questions."
+        parser.add_argument("--over", type=Over, default="images", help=help_)
+        help_ = "Make it for each group of questions that this field of the batches names: answer_types, say."
+        parser.add_argument("--group_by", type=str | None, help=help_)
         help_ = "The one method whose layers and head weights are calibrated; without it rules compete."
         _add_method(parser, help_)
         help_ = "Where the policy goes: a file, or a folder, which several budgets need. The report goes beside it."
@@ -57,6 +62,8 @@ class Calibrate(Command):
             config.keep,
             max_disagreement=config.max_disagreement,
             confidence=config.confidence,
+            over=config.over,
+            group_by=config.group_by,
             scorer=config.scorer,
             scorer_args=config.scorer_args,
             selector=config.selector,

@@ -28,13 +28,16 @@ class VQABatch(TypedDict):
 
     `inputs` holds what the processor returns for the model: `pixel_values`, and `input_ids` and `attention_mask` int64
     [B, T], left padded to T columns. `question_ids` and `image_ids` are int64 [B]; `answers`, ten a question, are
-    absent where the split has no annotations.
+    absent where the split has no annotations. `question_types` ("how many") and `answer_types` ("number"), one text a
+    question, are absent where not every annotation has one.
     """
 
     inputs: dict[str, Tensor]
     question_ids: Tensor
     image_ids: Tensor
     answers: NotRequired[list[list[str]]]
+    question_types: NotRequired[list[str]]
+    answer_types: NotRequired[list[str]]
 
 
 def collate(examples: Sequence[VQAExample], processor: Any, prompt: str) -> VQABatch:
@@ -72,6 +75,10 @@ def collate(examples: Sequence[VQAExample], processor: Any, prompt: str) -> VQAB
     )
     if "answers" in examples[0]:
         batch["answers"] = [example["answers"] for example in examples]
+    if "question_type" in examples[0]:
+        batch["question_types"] = [example["question_type"] for example in examples]
+    if "answer_type" in examples[0]:
+        batch["answer_types"] = [example["answer_type"] for example in examples]
     return batch
 
 

@@ -73,13 +73,18 @@ _NAME_HELP = "Use the field image_id, as in 'COCO_val2014_{image_id:012d}.jpg' o
 
 
 class VQAExample(TypedDict):
-    """One question with its image, RGB and upright; `answers` only where the split has annotations."""
+    """One question with its image, RGB and upright; `answers` only where the split has annotations.
+
+    `question_type` ("how many") and `answer_type` ("number") are there where every question's annotation has one.
+    """
 
     image: Image.Image
     question: str
     question_id: int
     image_id: int
     answers: NotRequired[list[str]]
+    question_type: NotRequired[str]
+    answer_type: NotRequired[str]
 
 
 class _Question(NamedTuple):
@@ -115,7 +120,13 @@ class VQADataset(Dataset[VQAExample]):
         count = max(1, round(fraction * len(questions)))
         chosen = np.sort(np.random.default_rng(seed).choice(len(questions), count, replace=False))
         self.questions = [questions[index] for index in chosen]
-        self.answers = _read_answers(split.annotations, self.questions) if split.annotations else None
+        self.answers: list[list[str]] | None = None
+        self.question_types: list[str] = []
+        self.answer_types: list[str] = []
+        if split.annotations:
+            records = _read_annotations(split.annotations, self.questions)
+            self.answers = [_ten_answers(record, split.annotations) for record in records]
+            self.question_types, self.answer_types = _texts(records, "question_type"), _texts(records, "answer_type")
         self._require_images()
 
     def __len__(self) -> int:
@@ -127,6 +138,10 @@ class VQADataset(Dataset[VQAExample]):
         example = VQAExample(image=image, question=text, question_id=question_id, image_id=image_id)
         if self.answers is not None:
             example["answers"] = self.answers[index]
+        if self.question_types:
+            example["question_type"] = self.question_types[index]
+        if self.answer_types:
+            example["answer_type"] = self.answer_types[index]
         return example
 
     def _image_path(self, image_id: int) -> Path:
@@ -243,8 +258,8 @@ def _read_questions(path: str) -> list[_Question]:
     return list(questions.values())
 
 
-def _read_answers(path: str, questions: Sequence[_Question]) -> list[list[str]]:
-    """Return the ten answers of each question, in the questions' order."""
+def _read_annotations(path: str, questions: Sequence[_Question]) -> list[dict[str, Any]]:
+    """Return the annotation of each question, in the questions' order."""
     annotations: dict[int, Any] = {}
     for index, record in enumerate(_read_records(path, "annotations")):
         where = f"{path}, annotation number {index}"
@@ -258,7 +273,13 @@ def _read_answers(path: str, questions: Sequence[_Question]) -> list[list[str]]:
             f"{path} has no annotation for {len(missing)} of {len(questions)} questions, the first with question_id "
             f"{', '.join(map(str, missing[:3]))}. Questions and annotations must be of the same split."
         )
-    return [_ten_answers(annotations[question.question_id], path) for question in questions]
+    return [annotations[question.question_id] for question in questions]
+
+
+def _texts(records: Sequence[dict[str, Any]], name: str) -> list[str]:
+    """Return the text under a name of each annotation; none where one lacks it: nothing else depends on it."""
+    texts: list[Any] = [record.get(name) for record in records]
+    return texts if all(isinstance(text, str) for text in texts) else []
 
 
 def _ten_answers(record: Any, path: str) -> list[str]:

@@ -67,7 +67,7 @@ def recorded(
     recorder = Recorder(plan, {Signal.IMAGE_HASH: None, **plan.needs})
     with recorder.recording():
         answers = model.generate(**inputs, **settings(), **more)[:, -STEPS:]
-        with recorder.recorded() as [(replay, seen, inside)]:
+        with recorder.recorded() as [(replay, seen, inside, _)]:
             return replay, seen, inside, answers
 
 

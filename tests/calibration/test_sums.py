@@ -5,7 +5,7 @@ import torch
 from scipy.stats import spearmanr
 
 from catp_lightning.calibration.fit.sums import ImageSet, ProbeSums
-from catp_lightning.calibration.search.sums import CandidateSums, DrawnQuestions
+from catp_lightning.calibration.search.sums import CandidateSums
 from catp_lightning.calibration.settings import DEFAULTS
 from catp_lightning.calibration.statistics.rank_correlation import correlations
 
@@ -41,16 +41,6 @@ def test_probe_sums_are_those_of_rows_centred_by_sample_whatever_the_batches() -
         assert found.moment[number] == pytest.approx(here.T @ y, abs=1e-6)
         assert found.squares[number] == pytest.approx(y @ y, abs=1e-6) and found.rows[number] == len(y)
     assert other.gram == pytest.approx(found.gram, rel=1e-12) and other.moment == pytest.approx(found.moment, rel=1e-12)
-
-
-def test_one_question_of_each_image_counts_whatever_the_order_and_the_batches() -> None:
-    images, questions = torch.tensor([5, 7, 5, 9, 7, 5]), torch.tensor([3, 1, 2, 8, 4, 9])
-    agreed = torch.tensor([[1, 1, 0, 1, 0, 1], [1, 0, 1, 1, 1, 1]]).bool()
-    one, many = DrawnQuestions(2), DrawnQuestions(2)
-    one.update(images, questions, agreed)
-    for index in (5, 0, 4, 3, 2, 1):
-        many.update(images[[index]], questions[[index]], agreed[:, [index]])
-    assert one.compute() == many.compute() == (3, [1, 1]), "question 2 of image 5, 1 of image 7, 8 of image 9"
 
 
 def test_images_are_counted_once_and_layers_are_correlated_by_rank() -> None:

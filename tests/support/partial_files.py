@@ -6,8 +6,8 @@ from torch import Tensor
 from torchmetrics import Metric
 
 from catp_lightning.calibration import checkpoint as resume
+from catp_lightning.calibration.asked import Asked
 from catp_lightning.calibration.fit.sums import ImageSet, PartCounts, ProbeSums
-from catp_lightning.calibration.search.sums import DrawnQuestions
 
 
 def without(metadata: dict[str, str]) -> dict[str, str]:
@@ -20,7 +20,7 @@ def signed(tensors: dict[str, Tensor], **metadata: str) -> bytes:
 
 
 def metrics() -> dict[str, Metric]:
-    return {"probes": ProbeSums(3, folds=2), "images": ImageSet(), "first": DrawnQuestions(2), "parts": PartCounts()}
+    return {"probes": ProbeSums(3, folds=2), "images": ImageSet(), "first": Asked(2), "parts": PartCounts()}
 
 
 def update(found: dict[str, Metric], number: int) -> None:
@@ -29,5 +29,5 @@ def update(found: dict[str, Metric], number: int) -> None:
     images[0] = 7  # met in every batch
     found["probes"].update(images % 2, torch.rand(5, 4, 3, generator=draw), torch.rand(5, 4, generator=draw))
     found["images"].update(images)
-    found["first"].update(images, images.flip(0), torch.rand(2, 4, generator=draw) < 0.5)
+    found["first"].update(images, images % 3, images.flip(0), torch.rand(2, 4, generator=draw) < 0.5)
     found["parts"].update(images % 2)

@@ -55,7 +55,7 @@ def record(net: Net, call: ModelCall, batch: Batch) -> tuple[Any, Samples]:
     recorder = Recorder(Plan.of(family), needs_of(Plan.of(family)))
     with recorder.recording():
         output = call(net, batch)
-        with recorder.recorded() as ((replay, seen, _),):
+        with recorder.recorded() as ((replay, seen, *_),):
             return output, Samples.of(replay, seen)
 
 

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from catp_lightning.calibration import statistics
+from catp_lightning.calibration.asked import Asked, AskedImages, GroupNames
 from catp_lightning.calibration.fit.probes import Columns, pair_rows, probe, scores_of_heads, sizes
 from catp_lightning.calibration.fit.sums import (
     FoldSums,
@@ -40,6 +41,9 @@ class Learned:
         parts: number of samples in each part of the split.
         tokens: mean number of droppable visual tokens of an image.
         statistics: entries of the statistics in the evidence, by name.
+        asked: number of questions about each image, by group; samples without an image are left out. None if no
+            promise is to be tested.
+        groups: names of the groups, by checksum.
     """
 
     columns: Columns
@@ -50,6 +54,8 @@ class Learned:
     parts: dict[str, int]
     tokens: float
     statistics: dict[str, Any]
+    asked: AskedImages | None
+    groups: dict[int, str]
 
 
 class Probing(Pass):
@@ -63,6 +69,7 @@ class Probing(Pass):
         budgets: Sequence[int | float],
         part_of: Callable[[Tensor], Tensor],
         device: torch.device | None,
+        counting: bool = False,
     ) -> None:
         self.plan, self.columns, self.part_of = plan, Columns.of(plan), part_of
         self.sizes = sizes(budgets, plan.family.tokens_per_image, plan.settings.sizes) if self.columns.total else []
@@ -81,6 +88,12 @@ class Probing(Pass):
         }
         self.statistics = {one.name: one.of(plan).to(device) for one in statistics.STATISTICS}
         self.metrics |= self.statistics
+        self.asked: Asked | None = None
+        if counting:  # the questions about each image, for a promise
+            self.asked, self.names = Asked().to(device), GroupNames().to(device)
+            self.asked.update(nothing, nothing, nothing, nothing.bool().expand(0, 0))
+            self.names.update({})
+            self.metrics |= {"asked": self.asked, "group names": self.names}
         self.pairs: ProbeSums | None = None
         slots = self.columns.slots
         if 0 < slots <= PAIRS:
@@ -98,6 +111,11 @@ class Probing(Pass):
         self.parts.update(part)
         self.images.update(samples.seen[Signal.IMAGE_HASH])
         self.tokens.update(samples.seen.droppable.sum(1))
+        if self.asked is not None:
+            there = samples.images != 0
+            images, nothing = samples.images[there], there.new_empty(0, int(there.sum()))
+            self.asked.update(images, samples.group_keys[there], samples.keys[there], nothing)
+            self.names.update({} if samples.groups is None else samples.groups.names)
         for statistic in self.statistics.values():
             statistic.update(samples)
         if (part == 0).any():
@@ -140,4 +158,6 @@ class Probing(Pass):
             self.parts.compute(),
             self.tokens.compute(),
             {name: statistic.compute() for name, statistic in self.statistics.items()},
+            None if self.asked is None else self.asked.compute(),
+            {} if self.asked is None else self.names.compute(),
         )

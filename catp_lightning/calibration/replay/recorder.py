@@ -7,6 +7,7 @@ from catp_lightning.calibration.plan import Plan
 from catp_lightning.calibration.replay.base import Replay
 from catp_lightning.calibration.replay.cross_attention import CrossAttentionReplay
 from catp_lightning.calibration.replay.decoder import DecoderReplay
+from catp_lightning.calibration.replay.groups import Groups
 from catp_lightning.errors import PruningError
 from catp_lightning.methods.observation import Needs, Observation, Signal
 from catp_lightning.methods.selection import Selection
@@ -15,7 +16,7 @@ from catp_lightning.pruning.answers import Answer, listening
 from catp_lightning.pruning.observer import Observer
 from catp_lightning.pruning.sites import PruningSite, SiteSettings, site_of
 
-Recorded = tuple[Replay, Observation, Observation | None]
+Recorded = tuple[Replay, Observation, Observation | None, Groups | None]
 
 REPLAYS: tuple[type[Replay], ...] = (DecoderReplay, CrossAttentionReplay)
 """Replays, one file each, by the places whose prompts they answer again."""
@@ -70,13 +71,17 @@ class Recorder:
         return Selection(prompt.tokens)  # nothing is dropped: answers stay the usual ones
 
     @contextmanager
-    def recorded(self) -> Iterator[list[Recorded]]:
+    def recorded(self, groups: Groups | None = None) -> Iterator[list[Recorded]]:
         """Yield what was recorded since the last time; nothing is recorded while inside, so that it can be replayed.
 
         Prompts without visual tokens are left out.
 
+        Args:
+            groups: groups of all samples since then, in the order in which the model was asked about them.
+
         Raises:
-            PruningError: prompts reached the language model past the model's own generate and forward.
+            PruningError: prompts reached the language model past the model's own generate and forward, or there are
+                not as many groups as samples.
         """
         prompts, answers = list(self._prompts), list(self._answers)
         self._prompts.clear()
@@ -86,16 +91,19 @@ class Recorder:
                 f"The step sent {len(prompts)} prompts to the language model but got {len(answers)} answers from the "
                 "model's own generate or forward. Call those, not its language model's."
             )
+        each: list[Groups | None] = [None] * len(prompts)
+        if groups is not None and prompts:
+            each = [*groups.split([len(prompt.tokens) for prompt, _ in prompts])]
         before, self.active = self.active, False
         try:
-            pairs = zip(prompts, answers, strict=True)
-            yield [self._recorded(prompt, seen, answer) for (prompt, seen), answer in pairs if seen is not None]
+            found = zip(prompts, answers, each, strict=True)
+            yield [self._recorded(prompt, seen, answer, of) for (prompt, seen), answer, of in found if seen is not None]
         finally:
             self.active = before
 
-    def _recorded(self, prompt: Prompt, seen: Observation, answer: Answer) -> Recorded:
+    def _recorded(self, prompt: Prompt, seen: Observation, answer: Answer, groups: Groups | None) -> Recorded:
         replay = self._replay.of(self.plan.family, prompt, answer, self.plan.layer)
-        return replay, seen, prompt.observation()
+        return replay, seen, prompt.observation(), groups
 
 
 def _replay_of(site: PruningSite) -> type[Replay]:

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from catp_lightning.calibration.replay.base import Replay
+from catp_lightning.calibration.replay.groups import Groups
 from catp_lightning.methods.observation import Observation, Signal
 from catp_lightning.utils.hashing import mix
 
@@ -19,6 +20,7 @@ class Samples:
         seen: signals of the images.
         images: int64 [B], fingerprint of each sample's first image; 0 for a sample without images.
         inside: signals observed inside the language model, as one image per sample; None if there are none.
+        groups: groups of the samples, by a field of the user's batch; None if they have none.
     """
 
     replay: Replay
@@ -26,15 +28,18 @@ class Samples:
     images: Tensor
 
     inside: Observation | None = None
+    groups: Groups | None = None
 
     @classmethod
-    def of(cls, replay: Replay, seen: Observation, inside: Observation | None = None) -> "Samples":
+    def of(
+        cls, replay: Replay, seen: Observation, inside: Observation | None = None, groups: Groups | None = None
+    ) -> "Samples":
         of_images, images = _sample_of_images(replay.tokens, seen), seen[Signal.IMAGE_HASH]
         first = torch.zeros(len(replay.tokens), dtype=torch.int64, device=images.device)
         # Backwards, so that of several images of a sample the first is written last.
         for image in reversed(range(len(images))):
             first[of_images[image]] = images[image]
-        return cls(replay, seen, first, inside)
+        return cls(replay, seen, first, inside, None if groups is None else groups.to(first.device))
 
     def where(self, chosen: Tensor) -> "Samples":
         """Return the samples where `chosen`, bool [B], is True."""
@@ -43,6 +48,7 @@ class Samples:
             self.seen.of_images(chosen[_sample_of_images(self.visual, self.seen)]),
             self.images[chosen],
             None if self.inside is None else self.inside.of_images(chosen),
+            None if self.groups is None else self.groups.where(chosen),
         )
 
     @property
@@ -56,9 +62,16 @@ class Samples:
         return mix(self.images ^ self.replay.questions)
 
     @property
+    def group_keys(self) -> Tensor:
+        """Checksum of the name of each sample's group: int64 [B]; 0 without groups."""
+        return torch.zeros_like(self.images) if self.groups is None else self.groups.keys
+
+    @property
     def key(self) -> int:
-        """Checksum of all images and questions, independent of their order."""
+        """Checksum of all images, questions and groups, independent of their order."""
         together = self.keys.sum() + mix(self.seen[Signal.IMAGE_HASH]).sum()
+        if self.groups is not None:
+            together += mix(self.keys ^ self.groups.keys).sum()
         return int(together)
 
 

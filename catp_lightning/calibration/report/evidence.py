@@ -52,23 +52,56 @@ class RetentionPoint(TypedDict):
     best_control: BestControl | None
 
 
+class GroupStep(TypedDict):
+    """The test of one group of questions at one budget: what disagreed, and the upper bound of the share that does."""
+
+    name: str
+    disagreed: int
+    bound: float
+
+
 class PromiseStep(TypedDict):
-    """The test of one budget, as in `TestedBudget`."""
+    """The test of one budget, as in `TestedBudget`; with groups the test of each."""
 
     keep: int | float
     disagreed: int
     bound: float
     tested: bool
     holds: bool
+    groups: NotRequired[Sequence[GroupStep]]
+
+
+class PromisedGroup(TypedDict):
+    """A group of questions that a promise was tested on.
+
+    `images` is the number of images with such a question, `questions` the number of these questions, `most_questions`
+    the largest number about one image of the whole split.
+    """
+
+    name: str
+    images: int
+    questions: int
+    most_questions: int
 
 
 class PromiseEvidence(TypedDict):
-    """A promise, the number of images it was tested on, and the test of each budget, from the largest down."""
+    """A promise, the number of images it was tested on, and the test of each budget, from the largest down.
+
+    Without `over` the promise is over images: one question of each was tested. `questions` and `most_questions` are as
+    in `PromisedGroup`, for all groups together. With groups, `group_by` is the batch's field that names them and
+    `group_confidence` the confidence of the test of each.
+    """
 
     max_disagreement: float
     confidence: float
     images: int
     steps: Sequence[PromiseStep]
+    over: NotRequired[str]
+    questions: NotRequired[int]
+    most_questions: NotRequired[int]
+    group_by: NotRequired[str]
+    group_confidence: NotRequired[float]
+    groups: NotRequired[Sequence[PromisedGroup]]
 
 
 class Evidence(TypedDict):

@@ -7,6 +7,7 @@ import numpy as np
 from catp_lightning.calibration import statistics
 from catp_lightning.calibration.report.controls import against
 from catp_lightning.calibration.report.evidence import FitEvidence, evidence_of, fits, visual_tokens
+from catp_lightning.calibration.report.promise import promise_section
 from catp_lightning.policy import PruningPolicy
 from catp_lightning.safe_text import markdown_text
 from catp_lightning.utils.markdown import markdown_table
@@ -52,7 +53,7 @@ def page(policies: Sequence[PruningPolicy], lines: Mapping[str, str], figures: S
         f"The split: {parts}. Intervals are Wilson's, of 95%. The last column is how far the choice is ahead of the "
         "control that agreed most on the checked samples, paired by sample, with a 95% interval over images; *level* "
         "where that contains 0.",
-        *([_promise(policies[0])] if "promise" in evidence else []),
+        *([promise_section(policies[0])] if "promise" in evidence else []),
         *_figures(figures, ("retention", "layers")),
         "## What the probes found",
         "Layers are found by forward selection, then heads by a signed sparse fit; shares are of the variance of the "
@@ -96,37 +97,6 @@ def _budgets(policies: Sequence[PruningPolicy]) -> str:
     ]
     header = ("keep", "visual tokens", "chosen", "agreement", "95% interval", "samples checked", "and the best control")
     return markdown_table(header, rows)
-
-
-def _promise(policy: PruningPolicy) -> str:
-    promise = evidence_of(policy)["promise"]
-    most, confidence, images = promise["max_disagreement"], promise["confidence"], promise["images"]
-    rows = [
-        [
-            step["keep"],
-            f"{step['disagreed']} of {images}",
-            f"{step['bound']:.2%}",
-            "yes" if step["tested"] else "no",
-            "yes" if step["holds"] else "no",
-        ]
-        for step in promise["steps"]
-    ]
-    if any(step["holds"] for step in promise["steps"]):
-        said = (
-            f"With confidence {confidence:.4g}, the policy at keep {policy.keep} answers at most {most:.4g} of new "
-            "images otherwise than the unpruned model; of each image one question counts, drawn at random among those "
-            "asked about it."
-        )
-    else:
-        said = (
-            f"No budget was found to change at most {most:.4g} of the answers with confidence {confidence:.4g}: the "
-            "policy keeps all tokens, so that nothing changes."
-        )
-    return (
-        f"## The promise\n\n{said} It was tested on {images} images that nothing was decided on, from the largest "
-        "budget down; the first whose bound exceeds the promise ends the test.\n\n"
-        + markdown_table(("keep", "disagreed", "bound", "tested", "holds"), rows)
-    )
 
 
 def _found(fit: FitEvidence) -> str:

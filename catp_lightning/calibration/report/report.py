@@ -10,9 +10,10 @@ from matplotlib.figure import Figure
 
 from catp_lightning.calibration import statistics
 from catp_lightning.calibration.report.controls import against
-from catp_lightning.calibration.report.evidence import PromiseEvidence, evidence_of, visual_tokens
+from catp_lightning.calibration.report.evidence import evidence_of, visual_tokens
 from catp_lightning.calibration.report.figures import head_figure, layer_figure, retention_figure, slot_figure
 from catp_lightning.calibration.report.page import interval, page, percent
+from catp_lightning.calibration.report.promise import promise_broken, promise_kept
 from catp_lightning.calibration.statistics.base import Statistic
 from catp_lightning.policy import PruningPolicy
 from catp_lightning.safe_text import one_line
@@ -129,12 +130,7 @@ def _chosen(policies: Sequence[PruningPolicy]) -> str:
 def _keeps(policies: Sequence[PruningPolicy]) -> str:
     evidence, total = evidence_of(policies[0]), visual_tokens(policies[0])
     if _unpruned(policies):
-        promise = evidence["promise"]
-        first = promise["steps"][0]
-        return (
-            f"all {total} tokens, so every answer; at keep {first['keep']} {first['disagreed']} of {promise['images']} "
-            f"images disagree, which allows up to {first['bound']:.2%}, above {promise['max_disagreement']:.4g}"
-        )
+        return f"all {total} tokens, so every answer; {promise_broken(evidence['promise'])}"
     points = {repr(point["keep"]): point for point in evidence["retention"]}
     said = [
         f"{percent(point['agreement'])} ({interval(point['interval'])}) with {point['tokens']} of {total} tokens"
@@ -143,15 +139,7 @@ def _keeps(policies: Sequence[PruningPolicy]) -> str:
         for point in [points[repr(policy.keep)]]
     ]
     line = f"of {evidence['samples']['check']} answers it was not chosen on, {'; '.join(said)}"
-    return line + (f"; {_promised(evidence['promise'])}" if "promise" in evidence else "")
-
-
-def _promised(promise: PromiseEvidence) -> str:
-    last = [step for step in promise["steps"] if step["holds"]][-1]
-    return (
-        f"at most {promise['max_disagreement']:.4g} of new images disagree, with confidence "
-        f"{promise['confidence']:.4g} ({last['disagreed']} of {promise['images']} did)"
-    )
+    return line + (f"; {promise_kept(evidence['promise'])}" if "promise" in evidence else "")
 
 
 def _cost(policies: Sequence[PruningPolicy], seconds: float, plain_seconds: float | None) -> str:

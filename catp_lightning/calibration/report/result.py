@@ -1,22 +1,24 @@
 """Result of a calibration, and the policies with their evidence that it makes."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 from torch import Tensor
 
+from catp_lightning.calibration.asked import AskedImages
 from catp_lightning.calibration.report.controls import paired_difference, verdict
 from catp_lightning.calibration.report.evidence import (
     BestControl,
     CandidateRow,
     Figures,
-    PromiseStep,
+    PromiseEvidence,
     RetentionPoint,
 )
 from catp_lightning.calibration.search.candidates import Candidate
-from catp_lightning.calibration.search.promise import FixedSequence, Promise, fixed_sequence_test
+from catp_lightning.calibration.search.promise import FixedSequence
+from catp_lightning.calibration.search.promised import GroupResult, PromisedGroups
 from catp_lightning.methods.budget import keep_count
 from catp_lightning.metrics import wilson_interval
 from catp_lightning.policy import PruningPolicy
@@ -33,13 +35,12 @@ class CalibrationResult:
         model: description of the model that the policies are made for, from its family's `describe`.
         tokens: mean number of droppable visual tokens of an image.
         budgets: budgets in the user's order; with a promise, in descending order.
-        promise: promise that the chosen budget has to keep; None: none was asked for.
+        promised: promise that the chosen budget has to keep, with its groups; None: none was asked for.
         candidates: all candidates; other fields refer to them by their index.
         chosen: for each budget, index of the chosen candidate.
         choosing: sums over the rounds: `divergence`, `squares`, `agreed` and `count`, each [K, C].
         checking: the same sums over the checking part, on which nothing was decided.
-        drawn: number of images of the checking part, and for each budget the number of them on which its choice
-            disagrees, one question per image.
+        asked: questions about the images of the checking part, and the answers of each budget's choice to them.
         alive: for each budget, indices of the candidates that were checked, the chosen one first.
         by_image: for the checking part, number of questions about each image [I], and number of them to which each
             checked candidate gave the unpruned answer [I, K, R].
@@ -52,12 +53,12 @@ class CalibrationResult:
     model: Mapping[str, Any]
     tokens: float
     budgets: Sequence[int | float]
-    promise: Promise | None
+    promised: PromisedGroups | None
     candidates: Sequence[Candidate]
     chosen: Sequence[int]
     choosing: Mapping[str, np.ndarray]
     checking: Mapping[str, np.ndarray]
-    drawn: tuple[int, list[int]]
+    asked: AskedImages
     alive: Sequence[Sequence[int]]
     by_image: tuple[np.ndarray, np.ndarray]
     parts: Mapping[str, int]
@@ -68,10 +69,11 @@ class CalibrationResult:
     def policies(self) -> list[PruningPolicy]:
         """Return a policy for each budget; with a promise, one policy, at the smallest budget that keeps it, or 1.0."""
         common = self._common()
-        if self.promise is None:
+        if self.promised is None:
             return [self._policy(budget, common) for budget in range(len(self.budgets))]
-        walked = fixed_sequence_test(self.promise, self.drawn[1], self.drawn[0])
-        shown = {"promise": {**asdict(self.promise), "images": self.drawn[0], "steps": self._steps(walked)}}
+        results = self.promised.results(self.asked)
+        walked = self.promised.walk(results)
+        shown = {"promise": self._shown(self.promised, results, walked)}
         if walked.chosen is not None:
             return [self._policy(walked.chosen, {**common, **shown})]
         evidence = {"chosen": "no pruning", "control": False, **common, **shown, "candidates": []}
@@ -145,11 +147,42 @@ class CalibrationResult:
             rows.append({"name": candidate.name, "control": candidate.control, "choose": choose, "check": check})
         return sorted(rows, key=lambda row: (-row["choose"]["samples"], row["choose"]["divergence"], row["name"]))
 
-    def _steps(self, walked: FixedSequence) -> list[PromiseStep]:
-        return [
-            {"keep": keep, "disagreed": step.disagreed, "bound": step.bound, "tested": step.tested, "holds": step.holds}
-            for keep, step in zip(self.budgets, walked.steps, strict=True)
-        ]
+    def _shown(
+        self, promised: PromisedGroups, results: Sequence[GroupResult], walked: FixedSequence
+    ) -> PromiseEvidence:
+        """Return the promise and its tests; what it is over is said where it is not over images without groups."""
+        promise = promised.promise
+        shown: PromiseEvidence = {
+            "max_disagreement": promise.max_disagreement,
+            "confidence": promise.confidence,
+            "images": len(np.unique(self.asked.images)),
+            "steps": [
+                {
+                    "keep": keep,
+                    "disagreed": step.disagreed,
+                    "bound": step.bound,
+                    "tested": step.tested,
+                    "holds": step.holds,
+                }
+                for keep, step in zip(self.budgets, walked.steps, strict=True)
+            ],
+        }
+        if promise.over != "images" or promise.group_by is not None:
+            shown["over"] = promise.over
+            shown["questions"] = int(self.asked.questions.sum())
+            shown["most_questions"] = max(promised.most.values())
+        if promise.group_by is not None:
+            shown["group_by"] = promise.group_by
+            shown["group_confidence"] = promised.each.confidence
+            shown["groups"] = [
+                {"name": of.name, "images": of.images, "questions": of.questions, "most_questions": of.most}
+                for of in results
+            ]
+            for number, step in enumerate(shown["steps"]):
+                step["groups"] = [
+                    {"name": of.name, "disagreed": of.disagreed[number], "bound": of.bounds[number]} for of in results
+                ]
+        return shown
 
 
 def _figures(sums: Mapping[str, np.ndarray], budget: int, number: int) -> Figures | None:

@@ -4,13 +4,18 @@ Budgets are tested from the largest down, each on the same images, and testing s
 a budget that disagrees too often, testing must pass the first such budget on its way, which happens with probability
 1 - confidence at most. So no correction for multiple tests is needed, however the answers at different budgets are
 correlated (fixed-sequence testing). This requires budgets, an order and policies that were fixed without these images,
-and images that are independent draws from what the model will see: one question per image.
+and images that are independent draws from what the model will see.
+
+What is counted is images, with one question of each (`Promise.over` "images"), or questions (`clusters.py`). With
+groups of questions each group has a test of its own at every budget, and a budget holds if all do. Each has the share
+1 / groups of the risk, so that the bounds of all groups at a budget hold together.
 """
 
 import operator
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
+from typing import Literal, get_args
 
 from scipy.stats import beta
 
@@ -24,6 +29,8 @@ from catp_lightning.policy import check_keep
 GRID = (3 / 4, 1 / 2, 3 / 8, 1 / 4, 3 / 16, 1 / 8, 3 / 32, 1 / 16)
 """Budgets tested by default: shares of an image's visual tokens, largest first."""
 
+Over = Literal["images", "questions"]
+
 # A bound that equals the promise in exact arithmetic (1 - 0.94 ** 2 = 0.1164) may come out a unit in the last place
 # above it. This slack costs an equally small amount of confidence.
 _ROUNDING = 1e-12
@@ -31,14 +38,18 @@ _ROUNDING = 1e-12
 
 @dataclass(frozen=True)
 class Promise:
-    """Upper limit on the share of new images on which the pruned model's answer differs from the unpruned model's.
+    """Upper limit on the share of new images or questions whose answer differs from the unpruned model's.
 
     Attributes:
-        max_disagreement: largest share of images that may disagree, in (0, 1).
+        max_disagreement: largest share that may disagree, in (0, 1).
         confidence: lower limit on the probability that the promise is kept, over draws of the test images, in (0, 1).
+        over: what the share is of. "images": new images, each with one question drawn at random among those asked about
+            it. "questions": all questions about new images, so that an image counts as often as it is asked about.
+        group_by: name of the batch's field that divides questions into groups, in each of which the promise is to be
+            kept; None: there are no groups.
 
     Raises:
-        PolicyError: a value is not a number strictly between 0 and 1.
+        PolicyError: a value is not a number strictly between 0 and 1, or not one of those named.
 
     Example:
         >>> promise = Promise(max_disagreement=0.02, confidence=0.95)
@@ -48,13 +59,45 @@ class Promise:
 
     max_disagreement: float
     confidence: float = 0.95
+    over: Over = "images"
+    group_by: str | None = None
 
     def __post_init__(self) -> None:
+        if self.over not in get_args(Over):
+            raise PolicyError(f"over is {self.over!r:.200}; a promise is over 'images' or over 'questions'.")
+        if self.group_by is not None and (not isinstance(self.group_by, str) or not self.group_by):
+            raise PolicyError(f"group_by is {self.group_by!r:.200}; it is the name of a field of the batches.")
         for name, value in (("max_disagreement", self.max_disagreement), ("confidence", self.confidence)):
             number = isinstance(value, int | float) and not isinstance(value, bool)
             if not (number and 0 < value < 1):
                 hint = f" For {value:g} percent write {value / 100:g}." if number and 1 < value < 100 else ""
                 raise PolicyError(f"{name} is {value!r}; it is a number between 0 and 1, neither included.{hint}")
+
+    @classmethod
+    def asked(
+        cls, max_disagreement: float | None, confidence: float, over: Over, group_by: str | None
+    ) -> "Promise | None":
+        """Return the promise that is asked for; None if `max_disagreement` is None.
+
+        Raises:
+            PolicyError: a value is not allowed, or says how to test a promise where none is asked for.
+        """
+        if max_disagreement is not None:
+            return cls(max_disagreement, confidence, over, group_by)
+        if over != "images" or group_by is not None:
+            raise PolicyError(
+                f"over is {over!r:.200} and group_by {group_by!r:.200}: they say what a promise is of, and none is "
+                "asked for. Give max_disagreement, or leave them out."
+            )
+        return None
+
+    def of_each(self, groups: int) -> "Promise":
+        """Return the promise that each of several groups is tested on, so that their bounds hold together.
+
+        >>> round(Promise(0.02, 0.95).of_each(5).confidence, 6)
+        0.99
+        """
+        return self if groups <= 1 else replace(self, confidence=1 - (1 - self.confidence) / groups)
 
     @property
     def images_needed(self) -> int:
@@ -97,8 +140,9 @@ class TestedBudget:
     """Test result of one budget.
 
     Attributes:
-        disagreed: number of images whose answer differs from the unpruned model's.
-        bound: upper bound of the share of images that disagrees, for this budget considered alone.
+        disagreed: number of images, or questions, whose answer differs from the unpruned model's; of all groups
+            together.
+        bound: upper bound of the share that disagrees, for this budget considered alone; the largest of all groups.
         tested: True if testing came this far; budgets after the first failure are reported, not tested.
         holds: True if the budget was tested and its bound is within the promise.
     """
@@ -141,10 +185,21 @@ def fixed_sequence_test(promise: Promise, disagreed: Sequence[int], images: int)
         (1, [True, True, True, False], [True, True, False, False])
     """
     promise.check_images(images)
+    counts = [operator.index(count) for count in disagreed]
+    return walk(promise, counts, [upper_bound(count, images, promise.confidence) for count in counts])
+
+
+def walk(promise: Promise, disagreed: Sequence[int], bounds: Sequence[float]) -> FixedSequence:
+    """Walk down the budgets as long as their upper bounds are within the promise.
+
+    Args:
+        promise: promise that each budget is tested against.
+        disagreed: for each budget, largest first, what `TestedBudget` counts.
+        bounds: for each budget, the upper bound of the share that disagrees.
+    """
     steps: list[TestedBudget] = []
     tested = True
-    for count in map(operator.index, disagreed):
-        bound = upper_bound(count, images, promise.confidence)
+    for count, bound in zip(disagreed, bounds, strict=True):
         holds = tested and promise.holds(bound)
         steps.append(TestedBudget(count, bound, tested, holds))
         tested = holds

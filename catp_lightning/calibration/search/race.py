@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
+from catp_lightning.calibration.asked import Asked
 from catp_lightning.calibration.fit.probes import floored
 from catp_lightning.calibration.passes import Belongs, Pass
 from catp_lightning.calibration.plan import Plan
@@ -14,7 +15,7 @@ from catp_lightning.calibration.replay.base import Variants
 from catp_lightning.calibration.replay.samples import Samples
 from catp_lightning.calibration.search.candidates import Candidate
 from catp_lightning.calibration.search.ranks import limits, token_ranks
-from catp_lightning.calibration.search.sums import CandidateSums, DrawnQuestions, ImageAgreement
+from catp_lightning.calibration.search.sums import CandidateSums, ImageAgreement
 from catp_lightning.calibration.split import fold_of
 from catp_lightning.methods.selection import Selection, protected_tokens
 from catp_lightning.policy import PruningPolicy
@@ -148,8 +149,8 @@ class Race(Pass):
 class Check(Race):
     """Stage that compares the frozen policies with the references on samples on which nothing was decided.
 
-    The first candidate alive at a budget is the chosen one. A promise is tested on its answers to one question of each
-    image; with the references it is compared by all answers, image by image.
+    The first candidate alive at a budget is the chosen one. A promise is tested on its answers, as `Promise` says; with
+    the references it is compared by all answers, image by image.
     """
 
     def __init__(
@@ -164,16 +165,17 @@ class Check(Race):
     ) -> None:
         super().__init__("checking the chosen policies", plan, [candidates], budgets, alive, belongs, parts, device)
         self._most = max(map(len, alive))
-        self.drawn = DrawnQuestions(len(budgets)).to(device)
+        self.asked = Asked(len(budgets)).to(device)
         self.by_image = ImageAgreement(len(budgets), self._most).to(device)
         nothing = torch.empty(0, dtype=torch.int64, device=device)  # a process may have no batch
-        self.drawn.update(nothing, nothing, nothing.expand(len(budgets), 0))
+        self.asked.update(nothing, nothing, nothing, nothing.bool().expand(len(budgets), 0))
         self.by_image.update(nothing, nothing.expand(len(budgets), self._most, 0))
-        self.metrics |= {"drawn questions": self.drawn, "by image": self.by_image}
+        self.metrics |= {"asked": self.asked, "by image": self.by_image}
 
     def compare(self, samples: Samples) -> list[Tensor]:
         same = super().compare(samples)
-        self.drawn.update(samples.images, samples.keys, torch.stack([agreed[0] for agreed in same]))
+        chosen = torch.stack([agreed[0] for agreed in same])
+        self.asked.update(samples.images, samples.group_keys, samples.keys, chosen)
         padded = [torch.nn.functional.pad(agreed, (0, 0, 0, self._most - len(agreed))) for agreed in same]
         self.by_image.update(samples.images, torch.stack(padded))
         return same

@@ -50,51 +50,6 @@ class CandidateSums(Sums):
         return {name: getattr(self, name).cpu().numpy() for name in ("divergence", "squares", "agreed", "count")}
 
 
-class DrawnQuestions(Sums):
-    """Agreement on one question of each image, drawn at random among those asked about it in any process.
-
-    A promise counts images, since two questions about one image are not two independent samples. The draw is by a
-    checksum of image and question together, so that each of an image's questions is equally likely, whatever its text;
-    by a checksum of the text alone the same kind of question would be drawn for nearly every image.
-
-    Args:
-        budgets: number of budgets, K.
-    """
-
-    rows: list[Tensor]
-
-    def __init__(self, budgets: int, **kwargs: Any) -> None:
-        super().__init__(**kwargs)
-        self.budgets = budgets
-        self.add_state("rows", [], dist_reduce_fx="cat")
-
-    def update(self, images: Tensor, draws: Tensor, agreed: Tensor) -> None:
-        """Add B samples.
-
-        Args:
-            images: int64 [B], checksum of each sample's image.
-            draws: int64 [B], checksum of image and question together; the smallest of an image is drawn.
-            agreed: bool [K, B], True if the answer at a budget is the unpruned one.
-        """
-        rows = torch.cat([images[:, None], draws[:, None], agreed.T.long()], 1)
-        self.rows = [_first_of_each(torch.cat([*self.rows, rows]))]
-
-    def compute(self) -> tuple[int, list[int]]:
-        """Return the number of images over all processes, and for each budget the number on which it disagrees."""
-        rows = torch.cat(self.rows) if isinstance(self.rows, list) else self.rows
-        agreed = _first_of_each(rows)[:, 2:]
-        return len(agreed), (1 - agreed).sum(0).tolist()
-
-
-def _first_of_each(rows: Tensor) -> Tensor:
-    """Return, of rows with equal first column, the one with the smallest second: [N, W] -> [M, W], W columns."""
-    rows = rows[rows[:, 1].argsort(dim=0, stable=True)]
-    rows = rows[rows[:, 0].argsort(dim=0, stable=True)]
-    new = torch.ones(len(rows), dtype=torch.bool, device=rows.device)
-    new[1:] = rows[1:, 0] != rows[:-1, 0]
-    return rows[new]
-
-
 class ImageAgreement(Sums):
     """Number of questions about each image, and of those to which each candidate gave the unpruned answer.
 
