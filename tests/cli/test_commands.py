@@ -106,6 +106,17 @@ def test_a_promise_writes_one_policy_whatever_the_budgets(made):
 
 
 @pytest.mark.usefixtures("no_report")
+def test_a_promise_is_made_for_each_type_of_answer_over_questions(made):
+    promise = ["--max_disagreement", 0.9, "--confidence", 0.1, "--over", "questions", "--group_by", "answer_types"]
+    catp(made, "calibrate", *promise, *STRIDE, "--output", "p.json")
+    found = PruningPolicy.load("p.json").evidence["promise"]
+    annotations = json.loads((made / "calibration/annotations.json").read_text())["annotations"]
+    assert {group["name"] for group in found["groups"]} == {record["answer_type"] for record in annotations}
+    assert (found["over"], found["group_by"]) == ("questions", "answer_types") and len(found["groups"]) == 3
+    assert sum(group["questions"] for group in found["groups"]) == found["questions"]
+
+
+@pytest.mark.usefixtures("no_report")
 def test_several_budgets_go_to_a_folder_where_keep_chooses(made, capsys):
     catp(made, "calibrate", *STRIDE, "--output", "policies", "--keep", "[0.5, 1]")
     assert {path.name for path in Path("policies").iterdir()} == {"keep-0.5.json", "keep-1.json"}

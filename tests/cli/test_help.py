@@ -13,7 +13,8 @@ from tests.support.commands import CONFIGS
 @pytest.mark.parametrize(
     ("command", "options"),
     {
-        "calibrate": "--config --keep --max_disagreement --confidence --output --model --trainer.devices --ckpt_path",
+        "calibrate": "--config --keep --max_disagreement --confidence --over --group_by --output --model "
+        "--trainer.devices --ckpt_path",
         "validate": "--config --policy --scorer --scorer_args --selector --keep --compare --model --trainer.precision",
         "test": "--config --policy --keep --compare --data --ckpt_path",
         "predict": "--config --policy --keep --compare --output",

@@ -45,6 +45,18 @@ def test_batches_hold_what_the_files_say(tmp_path, processor):
             np.testing.assert_allclose(pixels, file, atol=1e-3)
 
 
+def test_types_of_questions_and_answers_are_those_of_the_annotations(tmp_path, processor):
+    split = scenes(tmp_path, 10)
+    expected = json.loads(Path(split.annotations).read_text())["annotations"]
+    batches = list(VQADataModule(processor, val=split, batch_size=4).val_dataloader())
+    for field, name in (("question_types", "question_type"), ("answer_types", "answer_type")):
+        assert [text for batch in batches for text in batch[field]] == [record[name] for record in expected]
+    edit("annotations", lambda records: records[7].update(question_type=None))(tmp_path)  # nothing else reads it
+    edit("annotations", lambda records: records[3].pop("answer_type"))(tmp_path)
+    batch = next(iter(VQADataModule(processor, val=split).val_dataloader()))
+    assert len(batch["answers"]) == 10 and not {"question_types", "answer_types"} & batch.keys()
+
+
 def test_text_is_padded_on_the_left(tmp_path, processor):
     batch = next(iter(VQADataModule(processor, val=scenes(tmp_path, 8)).val_dataloader()))
     text_mask = batch["inputs"]["attention_mask"][:, QUERIES:]

@@ -9,6 +9,7 @@ import re
 import unicodedata
 import warnings
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from rich.console import Console
 import catp_lightning
 from catp_lightning import PruningPolicy
 from catp_lightning.calibration.report.page import page
+from catp_lightning.calibration.report.promise import promise_broken, promise_kept, promise_section
 from catp_lightning.calibration.report.report import candidate_rows, report
 from catp_lightning.cli.main import main
 from catp_lightning.errors import DataError, PolicyError, PruningError
@@ -204,6 +206,21 @@ def test_a_calibrations_page_holds_names_as_they_are(policies: list[PruningPolic
         assert tags <= PLAIN | {"img"} and not acts(written, "\n")
         assert re.findall(r'<img src="([^"]*)"', MarkdownIt().render(written)) == ["retention.png"]
         assert words.count(one_line(text).strip()) > 5
+
+
+def test_a_promises_groups_are_called_by_their_names_as_they_are(policies: list[PruningPolicy]) -> None:
+    for text in HOSTILE.values():
+        groups = [{"name": name, "images": 90, "questions": 180, "most_questions": 2} for name in (text, "other")]
+        found = [{"name": group["name"], "disagreed": 3, "bound": 0.1} for group in groups]
+        step = {"keep": 0.5, "disagreed": 6, "bound": 0.1, "tested": True, "holds": True, "groups": found}
+        promise = {"max_disagreement": 0.2, "confidence": 0.9, "images": 90, "questions": 360, "most_questions": 2}
+        of = {"over": "questions", "group_by": text, "group_confidence": 0.95, "groups": groups, "steps": [step]}
+        policy = replace(policies[0], evidence={**policies[0].evidence, "promise": {**promise, **of}})
+        written = promise_section(policy)
+        words, tags = rendered(written)
+        assert tags <= PLAIN and not acts(written, "\n") and words.count(one_line(text).strip()) == 2
+        assert one_line(text) in promise_kept(policy.evidence["promise"])
+        assert not acts(promise_kept(policy.evidence["promise"]) + promise_broken(policy.evidence["promise"]))
 
 
 def test_a_calibrations_report_is_drawn_and_logged_whatever_names_are(
