@@ -124,6 +124,11 @@ def test_the_structures_disagree_as_they_say(structure: Callable[..., Clusters])
     assert (disagreed <= questions).all() and questions.max() == STRUCTURES[structure]
 
 
+def test_a_few_large_images_that_change_are_not_overlooked() -> None:
+    """Over images their share is an eighth of what it is over questions."""
+    assert held(rare_and_large, 0.1, Promise(0.0999, 0.95, "questions"), 600, 100) <= binom.ppf(0.999, 100, 0.05)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("structure", STRUCTURES)
 @pytest.mark.parametrize(("share", "images"), [(0.02, 200), (0.02, 800), (0.1, 60), (0.1, 300), (0.1, 1000)])
