@@ -50,6 +50,14 @@ def test_each_disagreement_loosens_the_bound(seed: int) -> None:
     assert betting_bound(questions, disagreed, 6, 0.95) > betting_bound(questions, disagreed, 3, 0.95)
 
 
+def test_two_tests_share_the_risk_and_either_may_decide() -> None:
+    four, places = np.full(200, 4), np.zeros(200)
+    for differing, decides in ((4, 0), (1, 1)):  # all answers of eight images, or one of each
+        one = (np.arange(200) < 8).astype(int)
+        bounds = upper_bound(8, 200, 0.975), betting_bound(four, differing * one, 4, 0.975)
+        assert cluster_bound(four, differing * one, one, places, 4, 0.95) == min(bounds) == bounds[decides]
+
+
 def test_where_all_or_nothing_was_seen_the_bound_is_one() -> None:
     four = np.full(20, 4)
     assert cluster_bound(four, four, four * 0 + 1, four * 0.0, 4, 0.95) == 1.0
