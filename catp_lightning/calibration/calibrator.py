@@ -102,6 +102,7 @@ def calibrate(
         asked=check.asked.compute(),
         alive=checked,
         by_image=check.by_image.compute(),
+        perturbed={name: sums.compute() for name, sums in check.perturbed.items()},
         parts=learned.parts,
         images=learned.images,
         fitted=fitted.evidence(learned.columns),

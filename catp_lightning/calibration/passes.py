@@ -1,7 +1,7 @@
 """Passes of a calibration: each reads the split once and adds up its findings in metrics."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from torch import Tensor
 from torchmetrics import Metric
@@ -26,5 +26,10 @@ class Pass(ABC):
     metrics: dict[str, Metric]
 
     @abstractmethod
-    def see(self, samples: Samples) -> None:
-        """Add a batch to the metrics."""
+    def see(self, samples: Samples, copies: Sequence[Samples] = ()) -> None:
+        """Add a batch to the metrics.
+
+        Args:
+            samples: B samples.
+            copies: the same samples on perturbed images, B for each perturbation of the plan, in its order.
+        """

@@ -1,11 +1,12 @@
 """Plan of a calibration: choose among all methods that drop before the decoder, or among one method's settings."""
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 from torch import nn
 
+from catp_lightning.calibration.perturbations import Perturbation
 from catp_lightning.calibration.settings import DEFAULTS, CalibrationSettings
 from catp_lightning.errors import PolicyError, PruningError
 from catp_lightning.methods.observation import BY_LAYER, Needs, Signal, join
@@ -29,6 +30,7 @@ class Plan:
         layer: decoder layer at whose entry tokens leave; 0: before the first layer.
         guide: guide model that the method reads; None: it reads none.
         settings: settings that trade time for precision.
+        perturbations: perturbations of images by name; copies of every sample on perturbed images are measured too.
     """
 
     family: Family
@@ -37,6 +39,7 @@ class Plan:
     layer: int = 0
     guide: Guide | None = None
     settings: CalibrationSettings = DEFAULTS
+    perturbations: Mapping[str, Perturbation] = field(default_factory=dict)
 
     @classmethod
     def of(

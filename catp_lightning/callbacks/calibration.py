@@ -3,7 +3,7 @@
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,7 @@ from torch import nn
 from catp_lightning.calibration.calibrator import calibrate, needs_of
 from catp_lightning.calibration.checkpoint import CalibrationCheckpoint
 from catp_lightning.calibration.identity import model_fingerprint
+from catp_lightning.calibration.perturbations import Augment, perturbations, qualified
 from catp_lightning.calibration.plan import Plan, check_exit
 from catp_lightning.calibration.replay.recorder import Recorder
 from catp_lightning.calibration.report.controls import doubts
@@ -23,7 +24,6 @@ from catp_lightning.calibration.settings import DEFAULTS, CalibrationSettings
 from catp_lightning.callbacks.calibration_run import CalibrationRun, is_hidden
 from catp_lightning.callbacks.context import LoopContext, Stage
 from catp_lightning.callbacks.loaders import refuse_unordered
-from catp_lightning.callbacks.signals import ended_by, tell
 from catp_lightning.callbacks.steps import recorded_steps
 from catp_lightning.callbacks.strategies import on_first, refuse_sharded
 from catp_lightning.errors import PolicyError
@@ -80,6 +80,12 @@ class CrossAttentionCalibration(LoopContext):
         selector: selector of `scorer`; None: its default.
         guide: the smaller model that the scorer "sgl" reads, or a module that holds one, on its device.
         settings: settings that trade time for precision: probes, folds, shares of the split, rounds.
+        augment: perturbations of the calibration images, for a choice that survives them: "default" (noise, blur,
+            contrast, crop, resize), names of these, functions of pixels float [N, C, H, W] -> the same (deterministic;
+            N pictures of one size, as the processor made them), or a dictionary of functions by name. Candidates are
+            fitted and chosen on each image and its perturbed copies alike, against the unpruned answers to the same
+            pixels. Checked figures and a promise stay those of the images as they are; agreement on perturbed ones is
+            in evidence["perturbed"] and in the report. With P perturbations it takes P + 1 times as long.
 
     Attributes:
         policies: the policies of the last run, in the order of `keep`; one with `max_disagreement`.
@@ -87,8 +93,9 @@ class CrossAttentionCalibration(LoopContext):
     Raises:
         PolicyError: a budget is not allowed, a file is named for several budgets, the split has too few images or comes
             in another order each time, another calibration is writing to `path`, or an interrupted one there had other
-            settings, another model or other data.
-        PruningError: the model cannot be pruned, or its answers are sampled; at setup: its weights are sharded.
+            settings, another model or other data; a perturbation is unknown, fails, or returns other than pixels.
+        PruningError: the model cannot be pruned, or its answers are sampled; at setup: its weights are sharded; with
+            `augment`: it is not known where the model reads pixels, or the step does not do the same each time.
         OSError: at setup or at the end: `path` cannot be written. In the second case the measurements are still in the
             file beside it, and the same run, started again, only saves.
 
@@ -113,9 +120,11 @@ class CrossAttentionCalibration(LoopContext):
         selector: str | None = None,
         guide: nn.Module | None = None,
         settings: CalibrationSettings = DEFAULTS,
+        augment: Augment | None = None,
     ) -> None:
         super().__init__(("predict",))
         self.path, self.model, self.settings = Path(path), model, settings
+        self.perturbations = perturbations(augment)
         self.promise = Promise.asked(max_disagreement, confidence, over, group_by)
         if keep is None:
             keep = 0.5 if self.promise is None else list(GRID)
@@ -150,6 +159,7 @@ class CrossAttentionCalibration(LoopContext):
         refuse_unprunable(pl_module, family)
         amount = refuse_unordered(trainer)
         plan = Plan.of(family, self.method, self.guide, self.settings)
+        plan = replace(plan, perturbations=self.perturbations)
         tokens = family.tokens_per_image or ASSUMED_TOKENS
         budgets = self.budgets if self.promise is None else tuple(descending(self.budgets, tokens))
         if more := [keep for keep in budgets if isinstance(keep, int) and keep > tokens]:
@@ -168,6 +178,9 @@ class CrossAttentionCalibration(LoopContext):
             done = run.begin()
             again = f" {done} batches of an interrupted calibration are taken over." if done else ""
             rank_zero_info(f"catp: {first.title}, at {_listed(budgets)}.{again}")
+            if names := ", ".join(self.perturbations):
+                times = len(self.perturbations) + 1
+                rank_zero_info(f"catp: images as they are and with {names}: {times} times as long as without augment.")
             try:
                 with (
                     nullcontext() if is_hidden(trainer) else run.lines,
@@ -192,6 +205,7 @@ class CrossAttentionCalibration(LoopContext):
             "precision": trainer.precision,
             "method": None if self.method is None else self.method.to_dict(),
             "settings": asdict(self.settings),
+            "augment": {name: qualified(function) for name, function in self.perturbations.items()} or None,
             "guide": None if self.guide is None else model_fingerprint(self.guide),
             "batches": [str(number) for number in trainer.num_predict_batches],  # "inf" for a loader without a length
             "model": model_fingerprint(family.model),
@@ -236,21 +250,8 @@ class CrossAttentionCalibration(LoopContext):
         run.partial.delete()  # after all is written: if writing fails, the next run has nothing left to measure
 
     def save_what_was_done(self, trainer: Trainer, error: BaseException) -> None:
-        if self._run is None:
-            return
-        run = self._run
-        if isinstance(error, Exception):  # the batch that failed may fail again: go on from the last saved sums
-            return
-        saved = run.partial.flush()
-        if not trainer.is_global_zero:
-            return
-        if saved:
-            tell(
-                f"ended by {ended_by(error)}. What was measured is saved in {str(run.partial.path)!r}, up to batch "
-                f"{run.partial.batches} of '{run.now.title}': the same command goes on from there."
-            )
-        elif not run.partial.batches:
-            tell(f"ended by {ended_by(error)}, before a batch was measured: the same command goes on from the start.")
+        if self._run is not None:
+            self._run.save(error, trainer.is_global_zero)
 
     def take_part(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self.on_predict_epoch_end(trainer, pl_module)

@@ -18,9 +18,10 @@ from catp_lightning.calibration.replay.samples import Samples
 from catp_lightning.calibration.report.result import CalibrationResult
 from catp_lightning.calibration.search.promise import Promise
 from catp_lightning.callbacks.loaders import Amount
-from catp_lightning.callbacks.signals import end_if_told
+from catp_lightning.callbacks.signals import end_if_told, ended_by, tell
 from catp_lightning.callbacks.steps import StepFunction, batches_again
 from catp_lightning.errors import PolicyError, PruningError
+from catp_lightning.methods.observation import Signal
 from catp_lightning.utils.progress import Lines, batch_of, shows_bars
 
 
@@ -70,7 +71,14 @@ class CalibrationRun:
         self.groups = None if field is None else Groups.of(batch, field)
 
     def read_batch(self, trainer: Trainer, number: int) -> None:
-        """Measure one batch: replay the model calls of the step that just ran, under the same precision."""
+        """Measure one batch: replay the model calls of the step that just ran, under the same precision.
+
+        With perturbations the step runs again for each, on the same batch; nothing is measured before all have run.
+
+        Raises:
+            PolicyError: a perturbation fails, or returns something else than pixels.
+            PruningError: the step sent other prompts when it ran again.
+        """
         self.lines.now = f"{self.now.title}, {batch_of(number + 1, trainer.num_predict_batches)}"
         recorded, precision = self.recorder.recorded(self.groups), trainer.precision_plugin.predict_step_context()
         with recorded as found, torch.no_grad(), precision:
@@ -80,9 +88,28 @@ class CalibrationRun:
                 return
             if number == 0 and self.promise is not None:
                 self.amount.check(sum(len(samples.images) for samples in batch), self.promise, self.promised)
-            for samples in batch:
-                self.now.see(samples)
+            names = self.recorder.plan.perturbations if batch else ()
+            copies = [self._perturbed(name, batch) for name in names]
+            self.recorder.again = None  # a batch is not held longer than it is needed
+            for samples, *own in zip(batch, *copies, strict=True):
+                self.now.see(samples, own)
             self.partial.add(batch_hashes, self.now.metrics)
+
+    def _perturbed(self, name: str, batch: list[Samples]) -> list[Samples]:
+        """Run the user's step again on perturbed images; return its samples, one by one those of the `batch`."""
+        assert self.recorder.again is not None  # there are perturbations
+        args, kwargs = self.recorder.again
+        with self.recorder.perturber.perturbing(name):
+            self.step(*args, **kwargs)
+        with self.recorder.recorded() as found:
+            copies = [Samples.of(*one) for one in found]
+        if list(map(_identities, copies)) != list(map(_identities, batch)):
+            raise PruningError(
+                "The step sent other prompts or images to the model when it ran again on the same batch, so answers to "
+                f"images perturbed by {name!r:.200} cannot be told whose they are. Make predict_step do the same each "
+                "time, and change no tensor of its batch; or calibrate without augment=."
+            )
+        return copies
 
     def finish(self) -> bool:
         """End a pass, after saving its sums, so that it need not be repeated; return True if it was the last."""
@@ -120,6 +147,26 @@ class CalibrationRun:
                 f"The calibration loader gave {self.batches} batches at first and {seen} when asked again. Calibration "
                 "reads its split several times: give a DataLoader over a data set, not an iterator that ends."
             )
+
+    def save(self, error: BaseException, telling: bool) -> None:
+        """Save the sums of a run that `error` ended; `telling`: say on standard error how far it has come."""
+        if isinstance(error, Exception):  # the batch that failed may fail again: go on from the last saved sums
+            return
+        saved = self.partial.flush()
+        if not telling:
+            return
+        if saved:
+            tell(
+                f"ended by {ended_by(error)}. What was measured is saved in {str(self.partial.path)!r}, up to batch "
+                f"{self.partial.batches} of '{self.now.title}': the same command goes on from there."
+            )
+        elif not self.partial.batches:
+            tell(f"ended by {ended_by(error)}, before a batch was measured: the same command goes on from the start.")
+
+
+def _identities(samples: Samples) -> list[list[int]]:
+    """Return the checksums of the samples' first images and questions, and of all their images, in their order."""
+    return [samples.keys.tolist(), samples.seen[Signal.IMAGE_HASH].tolist()]
 
 
 def is_hidden(trainer: Trainer) -> bool:

@@ -1,7 +1,9 @@
 """The user's predict step: recorded apart from other model calls while a loop runs, and run again on each batch."""
 
+from collections import UserDict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from copy import copy
 from itertools import islice
 from typing import Any
 
@@ -52,10 +54,11 @@ def recorded_steps(strategy: Strategy, recorder: Recorder) -> Iterator[StepFunct
 
 
 def _heard(recorders: list[Recorder], step: StepFunction) -> StepFunction:
-    """Wrap a step so that the recorders are active while it runs."""
+    """Wrap a step so that the recorders are active while it runs, and keep its arguments if it will be run again."""
 
     def call(*args: Any, **kwargs: Any) -> Any:
         for recorder in recorders:
+            recorder.again = (unshared(args), unshared(kwargs)) if recorder.plan.perturbations else None
             recorder.active = True
         try:
             return step(*args, **kwargs)
@@ -76,3 +79,18 @@ def batches_again(trainer: Trainer) -> Iterator[tuple[Any, ...]]:
             prepared = trainer.lightning_module._on_before_batch_transfer(converted, dataloader_idx=index)
             moved = trainer.strategy.batch_to_device(prepared, dataloader_idx=index)
             yield (moved, number, index) if len(loaders) > 1 else (moved, number)
+
+
+def unshared(value: Any) -> Any:
+    """Return new dictionaries, lists and tuples, nested alike, with the same values.
+
+    What a step takes out of its batch, or puts into it, is then no matter when it runs again.
+    """
+    if isinstance(value, tuple):
+        own = map(unshared, value)
+        return type(value)._make(own) if hasattr(value, "_make") else tuple(own)
+    if isinstance(value, dict | UserDict | list):
+        value = copy(value)
+        for key in list(value) if not isinstance(value, list) else range(len(value)):
+            value[key] = unshared(value[key])
+    return value

@@ -11,6 +11,7 @@ from jsonargparse import ArgumentError
 from lightning.pytorch import Callback
 from lightning.pytorch.cli import LightningArgumentParser
 
+from catp_lightning.calibration.perturbations import PERTURBATIONS
 from catp_lightning.calibration.report.report import report_folder
 from catp_lightning.calibration.search.promise import Over
 from catp_lightning.callbacks.answer_writer import AnswerWriter
@@ -50,6 +51,11 @@ class Calibrate(Command):
         parser.add_argument("--group_by", type=str | None, help=help_)
         help_ = "The one method whose layers and head weights are calibrated; without it rules compete."
         _add_method(parser, help_)
+        help_ = (
+            "Perturb the calibration images too, so that the choice survives it: default, or some of "
+            f"{', '.join(PERTURBATIONS)} as '[noise, blur]'. Takes as many times longer."
+        )
+        parser.add_argument("--augment", type=str | list[str] | None, help=help_)
         help_ = "Where the policy goes: a file, or a folder, which several budgets need. The report goes beside it."
         parser.add_argument("--output", type=str, default="policy", help=help_)
 
@@ -67,6 +73,7 @@ class Calibrate(Command):
             scorer=config.scorer,
             scorer_args=config.scorer_args,
             selector=config.selector,
+            augment=config.augment,
         )
         path = self.calibration.path
         require_writable(path, self.calibration.several or not path.suffix)

@@ -106,6 +106,14 @@ class Family(ABC):
         """True if a recorded prompt can be answered again exactly, as calibration does."""
         return False
 
+    @property
+    def pixel_readers(self) -> tuple[nn.Module, ...]:
+        """Modules of the vision part whose argument `pixel_values` is pictures, float [..., C, H, W]; empty: not known.
+
+        What an image's hash is made of is read before it reaches them.
+        """
+        return ()
+
     def heads(self, signal: Signal) -> int:
         """Return the number of attention heads of a by-layer signal."""
         return int(self.decoder_config.num_attention_heads)

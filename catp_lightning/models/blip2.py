@@ -77,6 +77,10 @@ class Blip2(Family):
     def replayable(self) -> bool:
         return self.reads == "decoder"
 
+    @property
+    def pixel_readers(self) -> tuple[nn.Module, ...]:
+        return (self.model.vision_model.embeddings,)  # the hash is of what `vision_model` itself is given
+
     def heads(self, signal: Signal) -> int:
         config = self.model.qformer.config if signal in self.layers() else self.decoder_config
         return int(config.num_attention_heads)

@@ -1,5 +1,7 @@
 """Idefics 3 and SmolVLM: every picture, crops included, has the same number of tokens."""
 
+from torch import nn
+
 from catp_lightning.models.placeholder import Placeholder
 
 
@@ -9,3 +11,7 @@ class Idefics(Placeholder):
     types = ("idefics3", "smolvlm")
     classes = ("Idefics3ForConditionalGeneration", "SmolVLMForConditionalGeneration")
     can_replay = True
+
+    @property
+    def pixel_readers(self) -> tuple[nn.Module, ...]:
+        return (self.model.model.vision_model,)

@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 
 import torch
+from torch import nn
 
 from catp_lightning.models.images import Image, Images, equal_images
 from catp_lightning.models.placeholder import Placeholder
@@ -15,6 +16,10 @@ class InternVL(Placeholder):
     types = ("internvl",)
     classes = ("InternVLForConditionalGeneration",)
     can_replay = True
+
+    @property
+    def pixel_readers(self) -> tuple[nn.Module, ...]:
+        return (self.model.model.vision_tower,)
 
     def images(self, prompt: DecoderPrompt, counts: Mapping[int, int]) -> Images:
         """Return images by placeholder id; the tiles of one image stand in one run of placeholders."""

@@ -5,7 +5,7 @@ from dataclasses import replace
 from typing import Any, ClassVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.functional import pad
 
 from catp_lightning.errors import PruningError
@@ -42,6 +42,10 @@ class Llava(Placeholder):
     @property
     def has_grid(self) -> bool:
         return self.tokens_per_image == self._patches()
+
+    @property
+    def pixel_readers(self) -> tuple[nn.Module, ...]:
+        return (self.model.model.vision_tower,)
 
     def heads(self, signal: Signal) -> int:
         config = self.model.config.vision_config if signal in self.layers() else self.decoder_config

@@ -84,6 +84,10 @@ class Mllama(Family):
         return True
 
     @property
+    def pixel_readers(self) -> tuple[nn.Module, ...]:
+        return (self.model.model.vision_model,)
+
+    @property
     def max_tokens_per_image(self) -> int:
         return self.tiles * self.rows_per_tile
 

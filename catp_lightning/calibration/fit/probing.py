@@ -23,6 +23,7 @@ from catp_lightning.calibration.replay.samples import Samples
 from catp_lightning.calibration.split import fold_of
 from catp_lightning.methods.observation import Signal
 from catp_lightning.methods.selection import images_to_samples, protected_tokens
+from catp_lightning.utils.hashing import mix
 
 PAIRS = 40
 """Limit on the slots up to which pairs are fitted too: the sums grow with the fourth power of their number."""
@@ -99,14 +100,17 @@ class Probing(Pass):
         if 0 < slots <= PAIRS:
             self.metrics["pairs"] = self.pairs = ProbeSums(slots * (slots + 1) // 2, plan.settings.folds).to(device)
 
-    def see(self, samples: Samples) -> None:
+    def see(self, samples: Samples, copies: Sequence[Samples] = ()) -> None:
         # One NaN would make all sums NaN, and nothing can be learnt where the model itself gives no finite answer.
         finite = samples.replay.is_finite()
+        for copy in copies:
+            finite = finite & copy.replay.is_finite()
         self.not_finite.update(samples.keys[~finite])
         if finite.any():
-            self._measure(samples if bool(finite.all()) else samples.where(finite))
+            every = bool(finite.all())
+            self._measure(*(some if every else some.where(finite) for some in (samples, *copies)))
 
-    def _measure(self, samples: Samples) -> None:
+    def _measure(self, samples: Samples, *copies: Samples) -> None:
         part = self.part_of(samples.images)
         self.parts.update(part)
         self.images.update(samples.seen[Signal.IMAGE_HASH])
@@ -119,9 +123,11 @@ class Probing(Pass):
         for statistic in self.statistics.values():
             statistic.update(samples)
         if (part == 0).any():
-            self._probe(samples.where(part == 0))
+            for number, some in enumerate((samples, *copies)):
+                self._probe(some.where(part == 0), number)
 
-    def _probe(self, samples: Samples) -> None:
+    def _probe(self, samples: Samples, copy: int) -> None:
+        """Add the probes of samples; `copy` is 0, or the number of their perturbation, so that subsets are others."""
         seen = samples.seen if samples.inside is None else samples.inside
         head_scores = scores_of_heads(self.plan.scorers.values(), seen, samples.visual)
         fold, owner = fold_of(samples.images, self.plan.settings.folds), None
@@ -135,7 +141,7 @@ class Probing(Pass):
             found = probe(
                 samples.replay,
                 head_scores,
-                samples.images,
+                mix(samples.images + copy) if copy else samples.images,
                 size,
                 number,
                 self.columns.slots,

@@ -2,12 +2,14 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 from catp_lightning.calibration.plan import Plan
 from catp_lightning.calibration.replay.base import Replay
 from catp_lightning.calibration.replay.cross_attention import CrossAttentionReplay
 from catp_lightning.calibration.replay.decoder import DecoderReplay
 from catp_lightning.calibration.replay.groups import Groups
+from catp_lightning.calibration.replay.perturber import Perturber
 from catp_lightning.errors import PruningError
 from catp_lightning.methods.observation import Needs, Observation, Signal
 from catp_lightning.methods.selection import Selection
@@ -31,6 +33,8 @@ class Recorder:
 
     Attributes:
         active: True while calls of the model are recorded; False: they are ignored.
+        perturber: perturbs the images that the model reads, while a copy of a batch is answered.
+        again: positional and named arguments of the user's last step, to run it again; None: it need not.
     """
 
     def __init__(self, plan: Plan, needs: Needs) -> None:
@@ -43,6 +47,8 @@ class Recorder:
         before: Needs = {key: layers for key, layers in needs.items() if key is not Signal.GUIDE_ATTENTION}
         self._observer = Observer(plan.family, before, self._site.calls)
         self._replay = _replay_of(self._site)
+        self.perturber = Perturber(plan)
+        self.again: tuple[tuple[Any, ...], dict[str, Any]] | None = None
         self._prompts: list[tuple[Prompt, Observation | None]] = []  # None: a prompt without images
         self._answers: list[Answer] = []
 
@@ -52,6 +58,7 @@ class Recorder:
             self._observer.watching(),
             self._site.installed(),
             listening(self.plan.family, self._answers.append, active=lambda: self.active),
+            self.perturber.watching(),
         ):
             yield
 

@@ -22,7 +22,10 @@ class Figures(TypedDict):
 
 
 class CandidateRow(TypedDict):
-    """One candidate: its figures over the rounds, and on the checking part; None: it was eliminated before."""
+    """One candidate: its figures over the rounds, and on the checking part; None: it was eliminated before.
+
+    If calibration perturbed, the rounds' divergence is a mean over images as they are and perturbed.
+    """
 
     name: str
     control: bool
@@ -108,7 +111,8 @@ class Evidence(TypedDict):
     """Evidence of a policy; statistics have an entry of their own each, by name.
 
     `samples` counts samples by part of the split, `tokens` is the mean number of visual tokens of an image, `images`
-    are encoded hashes, `fitted` has an entry for each scorer and the list "slots".
+    are encoded hashes, `fitted` has an entry for each scorer and the list "slots". `perturbed` has, by perturbation and
+    candidate, figures on the checking part's samples with perturbed images; it is there if calibration perturbed.
     """
 
     chosen: str
@@ -120,6 +124,7 @@ class Evidence(TypedDict):
     fitted: Mapping[str, Any]
     promise: NotRequired[PromiseEvidence]
     candidates: Sequence[CandidateRow]
+    perturbed: NotRequired[Mapping[str, Mapping[str, Figures]]]
 
 
 def evidence_of(policy: PruningPolicy) -> Evidence:

@@ -60,7 +60,12 @@ def page(policies: Sequence[PruningPolicy], lines: Mapping[str, str], figures: S
         "answers' log-probability, on images left out, ± a standard error.",
         "".join(f"- {markdown_text(name)}: {_found(fit)}\n" for name, fit in fits(policies[0]).items()),
         *_figures(figures, ("heads", "slots", *(one.name for one in statistics.STATISTICS))),
-        *(_candidates(policy) for policy in policies if evidence_of(policy)["candidates"]),
+        *(
+            section
+            for policy in policies
+            for section in (_candidates(policy), _perturbed(policy))
+            if evidence_of(policy)["candidates"] and section
+        ),
     ]
     return "\n\n".join(part.strip("\n") for part in sections) + "\n"
 
@@ -147,3 +152,38 @@ def _candidates(policy: PruningPolicy) -> str:
         "they do. Divergence, which decides, is the mean over answer "
         "tokens of KL(unpruned || pruned) in nats, with its standard error."
     )
+
+
+def _perturbed(policy: PruningPolicy) -> str:
+    """Return the section on agreement on perturbed images; "" if calibration did not perturb."""
+    evidence = evidence_of(policy)
+    found = evidence.get("perturbed")
+    if found is None:
+        return ""
+    checked = [row for row in evidence["candidates"] if row["check"]]
+    checked.sort(key=lambda row: row["name"] != evidence["chosen"])
+    rows = [
+        [
+            row["name"],
+            "yes" if row["control"] else "",
+            percent(row["check"]["agreement"]) if row["check"] else "",
+            *(percent(figures[row["name"]]["agreement"]) for figures in found.values()),
+        ]
+        for row in checked
+    ]
+    return (
+        f"## Perturbed images at keep {policy.keep}\n\n"
+        f"{markdown_table(('candidate', 'control', 'as they are', *found), rows)}\n"
+        "The checked samples again, each with its image perturbed: the share of answers that are the unpruned model's "
+        "to the same perturbed image. The first row is the choice. "
+        "Candidates were fitted and chosen on images as they are and perturbed alike, and the divergences under which "
+        "they competed are means over both; agreement is elsewhere that of images as they are."
+    )
+
+
+def worst_perturbed(policy: PruningPolicy) -> str:
+    """Return in words the choice's lowest agreement on perturbed images, and what perturbed them."""
+    evidence = evidence_of(policy)
+    found = {name: figures[evidence["chosen"]]["agreement"] for name, figures in evidence["perturbed"].items()}
+    worst = min(found, key=lambda name: found[name])
+    return f"{percent(found[worst])} ({worst})"

@@ -12,7 +12,7 @@ from catp_lightning.calibration import statistics
 from catp_lightning.calibration.report.controls import against
 from catp_lightning.calibration.report.evidence import evidence_of, visual_tokens
 from catp_lightning.calibration.report.figures import head_figure, layer_figure, retention_figure, slot_figure
-from catp_lightning.calibration.report.page import interval, page, percent
+from catp_lightning.calibration.report.page import interval, page, percent, worst_perturbed
 from catp_lightning.calibration.report.promise import promise_broken, promise_kept
 from catp_lightning.calibration.statistics.base import Statistic
 from catp_lightning.policy import PruningPolicy
@@ -131,10 +131,11 @@ def _keeps(policies: Sequence[PruningPolicy]) -> str:
     evidence, total = evidence_of(policies[0]), visual_tokens(policies[0])
     if _unpruned(policies):
         return f"all {total} tokens, so every answer; {promise_broken(evidence['promise'])}"
-    points = {repr(point["keep"]): point for point in evidence["retention"]}
+    points, perturbed = {repr(point["keep"]): point for point in evidence["retention"]}, "perturbed" in evidence
     said = [
         f"{percent(point['agreement'])} ({interval(point['interval'])}) with {point['tokens']} of {total} tokens"
         + (f", {compared}" if (compared := against(point)) else "")
+        + (f", at worst {worst_perturbed(policy)} on perturbed images" if perturbed else "")
         for policy in policies
         for point in [points[repr(policy.keep)]]
     ]
@@ -169,6 +170,8 @@ def _metrics(policies: Sequence[PruningPolicy]) -> dict[str, float]:
             if row["name"] == evidence_of(policy)["chosen"] and (check := row["check"]):
                 metrics[f"catp/keep-{policy.keep}/agreement"] = check["agreement"]
                 metrics[f"catp/keep-{policy.keep}/divergence"] = check["divergence"]
+                for name, figures in evidence_of(policy).get("perturbed", {}).items():
+                    metrics[f"catp/keep-{policy.keep}/perturbed/{one_line(name)}"] = figures[row["name"]]["agreement"]
     return metrics
 
 

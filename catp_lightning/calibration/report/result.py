@@ -44,6 +44,7 @@ class CalibrationResult:
         alive: for each budget, indices of the candidates that were checked, the chosen one first.
         by_image: for the checking part, number of questions about each image [I], and number of them to which each
             checked candidate gave the unpruned answer [I, K, R].
+        perturbed: by perturbation, the sums of `checking` on the same samples with perturbed images.
         parts: number of samples in each part of the split.
         images: int64, fingerprints of all images.
         fitted: findings of the probes, as plain numbers.
@@ -61,6 +62,7 @@ class CalibrationResult:
     asked: AskedImages
     alive: Sequence[Sequence[int]]
     by_image: tuple[np.ndarray, np.ndarray]
+    perturbed: Mapping[str, Mapping[str, np.ndarray]]
     parts: Mapping[str, int]
     images: Tensor
     fitted: Mapping[str, Any]
@@ -86,6 +88,7 @@ class CalibrationResult:
             "control": chosen.control,
             **common,
             "candidates": self._rows(budget),
+            **({"perturbed": self._perturbed(budget)} if self.perturbed else {}),
         }
         return replace(chosen.policy(self.budgets[budget]), model=self.model, evidence=evidence)
 
@@ -183,6 +186,15 @@ class CalibrationResult:
                     {"name": of.name, "disagreed": of.disagreed[number], "bound": of.bounds[number]} for of in results
                 ]
         return shown
+
+    def _perturbed(self, budget: int) -> dict[str, dict[str, Figures]]:
+        """Return the figures of the checked candidates on perturbed images, by perturbation and candidate."""
+        found: dict[str, dict[str, Figures]] = {name: {} for name in self.perturbed}
+        for name, sums in self.perturbed.items():
+            for number in self.alive[budget]:
+                if (figures := _figures(sums, budget, number)) is not None:
+                    found[name][self.candidates[number].name] = figures
+        return found
 
 
 def _figures(sums: Mapping[str, np.ndarray], budget: int, number: int) -> Figures | None:

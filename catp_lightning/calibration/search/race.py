@@ -76,31 +76,47 @@ class Race(Pass):
         rules = [[rule.to_dict() for rule in of_fold] for of_fold in self.rules]
         self.key = f"{title} {hashlib.sha256(json.dumps([rules, alive, dict(parts)]).encode()).hexdigest()}"
 
-    def see(self, samples: Samples) -> None:
+    def see(self, samples: Samples, copies: Sequence[Samples] = ()) -> None:
         chosen = self.belongs(samples)
         if chosen.any():
-            self.compare(samples.where(chosen))
+            self.compare(samples.where(chosen), [copy.where(chosen) for copy in copies])
 
-    def compare(self, samples: Samples) -> list[Tensor]:
-        """Return, for each budget, bool [N, B]: True if the answer of one of its N candidates is the unpruned one."""
+    def compare(self, samples: Samples, copies: Sequence[Samples] = ()) -> list[Tensor]:
+        """Add answers to the sums; of the divergences of a sample and its copies on perturbed images the mean counts.
+
+        Returns:
+            For each budget bool [N, B]: True if the answer of one of its N candidates to the sample itself is the
+            unpruned one.
+        """
         if not self._by_fold:
-            return self._compare(samples, 0)
+            return self._compare(samples, 0, copies)
         fold = fold_of(samples.images, self.plan.settings.folds)
         same = [torch.empty(len(alive), len(fold), dtype=torch.bool, device=fold.device) for alive in self.alive]
         for number in fold.unique().tolist():
-            for budget, agreed in enumerate(self._compare(samples.where(fold == number), number)):
+            own = [copy.where(fold == number) for copy in copies]
+            for budget, agreed in enumerate(self._compare(samples.where(fold == number), number, own)):
                 same[budget][:, fold == number] = agreed
         return same
 
-    def _compare(self, samples: Samples, fold: int) -> list[Tensor]:
+    def _compare(self, samples: Samples, fold: int, copies: Sequence[Samples]) -> list[Tensor]:
         """Run `compare` with non-nested policies of `fold`; all samples are of it if these policies differ by fold."""
+        found = [self._answers(some, fold) for some in (samples, *copies)]
+        for budget, each in enumerate(zip(*found, strict=True)):
+            # The mean first: a sample and its copies are no independent samples, and errors would come out too small.
+            diverged = torch.stack([diverged.double() for diverged, _ in each]).mean(0)
+            self.sums.update(budget, self._numbers(budget, diverged.device), diverged, each[0][1])
+        return [agreed for _, agreed in found[0]]
+
+    def _numbers(self, budget: int, device: torch.device) -> Tensor:
+        """Return the indices of the candidates that are compared at a budget: int64 [N]."""
+        return torch.tensor(self.alive[budget], device=device, dtype=torch.int64)
+
+    def _answers(self, samples: Samples, fold: int) -> list[tuple[Tensor, Tensor]]:
+        """Return, for each budget, divergence of its candidates' answers, [N, B], and where they agree, bool [N, B]."""
         visual, found, order = samples.visual, [], []
         if not visual.any():  # there is nothing to prune: every answer is the unpruned one
             same = [torch.ones(len(alive), len(visual), dtype=torch.bool, device=visual.device) for alive in self.alive]
-            for budget, agreed in enumerate(same):
-                numbers = torch.tensor(self.alive[budget], device=visual.device, dtype=torch.int64)
-                self.sums.update(budget, numbers, torch.zeros_like(agreed, dtype=torch.float64), agreed)
-            return same
+            return [(torch.zeros_like(agreed, dtype=torch.float64), agreed) for agreed in same]
         allowed = [limits(keep, samples.seen, visual) for keep in self.budgets]
         ranks = self._ranks(samples, max(1, *(int(limit.max()) for limit in allowed)))
         stay = protected_tokens(samples.seen, visual)
@@ -116,13 +132,8 @@ class Race(Pass):
             order.append(
                 torch.tensor([places.index(place) for place in running], device=ranks.device, dtype=torch.int64)
             )
-        same = []
-        compared = samples.replay.compare_each(found)
-        for budget, (diverged, agreed) in enumerate(compared):
-            numbers, place = torch.tensor(self.alive[budget], device=ranks.device, dtype=torch.int64), order[budget]
-            self.sums.update(budget, numbers, -floored(-diverged[place]), agreed[place])
-            same.append(agreed[place])
-        return same
+        compared = zip(samples.replay.compare_each(found), order, strict=True)
+        return [(-floored(-diverged[place]), agreed[place]) for (diverged, agreed), place in compared]
 
     def _selection(self, samples: Samples, policy: PruningPolicy) -> Selection:
         """Return the selection of a candidate without nested ranking."""
@@ -150,7 +161,11 @@ class Check(Race):
     """Stage that compares the frozen policies with the references on samples on which nothing was decided.
 
     The first candidate alive at a budget is the chosen one. A promise is tested on its answers, as `Promise` says; with
-    the references it is compared by all answers, image by image.
+    the references it is compared by all answers, image by image. Copies on perturbed images count in none of these
+    figures, but in sums of their own.
+
+    Attributes:
+        perturbed: sums of the copies of each perturbation, by its name.
     """
 
     def __init__(
@@ -171,11 +186,16 @@ class Check(Race):
         self.asked.update(nothing, nothing, nothing, nothing.bool().expand(len(budgets), 0))
         self.by_image.update(nothing, nothing.expand(len(budgets), self._most, 0))
         self.metrics |= {"asked": self.asked, "by image": self.by_image}
+        self.perturbed = {name: CandidateSums(len(budgets), len(candidates)).to(device) for name in plan.perturbations}
+        self.metrics |= {f"perturbed {number}": sums for number, sums in enumerate(self.perturbed.values())}
 
-    def compare(self, samples: Samples) -> list[Tensor]:
+    def compare(self, samples: Samples, copies: Sequence[Samples] = ()) -> list[Tensor]:
         same = super().compare(samples)
         chosen = torch.stack([agreed[0] for agreed in same])
         self.asked.update(samples.images, samples.group_keys, samples.keys, chosen)
         padded = [torch.nn.functional.pad(agreed, (0, 0, 0, self._most - len(agreed))) for agreed in same]
         self.by_image.update(samples.images, torch.stack(padded))
+        for copy, sums in zip(copies, self.perturbed.values(), strict=True):
+            for budget, (diverged, agreed) in enumerate(self._answers(copy, 0)):
+                sums.update(budget, self._numbers(budget, diverged.device), diverged, agreed)
         return same
