@@ -14,8 +14,8 @@ Perturbation = Callable[[Tensor], Tensor]
 """Function of the pixels of N pictures (images, tiles, crops or frames) of one size, as the user's processor made them:
 float [N, C, H, W] -> the same shape, dtype and device, the same each time for the same picture."""
 
-Augment = str | Perturbation | Sequence[str | Perturbation] | Mapping[str, Perturbation]
-"""Perturbations as a user gives them; see `perturbations`."""
+Augment = str | Mapping[str, Perturbation] | Sequence[str | Perturbation] | Perturbation
+"""Perturbations as a user gives them; see `perturbations`. YAML is read as the first of these that it can be."""
 
 NOISE = 0.5
 """Standard deviation of the noise, as a share of the picture's."""

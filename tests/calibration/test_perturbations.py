@@ -161,8 +161,8 @@ def test_perturbations_are_named_in_many_ways() -> None:
 
 
 def test_functions_are_known_by_where_they_are_defined() -> None:
-    own = "tests.calibration.test_perturbations"
-    assert [*map(qualified, (dim, partial(dim, by=3), Dimmed()))] == [f"{own}.dim", f"{own}.dim", f"{own}.Dimmed"]
+    found = [qualified(function) for function in (dim, partial(dim, by=3), Dimmed())]
+    assert found == [f"{__name__}.dim", f"{__name__}.dim", f"{__name__}.Dimmed"]
     assert qualified(PERTURBATIONS["noise"]) == "catp_lightning.calibration.perturbations.noise"
 
 

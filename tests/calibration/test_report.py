@@ -94,6 +94,33 @@ def test_the_page_has_every_budget_and_the_best_candidates_with_all_controls(pol
     assert shown[SHOWN:] == [row["name"] for row in last if row["control"]], "controls are shown even at the end"
 
 
+def test_agreement_on_perturbed_images_is_a_table_for_each_budget_and_the_worst_is_said(tmp_path):
+    policies = calibrated(tmp_path / "policies", keep=[0.5, 2], augment={"dim": lambda pixels: pixels / 3, "b*w": abs})
+    lines, page = write(policies, tmp_path)
+    for policy in policies:
+        rows = tables(page, f"Perturbed images at keep {policy.keep}")
+        checked = {row["name"]: row for row in policy.evidence["candidates"] if row["check"]}
+        assert rows[0][0] == policy.evidence["chosen"] and {row[0] for row in rows} == checked.keys()
+        found = policy.evidence["perturbed"]
+        assert list(found) == ["dim", "b*w"]
+        for name, control, *shares in rows:
+            each = [checked[name]["check"], found["dim"][name], found["b*w"][name]]
+            assert shares == [f"{figures['agreement']:.1%}" for figures in each]
+            assert control == ("yes" if checked[name]["control"] else "")
+        assert len({share for row in rows for share in row[2:]}) > 1, "or this proves nothing"
+        worst = min(found, key=lambda name: found[name][policy.evidence["chosen"]]["agreement"])
+        share = found[worst][policy.evidence["chosen"]]["agreement"]
+        assert f", at worst {share:.1%} ({worst}) on perturbed images" in lines[1]
+    assert "| candidate | control | as they are | dim | b\\*w |\n" in page
+    metrics = writing._metrics(policies)
+    assert metrics["catp/keep-2/perturbed/dim"] == policies[1].evidence["perturbed"]["dim"][rows[0][0]]["agreement"]
+
+
+def test_a_page_without_perturbations_says_nothing_of_them(policies, tmp_path):
+    lines, page = write(policies, tmp_path)
+    assert "erturbed" not in page + lines[1] and not any("perturbed" in name for name in writing._metrics(policies))
+
+
 def test_figures_are_valid_files_beside_the_page_and_stale_ones_go(policies, tmp_path, monkeypatch):
     monkeypatch.setattr(writing, "png", png)
     _, page = write([with_heads(policy) for policy in policies], tmp_path / "new" / "report")

@@ -10,14 +10,16 @@ from pathlib import Path
 
 import pytest
 import yaml
+from torch import Tensor
 
+from catp_lightning.calibration.perturbations import PERTURBATIONS
 from catp_lightning.cli.main import main
 from catp_lightning.data.vqa import VQADataModule
 from catp_lightning.modules.vqa import VQAModule
 from catp_lightning.policy import PruningPolicy
 from catp_lightning.policy.locations import budget_file_name
 from catp_lightning.utils import progress
-from tests.support.commands import answers, asked, catp, printed, process, split
+from tests.support.commands import answers, asked, catp, fails, printed, process, split
 from tests.support.processes import environment
 from tests.support.tiny_vqa import QUERIES
 
@@ -171,6 +173,29 @@ def test_own_classes_and_callbacks_are_named_in_yaml(made, capsys):
     assert read.keys() == set(asked(made, "calibration")) and len(set(read.values())) == 1
     assert min(read.values()) >= 3
     assert OwnData.stages == ["test", "calibration"]
+
+
+def dim(pixels: Tensor) -> Tensor:
+    return pixels / 2
+
+
+@pytest.mark.usefixtures("no_report")
+def test_perturbations_are_named_by_an_option_or_in_yaml(made, capsys):
+    catp(made, "calibrate", *STRIDE, "--augment", "[noise, blur]", "--output", "p.json")
+    assert list(PruningPolicy.load("p.json").evidence["perturbed"]) == ["noise", "blur"]
+    status, message = fails(capsys, "calibrate", "--config", made / "tiny.yaml", "--augment", "[nois]")
+    assert status == 2 and "There is no perturbation 'nois'. Did you mean 'noise'?" in message
+    config = yaml.safe_load((made / "tiny.yaml").read_text())
+    data = config["data"]
+    data["predict"] = data["calibration"]
+    for given, names in (("default", list(PERTURBATIONS)), ({"own": f"{__name__}.dim"}, ["own"])):
+        options = {"path": "q.json", "scorer": "stride", "augment": given}
+        config["trainer"]["callbacks"] = [
+            {"class_path": "catp_lightning.CrossAttentionCalibration", "init_args": options}
+        ]
+        Path("mine.yaml").write_text(yaml.safe_dump(config))
+        main(["predict", "--config", "mine.yaml"])
+        assert list(PruningPolicy.load("q.json").evidence["perturbed"]) == names
 
 
 @pytest.mark.usefixtures("no_report")

@@ -59,7 +59,7 @@ ACTING = ("Cc", "Cf", "Cs", "Co", "Zl", "Zp")
 
 @pytest.fixture(scope="module")
 def policies(tmp_path_factory: pytest.TempPathFactory) -> list[PruningPolicy]:
-    return calibrated(tmp_path_factory.mktemp("policies"), keep=[0.5, 2])
+    return calibrated(tmp_path_factory.mktemp("policies"), keep=[0.5, 2], augment="contrast")
 
 
 def acts(text: str, allowed: str = "") -> list[str]:
@@ -189,6 +189,11 @@ def test_tables_of_comparisons_and_sweeps_hold_a_name_as_it_is(name: str) -> Non
 
 def other_names(value: Any, text: str) -> Any:
     """Evidence in which every method, scorer and model is called by a name that holds `text`."""
+    if isinstance(value, dict) and "perturbed" in value:
+        perturbed = {f"{name} {text}": {f"{own} {text}": found for own, found in each.items()}
+                     for name, each in value["perturbed"].items()}  # fmt: skip
+        rest = {key: inner for key, inner in value.items() if key != "perturbed"}
+        return {**other_names(rest, text), "perturbed": perturbed}
     if isinstance(value, dict):
         return {
             f"{key} {text}" if "layer_steps" in str(inner) and isinstance(inner, dict) and "layers" in inner else key:
