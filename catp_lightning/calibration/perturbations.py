@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial, wraps
+from math import exp
 
 import torch
 from torch import Tensor
@@ -59,7 +60,7 @@ def blur(pixels: Tensor) -> Tensor:
     """Blur by a Gaussian of a hundredth of the picture's shorter side: float [..., C, H, W] -> the same."""
     deviation = max(0.5, BLUR * min(pixels.shape[-2:]))
     reach = int(3 * deviation + 0.5)
-    weights = [2.718281828459045 ** (-0.5 * (at / deviation) ** 2) for at in range(-reach, reach + 1)]
+    weights = [exp(-0.5 * (at / deviation) ** 2) for at in range(-reach, reach + 1)]
     for _ in range(2):  # along the last dimension, then along the other
         width = pixels.shape[-1]
         padded = pad(pixels, (reach, reach, 0, 0), mode="replicate")

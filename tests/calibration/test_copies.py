@@ -200,7 +200,8 @@ def test_probes_of_copies_are_further_subsets_and_everything_else_counts_samples
         plain.see(samples)
         together.see(samples, copies)
     one, three = plain.learned(), together.learned()
-    assert (three.sums.rows == 3 * one.sums.rows).all() and one.sums.rows.sum() > 0
+    assert (three.sums.rows == 3 * one.sums.rows).all()
+    assert one.sums.rows.sum() == QUICK.probes * len(together.sizes) * one.parts["learn"], "none is of the other part"
     slots = three.columns.of_slots
     own, all_ = (learned.sums.gram[:, slots][:, :, slots].sum(0) for learned in (one, three))
     assert not torch.allclose(torch.tensor(all_), torch.tensor(3 * own), rtol=1e-3), "the same subsets say less"
