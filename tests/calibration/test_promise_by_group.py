@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from catp_lightning import CrossAttentionCalibration, PolicyError, PruningError, PruningPolicy
+from catp_lightning.calibration.perturbations import blur
 from catp_lightning.calibration.replay.groups import Groups
 from catp_lightning.calibration.search.clusters import cluster_bound
 from catp_lightning.calibration.search.promise import Over, upper_bound
@@ -45,6 +46,17 @@ class Breaking(Taking):
         if batch_idx == 3:
             raise RuntimeError("planted")
         return super().predict_step(batch, batch_idx)
+
+
+class Halves(Taking):
+    """Asks its model about each half of a batch by itself."""
+
+    def predict_step(self, batch: Any, batch_idx: int = 0) -> Tensor:
+        batch.pop("kind", None)
+        (middle,) = {len(value) // 2 for value in batch.values()}
+        for half in (slice(0, middle), slice(middle, None)):
+            answer = self.net.generate(**{name: value[half] for name, value in batch.items()}, **self.settings)
+        return answer
 
 
 def questions() -> list[Batch]:
@@ -157,14 +169,6 @@ def test_a_small_group_is_refused_before_the_race(tmp_path: Path, monkeypatch: p
 
 
 def test_several_calls_of_a_step_take_their_groups_in_order_and_other_numbers_are_refused(tmp_path: Path) -> None:
-    class Halves(Taking):
-        def predict_step(self, batch: Any, batch_idx: int = 0) -> Tensor:
-            batch.pop("kind", None)
-            (middle,) = {len(value) // 2 for value in batch.values()}
-            for half in (slice(0, middle), slice(middle, None)):
-                answer = self.net.generate(**{name: value[half] for name, value in batch.items()}, **self.settings)
-            return answer
-
     whole, halves = calibrate(tmp_path / "p.json"), calibrate(tmp_path / "h.json", Halves())
     assert whole.evidence["promise"] == halves.evidence["promise"]
 
@@ -177,6 +181,17 @@ def test_several_calls_of_a_step_take_their_groups_in_order_and_other_numbers_ar
         PruningError, match="holds 20 values, but the step asked the model about 40 samples, in 2 calls"
     ):
         calibrate(tmp_path / "t.json", Twice())
+
+
+@pytest.mark.parametrize("over", ["images", "questions"])
+def test_copies_on_perturbed_images_count_in_no_group(tmp_path: Path, over: Over) -> None:
+    plain = calibrate(tmp_path / "a.json", over=over)
+    for number, module in enumerate((Taking(), Halves())):
+        path = tmp_path / f"{number}.json"
+        other = calibrate(path, module, over=over, augment={"black": torch.zeros_like, "blur": blur})
+        assert other.evidence["promise"] == plain.evidence["promise"] and other.keep == plain.keep
+        agreed = {name: found["stride"]["agreement"] for name, found in other.evidence["perturbed"].items()}
+        assert list(agreed) == ["black", "blur"] and agreed["black"] != agreed["blur"], "or this proves nothing"
 
 
 def test_a_batch_without_the_field_is_refused(tmp_path: Path) -> None:

@@ -187,17 +187,13 @@ def test_tables_of_comparisons_and_sweeps_hold_a_name_as_it_is(name: str) -> Non
         assert tags <= PLAIN and one_line(text).strip() in words and not acts(written, "\n")
 
 
-def other_names(value: Any, text: str) -> Any:
-    """Evidence in which every method, scorer and model is called by a name that holds `text`."""
-    if isinstance(value, dict) and "perturbed" in value:
-        perturbed = {f"{name} {text}": {f"{own} {text}": found for own, found in each.items()}
-                     for name, each in value["perturbed"].items()}  # fmt: skip
-        rest = {key: inner for key, inner in value.items() if key != "perturbed"}
-        return {**other_names(rest, text), "perturbed": perturbed}
+def other_names(value: Any, text: str, named: int = 0) -> Any:
+    """Evidence in which names, and the keys of the `named` outermost dictionaries, hold `text`."""
     if isinstance(value, dict):
         return {
-            f"{key} {text}" if "layer_steps" in str(inner) and isinstance(inner, dict) and "layers" in inner else key:
-            f"{inner} {text}" if key in ("name", "chosen", "type") else other_names(inner, text)
+            f"{key} {text}" if named or (isinstance(inner, dict) and "layer_steps" in inner) else key:
+            f"{inner} {text}" if key in ("name", "chosen", "type")
+            else other_names(inner, text, 2 if key == "perturbed" else max(0, named - 1))
             for key, inner in value.items()
         }  # fmt: skip
     return [other_names(item, text) for item in value] if isinstance(value, list) else value
@@ -229,8 +225,7 @@ def test_a_promises_groups_are_called_by_their_names_as_they_are(policies: list[
 
 
 def test_a_calibrations_report_is_drawn_and_logged_whatever_names_are(
-    policies: list[PruningPolicy],
-    tmp_path: Path,
+    policies: list[PruningPolicy], tmp_path: Path
 ) -> None:
     text = HOSTILE["formula"] + HOSTILE["clears the screen"]
     hostile = [PruningPolicy.from_dict(other_names(policy.to_dict(), text)) for policy in policies]
