@@ -46,7 +46,7 @@ def _work(folder: Path, rank: int, count: int, kill: int | None, uneven: bool) -
         Replay.answer_log_probability, lambda replay, keep: f"probe {asked(replay)}"
     )
     Race.compare = noting(  # type: ignore[method-assign]
-        Race.compare, lambda stage, samples: f"compare in {stage.title.split(' of ')[0]} {asked(samples.replay)}"
+        Race.compare, lambda stage, samples, *_: f"compare in {stage.title.split(' of ')[0]} {asked(samples.replay)}"
     )
     os.replace = noting(
         os.replace, lambda _, to: f"replaces {Path(to).name}", lambda _, to: f"replaced {Path(to).name}"
