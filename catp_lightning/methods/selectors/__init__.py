@@ -6,6 +6,7 @@ from catp_lightning.methods.selectors.conditional_dpp import ConditionalDPP
 from catp_lightning.methods.selectors.context_merge import ContextMerge
 from catp_lightning.methods.selectors.dart import DART
 from catp_lightning.methods.selectors.dpp import DPP
+from catp_lightning.methods.selectors.facility_location import FacilityLocation
 from catp_lightning.methods.selectors.grid import Grid
 from catp_lightning.methods.selectors.max_min import MaxMin
 from catp_lightning.methods.selectors.pool import Pool
@@ -23,6 +24,7 @@ _OWN: dict[str, type[Selector]] = {
     "prune-similar": PruneSimilar,
     "context-merge": ContextMerge,
     "max-min": MaxMin,
+    "facility-location": FacilityLocation,
     "conditional-dpp": ConditionalDPP,
     "grid": Grid,
     "pool": Pool,
@@ -36,6 +38,7 @@ __all__ = [
     "SELECTORS",
     "ConditionalDPP",
     "ContextMerge",
+    "FacilityLocation",
     "Grid",
     "MaxMin",
     "Pool",
