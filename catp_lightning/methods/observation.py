@@ -35,6 +35,7 @@ class Signal(Enum):
     HIDDEN_STATES = "the token as it enters the decoder layer where tokens leave: [I, T, D]"
     IMAGE_EMBEDS = "the token as the language model reads it: [I, T, D]"
     TEXT_EMBEDS = "the prompt's text rows as the language model reads them, those in `Observation.text`: [I, R, D]"
+    QUESTION = "mean of the prompt's text rows as the language model reads them: [I, D], float32 or float64"
     GUIDE_ATTENTION = (
         "attention a token gets in a guide model from the prompt's text and the answer, by layer: [I, H, T]"
     )

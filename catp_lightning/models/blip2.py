@@ -128,7 +128,7 @@ class Blip2(Family):
 
     @property
     def at_entry(self) -> frozenset[Signal]:
-        return frozenset({Signal.IMAGE_EMBEDS, Signal.TEXT_EMBEDS})
+        return frozenset({Signal.IMAGE_EMBEDS, Signal.TEXT_EMBEDS, Signal.QUESTION})
 
     def attention_site(self, signal: Signal, layer: int) -> AttentionSite:
         qformer = self.model.qformer
@@ -163,6 +163,8 @@ class Blip2(Family):
         if Signal.IMAGE_EMBEDS in wanted:
             read = prompt.embeds[:: prompt.rows_per_sample][prompt.visual].detach()
             values[Signal.IMAGE_EMBEDS] = read.unflatten(0, (-1, self.tokens_per_image))
+        if Signal.QUESTION in wanted:
+            values[Signal.QUESTION] = prompt.question()[sample]
         if Signal.TEXT_EMBEDS in wanted:
             values[Signal.TEXT_EMBEDS], text = (part[sample] for part in prompt.text())
         images = next((len(value) for value in values.values()), len(sample))

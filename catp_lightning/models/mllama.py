@@ -96,7 +96,7 @@ class Mllama(Family):
 
     @property
     def signals(self) -> frozenset[Signal]:
-        return frozenset({Signal.IMAGE_FEATURES, Signal.PATCH_POSITION, Signal.IMAGE_HASH})
+        return frozenset({Signal.IMAGE_FEATURES, Signal.PATCH_POSITION, Signal.IMAGE_HASH, Signal.QUESTION})
 
     @property
     def at_entry(self) -> frozenset[Signal]:
@@ -120,6 +120,9 @@ class Mllama(Family):
             )
         if Signal.IMAGE_FEATURES in wanted:
             found[Signal.IMAGE_FEATURES] = prompt.states.unflatten(1, by_image).flatten(0, 1)[images].detach()
+        if Signal.QUESTION in wanted:
+            sample = images.nonzero()[:, 0] // (len(images) // len(prompt.tokens))
+            found[Signal.QUESTION] = self._question(prompt)[sample]
         if Signal.IMAGE_HASH in wanted and prompt.arguments.get("pixel_values") is None:
             raise PruningError(
                 "The call brought no pixel_values, so images cannot be told apart. Pass them, not precomputed "
@@ -133,6 +136,14 @@ class Mllama(Family):
         if Signal.PATCH_POSITION in wanted:
             found[Signal.PATCH_POSITION] = self._places(tile).expand(int(images.sum()), -1, -1)
         return Observation(valid[images], self.layers(), found, crops=tile.expand(int(images.sum()), -1))
+
+    def _question(self, prompt: CrossAttended) -> Tensor:
+        """Return the mean of the embeddings of a prompt's text that sees an image: float [B, D], float32 at least."""
+        ids, embeds = (prompt.text_arguments.get(name) for name in ("input_ids", "inputs_embeds"))
+        embeds = self.model.get_input_embeddings()(ids) if embeds is None else embeds
+        embeds = embeds[:: prompt.rows_per_sample].detach()
+        rows = embeds.to(torch.promote_types(embeds.dtype, torch.float32)) * prompt.is_prompt[..., None]
+        return rows.sum(1) / prompt.is_prompt.sum(1, keepdim=True).clamp(min=1)
 
     def _places(self, tile: Tensor) -> Tensor:
         """Return tile, row and column of each of an image's rows, int64 [T, 3]; row and column are -1 for a [CLS].

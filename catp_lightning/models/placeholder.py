@@ -185,7 +185,14 @@ class Placeholder(Family):
     @property
     def at_entry(self) -> frozenset[Signal]:
         return frozenset(
-            {Signal.IMAGE_FEATURES, Signal.IMAGE_EMBEDS, Signal.TEXT_EMBEDS, Signal.PATCH_POSITION, Signal.IMAGE_HASH}
+            {
+                Signal.IMAGE_FEATURES,
+                Signal.IMAGE_EMBEDS,
+                Signal.TEXT_EMBEDS,
+                Signal.QUESTION,
+                Signal.PATCH_POSITION,
+                Signal.IMAGE_HASH,
+            }
         )
 
     def attention_site(self, signal: Signal, layer: int) -> AttentionSite:
@@ -223,8 +230,11 @@ class Placeholder(Family):
         }:  # features are one to a token only after projection
             found[signal] = layout.padded(prompt.embeds[:: prompt.rows_per_sample][prompt.visual].detach())
         text = None
-        if Signal.TEXT_EMBEDS in wanted:
+        if not wanted.isdisjoint({Signal.TEXT_EMBEDS, Signal.QUESTION}):
             samples = layout.samples(prompt.visual)
+        if Signal.QUESTION in wanted:
+            found[Signal.QUESTION] = prompt.question()[samples]
+        if Signal.TEXT_EMBEDS in wanted:
             found[Signal.TEXT_EMBEDS], text = (part[samples] for part in prompt.text())
         if Signal.IMAGE_HASH in wanted:
             found[Signal.IMAGE_HASH] = layout.fingerprints()

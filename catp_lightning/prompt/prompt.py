@@ -113,6 +113,12 @@ class DecoderPrompt(Prompt):
         embeds = self.embeds[:: self.rows_per_sample].detach()
         return embeds.gather(1, columns[..., None].expand(-1, -1, embeds.shape[-1])) * valid[..., None], valid
 
+    def question(self) -> Tensor:
+        """Return the mean of the text rows that `text` gives: float [B, D], in float32 at least; 0 without text."""
+        rows, valid = self.text()
+        wide = rows.to(torch.promote_types(rows.dtype, torch.float32))
+        return wide.sum(1) / valid.sum(1, keepdim=True).clamp(min=1)
+
     def columns(self, keep: Tensor) -> Tensor:
         """Return the columns that stay, bool [R, L], given the visual tokens that stay, bool [B, T]; text always stays.
 
@@ -164,9 +170,11 @@ class CrossAttended(Prompt):
             each image row, summed over the prompt's text rows that see an image; 0 where `tokens` is False. Text from
             the first label on does not belong to the prompt; if only such text sees an image, its first row counts.
             None if the attention was not asked for.
+        is_prompt: bool [B, L], the text rows of the prompt that see an image, without its answer.
         text_arguments: arguments of the text model's call, by name, without its cache.
     """
 
     states: Tensor
     attention: Tensor | None
+    is_prompt: Tensor
     text_arguments: Mapping[str, Any]

@@ -128,9 +128,9 @@ class PruneCrossAttention(PruningSite):
     def _record_nothing(self, tokens: Tensor, states: Tensor) -> None:
         """Record an empty choice for a prompt whose text sees no image."""
         beams = self.calls.rows_per_sample(len(tokens))
-        self.decide(
-            CrossAttended(tokens[::beams], self.calls.arguments, beams, states[::beams], None, self._text_arguments)
-        )
+        nothing = tokens.new_zeros(len(tokens[::beams]), 0)
+        text = self._text_arguments
+        self.decide(CrossAttended(tokens[::beams], self.calls.arguments, beams, states[::beams], None, nothing, text))
 
     def _decode(self, cache: Any, held: int, visibility: TextVisibility) -> dict[str, Any]:
         if is_short(cache) is False:  # it holds all rows, and the model's own masks are right
@@ -160,8 +160,12 @@ class PruneCrossAttention(PruningSite):
     def _narrow(self, prefill: CrossAttentionPrefill, module: nn.Module, kwargs: dict[str, Any]) -> None:
         beams = self.calls.rows_per_sample(len(prefill.tokens))
         tokens, states = prefill.tokens[::beams], prefill.states[::beams]
-        attention = self._attention(prefill, module, kwargs, beams) if self.observe else None
-        prompt = CrossAttended(tokens, self.calls.arguments, beams, states, attention, self._text_arguments)
+        is_prompt = _before_labels(prefill.visibility.of_text.any(2), self.calls.arguments.get("labels"))
+        if self._length is not None:
+            is_prompt[:, self._length :] = False
+        attention = self._attention(prefill, module, kwargs, is_prompt, beams) if self.observe else None
+        text = self._text_arguments
+        prompt = CrossAttended(tokens, self.calls.arguments, beams, states, attention, is_prompt[::beams], text)
         keep = self.decide(prompt).keep & tokens
         if not torch.equal(keep, tokens):
             prefill.narrow(keep.repeat_interleave(beams, 0))
@@ -181,12 +185,14 @@ class PruneCrossAttention(PruningSite):
 
     @torch.no_grad()
     def _attention(
-        self, prefill: CrossAttentionPrefill, module: nn.Module, kwargs: dict[str, Any], beams: int
+        self,
+        prefill: CrossAttentionPrefill,
+        module: nn.Module,
+        kwargs: dict[str, Any],
+        is_prompt: Tensor,
+        beams: int,
     ) -> Tensor:
         hidden, states, mask = (kwargs[k] for k in ("hidden_states", "cross_attention_states", "attention_mask"))
-        is_prompt = _before_labels(prefill.visibility.of_text.any(2), self.calls.arguments.get("labels"))
-        if self._length is not None:
-            is_prompt[:, self._length :] = False
         paid = torch.stack(
             [
                 attention_of(module, hidden[row, is_prompt[row]], states[row], mask[row, 0, is_prompt[row]])

@@ -1,0 +1,97 @@
+"""Components of a prompt's text: the few numbers by which question-aware methods tell questions apart."""
+
+import base64
+import binascii
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from catp_lightning.methods.observation import Observation, Signal
+from catp_lightning.utils.hashing import mix
+
+HASHED = 256
+"""Dimensions to which longer embeddings are hashed (feature hashing, 0902.2206) before components are computed."""
+
+
+@dataclass(frozen=True)
+class Question:
+    """Linear components of the mean embedding of a prompt's text, fitted to a calibration's questions.
+
+    Embeddings of more than 256 dimensions are first hashed to 256, so that components are small whatever the model.
+
+    Attributes:
+        basis: base64 of C x W numbers, float32 and little-endian: a row for each component, with W columns for the
+            dimensions of the embedding, or 256 if it has more.
+        offset: C numbers, added to the products.
+
+    Raises:
+        ValueError: `basis` is not base64 of C rows of finite numbers, or there are no components.
+    """
+
+    basis: str
+    offset: tuple[float, ...]
+
+    def __post_init__(self) -> None:
+        try:
+            rows = np.frombuffer(base64.b64decode(self.basis, validate=True), "<f4")
+        except (binascii.Error, ValueError) as error:
+            raise ValueError(f"basis is not base64 of float32: {error}.") from error
+        if not self.offset or not len(rows) or len(rows) % len(self.offset) or not np.isfinite(rows).all():
+            raise ValueError(f"basis has {len(rows)} numbers; {len(self.offset)} components need as many finite rows.")
+
+    @classmethod
+    def of(cls, basis: np.ndarray, offset: np.ndarray) -> "Question":
+        """Encode components: float [C, W] and float [C]."""
+        encoded = base64.b64encode(basis.astype("<f4").tobytes()).decode()
+        return cls(encoded, tuple(float(f"{value:.6g}") for value in offset))
+
+    def first(self, count: int) -> "Question":
+        """Return the first `count` components."""
+        return Question.of(self.rows()[:count], np.array(self.offset[:count]))
+
+    @property
+    def count(self) -> int:
+        """Number of components."""
+        return len(self.offset)
+
+    def rows(self) -> np.ndarray:
+        """Return the weights of the components: float32 [C, W]."""
+        return np.frombuffer(base64.b64decode(self.basis), "<f4").reshape(self.count, -1)
+
+    def components(self, seen: Observation) -> Tensor:
+        """Return the components of each image's question: float32 or float64 [I, C].
+
+        Raises:
+            ValueError: the embeddings have other dimensions than those that the components were fitted to.
+        """
+        read = hashed(seen[Signal.QUESTION])
+        rows = self.rows()
+        if rows.shape[1] != read.shape[1]:
+            raise ValueError(
+                f"the question's components are of {rows.shape[1]} dimensions; this model's embeddings give "
+                f"{read.shape[1]}. Calibrate on this model."
+            )
+        basis = torch.from_numpy(rows.astype(np.float64)).to(read)
+        return read @ basis.T + torch.tensor(self.offset, dtype=read.dtype, device=read.device)
+
+
+def hashed_width(dimensions: int) -> int:
+    """Return the number of dimensions of a hashed embedding of `dimensions`."""
+    return min(dimensions, HASHED)
+
+
+def hashed(embeddings: Tensor) -> Tensor:
+    """Add up the dimensions of long embeddings in 256 buckets, with signs: float [I, D] -> float [I, min(D, 256)].
+
+    Dimension d falls into bucket d modulo 256, with a sign that depends on d alone. The expected inner product of two
+    embeddings stays what it was.
+    """
+    count = embeddings.shape[1]
+    if count <= HASHED:
+        return embeddings
+    draws = mix(torch.arange(count, dtype=torch.int64, device=embeddings.device))
+    signed = embeddings * ((draws & 1) * 2 - 1).to(embeddings.dtype)
+    return F.pad(signed, (0, -count % HASHED)).unflatten(1, (-1, HASHED)).sum(1)
