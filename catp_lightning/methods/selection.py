@@ -45,6 +45,12 @@ def images_to_samples(values: Tensor, valid: Tensor, visual: Tensor, fill: float
     return found
 
 
+def sample_of_images(valid: Tensor, visual: Tensor) -> Tensor:
+    """Return the index of the sample that each image belongs to: bool [I, T'], bool [B, T] -> int64 [I]."""
+    ends = visual.sum(1).cumsum(0)
+    return torch.bucketize(valid.sum(1).cumsum(0) - 1, ends, right=True)
+
+
 def protected_tokens(seen: Observation, visual: Tensor) -> Tensor:
     """Return the protected visual tokens, which stay whatever the budget: bool [B, T]."""
     return images_to_samples(seen.valid & ~seen.droppable, seen.valid, visual, False)

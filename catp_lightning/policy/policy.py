@@ -4,18 +4,18 @@ import json
 import math
 import reprlib
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, Self, TypeVar, get_args
+from typing import TYPE_CHECKING, Any, Literal, Self, get_args
 
-from catp_lightning.errors import PolicyError, did_you_mean
+from catp_lightning.errors import PolicyError
 from catp_lightning.methods.method import Method
 from catp_lightning.methods.registry import Registry
 from catp_lightning.methods.scorers import SCORERS, Scorer
 from catp_lightning.methods.selectors import SELECTORS, Selector
+from catp_lightning.policy.building import build_method, build_routed, build_scorer, build_selector
 from catp_lightning.policy.frozen import DEEPEST, LARGEST, check_size, frozen, too_large
 from catp_lightning.policy.locations import POLICY, find
-from catp_lightning.policy.typed import build
 from catp_lightning.utils.files import write_text
 from catp_lightning.utils.messages import warn
 
@@ -30,7 +30,6 @@ else:
     Budget = Any
 
 Positions = Literal["original", "compact"]
-Part = TypeVar("Part")
 
 
 @dataclass(frozen=True)
@@ -49,6 +48,9 @@ class PruningPolicy:
         positions: "original" leaves every token its position id; "compact" renumbers the kept tokens.
         model: type, name and shape of the model that the policy was made for; None: any model that has the signals the
             scorer reads.
+        routes: other rules, of which the question may choose one for each sample instead of `scorer` and `selector`:
+            "rules", a list of dictionaries with `scorer`, `scorer_args`, `selector` and `selector_args`, and "router",
+            the arguments of a `Router` for `scorer` and these rules in order; None: `scorer` is the only rule.
         evidence: findings of a calibration; not used when pruning.
         format_version: version of the file format; 1.
 
@@ -69,6 +71,7 @@ class PruningPolicy:
     keep: Budget = 0.5
     positions: Positions = "original"
     model: Mapping[str, Any] | None = None
+    routes: Mapping[str, Any] | None = None
     evidence: Mapping[str, Any] = field(default_factory=dict)
     format_version: int = FORMAT_VERSION
 
@@ -78,30 +81,32 @@ class PruningPolicy:
             raise PolicyError(f"positions is {self.positions!r:.200}; allowed are {', '.join(get_args(Positions))}.")
         if isinstance(self.keep, float):
             object.__setattr__(self, "keep", float(self.keep))  # numpy's float64 is a float, but has another repr
-        for name in ("scorer_args", "selector_args", "evidence", "model"):
-            if name != "model" or self.model is not None:
+        for name in ("scorer_args", "selector_args", "routes", "evidence", "model"):
+            if getattr(self, name) is not None or name not in ("routes", "model"):
                 object.__setattr__(self, name, frozen(name, getattr(self, name)))
         if type(self.format_version) is not int or not 1 <= self.format_version <= FORMAT_VERSION:
             raise PolicyError(
                 f"format_version is {self.format_version!r:.200}; this version of catp-lightning has {FORMAT_VERSION}."
             )
-        if len(json.dumps([self.scorer_args, self.selector_args, self.evidence, self.model])) > LARGEST - 1024:
+        if (
+            len(json.dumps([self.scorer_args, self.selector_args, self.routes, self.evidence, self.model]))
+            > LARGEST - 1024
+        ):
             raise PolicyError(too_large("This policy"))
-        self.build_scorer()
-        self.build_selector()
+        self.method()
 
     def build_scorer(self) -> Scorer:
         """Build the scorer with its arguments."""
-        return _build("scorer", self.scorer, SCORERS, self.scorer_args)
+        return build_scorer(self.scorer, self.scorer_args)
 
     def build_selector(self) -> Selector:
         """Build the selector with its arguments; without a name, the scorer's default selector."""
-        name = _lookup("scorer", self.scorer, SCORERS).selector if self.selector is None else self.selector
-        return _build("selector", name, SELECTORS, self.selector_args)
+        return build_selector(self.scorer, self.selector, self.selector_args)
 
     def method(self) -> Method:
-        """Build scorer and selector."""
-        return Method(self.build_scorer(), self.build_selector())
+        """Build scorer and selector, and with `routes` the other rules and their router."""
+        first = build_method(self.scorer, self.scorer_args, self.selector, self.selector_args)
+        return first if self.routes is None else build_routed(first, self.routes)
 
     @classmethod
     def of(cls, scorer: Scorer, selector: Selector | None = None, **settings: Any) -> Self:
@@ -269,15 +274,8 @@ def _named(known: Registry[Any], part: Any) -> tuple[str, dict[str, Any]]:
         )
     plain = known[name]()
     values = {part_.name: (getattr(part, part_.name), getattr(plain, part_.name)) for part_ in fields(part)}
-    return name, {key: value for key, (value, default) in values.items() if value != default}
-
-
-def _lookup(kind: str, name: Any, known: Mapping[str, type[Part]]) -> type[Part]:
-    if not isinstance(name, str) or name not in known:
-        hint = did_you_mean(name, known)
-        raise PolicyError(f"There is no {kind} {name!r:.200}; known are {', '.join(sorted(known))}.{hint}")
-    return known[name]
-
-
-def _build(kind: str, name: str, known: Mapping[str, type[Part]], args: Mapping[str, Any]) -> Part:
-    return build(_lookup(kind, name, known), args, f"{kind} {name!r}")
+    changed = {key: value for key, (value, default) in values.items() if value != default}
+    return name, {
+        key: asdict(value) if is_dataclass(value) and not isinstance(value, type) else value
+        for key, value in changed.items()
+    }

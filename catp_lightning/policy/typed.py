@@ -4,7 +4,7 @@ import math
 import types
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from dataclasses import fields, is_dataclass
+from dataclasses import MISSING, fields, is_dataclass
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from catp_lightning.errors import PolicyError
@@ -28,7 +28,8 @@ def build(cls: type[T], values: Mapping[str, Any], what: str) -> T:
         what: name of the object, for error messages.
 
     Raises:
-        PolicyError: an argument is unknown, of another type than its field, not finite, or refused by the class.
+        PolicyError: an argument is unknown or missing, of another type than its field, not finite, or refused by the
+            class.
     """
     assert is_dataclass(cls)
     hints = get_type_hints(cls)
@@ -36,6 +37,9 @@ def build(cls: type[T], values: Mapping[str, Any], what: str) -> T:
     for name in values:
         if name not in known:
             raise PolicyError(f"{what} has no argument {name!r}; it takes {', '.join(sorted(known)) or 'none'}.")
+    needed = [f.name for f in fields(cls) if f.init and f.default is MISSING and f.default_factory is MISSING]
+    if missing := [name for name in needed if name not in values]:
+        raise PolicyError(f"{what} lacks {', '.join(missing)}.")
     converted = {name: _convert(value, hints[name], f"{name} of {what}") for name, value in values.items()}
     try:
         return cls(**converted)
@@ -45,6 +49,9 @@ def build(cls: type[T], values: Mapping[str, Any], what: str) -> T:
 
 def _convert(value: Any, hint: Any, what: str) -> Any:
     origin, options = get_origin(hint), get_args(hint)
+    inner = next((option for option in (hint, *options) if is_dataclass(option)), None)
+    if inner is not None and isinstance(value, Mapping):
+        return build(inner, value, what)  # type: ignore[arg-type]  # a class, as no field is an instance
     if origin in (Union, types.UnionType):
         for option in options:
             try:
@@ -58,13 +65,11 @@ def _convert(value: Any, hint: Any, what: str) -> Any:
             return value
     elif origin is tuple and isinstance(value, list | tuple):
         return _converted_list(value, options[0], what)
-    elif hint is type(None) and value is None:
-        return None
     elif hint is float and isinstance(value, int | float) and not isinstance(value, bool):
         with suppress(OverflowError):  # an int too large for a float
             if math.isfinite(value):
                 return float(value)
-    elif hint in (int, bool, str) and type(value) is hint:
+    elif hint in (int, bool, str, type(None)) and type(value) is hint:
         return value
     raise PolicyError(f"{what} is {value!r:.200}; allowed is {_name(hint)}.")
 

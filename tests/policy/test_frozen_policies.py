@@ -14,7 +14,7 @@ import torch
 
 import catp_lightning
 from catp_lightning import PolicyError, PruningPolicy, prune
-from catp_lightning.calibration.search.candidates import Candidate
+from catp_lightning.calibration.search.candidate import Candidate
 from catp_lightning.policy.frozen import LARGEST, MAX_VALUES, FrozenDict, FrozenList
 from catp_lightning.policy.typed import LAYERS, NUMBERS
 from tests.support.models import random_blip2

@@ -115,7 +115,8 @@ def outside(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Registry[Selecto
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.delitem(sys.modules, "catp_last", raising=False)
     registry: Registry[Selector] = Registry("selector", Selector, {"top-k": TopK})
-    monkeypatch.setattr("catp_lightning.policy.policy.SELECTORS", registry)
+    for module in ("policy", "building"):
+        monkeypatch.setattr(f"catp_lightning.policy.{module}.SELECTORS", registry)
     return registry
 
 

@@ -6,13 +6,15 @@ import pytest
 import torch
 
 from catp_lightning import PruningPolicy
+from catp_lightning.methods import Method
+from catp_lightning.methods.selectors import TopK
 from tests.support.observing import Notes
 
 
 @pytest.fixture
 def notes(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let every policy have a scorer that keeps what it is shown."""
-    monkeypatch.setattr(PruningPolicy, "build_scorer", lambda policy: Notes())
+    monkeypatch.setattr(PruningPolicy, "method", lambda policy: Method(Notes(), TopK()))
 
 
 @pytest.fixture

@@ -4,8 +4,11 @@ from dataclasses import fields
 from typing import Any
 
 from catp_lightning.methods.scorers import SCORERS
+from tests.support.questions import by_question, routed
 
 WITH_PATCHES = ("Llava", "LlavaNext", "LlavaOnevision", "VideoLlava", "Qwen2.5-VL", "SmolVLM", "Mistral3")
+OUTPUTS = ({"scorer": "l2-norm"}, {"scorer": "divprune"}, {"scorer": "random"})
+"""Rules that every model has the signals for."""
 RULES: list[tuple[str, dict[str, Any]]] = [
     *((name, {"scorer": scorer}) for name in (*WITH_PATCHES, "Mllama") for scorer in ("random", "l2-norm")),
     ("Llava", {"scorer": "stride"}),
@@ -40,6 +43,11 @@ RULES: list[tuple[str, dict[str, Any]]] = [
     ("Qwen2.5-VL", {"scorer": "dart"}),
     ("Blip2-OPT", {"scorer": "dart", "scorer_args": {"layer": 1}}),
     *((name, {"scorer": "visual-exit"}) for name in ("Llava", "Qwen2.5-VL", "Blip2-OPT")),
+    ("Llava", {"scorer": "fastervlm", "scorer_args": by_question([1], 4)}),
+    *((n, {"scorer": "cross-attention", "scorer_args": by_question([0, 1], 4, 8)}) for n in ("Blip2-OPT", "Blip2-T5")),
+    ("InstructBlip", {"scorer": "catp", "scorer_args": by_question([1], 4, 8), "selector": "dpp"}),
+    ("Mllama", {"scorer": "trimmed-llama", "scorer_args": by_question([1], 4), "selector": "top-k"}),
+    *((name, routed(*OUTPUTS)) for name in ("Llava", "LlavaNext", "Qwen2.5-VL", "Mllama", "Blip2-OPT", "Blip2-T5")),
 ]
 NAN, INF = float("nan"), float("inf")
 
