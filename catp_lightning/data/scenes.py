@@ -38,6 +38,27 @@ class DigitPool:
 
 
 @dataclass(frozen=True)
+class Drawing:
+    """How scenes are drawn; the defaults are how the shipped models saw them in training.
+
+    Attributes:
+        noise: standard deviation of the background, whose brightness goes from 0 to 1.
+        contrast: the least and the greatest brightness that a digit adds.
+        shift: pixels by which each digit leaves its cell, up or down and left or right, within the picture; fewer than
+            `CELL`, and above 0 only for grids of at least 2 x 2 cells.
+        digits: the least and the greatest number of digits.
+    """
+
+    noise: float = 0.08
+    contrast: tuple[float, float] = (0.7, 1.0)
+    shift: int = 0
+    digits: tuple[int, int] = (1, MOST_DIGITS)
+
+
+AS_TRAINED = Drawing()
+
+
+@dataclass(frozen=True)
 class Scene:
     """One picture of R x C cells: `image` uint8 [16 R, 16 C], `grid` int64 [R, C], each cell's digit or `EMPTY`."""
 
@@ -68,19 +89,34 @@ def digit_pool(split: Split) -> DigitPool:
     return DigitPool(images, digits.target[chosen])
 
 
-def draw_scene(rng: np.random.Generator, pool: DigitPool, rows: int = GRID, columns: int = GRID) -> Scene:
-    """Draw one to three digits in different cells of a grid, each at its own contrast, on a noisy background."""
-    count = rng.integers(1, MOST_DIGITS + 1)
+def draw_scene(
+    rng: np.random.Generator, pool: DigitPool, rows: int = GRID, columns: int = GRID, drawing: Drawing = AS_TRAINED
+) -> Scene:
+    """Draw digits in different cells of a grid, each at its own contrast, on a noisy background.
+
+    Drawings that differ in noise, contrast and shift alone have the same digits in the same cells.
+    """
+    count = rng.integers(drawing.digits[0], drawing.digits[1] + 1)
     cells = rng.choice(rows * columns, count, replace=False)
     drawn = rng.choice(len(pool.labels), count, replace=False)
-    canvas = np.abs(rng.normal(0, 0.08, (rows * CELL, columns * CELL)))
+    canvas = np.abs(rng.normal(0, drawing.noise, (rows * CELL, columns * CELL)))
     grid = np.full((rows, columns), EMPTY)
-    for cell, digit in zip(cells, drawn, strict=True):
+    moves = np.zeros((count, 2), int)
+    if drawing.shift:  # from a generator of their own: the other draws stay what they are
+        moves = drawing.shift * rng.spawn(1)[0].choice([-1, 1], (count, 2))
+    for cell, digit, (down, right) in zip(cells, drawn, moves, strict=True):
         row, column = divmod(int(cell), columns)
-        window = canvas[row * CELL : (row + 1) * CELL, column * CELL : (column + 1) * CELL]
-        window += pool.images[digit] * rng.uniform(0.7, 1.0)
+        top, left = _moved(row, down, rows), _moved(column, right, columns)
+        window = canvas[top : top + CELL, left : left + CELL]
+        window += pool.images[digit] * rng.uniform(*drawing.contrast)
         grid[row, column] = pool.labels[digit]
     return Scene((canvas.clip(0, 1) * 255).astype(np.uint8), grid)
+
+
+def _moved(cell: int, move: int, cells: int) -> int:
+    """Return the first pixel of a cell that is moved by `move` pixels, or to the other side where it would leave."""
+    start = cell * CELL + move
+    return start if 0 <= start <= (cells - 1) * CELL else cell * CELL - move
 
 
 def ask_how_many(rng: np.random.Generator, grid: np.ndarray) -> Question:
@@ -119,6 +155,8 @@ def write_scenes(
     seed: int = 0,
     questions_per_image: int = 2,
     grids: Sequence[tuple[int, int]] = ((GRID, GRID),),
+    drawing: Drawing = AS_TRAINED,
+    kinds: Sequence[str] = KINDS,
 ) -> Path:
     """Write scenes and their questions in VQAv2's layout, kinds of question in turn.
 
@@ -133,17 +171,21 @@ def write_scenes(
             meet.
         questions_per_image: number of questions that share one image, at least 1; several do in VQAv2 itself.
         grids: rows and columns of cells; pictures take them in turn, and every kind of question is asked about each.
+        drawing: noise, contrast, shift and number of digits.
+        kinds: kinds of question, taken in turn; a kind that is named twice is asked twice as often.
 
     Returns:
         `folder`, as a path.
 
     Raises:
-        ValueError: `questions` or `questions_per_image` is below 1.
+        ValueError: `questions` or `questions_per_image` is below 1, or `kinds` is empty or names an unknown one.
     """
     if questions < 1 or questions_per_image < 1:
         raise ValueError(
             f"questions and questions_per_image must be at least 1, got {questions} and {questions_per_image}."
         )
+    if not kinds or not set(kinds) <= set(KINDS):
+        raise ValueError(f"kinds is {list(kinds)}; give one or several of {', '.join(map(repr, KINDS))}.")
     folder = Path(folder)
     (folder / "images").mkdir(parents=True, exist_ok=True)
     salt = ("train", "calibration", "test").index(split)
@@ -152,12 +194,12 @@ def write_scenes(
     for number in range(questions):
         image_id = (salt * 1000 + seed % 1000) * 1_000_000 + number // questions_per_image
         if number % questions_per_image == 0:
-            rounds = number // max(len(KINDS), questions_per_image)  # each goes through all kinds of question
-            scene = draw_scene(rng, pool, *grids[rounds % len(grids)])
+            rounds = number // max(len(kinds), questions_per_image)  # each goes through all kinds of question
+            scene = draw_scene(rng, pool, *grids[rounds % len(grids)], drawing=drawing)
             buffer = BytesIO()
             Image.fromarray(scene.image).convert("RGB").save(buffer, format="png")
             write_bytes(folder / "images" / f"{image_id:012d}.png", buffer.getvalue(), durable=False)
-        question = ASK[KINDS[number % len(KINDS)]](rng, scene.grid)
+        question = ASK[kinds[number % len(kinds)]](rng, scene.grid)
         ids = {"image_id": image_id, "question_id": image_id * 100 + number % questions_per_image}
         asked.append({**ids, "question": question.text})
         answers = [{"answer": question.answer, "answer_confidence": "yes", "answer_id": n} for n in range(1, 11)]

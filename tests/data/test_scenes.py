@@ -1,5 +1,6 @@
 """Digit scenes: real digits, pools that share no image, right answers, the official layout."""
 
+import hashlib
 import json
 import re
 from pathlib import Path
@@ -91,6 +92,21 @@ def test_the_same_arguments_give_the_same_bytes_and_others_share_no_id(tmp_path:
     assert contents[0] == contents[1] and contents[0] != contents[2]
     ids = [{q["image_id"] for q in json.loads((x / "questions.json").read_text())["questions"]} for x in folders[1:]]
     assert not ids[0] & ids[1] and not ids[0] & ids[2]
+
+
+def test_scenes_are_what_they_have_always_been(tmp_path: Path) -> None:
+    place = write_scenes(tmp_path, "test", 24, seed=5, grids=((4, 4), (3, 6)))
+    digest = hashlib.sha256((place / "questions.json").read_bytes() + (place / "annotations.json").read_bytes())
+    for file in sorted((place / "images").iterdir()):
+        with Image.open(file) as image:  # pixels: releases of zlib compress them to different bytes
+            digest.update(np.asarray(image).tobytes())
+    assert digest.hexdigest() == "fc8d30226ca57c5131826d8c31a333c671c859e694ed4829c042009603445570"
+
+
+@pytest.mark.parametrize("kinds", [(), ("how many", "why")])
+def test_unknown_kinds_of_question_are_refused(kinds: tuple[str, ...], tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="give one or several of 'how many'"):
+        write_scenes(tmp_path / "x", "test", 4, kinds=kinds)
 
 
 def test_no_questions_are_refused(tmp_path: Path) -> None:
