@@ -1,9 +1,7 @@
 """`TokenPruning`: validation, test and prediction on a share of the visual tokens."""
 
-import math
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,72 +11,23 @@ from torchmetrics import MeanMetric
 
 from catp_lightning.callbacks.calibration import CrossAttentionCalibration
 from catp_lightning.callbacks.context import LoopContext, Stage
+from catp_lightning.callbacks.loop_figures import LoopFigures
 from catp_lightning.callbacks.strategies import refuse_deepspeed, refuse_without_validation
 from catp_lightning.errors import PruningError
 from catp_lightning.metrics import Agreement, TokensKept
-from catp_lightning.metrics.overlap import OverlapCheck, overlap_check
+from catp_lightning.metrics.outside import outside_check
+from catp_lightning.metrics.overlap import overlap_check
 from catp_lightning.policy import Budget, PruningPolicy, check_keep
 from catp_lightning.policy.checkpoints import POLICY_KEY, missing_policy, stored_policy, warn_where_another
 from catp_lightning.policy.images import decode_images, has_images
+from catp_lightning.policy.seen import Fallback, build_fallback, guard_of
 from catp_lightning.policy.sources import Source, policy_or_path
-from catp_lightning.pruning.answers import AnswerComparison, compare_with_unpruned
+from catp_lightning.pruning.answers import compare_with_unpruned
 from catp_lightning.pruning.pruner import applied
 from catp_lightning.pruning.record import Prefill
 from catp_lightning.utils.compat import is_lightning_instance
 from catp_lightning.utils.loggers import log_safely
 from catp_lightning.utils.messages import rank_zero_info, rank_zero_warn
-
-
-@dataclass
-class _Loop:
-    """Metrics of one loop, and the prefills of the running batch.
-
-    Attributes:
-        prefills: what was kept in each prefill since the last batch ended.
-        inside: True if tokens leave inside the decoder.
-    """
-
-    prefills: list[Prefill]
-    inside: bool
-    tokens: TokensKept
-    comparison: AnswerComparison | None
-    agreement: Agreement
-    overlap: OverlapCheck | None
-    per_layer: MeanMetric
-
-    def read_batch(self) -> None:
-        for prefill in self.prefills:
-            self.tokens.update(prefill.keep, prefill.counts)
-            self.per_layer.update(prefill.tokens_per_layer)
-        if self.overlap is not None:
-            self.overlap.see(prefill.images for prefill in self.prefills if prefill.images is not None)
-        self.prefills.clear()
-        if self.comparison is not None:
-            for same in self.comparison.same:
-                self.agreement.update(same)
-            self.comparison.same.clear()
-
-    def figures(self) -> dict[str, float]:
-        """Figures of the epoch over all processes, by name; empty, with a warning, if no image was read.
-
-        Every process must call this at the end of the epoch.
-        """
-        figures = {f"catp/{name}": float(value) for name, value in self.tokens.compute().items()}
-        if math.isnan(figures["catp/keep_share"]):
-            rank_zero_warn(
-                "TokenPruning pruned nothing in this epoch: the model it prunes was given no image. If the steps of "
-                "your module use another model, name it: TokenPruning(..., model=...)."
-            )
-            return {}
-        if self.inside:
-            per_layer = float(self.per_layer.compute())
-            if not math.isclose(per_layer, figures["catp/tokens_kept"], rel_tol=1e-6):
-                figures["catp/tokens_per_layer"] = per_layer
-        if self.comparison is not None:
-            figures["catp/agreement"] = float(self.agreement.compute())
-        if self.overlap is not None:
-            self.overlap.warn()
-        return figures
 
 
 class TokenPruning(LoopContext):
@@ -89,6 +38,8 @@ class TokenPruning(LoopContext):
     that a decoder layer reads. In predict, where Lightning forbids `log`, they go directly to the trainer's loggers,
     and to the console if there are none. The model is restored after each loop and after any exception. If the split
     shares images with the one that the policy was calibrated on, a warning at the end of each epoch gives their number.
+    If the policy says what its calibration's images were like, `catp/outside` is the share of images far outside of
+    that, and one warning a loop says in what, once they are more than 1%.
     Checkpoints of a fit whose validation is pruned hold the policy, as plain JSON types under "catp_policy", and
     nothing else of the callback: they load without it.
 
@@ -103,13 +54,17 @@ class TokenPruning(LoopContext):
         sanity_check: True to prune in the sanity check before fit as well.
         model: the name of the submodule to prune, where the module holds several supported models.
         guide: the smaller model that the scorer `sgl` reads, as in `prune`; it stays on its device.
+        fallback: rule for samples with an image unlike those of the policy's calibration, at the same budget: the name
+            of a scorer, "divprune", or a dictionary with `scorer`, `scorer_args`, `selector` and `selector_args`. None:
+            the policy prunes them too.
 
     Attributes:
         figures: the figures logged at the end of the last epoch, by name.
 
     Raises:
         ValueError: a stage is unknown.
-        PolicyError: `keep` is not allowed; at setup: the policy cannot be read; at the start of the loop: it was made
+        PolicyError: `keep` or `fallback` is not allowed; at setup: the policy cannot be read, or there is a `fallback`
+            and the policy does not say what its calibration's images were like; at the start of the loop: it was made
             for another model, or none was given and no checkpoint with one was loaded.
         PruningError: at setup: `CrossAttentionCalibration` is in the same trainer and both would act in predict, or
             DeepSpeed runs the model; at the start of the loop: the model cannot be pruned.
@@ -130,15 +85,17 @@ class TokenPruning(LoopContext):
         sanity_check: bool = False,
         model: str | None = None,
         guide: nn.Module | None = None,
+        fallback: Fallback | None = None,
     ) -> None:
         super().__init__(stages, sanity_check)
         if keep is not None:
             check_keep(keep)
         self.policy, self.keep = policy_or_path(policy), keep
         self.compare, self.model, self.guide = compare, model, guide
+        self.fallback = build_fallback(fallback)
         self.figures: dict[str, float] = {}
         self._loaded: PruningPolicy | None = None
-        self._loop: _Loop | None = None
+        self._loop: LoopFigures | None = None
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         super().setup(trainer, pl_module, stage)
@@ -152,7 +109,13 @@ class TokenPruning(LoopContext):
         if stage == "predict":
             _refuse_beside_calibration(trainer)
         if self.policy is not None:  # otherwise the last checkpoint's policy stays, as its weights do
-            self._loaded = load_policy(self.policy, self.keep)
+            self._use(self.policy)
+
+    def _use(self, source: str | Path | PruningPolicy) -> PruningPolicy:
+        policy = load_policy(source, self.keep)
+        guard_of(policy, self.fallback)  # raises now, not when a loop starts
+        self._loaded = policy
+        return policy
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         if self._loaded is not None:  # under the callback's own key Lightning would ask for the callback at every load
@@ -161,7 +124,7 @@ class TokenPruning(LoopContext):
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         if self.policy is None:
             stored = stored_policy(checkpoint)
-            self._loaded = None if stored is None else load_policy(stored, self.keep)
+            self._loaded = None if stored is None else self._use(stored)
         elif self._loaded is not None:
             warn_where_another("TokenPruning", self._loaded, checkpoint)
 
@@ -174,22 +137,24 @@ class TokenPruning(LoopContext):
         if self._loaded is None:
             if self.policy is None:
                 raise missing_policy("TokenPruning", 'TokenPruning("policy.json")')
-            self._loaded = load_policy(self.policy, self.keep)
+            return self._use(self.policy)
         return self._loaded
 
     @contextmanager
     def loop_context(self, trainer: Trainer, pl_module: LightningModule, stage: Stage) -> Iterator[None]:
         policy = self._current_policy()
+        guard = guard_of(policy, self.fallback)
         prefills: list[Prefill] = []
         device = trainer.strategy.root_device  # a metric outside the module is not moved by Lightning
         with ExitStack() as stack:
             pruner = stack.enter_context(
-                applied(pl_module, policy, model=self.model, guide=self.guide, on_prefill=prefills.append)
+                applied(pl_module, policy, model=self.model, guide=self.guide, on_prefill=prefills.append, guard=guard)
             )
             comparison = stack.enter_context(compare_with_unpruned(pruner)) if self.compare else None
             tokens, agreement = TokensKept().to(device), Agreement().to(device)
             inside, overlap, per_layer = bool(pruner.leave_at), overlap_check(policy, device), MeanMetric().to(device)
-            self._loop = _Loop(prefills, inside, tokens, comparison, agreement, overlap, per_layer)
+            outside = outside_check(guard, device)
+            self._loop = LoopFigures(prefills, inside, tokens, comparison, agreement, overlap, outside, per_layer)
             try:
                 yield
             finally:

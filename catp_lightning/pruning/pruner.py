@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from catp_lightning.errors import PruningError
-from catp_lightning.methods.method import score_tokens, select_tokens, selected
+from catp_lightning.methods.guard import Guard, Summaries
+from catp_lightning.methods.method import score_tokens, selected
 from catp_lightning.methods.observation import Needs, Signal, join
 from catp_lightning.methods.scorers import SCORERS
 from catp_lightning.methods.selection import Selection, images_to_samples
@@ -27,7 +28,9 @@ from catp_lightning.pruning.refusals import (
     compiled_inside,
     occupied,
     refuse_at_stages,
+    refuse_fallback,
     refuse_merging,
+    refuse_routes,
     refuse_unprunable,
 )
 from catp_lightning.pruning.sites import SiteSettings, site_of
@@ -46,6 +49,7 @@ class Pruner:
         choose: decides instead of the policy's scorer, as in `prune`.
         guide: a smaller model, or a module that holds one, for a scorer that reads its attention.
         on_prefill: called with what each prefill kept.
+        guard: watches over the images; None: nothing does.
 
     Attributes:
         record: what users see.
@@ -63,18 +67,23 @@ class Pruner:
         choose: Choose | None = None,
         guide: nn.Module | None = None,
         on_prefill: OnPrefill | None = None,
+        guard: Guard | None = None,
     ) -> None:
         self.family, self.policy, self.on_prefill = family, policy, on_prefill
         self.record = Pruning(type(family.model).__name__, policy)
         self._choose, self._everything = choose, policy.keep == 1.0 and isinstance(policy.keep, float)
-        self._scorer, self._selector = policy.build_scorer(), policy.build_selector()
+        self._method = policy.method()
+        self._scorer, self._selector = self._method.scorer, self._method.selector
         self._checked, self._read = False, torch.zeros(0, dtype=torch.int64, device="cpu")
         self._images: Tensor | None = None
+        self._summaries: Summaries | None = None
         scored = choose is None and not self._everything
         self._known = scored and has_images(policy)
-        needs = [self._scorer.needs, self._selector.needs] if scored else []
-        wanted = join([*needs, {Signal.IMAGE_HASH: None}] if self._known else needs)
         self.leave_at = () if self._everything and choose is None else self._scorer.stages(family.depth)
+        self._guard = guard if scored else None
+        watched: Needs = {} if self._guard is None else self._guard.needs
+        needs = [self._method.needs, *([] if self.leave_at else [watched])] if scored else []
+        wanted = join([*needs, {Signal.IMAGE_HASH: None}] if self._known else needs)
         self._refuse(scored, wanted)
         self._guide = self._guided(guide, wanted) if Signal.GUIDE_ATTENTION in wanted else None
         wanted.pop(Signal.GUIDE_ATTENTION, None)
@@ -82,16 +91,21 @@ class Pruner:
         # No reference cycle: the model's memory is freed with its last reference.
         own, record = weakref.proxy(self), self.record
         self.site = site_of(family, partial(Pruner._decide, own), settings, partial(setattr, record, "labels_left_out"))
-        first: Needs = {Signal.IMAGE_HASH: None} if self._known else {}
+        first = join([{Signal.IMAGE_HASH: None} if self._known else {}, watched])
         self._observer = Observer(family, first if self.leave_at else wanted, self.site.calls)
 
     def _refuse(self, scored: bool, wanted: Needs) -> None:
         """Raise PruningError if the model or its sites cannot do what the policy asks for."""
         compact = self.policy.positions == "compact"
         if scored or self._choose is not None:
-            self.family.check_use(scored and (self._known or not self.leave_at), self.leave_at, compact)
+            observed = scored and (self._known or self._guard is not None or not self.leave_at)
+            self.family.check_use(observed, self.leave_at, compact)
+        if len(self._method.rules) > 1 and scored:
+            refuse_routes(self._method, self.family.depth)
         if self.leave_at and scored:
             refuse_at_stages(self.policy, self._selector, wanted)
+        if self._guard is not None and self._guard.fallback is not None:
+            refuse_fallback(self._method, self._guard.fallback, self.family)
         if self._selector.merges and scored:
             refuse_merging(self.policy, self._selector, self.family)
 
@@ -126,6 +140,8 @@ class Pruner:
     def _decide(self, prompt: Prompt) -> Selection:
         """Return the selection of a prompt's visual tokens, [B, T], and record it."""
         visual, images = prompt.tokens, None
+        if prompt.stage == 0:
+            self._summaries = None
         if self._choose is not None:
             selection = Selection(self._choose(visual) & visual)
         elif self._everything or not visual.any():
@@ -144,7 +160,7 @@ class Pruner:
             self._read, self._images = counts * stages[0], images
         self._read = self._read + keep.sum(1) * ((*stages, depth)[stage + 1] - stages[stage])
         if stage + 1 == len(stages):
-            last = Prefill(keep, counts, self._read.to(torch.float32) / depth, self._images)
+            last = Prefill(keep, counts, self._read.to(torch.float32) / depth, self._images, self._summaries)
             self.record.last, self.record.prefills = last, self.record.prefills + 1
             if self.on_prefill is not None:
                 self.on_prefill(last)
@@ -167,15 +183,18 @@ class Pruner:
     def _select(self, prompt: Prompt) -> tuple[Selection, Tensor | None]:
         """Return the selection of a prompt by the policy's scorer and selector, and fingerprints of its images."""
         visual, inside, images = prompt.tokens, prompt.observation(), None
-        if (self._known and prompt.stage == 0) or inside is None:
+        if ((self._known or self._guard is not None) and prompt.stage == 0) or inside is None:
             seen = self._observer.take(prompt)
             images = seen[Signal.IMAGE_HASH] if self._known else None
+            if self._guard is not None:
+                self._summaries = self._guard.summaries(seen)
         if inside is None:
             if self._guide is not None:
                 seen = self._guide.add(seen, prompt)
             self._check_budget(seen.droppable.sum(1))
-            scores = score_tokens(self._scorer, seen, visual)
-            return select_tokens(scores, self._selector, self.policy.keep, seen, visual), images
+            if self._guard is not None and self._summaries is not None:
+                return self._guard.select(self._method, self._summaries, seen, self.policy.keep, visual), images
+            return self._method.select(seen, self.policy.keep, visual), images
         self._check_budget(prompt.counts)
         scores = images_to_samples(score_tokens(self._scorer, inside, visual), inside.valid, visual, -torch.inf)
         keep, stages = self.policy.keep, len(self.leave_at)
@@ -231,12 +250,14 @@ def applied(
     choose: Choose | None = None,
     guide: nn.Module | None = None,
     on_prefill: OnPrefill | None = None,
+    guard: Guard | None = None,
 ) -> Iterator[Pruner]:
     """Prune a model while inside, as `prune`, for callers who count prefills or suspend the pruning.
 
     Args:
         module, policy, model, choose, guide: as in `prune`.
         on_prefill: called with what each prefill kept.
+        guard: watches over the images, and may have another method for some; None: nothing does.
 
     Raises:
         PolicyError, PruningError: as in `prune`. If the scorer does not work on the model, the error names
@@ -246,7 +267,7 @@ def applied(
     check_model(policy, family)
     refuse_unprunable(module, family)
     try:
-        pruner = Pruner(family, policy, choose, guide, on_prefill)
+        pruner = Pruner(family, policy, choose, guide, on_prefill, guard)
     except PruningError as error:
         raise PruningError(f"{error}{instead_of(policy, family)}") from error
     with occupied(family), compiled_inside(module, family.model), pruner.installed():

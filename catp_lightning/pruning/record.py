@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from catp_lightning.methods.guard import Summaries
 from catp_lightning.policy import PruningPolicy
 
 
@@ -19,12 +20,14 @@ class Prefill:
             layers; more than the number that stay if tokens are dropped inside the decoder.
         images: int64 [I], fingerprints of its images, only if the policy says which images it was calibrated on and
             something is scored; else None.
+        summaries: summaries of its images, if these are watched and something is scored; else None.
     """
 
     keep: Tensor
     counts: Tensor
     tokens_per_layer: Tensor
     images: Tensor | None = None
+    summaries: Summaries | None = None
 
 
 OnPrefill = Callable[[Prefill], None]

@@ -7,8 +7,10 @@ from typing import Any
 from torch import nn
 
 from catp_lightning.errors import PolicyError, PruningError
+from catp_lightning.methods.method import Method
 from catp_lightning.methods.observation import STAGED, Needs, Signal
-from catp_lightning.methods.selectors import Selector
+from catp_lightning.methods.scorers import SCORERS
+from catp_lightning.methods.selectors import SELECTORS, Selector
 from catp_lightning.models import Family
 from catp_lightning.policy import PruningPolicy
 from catp_lightning.utils.hooks import not_copied
@@ -128,12 +130,54 @@ def refuse_at_stages(policy: PruningPolicy, selector: Selector, wanted: Needs) -
 
     That is a signal outside of `observation.STAGED`, or a budget of each image.
     """
+    if Signal.QUESTION in wanted:
+        raise PolicyError(
+            f"scorer {policy.scorer!r} drops tokens inside the decoder, where weights cannot change with the question: "
+            "leave question out of scorer_args."
+        )
     per = policy.selector_args.get("per", "sample")
     if per != "sample" or not (wanted.keys() - {Signal.IMAGE_HASH}) <= STAGED:
         raise PolicyError(
             f"scorer {policy.scorer!r} drops tokens inside the decoder, where a budget is of the whole sample and "
             f"only the decoder's own rows are seen: leave selector and selector_args out (selector is "
             f"{policy.selector!r}, selector_args {dict(policy.selector_args)})."
+        )
+
+
+def refuse_routes(method: Method, depth: int) -> None:
+    """Raise PruningError if one of the rules that a question chooses among cannot take the place of another.
+
+    Args:
+        method: several rules.
+        depth: number of layers of the decoder.
+    """
+    for rule in method.rules:
+        if rule.scorer.stages(depth) or rule.selector.merges or Signal.GUIDE_ATTENTION in rule.needs:
+            raise PruningError(
+                f"A question cannot choose {SCORERS.name_of(rule.scorer)!r} with {SELECTORS.name_of(rule.selector)!r}: "
+                "the rules of a policy with routes drop tokens before the decoder, merge none, and read no guide. "
+                "Give others, or leave routes out."
+            )
+
+
+def refuse_fallback(method: Method, fallback: Method, family: Family) -> None:
+    """Raise PruningError if a fallback cannot take the place of a policy's method on this model, sample by sample."""
+    name = f"fallback {SCORERS.name_of(fallback.scorer)!r} with {SELECTORS.name_of(fallback.selector)!r}"
+    for rule, what in ((method, "policy"), (fallback, name)):
+        if rule.scorer.stages(family.depth) or rule.selector.merges:
+            raise PruningError(
+                f"A fallback and the policy it stands in for drop tokens before the decoder and merge none; the {what} "
+                "does otherwise. Leave fallback out, or choose another rule: 'divprune' works on every model."
+            )
+    if Signal.GUIDE_ATTENTION in fallback.needs:
+        raise PruningError(f"The {name} reads a guide model, which a fallback has not. Choose 'divprune'.")
+    if not family.shows(fallback.needs):
+        missing = sorted(
+            signal.name.lower().replace("_", "-") for signal in fallback.needs if not family.shows({signal})
+        )
+        raise PruningError(
+            f"The {name} reads {', '.join(missing)}, which {type(family.model).__name__} does not show. Choose "
+            "'divprune', which works on every model."
         )
 
 

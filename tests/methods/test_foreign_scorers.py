@@ -124,7 +124,9 @@ def test_a_selector_of_another_package_that_fails_is_named_before_the_decoder_an
             raise IndexError("made by hand")
 
     model, inputs = random_blip2()
-    monkeypatch.setattr("catp_lightning.policy.policy.SELECTORS", Registry("selector", Selector, {"failing": Failing}))
+    monkeypatch.setattr(
+        "catp_lightning.policy.building.SELECTORS", Registry("selector", Selector, {"failing": Failing})
+    )
     policy = PruningPolicy(scorer, args, selector="failing", keep=3)
     says = r"selector 'Failing|.*Failing' .* failed on \[3, 8\] tokens: IndexError: made by hand"
     with pytest.raises(PruningError, match=says), torch.no_grad(), prune(model, policy):

@@ -122,7 +122,9 @@ def test_a_broken_one_says_which_package_and_why_and_only_when_used(
     install: Callable[..., None], monkeypatch: pytest.MonkeyPatch, value: str, says: str
 ) -> None:
     install("catp-broken", broken=value)
-    monkeypatch.setattr("catp_lightning.policy.policy.SCORERS", Registry("scorer", Scorer, {"random": Random}))
+    registry = Registry("scorer", Scorer, {"random": Random})
+    for module in ("policy", "building"):
+        monkeypatch.setattr(f"catp_lightning.policy.{module}.SCORERS", registry)
     assert PruningPolicy(scorer="random").build_scorer() == Random()
     expected = rf"scorer 'broken' of the package catp-broken 1\.2 \(entry point broken = {value}\) {says}"
     with pytest.raises(PolicyError, match=expected):
@@ -197,7 +199,9 @@ def test_an_unknown_name_is_answered_with_the_nearest_of_other_packages_too(
     install: Callable[..., None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     install("catp-good", brand_new="outside_fails:Good")
-    monkeypatch.setattr("catp_lightning.policy.policy.SCORERS", Registry("scorer", Scorer, {"random": Random}))
+    registry = Registry("scorer", Scorer, {"random": Random})
+    for module in ("policy", "building"):
+        monkeypatch.setattr(f"catp_lightning.policy.{module}.SCORERS", registry)
     with pytest.raises(PolicyError, match=r"known are brand-new, random\. Did you mean 'brand-new'\?"):
         PruningPolicy(scorer="brandnew")
 

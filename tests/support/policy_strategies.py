@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Sequence
-from dataclasses import fields
+from dataclasses import fields, is_dataclass
 from types import UnionType
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
@@ -34,6 +34,8 @@ KEEP = st.floats(0, 1, exclude_min=True) | st.integers(1, 2**63 - 1)
 def of_type(hint: Any) -> st.SearchStrategy[Any]:
     """Values of a typed field, as JSON has them."""
     origin, options = get_origin(hint), get_args(hint)
+    if is_dataclass(hint) and isinstance(hint, type):
+        return arguments(hint, junk=False)
     if origin in (Union, UnionType):
         return st.one_of(map(of_type, options))
     if origin is Literal:

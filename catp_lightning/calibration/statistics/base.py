@@ -13,16 +13,18 @@ from catp_lightning.calibration.sums import Sums
 class Statistic(Sums):
     """Finding that decides nothing: sums over the samples of the whole split, an entry in the evidence, a figure.
 
-    Its states are sums, added with `add_state(..., dist_reduce_fx="sum")`: several processes add up to exactly what one
-    would have found, and an interrupted calibration goes on from them.
+    Its states are sums, or least and greatest values, added with `add_state(..., dist_reduce_fx=...)`: several
+    processes add up to exactly what one would have found, and an interrupted calibration goes on from them.
 
     Attributes:
         name: key of its entry in a policy's evidence, and name of its figure's file.
-        caption: text below its figure, in Markdown.
+        caption: text below its figure, in Markdown; empty if it draws none.
+        copies: True if copies of the samples on perturbed images count too.
     """
 
     name: ClassVar[str]
     caption: ClassVar[str]
+    copies: ClassVar[bool] = False
 
     @classmethod
     @abstractmethod
