@@ -33,7 +33,8 @@ from benchmarks.answers import QUIET, predict, scenes_split
 from catp_lightning import CrossAttentionCalibration, PruningPolicy, VQAModule
 from catp_lightning.calibration.plan import Plan
 from catp_lightning.calibration.replay.recorder import Recorder
-from catp_lightning.calibration.search.candidates import Candidate, default_candidates
+from catp_lightning.calibration.search.candidate import Candidate
+from catp_lightning.calibration.search.candidates import default_candidates
 from catp_lightning.calibration.search.ranks import token_ranks
 from catp_lightning.data import shipped
 from catp_lightning.data.vqa import VQADataModule

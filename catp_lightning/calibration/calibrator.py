@@ -14,19 +14,22 @@ from torch import Tensor
 
 from catp_lightning.calibration.fit.fitting import Fitted, fit, fit_without
 from catp_lightning.calibration.fit.probing import Learned, Probing
+from catp_lightning.calibration.fit.questions import Reading
 from catp_lightning.calibration.fit.ties import Tolerance
 from catp_lightning.calibration.passes import Pass
 from catp_lightning.calibration.plan import Plan
 from catp_lightning.calibration.replay.samples import Samples
 from catp_lightning.calibration.report.result import CalibrationResult
-from catp_lightning.calibration.search.candidates import Candidate, default_candidates, fitted_candidates
+from catp_lightning.calibration.search.candidate import Candidate
+from catp_lightning.calibration.search.candidates import default_candidates, fitted_candidates
 from catp_lightning.calibration.search.promise import Promise
 from catp_lightning.calibration.search.promised import PromisedGroups
 from catp_lightning.calibration.search.race import Check, Race
-from catp_lightning.calibration.search.standings import Standings
+from catp_lightning.calibration.search.standings import Round, Standings
 from catp_lightning.calibration.split import part_of, round_bounds, round_of
 from catp_lightning.errors import PolicyError
 from catp_lightning.methods.observation import Needs, Signal, join
+from catp_lightning.methods.question import Question
 from catp_lightning.policy import check_keep
 from catp_lightning.utils.messages import rank_zero_warn
 
@@ -53,7 +56,13 @@ def calibrate(
     settings, ties = plan.settings, Tolerance.under(plan.family.model.dtype)
     part = partial(part_of, checked=settings.checked if promise is None else settings.promised)
 
-    probing = Probing(plan, budgets, part, device, counting=promise is not None)
+    question = None
+    if plan.asks:
+        reading = Reading(plan.family.text_width, part, device)
+        yield reading
+        question = reading.question()
+
+    probing = Probing(plan, budgets, part, device, promise is not None, question)
     yield probing
     learned = probing.learned()
     _check_amount(learned)
@@ -63,9 +72,10 @@ def calibrate(
         promised.refuse_too_few(part(torch.from_numpy(learned.asked.images)).numpy() == 1)
 
     fitted = fit(learned.sums, learned.pairs, learned.columns, ties)
-    candidates = all_candidates(plan, fitted)
+    of_weights = learned.columns.question
+    candidates = all_candidates(plan, fitted, of_weights)
     cross_fitted = [
-        all_candidates(plan, fit_without(fold, learned.sums, learned.pairs, learned.columns, fitted, ties))
+        all_candidates(plan, fit_without(fold, learned.sums, learned.pairs, learned.columns, fitted, ties), of_weights)
         for fold in range(settings.folds)
     ]
 
@@ -73,18 +83,19 @@ def calibrate(
         """Return which samples are of a part, bool [B], without those that the unpruned model gives no number for."""
         return (part(samples.images) == to) & ~torch.isin(samples.keys, learned.not_finite)
 
-    standings, alive = Standings(candidates, ties), [list(range(len(candidates))) for _ in budgets]
+    standings, alive = Standings(candidates, ties, question), [list(range(len(candidates))) for _ in budgets]
     bounds = round_bounds(learned.parts["learn"], settings.first_round)
     for number in range(len(bounds)):
         if number:
             alive = [standings.survivors(budget, alive[budget], settings.eta) for budget in range(len(budgets))]
         title = f"round {number + 1} of {len(bounds)}, {max(map(len, alive))} candidates"
         here = lambda samples, turn=number: belongs(0, samples) & (round_of(samples.images, bounds) == turn)  # noqa: E731
-        race = Race(title, plan, cross_fitted, budgets, alive, here, learned.parts, device)
+        race = Race(title, plan, cross_fitted, budgets, alive, here, learned.parts, device, question)
         yield race
-        standings.rounds.append(race.sums.compute())
+        standings.rounds.append(Round(alive, race.sums.compute(), race.answers.compute()))
 
-    chosen = [standings.choice(budget, alive[budget]) for budget in range(len(budgets))]
+    final = standings.final(alive, settings.folds)
+    candidates, chosen = list(final.candidates), final.chosen
     references = [number for number, candidate in enumerate(candidates) if candidate.reference]
     checked = [[first, *(number for number in references if number != first)] for first in chosen]
     check = Check(plan, candidates, budgets, checked, partial(belongs, 1), learned.parts, device)
@@ -97,7 +108,7 @@ def calibrate(
         promised=promised,
         candidates=candidates,
         chosen=chosen,
-        choosing=standings.sums(),
+        choosing=final.sums,
         checking=check.sums.compute(),
         asked=check.asked.compute(),
         alive=checked,
@@ -111,16 +122,17 @@ def calibrate(
 
 
 def needs_of(plan: Plan) -> Needs:
-    """Return the signals to observe before the decoder: those that candidates and fits read, and image hashes."""
+    """Return the signals to observe before the decoder: those that candidates and fits read, hashes and features."""
     depth = plan.family.depth
     methods = [candidate.policy(1.0).method() for candidate in all_candidates(plan, Fitted([0.0] * plan.slots))]
     entering = [method.needs for method in methods if not method.scorer.stages(depth)]
-    return join([{Signal.IMAGE_HASH: None}, plan.needs, *entering])
+    asked: Needs = {Signal.QUESTION: None} if plan.asks else {}
+    return join([{Signal.IMAGE_HASH: None, Signal.IMAGE_FEATURES: None}, plan.needs, asked, *entering])
 
 
-def all_candidates(plan: Plan, fitted: Fitted) -> list[Candidate]:
-    """Return all candidates, the fitted ones last."""
-    return [*default_candidates(plan), *fitted_candidates(plan, fitted)]
+def all_candidates(plan: Plan, fitted: Fitted, question: Question | None = None) -> list[Candidate]:
+    """Return all candidates, the fitted ones last; `question` has the components that the fits know."""
+    return [*default_candidates(plan), *fitted_candidates(plan, fitted, question)]
 
 
 def check_budgets(budgets: Sequence[int | float]) -> None:

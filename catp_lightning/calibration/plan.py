@@ -82,6 +82,11 @@ class Plan:
         return plain if fitted is None else replace(plain, scorers={method.scorer: fitted})
 
     @property
+    def asks(self) -> bool:
+        """True if methods that know the question compete: not where one named method is calibrated."""
+        return self.method is None and self.family.shows({Signal.QUESTION})
+
+    @property
     def slots(self) -> int:
         """Number of slots, places of an image's tokens with a meaning of their own: a Q-Former's queries; 0: none."""
         own = Signal.CROSS_ATTENTION in self.family.layers() and self.layer == 0

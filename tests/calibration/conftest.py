@@ -12,7 +12,8 @@ from catp_lightning.calibration.fit.fitting import fit
 from catp_lightning.calibration.fit.probes import Columns
 from catp_lightning.calibration.plan import Plan
 from catp_lightning.calibration.report import report
-from catp_lightning.calibration.search.candidates import Candidate, default_candidates, fitted_candidates
+from catp_lightning.calibration.search.candidate import Candidate
+from catp_lightning.calibration.search.candidates import default_candidates, fitted_candidates
 from catp_lightning.models import Family, find_family
 from tests.support.interrupted_calibrations import PARTIAL, Breaking, calibrate, small
 from tests.support.killed_calibrations import run

@@ -9,7 +9,8 @@ from catp_lightning import PolicyError, prune
 from catp_lightning.calibration.calibrator import needs_of
 from catp_lightning.calibration.fit.fitting import fit, fit_without
 from catp_lightning.calibration.plan import Plan
-from catp_lightning.calibration.search.candidates import Candidate, fitted_candidates
+from catp_lightning.calibration.search.candidate import Candidate
+from catp_lightning.calibration.search.candidates import fitted_candidates
 from catp_lightning.calibration.search.race import Race
 from catp_lightning.calibration.settings import DEFAULTS
 from catp_lightning.calibration.split import fold_of, part_of
@@ -88,12 +89,13 @@ def test_a_calibration_cross_fits_and_saves_what_was_fitted_on_all_folds() -> No
     assert learned.pairs is not None
     sums, pairs, columns = learned.sums, learned.pairs, learned.columns
     fitted = fit(sums, pairs, columns, ties)
-    whole = fitted_candidates(plan, fitted)
+    whole = fitted_candidates(plan, fitted, columns.question)
     assert calibrator.result.candidates[-len(whole) :] == whole
     first = calibrator.rounds[0].rules
     for fold in range(FOLDS):
         own = [
-            one.policy(1.0) for one in fitted_candidates(plan, fit_without(fold, sums, pairs, columns, fitted, ties))
+            one.policy(1.0)
+            for one in fitted_candidates(plan, fit_without(fold, sums, pairs, columns, fitted, ties), columns.question)
         ]
         assert first[fold][-len(own) :] == own
         assert own != [one.policy(1.0) for one in whole], "a fold's rules are not those of all"

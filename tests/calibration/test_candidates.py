@@ -1,6 +1,6 @@
 """Candidates have names of their own, and controls are known."""
 
-from catp_lightning.calibration.search.candidates import Candidate
+from catp_lightning.calibration.search.candidate import Candidate
 
 
 def test_candidates_have_names_of_their_own_and_controls_are_known(candidates: list[Candidate]) -> None:

@@ -21,9 +21,11 @@ from catp_lightning.calibration.plan import Plan
 from catp_lightning.calibration.search.candidates import default_candidates, fitted_candidates
 from catp_lightning.calibration.settings import CalibrationSettings
 from catp_lightning.calibration.split import part_of
+from catp_lightning.methods import Method
 from catp_lightning.methods.observation import Observation, Signal
 from catp_lightning.methods.scorers import SCORERS
 from catp_lightning.methods.scorers.controls import Random
+from catp_lightning.methods.selectors import TopK
 from catp_lightning.models import find_family
 from catp_lightning.pruning.answers import compare_with_unpruned
 from catp_lightning.pruning.pruner import applied
@@ -107,7 +109,7 @@ def _first_images(row: Row, batch: dict[str, Tensor]) -> Tensor:
             return super().score(observation)
 
     with (
-        patch.object(PruningPolicy, "build_scorer", lambda self: Noting()),
+        patch.object(PruningPolicy, "method", lambda self: Method(Noting(), TopK())),
         prune(row.model(), PruningPolicy("random", keep=0.9)) as pruning,
     ):
         row.model()(**row.oracle.forward_inputs(batch))

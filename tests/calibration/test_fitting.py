@@ -15,7 +15,8 @@ from catp_lightning.calibration.fit.heads import fit_heads
 from catp_lightning.calibration.fit.probes import Columns, pair_rows, random_subset
 from catp_lightning.calibration.fit.sums import FoldSums, ProbeSums
 from catp_lightning.calibration.plan import Plan
-from catp_lightning.calibration.search.candidates import Candidate, fitted_candidates
+from catp_lightning.calibration.search.candidate import Candidate
+from catp_lightning.calibration.search.candidates import fitted_candidates
 from catp_lightning.calibration.settings import DEFAULTS
 from catp_lightning.methods.scorers import CrossAttention, RegionAttention
 from catp_lightning.models import Family

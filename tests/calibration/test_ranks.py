@@ -8,12 +8,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from catp_lightning import PruningPolicy
 from catp_lightning.calibration.search import ranks as sets
-from catp_lightning.calibration.search.candidates import Candidate
+from catp_lightning.calibration.search.candidate import Candidate
 from catp_lightning.calibration.search.ranks import token_ranks
 from catp_lightning.methods.budget import keep_count
 from catp_lightning.methods.method import score_tokens, select_tokens
 from catp_lightning.methods.observation import Observation, Signal
+from catp_lightning.methods.routing import Routed
+from tests.support.questions import routed
 
 
 def signals(images: int, seed: int, levels: int | None, dtype: torch.dtype) -> Observation:
@@ -91,3 +94,27 @@ def test_autocast_changes_no_rank(candidates: list[Candidate]) -> None:
 
 
 PRUNED = Candidate("", "catp", {"image_weight": "received"}, "dpp", {"similarity": "regions", "relevance": 1.5})
+
+
+def test_a_routing_ranks_each_image_as_the_rule_that_its_question_takes(candidates: list[Candidate]) -> None:
+    """At every budget; the images of a sample share its question."""
+    images = torch.tensor([2, 0, 1, 1, 2, 1, 1])
+    seen, visual = signals(8, 3, None, torch.float64), torch.arange(16) < 8 * images[:, None]
+    draw = torch.Generator().manual_seed(1)
+    asked = torch.randn(7, 32, generator=draw, dtype=torch.float64).repeat_interleave(images, 0)
+    seen = replace(seen, values={**seen.values, Signal.QUESTION: asked})
+    nested = [one for one in candidates if one.policy(1.0).method().nested]
+    several = [nested[at : at + 3] for at in range(0, len(nested) - 3, 7)]
+    names = ("scorer", "scorer_args", "selector", "selector_args")
+    plain = [[{name: getattr(one, name) for name in names} for one in some] for some in several]
+    rules = [PruningPolicy(**routed(*some, seed=number)).method() for number, some in enumerate(plain)]
+    assert any(len(method.router.routes(seen).unique()) == 3 for method in rules if isinstance(method, Routed))
+    ranks = token_ranks([*rules, *rules[0].rules], seen, visual, 8)
+    for method, rank in zip(rules, ranks, strict=False):
+        assert method.nested
+        for keep in range(1, 9):
+            assert torch.equal(rank < keep, method.select(seen, keep, visual).keep)
+    alone = ranks[len(rules) :]
+    routes = rules[0].router.routes(seen)[(images.cumsum(0) - images)[images > 0]]
+    for sample, route in zip(images.nonzero()[:, 0].tolist(), routes.tolist(), strict=True):
+        assert torch.equal(ranks[0, sample], alone[route, sample])

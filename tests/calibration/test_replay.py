@@ -64,7 +64,7 @@ def recorded(
 ) -> tuple[Replay, Observation, Observation | None, Tensor]:
     model = row.model()
     plan = Plan.of(find_family(model), method)
-    recorder = Recorder(plan, {Signal.IMAGE_HASH: None, **plan.needs})
+    recorder = Recorder(plan, {Signal.IMAGE_HASH: None, Signal.IMAGE_FEATURES: None, **plan.needs})
     with recorder.recording():
         answers = model.generate(**inputs, **settings(), **more)[:, -STEPS:]
         with recorder.recorded() as [(replay, seen, inside, _)]:

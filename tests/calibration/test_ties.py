@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from catp_lightning.calibration.fit.ties import Tolerance
-from catp_lightning.calibration.search.standings import NOTHING
+from catp_lightning.calibration.search.choice import NOTHING
 from tests.support.calibrations import QUICK, data
 from tests.support.models import faint_blip2
 from tests.support.modules import Generating
@@ -40,14 +40,14 @@ def test_a_chain_of_close_values_is_not_one_tie() -> None:
 def test_candidates_that_diverge_equally_within_rounding_go_by_name(dtype: torch.dtype, by_name: bool) -> None:
     calibrator = finished(Generating(faint_blip2(dtype=dtype)), data(12, 12, dtype), [4], settings=QUICK)
     standings = calibrator.standings
-    sums: Any = standings.rounds[0]
+    sums: Any = standings.rounds[0].sums
     alive = list(range(len(standings.candidates)))
     names = [candidate.name for candidate in standings.candidates]
     for reduced in standings.rounds:
-        reduced["count"][0] = 10
-        reduced["divergence"][0] = 10.0
+        reduced.sums["count"][0] = 10
+        reduced.sums["divergence"][0] = 10.0
     for better, size in enumerate(sorted(alive, key=names.__getitem__, reverse=True)):
-        sums["divergence"][0][size] -= 1e-6 * better / len(alive)  # the first name diverges least, by next to nothing
+        sums["divergence"][0][size] -= 1e-7 * better  # the first name diverges least, by next to nothing
     sums["divergence"][0] *= -1
     sums["divergence"][0] += 20  # now it diverges most
     ranking = [names[number] for number in standings.ranking(0, alive)]

@@ -11,13 +11,14 @@ from catp_lightning.calibration.calibrator import calibrate as passes_of
 from catp_lightning.calibration.calibrator import needs_of
 from catp_lightning.calibration.fit.probing import Probing
 from catp_lightning.calibration.fit.ties import Tolerance
+from catp_lightning.calibration.passes import Pass
 from catp_lightning.calibration.plan import Plan
 from catp_lightning.calibration.replay.recorder import Recorder
 from catp_lightning.calibration.replay.samples import Samples
 from catp_lightning.calibration.report.result import CalibrationResult
 from catp_lightning.calibration.search.promise import Promise
-from catp_lightning.calibration.search.race import Race
-from catp_lightning.calibration.search.standings import Standings
+from catp_lightning.calibration.search.race import Check, Race
+from catp_lightning.calibration.search.standings import Round, Standings
 from catp_lightning.calibration.settings import DEFAULTS, CalibrationSettings
 from catp_lightning.models import find_family
 from catp_lightning.pruning.answers import compare_with_unpruned
@@ -77,7 +78,8 @@ class Finished:
     @property
     def standings(self) -> Standings:
         ties = Tolerance.under(self.plan.family.model.dtype)
-        return Standings(self.result.candidates, ties, [race.sums.compute() for race in self.rounds])
+        rounds = [Round(race.alive, race.sums.compute(), race.answers.compute()) for race in self.rounds]
+        return Standings(self.result.candidates, ties, self.rounds[0].question, rounds)
 
     def policies(self) -> list[PruningPolicy]:
         return self.result.policies()
@@ -90,14 +92,16 @@ def finished(
     promise: Promise | None = None,
     settings: CalibrationSettings = DEFAULTS,
 ) -> Finished:
-    plan, passes = Plan.of(find_family(module), settings=settings), []
+    plan = Plan.of(find_family(module), settings=settings)
+    passes: list[Pass] = []
     flow, samples = passes_of(plan, keep, promise), recorded(module, batches)
     with torch.no_grad():
         while True:
             try:
                 passes.append(next(flow))
             except StopIteration as end:
-                probing, *rounds, _ = passes
+                (probing,) = (one for one in passes if isinstance(one, Probing))
+                rounds = [one for one in passes if isinstance(one, Race) and not isinstance(one, Check)]
                 return Finished(plan, samples, probing, rounds, end.value)
             for some in samples:
                 passes[-1].see(some)

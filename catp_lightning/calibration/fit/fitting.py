@@ -6,6 +6,7 @@ from typing import Any, NotRequired, TypedDict
 
 import numpy as np
 
+from catp_lightning.calibration.fit.by_question import QuestionFit, fit_by_question, refit_by_question
 from catp_lightning.calibration.fit.heads import HeadFit, fit_heads
 from catp_lightning.calibration.fit.layers import LayerChoice, choose_layers
 from catp_lightning.calibration.fit.probes import Columns
@@ -22,12 +23,15 @@ class ScorerFit:
         layers: the chosen layers, ascending.
         fit: weights of their heads, fitted together with the slots; None if no layer was chosen.
         selected: True if any head was selected.
+        by_question: weights of all heads that the scorer can read and of the slots, which change with the question;
+            None if the question explains too little.
     """
 
     choice: LayerChoice
     layers: tuple[int, ...] = ()
     fit: HeadFit | None = None
     selected: bool = False
+    by_question: QuestionFit | None = None
 
     @property
     def slot_weights(self) -> list[float]:
@@ -49,12 +53,20 @@ class LayerStep(TypedDict):
     error: float
 
 
+class QuestionEvidence(TypedDict):
+    """Weights that change with the question: share of the variance explained beyond others, its error, the penalty."""
+
+    explained: float
+    error: float
+    penalty: float
+
+
 class FitEvidence(TypedDict):
     """Fit of one scorer as plain numbers; entries about heads are missing where no layer was chosen.
 
     `layer_stability` has, for each layer, the share of folds whose fit without them chose it too; `head_weights` and
     `head_stability` are lists [L, H] for the chosen layers, `explained` is a share of the variance, and `strength` the
-    strength of the penalty.
+    strength of the penalty. `by_question` is missing where the question explains too little.
     """
 
     layers: list[int]
@@ -65,6 +77,7 @@ class FitEvidence(TypedDict):
     explained: NotRequired[float]
     explained_error: NotRequired[float]
     strength: NotRequired[float]
+    by_question: NotRequired[QuestionEvidence]
 
 
 @dataclass(frozen=True)
@@ -109,7 +122,8 @@ def fit(sums: FoldSums, pairs: FoldSums | None, columns: Columns, ties: Toleranc
         )
         layers = tuple(sorted(choice.layers))
         found = fit_heads(sums, columns.of_heads(name, layers), slots) if layers else None
-        scorers[name] = ScorerFit(choice, layers, found, found is not None and found.selected)
+        by_question = fit_by_question(sums, *_question_columns(columns, name))
+        scorers[name] = ScorerFit(choice, layers, found, found is not None and found.selected, by_question)
     return Fitted(_slots(sums, columns), _greedy(pairs, columns, ties), scorers)
 
 
@@ -118,13 +132,22 @@ def fit_without(
 ) -> Fitted:
     """Fit again without one fold, to be measured on it: layers that `like` chose, weights that never saw the fold."""
     sums, pairs = sums.without(fold), None if pairs is None else pairs.without(fold)
-    scorers = {
-        name: replace(found, fit=fit_heads(sums, columns.of_heads(name, found.layers), columns.of_slots))
-        if found.selected
-        else found
-        for name, found in like.scorers.items()
-    }
+    scorers = dict(like.scorers)
+    for name, found in like.scorers.items():
+        if found.selected:
+            again = fit_heads(sums, columns.of_heads(name, found.layers), columns.of_slots)
+            scorers[name] = replace(scorers[name], fit=again)
+        if (known := found.by_question) is not None:
+            explained = known.explained, known.explained_error
+            asked = refit_by_question(sums, *_question_columns(columns, name), known.penalty, explained)
+            scorers[name] = replace(scorers[name], by_question=asked)
     return Fitted(_slots(sums, columns), _greedy(pairs, columns, ties), scorers)
+
+
+def _question_columns(columns: Columns, name: str) -> tuple[list[int], list[int]]:
+    """Return the columns of all heads of a scorer and of the slots, and those of their products with the question."""
+    plain = [*(column for layer in columns.of_scorer(name) for column in layer), *columns.of_slots]
+    return plain, columns.of_question(plain)
 
 
 def _slots(sums: FoldSums, columns: Columns) -> list[float]:
@@ -174,6 +197,9 @@ def _evidence(found: ScorerFit, heads: int) -> FitEvidence:
         "layer_steps": [{"layer": at, "explained": float(share), "error": float(error)} for at, share, error in steps],
         "layer_stability": [float(share) for share in found.choice.stability],
     }
+    if (asked := found.by_question) is not None:
+        share, error = rounded(np.array([asked.explained, asked.explained_error]))
+        shown["by_question"] = {"explained": share, "error": error, "penalty": asked.penalty}
     if found.fit is not None:
         shown |= {
             "head_weights": found.head_weights(heads),

@@ -17,10 +17,14 @@ from catp_lightning.calibration.replay.base import Replay
 from catp_lightning.calibration.settings import DEFAULTS
 from catp_lightning.methods.budget import keep_count
 from catp_lightning.methods.observation import Observation
+from catp_lightning.methods.question import Question
 from catp_lightning.methods.scorers import AttentionScorer
 from catp_lightning.methods.selection import images_to_samples
 from catp_lightning.methods.selectors import without_autocast
 from catp_lightning.utils.hashing import mix, uniform
+
+MOST_COLUMNS = 1024
+"""Most columns of a row with products: sums of their products then take 21 MB for five folds."""
 
 WORST = -3.0  # mean log-probability; below it (5%) an answer is lost, and further decrease is noise
 
@@ -29,21 +33,35 @@ WORST = -3.0  # mean log-probability; below it (5%) an answer is lost, and furth
 class Columns:
     """Column layout of a probe's row: first the heads of each scorer, layer by layer, then the slots.
 
+    With a question's components, products of every one of these columns with every component follow.
+
     Attributes:
         scorers: by name, the layers that are read and the number of heads of a layer.
         slots: number of slots, places of an image's tokens; 0 where a place alone has no meaning.
+        question: components of the question; None: questions are all alike, or are not read.
     """
 
     scorers: Mapping[str, tuple[tuple[int, ...], int]]
     slots: int
+    question: Question | None = None
 
     @classmethod
-    def of(cls, plan: Plan) -> "Columns":
-        return cls({name: (tuple(plan.layers_read(name)), plan.heads(name)) for name in plan.scorers}, plan.slots)
+    def of(cls, plan: Plan, question: Question | None = None) -> "Columns":
+        """Return the columns of a plan, with as many of a question's components as `MOST_COLUMNS` allows."""
+        scorers = {name: (tuple(plan.layers_read(name)), plan.heads(name)) for name in plan.scorers}
+        plain = cls(scorers, plan.slots)
+        count = min(0 if question is None else question.count, MOST_COLUMNS // max(1, plain.plain) - 1)
+        return plain if question is None or count < 1 else cls(scorers, plan.slots, question.first(count))
+
+    @property
+    def plain(self) -> int:
+        """Number of columns of heads and slots."""
+        return sum(len(layers) * heads for layers, heads in self.scorers.values()) + self.slots
 
     @property
     def total(self) -> int:
-        return sum(len(layers) * heads for layers, heads in self.scorers.values()) + self.slots
+        """Number of all columns."""
+        return self.plain * (1 if self.question is None else 1 + self.question.count)
 
     def of_scorer(self, name: str) -> list[list[int]]:
         """Return the columns of a scorer's heads, a list for each of its layers."""
@@ -59,7 +77,12 @@ class Columns:
 
     @property
     def of_slots(self) -> list[int]:
-        return list(range(self.total - self.slots, self.total))
+        return list(range(self.plain - self.slots, self.plain))
+
+    def of_question(self, columns: Sequence[int]) -> list[int]:
+        """Return the products of the given columns with the question's components, all components of a column first."""
+        count = 0 if self.question is None else self.question.count
+        return [self.plain + column * count + place for column in columns for place in range(count)]
 
 
 def sizes(budgets: Sequence[int | float], tokens: int | None, more: Sequence[float] = DEFAULTS.sizes) -> list[float]:
@@ -85,7 +108,7 @@ class Probes:
 
     Attributes:
         rows: float [P, B, F], in the F columns of `Columns`.
-        slots: float [P, B, T'], number of kept tokens of each of T' slots: the last columns of `rows`.
+        slots: float [P, B, T'], number of kept tokens of each of T' slots: the last columns before products.
         gain: float [P, B], mean log-probability of the unpruned answer's tokens, at least -3.
     """
 
@@ -104,6 +127,7 @@ def probe(
     owner: Tensor | None = None,
     stay: Tensor | None = None,
     probes: int = DEFAULTS.probes,
+    question: Tensor | None = None,
 ) -> Probes:
     """Measure random subsets of each sample's visual tokens.
 
@@ -117,6 +141,7 @@ def probe(
         owner: image of each token, as in `random_subset`.
         stay: bool [B, T], protected tokens, which stay whatever the budget; None: none.
         probes: number of subsets of each sample.
+        question: float [B, C], components of each sample's question; None: rows have no products with them.
     """
     visual = replay.tokens if stay is None else replay.tokens & ~stay
     counts = (visual.sum(1) * size).round().long().clamp(min=1)
@@ -127,6 +152,8 @@ def probe(
     slots = keep.unflatten(2, (-1, per)).sum(2).to(slots) if per else slots
     with without_autocast(head_scores):
         rows = torch.cat([torch.einsum("pbt,btv->pbv", keep.to(head_scores.dtype), head_scores), slots], 2)
+    if question is not None:
+        rows = torch.cat([rows, (rows[..., None] * question[:, None].to(rows.dtype)).flatten(2)], 2)
     return Probes(rows, slots, floored(replay.answer_log_probability(keep)))
 
 

@@ -1,5 +1,6 @@
 """Stages of a calibration: each reads the split once and adds up its findings in metrics."""
 
+import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -22,6 +23,7 @@ from catp_lightning.calibration.plan import Plan
 from catp_lightning.calibration.replay.samples import Samples
 from catp_lightning.calibration.split import fold_of
 from catp_lightning.methods.observation import Signal
+from catp_lightning.methods.question import Question
 from catp_lightning.methods.selection import images_to_samples, protected_tokens
 from catp_lightning.utils.hashing import mix
 
@@ -71,8 +73,11 @@ class Probing(Pass):
         part_of: Callable[[Tensor], Tensor],
         device: torch.device | None,
         counting: bool = False,
+        question: Question | None = None,
     ) -> None:
-        self.plan, self.columns, self.part_of = plan, Columns.of(plan), part_of
+        self.plan, self.columns, self.part_of = plan, Columns.of(plan, question), part_of
+        if question is not None:  # another process may begin anew and find others
+            self.key = f"{self.title} {hashlib.sha256(repr(question).encode()).hexdigest()}"
         self.sizes = sizes(budgets, plan.family.tokens_per_image, plan.settings.sizes) if self.columns.total else []
         self.sums = ProbeSums(self.columns.total, plan.settings.folds).to(device)
         self.images, self.parts = ImageSet().to(device), PartCounts().to(device)
@@ -121,7 +126,8 @@ class Probing(Pass):
             self.asked.update(images, samples.group_keys[there], samples.keys[there], nothing)
             self.names.update({} if samples.groups is None else samples.groups.names)
         for statistic in self.statistics.values():
-            statistic.update(samples)
+            for some in (samples, *copies) if statistic.copies else (samples,):
+                statistic.update(some)
         if (part == 0).any():
             for number, some in enumerate((samples, *copies)):
                 self._probe(some.where(part == 0), number)
@@ -137,6 +143,8 @@ class Probing(Pass):
             valid = samples.seen.valid
             images = torch.arange(len(valid), device=valid.device)[:, None].expand(valid.shape)
             owner = images_to_samples(images, valid, samples.visual, 0)
+        question = self.columns.question
+        asked = None if question is None else samples.of_images(question.components(samples.seen))
         for number, size in enumerate(self.sizes):
             found = probe(
                 samples.replay,
@@ -148,6 +156,7 @@ class Probing(Pass):
                 owner,
                 stay,
                 self.plan.settings.probes,
+                asked,
             )
             self.sums.update(fold, found.rows, found.gain)
             if self.pairs is not None:

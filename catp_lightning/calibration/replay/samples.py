@@ -8,6 +8,7 @@ from torch import Tensor
 from catp_lightning.calibration.replay.base import Replay
 from catp_lightning.calibration.replay.groups import Groups
 from catp_lightning.methods.observation import Observation, Signal
+from catp_lightning.methods.selection import sample_of_images
 from catp_lightning.utils.hashing import mix
 
 
@@ -34,7 +35,7 @@ class Samples:
     def of(
         cls, replay: Replay, seen: Observation, inside: Observation | None = None, groups: Groups | None = None
     ) -> "Samples":
-        of_images, images = _sample_of_images(replay.tokens, seen), seen[Signal.IMAGE_HASH]
+        of_images, images = sample_of_images(seen.valid, replay.tokens), seen[Signal.IMAGE_HASH]
         first = torch.zeros(len(replay.tokens), dtype=torch.int64, device=images.device)
         # Backwards, so that of several images of a sample the first is written last.
         for image in reversed(range(len(images))):
@@ -45,11 +46,18 @@ class Samples:
         """Return the samples where `chosen`, bool [B], is True."""
         return Samples(
             self.replay.of_samples(chosen),
-            self.seen.of_images(chosen[_sample_of_images(self.visual, self.seen)]),
+            self.seen.of_images(chosen[sample_of_images(self.seen.valid, self.visual)]),
             self.images[chosen],
             None if self.inside is None else self.inside.of_images(chosen),
             None if self.groups is None else self.groups.where(chosen),
         )
+
+    def of_images(self, values: Tensor) -> Tensor:
+        """Return the value of each sample's first image, 0 for a sample without images: [I, ...] -> [B, ...]."""
+        found = values.new_zeros(len(self.images), *values.shape[1:])
+        samples = sample_of_images(self.seen.valid, self.visual)
+        found[samples.flip(0)] = values.flip(0)  # backwards, so that a sample's first image is written last
+        return found
 
     @property
     def visual(self) -> Tensor:
@@ -73,9 +81,3 @@ class Samples:
         if self.groups is not None:
             together += mix(self.keys ^ self.groups.keys).sum()
         return int(together)
-
-
-def _sample_of_images(visual: Tensor, seen: Observation) -> Tensor:
-    """Return the index of the sample that each image belongs to: int64 [I]."""
-    ends = visual.sum(1).cumsum(0)
-    return torch.bucketize(seen.valid.sum(1).cumsum(0) - 1, ends, right=True)

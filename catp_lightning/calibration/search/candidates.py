@@ -1,13 +1,15 @@
 """Candidates that a calibration compares: named rules, each a scorer and a selector without a budget."""
 
-import math
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict
 from typing import Any
 
-from catp_lightning.calibration.fit.fitting import Fitted, ScorerFit
+from catp_lightning.calibration.fit.by_question import QuestionFit
+from catp_lightning.calibration.fit.fitting import Fitted, ScorerFit, rounded
 from catp_lightning.calibration.plan import Plan, why_not
+from catp_lightning.calibration.search.candidate import Candidate, Exit
 from catp_lightning.methods.observation import Signal
+from catp_lightning.methods.question import Question
 from catp_lightning.methods.scorers import SCORERS
 from catp_lightning.methods.selectors import SELECTORS
 from catp_lightning.policy import PruningPolicy
@@ -24,48 +26,6 @@ COMPARED = 1024
 """Limit on the tokens of an image for selection by similarity: each candidate's kernel has that number squared."""
 
 WEIGHTS = ("layers", "head_weights", "slot_weights")
-
-
-@dataclass(frozen=True)
-class Candidate:
-    """Pruning rule without its budget.
-
-    Attributes:
-        name: unique name; ties are broken by it.
-        control: True for a control, which a finding has to beat: it reads no attention, or uses diversity alone.
-        reference: True if it is checked beside the chosen policy, whatever its rank: controls, and single layers (of a
-            Q-Former: CATP's).
-        eligible: True if it may be chosen; when one method is calibrated, controls are only compared with it.
-    """
-
-    name: str
-    scorer: str
-    scorer_args: Mapping[str, Any] = field(default_factory=dict)
-    selector: str | None = None
-    selector_args: Mapping[str, Any] = field(default_factory=dict)
-    control: bool = False
-    reference: bool = False
-    eligible: bool = True
-
-    def policy(self, keep: int | float) -> PruningPolicy:
-        return PruningPolicy(self.scorer, self.scorer_args, self.selector, self.selector_args, keep)
-
-
-@dataclass(frozen=True)
-class Exit(Candidate):
-    """Rule that drops all visual tokens at one decoder layer (2405.05803).
-
-    A budget is the share of the decoder's layers that read them, rounded up.
-
-    Attributes:
-        depth: number of layers of the decoder.
-    """
-
-    depth: int = 2
-
-    def policy(self, keep: int | float) -> PruningPolicy:
-        layer = max(1, min(self.depth - 1, math.ceil(keep * self.depth - 1e-9)))
-        return PruningPolicy(self.scorer, {**self.scorer_args, "layer": layer}, self.selector, self.selector_args, keep)
 
 
 def default_candidates(plan: Plan) -> list[Candidate]:
@@ -105,6 +65,7 @@ def _of_qformer(plan: Plan) -> Iterator[Candidate]:
         for scorer in ("catp", "cross-attention", "region-attention", "self-attention"):
             yield from _both_signs(scorer, similarity)
         yield _diversity(similarity, {"similarity": similarity}, control=True)
+    yield from _coverage()
     # Diversity of regions or of one layer's attention counts as a finding; of all layers, or of outputs, as a control.
     yield _diversity("regions", {"similarity": "regions"})
     yield from (_diversity(f"cross-attention layer {n}", {"layers": [n]}) for n in layers)
@@ -128,6 +89,14 @@ def _of_outputs(plan: Plan) -> Iterator[Candidate]:
                 title = f"dpp of outputs, {name} layer {n} x {STRENGTHS[0]:+g}"
                 yield Candidate(title, name, {"layers": [n]}, "dpp", args)
         yield _diversity("outputs", {"similarity": "outputs"}, control=True)
+        yield from _coverage()
+
+
+def _coverage() -> Iterator[Candidate]:
+    """Yield facility location, for each distance of the tokens' features."""
+    for distance in ("cosine", "euclidean", "squared"):
+        args = {} if distance == "cosine" else {"distance": distance}
+        yield Candidate(f"coverage of outputs, {distance}", "position", {}, "facility-location", args)
 
 
 def _similar(plan: Plan) -> bool:
@@ -154,8 +123,14 @@ def _of_method(plan: Plan, method: PruningPolicy) -> Iterator[Candidate]:
                 yield rule
 
 
-def fitted_candidates(plan: Plan, fitted: Fitted) -> list[Candidate]:
-    """Return candidates of the relevance that probes found, alone and in DPPs of several similarities and strengths."""
+def fitted_candidates(plan: Plan, fitted: Fitted, question: Question | None = None) -> list[Candidate]:
+    """Return candidates of the relevance that probes found, alone and in DPPs of several similarities and strengths.
+
+    Args:
+        plan: plan of the calibration.
+        fitted: findings of the probes.
+        question: components of the question that fits know; None: none does.
+    """
     if plan.method is not None:
         return list(_of_method_fitted(plan, plan.method, fitted))
     found = []
@@ -167,12 +142,41 @@ def fitted_candidates(plan: Plan, fitted: Fitted) -> list[Candidate]:
     for name, fit in fitted.scorers.items():
         if fit.selected:
             heads = {**_scale(plan, name), **_weights(plan, name, fit)}
-            plain = {kind: args for kind, args in several.items() if kind in ("outputs", "cross-attention")}
-            found += _sets(f"{name} heads", name, heads, plain)
+            found += _sets(f"{name} heads", name, heads, _plain(several))
             if fitted.slots:
                 both = {**heads, "slot_weights": fit.slot_weights}
                 found += _sets(f"{name} heads and slots", name, both, several)
+        if fit.by_question is not None and question is not None:
+            args = {**_scale(plan, name), **_by_question(plan, name, fit.by_question, question)}
+            kinds = several if fitted.slots else _plain(several)
+            found += _sets(f"{name} by question", name, args, kinds)
     return found
+
+
+def _plain(similarities: Mapping[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    """Return the similarities of outputs and of all cross-attention layers."""
+    return {kind: args for kind, args in similarities.items() if kind in ("outputs", "cross-attention")}
+
+
+def _by_question(plan: Plan, name: str, fit: QuestionFit, question: Question) -> dict[str, Any]:
+    """Return the arguments of a scorer whose weights change with the question."""
+    layers, heads = plan.layers_read(name), plan.heads(name)
+    count = len(layers) * heads
+    weights = fit.weights[:count].reshape(len(layers), heads)
+    changes = fit.changes[:count].reshape(len(layers), heads, -1)
+    args: dict[str, Any] = {
+        "layers": list(layers),
+        "head_weights": [rounded(row) for row in weights],
+        "question": {
+            "components": asdict(question),
+            "heads": [[rounded(head) for head in layer] for layer in changes],
+            "slots": None,
+        },
+    }
+    if len(fit.weights) > count:
+        args["slot_weights"] = rounded(fit.weights[count:])
+        args["question"]["slots"] = [rounded(slot) for slot in fit.changes[count:]]
+    return args
 
 
 def _of_method_fitted(plan: Plan, method: PruningPolicy, fitted: Fitted) -> Iterator[Candidate]:

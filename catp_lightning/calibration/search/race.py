@@ -13,10 +13,11 @@ from catp_lightning.calibration.passes import Belongs, Pass
 from catp_lightning.calibration.plan import Plan
 from catp_lightning.calibration.replay.base import Variants
 from catp_lightning.calibration.replay.samples import Samples
-from catp_lightning.calibration.search.candidates import Candidate
+from catp_lightning.calibration.search.candidate import Candidate
 from catp_lightning.calibration.search.ranks import limits, token_ranks
-from catp_lightning.calibration.search.sums import CandidateSums, ImageAgreement
+from catp_lightning.calibration.search.sums import CandidateAnswers, CandidateSums, ImageAgreement
 from catp_lightning.calibration.split import fold_of
+from catp_lightning.methods.question import Question
 from catp_lightning.methods.selection import Selection, protected_tokens
 from catp_lightning.policy import PruningPolicy
 from catp_lightning.pruning.pruner import Pruner
@@ -35,6 +36,7 @@ class Race(Pass):
         belongs: says which samples are of this pass.
         parts: number of samples in each part of the split, which the choice of candidates depended on.
         device: device of the sums.
+        question: components of the question, which are kept with each sample's answers; None: none are.
     """
 
     def __init__(
@@ -47,6 +49,7 @@ class Race(Pass):
         belongs: Belongs,
         parts: Mapping[str, int],
         device: torch.device | None,
+        question: Question | None = None,
     ) -> None:
         self.title, self.plan, self.budgets, self.alive, self.belongs = title, plan, budgets, alive, belongs
         self.running = sorted(set().union(*alive))
@@ -71,10 +74,17 @@ class Race(Pass):
         self._of_all = [first[n].method() for n in self._shared]
         self._of_fold = [[of_fold[n].method() for n in self._own] for of_fold in self.rules]
         self.sums = CandidateSums(len(budgets), len(candidates[0])).to(device)
-        self.metrics = {"candidates": self.sums}
+        self.question = question
+        self.answers = CandidateAnswers([len(some) for some in alive], 0 if question is None else question.count)
+        self.answers = self.answers.to(device)
+        nothing = torch.empty(0, dtype=torch.int64, device=device)  # a process may have no batch
+        empty = [(nothing.new_zeros(len(some), 0), nothing.new_zeros(len(some), 0)) for some in alive]
+        self.answers.update(nothing, nothing, nothing.new_zeros(0, self.answers.components), empty)
+        self.metrics = {"candidates": self.sums, "answers": self.answers}
         # A later pass depends on the data of every process: one process that starts from the beginning may change it.
         rules = [[rule.to_dict() for rule in of_fold] for of_fold in self.rules]
-        self.key = f"{title} {hashlib.sha256(json.dumps([rules, alive, dict(parts)]).encode()).hexdigest()}"
+        depends = json.dumps([rules, alive, dict(parts), repr(question)])
+        self.key = f"{title} {hashlib.sha256(depends.encode()).hexdigest()}"
 
     def see(self, samples: Samples, copies: Sequence[Samples] = ()) -> None:
         chosen = self.belongs(samples)
@@ -100,11 +110,16 @@ class Race(Pass):
 
     def _compare(self, samples: Samples, fold: int, copies: Sequence[Samples]) -> list[Tensor]:
         """Run `compare` with non-nested policies of `fold`; all samples are of it if these policies differ by fold."""
-        found = [self._answers(some, fold) for some in (samples, *copies)]
+        found, together = [self._answers(some, fold) for some in (samples, *copies)], []
         for budget, each in enumerate(zip(*found, strict=True)):
             # The mean first: a sample and its copies are no independent samples, and errors would come out too small.
             diverged = torch.stack([diverged.double() for diverged, _ in each]).mean(0)
             self.sums.update(budget, self._numbers(budget, diverged.device), diverged, each[0][1])
+            together.append((diverged, each[0][1]))
+        asked = samples.images.new_zeros(len(samples.images), 0)
+        if self.question is not None:
+            asked = samples.of_images(self.question.components(samples.seen))
+        self.answers.update(samples.keys, samples.images, asked, together)
         return [agreed for _, agreed in found[0]]
 
     def _numbers(self, budget: int, device: torch.device) -> Tensor:

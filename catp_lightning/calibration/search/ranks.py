@@ -9,6 +9,7 @@ from torch import Tensor
 from catp_lightning.methods.budget import keep_count
 from catp_lightning.methods.method import Method, score_tokens
 from catp_lightning.methods.observation import Observation
+from catp_lightning.methods.routing import Routed
 from catp_lightning.methods.scorers import Scorer
 from catp_lightning.methods.selection import images_to_samples
 from catp_lightning.methods.selectors import Selector
@@ -30,6 +31,22 @@ def token_ranks(rules: Sequence[Method], seen: Observation, visual: Tensor, max_
         int64 [C, B, T]: 0 for the first of an image's droppable tokens to join; `max_tokens` or more for a droppable
         token that stays out and for padding. The ranks of protected tokens, which always stay, mean nothing.
     """
+    members = list(dict.fromkeys(rule for method in rules for rule in method.rules))
+    of_members = _member_ranks(members, seen, visual, max_tokens)
+    ranks = []
+    for method in rules:
+        own = torch.stack([of_members[members.index(rule)] for rule in method.rules])
+        ranks.append(own[0] if not isinstance(method, Routed) else _of_routes(own, method.router.routes(seen)))
+    return images_to_samples(torch.stack(ranks, 2), seen.valid, visual, max_tokens).permute(2, 0, 1)
+
+
+def _of_routes(ranks: Tensor, routes: Tensor) -> Tensor:
+    """Return the ranks of the rule that each image takes: int64 [R, I, T] and int64 [I] -> int64 [I, T]."""
+    return ranks[routes, torch.arange(len(routes), dtype=torch.int64, device=routes.device)]
+
+
+def _member_ranks(rules: Sequence[Method], seen: Observation, visual: Tensor, max_tokens: int) -> list[Tensor]:
+    """Return the ranks of the tokens of each image, int64 [I, T], under each of several rules."""
     scores: dict[Scorer, Tensor] = {}
     similarities: dict[Selector, Tensor] = {}
     ranks: list[Tensor] = []
@@ -50,7 +67,7 @@ def token_ranks(rules: Sequence[Method], seen: Observation, visual: Tensor, max_
         if len(kernels) * kernels[number].numel() >= KERNELS:
             _solve(kernels, ranks, droppable, max_tokens)
     _solve(kernels, ranks, droppable, max_tokens)
-    return images_to_samples(torch.stack(ranks, 2), seen.valid, visual, max_tokens).permute(2, 0, 1)
+    return ranks
 
 
 def _solve(kernels: dict[int, Tensor], ranks: list[Tensor], droppable: Tensor, max_tokens: int) -> None:

@@ -1,5 +1,7 @@
-"""Sums of candidates' answers, exact under any number of processes; only sums by image grow with the data."""
+"""Sums of candidates' answers, exact under any number of processes; rows by sample and by image grow with the data."""
 
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -48,6 +50,75 @@ class CandidateSums(Sums):
     def compute(self) -> dict[str, np.ndarray]:
         """Return the sums over all processes: `divergence`, `squares`, `agreed` and `count`, each [K, C]."""
         return {name: getattr(self, name).cpu().numpy() for name in ("divergence", "squares", "agreed", "count")}
+
+
+@dataclass  # not frozen: torchmetrics copies what a metric computes field by field
+class Rows:
+    """Answers of A candidates, at one budget, to N samples, in an order that does not depend on batches.
+
+    Attributes:
+        images: int64 [N], fingerprint of each sample's image.
+        questions: float64 [N, C], components of its question; C is 0 if questions are not known.
+        divergence: float64 [N, A], in nats.
+        agreed: float64 [N, A], 1 where the answer is the unpruned one.
+    """
+
+    images: np.ndarray
+    questions: np.ndarray
+    divergence: np.ndarray
+    agreed: np.ndarray
+
+    def of(self, places: Sequence[int]) -> "Rows":
+        """Return the answers of some of the candidates."""
+        return Rows(self.images, self.questions, self.divergence[:, places], self.agreed[:, places])
+
+    @staticmethod
+    def joined(several: Sequence["Rows"]) -> "Rows":
+        """Return the answers of the same candidates to the samples of several rounds."""
+        names = ("images", "questions", "divergence", "agreed")
+        return Rows(*(np.concatenate([getattr(rows, name) for rows in several]) for name in names))
+
+
+class CandidateAnswers(Sums):
+    """Divergence and agreement of every candidate on every sample of one round, to compare candidates by sample.
+
+    Args:
+        alive: number of candidates at each budget.
+        components: number of components of a question, C.
+    """
+
+    ids: list[Tensor]
+    values: list[Tensor]
+
+    def __init__(self, alive: Sequence[int], components: int, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.alive, self.components = tuple(alive), components
+        self.add_state("ids", [], dist_reduce_fx="cat")
+        self.add_state("values", [], dist_reduce_fx="cat")
+
+    def update(self, keys: Tensor, images: Tensor, questions: Tensor, answers: Sequence[tuple[Tensor, Tensor]]) -> None:
+        """Add B samples.
+
+        Args:
+            keys: int64 [B], checksum of image and question.
+            images: int64 [B], fingerprint of the image.
+            questions: float [B, C], components of the question.
+            answers: for each budget the divergence of its candidates, float [A, B], and where they agree, bool [A, B].
+        """
+        self.ids.append(torch.stack([keys, images], 1))
+        found = [part.double().T for answer in answers for part in answer]
+        self.values.append(torch.cat([questions.double(), *found], 1))
+
+    def compute(self) -> list[Rows]:
+        """Return the answers of all processes for each budget, sorted by the samples' checksums."""
+        parts = (torch.cat(part) if isinstance(part, list) else part for part in (self.ids, self.values))
+        ids, values = (part.cpu().numpy() for part in parts)
+        order = ids[:, 0].argsort(kind="stable")
+        images, values = ids[order, 1], values[order]
+        questions, rest = values[:, : self.components], values[:, self.components :]
+        ends = np.cumsum([2 * count for count in self.alive])[:-1]
+        halves = (np.split(both, 2, axis=1) for both in np.split(rest, ends, axis=1))
+        return [Rows(images, questions, *both) for both in halves]
 
 
 class ImageAgreement(Sums):

@@ -1,0 +1,109 @@
+"""A candidate of a calibration: a named rule, a scorer and a selector without a budget."""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any
+
+import numpy as np
+
+from catp_lightning.calibration.fit.fitting import rounded
+from catp_lightning.methods.question import Question
+from catp_lightning.policy import PruningPolicy
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """Pruning rule without its budget.
+
+    Attributes:
+        name: unique name; ties are broken by it.
+        control: True for a control, which a finding has to beat: it reads no attention, or uses diversity alone.
+        reference: True if it is checked beside the chosen policy, whatever its rank: controls, and single layers (of a
+            Q-Former: CATP's).
+        eligible: True if it may be chosen; when one method is calibrated, controls are only compared with it.
+    """
+
+    name: str
+    scorer: str
+    scorer_args: Mapping[str, Any] = field(default_factory=dict)
+    selector: str | None = None
+    selector_args: Mapping[str, Any] = field(default_factory=dict)
+    control: bool = False
+    reference: bool = False
+    eligible: bool = True
+
+    def policy(self, keep: int | float) -> PruningPolicy:
+        return PruningPolicy(self.scorer, self.scorer_args, self.selector, self.selector_args, keep)
+
+    @property
+    def fitted(self) -> int:
+        """0 for a rule as published and for diversity alone, 1 for a rule with a chosen setting, 2 for a fitted one."""
+        if not {"head_weights", "slot_weights", "weights", "question"}.isdisjoint(self.scorer_args):
+            return 2
+        return int(bool(self.scorer_args) or bool(self.selector_args.get("relevance")))
+
+    @property
+    def merges(self) -> bool:
+        """True if tokens are merged: such a rule is none that questions can be routed to."""
+        return self.policy(1.0).build_selector().merges
+
+    @property
+    def reversed(self) -> bool:
+        """True if tokens with low scores are preferred."""
+        return bool(self.selector_args.get("relevance", 0) < 0)
+
+
+@dataclass(frozen=True)
+class Exit(Candidate):
+    """Rule that drops all visual tokens at one decoder layer (2405.05803).
+
+    A budget is the share of the decoder's layers that read them, rounded up.
+
+    Attributes:
+        depth: number of layers of the decoder.
+    """
+
+    depth: int = 2
+
+    def policy(self, keep: int | float) -> PruningPolicy:
+        layer = max(1, min(self.depth - 1, math.ceil(keep * self.depth - 1e-9)))
+        return PruningPolicy(self.scorer, {**self.scorer_args, "layer": layer}, self.selector, self.selector_args, keep)
+
+
+@dataclass(frozen=True)
+class Routing(Candidate):
+    """Several rules, of which the question takes one.
+
+    Attributes:
+        others: the rules beside the first, which is the candidate's own.
+        router: arguments of the policy's router.
+    """
+
+    others: tuple[Candidate, ...] = ()
+    router: Mapping[str, Any] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, members: Sequence[Candidate], question: Question, weights: np.ndarray) -> "Routing":
+        """Return the routing between `members` whose expected divergences have these weights: float64 [C + 1, R]."""
+        first, *others = members
+        router = {"question": asdict(question), "divergence": [rounded(column) for column in weights.T]}
+        name = f"by question: {' / '.join(member.name for member in members)}"
+        rule = (first.scorer, first.scorer_args, first.selector, first.selector_args)
+        return cls(name, *rule, others=tuple(others), router=router)
+
+    def policy(self, keep: int | float) -> PruningPolicy:
+        rules = [
+            {
+                "scorer": other.scorer,
+                "scorer_args": other.scorer_args,
+                "selector": other.selector,
+                "selector_args": other.selector_args,
+            }
+            for other in self.others
+        ]
+        return replace(super().policy(keep), routes={"rules": rules, "router": self.router})
+
+    @property
+    def fitted(self) -> int:
+        return 2
