@@ -20,9 +20,8 @@ from typing import Any
 import numpy as np
 
 from catp_lightning.calibration.report.controls import verdict
-from catp_lightning.evaluation.comparison import over_draws
 from catp_lightning.evaluation.sweep.figure import figure
-from catp_lightning.evaluation.sweep.table import ModelTable, kind
+from catp_lightning.evaluation.sweep.table import ModelTable, kind, over_draws
 from catp_lightning.policy import PruningPolicy
 from catp_lightning.policy.locations import budget_file_name
 from catp_lightning.safe_text import Markdown

@@ -1,6 +1,7 @@
 """The benchmarks' own arithmetic, by hand, and that replaying answers is predicting them."""
 
 from dataclasses import replace
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,13 @@ from catp_lightning.evaluation.sweep.table import ModelTable
 from catp_lightning.utils.messages import quiet
 
 PLAIN = "diversity of outputs (plain DPP)"
+
+
+@pytest.mark.parametrize(
+    "file", sorted((Path(__file__).parents[2] / "benchmarks").glob("*.py")), ids=lambda file: file.stem
+)
+def test_every_benchmark_can_be_imported(file: Path) -> None:
+    import_module(f"benchmarks.{file.stem}")
 
 
 @pytest.mark.parametrize(
