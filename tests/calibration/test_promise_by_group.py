@@ -125,6 +125,7 @@ def test_every_group_is_tested_on_its_own_answers(tmp_path: Path, over: Over) ->
     assert PruningPolicy.load(tmp_path / "p.json") == policy
 
 
+@pytest.mark.slow
 def test_the_order_of_batches_and_the_number_of_processes_do_not_matter(tmp_path: Path) -> None:
     alone = calibrate(tmp_path / "alone.json", over="questions").evidence["promise"]
     turned = calibrate(tmp_path / "turned.json", batches=with_kinds(questions())[::-1], over="questions")
@@ -183,6 +184,7 @@ def test_several_calls_of_a_step_take_their_groups_in_order_and_other_numbers_ar
         calibrate(tmp_path / "t.json", Twice())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("over", ["images", "questions"])
 def test_copies_on_perturbed_images_count_in_no_group(tmp_path: Path, over: Over) -> None:
     plain = calibrate(tmp_path / "a.json", over=over)
