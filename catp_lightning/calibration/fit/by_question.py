@@ -47,8 +47,9 @@ def fit_by_question(sums: FoldSums, plain: Sequence[int], products: Sequence[int
     """
     if not products or (sums.rows > 0).sum() < 2:
         return None
-    without = _errors(sums, plain, [], 0.0)
-    errors = [_errors(sums, plain, products, penalty) for penalty in PENALTIES]
+    alone, together = (prepare(sums, [*plain, *more], [])[0] for more in ([], products))
+    without = _errors(alone, len(plain), 0.0)
+    errors = [_errors(together, len(plain), penalty) for penalty in PENALTIES]
     best = min(range(len(PENALTIES)), key=lambda number: errors[number].sum())
     squares = sums.squares[sums.rows > 0]
     share, error = gain(without - errors[best], squares)
@@ -67,10 +68,9 @@ def refit_by_question(
     return QuestionFit(weights[: len(plain)], changes, *explained, penalty)
 
 
-def _errors(sums: FoldSums, plain: Sequence[int], products: Sequence[int], penalty: float) -> np.ndarray:
-    """Return the squared error, by fold, of fits that have not seen it: float64 [K]."""
-    data, _ = prepare(sums, [*plain, *products], [])
-    fits = [_solve(*training(data, fold)[:2], len(plain), penalty) for fold in range(len(data.rows))]
+def _errors(data: FoldSums, plain: int, penalty: float) -> np.ndarray:
+    """Return the squared error, by fold, of fits that have not seen it, from prepared sums: float64 [K]."""
+    fits = [_solve(*training(data, fold)[:2], plain, penalty) for fold in range(len(data.rows))]
     return np.stack([left_out_errors(data, fold, weights) for fold, weights in enumerate(fits)])
 
 

@@ -10,6 +10,7 @@ import numpy as np
 from catp_lightning.calibration.fit.fitting import rounded
 from catp_lightning.methods.question import Question
 from catp_lightning.policy import PruningPolicy
+from catp_lightning.policy.building import RULE
 
 
 @dataclass(frozen=True)
@@ -93,15 +94,7 @@ class Routing(Candidate):
         return cls(name, *rule, others=tuple(others), router=router)
 
     def policy(self, keep: int | float) -> PruningPolicy:
-        rules = [
-            {
-                "scorer": other.scorer,
-                "scorer_args": other.scorer_args,
-                "selector": other.selector,
-                "selector_args": other.selector_args,
-            }
-            for other in self.others
-        ]
+        rules = [{name: getattr(other, name) for name in RULE} for other in self.others]
         return replace(super().policy(keep), routes={"rules": rules, "router": self.router})
 
     @property

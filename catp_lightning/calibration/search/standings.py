@@ -72,22 +72,26 @@ class Standings:
         if not self.rounds[-1].sums["count"].any():
             return list(alive)
         ranking = self.ranking(budget, alive)
-        eligible = [number for number in ranking if self.candidates[number].eligible]
+        eligible, routable = self._eligible(ranking)
         plain = [number for number in eligible if not self.candidates[number].fitted]
         going = {*ranking[: math.ceil(len(ranking) / eta)], self.choice(budget, alive), *plain[:1]}
-        routable = [number for number in eligible if not self.candidates[number].merges]
         if self.question is not None and routable:
             going |= {routable[place] for place in complements(self.rows(budget, routable), 0)}
         return sorted(going)
 
     def choice(self, budget: int, alive: Sequence[int]) -> int:
         """Return the candidate to choose at a budget among those that may be chosen."""
-        eligible = [number for number in self.ranking(budget, alive) if self.candidates[number].eligible]
+        eligible, _ = self._eligible(self.ranking(budget, alive))
         rows = self.rows(budget, eligible)
         if not len(rows.images):
             return eligible[0]
         some = [self.candidates[number] for number in eligible]
         return eligible[choose(some, rows.divergence, rows.images, self.ties)]
+
+    def _eligible(self, ranking: Sequence[int]) -> tuple[list[int], list[int]]:
+        """Return the candidates of a ranking that may be chosen, and those of them that questions may be routed to."""
+        eligible = [number for number in ranking if self.candidates[number].eligible]
+        return eligible, [number for number in eligible if not self.candidates[number].merges]
 
     def final(self, alive: Sequence[Sequence[int]], folds: int) -> "Final":
         """Return the candidates to choose after the last round, among them routings of questions that are worth it.
@@ -111,8 +115,7 @@ class Standings:
 
         None if it would not be chosen.
         """
-        eligible = [number for number in self.ranking(budget, alive) if self.candidates[number].eligible]
-        routable = [number for number in eligible if not self.candidates[number].merges]
+        eligible, routable = self._eligible(self.ranking(budget, alive))
         if self.question is None or not routable or not len(self.rows(budget, routable).images):
             return None
         first = self.choice(budget, routable)
