@@ -26,7 +26,7 @@ class CalibrationSettings:
         PolicyError: a value is not allowed.
     """
 
-    probes: int = 24
+    probes: int = 12
     sizes: tuple[float, ...] = (0.25, 0.125, 0.0625)
     folds: int = 5
     checked: float = 0.2
