@@ -42,7 +42,7 @@ from catp_lightning.utils.files import write_json
 from catp_lightning.utils.messages import quiet
 
 PLAIN, WHOLE = "plain predict", "whole calibration"
-FIRST, STEPS = "the user's steps, observed, and setting up", "the user's steps, read again"
+FIRST, STEPS = "the user's steps, observed, and setting up", "recorded batches, read again"
 CHOICES, REPORT = "fits and choices", "policies and report written"
 BUDGETS = (0.5, 0.25, 0.125)
 HELD = ("plain", "calibration", "above")
@@ -79,11 +79,11 @@ class Timed(CrossAttentionCalibration):
 
     @contextmanager
     def loop_context(self, trainer: Trainer, pl_module: LightningModule, stage: Stage) -> Iterator[None]:
-        read_batch, read_again = CalibrationRun.read_batch, CalibrationRun.read_again
+        measure, read_again = CalibrationRun.measure, CalibrationRun.read_again
 
-        def timed_batch(run: CalibrationRun, trainer: Trainer, number: int) -> None:
+        def timed_measure(run: CalibrationRun, *args: Any) -> None:
             title, start = run.now.title, time.perf_counter()
-            read_batch(run, trainer, number)
+            measure(run, *args)
             self.parts[title] += time.perf_counter() - start
 
         def timed_again(run: CalibrationRun, trainer: Trainer, done: int) -> None:
@@ -91,7 +91,7 @@ class Timed(CrossAttentionCalibration):
                 read_again(run, trainer, done)
 
         with (
-            patch.object(CalibrationRun, "read_batch", timed_batch),
+            patch.object(CalibrationRun, "measure", timed_measure),
             patch.object(CalibrationRun, "read_again", timed_again),
             super().loop_context(trainer, pl_module, stage),
         ):

@@ -16,6 +16,7 @@ from catp_lightning.calibration.checkpoint import CalibrationCheckpoint
 from catp_lightning.calibration.identity import model_fingerprint
 from catp_lightning.calibration.perturbations import Augment, perturbations, qualified
 from catp_lightning.calibration.plan import Plan, check_exit
+from catp_lightning.calibration.replay.memory import Memory
 from catp_lightning.calibration.replay.recorder import Recorder
 from catp_lightning.calibration.report.controls import doubts
 from catp_lightning.calibration.report.report import PAGE, report, report_folder
@@ -51,11 +52,12 @@ class CrossAttentionCalibration(LoopContext):
 
     `trainer.predict` returns its usual, unpruned predictions; no labels are needed. The split is divided by image.
     During the loop, random subsets of the visual tokens, on the larger part of the split, measure the worth of each
-    visual token, attention head and layer. At its end the user's step runs over the split a few times more, and
-    candidates, each fitted without the images it answers, answer the larger part again at every budget: losers are
-    dropped early, and the one that diverges least from the unpruned answers is chosen. Nothing is decided on the other
-    part, so its figures are the ones to quote. The vision part of the model runs once a batch for all candidates. Every
-    candidate's figures are kept in the policy's evidence; a report with tables and plots is written beside the policy.
+    visual token, attention head and layer. At its end the split is gone over a few times more (from main memory where
+    what was recorded takes at most 2 GiB a process; else the user's step runs again), and candidates, each fitted
+    without the images it answers, answer the larger part again at every budget: losers are dropped early, and the one
+    that diverges least from the unpruned answers is chosen. Nothing is decided on the other part, so its figures are
+    the ones to quote. The vision part of the model runs once a batch for all candidates. Every candidate's figures are
+    kept in the policy's evidence; a report with tables and plots is written beside the policy.
 
     A run that was interrupted, even killed, is resumed when the same run is started again. SIGTERM and SIGINT end it at
     once, with exit code 143 and 130, after its measurements are saved.
@@ -172,8 +174,9 @@ class CrossAttentionCalibration(LoopContext):
         settings = self._settings(trainer, family)
         with only_run(self._stem(), trainer.global_rank, PolicyError):
             partial = CalibrationCheckpoint(self._partial_file(trainer), settings)
+            lines, memory = Lines(first.title), Memory(sum(trainer.num_predict_batches))
             run = CalibrationRun(
-                passes, first, recorder, partial, amount, self.promise, self.settings.promised, Lines(first.title)
+                passes, first, recorder, partial, amount, self.promise, self.settings.promised, lines, memory
             )
             done = run.begin()
             again = f" {done} batches of an interrupted calibration are taken over." if done else ""

@@ -1,7 +1,8 @@
 """One calibration in a predict loop: its passes, and how the split is read for each."""
 
 import time
-from collections.abc import Generator
+from collections.abc import Generator, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -13,6 +14,7 @@ from catp_lightning.calibration.checkpoint import CalibrationCheckpoint
 from catp_lightning.calibration.identity import batch_fingerprints
 from catp_lightning.calibration.passes import Pass
 from catp_lightning.calibration.replay.groups import Groups
+from catp_lightning.calibration.replay.memory import Memory, RecordedBatch
 from catp_lightning.calibration.replay.recorder import Recorder
 from catp_lightning.calibration.replay.samples import Samples
 from catp_lightning.calibration.report.result import CalibrationResult
@@ -38,6 +40,7 @@ class CalibrationRun:
         promise: promise that the chosen budget has to keep; None: none.
         promised: share of the images that a promise is tested on.
         lines: progress lines.
+        memory: the batches read so far, if they fit.
         step: the strategy's `predict_step`, recorded by `recorder`.
         groups: groups of the current batch's samples; None if the promise names no field for them.
         batches: number of batches of the loop so far.
@@ -54,6 +57,7 @@ class CalibrationRun:
     promise: Promise | None
     promised: float
     lines: Lines
+    memory: Memory
     step: StepFunction = field(init=False)
     groups: Groups | None = None
     batches: int = 0
@@ -79,9 +83,7 @@ class CalibrationRun:
             PolicyError: a perturbation fails, or returns something else than pixels.
             PruningError: the step sent other prompts when it ran again.
         """
-        self.lines.now = f"{self.now.title}, {batch_of(number + 1, trainer.num_predict_batches)}"
-        recorded, precision = self.recorder.recorded(self.groups), trainer.precision_plugin.predict_step_context()
-        with recorded as found, torch.no_grad(), precision:
+        with self._measuring(trainer, number), self.recorder.recorded(self.groups) as found:
             batch = [Samples.of(*one) for one in found]
             batch_hashes = batch_fingerprints(batch)
             if self.partial.has(number, batch_hashes):
@@ -91,9 +93,22 @@ class CalibrationRun:
             names = self.recorder.plan.perturbations if batch else ()
             copies = [self._perturbed(name, batch) for name in names]
             self.recorder.again = None  # a batch is not held longer than it is needed
-            for samples, *own in zip(batch, *copies, strict=True):
-                self.now.see(samples, own)
-            self.partial.add(batch_hashes, self.now.metrics)
+            recorded = [(samples, own) for samples, *own in zip(batch, *copies, strict=True)]
+            self.memory.add(number, recorded)
+            self.measure(recorded, batch_hashes)
+
+    def measure(self, recorded: RecordedBatch, batch_hashes: tuple[int, int]) -> None:
+        """Give a batch with these fingerprints to the pass, and note that it is in the sums."""
+        for samples, copies in recorded:
+            self.now.see(samples, copies)
+        self.partial.add(batch_hashes, self.now.metrics)
+
+    @contextmanager
+    def _measuring(self, trainer: Trainer, number: int) -> Iterator[None]:
+        """Context in which a batch is measured: without gradients, under the precision of the user's step."""
+        self.lines.now = f"{self.now.title}, {batch_of(number + 1, trainer.num_predict_batches)}"
+        with torch.no_grad(), trainer.precision_plugin.predict_step_context():
+            yield
 
     def _perturbed(self, name: str, batch: list[Samples]) -> list[Samples]:
         """Run the user's step again on perturbed images; return its samples, one by one those of the `batch`."""
@@ -124,7 +139,9 @@ class CalibrationRun:
         return self.found is not None
 
     def read_again(self, trainer: Trainer, done: int) -> None:
-        """Run the user's step again on every batch that is not in the sums of this pass, and measure it.
+        """Measure every batch that is not in the sums of this pass.
+
+        If all batches are in memory they are taken from there; if not, the user's step runs again on each.
 
         Raises:
             PruningError: the loader gives another number of batches than in the loop.
@@ -132,12 +149,17 @@ class CalibrationRun:
         if done == self.batches:
             return
         hidden = is_hidden(trainer) or not shows_bars()
-        batches = tqdm(batches_again(trainer), total=self.batches, desc="catp", disable=hidden)
+        held = self.memory.has_all(self.batches)
+        batches: Iterable[Any] = range(self.batches) if held else batches_again(trainer)
         seen = 0
-        for number, arguments in enumerate(batches):
+        for number, arguments in enumerate(tqdm(batches, total=self.batches, desc="catp", disable=hidden)):
             seen += 1
             end_if_told()
-            if number >= done:
+            if number >= done and held:
+                with self._measuring(trainer, number):
+                    recorded = self.memory.batch(number)
+                    self.measure(recorded, batch_fingerprints([samples for samples, _ in recorded]))
+            elif number >= done:
                 self.read_groups(arguments[0])
                 self.step(*arguments)
                 self.read_batch(trainer, number)

@@ -1,6 +1,6 @@
 """Signals that a prefill shows about its visual tokens: plain tensors, the only thing scorers and selectors see."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from enum import Enum
 
@@ -134,9 +134,13 @@ class Observation:
 
     def of_images(self, index: Tensor) -> "Observation":
         """Return the same signals of the images where `index`, bool [I], is True."""
-        values = {key: value[index] for key, value in self.values.items()}
-        more = (None if part is None else part[index] for part in (self.protected, self.crops, self.text))
-        return Observation(self.valid[index], self.layers, values, *more)
+        return self.each(lambda part: part[index])
+
+    def each(self, change: Callable[[Tensor], Tensor]) -> "Observation":
+        """Return the observation with `change` applied to every tensor; each has a row for each image."""
+        values = {key: change(value) for key, value in self.values.items()}
+        more = (None if part is None else change(part) for part in (self.protected, self.crops, self.text))
+        return Observation(change(self.valid), self.layers, values, *more)
 
     def __getitem__(self, signal: Signal) -> Tensor:
         """Return a signal that has no layers."""

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from catp_lightning import PolicyError
+from catp_lightning.calibration.replay import memory
 from catp_lightning.callbacks import calibration
 from tests.support.interrupted_calibrations import PARTIAL, Breaking, calibrate, read, sorted_batches
 from tests.support.models import greedily
@@ -110,7 +111,9 @@ def test_fewer_batches_of_a_loader_without_a_length_are_refused(tmp_path: Path) 
     assert (tmp_path / PARTIAL).read_bytes() == before
 
 
-def test_data_that_changes_between_two_readings_is_refused(tmp_path: Path) -> None:
+def test_data_that_changes_between_two_readings_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(memory, "LIMIT", 0)
+
     class Drifting(Stream):
         readings = 0
 

@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, RandomSampler, Sampler
 
 from catp_lightning import PolicyError, PruningError
+from catp_lightning.calibration.replay import memory
 from catp_lightning.calibration.replay.base import Replay
 from catp_lightning.calibration.split import round_bounds
 from catp_lightning.callbacks import CrossAttentionCalibration
@@ -85,7 +86,11 @@ def test_a_split_in_one_order_is_not_disturbed_by_looking_at_it(tmp_path: Path, 
     assert torch.equal(torch.stack([s["pixel_values"] for s in samples[:5]]), sorted_batches()[0]["pixel_values"])
 
 
-def test_a_loader_that_cannot_be_read_twice_is_refused(tmp_path: Path) -> None:
+def test_a_loader_that_cannot_be_read_twice_is_refused_if_its_batches_do_not_fit_in_memory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(memory, "LIMIT", 0)
+
     class Once(torch.utils.data.IterableDataset):  # type: ignore[type-arg]
         def __init__(self) -> None:
             self.left = data(24, 8)
@@ -100,8 +105,10 @@ def test_a_loader_that_cannot_be_read_twice_is_refused(tmp_path: Path) -> None:
     assert not (tmp_path / "p.json").exists()
 
 
-def test_every_pass_sees_the_batches_of_the_first(tmp_path: Path) -> None:
+def test_every_pass_sees_the_batches_of_the_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Limits, several loaders and a module's own transfer hooks apply to all passes."""
+
+    monkeypatch.setattr(memory, "LIMIT", 0)
 
     class Counting(Generating):
         def __init__(self) -> None:

@@ -1,7 +1,7 @@
 """Answer recorded prompts again with fewer visual tokens, teacher-forced; the vision tower runs once."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, ClassVar, Self
@@ -83,8 +83,12 @@ class Replay(ABC):
         """Fingerprint of each prompt's text, whatever its padding: int64 [B]."""
 
     @abstractmethod
-    def of_samples(self, index: Tensor) -> "Replay":
+    def each(self, change: Callable[[Tensor], Tensor]) -> Self:
+        """Return the replay with `change` applied to every tensor; each has a row for each sample."""
+
+    def of_samples(self, index: Tensor) -> Self:
         """Return the replay of some of the samples: index is bool [B], or int64 of any length."""
+        return self.each(lambda part: part[index])
 
     @abstractmethod
     def log_probabilities(self, keep: Tensor, destination: Tensor | None = None) -> Tensor:
@@ -191,10 +195,10 @@ def first_answers(answers: Answer, prompts: int, vocabulary: int) -> tuple[Answe
     return first, max(1, min(prompts, LOGITS // (first.ids.shape[1] * vocabulary)))
 
 
-def some_answers(answers: Answer, index: Tensor) -> Answer:
-    """Return the answers of some of the samples: index is bool [B], or int64 of any length."""
-    ids = answers.ids[index]
-    return Answer(ids, answers.valid[index], len(ids), answers.row[index])
+def changed_answers(answers: Answer, change: Callable[[Tensor], Tensor]) -> Answer:
+    """Return answers, one to each prompt, with `change` applied to every tensor; each has a row for each sample."""
+    ids = change(answers.ids)
+    return Answer(ids, change(answers.valid), len(ids), change(answers.row))
 
 
 def answering_rows(answers: Answer, first: Tensor, length: int) -> tuple[Tensor, Tensor]:

@@ -1,8 +1,8 @@
 """Replay of prompts whose text reads image rows by cross-attention: Llama-3.2-Vision."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from typing import Any, cast
+from typing import Any, Self, cast
 
 import torch
 from torch import Tensor
@@ -10,9 +10,9 @@ from torch import Tensor
 from catp_lightning.calibration.replay.base import (
     Replay,
     answering_rows,
+    changed_answers,
     first_answers,
     picked,
-    some_answers,
     text_fingerprint,
 )
 from catp_lightning.errors import PruningError
@@ -68,9 +68,10 @@ class CrossAttentionReplay(Replay):
     def questions(self) -> Tensor:
         return text_fingerprint(self.arguments["input_ids"], self.arguments["attention_mask"] == 1)
 
-    def of_samples(self, index: Tensor) -> "CrossAttentionReplay":
-        arguments = {name: value[index] for name, value in self.arguments.items()}
-        return replace(self, seen=self.seen[index], arguments=arguments, answers=some_answers(self.answers, index))
+    def each(self, change: Callable[[Tensor], Tensor]) -> Self:
+        arguments = {name: change(value) for name, value in self.arguments.items()}
+        answers = changed_answers(self.answers, change)
+        return replace(self, seen=change(self.seen), arguments=arguments, answers=answers)
 
     def log_probabilities(self, keep: Tensor, destination: Tensor | None = None) -> Tensor:
         assert destination is None  # selectors that merge are refused here

@@ -1,6 +1,8 @@
 """Replay of prompts that a decoder reads: recorded at its entry, answered again through the language model."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import Self
 
 import torch
 from torch import Tensor
@@ -8,13 +10,14 @@ from torch import Tensor
 from catp_lightning.calibration.replay.base import (
     Replay,
     answering_rows,
+    changed_answers,
     first_answers,
     picked,
-    some_answers,
     text_fingerprint,
 )
 from catp_lightning.methods.selection import Selection
 from catp_lightning.models import Family
+from catp_lightning.prompt.call import ModelCall
 from catp_lightning.prompt.kept import kept_sequence
 from catp_lightning.prompt.merging import merged
 from catp_lightning.prompt.prompt import DecoderPrompt, columns_kept
@@ -43,9 +46,8 @@ class DecoderReplay(Replay):
         vocabulary = family.language_model.config.get_text_config().vocab_size
         answers, rows = first_answers(answers, len(prompt.visual), vocabulary)
         embeds, mask, positions = (part[::beams] for part in (prompt.embeds, prompt.mask, prompt.positions))
-        plain = DecoderPrompt.of(
-            prompt.arguments, 1, prompt.ids, prompt.visual, embeds, mask, positions, prompt.is_prompt
-        )  # without what a StagePrompt adds
+        # Without what a StagePrompt adds, and without the call's arguments, among them the pixels.
+        plain = DecoderPrompt.of(ModelCall(), 1, prompt.ids, prompt.visual, embeds, mask, positions, prompt.is_prompt)
         return cls(family, answers, rows, plain, layer)
 
     @property
@@ -60,11 +62,11 @@ class DecoderReplay(Replay):
     def questions(self) -> Tensor:
         return text_fingerprint(self.prompt.ids, (self.prompt.mask == 1) & ~self.prompt.visual)
 
-    def of_samples(self, index: Tensor) -> "DecoderReplay":
+    def each(self, change: Callable[[Tensor], Tensor]) -> Self:
         old = self.prompt
         parts = (old.ids, old.visual, old.embeds, old.mask, old.positions, old.is_prompt)
-        prompt = DecoderPrompt.of(old.arguments, 1, *(part[index] for part in parts))
-        return replace(self, prompt=prompt, answers=some_answers(self.answers, index))
+        prompt = DecoderPrompt.of(old.arguments, 1, *map(change, parts))
+        return replace(self, prompt=prompt, answers=changed_answers(self.answers, change))
 
     def log_probabilities(self, keep: Tensor, destination: Tensor | None = None) -> Tensor:
         keep = keep[:, : self.tokens.shape[1]]  # these samples may have fewer tokens than the batch's longest

@@ -1,7 +1,7 @@
 """Groups of samples, named by a field of the user's batch."""
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -44,10 +44,11 @@ class Groups:
 
     def where(self, chosen: Tensor) -> "Groups":
         """Return the groups of the samples where `chosen`, bool [B], is True."""
-        return Groups(self.field, self.keys[chosen], self.names)
+        return self.each(lambda part: part[chosen])
 
-    def to(self, device: torch.device) -> "Groups":
-        return Groups(self.field, self.keys.to(device), self.names)
+    def each(self, change: Callable[[Tensor], Tensor]) -> "Groups":
+        """Return the groups with `change` applied to their tensor, which has a row for each sample."""
+        return Groups(self.field, change(self.keys), self.names)
 
     def split(self, sizes: Sequence[int]) -> list["Groups"]:
         """Return the groups of the samples of each call of the model, in the order of the calls.

@@ -1,5 +1,6 @@
 """Batches of recorded samples."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -40,7 +41,8 @@ class Samples:
         # Backwards, so that of several images of a sample the first is written last.
         for image in reversed(range(len(images))):
             first[of_images[image]] = images[image]
-        return cls(replay, seen, first, inside, None if groups is None else groups.to(first.device))
+        own = None if groups is None else groups.each(lambda keys: keys.to(first.device))
+        return cls(replay, seen, first, inside, own)
 
     def where(self, chosen: Tensor) -> "Samples":
         """Return the samples where `chosen`, bool [B], is True."""
@@ -50,6 +52,16 @@ class Samples:
             self.images[chosen],
             None if self.inside is None else self.inside.of_images(chosen),
             None if self.groups is None else self.groups.where(chosen),
+        )
+
+    def each(self, change: Callable[[Tensor], Tensor]) -> "Samples":
+        """Return the samples with `change` applied to every tensor, always in one order."""
+        return Samples(
+            self.replay.each(change),
+            self.seen.each(change),
+            change(self.images),
+            None if self.inside is None else self.inside.each(change),
+            None if self.groups is None else self.groups.each(change),
         )
 
     def of_images(self, values: Tensor) -> Tensor:
