@@ -85,7 +85,7 @@ def attention_of(module: Any, hidden: Tensor, states: Tensor, mask: Tensor) -> T
     Returns:
         [H, T], float32 at least.
     """
-    query, key = _heads(module, "q", hidden), _heads(module, "k", states)
+    query, key = (_heads(module, *part).transpose(0, 1) for part in (("q", hidden), ("k", states)))
     key = key.repeat_interleave(module.num_key_value_groups, 0)[None]
     received = torch.zeros(key.shape[1:3], dtype=torch.promote_types(key.dtype, torch.float32), device=key.device)
     for some, seen in zip(query.split(TEXT_ROWS, 1), mask.split(TEXT_ROWS), strict=True):
@@ -93,30 +93,35 @@ def attention_of(module: Any, hidden: Tensor, states: Tensor, mask: Tensor) -> T
     return received
 
 
-def read_unmasked(module: Any, hidden: Tensor, states: Tensor, evenly: Tensor) -> Tensor:
-    """Return a cross-attention module's output for text rows that attend to all image rows: [n, D].
+def keys_and_values(module: Any, states: Tensor) -> tuple[Tensor, Tensor]:
+    """Return keys and values that a cross-attention module makes of image rows: [M, T, D] -> [M, T, heads, width]."""
+    return _heads(module, "k", states), _heads(module, "v", states)
+
+
+def read_unmasked(module: Any, hidden: Tensor, read: tuple[Tensor, Tensor], evenly: Tensor) -> Tensor:
+    """Return a cross-attention module's output for text rows that attend to all image rows: [M, n, D].
 
     Args:
         module: one of a model's `cross_attention`.
-        hidden: float [n, D], text rows.
-        states: float [T, D], image rows.
-        evenly: bool [n], text rows that weigh all image rows alike, as softmax does where everything is masked.
+        hidden: float [M, n, D], text rows.
+        read: what `keys_and_values` gives of the image rows, [M, T, heads, width] each.
+        evenly: bool [M, n], text rows that weigh all image rows alike, as softmax does where everything is masked.
     """
-    query, key, value = _heads(module, "q", hidden), _heads(module, "k", states), _heads(module, "v", states)
-    query = query.masked_fill(evenly[:, None], 0)
-    shared = query.unflatten(0, (len(key), -1)).flatten(1, 2)  # query heads that share a key head become its rows
-    read = scaled_dot_product_attention(shared[None], key[None], value[None], scale=module.scaling)[0]
-    return module.o_proj(read.reshape(query.shape).transpose(0, 1).flatten(1))
+    query = _heads(module, "q", hidden).masked_fill(evenly[..., None, None], 0).transpose(1, 2)
+    key, value = (part.transpose(1, 2) for part in read)
+    shared = query.unflatten(1, (key.shape[1], -1)).flatten(2, 3)  # query heads that share a key head become its rows
+    found = scaled_dot_product_attention(shared, key, value, scale=module.scaling)
+    return module.o_proj(found.reshape(query.shape).transpose(1, 2).flatten(2))
 
 
 def _heads(module: Any, name: str, rows: Tensor) -> Tensor:
-    """Return queries, keys or values of rows as the module itself makes them: [n, D] -> [heads, n, width].
+    """Return queries, keys or values of rows as the module itself makes them: [..., D] -> [..., heads, width].
 
     Args:
         module: a cross-attention module.
         name: "q", "k" or "v".
-        rows: float [n, D].
+        rows: float [..., D].
     """
-    heads = getattr(module, f"{name}_proj")(rows).unflatten(-1, (-1, module.head_dim)).transpose(0, 1)
+    heads = getattr(module, f"{name}_proj")(rows).unflatten(-1, (-1, module.head_dim))
     norm = getattr(module, f"{name}_norm", None)
     return heads if norm is None else norm(heads)

@@ -11,6 +11,7 @@ from catp_lightning import PolicyError, PruningError, PruningPolicy, prune
 from catp_lightning.calibration.fit.probing import Probing
 from catp_lightning.calibration.plan import Plan
 from catp_lightning.calibration.replay.base import Replay, Variants
+from catp_lightning.calibration.replay.cross_attention import CrossAttentionReplay
 from catp_lightning.calibration.replay.recorder import Recorder
 from catp_lightning.calibration.replay.samples import Samples
 from catp_lightning.methods.observation import Observation, Signal
@@ -139,6 +140,47 @@ def test_of_beams_the_first_is_replayed(name: str) -> None:
     with prune(model, PruningPolicy(), choose=lambda tokens: keep):
         expected = forced_logits(model, inputs, answers)
     close(replay.log_probabilities(keep), expected)
+
+
+def test_keys_and_values_of_images_are_made_once_for_all_candidates_and_change_no_answer() -> None:
+    row = BY_NAME["Mllama"]
+    layers: list[Any] = find_family(row.model()).cross_attention  # type: ignore[attr-defined]
+    replay, *_ = recorded(row, row.inputs(range(len(row.samples())), pads=2))
+    turned = uneven()(replay.tokens.flip(1)).flip(1)
+    keep = torch.stack([uneven()(replay.tokens), replay.tokens, turned])
+    expected = [replay.log_probabilities(kept) for kept in keep]
+    made: list[int] = []
+    hooks = [layer.k_proj.register_forward_hook(lambda _, args, output: made.append(len(args[0]))) for layer in layers]
+    try:
+        found = replay.answer_log_probability(keep)
+        assert made == [len(replay.tokens)] * len(layers) and len(layers) > 1
+        prepared = replay.prepared()
+        for kept, by_prompt in zip(keep, expected, strict=True):
+            close(prepared.log_probabilities(kept), by_prompt)
+            close(prepared.of_samples(torch.tensor([2, 0, 2])).log_probabilities(kept[[2, 0, 2]]), by_prompt[[2, 0, 2]])
+        assert len(made) == 2 * len(layers)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    ids = replay.answers.ids[..., None]
+    close(found, torch.stack([each.gather(2, ids)[..., 0].mean(1) for each in expected]))
+    assert (found[0] - found[1]).abs().max() > 1e-3, "dropping matters"
+
+
+def test_padding_of_all_prompts_together_is_not_read_again() -> None:
+    row = BY_NAME["Mllama"]
+    replay, *_ = recorded(row, row.inputs([0, 1], pads=2))
+    assert isinstance(replay, CrossAttentionReplay)
+    lengths, columns = replay.arguments["attention_mask"].sum(1), replay.arguments["attention_mask"].shape[1]
+    short = replay.of_samples(lengths == lengths.min())
+    read: list[int] = []
+    decoder: Any = replay.family.decoder
+    hook = decoder.layers[0].register_forward_pre_hook(lambda _, args: read.append(args[0].shape[1]))
+    try:
+        short.log_probabilities(short.tokens)
+    finally:
+        hook.remove()
+    assert read == [int(lengths.min()) + STEPS - 1] and lengths.min() < columns
 
 
 @pytest.mark.parametrize("name", ["LlavaNext", "Mllama"])

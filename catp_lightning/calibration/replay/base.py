@@ -67,6 +67,10 @@ class Replay(ABC):
             PruningError: the prompts cannot be answered again.
         """
 
+    def prepared(self) -> Self:
+        """Return a replay of many candidates: what they share is computed once, and is gone with what is returned."""
+        return self
+
     @property
     @abstractmethod
     def tokens(self) -> Tensor:
@@ -120,7 +124,7 @@ class Replay(ABC):
         """Return the mean log-probability of an answer's tokens if only `keep` is read: bool [P, B, T] -> [P, B]."""
         samples = torch.arange(keep.shape[1], device=keep.device).repeat(len(keep))
         found: Tensor | None = None
-        for index, some, kept in self._chunks(samples, keep.flatten(0, 1)):
+        for index, some, kept in self.prepared()._chunks(samples, keep.flatten(0, 1)):
             each = _mean_log_probability(some.log_probabilities(kept), some.answers)
             found = each.new_empty(len(samples)) if found is None else found
             found[index] = each
@@ -141,7 +145,7 @@ class Replay(ABC):
         """Run `compare` for several sets of candidates (one for each budget, say), which share the unpruned answers."""
         samples, found = torch.arange(len(self.tokens), device=self.tokens.device), []
         for index in samples.split(self.rows):
-            some = self.of_samples(index)
+            some = self.of_samples(index).prepared()
             full = some.log_probabilities(some.tokens)
             found.append([some._compare(full, index, way) for way in ways])
         return [

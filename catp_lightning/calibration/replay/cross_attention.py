@@ -22,8 +22,10 @@ from catp_lightning.models.mllama import Mllama
 from catp_lightning.prompt.prompt import CrossAttended
 from catp_lightning.pruning.answers import Answer
 from catp_lightning.pruning.sites import PruneCrossAttention
+from catp_lightning.pruning.sites.image_rows import SharedImages
 
-BY_ROW = ("attention_mask", "cross_attention_states", "cross_attention_mask", "full_text_row_masked_out_mask")
+BY_TEXT = ("cross_attention_mask", "full_text_row_masked_out_mask")  # [B, 1, L text rows, n]
+BY_ROW = ("attention_mask", "cross_attention_states", *BY_TEXT)
 
 
 @dataclass(frozen=True)
@@ -33,12 +35,14 @@ class CrossAttentionReplay(Replay):
     Attributes:
         seen: image rows that each text sees: bool [B, T].
         arguments: arguments of the text model by name, with B rows each.
+        shared: the images, if each layer's keys and values of them are to be made once; None: anew for every prompt.
     """
 
     sites = (PruneCrossAttention,)
 
     seen: Tensor
     arguments: Mapping[str, Tensor]
+    shared: SharedImages | None = None
 
     @classmethod
     def of(cls, family: Family, prompt: CrossAttended, answers: Answer, layer: int = 0) -> "CrossAttentionReplay":
@@ -62,7 +66,8 @@ class CrossAttentionReplay(Replay):
 
     @property
     def lengths(self) -> Tensor:
-        return self.arguments["attention_mask"].sum(1)
+        # By text first, whose rows pass through every layer, and then by the image rows that are read.
+        return self.arguments["attention_mask"].sum(1) * self.seen.shape[1]
 
     @property
     def questions(self) -> Tensor:
@@ -71,13 +76,31 @@ class CrossAttentionReplay(Replay):
     def each(self, change: Callable[[Tensor], Tensor]) -> Self:
         arguments = {name: change(value) for name, value in self.arguments.items()}
         answers = changed_answers(self.answers, change)
-        return replace(self, seen=change(self.seen), arguments=arguments, answers=answers)
+        shared = None if self.shared is None else self.shared.each(change)
+        return replace(self, seen=change(self.seen), arguments=arguments, answers=answers, shared=shared)
+
+    def prepared(self) -> Self:
+        return replace(self, shared=SharedImages.of(self.arguments["cross_attention_states"]))
 
     def log_probabilities(self, keep: Tensor, destination: Tensor | None = None) -> Tensor:
         assert destination is None  # selectors that merge are refused here
+        return self._without_padding()._log_probabilities(keep)
+
+    def _without_padding(self) -> Self:
+        """Return the replay without the columns on the left that are padding in every prompt."""
+        padding = int((self.arguments["attention_mask"].cumsum(1) == 0).all(0).sum())
+        arguments = {
+            name: value[:, :, padding:] if name in BY_TEXT else value[:, padding:]
+            for name, value in self.arguments.items()
+            if name != "cross_attention_states"
+        }
+        answers = replace(self.answers, row=self.answers.row - padding)
+        return replace(self, arguments={**self.arguments, **arguments}, answers=answers)
+
+    def _log_probabilities(self, keep: Tensor) -> Tensor:
         family, length = cast(Mllama, self.family), self.arguments["input_ids"].shape[1]
         site = PruneCrossAttention(family, lambda prompt: Selection(keep))
-        site.prompt_length = length
+        site.prompt_length, site.shared = length, self.shared
         needed, place = answering_rows(self.answers, self.answers.row[:, None], length)
         with site.installed():
             hidden = family.decoder(**self._forced(), use_cache=False).last_hidden_state

@@ -10,7 +10,7 @@ A text row that sees no image is left unmasked by the model and attends to all i
 its output is computed from the full states. No text row is dropped.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -36,7 +36,7 @@ from catp_lightning.prompt.caches import (
 from catp_lightning.prompt.prompt import CrossAttended
 from catp_lightning.prompt.visibility import TextVisibility, attention_of
 from catp_lightning.pruning.sites.base import PLAIN, Decide, PruningSite, Report, SiteSettings, ignored
-from catp_lightning.pruning.sites.image_rows import CachedRows, CrossAttentionPrefill
+from catp_lightning.pruning.sites.image_rows import CachedRows, CrossAttentionPrefill, SharedImages
 from catp_lightning.utils.hooks import hooked
 
 
@@ -49,11 +49,13 @@ class PruneCrossAttention(PruningSite):
     Attributes:
         prompt_length: number of columns of a prompt that is called together with its answer, as if the answer had been
             generated; None in all other calls.
+        shared: images that the next call's prompts read, if their keys and values are shared with other calls.
     """
 
     reads = "cross-attention"
     family: Mllama
     prompt_length: int | None = None
+    shared: SharedImages | None = None
 
     def __init__(
         self, family: Family, decide: Decide, settings: SiteSettings = PLAIN, report: Report = ignored
@@ -71,7 +73,8 @@ class PruneCrossAttention(PruningSite):
         self._opened.close()
         self._text_arguments: Mapping[str, Any] = {}  # arguments of the running call of the text model
         self._prefill: CrossAttentionPrefill | None = None  # the running prefill
-        self._changes: dict[str, Any] = {}  # replaced arguments of the cross-attention layers in the running call
+        # Gives the replaced arguments of each cross-attention layer in the running call; None: none are replaced.
+        self._changes: Callable[[nn.Module], dict[str, Any]] | None = None
         self._length: int | None = None  # columns of the prompt of the running `generate`
         self._stored: CachedRows | None = None  # what the last prefill cached
 
@@ -87,7 +90,7 @@ class PruneCrossAttention(PruningSite):
             yield
 
     def _enter(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        self._prefill, self._changes = None, {}
+        self._prefill = self._changes = None
         if not self.active:
             return
         self._text_arguments = {name: value for name, value in kwargs.items() if name != "past_key_values"}
@@ -111,7 +114,7 @@ class PruneCrossAttention(PruningSite):
             )
         visibility = TextVisibility.of(kwargs, self.family.rows_per_tile)
         if states is None:
-            self._changes = self._decode(cache, held, visibility)
+            self._decode(cache, held, visibility)
             return
         if held:
             raise PruningError(
@@ -119,7 +122,8 @@ class PruneCrossAttention(PruningSite):
                 "from the whole text again, with all of its images and without past_key_values."
             )
         self._length = self.prompt_length or self.calls.prompt_length(visibility.real.shape[1])
-        self._prefill = CrossAttentionPrefill(visibility, states.reshape(len(visibility.real), -1, states.shape[-1]))
+        states = states.reshape(len(visibility.real), -1, states.shape[-1])
+        self._prefill = CrossAttentionPrefill(visibility, states, self.shared)
         if bool(self._prefill.tokens.any()):
             self._changes = self._prefill.changes
         else:
@@ -132,27 +136,28 @@ class PruneCrossAttention(PruningSite):
         text = self._text_arguments
         self.decide(CrossAttended(tokens[::beams], self.calls.arguments, beams, states[::beams], None, nothing, text))
 
-    def _decode(self, cache: Any, held: int, visibility: TextVisibility) -> dict[str, Any]:
+    def _decode(self, cache: Any, held: int, visibility: TextVisibility) -> None:
         if is_short(cache) is False:  # it holds all rows, and the model's own masks are right
-            return {}
+            return
         at = rows_of(cache)
         if self._stored is None or not self._stored.is_in(cache, held) or at is None or len(at) != len(visibility.real):
             raise foreign_cache()
         changes = self._stored.changes(visibility, at)
         self._opened.open(cache)
-        return changes
+        self._changes = lambda module: changes
 
     def _before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        return (args, {**kwargs, **self._changes}) if self._changes else None
+        return (args, {**kwargs, **self._changes(module)}) if self._changes else None
 
     def _after(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
-        prefill, cache = self._prefill, kwargs.get("past_key_values")
+        prefill = self._prefill
         if prefill is None:
             return None
+        cache = kwargs.get("past_key_values") if prefill.shared is None else None
         read, used = prefill.repaired(module, kwargs["hidden_states"], output[0]), prefill.rows
         if self._changes and module is self.family.cross_attention[0]:
             self._narrow(prefill, module, kwargs)
-            read = self._without_dropped(module, kwargs["hidden_states"], read)
+            read = self._without_dropped(prefill, module, kwargs["hidden_states"], read)
         if cache is not None:
             prefill.cut_cache(cache, module.layer_idx, used)
         return (read, *output[1:])
@@ -169,18 +174,16 @@ class PruneCrossAttention(PruningSite):
         keep = self.decide(prompt).keep & tokens
         if not torch.equal(keep, tokens):
             prefill.narrow(keep.repeat_interleave(beams, 0))
-            self._changes = prefill.changes
 
-    def _without_dropped(self, module: Any, hidden: Tensor, read: Tensor) -> Tensor:
+    def _without_dropped(self, prefill: CrossAttentionPrefill, module: Any, hidden: Tensor, read: Tensor) -> Tensor:
         """Return the first layer's output in which rows that were generated without a cache read kept image rows only.
 
         These are the image rows that a cache would hold. `read`, the layer's output over all rows, is [R, L, D].
         """
         if self._length is None or hidden.shape[1] <= self._length:
             return read
-        mask = self._changes["attention_mask"][:, :, self._length :]
-        states = self._changes["cross_attention_states"]
-        again = module.forward(hidden[:, self._length :], cross_attention_states=states, attention_mask=mask)
+        mask = prefill.mask[:, :, self._length :]
+        again = module.forward(hidden[:, self._length :], **{**prefill.changes(module), "attention_mask": mask})
         return torch.cat([read[:, : self._length], again[0]], 1)
 
     @torch.no_grad()
@@ -204,7 +207,7 @@ class PruneCrossAttention(PruningSite):
 
     def _leave(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         self._opened.close()
-        prefill, self._prefill, self._changes, self._text_arguments = self._prefill, None, {}, {}
+        prefill, self._prefill, self._changes, self._text_arguments = self._prefill, None, None, {}
         if prefill is None:
             return
         cache, stored = kwargs.get("past_key_values"), prefill.stored

@@ -1,15 +1,74 @@
 """Image rows that a cross-attention prefill reads and stores, and that its decoding steps find in the cache."""
 
 import weakref
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from transformers import DynamicCache
 
 from catp_lightning.errors import PruningError
 from catp_lightning.prompt.kept import KeptSequence, kept_sequence
-from catp_lightning.prompt.visibility import TextVisibility, read_unmasked
+from catp_lightning.prompt.visibility import TextVisibility, keys_and_values, read_unmasked
+
+
+@dataclass(frozen=True)
+class SharedImages:
+    """Image rows of S samples that several prompts read: each module's keys and values of them are made once.
+
+    T image rows, D features, R prompts.
+
+    Attributes:
+        states: float [S, T, D], the image rows.
+        at: int64 [R], the sample whose image each prompt reads.
+        found: keys and values so far, by cross-attention module.
+    """
+
+    states: Tensor
+    at: Tensor
+    found: dict[nn.Module, tuple[Tensor, Tensor]] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, states: Tensor) -> "SharedImages":
+        """Return images that are read by one prompt each: float [S, T, D]."""
+        return cls(states, torch.arange(len(states), dtype=torch.int64, device=states.device))
+
+    def each(self, change: Callable[[Tensor], Tensor]) -> "SharedImages":
+        """Return the same images, read by other prompts: `change` is applied to `at`."""
+        return replace(self, at=change(self.at))
+
+    def keys_and_values(self, module: nn.Module) -> tuple[Tensor, Tensor]:
+        """Return what the module makes of the images of all samples: [S, T, heads, width] each."""
+        if module not in self.found:
+            self.found[module] = keys_and_values(module, self.states)
+        return self.found[module]
+
+
+@dataclass(frozen=True)
+class _TextRows:
+    """Some text rows of M prompts, n of each; fewer are its own, and others fill up.
+
+    Attributes:
+        prompts: int64 [M], rows of the batch.
+        rows: int64 [M, n], text rows.
+        own: bool [M, n], False for those that fill up.
+    """
+
+    prompts: Tensor
+    rows: Tensor
+    own: Tensor
+
+    @classmethod
+    def where(cls, text: Tensor) -> "_TextRows | None":
+        """Return the text rows where `text`, bool [R, L], is True; None if it is nowhere."""
+        prompts = text.any(1).nonzero()[:, 0]
+        if not len(prompts):
+            return None
+        text = text[prompts]
+        rows = (~text).long().argsort(dim=1, stable=True)[:, : int(text.sum(1).max())]
+        return cls(prompts, rows, text.gather(1, rows))
 
 
 class CrossAttentionPrefill:
@@ -22,14 +81,15 @@ class CrossAttentionPrefill:
         states: float [R, T, D], all image rows.
         tokens: bool [R, T], True for the image rows that text sees.
         rows: image rows that the next layer reads; fillers are masked.
-        changes: replaced arguments of the next layer.
+        mask: float [R, 1, L, n], its mask over them.
+        shared: the images whose keys and values are shared with other prompts; None: layers make them of `states`.
         cached: image rows that caches are shortened to: decoding sees what the last text row saw.
         complete: True if `cached` is all rows and none that text sees is dropped: then the model's own masks are right.
         stored: the rows that were cached, for later decoding steps; None before the first layer has cached any.
     """
 
-    def __init__(self, visibility: TextVisibility, states: Tensor) -> None:
-        self.visibility, self.states = visibility, states
+    def __init__(self, visibility: TextVisibility, states: Tensor, shared: SharedImages | None = None) -> None:
+        self.visibility, self.states, self.shared = visibility, states, shared
         self.tile_rows = states.shape[1] // visibility.tiles.shape[2]
         self.last = visibility.last_tiles()
         self.whole = ~self.last.any(1, keepdim=True)  # bool [R, 1]: decoding sees no tile, and attends to all rows
@@ -57,24 +117,38 @@ class CrossAttentionPrefill:
         if bool((keep & ~lasting).any()):
             self.cached = _stored(keep & lasting | self.whole, keep & lasting)
         self.complete = self.cached.order.shape[1] == keep.shape[1] and not bool((self.tokens & ~keep).any())
-        self.changes = {
-            "cross_attention_states": self.rows.gather(self.states),
-            "attention_mask": self.visibility.mask_of(self.rows),
-        }
-        self._left: list[tuple[int, Tensor]] = []  # (row of the batch, its text rows that see no kept tile)
+        self.mask = self.visibility.mask_of(self.rows)
+        self._gathered = self.rows.gather(self.states) if self.shared is None else None
+        self._left: _TextRows | None = None  # text rows that see no kept tile
         if self.rows.order.shape[1] < keep.shape[1]:
-            nothing = ~(self.visibility.tiles & tiles[:, None]).any(2)
-            self._left = [(row, nothing[row].nonzero()[:, 0]) for row in nothing.any(1).nonzero()[:, 0].tolist()]
+            self._left = _TextRows.where(~(self.visibility.tiles & tiles[:, None]).any(2))
+
+    def changes(self, module: Any) -> dict[str, Any]:
+        """Return the replaced arguments of a layer: it reads the image rows `rows`, of `states` or from a cache."""
+        if self.shared is None:
+            return {"cross_attention_states": self._gathered, "attention_mask": self.mask}
+        keys, values = self.shared.keys_and_values(module)
+        kept, cache = (self.shared.at[:, None], self.rows.order), DynamicCache()
+        cache.update(keys[kept].transpose(1, 2), values[kept].transpose(1, 2), module.layer_idx)
+        return {"cross_attention_states": None, "past_key_values": cache, "attention_mask": self.mask}
 
     def repaired(self, module: Any, hidden: Tensor, output: Tensor) -> Tensor:
         """Return a layer's output [R, L, D], recomputed over all image rows for text rows that see no kept one.
 
         The model leaves text rows unmasked that see no image, and weighs all image rows alike where it masks them all.
         """
-        output = output.clone() if self._left else output
-        for row, at in self._left:
-            read = read_unmasked(module, hidden[row, at], self.states[row], self.visibility.sees[row, at])
-            output[row, at] = read.to(output.dtype)
+        left = self._left
+        if left is None:
+            return output
+        if self.shared is None:
+            images = keys_and_values(module, self.states[left.prompts])
+        else:
+            keys, values = self.shared.keys_and_values(module)
+            images = keys[self.shared.at[left.prompts]], values[self.shared.at[left.prompts]]
+        at = left.prompts[:, None].expand_as(left.rows), left.rows
+        read = read_unmasked(module, hidden[at], images, self.visibility.sees[at])
+        output = output.clone()
+        output[at[0][left.own], at[1][left.own]] = read[left.own].to(output.dtype)
         return output
 
     def cut_cache(self, cache: Any, layer: int, used: KeptSequence) -> None:
