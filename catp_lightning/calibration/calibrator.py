@@ -124,7 +124,7 @@ def calibrate(
 def needs_of(plan: Plan) -> Needs:
     """Return the signals to observe before the decoder: those that candidates and fits read, hashes and features."""
     depth = plan.family.depth
-    methods = [candidate.policy(1.0).method() for candidate in all_candidates(plan, Fitted([0.0] * plan.slots))]
+    methods = [candidate.method for candidate in all_candidates(plan, Fitted([0.0] * plan.slots))]
     entering = [method.needs for method in methods if not method.scorer.stages(depth)]
     asked: Needs = {Signal.QUESTION: None} if plan.asks else {}
     return join([{Signal.IMAGE_HASH: None, Signal.IMAGE_FEATURES: None}, plan.needs, asked, *entering])

@@ -12,7 +12,7 @@ from catp_lightning.calibration.plan import Plan
 from catp_lightning.calibration.search.candidate import Candidate
 from catp_lightning.calibration.search.candidates import fitted_candidates
 from catp_lightning.calibration.search.race import Race
-from catp_lightning.calibration.settings import DEFAULTS
+from catp_lightning.calibration.settings import DEFAULTS, CalibrationSettings
 from catp_lightning.calibration.split import fold_of, part_of
 from catp_lightning.methods.observation import join
 from catp_lightning.models import find_family
@@ -28,7 +28,7 @@ FOLDS = DEFAULTS.folds
 def test_the_one_slot_that_matters_is_found_and_always_kept(tmp_path: Path) -> None:
     module = Planted(slot_3)
     batches = data(64, 32, torch.float64)
-    callback = calibrate(module, batches, tmp_path, keep=[2, 1])
+    callback = calibrate(module, batches, tmp_path, keep=[2, 1], calibration=CalibrationSettings(probes=24))
     for policy in callback.policies:
         slots = policy.evidence["fitted"]["slots"]
         others = [abs(worth) for slot, worth in enumerate(slots) if slot != 3]
@@ -91,14 +91,11 @@ def test_a_calibration_cross_fits_and_saves_what_was_fitted_on_all_folds() -> No
     fitted = fit(sums, pairs, columns, ties)
     whole = fitted_candidates(plan, fitted, columns.question)
     assert calibrator.result.candidates[-len(whole) :] == whole
-    first = calibrator.rounds[0].rules
+    first = calibrator.rounds[0].candidates
     for fold in range(FOLDS):
-        own = [
-            one.policy(1.0)
-            for one in fitted_candidates(plan, fit_without(fold, sums, pairs, columns, fitted, ties), columns.question)
-        ]
+        own = fitted_candidates(plan, fit_without(fold, sums, pairs, columns, fitted, ties), columns.question)
         assert first[fold][-len(own) :] == own
-        assert own != [one.policy(1.0) for one in whole], "a fold's rules are not those of all"
+        assert own != whole, "a fold's rules are not those of all"
     policy = calibrator.policies()[0]
     assert policy.scorer_args == next(c for c in whole if c.name == policy.evidence["chosen"]).scorer_args
     assert policy.evidence["fitted"]["slots"] == fitted.slots

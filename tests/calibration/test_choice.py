@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from catp_lightning.calibration.fit.ties import Tolerance
-from catp_lightning.calibration.search.candidate import Candidate, Routing
+from catp_lightning.calibration.search.candidate import Candidate, Exit, Routing
 from catp_lightning.calibration.search.choice import choose, paired
 from catp_lightning.calibration.search.routes import ROUTES, complements, routes, weights
 from catp_lightning.calibration.search.standings import Round, Standings
@@ -41,6 +41,13 @@ def test_how_far_candidates_are_fitted() -> None:
     assert Candidate("", "catp", {"question": {}}).fitted == 2 and Candidate("", "l2-norm", {}, "dpp").fitted == 0
     assert [one.reversed for one in (PLAIN, SET, FITTED, REVERSED)] == [False, False, False, True]
     assert [one.merges for one in (PLAIN, MERGING)] == [False, True]
+
+
+@pytest.mark.parametrize("kind", ["plain", "one layer's exit", "by question"])
+def test_the_method_of_a_candidate_is_that_of_its_policy_and_is_built_once(kind: str) -> None:
+    routing = Routing.of([PLAIN, SET], components(), np.zeros((components().count + 1, 2)))
+    candidate = {"plain": SET, "one layer's exit": Exit("exit", "visual-exit", depth=4), "by question": routing}[kind]
+    assert candidate.method == candidate.policy(1.0).method() and candidate.method is candidate.method
 
 
 @pytest.mark.parametrize(("lead", "chosen"), [(0.5, PLAIN), (0.95, PLAIN), (1.05, FITTED), (3.0, FITTED)])

@@ -45,8 +45,8 @@ def divergences(calibrator: Finished, keep: int) -> tuple[np.ndarray, Tensor]:
         for fold in range(FOLDS):
             here = some.where((fold_of(some.images) == fold) & (part_of(some.images) == 0))
             if len(here.images):
-                rules = calibrator.rounds[0].rules[fold]
-                ranks = token_ranks([rule.method() for rule in rules], here.seen, here.visual, 8)
+                rules = calibrator.rounds[0].candidates[fold]
+                ranks = token_ranks([rule.method for rule in rules], here.seen, here.visual, 8)
                 found.append(here.replay.compare(ranks < keep)[0].clamp(max=3))
                 images.append(here.images)
     return torch.cat(found, 1).numpy(), torch.cat(images)

@@ -3,14 +3,16 @@
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from functools import cached_property
 from typing import Any
 
 import numpy as np
 
 from catp_lightning.calibration.fit.fitting import rounded
+from catp_lightning.methods.method import Method
 from catp_lightning.methods.question import Question
 from catp_lightning.policy import PruningPolicy
-from catp_lightning.policy.building import RULE
+from catp_lightning.policy.building import RULE, build_method
 
 
 @dataclass(frozen=True)
@@ -37,6 +39,11 @@ class Candidate:
     def policy(self, keep: int | float) -> PruningPolicy:
         return PruningPolicy(self.scorer, self.scorer_args, self.selector, self.selector_args, keep)
 
+    @cached_property
+    def method(self) -> Method:
+        """The rule itself, built once: checking its arguments takes longer than answering a small batch."""
+        return build_method(self.scorer, self.scorer_args, self.selector, self.selector_args)
+
     @property
     def fitted(self) -> int:
         """0 for a rule as published and for diversity alone, 1 for a rule with a chosen setting, 2 for a fitted one."""
@@ -47,7 +54,7 @@ class Candidate:
     @property
     def merges(self) -> bool:
         """True if tokens are merged: such a rule is none that questions can be routed to."""
-        return self.policy(1.0).build_selector().merges
+        return self.method.selector.merges
 
     @property
     def reversed(self) -> bool:
@@ -70,6 +77,11 @@ class Exit(Candidate):
     def policy(self, keep: int | float) -> PruningPolicy:
         layer = max(1, min(self.depth - 1, math.ceil(keep * self.depth - 1e-9)))
         return PruningPolicy(self.scorer, {**self.scorer_args, "layer": layer}, self.selector, self.selector_args, keep)
+
+    @cached_property
+    def method(self) -> Method:
+        """The rule with all of its layers."""
+        return self.policy(1.0).method()
 
 
 @dataclass(frozen=True)
@@ -96,6 +108,11 @@ class Routing(Candidate):
     def policy(self, keep: int | float) -> PruningPolicy:
         rules = [{name: getattr(other, name) for name in RULE} for other in self.others]
         return replace(super().policy(keep), routes={"rules": rules, "router": self.router})
+
+    @cached_property
+    def method(self) -> Method:
+        """The rules with their router."""
+        return self.policy(1.0).method()
 
     @property
     def fitted(self) -> int:

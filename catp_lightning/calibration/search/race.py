@@ -1,7 +1,6 @@
 """Passes that compare candidates by their answers to recorded samples: the rounds, and the check of the choice."""
 
 import hashlib
-import json
 from collections.abc import Mapping, Sequence
 
 import torch
@@ -37,6 +36,9 @@ class Race(Pass):
         parts: number of samples in each part of the split, which the choice of candidates depended on.
         device: device of the sums.
         question: components of the question, which are kept with each sample's answers; None: none are.
+
+    Attributes:
+        candidates: the candidates that are alive at any budget, for each fold.
     """
 
     def __init__(
@@ -53,16 +55,11 @@ class Race(Pass):
     ) -> None:
         self.title, self.plan, self.budgets, self.alive, self.belongs = title, plan, budgets, alive, belongs
         self.running = sorted(set().union(*alive))
-        several = [[of_fold[number] for number in self.running] for of_fold in candidates]
-        first = [candidate.policy(1.0) for candidate in several[0]]
-        self.rules = [
-            [rule if one == same else one.policy(1.0) for one, same, rule in zip(own, several[0], first, strict=True)]
-            for own in several
-        ]
-        places = range(len(self.running))
-        shared = [n for n in places if all(rules[n] is first[n] for rules in self.rules)]
-        entering = [n for n in places if not first[n].build_scorer().stages(plan.family.depth)]
-        ranked = [n for n in entering if first[n].method().nested]
+        self.candidates = several = [[of_fold[number] for number in self.running] for of_fold in candidates]
+        first, places = [candidate.method for candidate in several[0]], range(len(self.running))
+        shared = [n for n in places if all(own[n] == several[0][n] for own in several)]
+        entering = [n for n in places if not first[n].scorer.stages(plan.family.depth)]
+        ranked = [n for n in entering if first[n].nested]
         self._inside = [n for n in places if n not in entering]
         self._anew = [n for n in entering if n not in ranked]
         alone = [*self._anew, *self._inside]  # merged at the decoder's input, or chosen inside the decoder
@@ -70,9 +67,8 @@ class Race(Pass):
         self._by_fold = any(n not in shared for n in alone)
         self._shared = [n for n in ranked if n in shared]
         self._own = [n for n in ranked if n not in shared]
-        # Built once: checking their arguments takes longer than a small batch.
-        self._of_all = [first[n].method() for n in self._shared]
-        self._of_fold = [[of_fold[n].method() for n in self._own] for of_fold in self.rules]
+        self._of_all = [first[n] for n in self._shared]
+        self._of_fold = [[own[n].method for n in self._own] for own in several]
         self.sums = CandidateSums(len(budgets), len(candidates[0])).to(device)
         self.question = question
         self.answers = CandidateAnswers([len(some) for some in alive], 0 if question is None else question.count)
@@ -82,8 +78,7 @@ class Race(Pass):
         self.answers.update(nothing, nothing, nothing.new_zeros(0, self.answers.components), empty)
         self.metrics = {"candidates": self.sums, "answers": self.answers}
         # A later pass depends on the data of every process: one process that starts from the beginning may change it.
-        rules = [[rule.to_dict() for rule in of_fold] for of_fold in self.rules]
-        depends = json.dumps([rules, alive, dict(parts), repr(question)])
+        depends = repr([several, [list(some) for some in alive], dict(parts), question])
         self.key = f"{title} {hashlib.sha256(depends.encode()).hexdigest()}"
 
     def see(self, samples: Samples, copies: Sequence[Samples] = ()) -> None:
