@@ -1,5 +1,6 @@
 """Data and prediction runs that several benchmarks share."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -7,7 +8,7 @@ from lightning.pytorch import Trainer
 from torch.utils.data import DataLoader
 
 from catp_lightning import PruningPolicy, TokenPruning, VQAModule
-from catp_lightning.data.scenes import Split, write_scenes
+from catp_lightning.data.scenes import GRID, Split, write_scenes
 from catp_lightning.data.vqa import VQABatch, VQASplit
 
 QUIET: dict[str, Any] = {
@@ -26,6 +27,8 @@ def predict(module: VQAModule, batches: list[VQABatch], policy: PruningPolicy | 
     return [answer["answer"] for batch in trainer.predict(module, loader) or [] for answer in batch]
 
 
-def scenes_split(folder: Path, split: Split, questions: int, seed: int) -> VQASplit:
+def scenes_split(
+    folder: Path, split: Split, questions: int, seed: int, grids: Sequence[tuple[int, int]] = ((GRID, GRID),)
+) -> VQASplit:
     """Write digit scenes into `folder/data/<split>` and return them as a split."""
-    return VQASplit.of_scenes(write_scenes(folder / "data" / split, split, questions, seed))
+    return VQASplit.of_scenes(write_scenes(folder / "data" / split, split, questions, seed, grids=grids))

@@ -1,10 +1,12 @@
-"""Measure the cost of a calibration on the shipped BLIP-2, against a plain `trainer.predict` over the same questions.
+"""Measure the cost of a calibration on a shipped model, against a plain `trainer.predict` over the same questions.
 
     python -m benchmarks.calibration
+    python -m benchmarks.calibration --model digits_mllama --questions 256
     python -m benchmarks.calibration --rounds 3 --calibrations 1 --shape small --questions-held 256 --processes 1
 
 Times are taken in interleaved rounds and reported as ratios to the plain run of the same round: the median, and the
-lowest to the highest. Each peak of memory is that of a process of its own. `OMP_NUM_THREADS=1` makes runs comparable.
+lowest to the highest. Each peak of memory is that of a process of its own, without the recorded batches that stay in
+main memory where they fit: how much they take follows from the data. `OMP_NUM_THREADS=1` makes runs comparable.
 """
 
 import argparse
@@ -30,10 +32,11 @@ from benchmarks.answers import QUIET, scenes_split
 from benchmarks.observed_attention import BORDA, MEAN_LOG, SDPA, SHAPES, interleaved, ratios, vision_cases
 from catp_lightning import CrossAttentionCalibration
 from catp_lightning.calibration.plan import Plan
+from catp_lightning.calibration.replay import memory as recorded_batches
 from catp_lightning.calibration.replay.recorder import Recorder
 from catp_lightning.callbacks.calibration_run import CalibrationRun
 from catp_lightning.callbacks.context import LoopContext, Stage
-from catp_lightning.data import shipped
+from catp_lightning.data import GRIDS, PROMPTS, SHIPPED, shipped
 from catp_lightning.data.vqa import VQADataModule, VQASplit
 from catp_lightning.methods.scorers import SCORERS, AttentionScorer
 from catp_lightning.models import find_family
@@ -114,12 +117,12 @@ class Timed(CrossAttentionCalibration):
 
 
 class Setting:
-    """The shipped BLIP-2 and a split of questions about digit scenes, in batches."""
+    """A shipped model and a split of questions about digit scenes, in batches."""
 
-    def __init__(self, split: VQASplit, batch: int) -> None:
-        model = str(shipped("digits_blip2"))
+    def __init__(self, name: str, split: VQASplit, batch: int) -> None:
+        model = str(shipped(name))
         self.module = VQAModule(model)
-        self.data = VQADataModule(model, calibration=split, batch_size=batch)
+        self.data = VQADataModule(model, calibration=split, batch_size=batch, prompt=PROMPTS[name])
 
     def predict(self, callback: Callback | None = None) -> None:
         with quiet(ours=False):
@@ -140,7 +143,7 @@ def row(name: str, values: Sequence[float], base: Sequence[float], bound: float 
 
 
 def votes(setting: Setting, rounds: int) -> list[dict[str, Any]]:
-    """Time observing and voting on the shipped model, against a plain run; returns rows for `show`."""
+    """Time observing and voting on the shipped BLIP-2, against a plain run; returns rows for `show`."""
     cases: dict[str, Callable[[], object]] = {PLAIN: setting.predict}
     bounds = {"cross-attention": 1.1, "catp": None}
     for name in bounds:
@@ -177,12 +180,13 @@ def whole(setting: Setting, rounds: int) -> list[dict[str, Any]]:
     return rows + [row(f"  {name}", [found[name] for found in parts], plain) for name in parts[0]]
 
 
-def peak(split: VQASplit, batch: int, case: str, threads: int) -> dict[str, int]:
+def peak(name: str, split: VQASplit, batch: int, case: str, threads: int) -> dict[str, int]:
     """Return the peak of bytes that this process held in main memory, and on the GPU if there is one."""
     torch.set_num_threads(threads)
-    setting = Setting(split, batch)
+    setting = Setting(name, split, batch)
     if case == WHOLE:
-        setting.calibrate()
+        with patch.object(recorded_batches, "LIMIT", 0):
+            setting.calibrate()
     else:
         setting.predict()
     held = {"main memory": _most_held()}
@@ -197,7 +201,7 @@ def _most_held() -> int:
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM"))
 
 
-def memory(splits: Mapping[int, VQASplit], batch: int, processes: int, threads: int) -> list[dict[str, Any]]:
+def memory(name: str, splits: Mapping[int, VQASplit], batch: int, processes: int, threads: int) -> list[dict[str, Any]]:
     """Measure peaks of memory, MiB, of plain runs and calibrations, each in its own process; medians of several."""
     rows = []
     for number, split in splits.items():
@@ -205,7 +209,7 @@ def memory(splits: Mapping[int, VQASplit], batch: int, processes: int, threads: 
         for _ in range(processes):
             for case, peaks in found.items():
                 with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
-                    peaks.append(pool.submit(peak, split, batch, case, threads).result())
+                    peaks.append(pool.submit(peak, name, split, batch, case, threads).result())
         for kind in found[PLAIN][0]:
             plain, most = ([held[kind] / MIB for held in found[case]] for case in (PLAIN, WHOLE))
             above = [more - less for more, less in zip(most, plain, strict=True)]
@@ -226,6 +230,7 @@ def show(console: Console, title: str, rows: Sequence[Mapping[str, Any]], column
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", choices=SHIPPED, default="digits_blip2")
     parser.add_argument("--questions", type=int, default=512)
     parser.add_argument("--batch", type=int, default=64)
     parser.add_argument("--rounds", type=int, default=15, help="of observing")
@@ -243,18 +248,21 @@ def main() -> None:
     torch.set_num_threads(chosen.threads)
     console = Console(width=120)
     with tempfile.TemporaryDirectory() as folder:
+        name, grids = chosen.model, GRIDS[chosen.model]
         numbers = {chosen.questions, *chosen.questions_held}
-        splits = {number: scenes_split(Path(folder, str(number)), "calibration", number, 0) for number in numbers}
+        splits = {
+            number: scenes_split(Path(folder, str(number)), "calibration", number, 0, grids) for number in numbers
+        }
         held = {number: splits[number] for number in chosen.questions_held}
-        found = {"memory": memory(held, chosen.batch, chosen.processes, chosen.threads)}
-        setting = Setting(splits[chosen.questions], chosen.batch)
-        found["observing"] = votes(setting, chosen.rounds)
+        found = {"memory": memory(name, held, chosen.batch, chosen.processes, chosen.threads)}
+        setting = Setting(name, splits[chosen.questions], chosen.batch)
+        found["observing"] = votes(setting, chosen.rounds) if name == "digits_blip2" else []
         found["calibration"] = whole(setting, chosen.calibrations)
     found["real shapes"] = vision(chosen.shape, chosen.shape_batch, chosen.shape_rounds)
-    console.print(f"{chosen.questions} questions, batches of {chosen.batch}, {chosen.threads} threads")
+    console.print(f"{name}, {chosen.questions} questions, batches of {chosen.batch}, {chosen.threads} threads")
     for title in ("observing", "real shapes", "calibration"):
         show(console, title, found[title], ("seconds", "ratio"), 2)
-    show(console, "memory, MiB", found["memory"], HELD, 1)
+    show(console, "memory without recorded batches, MiB", found["memory"], HELD, 1)
     if chosen.output:
         write_json(chosen.output, {"settings": {**vars(chosen), "output": None}, **found}, indent=2)
 
