@@ -86,9 +86,7 @@ def test_a_split_in_one_order_is_not_disturbed_by_looking_at_it(tmp_path: Path, 
     assert torch.equal(torch.stack([s["pixel_values"] for s in samples[:5]]), sorted_batches()[0]["pixel_values"])
 
 
-def test_a_loader_that_cannot_be_read_twice_is_refused_if_its_batches_do_not_fit_in_memory(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_loader_that_cannot_be_read_twice_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(memory, "LIMIT", 0)
 
     class Once(torch.utils.data.IterableDataset):  # type: ignore[type-arg]

@@ -10,6 +10,7 @@ import torch
 from lightning.pytorch import Callback, Trainer
 from torch.utils.data import DataLoader
 
+from catp_lightning.calibration.replay import memory
 from catp_lightning.callbacks.calibration import CrossAttentionCalibration
 from catp_lightning.callbacks.token_pruning import TokenPruning
 from catp_lightning.errors import PruningError
@@ -184,7 +185,11 @@ def same_decision(one: PruningPolicy, other: PruningPolicy) -> bool:
     )  # fmt: skip
 
 
-def test_several_machines_calibrate_together_and_write_one_policy(tmp_path: Path, calibrated: PruningPolicy) -> None:
+def test_several_machines_calibrate_together_and_write_one_policy(
+    tmp_path: Path, calibrated: PruningPolicy, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(memory, "LIMIT", 0)  # the step runs again for every pass, and sees what was written meanwhile
+
     class Looking(Remembering):
         def predict_step(self, batch: Sample, batch_idx: int) -> list[dict[str, Any]]:
             # Not the dotted names: another machine may be writing its part at this moment.
