@@ -7,16 +7,20 @@ checking part, so its figures are the ones to quote, and a promise is tested on 
 """
 
 from collections.abc import Generator, Sequence
+from dataclasses import replace
 from functools import partial
 
 import torch
 from torch import Tensor
 
+from catp_lightning.calibration.fit.around import ProbingAround
 from catp_lightning.calibration.fit.fitting import Fitted, fit, fit_without
+from catp_lightning.calibration.fit.learning import EPOCHS, Networks, learn
 from catp_lightning.calibration.fit.probing import Learned, Probing
-from catp_lightning.calibration.fit.questions import Reading
+from catp_lightning.calibration.fit.reading import Reading
+from catp_lightning.calibration.fit.records import Recorded
 from catp_lightning.calibration.fit.ties import Tolerance
-from catp_lightning.calibration.passes import Pass
+from catp_lightning.calibration.passes import Belongs, Pass
 from catp_lightning.calibration.plan import Plan
 from catp_lightning.calibration.replay.samples import Samples
 from catp_lightning.calibration.report.result import CalibrationResult
@@ -28,8 +32,8 @@ from catp_lightning.calibration.search.race import Check, Race
 from catp_lightning.calibration.search.standings import Round, Standings
 from catp_lightning.calibration.split import part_of, round_bounds, round_of
 from catp_lightning.errors import PolicyError
+from catp_lightning.methods.components import Features, Question
 from catp_lightning.methods.observation import Needs, Signal, join
-from catp_lightning.methods.question import Question
 from catp_lightning.policy import check_keep
 from catp_lightning.utils.messages import rank_zero_warn
 
@@ -56,13 +60,14 @@ def calibrate(
     settings, ties = plan.settings, Tolerance.under(plan.family.model.dtype)
     part = partial(part_of, checked=settings.checked if promise is None else settings.promised)
 
-    question = None
+    components, described = None, []
     if plan.asks:
-        reading = Reading(plan.family.text_width, part, device)
+        reading = Reading(part, device)
         yield reading
-        question = reading.question()
+        components = reading.components()
+        described = [] if components is None else reading.described(components[0])
 
-    probing = Probing(plan, budgets, part, device, promise is not None, question)
+    probing = Probing(plan, budgets, part, device, promise is not None, components)
     yield probing
     learned = probing.learned()
     _check_amount(learned)
@@ -71,18 +76,24 @@ def calibrate(
         promised = PromisedGroups(promise, learned.asked, learned.groups)
         promised.refuse_too_few(part(torch.from_numpy(learned.asked.images)).numpy() == 1)
 
-    fitted = fit(learned.sums, learned.pairs, learned.columns, ties)
-    of_weights = learned.columns.question
-    candidates = all_candidates(plan, fitted, of_weights)
-    cross_fitted = [
-        all_candidates(plan, fit_without(fold, learned.sums, learned.pairs, learned.columns, fitted, ties), of_weights)
-        for fold in range(settings.folds)
-    ]
-
     def belongs(to: int, samples: Samples) -> Tensor:
         """Return which samples are of a part, bool [B], without those that the unpruned model gives no number for."""
         return (part(samples.images) == to) & ~torch.isin(samples.keys, learned.not_finite)
 
+    networks = None
+    if components is not None and learned.records is not None:
+        networks = yield from _train(plan, components, learned.records, partial(belongs, 0), device)
+
+    fitted = fit(learned.sums, learned.pairs, learned.columns, ties)
+    without = [
+        fit_without(fold, learned.sums, learned.pairs, learned.columns, fitted, ties) for fold in range(settings.folds)
+    ]
+    if networks is not None:
+        fitted = replace(fitted, network=networks.whole)
+        without = [replace(found, network=own) for found, own in zip(without, networks.by_fold, strict=True)]
+    candidates = all_candidates(plan, fitted)
+    cross_fitted = [all_candidates(plan, found) for found in without]
+    question = None if components is None else components[0]
     standings, alive = Standings(candidates, ties, question), [list(range(len(candidates))) for _ in budgets]
     bounds = round_bounds(learned.parts["learn"], settings.first_round)
     for number in range(len(bounds)):
@@ -116,9 +127,38 @@ def calibrate(
         perturbed={name: sums.compute() for name, sums in check.perturbed.items()},
         parts=learned.parts,
         images=learned.images,
-        fitted=fitted.evidence(learned.columns),
+        fitted=fitted.evidence(learned.columns) | ({} if networks is None else {"learned": networks.evidence()}),
+        components=described,
         statistics=learned.statistics,
     )
+
+
+def _train(
+    plan: Plan,
+    components: tuple[Question, Features],
+    random: Recorded,
+    belongs: Belongs,
+    device: torch.device | None,
+) -> Generator[Pass, None, Networks | None]:
+    """Train networks on probes of random sets; then on those and on probes around the sets that they find good.
+
+    Args:
+        plan: plan of the calibration.
+        components: those of questions and tokens.
+        random: probes of random sets.
+        belongs: says which samples are probed.
+        device: device of the records.
+
+    Returns:
+        The networks; None if they explain too little.
+    """
+    first = learn(random, components, plan.settings.folds, plan.slots, EPOCHS // 2)  # to know good sets is enough
+    if first is None:
+        return None
+    around = ProbingAround(plan, first, belongs, device)
+    yield around
+    both = random.joined(around.recorder.records.compute())
+    return learn(both, components, plan.settings.folds, plan.slots)
 
 
 def needs_of(plan: Plan) -> Needs:
@@ -130,9 +170,9 @@ def needs_of(plan: Plan) -> Needs:
     return join([{Signal.IMAGE_HASH: None, Signal.IMAGE_FEATURES: None}, plan.needs, asked, *entering])
 
 
-def all_candidates(plan: Plan, fitted: Fitted, question: Question | None = None) -> list[Candidate]:
-    """Return all candidates, the fitted ones last; `question` has the components that the fits know."""
-    return [*default_candidates(plan), *fitted_candidates(plan, fitted, question)]
+def all_candidates(plan: Plan, fitted: Fitted) -> list[Candidate]:
+    """Return all candidates, the fitted ones last."""
+    return [*default_candidates(plan), *fitted_candidates(plan, fitted)]
 
 
 def check_budgets(budgets: Sequence[int | float]) -> None:

@@ -12,8 +12,8 @@ class CalibrationSettings:
     Attributes:
         probes: number of random subsets of each sample's tokens at each size, at least 1. Time grows with it, and so
             does the precision of fitted head weights.
-        sizes: shares of the tokens that subsets keep, beside the budgets, in (0, 1): answers change where little is
-            kept, so there is something to learn.
+        sizes: shares of the tokens that subsets keep, beside smaller budgets, in (0, 1): answers change where little
+            is kept, so there is something to learn. A network learns from these sizes alone.
         folds: number of folds for cross-fitting, at least 2: the candidate that answers an image was fitted without the
             image's fold.
         checked: share of the images in the checking part, on which nothing is decided, in (0, 1).
@@ -26,7 +26,7 @@ class CalibrationSettings:
         PolicyError: a value is not allowed.
     """
 
-    probes: int = 12
+    probes: int = 10
     sizes: tuple[float, ...] = (0.25, 0.125, 0.0625)
     folds: int = 5
     checked: float = 0.2

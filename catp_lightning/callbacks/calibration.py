@@ -271,8 +271,9 @@ class CrossAttentionCalibration(LoopContext):
         """Write the policies and their report."""
         run.lines.now = "writing policies and their report"
         files = [policy.save(self._file(policy.keep)) for policy in self.policies]
-        folder, seconds = report_folder(self.path), run.partial.seconds
-        self.summary = report(self.policies, files, folder, trainer.loggers, seconds, plain, trainer.global_step)
+        folder, seconds, step = report_folder(self.path), run.partial.seconds, trainer.global_step
+        modules = (trainer.lightning_module, run.recorder.plan.family.model)  # either may have a tokenizer
+        self.summary = report(self.policies, files, folder, trainer.loggers, seconds, plain, step, modules)
         rank_zero_info(f"catp: saved to {self.path}, with a report in {folder}.")
         if (self.several or not self.path.suffix) and (left := policies_beside(files)):
             names = ", ".join(sorted(file.name for file in left))

@@ -8,8 +8,8 @@ from torch import Tensor
 
 from catp_lightning.errors import PolicyError, PruningError
 from catp_lightning.methods.budget import keep_count
-from catp_lightning.methods.observation import Needs, Observation, Signal, join
-from catp_lightning.methods.scorers import SCORERS, AttentionScorer, Scorer
+from catp_lightning.methods.observation import Needs, Observation, join
+from catp_lightning.methods.scorers import SCORERS, Scorer
 from catp_lightning.methods.selection import Selection, images_to_samples, own_destination
 from catp_lightning.methods.selectors import SELECTORS, Selector, without_autocast
 
@@ -29,8 +29,7 @@ class Method:
     @property
     def needs(self) -> Needs:
         """Signals that scorer and selector read, with their layers."""
-        knows = isinstance(self.scorer, AttentionScorer) and self.scorer.question is not None
-        return join([self.scorer.needs, self.selector.needs, {Signal.QUESTION: None} if knows else {}])
+        return join([self.scorer.needs, self.selector.needs])
 
     @property
     def rules(self) -> tuple["Method", ...]:

@@ -6,9 +6,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from catp_lightning.methods.components import Question
 from catp_lightning.methods.method import Method
 from catp_lightning.methods.observation import Needs, Observation, Signal, join
-from catp_lightning.methods.question import Question
 from catp_lightning.methods.selection import Selection, sample_of_images
 
 

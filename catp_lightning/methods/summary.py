@@ -7,8 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from catp_lightning.methods.components import hashed
 from catp_lightning.methods.observation import Observation, Signal
-from catp_lightning.methods.question import hashed
 from catp_lightning.methods.selectors import without_autocast
 
 SUMMARY: Mapping[str, str] = {

@@ -4,7 +4,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar, Literal, cast
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -182,11 +182,6 @@ class Family(ABC):
     @abstractmethod
     def signals(self) -> frozenset[Signal]:
         """Signals without layers that this model has."""
-
-    @property
-    def text_width(self) -> int:
-        """Number of dimensions of the language model's word embeddings."""
-        return int(cast(nn.Embedding, self.model.get_input_embeddings()).weight.shape[1])
 
     def shows(self, signals: Iterable[Signal]) -> bool:
         """Return True if this model has all of `signals`."""

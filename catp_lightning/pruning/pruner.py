@@ -32,6 +32,7 @@ from catp_lightning.pruning.refusals import (
     refuse_merging,
     refuse_routes,
     refuse_unprunable,
+    refuse_untrained,
 )
 from catp_lightning.pruning.sites import SiteSettings, site_of
 from catp_lightning.utils.messages import warn
@@ -97,6 +98,8 @@ class Pruner:
     def _refuse(self, scored: bool, wanted: Needs) -> None:
         """Raise PruningError if the model or its sites cannot do what the policy asks for."""
         compact = self.policy.positions == "compact"
+        if scored:
+            refuse_untrained(self._method, None if self._guard is None else self._guard.fallback)
         if scored or self._choose is not None:
             observed = scored and (self._known or self._guard is not None or not self.leave_at)
             self.family.check_use(observed, self.leave_at, compact)

@@ -9,7 +9,7 @@ from torch import nn
 from catp_lightning.errors import PolicyError, PruningError
 from catp_lightning.methods.method import Method
 from catp_lightning.methods.observation import STAGED, Needs, Signal
-from catp_lightning.methods.scorers import SCORERS
+from catp_lightning.methods.scorers import SCORERS, Learned
 from catp_lightning.methods.selectors import SELECTORS, Selector
 from catp_lightning.models import Family
 from catp_lightning.policy import PruningPolicy
@@ -130,11 +130,6 @@ def refuse_at_stages(policy: PruningPolicy, selector: Selector, wanted: Needs) -
 
     That is a signal outside of `observation.STAGED`, or a budget of each image.
     """
-    if Signal.QUESTION in wanted:
-        raise PolicyError(
-            f"scorer {policy.scorer!r} drops tokens inside the decoder, where weights cannot change with the question: "
-            "leave question out of scorer_args."
-        )
     per = policy.selector_args.get("per", "sample")
     if per != "sample" or not (wanted.keys() - {Signal.IMAGE_HASH}) <= STAGED:
         raise PolicyError(
@@ -142,6 +137,17 @@ def refuse_at_stages(policy: PruningPolicy, selector: Selector, wanted: Needs) -
             f"only the decoder's own rows are seen: leave selector and selector_args out (selector is "
             f"{policy.selector!r}, selector_args {dict(policy.selector_args)})."
         )
+
+
+def refuse_untrained(method: Method, fallback: Method | None) -> None:
+    """Raise PruningError if a rule of the method, or its fallback, needs a network and has none."""
+    for rule in (*method.rules, *(() if fallback is None else fallback.rules)):
+        if isinstance(rule.scorer, Learned) and rule.scorer.network is None:
+            raise PruningError(
+                "The scorer 'learned' has no network: a calibration of all methods trains one and writes it into its "
+                "policies. Calibrate with CrossAttentionCalibration and use the policy that it saves, or choose "
+                "another scorer."
+            )
 
 
 def refuse_routes(method: Method, depth: int) -> None:

@@ -1,5 +1,7 @@
 """A calibration chooses what is best on images it was not fitted to."""
 
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -7,6 +9,7 @@ import torch
 
 from catp_lightning import PolicyError, prune
 from catp_lightning.calibration.calibrator import needs_of
+from catp_lightning.calibration.fit import learning
 from catp_lightning.calibration.fit.fitting import fit, fit_without
 from catp_lightning.calibration.plan import Plan
 from catp_lightning.calibration.search.candidate import Candidate
@@ -14,7 +17,9 @@ from catp_lightning.calibration.search.candidates import fitted_candidates
 from catp_lightning.calibration.search.race import Race
 from catp_lightning.calibration.settings import DEFAULTS, CalibrationSettings
 from catp_lightning.calibration.split import fold_of, part_of
+from catp_lightning.methods.network import Network
 from catp_lightning.methods.observation import join
+from catp_lightning.methods.scorers import Learned
 from catp_lightning.models import find_family
 from catp_lightning.utils.hashing import fingerprint
 from tests.support.calibrations import QUICK, calibrate, data, images_of
@@ -83,19 +88,31 @@ def test_each_image_is_answered_by_the_candidates_of_its_fold() -> None:
     assert found["count"][1, 1] == 0, "who is not alive at a budget does not answer there"
 
 
-def test_a_calibration_cross_fits_and_saves_what_was_fitted_on_all_folds() -> None:
+def network_of(candidates: Sequence[Candidate]) -> Network:
+    """The network of all candidates that have one."""
+    scorers = {one.method.scorer for one in candidates if one.scorer == "learned"}
+    (network,) = (scorer.network for scorer in scorers if isinstance(scorer, Learned))
+    assert network is not None
+    return network
+
+
+def test_a_calibration_cross_fits_and_saves_what_was_fitted_on_all_folds(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(learning, "GATE", -100.0)  # networks compete, however little they explain
     calibrator = finished(Planted(slot_3), data(64, 32, torch.float64), [2])
     learned, plan, ties = calibrator.probing.learned(), calibrator.plan, calibrator.standings.ties
     assert learned.pairs is not None
     sums, pairs, columns = learned.sums, learned.pairs, learned.columns
     fitted = fit(sums, pairs, columns, ties)
-    whole = fitted_candidates(plan, fitted, columns.question)
+    whole = fitted_candidates(plan, replace(fitted, network=network_of(calibrator.result.candidates)))
     assert calibrator.result.candidates[-len(whole) :] == whole
-    first = calibrator.rounds[0].candidates
-    for fold in range(FOLDS):
-        own = fitted_candidates(plan, fit_without(fold, sums, pairs, columns, fitted, ties), columns.question)
-        assert first[fold][-len(own) :] == own
+    networks = {network_of(whole)}
+    for fold, first in enumerate(calibrator.rounds[0].candidates):
+        found = fit_without(fold, sums, pairs, columns, fitted, ties)
+        own = fitted_candidates(plan, replace(found, network=network_of(first)))
+        assert first[-len(own) :] == own
         assert own != whole, "a fold's rules are not those of all"
+        networks.add(network_of(first))
+    assert len(networks) == FOLDS + 1, "each network has seen other samples"
     policy = calibrator.policies()[0]
     assert policy.scorer_args == next(c for c in whole if c.name == policy.evidence["chosen"]).scorer_args
     assert policy.evidence["fitted"]["slots"] == fitted.slots

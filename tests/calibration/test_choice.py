@@ -38,7 +38,7 @@ def each(count: int = 100) -> np.ndarray:
 
 def test_how_far_candidates_are_fitted() -> None:
     assert [one.fitted for one in (PLAIN, SET, FITTED, REVERSED)] == [0, 1, 2, 1]
-    assert Candidate("", "catp", {"question": {}}).fitted == 2 and Candidate("", "l2-norm", {}, "dpp").fitted == 0
+    assert Candidate("", "catp", {"network": {}}).fitted == 2 and Candidate("", "l2-norm", {}, "dpp").fitted == 0
     assert [one.reversed for one in (PLAIN, SET, FITTED, REVERSED)] == [False, False, False, True]
     assert [one.merges for one in (PLAIN, MERGING)] == [False, True]
 

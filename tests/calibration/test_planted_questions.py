@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from catp_lightning.calibration.fit import fitting
+from catp_lightning.calibration import calibrator
 from catp_lightning.calibration.search.candidate import Routing
 from catp_lightning.calibration.settings import DEFAULTS
 from tests.support.calibrations import data
@@ -47,10 +47,10 @@ def asking(count: int, batch: int) -> tuple[list[Batch], list[Batch]]:
 
 
 def blind(name: str) -> bool:
-    return "by question" not in name
+    return "by question" not in name and "learned" not in name
 
 
-def check(module: AskedPlanted, keep: int, count: int, more: float) -> None:
+def check(module: AskedPlanted, keep: int, count: int, more: float, least: float) -> None:
     batches, fresh = asking(count, 24)
     calibrated = finished(module, batches, [keep], settings=SETTINGS)
     policy = calibrated.policies()[0]
@@ -60,18 +60,18 @@ def check(module: AskedPlanted, keep: int, count: int, more: float) -> None:
     names = [row["name"] for row in policy.evidence["candidates"] if blind(row["name"])]
     assert len(names) > 20
     best = max(agrees(module, by_name[name].policy(keep), fresh).double().mean() for name in names[:12])
-    assert own > best + more and own > 0.9, (own, best)
+    assert own > best + more and own > least, (own, best)
 
 
-def test_weights_that_change_with_the_question_are_found_and_beat_every_rule_that_does_not_know_it() -> None:
-    check(AskedPlanted(slot_3, slot_5), 1, 72, 0.1)
+def test_a_network_that_knows_the_question_is_trained_and_beats_every_rule_that_does_not_know_it() -> None:
+    check(AskedPlanted(slot_3, slot_5), 1, 72, 0.1, 0.8)
 
 
 @pytest.mark.slow
 def test_questions_are_routed_to_the_rules_that_are_right_for_them(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(fitting, "fit_by_question", lambda *_: None)
+    monkeypatch.setattr(calibrator, "learn", lambda *_: None)
     module = AskedPlanted(slot_3, highest_norm)
     batches, _ = asking(24, 24)
-    check(module, 1, 72, 0.05)
+    check(module, 1, 72, 0.05, 0.9)
     plain = finished(Planted(slot_3), batches, [1], settings=SETTINGS)
     assert not any(isinstance(one, Routing) for one in plain.result.candidates), "where one rule is right for all"

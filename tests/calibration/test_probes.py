@@ -6,6 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from catp_lightning.calibration.fit.around import ProbingAround
+from catp_lightning.calibration.fit.learning import Networks
 from catp_lightning.calibration.fit.probes import WORST, Columns, probe, random_subset, scores_of_heads, sizes
 from catp_lightning.calibration.fit.probing import Probing
 from catp_lightning.calibration.fit.sums import ProbeSums
@@ -15,8 +17,10 @@ from catp_lightning.calibration.settings import CalibrationSettings
 from catp_lightning.calibration.split import fold_of, part_of
 from catp_lightning.methods.scorers import CrossAttention, RegionAttention
 from catp_lightning.models import find_family
+from catp_lightning.utils.hashing import mix
 from tests.support.models import GREEDY, PAD
 from tests.support.modules import Batch
+from tests.support.questions import network
 from tests.support.recorded_answers import Explicit, ModelCall, Net, beams, forward, greedy, mixed, model, record
 
 SCORERS_FITTED = {"cross-attention": CrossAttention(), "region-attention": RegionAttention()}
@@ -136,8 +140,8 @@ def test_inference_mode_changes_nothing_and_half_precision_little() -> None:
 
 
 def test_one_set_of_probes_serves_all_budgets_and_only_the_learning_part() -> None:
-    assert sizes([0.5, 0.25, 1.0], 8) == [4 / 8, 2 / 8, 1 / 8] and sizes([0.5], 1) == []
-    assert sizes([3, 7, 100], 8) == [7 / 8, 3 / 8, 2 / 8, 1 / 8]
+    assert sizes([0.5, 0.25, 1.0], 8) == [2 / 8, 1 / 8] and sizes([0.5], 1) == [] and sizes([0.5, 4], 8, ()) == [4 / 8]
+    assert sizes([3, 7, 100], 8, (0.5, 0.125)) == [4 / 8, 3 / 8, 1 / 8]
     net = model()
     with torch.no_grad():
         _, samples = record(net, forward, mixed([1] * 30))
@@ -147,13 +151,13 @@ def test_one_set_of_probes_serves_all_budgets_and_only_the_learning_part() -> No
         here = samples.where(part_of(samples.images) == 0)
         assert 15 < len(here.images) < 30
         expected = ProbeSums(probing.columns.total)
-        for number, size in enumerate((4, 2, 1)):
+        for number, size in enumerate((2, 1)):
             keep = subsets(here, size / 8, number, 2)
             gain = here.replay.answer_log_probability(keep).clamp(min=WORST)
             expected.update(fold_of(here.images), slow_rows(here, keep), gain)
     found, wanted = probing.sums.compute(), expected.compute()
     assert found.gram == pytest.approx(wanted.gram, abs=1e-8) and found.moment == pytest.approx(wanted.moment, abs=1e-8)
-    assert found.rows.tolist() == wanted.rows.tolist() and found.rows.sum() == 2 * 3 * len(here.images)
+    assert found.rows.tolist() == wanted.rows.tolist() and found.rows.sum() == 2 * 2 * len(here.images)
     assert probing.parts.compute() == {"learn": len(here.images), "check": 30 - len(here.images)}
     assert torch.equal(probing.images.compute(), samples.images.unique())
     assert probing.pairs is not None and probing.pairs.compute().gram.shape[1] == 36
@@ -173,6 +177,57 @@ def test_random_subsets_are_fair_and_depend_on_seed_and_number_alone() -> None:
     visual = torch.arange(8) < torch.tensor([8, 4])[:, None]
     shorter = random_subset(torch.tensor([1, 2]), visual, torch.tensor([3, 3]), 0)
     assert shorter.sum(1).tolist() == [3, 3] and not (shorter & ~visual).any()
+
+
+def test_subsets_are_drawn_one_token_after_the_other_in_proportion_to_the_exponential_of_their_scores() -> None:
+    seeds, visual = torch.arange(20000) * 7919, torch.ones(20000, 4, dtype=torch.bool)
+    scores = torch.tensor([2.0, 1.0, 0.0, -1.0], dtype=torch.float64).expand(20000, -1)
+    chance = scores[0].softmax(0)
+    one = random_subset(seeds, visual, torch.ones(20000, dtype=torch.int64), 3, scores=scores)
+    assert (one.double().mean(0) - chance).abs().max() < 0.015
+    two = random_subset(seeds, visual, torch.full((20000,), 2), 3, scores=scores)
+    pairs = chance[:, None] * chance / (1 - chance[:, None])  # the first token, then the second
+    expected = (pairs - pairs.diag().diag()).sum(0) + chance
+    assert (two.double().mean(0) - expected).abs().max() < 0.015 and (one & ~two).sum() == 0
+    equal = torch.zeros_like(scores)
+    assert torch.equal(random_subset(seeds, visual, torch.full((20000,), 2), 3, scores=equal).sum(1), two.sum(1))
+    hidden = visual & (torch.arange(4) > 0)
+    assert not random_subset(seeds, hidden, torch.full((20000,), 3), 3, scores=scores)[:, 0].any()
+
+
+def test_good_sets_are_probed_around_what_a_network_prefers_that_never_saw_the_fold() -> None:
+    net = model()
+    with torch.no_grad():
+        _, samples = record(net, forward, mixed([1] * 30))
+        plan = Plan.of(find_family(net), settings=CalibrationSettings(probes=6))
+        by_fold = tuple(network(8, seed, width=64) for seed in range(plan.settings.folds))
+        around = ProbingAround(plan, Networks(network(8, 9, width=64), by_fold, 0.1, 0.01, 30), learning, None)
+        around.see(samples)
+        found, here = around.recorder.records.compute(), samples.where(learning(samples))
+        order = mix(here.keys - 1).argsort()
+        own = here.where(order)
+        assert torch.equal(found.keys, mix(own.keys - 1)) and torch.equal(found.folds, fold_of(own.images))
+        kept = found.kept.view(len(own.images), 8, 2, 6)
+        assert kept.sum(1).unique(dim=0).tolist() == [[[2] * 6, [1] * 6]]
+        for size in range(2):
+            gain = own.replay.answer_log_probability(kept[:, :, size].permute(2, 0, 1)).clamp(min=WORST)
+            torch.testing.assert_close(found.gain[:, size], gain.T.float(), rtol=0, atol=1e-6)
+        worth = torch.stack([one.worth(own.seen) for one in by_fold])  # [fold, sample, token]
+        worth = (worth - worth.mean(2, keepdim=True)) / worth.std(2, keepdim=True)
+        of_sets = torch.einsum("fbt,btsp->fb", worth, kept.to(worth)) / 18
+        mine = of_sets[found.folds, torch.arange(len(own.images))]
+        others = of_sets.sum(0) - mine
+        assert mine.mean() > 0.4
+        assert others.mean() / (len(by_fold) - 1) < 0.2
+        probing = Probing(plan, [0.5], part_of, None, False, (by_fold[0].question, by_fold[0].features))
+        probing.see(samples)
+        random = probing.learned().records
+        assert random is not None and len(random.keys) == len(found.keys)
+        assert not set(random.keys.tolist()) & set(found.keys.tolist())
+
+
+def learning(samples: Samples) -> Tensor:
+    return part_of(samples.images) == 0
 
 
 def test_probes_of_a_sample_do_not_depend_on_batch_or_padding() -> None:

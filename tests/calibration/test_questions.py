@@ -1,30 +1,25 @@
-"""Components of questions, and weights that change with them, from sums alone."""
+"""Components of questions and of tokens, from sums alone."""
 
 import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
-from catp_lightning.calibration.fit.by_question import fit_by_question
-from catp_lightning.calibration.fit.probes import Columns, random_subset
-from catp_lightning.calibration.fit.questions import MOST, QuestionSums, principal_components
-from catp_lightning.calibration.fit.sums import FoldSums, ProbeSums
-from catp_lightning.calibration.settings import DEFAULTS
-from catp_lightning.methods.question import HASHED, Question, hashed
-from tests.support.questions import components
-
-FOLDS = DEFAULTS.folds
+from catp_lightning.calibration.fit.reading import MOST, EmbeddingSums, principal_components
+from catp_lightning.methods.components import HASHED, Features, Question, hashed
+from catp_lightning.methods.observation import Observation, Signal
 
 
 def found(questions: Tensor, *parts: slice) -> Question | None:
     """Components of questions, added up as the sums of several processes are."""
-    whole = QuestionSums(questions.shape[1])
+    whole = EmbeddingSums()
     for part in parts or (slice(None),):
-        own = QuestionSums(questions.shape[1])
+        own = EmbeddingSums()
         own.update(questions[part])
         for name in ("count", "total", "products"):
             setattr(whole, name, getattr(whole, name) + getattr(own, name))
-    return principal_components(*whole.compute())
+        whole.width = torch.maximum(whole.width, own.width)
+    return principal_components(Question, *whole.compute())
 
 
 def planted(count: int = 400, rank: int = 3, width: int = 40) -> tuple[Tensor, Tensor]:
@@ -85,78 +80,19 @@ def test_long_embeddings_are_hashed_as_a_loop_does_it_and_keep_inner_products() 
     assert np.corrcoef(inner[0].flatten(), inner[1].flatten())[0, 1] > 0.9
 
 
-COLUMNS = Columns({"a": ((0, 1), 3), "b": ((2,), 2)}, 4, components(3))
+def test_of_rows_that_are_not_finite_nothing_is_learnt() -> None:
+    questions, _ = planted(60)
+    damaged = torch.cat([questions, questions[:1] * torch.nan, questions[:1] + torch.inf])
+    one, other = found(questions), found(damaged)
+    assert one is not None and one == other
 
 
-def test_products_with_the_question_lie_where_a_loop_puts_them() -> None:
-    draw = torch.Generator().manual_seed(4)
-    plain, asked = torch.randn(COLUMNS.plain, generator=draw), torch.randn(3, generator=draw)
-    row, names = plain.tolist(), [("plain", n, -1) for n in range(COLUMNS.plain)]
-    for number in range(COLUMNS.plain):
-        for component in range(3):
-            row.append(float(plain[number] * asked[component]))
-            names.append(("product", number, component))
-    together = torch.cat([plain, (plain[:, None] * asked).flatten()])
-    assert together.tolist() == pytest.approx(row) and len(row) == COLUMNS.total == 12 + 36
-    assert COLUMNS.of_scorer("b") == [[6, 7]] and COLUMNS.of_slots == [8, 9, 10, 11]
-    wanted = [1, 7, 11]
-    assert [names[place] for place in COLUMNS.of_question(wanted)] == [
-        ("product", number, component) for number in wanted for component in range(3)
-    ]
-    assert Columns({}, 4).of_question([0, 1]) == []
-
-
-def sums(
-    seed: int, interaction: float, samples: int = 60, noise: float = 1.0, count: int = 4
-) -> tuple[FoldSums, Columns]:
-    """Sums of probes of 8 heads and 8 slots; head 5 with the last component and slot 3 with the first may matter.
-
-    Tokens also have a worth of their own in every sample, which nothing predicts.
-    """
-    draw = torch.Generator().manual_seed(seed)
-    normal = lambda *shape: torch.randn(*shape, generator=draw, dtype=torch.float64)  # noqa: E731
-    columns = Columns({"a": ((0, 1), 4)}, 8, components(count))
-    whole, visual = ProbeSums(columns.total), torch.ones(samples, 8, dtype=torch.bool)
-    head_scores, asked, own = normal(samples, 8, 8), normal(samples, count), 0.5 * normal(samples, 8)
-    fold = torch.randint(0, FOLDS, (samples,), generator=draw)
-    for size in (4, 2):
-        counts, seeds = torch.full((samples,), size), torch.arange(samples) * 7919 + seed * 1000003
-        kept = torch.stack([random_subset(seeds, visual, counts, 24 * size + n) for n in range(8)]).double()
-        rows = torch.cat([torch.einsum("pbt,btv->pbv", kept, head_scores), kept], 2)
-        gain = 0.8 * rows[..., 2] + 1.5 * rows[..., 9] + (kept * own).sum(2) + noise * normal(8, samples)
-        gain += interaction * (rows[..., 5] * asked[:, -1] + rows[..., 8 + 3] * asked[:, 0])
-        whole.update(fold, torch.cat([rows, (rows[..., None] * asked[:, None]).flatten(2)], 2), gain)
-    return whole.compute(), columns
-
-
-def plain(columns: Columns) -> list[int]:
-    return [*(column for layer in columns.of_scorer("a") for column in layer), *columns.of_slots]
-
-
-def test_a_planted_change_with_the_question_is_found() -> None:
-    known, columns = sums(0, 1.0, samples=150, noise=0.3)
-    fit = fit_by_question(known, plain(columns), columns.of_question(plain(columns)))
-    assert fit is not None and fit.explained > 2 * fit.explained_error > 0
-    others = fit.changes.copy()
-    for place in ((5, 3), (8 + 3, 0)):
-        assert fit.changes[place] == pytest.approx(0.85, abs=0.2), "shrunk by the ridge"
-        others[place] = 0
-    assert np.abs(others).max() < 0.3
-    assert fit.weights[2] == pytest.approx(0.8, abs=0.25)
-
-
-def test_without_products_or_with_one_fold_nothing_is_fitted() -> None:
-    known, columns = sums(0, 1.0)
-    assert fit_by_question(known, plain(columns), []) is None
-    for _ in range(1, FOLDS):
-        known = known.without(0)
-    assert fit_by_question(known, plain(columns), columns.of_question(plain(columns))) is None
-
-
-def test_questions_that_do_not_matter_are_seldom_found_to() -> None:
-    draws = [sums(seed, 0.0, samples=(12, 40)[seed % 2], count=1) for seed in range(100)]
-    wrong = [
-        seed for seed, (known, columns) in enumerate(draws)
-        if fit_by_question(known, plain(columns), columns.of_question(plain(columns))) is not None
-    ]  # fmt: skip
-    assert len(wrong) <= 3, wrong
+def test_components_of_tokens_are_those_of_their_hashed_embeddings() -> None:
+    draw = torch.Generator().manual_seed(5)
+    tokens = torch.randn(3, 7, 300, generator=draw, dtype=torch.float64)
+    features = Features.of(torch.randn(2, HASHED, generator=draw).numpy(), np.array([1.0, -1.0]))
+    seen = Observation(torch.ones(3, 7, dtype=torch.bool), {}, {Signal.IMAGE_FEATURES: tokens})
+    expected = hashed(tokens.flatten(0, 1)) @ torch.tensor(features.rows()).double().T + torch.tensor([1.0, -1.0])
+    torch.testing.assert_close(features.components(seen), expected.view(3, 7, 2), rtol=1e-6, atol=1e-6)
+    half = Observation(seen.valid, {}, {Signal.IMAGE_FEATURES: tokens.bfloat16()})
+    assert features.components(half).dtype == torch.float32

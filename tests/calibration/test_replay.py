@@ -240,3 +240,21 @@ def test_probes_drop_what_pruning_may_drop_and_nothing_else(name: str, monkeypat
     ends = seen.valid.sum(1).cumsum(0).tolist()
     flat = kept[-1][:, samples.visual]  # of the smallest size, image after image
     assert all(flat[:, start:end].any(1).all() for start, end in zip([0, *ends], ends, strict=False))
+
+
+@pytest.mark.parametrize("name", REPLAYED)
+def test_text_ids_are_those_of_the_text_after_an_image_whatever_the_padding(name: str) -> None:
+    row = BY_NAME[name]
+    found = []
+    for pads in (0, 2):
+        inputs = row.inputs(pads=pads)
+        replay, *_ = recorded(row, inputs)
+        found.append([[token for token in ids if token >= 0] for ids in replay.text_ids.tolist()])
+        assert replay.text_ids.shape[1] == max(map(len, found[-1]))
+    expected = []
+    for ids, mask in zip(inputs["input_ids"], inputs["attention_mask"], strict=True):
+        own = ids[mask == 1].tolist()
+        first = next(place for place, token in enumerate(own) if token in (IMAGE, VIDEO))
+        after = [token for token in own[first:] if token not in (IMAGE, VIDEO)]
+        expected.append(after or [token for token in own if token not in (IMAGE, VIDEO)])
+    assert found[0] == found[1] == expected and all(expected)

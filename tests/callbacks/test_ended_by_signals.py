@@ -44,7 +44,7 @@ def killed(path: Path, call: int, number: int, where: str, **settings: Any) -> E
 @pytest.mark.parametrize(
     ("call", "number", "where"),
     [
-        (8, signal.SIGTERM, "probe"),
+        (4, signal.SIGTERM, "probe"),
         (6, signal.SIGINT, "step"),
         pytest.param(9, signal.SIGTERM, "compare", marks=pytest.mark.slow),
         pytest.param(1, signal.SIGINT, "report", marks=pytest.mark.slow),
@@ -78,7 +78,7 @@ def test_before_the_first_batch_is_measured_there_is_nothing_to_save(tmp_path: P
 
 def test_every_process_saves_its_part_and_ends(tmp_path: Path) -> None:
     def work(rank: int) -> None:
-        kill_at(4 if rank else 5, signal.SIGTERM, "probe")
+        kill_at(2 if rank else 3, signal.SIGTERM, "probe")
         try:
             calibrate(tmp_path / "p.json", strategy="ddp", devices=2)
         except SystemExit as ended:
@@ -96,7 +96,7 @@ from tests.support.sent_signals import calibrate, kill_at
 
 if __name__ == "__main__":
     if "LOCAL_RANK" not in os.environ:  # the first process, which Lightning lets start the other
-        kill_at(5, signal.SIGTERM, "probe")
+        kill_at(3, signal.SIGTERM, "probe")
     calibrate(Path(sys.argv[1]), strategy="ddp", devices=2)
 """
 

@@ -1,6 +1,7 @@
 """docs/methods.md says which methods run on which models; so does the code, and every refusal has its reason."""
 
 from copy import deepcopy
+from typing import Any
 
 import pytest
 
@@ -11,6 +12,7 @@ from catp_lightning.models import find_family
 from catp_lightning.pruning.pruner import Pruner
 from tests.support.families import BY_NAME
 from tests.support.paths import ROOT
+from tests.support.questions import learned
 from tests.support.rows import Row
 from tests.support.rules import RULES, early
 
@@ -32,11 +34,16 @@ def runs(row: Row, scorer: str) -> bool:
     family = find_family(row.model())
     guide = deepcopy(family.model) if scorer == "sgl" else None
     try:
-        Pruner(family, PruningPolicy(scorer, early(scorer), keep=0.5), guide=guide)
+        Pruner(family, PruningPolicy(scorer, trained(scorer) or early(scorer), keep=0.5), guide=guide)
     except (PruningError, PolicyError) as error:
         REASONS.append(str(error))
         return False
     return True
+
+
+def trained(scorer: str) -> dict[str, Any]:
+    """Return the arguments that a calibration gives a scorer, which is nothing without them; {} for any other."""
+    return learned()["scorer_args"] if scorer == "learned" else {}
 
 
 def computed() -> list[str]:

@@ -2,31 +2,31 @@
 
 import base64
 import json
+import pickle
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import save
+from torch import Tensor
 
 from catp_lightning import PolicyError, PruningPolicy, prune
-from catp_lightning.methods.question import Question
-from catp_lightning.methods.scorers import CrossAttention
-from catp_lightning.methods.scorers.base import QuestionWeights
+from catp_lightning.methods.components import Question
+from catp_lightning.methods.scorers import Learned
 from tests.support.families import BY_NAME
-from tests.support.questions import by_question, components, routed
+from tests.support.questions import components, learned, network, routed
 from tests.support.rules import OUTPUTS
 
 ROUTED = PruningPolicy(keep=3, **routed(*OUTPUTS))
-WEIGHED = PruningPolicy("cross-attention", by_question([0, 1], 4, 8), keep=3)
-BOTH = PruningPolicy(
-    keep=3,
-    **routed({"scorer": "cross-attention", "scorer_args": by_question([0, 1], 4, 8), "selector": "dpp"}, OUTPUTS[0]),
-)
+LEARNED = PruningPolicy(keep=3, **learned(slots=8))
+BOTH = PruningPolicy(keep=3, **routed({**learned(slots=8), "selector": "dpp"}, OUTPUTS[0]))
 
 
-@pytest.mark.parametrize("policy", [ROUTED, WEIGHED, BOTH], ids=["routes", "weights", "both"])
+@pytest.mark.parametrize("policy", [ROUTED, LEARNED, BOTH], ids=["routes", "network", "both"])
 def test_a_loaded_policy_is_equal_and_prunes_as_the_one_in_memory(policy: PruningPolicy, tmp_path: Path) -> None:
     loaded = PruningPolicy.load(policy.save(tmp_path / "policy.json"))
     assert loaded == policy and loaded.method() == policy.method() and hash(loaded.method())
@@ -40,21 +40,18 @@ def test_a_loaded_policy_is_equal_and_prunes_as_the_one_in_memory(policy: Prunin
     assert all(torch.equal(logits, found[0][0]) and torch.equal(keep, found[0][1]) for logits, keep in found)
 
 
-def test_a_policy_of_a_scorer_that_knows_the_question_builds_it_again(tmp_path: Path) -> None:
-    weights = QuestionWeights(components(2), (((0.5, -1.0), (0.0, 2.0)),), ((0.25, 0.0), (1.0, -3.0)))
-    scorer = CrossAttention(layers=(0,), head_weights=((1.0, 2.0),), question=weights)
+def test_a_policy_of_a_scorer_with_a_network_builds_it_again(tmp_path: Path) -> None:
+    scorer = Learned(network(slots=8))
     policy = PruningPolicy.of(scorer, keep=3)
     assert policy.build_scorer() == scorer
     assert PruningPolicy.load(policy.save(tmp_path / "policy.json")).build_scorer() == scorer
-    assert PruningPolicy.of(CrossAttention()).scorer_args == {}
+    assert PruningPolicy.of(Learned()).scorer_args == {}
 
 
 def test_components_are_encoded_to_the_last_bit_of_float32() -> None:
     rows = np.random.default_rng(0).standard_normal((3, 7)).astype(np.float32)
     question = Question.of(rows, np.array([0.0, 1.0, -2.5]))
     assert np.array_equal(question.rows(), rows) and question.count == 3 and question.offset == (0.0, 1.0, -2.5)
-    first = question.first(2)
-    assert np.array_equal(first.rows(), rows[:2]) and first.offset == (0.0, 1.0)
 
 
 def _router(values: dict[str, Any]) -> Any:
@@ -125,29 +122,44 @@ def test_damaged_routes_are_refused_by_what_is_wrong(
     assert len(str(refused.value)) < 1000
 
 
-def _question(values: dict[str, Any]) -> Any:
-    return values["scorer_args"]["question"]
+def _network(values: dict[str, Any]) -> Any:
+    return values["scorer_args"]["network"]
+
+
+def _weights(**changes: Tensor | None) -> str:
+    """A random network's weights with some changed, or left out."""
+    found = {name: value.clone() for name, value in network(slots=8)._decoded.items()} | changes
+    return base64.b64encode(save({name: value for name, value in found.items() if value is not None})).decode()
+
+
+PICKLE = base64.b64encode(pickle.dumps({"out": 1})).decode()
 
 
 @pytest.mark.parametrize(
     ("change", "says"),
     [
-        (_set(_question, "heads", [[[0.0, 1.0]] * 4, [[0.0, 1.0]] * 3]), "equally many heads"),
-        (_set(_question, "heads", [[[0.0]] * 4] * 2), "need 2 numbers each"),
-        (_set(_question, "heads", []), "need 2 numbers each|equally many"),
-        (_set(_question, "slots", [[0.0] * 3] * 8), "need 2 numbers each"),
-        (_set(_question, "slots", "all"), "slots of question of scorer 'cross-attention' is 'all'"),
-        (_set(_question, "slots", [[0.0] * 2] * 2**11), "slots of question .* entries"),
-        (lambda values: _question(values).pop("heads"), "question of scorer 'cross-attention' lacks heads"),
-        (_set(_question, "components", {}), "components of question of scorer 'cross-attention' lacks basis, offset"),
-        (_set(_question, "more", 1), "question of scorer 'cross-attention' has no argument 'more'"),
-        (_set(lambda values: values["scorer_args"], "question", 3), "question of scorer 'cross-attention' is 3"),
+        (_set(_network, "weights", "%"), "weights are not base64 of safetensors"),
+        (_set(_network, "weights", ""), "weights are not base64 of safetensors"),
+        (_set(_network, "weights", PICKLE), "weights are not base64 of safetensors"),
+        (_set(_network, "weights", _weights()[:400]), "weights are not base64 of safetensors"),
+        (_set(_network, "weights", _weights(more=torch.zeros(1))), "weights are .*more.*; a network has bias"),
+        (_set(_network, "weights", _weights(out=None)), "weights are .*; a network has .*out"),
+        (_set(_network, "weights", _weights(place=torch.zeros(8))), "weights are"),
+        (_set(_network, "weights", _weights(out=torch.zeros(7))), r"out of the weights is .* of shape \[7\]; .*\[8\]"),
+        (_set(_network, "weights", _weights(out=torch.full((8,), torch.nan))), "out of the weights is .*finite"),
+        (_set(_network, "weights", _weights(bias=torch.zeros(8).half())), "bias of the weights is .*float16"),
+        (_set(_network, "features", asdict(components(2))), "2 components of a token"),
+        (_set(_network, "question", asdict(components(5))), "5 of a question"),
+        (_set(_network, "weights", 3), "weights of network of scorer 'learned' is 3"),
+        (_set(_network, "question", {}), "question of network of scorer 'learned' lacks basis, offset"),
+        (_set(_network, "more", 1), "network of scorer 'learned' has no argument 'more'"),
+        (lambda values: _network(values).pop("question"), "network of scorer 'learned' lacks question"),
+        (_set(lambda values: values["scorer_args"], "network", 3), "network of scorer 'learned' is 3"),
     ],
 )
-def test_damaged_weights_by_question_are_refused_by_what_is_wrong(
-    change: Callable[[dict[str, Any]], None], says: str
-) -> None:
-    values = WEIGHED.to_dict()
+def test_a_damaged_network_is_refused_by_what_is_wrong(change: Callable[[dict[str, Any]], None], says: str) -> None:
+    values = LEARNED.to_dict()
     change(values)
-    with pytest.raises(PolicyError, match=says):
+    with pytest.raises(PolicyError, match=says) as refused:
         PruningPolicy.from_dict(values)
+    assert len(str(refused.value)) < 1000

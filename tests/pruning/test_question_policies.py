@@ -7,17 +7,18 @@ import pytest
 import torch
 from torch import Tensor
 
-from catp_lightning import PolicyError, PruningError, PruningPolicy, prune
-from catp_lightning.models import find_family
+from catp_lightning import PruningError, PruningPolicy, prune
+from catp_lightning.methods.observation import Observation, Signal
+from catp_lightning.methods.scorers import Learned
 from catp_lightning.policy.building import build_routed
 from tests.support.families import BY_NAME
 from tests.support.matrix import exact, generate, scale
-from tests.support.questions import by_question, components, routed
+from tests.support.questions import components, learned, routed
 from tests.support.rows import Row
 from tests.support.rules import OUTPUTS, RULES
 
 pytestmark = pytest.mark.usefixtures("no_grad")
-ASKING = [(name, rule) for name, rule in RULES if "routes" in rule or "question" in rule.get("scorer_args", {})]
+ASKING = [(name, rule) for name, rule in RULES if "routes" in rule or rule["scorer"] == "learned"]
 
 
 def with_images(row: Row) -> list[int]:
@@ -81,25 +82,21 @@ def test_a_rule_that_cannot_take_anothers_place_is_refused() -> None:
         name = next(rule["scorer"] for rule in rules if rule in (late, merging))
         with pytest.raises(PruningError, match=f"(?s){name}.*routes"), prune(model, PruningPolicy(**routed(*rules))):
             pass
-    fastv = PruningPolicy("fastv", {"layer": 2, **by_question([1], 4)})
-    with pytest.raises(PolicyError, match="weights cannot change with the question"), prune(model, fastv):
-        pass
 
 
 @pytest.mark.parametrize(
     "rule",
     [
         routed(*OUTPUTS, width=31),
-        {"scorer": "fastervlm", "scorer_args": by_question([1], 4, width=31)},
-        {"scorer": "fastervlm", "scorer_args": {**by_question([1], 3), "head_weights": None}},
-        {"scorer": "fastervlm", "scorer_args": by_question([1], 4, 5)},
-        {"scorer": "fastervlm", "scorer_args": {**by_question([1, 2], 4), "layers": [1], "head_weights": None}},
+        learned(width=31),
+        learned(features=31),
+        learned(slots=5),
     ],
-    ids=["router of other words", "weights of other words", "other heads", "other slots", "other layers"],
+    ids=["router of other words", "network of other words", "network of other tokens", "network of other slots"],
 )
 def test_what_was_fitted_to_another_model_says_so(rule: dict[str, Any]) -> None:
     row = BY_NAME["Llava"]
-    says = "31 dimensions.*give.* 32|3 heads|5 slots|2 layers"
+    says = "31 dimensions.*give.* 32|5 slots.* 9 tokens"
     with pytest.raises(ValueError, match=says), prune(row.model(), PruningPolicy(keep=3, **rule)):
         row.model()(**row.inputs([0]))
 
@@ -119,9 +116,43 @@ def test_a_batch_without_images_takes_no_rule() -> None:
         assert pruning.keep is not None and not pruning.keep.any()
 
 
-def test_the_components_of_a_model_have_the_width_of_its_words() -> None:
-    for name in ("Llava", "Mllama", "Blip2-OPT", "Blip2-T5", "Qwen2.5-VL"):
-        assert find_family(BY_NAME[name].model()).text_width == 32
+def test_a_network_that_was_never_trained_is_refused_before_anything_runs() -> None:
+    model, untrained = BY_NAME["Llava"].model(), PruningPolicy("learned")
+    routes = PruningPolicy(**routed(OUTPUTS[0], {"scorer": "learned"}))
+    for policy in (untrained, routes):
+        with pytest.raises(PruningError, match=r"'learned' has no network.*calibration"), prune(model, policy):
+            pass
+    with prune(model, untrained.with_keep(1.0)) as pruning:
+        model(**BY_NAME["Llava"].inputs([0]))
+    assert pruning.keep is not None and pruning.keep.all(), "nothing is to be scored"
+
+
+@pytest.mark.parametrize("name", ["Llava", "Mllama"])
+def test_a_token_is_worth_what_a_loop_over_the_network_gives(name: str) -> None:
+    row, rule = BY_NAME[name], learned()
+    scorer, told = PruningPolicy(keep=0.4, **rule).build_scorer(), []
+    assert isinstance(scorer, Learned) and scorer.network is not None
+    score = type(scorer).score
+
+    def watched(self: Learned, seen: Observation) -> Tensor:
+        told.append((seen, score(self, seen)))
+        return told[-1][1]
+
+    with pytest.MonkeyPatch.context() as patched, prune(row.model(), PruningPolicy(keep=0.4, **rule)):
+        patched.setattr(Learned, "score", watched)
+        row.model()(**row.oracle.forward_inputs(row.inputs()))
+    ((seen, scores),) = told
+    network = scorer.network
+    one, other = seen[Signal.IMAGE_FEATURES].double(), seen[Signal.QUESTION].double()
+    x = one @ torch.tensor(network.features.rows()).double().T + torch.tensor(network.features.offset).double()
+    q = other @ torch.tensor(network.question.rows()).double().T + torch.tensor(network.question.offset).double()
+    w = {key: value.double() for key, value in network._decoded.items()}
+    for image in range(len(x)):
+        for token in range(x.shape[1]):
+            first = (w["features"] @ x[image, token] + w["question"] @ q[image] + w["place"][0]).clamp(min=0)
+            worth = (w["hidden"] @ first + w["bias"]).clamp(min=0) @ w["out"] + w["slots"][0]
+            assert float(scores[image, token]) == pytest.approx(float(worth), rel=1e-4, abs=1e-4)
+    assert scores[seen.valid].std() > 0.1
 
 
 def test_no_question_is_read_where_the_rule_does_not_ask() -> None:

@@ -1,12 +1,14 @@
 """Policies that know the question, for small models whose words have 32 dimensions."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict
 from typing import Any
 
 import numpy as np
+import torch
 
-from catp_lightning.methods.question import Question
+from catp_lightning.methods.components import Features, Question
+from catp_lightning.methods.network import Network, shapes
 
 WIDTH = 32
 
@@ -26,15 +28,15 @@ def routed(*rules: Mapping[str, Any], seed: int = 0, width: int = WIDTH) -> dict
     return {**first, "routes": {"rules": [dict(rule) for rule in others], "router": router}}
 
 
-def by_question(
-    layers: Sequence[int], heads: int, slots: int | None = None, seed: int = 0, width: int = WIDTH
-) -> dict[str, Any]:
-    """Arguments of a scorer whose weights of heads, and of slots, change with the question."""
+def network(slots: int = 1, seed: int = 0, width: int = WIDTH, features: int = WIDTH, hidden: int = 8) -> Network:
+    """Random network for 3 components of a token, whose features have `features` dimensions, and 2 of a question."""
     draw = np.random.default_rng(seed + 2)
-    changes = {
-        "components": asdict(components(2, width, seed)),
-        "heads": draw.standard_normal((len(layers), heads, 2)).tolist(),
-        "slots": None if slots is None else draw.standard_normal((slots, 2)).tolist(),
-    }
-    plain = {"head_weights": draw.standard_normal((len(layers), heads)).tolist()}
-    return {"layers": list(layers), **plain, "question": changes}
+    tokens = Features.of(draw.standard_normal((3, features)) / features, np.zeros(3))
+    wanted = shapes(3, 2, slots, hidden)
+    weights = {name: torch.from_numpy(draw.standard_normal(shape)) for name, shape in wanted.items()}
+    return Network.of(tokens, components(2, width, seed), weights)
+
+
+def learned(slots: int = 1, seed: int = 0, width: int = WIDTH, features: int = WIDTH) -> dict[str, Any]:
+    """Fields of a policy whose scorer is a random network."""
+    return {"scorer": "learned", "scorer_args": {"network": asdict(network(slots, seed, width, features))}}

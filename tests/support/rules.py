@@ -4,7 +4,7 @@ from dataclasses import fields
 from typing import Any
 
 from catp_lightning.methods.scorers import SCORERS
-from tests.support.questions import by_question, routed
+from tests.support.questions import learned, routed
 
 WITH_PATCHES = ("Llava", "LlavaNext", "LlavaOnevision", "VideoLlava", "Qwen2.5-VL", "SmolVLM", "Mistral3")
 OUTPUTS = ({"scorer": "l2-norm"}, {"scorer": "divprune"}, {"scorer": "random"})
@@ -43,10 +43,9 @@ RULES: list[tuple[str, dict[str, Any]]] = [
     ("Qwen2.5-VL", {"scorer": "dart"}),
     ("Blip2-OPT", {"scorer": "dart", "scorer_args": {"layer": 1}}),
     *((name, {"scorer": "visual-exit"}) for name in ("Llava", "Qwen2.5-VL", "Blip2-OPT")),
-    ("Llava", {"scorer": "fastervlm", "scorer_args": by_question([1], 4)}),
-    *((n, {"scorer": "cross-attention", "scorer_args": by_question([0, 1], 4, 8)}) for n in ("Blip2-OPT", "Blip2-T5")),
-    ("InstructBlip", {"scorer": "catp", "scorer_args": by_question([1], 4, 8), "selector": "dpp"}),
-    ("Mllama", {"scorer": "trimmed-llama", "scorer_args": by_question([1], 4), "selector": "top-k"}),
+    *((name, learned()) for name in ("Llava", "LlavaNext", "Qwen2.5-VL", "InternVL", "Mllama")),
+    *((name, learned(slots=8)) for name in ("Blip2-OPT", "Blip2-T5")),
+    ("InstructBlip", {**learned(slots=8), "selector": "dpp"}),
     *((name, routed(*OUTPUTS)) for name in ("Llava", "LlavaNext", "Qwen2.5-VL", "Mllama", "Blip2-OPT", "Blip2-T5")),
 ]
 NAN, INF = float("nan"), float("inf")

@@ -6,12 +6,12 @@ from typing import Any, NotRequired, TypedDict
 
 import numpy as np
 
-from catp_lightning.calibration.fit.by_question import QuestionFit, fit_by_question, refit_by_question
-from catp_lightning.calibration.fit.heads import HeadFit, fit_heads
+from catp_lightning.calibration.fit.heads import HeadFit, fit_heads, rounded
 from catp_lightning.calibration.fit.layers import LayerChoice, choose_layers
 from catp_lightning.calibration.fit.probes import Columns
 from catp_lightning.calibration.fit.sums import FoldSums
 from catp_lightning.calibration.fit.ties import Tolerance
+from catp_lightning.methods.network import Network
 
 
 @dataclass(frozen=True)
@@ -23,15 +23,12 @@ class ScorerFit:
         layers: the chosen layers, ascending.
         fit: weights of their heads, fitted together with the slots; None if no layer was chosen.
         selected: True if any head was selected.
-        by_question: weights of all heads that the scorer can read and of the slots, which change with the question;
-            None if the question explains too little.
     """
 
     choice: LayerChoice
     layers: tuple[int, ...] = ()
     fit: HeadFit | None = None
     selected: bool = False
-    by_question: QuestionFit | None = None
 
     @property
     def slot_weights(self) -> list[float]:
@@ -53,20 +50,12 @@ class LayerStep(TypedDict):
     error: float
 
 
-class QuestionEvidence(TypedDict):
-    """Weights that change with the question: share of the variance explained beyond others, its error, the penalty."""
-
-    explained: float
-    error: float
-    penalty: float
-
-
 class FitEvidence(TypedDict):
     """Fit of one scorer as plain numbers; entries about heads are missing where no layer was chosen.
 
     `layer_stability` has, for each layer, the share of folds whose fit without them chose it too; `head_weights` and
     `head_stability` are lists [L, H] for the chosen layers, `explained` is a share of the variance, and `strength` the
-    strength of the penalty. `by_question` is missing where the question explains too little.
+    strength of the penalty.
     """
 
     layers: list[int]
@@ -77,7 +66,6 @@ class FitEvidence(TypedDict):
     explained: NotRequired[float]
     explained_error: NotRequired[float]
     strength: NotRequired[float]
-    by_question: NotRequired[QuestionEvidence]
 
 
 @dataclass(frozen=True)
@@ -89,11 +77,13 @@ class Fitted:
         greedy: a score for each slot, the highest of which form the best fixed set; None if there are too many slots,
             or none.
         scorers: fit of each scorer, by name.
+        network: trained network; None if there is none.
     """
 
     slots: list[float] = field(default_factory=list)
     greedy: list[float] | None = None
     scorers: Mapping[str, ScorerFit] = field(default_factory=dict)
+    network: Network | None = None
 
     def evidence(self, columns: Columns) -> dict[str, Any]:
         """Return the findings as plain numbers, for the policy's evidence."""
@@ -122,8 +112,7 @@ def fit(sums: FoldSums, pairs: FoldSums | None, columns: Columns, ties: Toleranc
         )
         layers = tuple(sorted(choice.layers))
         found = fit_heads(sums, columns.of_heads(name, layers), slots) if layers else None
-        by_question = fit_by_question(sums, *_question_columns(columns, name))
-        scorers[name] = ScorerFit(choice, layers, found, found is not None and found.selected, by_question)
+        scorers[name] = ScorerFit(choice, layers, found, found is not None and found.selected)
     return Fitted(_slots(sums, columns), _greedy(pairs, columns, ties), scorers)
 
 
@@ -137,17 +126,7 @@ def fit_without(
         if found.selected:
             again = fit_heads(sums, columns.of_heads(name, found.layers), columns.of_slots)
             scorers[name] = replace(scorers[name], fit=again)
-        if (known := found.by_question) is not None:
-            explained = known.explained, known.explained_error
-            asked = refit_by_question(sums, *_question_columns(columns, name), known.penalty, explained)
-            scorers[name] = replace(scorers[name], by_question=asked)
     return Fitted(_slots(sums, columns), _greedy(pairs, columns, ties), scorers)
-
-
-def _question_columns(columns: Columns, name: str) -> tuple[list[int], list[int]]:
-    """Return the columns of all heads of a scorer and of the slots, and those of their products with the question."""
-    plain = [*(column for layer in columns.of_scorer(name) for column in layer), *columns.of_slots]
-    return plain, columns.of_question(plain)
 
 
 def _slots(sums: FoldSums, columns: Columns) -> list[float]:
@@ -181,15 +160,6 @@ def _greedy(pairs: FoldSums | None, columns: Columns, ties: Tolerance) -> list[f
     return scores.tolist()
 
 
-def rounded(values: np.ndarray) -> list[float]:
-    """Round to six significant digits, so that sums added in another order give the same value or its neighbour.
-
-    Other batches and processes add in another order. With fewer digits, neighbours would be too far apart: with four,
-    by up to a thousandth.
-    """
-    return [float(f"{value:.6g}") for value in values]
-
-
 def _evidence(found: ScorerFit, heads: int) -> FitEvidence:
     steps = found.choice.steps
     shown: FitEvidence = {
@@ -197,9 +167,6 @@ def _evidence(found: ScorerFit, heads: int) -> FitEvidence:
         "layer_steps": [{"layer": at, "explained": float(share), "error": float(error)} for at, share, error in steps],
         "layer_stability": [float(share) for share in found.choice.stability],
     }
-    if (asked := found.by_question) is not None:
-        share, error = rounded(np.array([asked.explained, asked.explained_error]))
-        shown["by_question"] = {"explained": share, "error": error, "penalty": asked.penalty}
     if found.fit is not None:
         shown |= {
             "head_weights": found.head_weights(heads),

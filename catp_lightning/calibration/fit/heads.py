@@ -139,6 +139,15 @@ def gain(saved: np.ndarray, squares: np.ndarray) -> tuple[float, float]:
     return float(share), float(np.sqrt(len(saved) * spread.var(ddof=1)) / squares.sum())
 
 
+def rounded(values: np.ndarray) -> list[float]:
+    """Round to six significant digits, so that sums added in another order give the same value or its neighbour.
+
+    Other batches and processes add in another order. With fewer digits, neighbours would be too far apart: with four,
+    by up to a thousandth.
+    """
+    return [float(f"{value:.6g}") for value in values]
+
+
 def _strength(errors: np.ndarray, squares: np.ndarray) -> int:
     """Return the index in `STRENGTHS` of the chosen penalty; 0: nothing is selected."""
     best = errors[:, errors.sum(0).argmin()]

@@ -17,14 +17,10 @@ from catp_lightning.calibration.replay.base import Replay
 from catp_lightning.calibration.settings import DEFAULTS
 from catp_lightning.methods.budget import keep_count
 from catp_lightning.methods.observation import Observation
-from catp_lightning.methods.question import Question
 from catp_lightning.methods.scorers import AttentionScorer
 from catp_lightning.methods.selection import images_to_samples
 from catp_lightning.methods.selectors import without_autocast
 from catp_lightning.utils.hashing import mix, uniform
-
-MOST_COLUMNS = 1024
-"""Most columns of a row with products: sums of their products then take 21 MB for five folds."""
 
 WORST = -3.0  # mean log-probability; below it (5%) an answer is lost, and further decrease is noise
 
@@ -33,35 +29,23 @@ WORST = -3.0  # mean log-probability; below it (5%) an answer is lost, and furth
 class Columns:
     """Column layout of a probe's row: first the heads of each scorer, layer by layer, then the slots.
 
-    With a question's components, products of every one of these columns with every component follow.
-
     Attributes:
         scorers: by name, the layers that are read and the number of heads of a layer.
         slots: number of slots, places of an image's tokens; 0 where a place alone has no meaning.
-        question: components of the question; None: questions are all alike, or are not read.
     """
 
     scorers: Mapping[str, tuple[tuple[int, ...], int]]
     slots: int
-    question: Question | None = None
 
     @classmethod
-    def of(cls, plan: Plan, question: Question | None = None) -> "Columns":
-        """Return the columns of a plan, with as many of a question's components as `MOST_COLUMNS` allows."""
-        scorers = {name: (tuple(plan.layers_read(name)), plan.heads(name)) for name in plan.scorers}
-        plain = cls(scorers, plan.slots)
-        count = min(0 if question is None else question.count, MOST_COLUMNS // max(1, plain.plain) - 1)
-        return plain if question is None or count < 1 else cls(scorers, plan.slots, question.first(count))
-
-    @property
-    def plain(self) -> int:
-        """Number of columns of heads and slots."""
-        return sum(len(layers) * heads for layers, heads in self.scorers.values()) + self.slots
+    def of(cls, plan: Plan) -> "Columns":
+        """Return the columns of a plan."""
+        return cls({name: (tuple(plan.layers_read(name)), plan.heads(name)) for name in plan.scorers}, plan.slots)
 
     @property
     def total(self) -> int:
         """Number of all columns."""
-        return self.plain * (1 if self.question is None else 1 + self.question.count)
+        return sum(len(layers) * heads for layers, heads in self.scorers.values()) + self.slots
 
     def of_scorer(self, name: str) -> list[list[int]]:
         """Return the columns of a scorer's heads, a list for each of its layers."""
@@ -77,29 +61,26 @@ class Columns:
 
     @property
     def of_slots(self) -> list[int]:
-        return list(range(self.plain - self.slots, self.plain))
-
-    def of_question(self, columns: Sequence[int]) -> list[int]:
-        """Return the products of the given columns with the question's components, all components of a column first."""
-        count = 0 if self.question is None else self.question.count
-        return [self.plain + column * count + place for column in columns for place in range(count)]
+        return list(range(self.total - self.slots, self.total))
 
 
-def sizes(budgets: Sequence[int | float], tokens: int | None, more: Sequence[float] = DEFAULTS.sizes) -> list[float]:
-    """Return the shares of tokens that probes keep, largest first: every budget and some smaller sizes, never all.
+def sizes(budgets: Sequence[int | float], tokens: int | None, wanted: Sequence[float] = DEFAULTS.sizes) -> list[float]:
+    """Return the shares of tokens that probes keep, largest first: those wanted, and budgets below the largest of them.
 
     Args:
         budgets: budgets that are calibrated.
         tokens: number of tokens of each image; None: images differ, and budgets in tokens are not probed themselves.
-        more: shares that are probed beside the budgets.
+        wanted: shares that are probed whatever the budgets.
 
-    >>> sizes([0.5], 32), sizes([0.5, 3], 32), sizes([0.4, 3], None)
-    ([0.5, 0.25, 0.125, 0.0625], [0.5, 0.25, 0.125, 0.09375, 0.0625], [0.4, 0.25, 0.125, 0.0625])
+    >>> sizes([0.5], 32), sizes([0.5, 3], 32), sizes([0.4, 0.05, 3], None)
+    ([0.25, 0.125, 0.0625], [0.25, 0.125, 0.09375, 0.0625], [0.25, 0.125, 0.0625, 0.05])
     """
     if tokens is None:
-        return sorted({keep for keep in (*budgets, *more) if isinstance(keep, float)} - {1.0}, reverse=True)
-    wanted = {keep_count(keep, tokens) for keep in (*budgets, *more)} - {tokens}
-    return [count / tokens for count in sorted(wanted, reverse=True)]
+        found = {keep for keep in (*budgets, *wanted) if isinstance(keep, float)}
+    else:
+        found = {keep_count(keep, tokens) / tokens for keep in (*budgets, *wanted)}
+    largest = max((keep if tokens is None else keep_count(keep, tokens) / tokens for keep in wanted), default=1.0)
+    return sorted((keep for keep in found if keep <= largest and keep < 1), reverse=True)
 
 
 @dataclass(frozen=True)
@@ -108,12 +89,14 @@ class Probes:
 
     Attributes:
         rows: float [P, B, F], in the F columns of `Columns`.
-        slots: float [P, B, T'], number of kept tokens of each of T' slots: the last columns before products.
+        slots: float [P, B, T'], number of kept tokens of each of T' slots: the last columns.
+        kept: bool [P, B, T], tokens that were kept.
         gain: float [P, B], mean log-probability of the unpruned answer's tokens, at least -3.
     """
 
     rows: Tensor
     slots: Tensor
+    kept: Tensor
     gain: Tensor
 
 
@@ -127,7 +110,7 @@ def probe(
     owner: Tensor | None = None,
     stay: Tensor | None = None,
     probes: int = DEFAULTS.probes,
-    question: Tensor | None = None,
+    scores: Tensor | None = None,
 ) -> Probes:
     """Measure random subsets of each sample's visual tokens.
 
@@ -141,20 +124,19 @@ def probe(
         owner: image of each token, as in `random_subset`.
         stay: bool [B, T], protected tokens, which stay whatever the budget; None: none.
         probes: number of subsets of each sample.
-        question: float [B, C], components of each sample's question; None: rows have no products with them.
+        scores: float [B, T], as in `random_subset`.
     """
     visual = replay.tokens if stay is None else replay.tokens & ~stay
     counts = (visual.sum(1) * size).round().long().clamp(min=1)
     seeds = images ^ replay.questions
-    keep = torch.stack([random_subset(seeds, visual, counts, probes * number + n, owner) for n in range(probes)])
+    draws = range(probes * number, probes * (number + 1))
+    keep = torch.stack([random_subset(seeds, visual, counts, draw, owner, scores) for draw in draws])
     keep = keep if stay is None else keep | stay
     slots = head_scores.new_zeros(*keep.shape[:2], 0)
     slots = keep.unflatten(2, (-1, per)).sum(2).to(slots) if per else slots
     with without_autocast(head_scores):
         rows = torch.cat([torch.einsum("pbt,btv->pbv", keep.to(head_scores.dtype), head_scores), slots], 2)
-    if question is not None:
-        rows = torch.cat([rows, (rows[..., None] * question[:, None].to(rows.dtype)).flatten(2)], 2)
-    return Probes(rows, slots, floored(replay.answer_log_probability(keep)))
+    return Probes(rows, slots, keep, floored(replay.answer_log_probability(keep)))
 
 
 def floored(log_probability: Tensor) -> Tensor:
@@ -175,7 +157,14 @@ def scores_of_heads(scorers: Iterable[AttentionScorer], seen: Observation, visua
     return images_to_samples(together, seen.valid, visual, 0.0)
 
 
-def random_subset(seeds: Tensor, visual: Tensor, counts: Tensor, number: int, owner: Tensor | None = None) -> Tensor:
+def random_subset(
+    seeds: Tensor,
+    visual: Tensor,
+    counts: Tensor,
+    number: int,
+    owner: Tensor | None = None,
+    scores: Tensor | None = None,
+) -> Tensor:
     """Draw the `number`-th random subset of each sample's visual tokens.
 
     Args:
@@ -185,15 +174,21 @@ def random_subset(seeds: Tensor, visual: Tensor, counts: Tensor, number: int, ow
         number: index of the subset.
         owner: int64 [B, T], a number for the image of each token: at least one token of each image is kept; None:
             images may lose all tokens.
+        scores: float [B, T]: tokens are drawn one after the other with probabilities proportional to exp(score), as in
+            the Plackett-Luce model, by the Gumbel trick (1903.06059); None: all subsets are equally likely.
 
     Returns:
         bool [B, T], True for kept tokens.
     """
     draws = uniform(mix(seeds + mix(torch.tensor(number, device=seeds.device, dtype=torch.int64))), visual.shape[1])
-    draws = draws.masked_fill(~visual, 2)
+    if scores is not None:
+        draws = -(scores - (-(1 - draws.to(scores.dtype)).log()).clamp(min=1e-9).log())
+    draws = draws.masked_fill(~visual, torch.inf)
     kept = draws.argsort(1).argsort(1) < counts[:, None]
     if owner is not None:
-        least = draws.new_full((int(owner.max()) + 1,), 2).scatter_reduce(0, owner[visual], draws[visual], "amin")
+        least = draws.new_full((int(owner.max()) + 1,), torch.inf).scatter_reduce(
+            0, owner[visual], draws[visual], "amin"
+        )
         kept = kept | (visual & (draws == least[owner]))
     return kept
 

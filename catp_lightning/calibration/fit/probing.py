@@ -1,7 +1,7 @@
 """Stages of a calibration: each reads the split once and adds up its findings in metrics."""
 
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,7 +10,8 @@ from torch import Tensor
 
 from catp_lightning.calibration import statistics
 from catp_lightning.calibration.asked import Asked, AskedImages, GroupNames
-from catp_lightning.calibration.fit.probes import Columns, pair_rows, probe, scores_of_heads, sizes
+from catp_lightning.calibration.fit.probes import Columns, Probes, pair_rows, probe, scores_of_heads, sizes
+from catp_lightning.calibration.fit.records import ProbeRecords, Recorded
 from catp_lightning.calibration.fit.sums import (
     FoldSums,
     ImageSet,
@@ -22,8 +23,8 @@ from catp_lightning.calibration.passes import Pass
 from catp_lightning.calibration.plan import Plan
 from catp_lightning.calibration.replay.samples import Samples
 from catp_lightning.calibration.split import fold_of
+from catp_lightning.methods.components import Features, Question
 from catp_lightning.methods.observation import Signal
-from catp_lightning.methods.question import Question
 from catp_lightning.methods.selection import images_to_samples, protected_tokens
 from catp_lightning.utils.hashing import mix
 
@@ -39,6 +40,7 @@ class Learned:
         columns: column layout of the sums.
         sums: sums of the probes by fold.
         pairs: sums of the probes on pairs of slots; None where slots have no meaning or are too many.
+        records: probes of each sample, for a network; None if none is to be trained.
         images: int64, fingerprints of all images.
         not_finite: int64, keys of the samples to which the unpruned model's own answer is not a number.
         parts: number of samples in each part of the split.
@@ -52,6 +54,7 @@ class Learned:
     columns: Columns
     sums: FoldSums
     pairs: FoldSums | None
+    records: Recorded | None
     images: Tensor
     not_finite: Tensor
     parts: dict[str, int]
@@ -59,6 +62,46 @@ class Learned:
     statistics: dict[str, Any]
     asked: AskedImages | None
     groups: dict[int, str]
+
+
+class ProbeRecorder:
+    """Records what each sample's probes kept and gained, with the components of its tokens and of its question.
+
+    Args:
+        plan: plan of the calibration.
+        components: those of questions and tokens.
+        device: device of the records.
+
+    Attributes:
+        sizes: sizes that are recorded: the plan's own, at which answers change, whatever the budgets.
+        records: the records.
+        key: text of what the records depend on.
+    """
+
+    def __init__(self, plan: Plan, components: tuple[Question, Features], device: torch.device | None) -> None:
+        self.question, self.features = components
+        self.folds, self.sizes = plan.settings.folds, sizes((), plan.family.tokens_per_image, plan.settings.sizes)
+        counts = self.features.count, self.question.count
+        self.records = ProbeRecords(*counts, len(self.sizes), plan.settings.probes).to(device)
+        # Another process may begin anew and find other components.
+        self.key = hashlib.sha256(repr(components).encode()).hexdigest()
+
+    def record(self, samples: Samples, copy: int, found: Sequence[Probes]) -> None:
+        """Record samples; `copy` is the number of their perturbation, and `found` has the probes of each of `sizes`."""
+        visual = samples.visual
+        features = images_to_samples(self.features.components(samples.seen), samples.seen.valid, visual, 0.0)
+        question = samples.of_images(self.question.components(samples.seen))
+        self.records.update(
+            Recorded(
+                keys=mix(samples.keys + copy),
+                folds=fold_of(samples.images, self.folds),
+                counts=visual.sum(1),
+                question=question.float(),
+                features=features[visual].nan_to_num(0.0, 0.0, 0.0).float(),
+                kept=torch.stack([one.kept for one in found]).permute(2, 3, 0, 1)[visual],
+                gain=torch.stack([one.gain for one in found]).permute(2, 0, 1).float(),
+            )
+        )
 
 
 class Probing(Pass):
@@ -73,12 +116,11 @@ class Probing(Pass):
         part_of: Callable[[Tensor], Tensor],
         device: torch.device | None,
         counting: bool = False,
-        question: Question | None = None,
+        components: tuple[Question, Features] | None = None,
     ) -> None:
-        self.plan, self.columns, self.part_of = plan, Columns.of(plan, question), part_of
-        if question is not None:  # another process may begin anew and find others
-            self.key = f"{self.title} {hashlib.sha256(repr(question).encode()).hexdigest()}"
-        self.sizes = sizes(budgets, plan.family.tokens_per_image, plan.settings.sizes) if self.columns.total else []
+        self.plan, self.columns, self.part_of = plan, Columns.of(plan), part_of
+        self.sizes = sizes(budgets, plan.family.tokens_per_image, plan.settings.sizes)
+        self.sizes = self.sizes if self.columns.total or components is not None else []
         self.sums = ProbeSums(self.columns.total, plan.settings.folds).to(device)
         self.images, self.parts = ImageSet().to(device), PartCounts().to(device)
         self.tokens, self.not_finite = TokenCounts().to(device), ImageSet().to(device)
@@ -101,6 +143,11 @@ class Probing(Pass):
             self.names.update({})
             self.metrics |= {"asked": self.asked, "group names": self.names}
         self.pairs: ProbeSums | None = None
+        self.recorder: ProbeRecorder | None = None
+        if components is not None and plan.settings.sizes:
+            self.recorder = ProbeRecorder(plan, components, device)
+            self.metrics["records"] = self.recorder.records
+            self.key = f"{self.title} {self.recorder.key}"
         slots = self.columns.slots
         if 0 < slots <= PAIRS:
             self.metrics["pairs"] = self.pairs = ProbeSums(slots * (slots + 1) // 2, plan.settings.folds).to(device)
@@ -136,31 +183,15 @@ class Probing(Pass):
         """Add the probes of samples; `copy` is 0, or the number of their perturbation, so that subsets are others."""
         seen = samples.seen if samples.inside is None else samples.inside
         head_scores = scores_of_heads(self.plan.scorers.values(), seen, samples.visual)
-        fold, owner = fold_of(samples.images, self.plan.settings.folds), None
-        stay = protected_tokens(samples.seen, samples.visual) if samples.inside is None else None
-        stay = stay if stay is not None and bool(stay.any()) else None
-        if self.plan.family.reads == "cross-attention":  # the text must see at least one row of each image
-            valid = samples.seen.valid
-            images = torch.arange(len(valid), device=valid.device)[:, None].expand(valid.shape)
-            owner = images_to_samples(images, valid, samples.visual, 0)
-        question = self.columns.question
-        asked = None if question is None else samples.of_images(question.components(samples.seen))
-        for number, size in enumerate(self.sizes):
-            found = probe(
-                samples.replay,
-                head_scores,
-                mix(samples.images + copy) if copy else samples.images,
-                size,
-                number,
-                self.columns.slots,
-                owner,
-                stay,
-                self.plan.settings.probes,
-                asked,
-            )
-            self.sums.update(fold, found.rows, found.gain)
+        fold, found = fold_of(samples.images, self.plan.settings.folds), {}
+        measured = probes(self.plan, samples, head_scores, self.sizes, copy, self.columns.slots)
+        for size, one in zip(self.sizes, measured, strict=True):
+            self.sums.update(fold, one.rows, one.gain)
             if self.pairs is not None:
-                self.pairs.update(fold, pair_rows(found.slots), found.gain)
+                self.pairs.update(fold, pair_rows(one.slots), one.gain)
+            found[size] = one
+        if self.recorder is not None:
+            self.recorder.record(samples, copy, [found[size] for size in self.recorder.sizes])
 
     def learned(self) -> Learned:
         """Return what was found, over all processes: each must call this."""
@@ -168,6 +199,7 @@ class Probing(Pass):
             self.columns,
             self.sums.compute(),
             None if self.pairs is None else self.pairs.compute(),
+            None if self.recorder is None else self.recorder.records.compute(),
             self.images.compute(),
             self.not_finite.compute(),
             self.parts.compute(),
@@ -176,3 +208,34 @@ class Probing(Pass):
             None if self.asked is None else self.asked.compute(),
             {} if self.asked is None else self.names.compute(),
         )
+
+
+def probes(
+    plan: Plan,
+    samples: Samples,
+    head_scores: Tensor,
+    sizes: Sequence[float],
+    copy: int = 0,
+    slots: int = 0,
+    scores: Tensor | None = None,
+) -> Iterator[Probes]:
+    """Yield the probes of samples at each size.
+
+    Args:
+        plan: plan of the calibration.
+        samples: B samples.
+        head_scores: float [B, T, V], as in `probe`.
+        sizes: shares of the tokens to keep.
+        copy: 0, or the number of the samples' perturbation, so that their subsets are others.
+        slots: number of slots of an image; 0: slots are not counted.
+        scores: float [B, T], as in `random_subset`.
+    """
+    stay = protected_tokens(samples.seen, samples.visual) if samples.inside is None else None
+    stay, owner = stay if stay is not None and bool(stay.any()) else None, None
+    if plan.family.reads == "cross-attention":  # the text must see at least one row of each image
+        valid = samples.seen.valid
+        images = torch.arange(len(valid), device=valid.device)[:, None].expand(valid.shape)
+        owner = images_to_samples(images, valid, samples.visual, 0)
+    own = mix(samples.images + copy) if copy else samples.images
+    for number, size in enumerate(sizes):
+        yield probe(samples.replay, head_scores, own, size, number, slots, owner, stay, plan.settings.probes, scores)

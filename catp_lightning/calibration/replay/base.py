@@ -86,6 +86,14 @@ class Replay(ABC):
     def questions(self) -> Tensor:
         """Fingerprint of each prompt's text, whatever its padding: int64 [B]."""
 
+    @property
+    @abstractmethod
+    def text_ids(self) -> Tensor:
+        """Token ids of the text whose mean embedding is `Signal.QUESTION`, in its order, then -1: int64 [B, R].
+
+        Neither padding nor placeholders of images are in it; R is the number of ids of the longest.
+        """
+
     @abstractmethod
     def each(self, change: Callable[[Tensor], Tensor]) -> Self:
         """Return the replay with `change` applied to every tensor; each has a row for each sample."""

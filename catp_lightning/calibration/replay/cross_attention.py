@@ -73,6 +73,14 @@ class CrossAttentionReplay(Replay):
     def questions(self) -> Tensor:
         return text_fingerprint(self.arguments["input_ids"], self.arguments["attention_mask"] == 1)
 
+    @property
+    def text_ids(self) -> Tensor:
+        ids, family = self.arguments["input_ids"], cast(Mllama, self.family)
+        sees = self.arguments["full_text_row_masked_out_mask"][:, 0, :, 0] > 0
+        text = sees & (self.arguments["attention_mask"] == 1) & (ids != family.model.config.image_token_id)
+        order = (~text).long().argsort(dim=1, stable=True)
+        return ids.where(text, -1).gather(1, order)[:, : int(text.sum(1).max())]
+
     def each(self, change: Callable[[Tensor], Tensor]) -> Self:
         arguments = {name: change(value) for name, value in self.arguments.items()}
         answers = changed_answers(self.answers, change)

@@ -62,6 +62,11 @@ class DecoderReplay(Replay):
     def questions(self) -> Tensor:
         return text_fingerprint(self.prompt.ids, (self.prompt.mask == 1) & ~self.prompt.visual)
 
+    @property
+    def text_ids(self) -> Tensor:
+        columns, valid = self.prompt.text_columns()
+        return self.prompt.ids.gather(1, columns).where(valid, -1)
+
     def each(self, change: Callable[[Tensor], Tensor]) -> Self:
         old = self.prompt
         parts = (old.ids, old.visual, old.embeds, old.mask, old.positions, old.is_prompt)

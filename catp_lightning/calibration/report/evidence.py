@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NotRequired, TypedDict, cast
 
 from catp_lightning.calibration.fit.fitting import FitEvidence
+from catp_lightning.calibration.fit.texts import QuestionComponent
 from catp_lightning.policy import PruningPolicy
 
 
@@ -111,8 +112,10 @@ class Evidence(TypedDict):
     """Evidence of a policy; statistics have an entry of their own each, by name.
 
     `samples` counts samples by part of the split, `tokens` is the mean number of visual tokens of an image, `images`
-    are encoded hashes, `fitted` has an entry for each scorer and the list "slots". `perturbed` has, by perturbation and
-    candidate, figures on the checking part's samples with perturbed images; it is there if calibration perturbed.
+    are encoded hashes, `fitted` has an entry for each scorer whose heads were fitted, the list "slots", and, as
+    `NetworkEvidence`, "learned". `components` says what the components of questions mean, in the order of their
+    variance; it is there if methods read them. `perturbed` has, by perturbation and candidate, figures on the checking
+    part's samples with perturbed images; it is there if calibration perturbed.
     """
 
     chosen: str
@@ -122,6 +125,7 @@ class Evidence(TypedDict):
     images: str
     retention: Sequence[RetentionPoint]
     fitted: Mapping[str, Any]
+    components: NotRequired[Sequence[QuestionComponent]]
     promise: NotRequired[PromiseEvidence]
     candidates: Sequence[CandidateRow]
     perturbed: NotRequired[Mapping[str, Mapping[str, Figures]]]
@@ -139,7 +143,7 @@ def visual_tokens(policy: PruningPolicy) -> int:
 
 def fits(policy: PruningPolicy) -> dict[str, FitEvidence]:
     """Return what the probes found for each scorer whose heads were fitted, by name."""
-    return {name: found for name, found in evidence_of(policy)["fitted"].items() if name != "slots"}
+    return {name: found for name, found in evidence_of(policy)["fitted"].items() if name not in ("slots", "learned")}
 
 
 def checked(policy: PruningPolicy, name: str) -> tuple[float, ...]:

@@ -1,6 +1,7 @@
 """Render a calibration as a page of Markdown, from the evidence of its policies."""
 
 from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 
 import numpy as np
 
@@ -8,6 +9,7 @@ from catp_lightning.calibration import statistics
 from catp_lightning.calibration.report.controls import against
 from catp_lightning.calibration.report.evidence import FitEvidence, evidence_of, fits, visual_tokens
 from catp_lightning.calibration.report.promise import promise_section
+from catp_lightning.calibration.report.questions import decoded, questions_section
 from catp_lightning.policy import PruningPolicy
 from catp_lightning.safe_text import markdown_text
 from catp_lightning.utils.markdown import markdown_table
@@ -36,13 +38,19 @@ CAPTIONS = {
 """Captions of the figures by file name without suffix, in the order of the page; those of statistics come last."""
 
 
-def page(policies: Sequence[PruningPolicy], lines: Mapping[str, str], figures: Sequence[str]) -> str:
+def page(
+    policies: Sequence[PruningPolicy],
+    lines: Mapping[str, str],
+    figures: Sequence[str],
+    modules: Sequence[object] = (),
+) -> str:
     """Return the report of a calibration as Markdown.
 
     Args:
         policies: policies of one calibration.
         lines: what was chosen, what it keeps and what it cost, in a sentence each.
         figures: names of the figures that exist, as in `CAPTIONS`; their files lie beside the page.
+        modules: the user's module and model, in which a tokenizer is looked for that decodes questions.
     """
     evidence = evidence_of(policies[0])
     parts = ", ".join(f"{count} samples to {part}" for part, count in evidence["samples"].items())
@@ -60,6 +68,7 @@ def page(policies: Sequence[PruningPolicy], lines: Mapping[str, str], figures: S
         "answers' log-probability, on images left out, ± a standard error.",
         "".join(f"- {markdown_text(name)}: {_found(fit)}\n" for name, fit in fits(policies[0]).items()),
         *_figures(figures, ("heads", "slots", *(one.name for one in statistics.STATISTICS))),
+        *([said] if (said := questions_section(policies[0], partial(decoded, modules))) else []),
         *(
             section
             for policy in policies

@@ -63,6 +63,7 @@ def report(
     seconds: float,
     plain_seconds: float | None = None,
     step: int = 0,
+    modules: Sequence[object] = (),
 ) -> list[str]:
     """Write `report.md` and its figures into `folder`, and log the same wherever the trainer logs.
 
@@ -74,6 +75,7 @@ def report(
         seconds: time that the calibration took.
         plain_seconds: time that the prediction alone took, if known.
         step: step of the trainer; custom loggers may need it.
+        modules: the user's module and model, in which a tokenizer is looked for that decodes questions.
 
     Returns:
         Three lines for the terminal: what was chosen, what it keeps, what it cost.
@@ -82,7 +84,7 @@ def report(
     draws: dict[str, Draw] = {**FIGURES, **{one.name: partial(_statistic, one) for one in statistics.STATISTICS}}
     drawn = {name: figure for name, draw in draws.items() if (figure := draw(policies)) is not None}
     images = {name: png(figure) for name, figure in drawn.items()}
-    text = page(policies, lines, list(images))
+    text = page(policies, lines, list(images), modules)
     _write(folder, text, images)
 
     def log(logger: Logger) -> None:

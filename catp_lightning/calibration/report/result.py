@@ -8,6 +8,7 @@ import numpy as np
 from torch import Tensor
 
 from catp_lightning.calibration.asked import AskedImages
+from catp_lightning.calibration.fit.texts import QuestionComponent
 from catp_lightning.calibration.report.controls import paired_difference, verdict
 from catp_lightning.calibration.report.evidence import (
     BestControl,
@@ -48,6 +49,7 @@ class CalibrationResult:
         parts: number of samples in each part of the split.
         images: int64, fingerprints of all images.
         fitted: findings of the probes, as plain numbers.
+        components: what the components of questions mean; none if all are alike, or nothing reads them.
         statistics: entries of the statistics, by name.
     """
 
@@ -66,6 +68,7 @@ class CalibrationResult:
     parts: Mapping[str, int]
     images: Tensor
     fitted: Mapping[str, Any]
+    components: Sequence[QuestionComponent]
     statistics: Mapping[str, Any]
 
     def policies(self) -> list[PruningPolicy]:
@@ -99,6 +102,7 @@ class CalibrationResult:
             "images": encode_images(self.images),
             "retention": [self._retention(budget) for budget in range(len(self.budgets))],
             "fitted": dict(self.fitted),
+            **({"components": self.components} if self.components else {}),
             **self.statistics,
         }
 

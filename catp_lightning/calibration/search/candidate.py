@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 
 from catp_lightning.calibration.fit.fitting import rounded
+from catp_lightning.methods.components import Question
 from catp_lightning.methods.method import Method
-from catp_lightning.methods.question import Question
 from catp_lightning.policy import PruningPolicy
 from catp_lightning.policy.building import RULE, build_method
 
@@ -47,7 +47,7 @@ class Candidate:
     @property
     def fitted(self) -> int:
         """0 for a rule as published and for diversity alone, 1 for a rule with a chosen setting, 2 for a fitted one."""
-        if not {"head_weights", "slot_weights", "weights", "question"}.isdisjoint(self.scorer_args):
+        if not {"head_weights", "slot_weights", "weights", "network"}.isdisjoint(self.scorer_args):
             return 2
         return int(bool(self.scorer_args) or bool(self.selector_args.get("relevance")))
 

@@ -4,12 +4,10 @@ from collections.abc import Iterator, Mapping
 from dataclasses import asdict
 from typing import Any
 
-from catp_lightning.calibration.fit.by_question import QuestionFit
-from catp_lightning.calibration.fit.fitting import Fitted, ScorerFit, rounded
+from catp_lightning.calibration.fit.fitting import Fitted, ScorerFit
 from catp_lightning.calibration.plan import Plan, why_not
 from catp_lightning.calibration.search.candidate import Candidate, Exit
 from catp_lightning.methods.observation import Signal
-from catp_lightning.methods.question import Question
 from catp_lightning.methods.scorers import SCORERS
 from catp_lightning.methods.selectors import SELECTORS
 from catp_lightning.policy import PruningPolicy
@@ -61,9 +59,9 @@ def _of_qformer(plan: Plan) -> Iterator[Candidate]:
     for name in ("catp", *plan.scorers):
         yield from (Candidate(f"{name} layer {n}", name, {"layers": [n]}, reference=name == "catp") for n in layers)
     yield Candidate("catp weighted by image token", "catp", {"image_weight": "received"})
+    for scorer in ("catp", "cross-attention", "region-attention", "self-attention"):
+        yield from _both_signs(scorer, "outputs")
     for similarity in ("cross-attention", "outputs"):
-        for scorer in ("catp", "cross-attention", "region-attention", "self-attention"):
-            yield from _both_signs(scorer, similarity)
         yield _diversity(similarity, {"similarity": similarity}, control=True)
     yield from _coverage()
     # Diversity of regions or of one layer's attention counts as a finding; of all layers, or of outputs, as a control.
@@ -123,13 +121,12 @@ def _of_method(plan: Plan, method: PruningPolicy) -> Iterator[Candidate]:
                 yield rule
 
 
-def fitted_candidates(plan: Plan, fitted: Fitted, question: Question | None = None) -> list[Candidate]:
+def fitted_candidates(plan: Plan, fitted: Fitted) -> list[Candidate]:
     """Return candidates of the relevance that probes found, alone and in DPPs of several similarities and strengths.
 
     Args:
         plan: plan of the calibration.
         fitted: findings of the probes.
-        question: components of the question that fits know; None: none does.
     """
     if plan.method is not None:
         return list(_of_method_fitted(plan, plan.method, fitted))
@@ -137,46 +134,25 @@ def fitted_candidates(plan: Plan, fitted: Fitted, question: Question | None = No
     if fitted.greedy is not None:
         found.append(Candidate("fixed set", "position", {"weights": fitted.greedy}))
     several = dict(_similarities(plan, fitted))
+    # Beside a network, which estimates a token's worth better, other estimates are tried in fewer sets.
+    fewer = several if fitted.network is None else _plain(several)
     if fitted.slots:
-        found += _sets("slots", "position", {"weights": fitted.slots}, several)
+        found += _sets("slots", "position", {"weights": fitted.slots}, fewer)
     for name, fit in fitted.scorers.items():
         if fit.selected:
             heads = {**_scale(plan, name), **_weights(plan, name, fit)}
             found += _sets(f"{name} heads", name, heads, _plain(several))
             if fitted.slots:
                 both = {**heads, "slot_weights": fit.slot_weights}
-                found += _sets(f"{name} heads and slots", name, both, several)
-        if fit.by_question is not None and question is not None:
-            args = {**_scale(plan, name), **_by_question(plan, name, fit.by_question, question)}
-            kinds = several if fitted.slots else _plain(several)
-            found += _sets(f"{name} by question", name, args, kinds)
+                found += _sets(f"{name} heads and slots", name, both, fewer)
+    if fitted.network is not None:
+        found += _sets("learned", "learned", {"network": asdict(fitted.network)}, several)
     return found
 
 
 def _plain(similarities: Mapping[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
     """Return the similarities of outputs and of all cross-attention layers."""
     return {kind: args for kind, args in similarities.items() if kind in ("outputs", "cross-attention")}
-
-
-def _by_question(plan: Plan, name: str, fit: QuestionFit, question: Question) -> dict[str, Any]:
-    """Return the arguments of a scorer whose weights change with the question."""
-    layers, heads = plan.layers_read(name), plan.heads(name)
-    count = len(layers) * heads
-    weights = fit.weights[:count].reshape(len(layers), heads)
-    changes = fit.changes[:count].reshape(len(layers), heads, -1)
-    args: dict[str, Any] = {
-        "layers": list(layers),
-        "head_weights": [rounded(row) for row in weights],
-        "question": {
-            "components": asdict(question),
-            "heads": [[rounded(head) for head in layer] for layer in changes],
-            "slots": None,
-        },
-    }
-    if len(fit.weights) > count:
-        args["slot_weights"] = rounded(fit.weights[count:])
-        args["question"]["slots"] = [rounded(slot) for slot in fit.changes[count:]]
-    return args
 
 
 def _of_method_fitted(plan: Plan, method: PruningPolicy, fitted: Fitted) -> Iterator[Candidate]:

@@ -16,7 +16,7 @@ from catp_lightning.calibration.search.candidate import Candidate
 from catp_lightning.calibration.search.ranks import limits, token_ranks
 from catp_lightning.calibration.search.sums import CandidateAnswers, CandidateSums, ImageAgreement
 from catp_lightning.calibration.split import fold_of
-from catp_lightning.methods.question import Question
+from catp_lightning.methods.components import Question
 from catp_lightning.methods.selection import Selection, protected_tokens
 from catp_lightning.policy import PruningPolicy
 from catp_lightning.pruning.pruner import Pruner

@@ -13,7 +13,7 @@ from catp_lightning.calibration.search.choice import NOTHING, choose
 from catp_lightning.calibration.search.routes import complements, routes, weights
 from catp_lightning.calibration.search.sums import Rows
 from catp_lightning.calibration.split import fold_of
-from catp_lightning.methods.question import Question
+from catp_lightning.methods.components import Question
 
 
 @dataclass

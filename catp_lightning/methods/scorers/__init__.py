@@ -11,6 +11,7 @@ from catp_lightning.methods.scorers.divprune import DivPrune
 from catp_lightning.methods.scorers.downsample import Downsample
 from catp_lightning.methods.scorers.fastervlm import FasterVLM
 from catp_lightning.methods.scorers.fastv import FastV, PyramidDrop
+from catp_lightning.methods.scorers.learned import Learned
 from catp_lightning.methods.scorers.region_attention import RegionAttention
 from catp_lightning.methods.scorers.self_attention import SelfAttention
 from catp_lightning.methods.scorers.sgl import SGL
@@ -39,6 +40,7 @@ _OWN: dict[str, type[Scorer]] = {
     "visual-exit": VisualExit,
     "trimmed-llama": TrimmedLlama,
     "sgl": SGL,
+    "learned": Learned,
     "l2-norm": L2Norm,
     "position": Position,
     "stride": Stride,
@@ -64,6 +66,7 @@ __all__ = [
     "FasterVLM",
     "Grid",
     "L2Norm",
+    "Learned",
     "Position",
     "PyramidDrop",
     "Random",

@@ -10,7 +10,6 @@ from torch import Tensor
 
 from catp_lightning.methods.budget import even_counts
 from catp_lightning.methods.observation import Needs, Observation
-from catp_lightning.methods.question import Question
 
 
 @dataclass(frozen=True)
@@ -66,45 +65,6 @@ class EqualScores(Scorer):
 
 
 @dataclass(frozen=True)
-class QuestionWeights:
-    """Changes of head and slot weights with the question, linear in its components.
-
-    Attributes:
-        components: the C components of a question.
-        heads: [L, H, C], change of each head's weight for one unit of each component.
-        slots: [T, C], change of the number for each token of an image; None: none changes.
-    """
-
-    components: Question
-    heads: tuple[tuple[tuple[float, ...], ...], ...]
-    slots: tuple[tuple[float, ...], ...] | None = None
-
-    def __post_init__(self) -> None:
-        rows = [*(head for layer in self.heads for head in layer), *(self.slots or ())]
-        if {len(row) for row in rows} != {self.components.count}:
-            raise ValueError(f"weights by question need {self.components.count} numbers each, one for each component.")
-        if len({len(layer) for layer in self.heads}) != 1:
-            raise ValueError("weights by question need layers with equally many heads.")
-
-    def scores(self, head_scores: Tensor, seen: Observation) -> Tensor:
-        """Return what the question adds to the scores: [I, L, H, T] -> float [I, T]."""
-        components = self.components.components(seen).to(head_scores.dtype)
-        heads = torch.tensor(self.heads, dtype=head_scores.dtype, device=head_scores.device)
-        if heads.shape[:2] != head_scores.shape[1:3]:
-            raise ValueError(
-                f"weights by question are for {heads.shape[0]} layers of {heads.shape[1]} heads; the scores come from "
-                f"{head_scores.shape[1]} layers of {head_scores.shape[2]} heads."
-            )
-        added = torch.einsum("ilht,lhc,ic->it", head_scores, heads, components)
-        if self.slots is None:
-            return added
-        slots = torch.tensor(self.slots, dtype=head_scores.dtype, device=head_scores.device)
-        if len(slots) != added.shape[1]:
-            raise ValueError(f"there are {len(slots)} slots; an image of this model has {added.shape[1]} tokens.")
-        return added + components @ slots.T
-
-
-@dataclass(frozen=True)
 class AttentionScorer(Scorer):
     """Base class of scorers that sum weighted head scores: one number for each token from each attention head.
 
@@ -117,7 +77,6 @@ class AttentionScorer(Scorer):
         layers: the layers that are read, counted from 0, or from -1 for the last; None: all.
         head_weights: [L, H], a weight for each head of each of those L layers, which may be negative; None: all 1.
         slot_weights: [T], a number for each token of an image, added to the sum of the head scores; None: all 0.
-        question: changes of these weights with the question that is asked; None: the question does not matter.
     """
 
     fitted: ClassVar[bool] = False
@@ -125,7 +84,6 @@ class AttentionScorer(Scorer):
     layers: tuple[int, ...] | None = None
     head_weights: tuple[tuple[float, ...], ...] | None = None
     slot_weights: tuple[float, ...] | None = None
-    question: QuestionWeights | None = None
 
     def __post_init__(self) -> None:
         if self.layers is not None and not self.layers:
@@ -145,7 +103,7 @@ class AttentionScorer(Scorer):
         scores = weigh(head_scores, self.weights(head_scores))
         if self.slot_weights is not None:
             scores = scores + slot_scores(self.slot_weights, scores)
-        return scores if self.question is None else scores + self.question.scores(head_scores, seen)
+        return scores
 
     def weights(self, head_scores: Tensor) -> Tensor | None:
         """Return `head_weights` as a tensor [L, H] of the scores' dtype, on their device; None if there are none."""

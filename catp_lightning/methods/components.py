@@ -1,8 +1,9 @@
-"""Components of a prompt's text: the few numbers by which question-aware methods tell questions apart."""
+"""Components of embeddings: the few numbers by which methods that were fitted tell questions, or tokens, apart."""
 
 import base64
 import binascii
 from dataclasses import dataclass
+from typing import Self
 
 import numpy as np
 import torch
@@ -17,8 +18,8 @@ HASHED = 256
 
 
 @dataclass(frozen=True)
-class Question:
-    """Linear components of the mean embedding of a prompt's text, fitted to a calibration's questions.
+class Components:
+    """Linear components of embeddings, fitted to those of a calibration.
 
     Embeddings of more than 256 dimensions are first hashed to 256, so that components are small whatever the model.
 
@@ -43,14 +44,10 @@ class Question:
             raise ValueError(f"basis has {len(rows)} numbers; {len(self.offset)} components need as many finite rows.")
 
     @classmethod
-    def of(cls, basis: np.ndarray, offset: np.ndarray) -> "Question":
+    def of(cls, basis: np.ndarray, offset: np.ndarray) -> Self:
         """Encode components: float [C, W] and float [C]."""
         encoded = base64.b64encode(basis.astype("<f4").tobytes()).decode()
         return cls(encoded, tuple(float(f"{value:.6g}") for value in offset))
-
-    def first(self, count: int) -> "Question":
-        """Return the first `count` components."""
-        return Question.of(self.rows()[:count], np.array(self.offset[:count]))
 
     @property
     def count(self) -> int:
@@ -61,21 +58,37 @@ class Question:
         """Return the weights of the components: float32 [C, W]."""
         return np.frombuffer(base64.b64decode(self.basis), "<f4").reshape(self.count, -1)
 
-    def components(self, seen: Observation) -> Tensor:
-        """Return the components of each image's question: float32 or float64 [I, C].
+    def of_embeddings(self, embeddings: Tensor) -> Tensor:
+        """Return the components of embeddings: float [..., D] -> float32 or float64 [..., C].
 
         Raises:
             ValueError: the embeddings have other dimensions than those that the components were fitted to.
         """
-        read = hashed(seen[Signal.QUESTION])
+        read = hashed(embeddings.to(torch.promote_types(embeddings.dtype, torch.float32)))
         rows = self.rows()
-        if rows.shape[1] != read.shape[1]:
+        if rows.shape[1] != read.shape[-1]:
             raise ValueError(
-                f"the question's components are of {rows.shape[1]} dimensions; this model's embeddings give "
-                f"{read.shape[1]}. Calibrate on this model."
+                f"the components are of {rows.shape[1]} dimensions; this model's embeddings give {read.shape[-1]}. "
+                "Calibrate on this model."
             )
         basis = torch.from_numpy(rows.astype(np.float64)).to(read)
         return read @ basis.T + torch.tensor(self.offset, dtype=read.dtype, device=read.device)
+
+
+class Question(Components):
+    """Components of the mean embedding of a prompt's text."""
+
+    def components(self, seen: Observation) -> Tensor:
+        """Return the components of each image's question: float32 or float64 [I, C]."""
+        return self.of_embeddings(seen[Signal.QUESTION])
+
+
+class Features(Components):
+    """Components of a visual token as it leaves the vision part."""
+
+    def components(self, seen: Observation) -> Tensor:
+        """Return the components of each token: float32 or float64 [I, T, C]."""
+        return self.of_embeddings(seen[Signal.IMAGE_FEATURES])
 
 
 def hashed_width(dimensions: int) -> int:
@@ -84,14 +97,14 @@ def hashed_width(dimensions: int) -> int:
 
 
 def hashed(embeddings: Tensor) -> Tensor:
-    """Add up the dimensions of long embeddings in 256 buckets, with signs: float [I, D] -> float [I, min(D, 256)].
+    """Add up the dimensions of long embeddings in 256 buckets, with signs: float [..., D] -> float [..., min(D, 256)].
 
     Dimension d falls into bucket d modulo 256, with a sign that depends on d alone. The expected inner product of two
     embeddings stays what it was.
     """
-    count = embeddings.shape[1]
+    count = embeddings.shape[-1]
     if count <= HASHED:
         return embeddings
     draws = mix(torch.arange(count, dtype=torch.int64, device=embeddings.device))
     signed = embeddings * ((draws & 1) * 2 - 1).to(embeddings.dtype)
-    return F.pad(signed, (0, -count % HASHED)).unflatten(1, (-1, HASHED)).sum(1)
+    return F.pad(signed, (0, -count % HASHED)).unflatten(-1, (-1, HASHED)).sum(-2)
