@@ -211,7 +211,11 @@ def test_a_datamodule_without_calibration_split_is_calibrated_on_its_prediction_
         ("predict", ["--output", "answers.jsonl"], r"predict: batch 2 of 3"),
         ("validate", [], r"validate: batch 2 of 3"),
         ("test", ["--scorer", "stride"], r"test: batch 2 of 3"),
-        ("calibrate", [*STRIDE, "--output", "policy.json"], r"round 1 of 1, \d+ candidates, batch [2-3] of 4"),
+        (
+            "calibrate",
+            [*STRIDE, "--output", "policy.json"],
+            r"measuring what each visual token is worth, batch [2-3] of 4",
+        ),
     ],
 )
 def test_without_a_terminal_lines_say_how_far_a_command_is(made, capsys, monkeypatch, command, options, said):
