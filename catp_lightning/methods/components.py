@@ -91,11 +91,6 @@ class Features(Components):
         return self.of_embeddings(seen[Signal.IMAGE_FEATURES])
 
 
-def hashed_width(dimensions: int) -> int:
-    """Return the number of dimensions of a hashed embedding of `dimensions`."""
-    return min(dimensions, HASHED)
-
-
 def hashed(embeddings: Tensor) -> Tensor:
     """Add up the dimensions of long embeddings in 256 buckets, with signs: float [..., D] -> float [..., min(D, 256)].
 

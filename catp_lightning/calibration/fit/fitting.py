@@ -121,11 +121,12 @@ def fit_without(
 ) -> Fitted:
     """Fit again without one fold, to be measured on it: layers that `like` chose, weights that never saw the fold."""
     sums, pairs = sums.without(fold), None if pairs is None else pairs.without(fold)
-    scorers = dict(like.scorers)
-    for name, found in like.scorers.items():
-        if found.selected:
-            again = fit_heads(sums, columns.of_heads(name, found.layers), columns.of_slots)
-            scorers[name] = replace(scorers[name], fit=again)
+    scorers = {
+        name: replace(found, fit=fit_heads(sums, columns.of_heads(name, found.layers), columns.of_slots))
+        if found.selected
+        else found
+        for name, found in like.scorers.items()
+    }
     return Fitted(_slots(sums, columns), _greedy(pairs, columns, ties), scorers)
 
 

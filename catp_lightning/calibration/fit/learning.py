@@ -112,8 +112,7 @@ class _Data:
     def of(cls, recorded: Recorded, slots: int) -> "_Data":
         counts = recorded.counts.tolist()
         own = {name: value.clone() for name, value in vars(recorded).items()}  # not of inference mode
-        centred = own["gain"]
-        centred = centred - centred.mean(2, keepdim=True)
+        centred = own["gain"] - own["gain"].mean(2, keepdim=True)
         features, kept = own["features"].split(counts), own["kept"].split(counts)
         return cls(features, kept, own["question"], centred, slots)
 

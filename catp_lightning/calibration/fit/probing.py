@@ -119,8 +119,8 @@ class Probing(Pass):
         components: tuple[Question, Features] | None = None,
     ) -> None:
         self.plan, self.columns, self.part_of = plan, Columns.of(plan), part_of
-        self.sizes = sizes(budgets, plan.family.tokens_per_image, plan.settings.sizes)
-        self.sizes = self.sizes if self.columns.total or components is not None else []
+        measured = self.columns.total or components is not None
+        self.sizes = sizes(budgets, plan.family.tokens_per_image, plan.settings.sizes) if measured else []
         self.sums = ProbeSums(self.columns.total, plan.settings.folds).to(device)
         self.images, self.parts = ImageSet().to(device), PartCounts().to(device)
         self.tokens, self.not_finite = TokenCounts().to(device), ImageSet().to(device)

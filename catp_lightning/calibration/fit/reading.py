@@ -56,9 +56,7 @@ class EmbeddingSums(Sums):
         return int(self.count), self.total[:width].cpu().numpy(), self.products[:width, :width].cpu().numpy()
 
 
-def principal_components(
-    kind: type[Kind], count: int, total: np.ndarray, products: np.ndarray, most: int = MOST
-) -> Kind | None:
+def principal_components(kind: type[Kind], count: int, total: np.ndarray, products: np.ndarray) -> Kind | None:
     """Return the principal components of embeddings, with a standard deviation of 1; None if all are equal.
 
     Components are in the order of their variance, and each has the sign by which its largest weight is positive.
@@ -68,13 +66,12 @@ def principal_components(
         count: number of embeddings.
         total: float64 [W], their sum.
         products: float64 [W, W], the sum of their products with themselves.
-        most: number of components at most.
     """
     if count < 2 or not len(total):
         return None
     mean = total / count
     variances, vectors = np.linalg.eigh(products / count - np.outer(mean, mean))
-    order = np.argsort(variances)[::-1][:most]
+    order = np.argsort(variances)[::-1][:MOST]
     spread = np.sqrt(np.maximum(variances[order], 0))
     kept = spread > LEAST * max(spread[0], float(np.abs(mean).max()) * LEAST)
     if not kept.any():

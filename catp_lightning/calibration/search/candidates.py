@@ -60,7 +60,7 @@ def _of_qformer(plan: Plan) -> Iterator[Candidate]:
         yield from (Candidate(f"{name} layer {n}", name, {"layers": [n]}, reference=name == "catp") for n in layers)
     yield Candidate("catp weighted by image token", "catp", {"image_weight": "received"})
     for scorer in ("catp", "cross-attention", "region-attention", "self-attention"):
-        yield from _both_signs(scorer, "outputs")
+        yield from _both_signs(scorer)
     for similarity in ("cross-attention", "outputs"):
         yield _diversity(similarity, {"similarity": similarity}, control=True)
     yield from _coverage()
@@ -69,17 +69,17 @@ def _of_qformer(plan: Plan) -> Iterator[Candidate]:
     yield from (_diversity(f"cross-attention layer {n}", {"layers": [n]}) for n in layers)
 
 
-def _both_signs(scorer: str, similarity: str) -> Iterator[Candidate]:
+def _both_signs(scorer: str) -> Iterator[Candidate]:
     for strength in sorted(sign * size for sign in (1, -1) for size in STRENGTHS):
-        args = {"similarity": similarity, "relevance": strength}
-        yield Candidate(f"dpp of {similarity}, {scorer} x {strength:+g}", scorer, {}, "dpp", args)
+        args = {"similarity": "outputs", "relevance": strength}
+        yield Candidate(f"dpp of outputs, {scorer} x {strength:+g}", scorer, {}, "dpp", args)
 
 
 def _of_outputs(plan: Plan) -> Iterator[Candidate]:
     """Yield DPPs on the similarity of token features, with and without relevance; none where tokens are too many."""
     if _similar(plan):
         for name in (*plan.scorers, "l2-norm"):
-            yield from _both_signs(name, "outputs")
+            yield from _both_signs(name)
         for name in plan.scorers:
             layers = plan.layers_read(name)
             for n in layers if len(layers) > 1 else []:
