@@ -71,6 +71,7 @@ def calibrate(
     yield probing
     learned = probing.learned()
     _check_amount(learned)
+    plan = replace(plan, largest=learned.largest)
     promised = None
     if promise is not None and learned.asked is not None:
         promised = PromisedGroups(promise, learned.asked, learned.groups)

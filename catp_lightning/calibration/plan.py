@@ -31,6 +31,7 @@ class Plan:
         guide: guide model that the method reads; None: it reads none.
         settings: settings that trade time for precision.
         perturbations: perturbations of images by name; copies of every sample on perturbed images are measured too.
+        largest: number of visual tokens of the largest image; None until it is known.
     """
 
     family: Family
@@ -40,6 +41,7 @@ class Plan:
     guide: Guide | None = None
     settings: CalibrationSettings = DEFAULTS
     perturbations: Mapping[str, Perturbation] = field(default_factory=dict)
+    largest: int | None = None
 
     @classmethod
     def of(
@@ -52,15 +54,8 @@ class Plan:
         """Plan the calibration of all methods that drop before the decoder, or of one `method`.
 
         Raises:
-            PruningError: the model's prompts cannot be answered again, or the method does not run on it.
+            PruningError: the method does not run on the model.
         """
-        if not family.replayable:
-            raise PruningError(
-                f"Calibration answers recorded prompts again, which is exact on BLIP-2 and InstructBLIP with a decoder "
-                f"as language model, on the LLaVA family, Llama-3.2-Vision, InternVL, SmolVLM and Idefics 3; "
-                f"{type(family.model).__name__} with {type(family.decoder).__name__} is not among them. Prune it by a "
-                "fixed rule, PruningPolicy(scorer=...); docs/families.md says which scorers it shows signals for."
-            )
         if method is not None:
             return cls._of_method(family, method, guide, settings)
         scorers = {name: scorer for name, scorer in _fitted() if family.shows(scorer.needs)}

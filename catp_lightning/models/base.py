@@ -92,18 +92,8 @@ class Family(ABC):
         return None
 
     @property
-    def max_tokens_per_image(self) -> int | None:
-        """Number of visual tokens of the largest image; None if it is not known."""
-        return self.tokens_per_image
-
-    @property
     def has_grid(self) -> bool:
         """True if an image's tokens are the patches of one square, line by line."""
-        return False
-
-    @property
-    def replayable(self) -> bool:
-        """True if a recorded prompt can be answered again exactly, as calibration does."""
         return False
 
     @property

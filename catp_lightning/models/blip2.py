@@ -74,10 +74,6 @@ class Blip2(Family):
         return int(self.model.config.num_query_tokens)
 
     @property
-    def replayable(self) -> bool:
-        return self.reads == "decoder"
-
-    @property
     def pixel_readers(self) -> tuple[nn.Module, ...]:
         return (self.model.vision_model.embeddings,)  # the hash is of what `vision_model` itself is given
 

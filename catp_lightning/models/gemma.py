@@ -1,6 +1,6 @@
 """Gemma 3 and PaliGemma: every image has the same number of tokens, which attend to one another."""
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from catp_lightning.models.placeholder import Placeholder
 
@@ -11,8 +11,12 @@ class Gemma(Placeholder):
     types = ("gemma3",)
     classes = ("Gemma3ForConditionalGeneration",)
 
+    @property
+    def pixel_readers(self) -> tuple[nn.Module, ...]:
+        return (self.model.model.vision_tower,)
 
-class PaliGemma(Placeholder):
+
+class PaliGemma(Gemma):
     """PaliGemma 1 and 2, whose position ids begin at 1."""
 
     types = ("paligemma",)

@@ -10,7 +10,6 @@ class Idefics(Placeholder):
 
     types = ("idefics3", "smolvlm")
     classes = ("Idefics3ForConditionalGeneration", "SmolVLMForConditionalGeneration")
-    can_replay = True
 
     @property
     def pixel_readers(self) -> tuple[nn.Module, ...]:

@@ -15,7 +15,6 @@ class InternVL(Placeholder):
 
     types = ("internvl",)
     classes = ("InternVLForConditionalGeneration",)
-    can_replay = True
 
     @property
     def pixel_readers(self) -> tuple[nn.Module, ...]:

@@ -29,7 +29,6 @@ class Llava(Placeholder):
 
     types: ClassVar[tuple[str, ...]] = ("llava", "vipllava")
     classes: ClassVar[tuple[str, ...]] = ("LlavaForConditionalGeneration", "VipLlavaForConditionalGeneration")
-    can_replay = True
 
     @property
     def tokens_per_image(self) -> int | None:

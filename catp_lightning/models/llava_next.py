@@ -22,15 +22,6 @@ class LlavaNext(Llava):
     def tokens_per_image(self) -> int | None:
         return None
 
-    @property
-    def max_tokens_per_image(self) -> int | None:
-        pinpoints = getattr(self.model.config, "image_grid_pinpoints", None)
-        if not pinpoints:
-            return None
-        side = self.model.config.vision_config.image_size
-        crops = max(-(-height // side) * -(-width // side) for height, width in pinpoints)
-        return (crops + 1) * self._patches()
-
     def images(self, prompt: DecoderPrompt, counts: Mapping[int, int]) -> Images:
         found = self._videos(prompt)
         if pictures(prompt.arguments) is not None:

@@ -2,6 +2,8 @@
 
 from collections.abc import Mapping
 
+from torch import nn
+
 from catp_lightning.models.images import Images, sized_images
 from catp_lightning.models.placeholder import Placeholder
 from catp_lightning.prompt.prompt import DecoderPrompt
@@ -12,6 +14,10 @@ class Mistral(Placeholder):
 
     types = ("lighton_ocr", "mistral3")
     classes = ("LightOnOcrForConditionalGeneration", "Mistral3ForConditionalGeneration")
+
+    @property
+    def pixel_readers(self) -> tuple[nn.Module, ...]:
+        return (self.model.model.vision_tower,)
 
     def images(self, prompt: DecoderPrompt, counts: Mapping[int, int]) -> Images:
         return sized_images(self.model, prompt, counts)

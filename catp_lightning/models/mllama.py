@@ -80,16 +80,8 @@ class Mllama(Family):
         return int(self.model.model.vision_model.num_patches)
 
     @property
-    def replayable(self) -> bool:
-        return True
-
-    @property
     def pixel_readers(self) -> tuple[nn.Module, ...]:
         return (self.model.model.vision_model,)
-
-    @property
-    def max_tokens_per_image(self) -> int:
-        return self.tiles * self.rows_per_tile
 
     def layers(self) -> Mapping[Signal, int]:
         return {Signal.CROSS_ATTENTION_TO_IMAGE: 1}

@@ -42,13 +42,10 @@ class Placeholder(Family):
 
     Attributes:
         types: model types in the configs of its models; empty: all that no other family lists.
-        can_replay: True if a recorded prompt is enough to answer it again: the decoder is causal and position ids count
-            columns.
     """
 
     types: ClassVar[tuple[str, ...]] = ()
     classes: ClassVar[tuple[str, ...]] = ()
-    can_replay: ClassVar[bool] = False
 
     @property
     def name(self) -> str:  # type: ignore[override]
@@ -122,10 +119,6 @@ class Placeholder(Family):
         if self.types:
             return ""
         return ", ".join(sorted(inspect.signature(self.outer.forward).parameters.keys() - KNOWN_INPUTS - PICTURES))
-
-    @property
-    def replayable(self) -> bool:
-        return self.can_replay and window(self.decoder_config) is None
 
     def shape(self) -> Mapping[str, int]:
         config = self.decoder_config

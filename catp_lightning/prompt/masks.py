@@ -167,3 +167,29 @@ def layer_mask(mask: Tensor | None, rows: KeptSequence, later: int, flash: bool)
     mask = mask.expand(len(valid), -1, -1, -1)
     before = mask[..., :length].gather(3, rows.order[:, None, None].expand(-1, *mask.shape[1:3], -1))
     return hide(torch.cat([before, mask[..., length:]], 3), ~valid[:, None, None])
+
+
+def extended(masks: Masks, mask: Tensor, config: PreTrainedConfig, dtype: torch.dtype) -> Masks:
+    """Return masks that a model made of a prompt, extended over text after it, which sees all before it.
+
+    Args:
+        masks: [R, h, L, L], of the prompt; by type of layer, where types differ.
+        mask: int64 [R, L + m], attention mask of the prompt and the text after it.
+        config: config of the decoder.
+        dtype: dtype of an additive mask.
+    """
+    columns = torch.arange(mask.shape[1], device=mask.device).expand_as(mask)
+    causal = own_masks(columns, columns, mask.bool(), config, dtype)
+    if isinstance(masks, dict):
+        of_type = causal if isinstance(causal, dict) else dict.fromkeys(masks, causal)
+        return of_type | {name: _beginning(own, of_type[name]) for name, own in masks.items() if own is not None}
+    assert isinstance(causal, Tensor)
+    return _beginning(masks, causal)
+
+
+def _beginning(mask: Tensor, longer: Tensor) -> Tensor:
+    """Return the mask `longer`, [R, 1, N, N], with `mask`, [R, h, L, L], in place of its first L rows and columns."""
+    length = mask.shape[-1]
+    found = longer.repeat(1, mask.shape[1], 1, 1)
+    found[..., :length, :length] = mask
+    return found

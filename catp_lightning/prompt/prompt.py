@@ -10,6 +10,7 @@ from torch import Tensor
 from catp_lightning.errors import PruningError
 from catp_lightning.methods.observation import Observation
 from catp_lightning.prompt.call import ModelCall
+from catp_lightning.prompt.masks import Masks
 
 
 @dataclass(frozen=True)
@@ -51,6 +52,10 @@ class DecoderPrompt(Prompt):
         is_prompt: bool [B, L], True for rows of the prompt itself: neither padding, nor from the first label on, nor
             generated.
         generating: True if `generate` predicts an answer from the prompt's last row.
+        masks: masks [1 or R, h, L, L] that the model itself made of the prompt, where it does not leave that to the
+            decoder; by type of layer, where types differ. None: `mask` says all.
+        deepstack: features that are added to visual rows after the first layers, a tensor [visual rows, D] for each, in
+            the order of placeholders; empty: none are.
     """
 
     ids: Tensor
@@ -60,6 +65,8 @@ class DecoderPrompt(Prompt):
     positions: Tensor
     is_prompt: Tensor
     generating: bool = field(default=False, kw_only=True)
+    masks: Masks | None = field(default=None, kw_only=True)
+    deepstack: tuple[Tensor, ...] = field(default=(), kw_only=True)
 
     @classmethod
     def of(

@@ -21,7 +21,7 @@ class Answer:
     """Answers of one top-level call; R answers, A tokens of the longest.
 
     Attributes:
-        ids: int64 [R, A], token ids.
+        ids: int64 [R, A], token ids; those that the decoder of an encoder-decoder starts from come first.
         valid: bool [R, A], True up to and with the token that ended the answer.
         prompts: number of prompts, B; R is a multiple of it.
         row: int64 [B], the column of the prompt whose output predicts the first token.
@@ -142,11 +142,7 @@ def predicted(family: Family, output: Any, named: dict[str, Any]) -> Answer:
     """
     logits, ids = output.logits, named["input_ids"]
     if family.model.config.is_encoder_decoder:  # logits are of the decoder's rows: the first, or the last given
-        given = named.get("decoder_input_ids")
-        row = torch.full(
-            (len(ids),), 0 if given is None else given.shape[1] - 1, device=logits.device, dtype=torch.int64
-        )
-        return _most_likely(logits, row, 0)
+        return _most_likely_of_decoder(family, logits, named.get("decoder_input_ids"))
     columns = torch.arange(ids.shape[1], device=logits.device)
     mask, labels = named.get("attention_mask"), named.get("labels")
     real = torch.ones_like(ids, dtype=torch.bool) if mask is None else mask.bool()
@@ -166,6 +162,17 @@ def _most_likely(logits: Tensor, row: Tensor, left_out: int) -> Answer:
     """Return the most likely token after row int64 [B]; logits [B, R, V] lack the first `left_out` rows."""
     best = logits.gather(1, (row - left_out)[:, None, None].expand(-1, 1, logits.shape[-1])).argmax(-1)
     return Answer(best, torch.ones_like(best, dtype=torch.bool), len(row), row)
+
+
+def _most_likely_of_decoder(family: Family, logits: Tensor, given: Tensor | None) -> Answer:
+    """Return what a decoder starts from, `given` [B, R] or its start token, and the most likely token after it."""
+    if given is None:
+        start: int = family.language_model.config.decoder_start_token_id
+        given = torch.full((len(logits), 1), start, device=logits.device, dtype=torch.int64)
+    row = torch.full((len(logits),), given.shape[1] - 1, device=logits.device, dtype=torch.int64)
+    best = _most_likely(logits, row, 0)
+    ids = torch.cat([given.to(logits.device), best.ids], 1)
+    return Answer(ids, torch.ones_like(ids, dtype=torch.bool), len(ids), row)
 
 
 @dataclass

@@ -49,6 +49,18 @@ METHODS = {
     "Blip2-OPT": ("catp", "self-attention", "fastv"),
     "InstructBlip": ("catp", "cross-attention"),
     "Mllama": ("trimmed-llama", "l2-norm"),
+    "Qwen2-VL": ("cdpruner",),
+    "Qwen2.5-VL": ("divprune"),
+    "Qwen3-VL": ("cdpruner",),
+    "Gemma3": ("divprune",),
+    "PaliGemma2": ("divprune",),
+    "Mistral3, sliding window": ("divprune",),
+    "Pixtral": ("divprune",),
+    "InternVL": ("divprune",),
+    "SmolVLM": ("divprune",),
+    "Idefics3": ("divprune",),
+    "Blip2-T5": ("catp",),
+    "InstructBlip-T5": ("catp",),
 }
 FAST = {
     "Llava": ("fastervlm", "divprune", "downsample", "fastv", "visual-exit"),
@@ -66,9 +78,9 @@ def data(row: Row) -> list[dict[str, Tensor]]:
     for number in range(BATCHES):
         inputs = row.inputs(range(len(row.samples())), pads=number % 3)
         generator = torch.Generator().manual_seed(number)
-        inputs["pixel_values"] = inputs["pixel_values"] + 0.8 * torch.randn(
-            inputs["pixel_values"].shape, generator=generator, dtype=torch.float64
-        ) * (inputs["pixel_values"] != 0)  # where a batch is filled up with zeros it stays so
+        for name in [name for name in inputs if name.startswith("pixel_values")]:
+            noise = torch.randn(inputs[name].shape, generator=generator, dtype=torch.float64)
+            inputs[name] = inputs[name] + 0.8 * noise * (inputs[name] != 0)  # zeros that fill up a batch stay so
         found.append(inputs)
     return found
 

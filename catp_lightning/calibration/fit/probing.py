@@ -45,6 +45,7 @@ class Learned:
         not_finite: int64, keys of the samples to which the unpruned model's own answer is not a number.
         parts: number of samples in each part of the split.
         tokens: mean number of droppable visual tokens of an image.
+        largest: number of visual tokens of the largest image.
         statistics: entries of the statistics in the evidence, by name.
         asked: number of questions about each image, by group; samples without an image are left out. None if no
             promise is to be tested.
@@ -59,6 +60,7 @@ class Learned:
     not_finite: Tensor
     parts: dict[str, int]
     tokens: float
+    largest: int
     statistics: dict[str, Any]
     asked: AskedImages | None
     groups: dict[int, str]
@@ -166,7 +168,7 @@ class Probing(Pass):
         part = self.part_of(samples.images)
         self.parts.update(part)
         self.images.update(samples.seen[Signal.IMAGE_HASH])
-        self.tokens.update(samples.seen.droppable.sum(1))
+        self.tokens.update(samples.seen.droppable, samples.seen.valid)
         if self.asked is not None:
             there = samples.images != 0
             images, nothing = samples.images[there], there.new_empty(0, int(there.sum()))
@@ -203,7 +205,7 @@ class Probing(Pass):
             self.images.compute(),
             self.not_finite.compute(),
             self.parts.compute(),
-            self.tokens.compute(),
+            *self.tokens.compute(),
             {name: statistic.compute() for name, statistic in self.statistics.items()},
             None if self.asked is None else self.asked.compute(),
             {} if self.asked is None else self.names.compute(),

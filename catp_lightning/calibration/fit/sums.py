@@ -129,19 +129,25 @@ class PartCounts(Sums):
 
 
 class TokenCounts(Sums):
-    """Mean number of visual tokens of an image."""
+    """Mean and largest number of visual tokens of an image."""
 
     total: Tensor
+    largest: Tensor
 
     def __init__(self, **kwargs: Any) -> None:
         super().__init__(**kwargs)
         self.add_state("total", torch.zeros(2, dtype=torch.int64, device="cpu"), dist_reduce_fx="sum")
+        self.add_state("largest", torch.zeros((), dtype=torch.int64, device="cpu"), dist_reduce_fx="max")
 
-    def update(self, counts: Tensor) -> None:
-        """Add I images: int64 [I], the number of tokens of each."""
-        self.total += torch.stack([counts.sum(), counts.new_tensor(len(counts))])
+    def update(self, droppable: Tensor, valid: Tensor) -> None:
+        """Add I images: bool [I, T] each, the tokens that may be dropped, and all tokens."""
+        self.total += torch.stack([droppable.sum(), droppable.new_tensor(len(droppable), dtype=torch.int64)])
+        self.largest = torch.maximum(self.largest, valid.sum(1).amax())
 
-    def compute(self) -> float:
-        """Return the mean over the images of all processes; 0.0 without images."""
+    def compute(self) -> tuple[float, int]:
+        """Return, over the images of all processes, the mean number of tokens that may be dropped, and the most of all.
+
+        Without images both are 0.
+        """
         tokens, images = self.total.tolist()
-        return float(tokens / max(1, images))
+        return float(tokens / max(1, images)), int(self.largest)

@@ -8,6 +8,7 @@ from catp_lightning.calibration.plan import Plan
 from catp_lightning.calibration.replay.base import Replay
 from catp_lightning.calibration.replay.cross_attention import CrossAttentionReplay
 from catp_lightning.calibration.replay.decoder import DecoderReplay
+from catp_lightning.calibration.replay.encoder import EncoderReplay
 from catp_lightning.calibration.replay.groups import Groups
 from catp_lightning.calibration.replay.perturber import Perturber
 from catp_lightning.errors import PruningError
@@ -20,7 +21,7 @@ from catp_lightning.pruning.sites import PruningSite, SiteSettings, site_of
 
 Recorded = tuple[Replay, Observation, Observation | None, Groups | None]
 
-REPLAYS: tuple[type[Replay], ...] = (DecoderReplay, CrossAttentionReplay)
+REPLAYS: tuple[type[Replay], ...] = (DecoderReplay, EncoderReplay, CrossAttentionReplay)
 """Replays, one file each, by the places whose prompts they answer again."""
 
 

@@ -98,8 +98,8 @@ def _coverage() -> Iterator[Candidate]:
 
 
 def _similar(plan: Plan) -> bool:
-    """Return True if tokens leave before the decoder and an image has at most `COMPARED`, so they can be compared."""
-    return plan.layer == 0 and (plan.family.max_tokens_per_image or COMPARED + 1) <= COMPARED
+    """Return True if tokens leave before the decoder and no image is known to have more than `COMPARED` of them."""
+    return plan.layer == 0 and (plan.largest is None or plan.largest <= COMPARED)
 
 
 def _of_method(plan: Plan, method: PruningPolicy) -> Iterator[Candidate]:

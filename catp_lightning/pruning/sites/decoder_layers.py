@@ -121,12 +121,8 @@ class PruneAtDecoderLayers(PruningSite):
 
     @contextmanager
     def replaying(self, prompt: DecoderPrompt) -> Iterator[None]:
-        self._prompts.known = prompt
-        try:
-            with self.installed():
-                yield
-        finally:
-            self._prompts.known = None
+        with self._prompts.knowing(prompt), self.installed():
+            yield
 
     def _enter(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self._reset()

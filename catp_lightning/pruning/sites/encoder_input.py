@@ -18,6 +18,7 @@ from catp_lightning.models.base import Family
 from catp_lightning.prompt.caches import Opened, is_short, seal
 from catp_lightning.prompt.kept import KeptSequence, kept_sequence, of_each
 from catp_lightning.prompt.masks import two_dimensional
+from catp_lightning.prompt.prompt import DecoderPrompt
 from catp_lightning.pruning.sites.base import PLAIN, Decide, PruningSite, Report, SiteSettings, ignored
 from catp_lightning.pruning.sites.encoder_states import NOT_OF_THIS_PROMPT, PrunedStates
 from catp_lightning.pruning.sites.prompt_capture import PromptCapture
@@ -49,9 +50,18 @@ class PruneAtEncoderInput(PruningSite):
 
     @contextmanager
     def installed(self) -> Iterator[None]:
+        with self._prompts.watching(), self._hooked():
+            yield
+
+    @contextmanager
+    def replaying(self, prompt: DecoderPrompt) -> Iterator[None]:
+        with self._prompts.knowing(prompt), self._hooked():
+            yield
+
+    @contextmanager
+    def _hooked(self) -> Iterator[None]:
         with ExitStack() as undo:
             undo.callback(self._opened.close)
-            undo.enter_context(self._prompts.watching())
             for module, hook in (
                 (self.encoder, self._enter),
                 (self.encoder.block[0], self._biased),

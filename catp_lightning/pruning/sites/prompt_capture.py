@@ -25,15 +25,11 @@ class PromptCapture:
     Args:
         family: the model's family.
         calls: tracker of the model's calls.
-
-    Attributes:
-        known: prompt that is known already and answered again; it is returned whatever the decoder is called with.
     """
-
-    known: DecoderPrompt | None = None
 
     def __init__(self, family: Family, calls: CallTracker) -> None:
         self.family, self.calls = family, calls
+        self._known: DecoderPrompt | None = None
 
     @contextmanager
     def watching(self) -> Iterator[None]:
@@ -43,6 +39,15 @@ class PromptCapture:
             if self.family.outer is None:
                 undo.enter_context(hooked(self.family.model.get_input_embeddings(), self._see_ids))
             yield
+
+    @contextmanager
+    def knowing(self, prompt: DecoderPrompt) -> Iterator[None]:
+        """Return `prompt`, which is answered again, whatever the language model is called with while inside."""
+        self._known = prompt
+        try:
+            yield
+        finally:
+            self._known = None
 
     def _see_ids(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if not self.calls.in_decoder and args and args[0].dim() == 2:
@@ -96,8 +101,8 @@ class PromptCapture:
         Raises:
             PruningError: the prompt's ids are not known, or it has no place for images that were given.
         """
-        if self.known is not None:
-            return self.known
+        if self._known is not None:
+            return self._known
         ids = self._take_ids()
         embeds = kwargs.get("inputs_embeds")
         if embeds is None:
@@ -122,8 +127,13 @@ class PromptCapture:
         is_prompt = self._prompt_columns(mask[::beams] != 0)
         prompt = DecoderPrompt.of(self.calls.user_call, beams, ids, visual, embeds, mask, positions, is_prompt)
         self.calls.taken()
-        generating = self.family.reads == "decoder" and self.calls.prompt_length(is_prompt.shape[1]) is not None
-        return replace(prompt, generating=generating)
+        masks, deepstack = kwargs.get("attention_mask"), tuple(kwargs.get("deepstack_visual_embeds") or ())
+        return replace(
+            prompt,
+            generating=self.family.reads == "decoder" and self.calls.prompt_length(is_prompt.shape[1]) is not None,
+            masks=masks if isinstance(masks, dict) or (masks is not None and masks.dim() == 4) else None,
+            deepstack=deepstack,
+        )
 
     def _prompt_columns(self, real: Tensor) -> Tensor:
         """Return the columns of the prompt itself, bool [B, L], without an answer, generated or with labels.
