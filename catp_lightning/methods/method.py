@@ -1,7 +1,7 @@
 """Scores and selections of observed tokens: pure functions of tensors, shared by pruning and calibration."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -70,10 +70,7 @@ def select_tokens(
         droppable = images_to_samples(seen.droppable, seen.valid, visual, False)
         vectors = None if vectors is None else images_to_samples(vectors, seen.valid, visual, 0.0)
         found = selected(selector, by_sample, droppable, _budget(keep, droppable), vectors)
-        kept, destination = found.keep | (visual & ~droppable), found.destination
-        if destination is not None:
-            destination = destination.where(droppable, own_destination(kept))
-        return Selection(kept, destination, by_sample)
+        return replace(found.with_protected(visual & ~droppable), scores=by_sample)
     kept = seen.valid & ~seen.droppable
     destination = own_destination(kept)
     for part in _parts(seen, selector.per):

@@ -1,7 +1,7 @@
 """Signals that a prefill shows about its visual tokens: plain tensors, the only thing scorers and selectors see."""
 
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import Enum
 
 import torch
@@ -98,8 +98,8 @@ class Observation:
             tokens of the batch in the order of their placeholders.
         layers: number of layers that each by-layer signal has in this model.
         values: the tensors observed, by signal, or by signal and layer.
-        protected: bool [I, T], tokens that stand for no patch (a line's end, a frame's [CLS]) and always stay; None:
-            there are none.
+        protected: bool [I, T], tokens that always stay: they stand for no patch (a line's end, a frame's [CLS]), or are
+            the last row of a prompt; None: there are none.
         crops: int64 [I, T], the crop of its image that each token is of; None if images are not cut.
         text: bool [I, R], True for real rows of `Signal.TEXT_EMBEDS` and `Signal.TEXT_TO_IMAGE_ATTENTION`; None if
             neither was observed.
@@ -131,6 +131,14 @@ class Observation:
     def droppable(self) -> Tensor:
         """Tokens that may be dropped: bool [I, T]."""
         return self.valid if self.protected is None else self.valid & ~self.protected
+
+    def protecting(self, tokens: Tensor) -> "Observation":
+        """Return the same signals with more protected tokens: bool [N], of all visual tokens in their order."""
+        if not bool(tokens.any()):
+            return self
+        more = torch.zeros_like(self.valid)
+        more[self.valid] = tokens
+        return replace(self, protected=more if self.protected is None else self.protected | more)
 
     def of_images(self, index: Tensor) -> "Observation":
         """Return the same signals of the images where `index`, bool [I], is True."""

@@ -25,6 +25,13 @@ class Selection:
     destination: Tensor | None = None
     scores: Tensor | None = None
 
+    def with_protected(self, stay: Tensor) -> "Selection":
+        """Return the selection with more tokens that stay, which nothing is merged into: bool [R, T]."""
+        keep, destination = self.keep | stay, self.destination
+        if destination is not None:
+            destination = own_destination(keep).where(stay, destination)
+        return Selection(keep, destination, self.scores)
+
 
 def own_destination(kept: Tensor) -> Tensor:
     """Return destinations where each kept token is its own and nothing is merged: bool [R, T] -> int64 [R, T]."""

@@ -83,18 +83,30 @@ class DecoderPrompt(Prompt):
         """Return a prompt with the visual tokens whose placeholders are `visual`."""
         return cls(visual_tokens(visual), arguments, rows_per_sample, ids, visual, embeds, mask, positions, is_prompt)
 
+    @property
+    def endings(self) -> Tensor:
+        """True for a visual token that is the last row of its prompt and predicts the answer: bool [B, T]."""
+        columns = torch.zeros_like(self.visual).scatter(1, self._last, self.is_prompt.any(1, keepdim=True))
+        found = torch.zeros_like(self.tokens)
+        found[visual_tokens(self.visual)] = columns[self.visual]
+        return found
+
+    @property
+    def _last(self) -> Tensor:
+        """Column of the last row of each prompt: int64 [B, 1]; the last column where there is none."""
+        return self.is_prompt.shape[1] - 1 - self.is_prompt.flip(1).long().argmax(1, keepdim=True)
+
     def _refuse_end(self, columns: Tensor) -> None:
         """Raise PruningError if the last row of a prompt is dropped, as what is generated would follow nothing.
 
         Args:
             columns: bool [B, L], the columns that stay.
         """
-        last = self.is_prompt.shape[1] - 1 - self.is_prompt.flip(1).long().argmax(1, keepdim=True)
-        gone = ~columns.gather(1, last)[:, 0] & self.is_prompt.any(1)
+        gone = ~columns.gather(1, self._last)[:, 0] & self.is_prompt.any(1)
         if bool(gone.any()):
             raise PruningError(
                 f"The prompt of sample {int(gone.nonzero()[0])} ends in an image whose last token is dropped: "
-                "an answer would be predicted from nothing. Put text after the image, as chat templates do."
+                "an answer would be predicted from nothing. Choose that token too, or put text after the image."
             )
 
     def text_columns(self) -> tuple[Tensor, Tensor]:

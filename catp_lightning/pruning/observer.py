@@ -12,7 +12,7 @@ from catp_lightning.methods.observation import BY_LAYER, Needs, Observation, Sig
 from catp_lightning.models import Family
 from catp_lightning.prompt.attention import Reduction, observe_attention
 from catp_lightning.prompt.call import CallTracker
-from catp_lightning.prompt.prompt import Prompt
+from catp_lightning.prompt.prompt import DecoderPrompt, Prompt
 from catp_lightning.utils.hooks import hooked
 
 ATTENTION = frozenset(
@@ -78,7 +78,10 @@ class Observer:
                 "The language model was called without the vision part being run in the same call, so its tokens "
                 "cannot be scored. Pass pixel_values, not precomputed image features; or use keep=1.0."
             )
-        return self.family.observation(values, self.at_entry, prompt)
+        seen = self.family.observation(values, self.at_entry, prompt)
+        if self.family.reads == "decoder" and isinstance(prompt, DecoderPrompt):
+            seen = seen.protecting(prompt.endings[prompt.tokens])
+        return seen
 
     def _storing(self, key: Signal | tuple[Signal, int]) -> Callable[[Tensor], None]:
         def store(value: Tensor) -> None:

@@ -14,7 +14,7 @@ from catp_lightning.methods.guard import Guard, Summaries
 from catp_lightning.methods.method import score_tokens, selected
 from catp_lightning.methods.observation import Needs, Signal, join
 from catp_lightning.methods.scorers import SCORERS
-from catp_lightning.methods.selection import Selection, images_to_samples
+from catp_lightning.methods.selection import Selection, images_to_samples, protected_tokens
 from catp_lightning.methods.selectors import without_autocast
 from catp_lightning.models import Family, find_family
 from catp_lightning.policy import PruningPolicy
@@ -201,10 +201,14 @@ class Pruner:
         self._check_budget(prompt.counts)
         scores = images_to_samples(score_tokens(self._scorer, inside, visual), inside.valid, visual, -torch.inf)
         keep, stages = self.policy.keep, len(self.leave_at)
-        counts = self._scorer.stage_counts(keep, prompt.counts, prompt.stage, stages, inside).minimum(visual.sum(1))
+        stay = protected_tokens(inside, visual)
+        counts = self._scorer.stage_counts(keep, prompt.counts, prompt.stage, stages, inside)
         with without_autocast(visual):
-            found = selected(self._selector, scores, visual, counts, self._selector.vectors(inside))
-        return replace(found, scores=scores), images
+            found = selected(
+                *(self._selector, scores, visual & ~stay, counts.minimum((visual & ~stay).sum(1))),
+                self._selector.vectors(inside),
+            )
+        return replace(found.with_protected(stay), scores=scores), images
 
 
 @contextmanager

@@ -50,7 +50,7 @@ METHODS = {
     "InstructBlip": ("catp", "cross-attention"),
     "Mllama": ("trimmed-llama", "l2-norm"),
     "Qwen2-VL": ("cdpruner",),
-    "Qwen2.5-VL": ("divprune"),
+    "Qwen2.5-VL": ("divprune",),
     "Qwen3-VL": ("cdpruner",),
     "Gemma3": ("divprune",),
     "PaliGemma2": ("divprune",),
@@ -67,6 +67,11 @@ FAST = {
     "Blip2-OPT": ("catp",),
     "InstructBlip": ("cross-attention",),
     "Mllama": ("trimmed-llama",),
+    "Qwen2.5-VL": ("divprune",),
+    "Qwen3-VL": ("cdpruner",),
+    "Gemma3": ("divprune",),
+    "Mistral3, sliding window": ("divprune",),
+    "Blip2-T5": ("catp",),
 }
 """Those of `METHODS` that are no slow test: each kind of signal, and each kind of replay."""
 

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from catp_lightning import PruningError, PruningPolicy, TokenPruning, prune
+from catp_lightning import PruningPolicy, TokenPruning, prune
 from catp_lightning.methods.scorers.visual_exit import VisualExit
 from tests.support.matrix import BEAMS, exact, generate, scale
 from tests.support.models import random_blip2
@@ -102,18 +102,15 @@ def test_text_alone_and_everything_kept_run_unpruned() -> None:
 
 
 @pytest.mark.parametrize("beams", [1, 2])
-def test_a_sample_of_nothing_but_an_image_is_refused_with_what_to_do(beams: int) -> None:
+def test_of_a_sample_of_nothing_but_an_image_the_last_token_stays(beams: int) -> None:
     model, inputs = model_of(LLAMA), LLAMA.inputs([0, 0])
     ids = torch.tensor([[5, 8, 13, *[IMAGE] * 9, 6], [0, 0, 0, 0, *[IMAGE] * 9]])
     inputs = {**inputs, "input_ids": ids, "attention_mask": (ids != 0).long()}
-    with prune(model, EXIT):
-        with pytest.raises(PruningError, match=r"prompt of sample 1 ends in an image.*Put text after the image"):
-            generate(LLAMA, model, inputs, num_beams=beams)
-        with pytest.raises(
-            PruningError, match=r"tokens of sample 1 are visual and all of them leave.*prompt with text"
-        ):
-            model(**inputs)
-        model(**LLAMA.inputs([0]))  # the next call is pruned like any other
+    with prune(model, EXIT) as pruning:
+        generate(LLAMA, model, inputs, num_beams=beams)
+        assert pruning.keep.sum(1).tolist() == [0, 1] and pruning.keep[1, -1]
+        model(**inputs)
+        assert pruning.keep.sum(1).tolist() == [0, 1]
 
 
 def test_the_callback_reports_that_nothing_is_kept() -> None:

@@ -41,7 +41,8 @@ class StagePrompt(DecoderPrompt):
     def observation(self) -> Observation:
         """Return the signals that scorers see: of the tokens that are still there, as one image per sample."""
         layers = {Signal.LAST_TOKEN_ATTENTION: self.layer, Signal.TEXT_TO_IMAGE_ATTENTION: self.layer}
-        return Observation(self.tokens, layers, self.values, text=self.text_columns()[1])
+        seen = Observation(self.tokens, layers, self.values, text=self.text_columns()[1])
+        return seen.protecting(self.endings[self.tokens])
 
 
 class DecoderPrefill:
