@@ -51,9 +51,7 @@ class DecoderReplay(PromptReplay):
         columns = torch.ones_like(whole.visual)
         columns[:, : read.shape[1]] = columns_kept(prompt.visual, keep) & read
         short = kept_sequence(columns, whole.mask)
-        # The column that predicts the first token shifts left by the columns removed before it; fillers (dropped
-        # columns that pad shorter rows) are not removed.
-        first = (short.order <= self.answers.row[:, None]).sum(1, keepdim=True) - 1
+        first = ((short.order == self.answers.row[:, None]) & short.valid).long().argmax(1, keepdim=True)
         embeds, inputs = whole.embeds, _inputs(whole)
         if destination is not None:
             embeds = merged(embeds, whole.visual, destination)
