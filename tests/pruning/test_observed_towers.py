@@ -104,7 +104,14 @@ def tensors(row: Row, sample: Sample) -> Inputs:
     """The pixels of a sample, and what says how large they are."""
     text = {"input_ids": torch.tensor([sample.ids]), "attention_mask": torch.ones(1, len(sample.ids))}
     joined = row.join([sample], text)
-    sizes = ("pixel_values", "pixel_values_videos", "image_grid_thw", "video_grid_thw", "image_sizes")
+    sizes = (
+        "pixel_values",
+        "pixel_values_images",
+        "pixel_values_videos",
+        "image_grid_thw",
+        "video_grid_thw",
+        "image_sizes",
+    )
     return {
         name: joined[name].double() if joined[name].is_floating_point() else joined[name]
         for name in sizes

@@ -55,7 +55,9 @@ def alone(
         seen = undo.enter_context(attended(layers))
         hook = layers[-1].register_forward_hook(lambda module, args, output: states.append(_first(output)))
         undo.callback(hook.remove)
-        features = getattr(below, f"get_{kind}_features")(**inputs).pooler_output
+        (pixels,) = (value for name, value in inputs.items() if name.startswith("pixel_values"))  # names differ
+        sizes = {name: value for name, value in inputs.items() if not name.startswith("pixel_values")}
+        features = getattr(below, f"get_{kind}_features")(pixels, **sizes).pooler_output
         flat = torch.cat([part.flatten(0, -2) for part in features]) if not isinstance(features, Tensor) else features
         patches = _patches(flat.flatten(0, -2), states[0], has_class)
     found = Alone()
