@@ -165,11 +165,7 @@ def received(query: Tensor, key: Tensor, mask: Tensor | None, scaling: float) ->
         sees = mask if mask.dtype == torch.bool else mask > torch.finfo(mask.dtype).min / 2
     sees = sees.expand(-1, -1, query.shape[2], -1)
     sees = sees & sees.diagonal(dim1=-2, dim2=-1)[..., None]  # padding does not see itself
-    paid = [
-        attention_map(query[:, h : h + 1], key[:, h : h + 1], mask, scaling).masked_fill(~sees, 0).sum(2)
-        for h in range(query.shape[1])  # one head at a time: [B, H, N, N] is never held
-    ]
-    return torch.cat(paid, 1) / sees.sum(2).clamp(min=1)
+    return attention_received(query, key, mask, scaling, sees) / sees.sum(2).clamp(min=1)
 
 
 def keys(query: Tensor, key: Tensor, mask: Tensor | None, scaling: float) -> Tensor:

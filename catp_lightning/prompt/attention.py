@@ -26,6 +26,7 @@ Reduction = Callable[[Tensor, Tensor, Tensor | None, float], Tensor]
 
 OBSERVER = "_catp_observer"  # lives on a module only while it is observed
 PREFIX = "catp_"
+ROWS = 1024
 SUPPORTED = ("eager", "sdpa", "flash_attention_2", "flash_attention_3")
 
 
@@ -44,21 +45,28 @@ def attention_map(query: Tensor, key: Tensor, mask: Tensor | None, scaling: floa
     return logits.softmax(-1)
 
 
-def attention_received(query: Tensor, key: Tensor, mask: Tensor | None, scaling: float) -> Tensor:
+def attention_received(
+    query: Tensor, key: Tensor, mask: Tensor | None, scaling: float, counted: Tensor | None = None
+) -> Tensor:
     """Return the attention that each key receives, summed over query rows: [B, H, N].
 
-    One head is computed at a time, so [B, H, N, N] is never held. Arguments are those of a `Reduction`.
+    One head and at most `ROWS` of its query rows are computed at a time, so [B, H, Q, N] is never held. Arguments are
+    those of a `Reduction`.
+
+    Args:
+        counted: bool [B, 1, Q, N], the pairs of row and key that are summed; None: all.
     """
-    heads = [
-        attention_map(
-            query[:, h : h + 1],
-            key[:, h : h + 1],
-            mask if mask is None or mask.dim() == 2 else mask[:, h % mask.shape[1]][:, None],
-            scaling,
-        )
-        for h in range(query.shape[1])
-    ]
-    return torch.cat([head.sum(2) for head in heads], 1)
+    found = []
+    for head in range(query.shape[1]):
+        own = mask if mask is None or mask.dim() == 2 else mask[:, head % mask.shape[1]][:, None]
+        paid = []
+        for start in range(0, query.shape[2], ROWS):
+            rows = slice(start, start + ROWS)
+            some = own if own is None or own.dim() == 2 or own.shape[2] == 1 else own[:, :, rows]
+            part = attention_map(query[:, head : head + 1, rows], key[:, head : head + 1], some, scaling)
+            paid.append((part if counted is None else part.masked_fill(~counted[:, :, rows], 0)).sum(2))
+        found.append(sum(paid[1:], paid[0]))
+    return torch.cat(found, 1)
 
 
 @contextmanager
