@@ -22,9 +22,9 @@ class Signal(Enum):
         "attention an image patch receives in the vision tower's last block, over heads and rows: [I, N]"
     )
     VISION_ATTENTION = (
-        "attention a token's patches get in the vision tower, by layer: from [CLS], or received: [I, H, T]"
+        "attention a token's patches get in the vision tower, by layer: from [CLS], or received: [I, H, T]; their mean"
     )
-    VISION_KEYS = "key vectors of a token's patches in the vision tower, mean over heads, by layer: [I, D, T]"
+    VISION_KEYS = "key vectors in the vision tower, by layer: [I, D, T], mean over heads and over a token's patches"
     CROSS_ATTENTION_TO_IMAGE = (
         "attention a token gets from the text in a cross-attention layer of the language model: [I, H, T]"
     )

@@ -1,7 +1,7 @@
 """Base class of model families: where things are in a Hugging Face model, and never a formula."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Literal
@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel
 
-from catp_lightning.methods.observation import Observation, Signal, Values
+from catp_lightning.methods.observation import Observation, Signal
 from catp_lightning.prompt.attention import Reduction
 from catp_lightning.prompt.kept import KeptSequence
 from catp_lightning.prompt.prompt import Prompt
@@ -33,6 +33,13 @@ class OutputSite:
 
     module: nn.Module
     read: Callable[[tuple[Any, ...], dict[str, Any], Any], Tensor]
+
+
+Runs = Mapping[Signal | tuple[Signal, int], Sequence[Tensor]]
+"""Of each signal, or signal and layer, what it was in each forward of its part of the model, the last two at most.
+
+A vision tower runs once for the images of a call, and once more for its videos.
+"""
 
 
 class Family(ABC):
@@ -183,15 +190,18 @@ class Family(ABC):
         return frozenset()
 
     @abstractmethod
-    def attention_site(self, signal: Signal, layer: int) -> AttentionSite:
-        """Return the place of an attention signal; `layer` is 0 for signals without layers."""
+    def attention_sites(self, signal: Signal, layer: int) -> Sequence[AttentionSite]:
+        """Return the places of an attention signal; `layer` is 0 for signals without layers.
+
+        There are several where images and videos go through towers of their own.
+        """
 
     @abstractmethod
     def output_site(self, signal: Signal) -> OutputSite:
         """Return the place of a signal that is not attention."""
 
     @abstractmethod
-    def observation(self, values: Values, wanted: frozenset[Signal], prompt: Prompt) -> Observation:
+    def observation(self, values: Runs, wanted: frozenset[Signal], prompt: Prompt) -> Observation:
         """Return the signals of one prefill, by images or frames.
 
         Args:

@@ -1,6 +1,6 @@
 """BLIP-2 and its relatives: the language model reads query tokens of a Q-Former."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any, cast
 
@@ -15,7 +15,7 @@ from transformers import (
 
 from catp_lightning.errors import PruningError
 from catp_lightning.methods.observation import Observation, Signal, Values
-from catp_lightning.models.base import AttentionSite, Family, OutputSite
+from catp_lightning.models.base import AttentionSite, Family, OutputSite, Runs
 from catp_lightning.prompt.attention import attention_map, attention_received
 from catp_lightning.prompt.prompt import DecoderPrompt, Prompt
 from catp_lightning.utils.hashing import fingerprint
@@ -126,14 +126,13 @@ class Blip2(Family):
     def at_entry(self) -> frozenset[Signal]:
         return frozenset({Signal.IMAGE_EMBEDS, Signal.TEXT_EMBEDS, Signal.QUESTION})
 
-    def attention_site(self, signal: Signal, layer: int) -> AttentionSite:
-        qformer = self.model.qformer
+    def attention_sites(self, signal: Signal, layer: int) -> Sequence[AttentionSite]:
+        qformer, vision = self.model.qformer, self.model.vision_model
         if signal is Signal.CROSS_ATTENTION:
-            return AttentionSite(qformer, self._cross_attention()[layer], attention_map)
+            return [AttentionSite(qformer, self._cross_attention()[layer], attention_map)]
         if signal is Signal.SELF_ATTENTION:
-            return AttentionSite(qformer, qformer.encoder.layer[layer].attention.attention, self._received_by_queries)
-        vision = self.model.vision_model
-        return AttentionSite(vision, vision.encoder.layers[-1].self_attn, _received_over_heads)
+            return [AttentionSite(qformer, qformer.encoder.layer[layer].attention.attention, self._received_by_queries)]
+        return [AttentionSite(vision, vision.encoder.layers[-1].self_attn, _received_over_heads)]
 
     def _received_by_queries(self, query: Tensor, key: Tensor, mask: Tensor | None, scaling: float) -> Tensor:
         """Return the attention that each query token receives from all query tokens, [B, H, T].
@@ -150,21 +149,22 @@ class Blip2(Family):
             return OutputSite(self.model.qformer, lambda args, kwargs, output: output[0][:, : self.tokens_per_image])
         return OutputSite(self.model.vision_model, _pixels)
 
-    def observation(self, values: Values, wanted: frozenset[Signal], prompt: Prompt) -> Observation:
-        if not wanted and values:
-            return Observation.of_equal(len(next(iter(values.values()))), self.tokens_per_image, self.layers(), values)
+    def observation(self, values: Runs, wanted: frozenset[Signal], prompt: Prompt) -> Observation:
+        found: Values = {key: runs[-1] for key, runs in values.items()}
+        if not wanted and found:
+            return Observation.of_equal(len(next(iter(found.values()))), self.tokens_per_image, self.layers(), found)
         prompt = cast(DecoderPrompt, prompt)
         sample = prompt.visual.nonzero()[:: self.tokens_per_image, 0]  # the sample of each image
-        values, text = dict(values), None
+        text = None
         if Signal.IMAGE_EMBEDS in wanted:
             read = prompt.embeds[:: prompt.rows_per_sample][prompt.visual].detach()
-            values[Signal.IMAGE_EMBEDS] = read.unflatten(0, (-1, self.tokens_per_image))
+            found[Signal.IMAGE_EMBEDS] = read.unflatten(0, (-1, self.tokens_per_image))
         if Signal.QUESTION in wanted:
-            values[Signal.QUESTION] = prompt.question()[sample]
+            found[Signal.QUESTION] = prompt.question()[sample]
         if Signal.TEXT_EMBEDS in wanted:
-            values[Signal.TEXT_EMBEDS], text = (part[sample] for part in prompt.text())
-        images = next((len(value) for value in values.values()), len(sample))
-        seen = Observation.of_equal(images, self.tokens_per_image, self.layers(), values)
+            found[Signal.TEXT_EMBEDS], text = (part[sample] for part in prompt.text())
+        images = next((len(value) for value in found.values()), len(sample))
+        seen = Observation.of_equal(images, self.tokens_per_image, self.layers(), found)
         return replace(seen, text=text)
 
     def _cross_attention(self) -> list[nn.Module]:

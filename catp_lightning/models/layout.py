@@ -18,12 +18,14 @@ class Layout:
 
     Attributes:
         images: the image of each row below.
+        order: placeholder id of each image, and its place among the images of that id.
         valid: bool [I, T], tokens that each image has.
         protected: bool [I, T], tokens that stand for no patch and always stay.
         crops: int64 [I, T], the crop that each token is of; None if no image is cut.
     """
 
     images: Sequence[Image]
+    order: Sequence[tuple[int, int]]
     valid: Tensor
     protected: Tensor
     crops: Tensor | None
@@ -39,7 +41,7 @@ class Layout:
         Raises:
             PruningError: images have another number of tokens than there are placeholders.
         """
-        found: list[tuple[int, Image]] = []
+        found: list[tuple[int, tuple[int, int], Image]] = []
         for token, own in images.items():
             columns = (ids == token).flatten().nonzero()[:, 0]
             if sum(image.tokens for image in own) != len(columns):
@@ -49,8 +51,11 @@ class Layout:
                     "sample as many image tokens as its images need; its processor does."
                 )
             starts = [0, *accumulate(image.tokens for image in own)][:-1]
-            found += zip(columns[starts].tolist() if own else [], own, strict=True)
-        ordered, device = [image for _, image in sorted(found, key=lambda one: one[0])], ids.device
+            places = ((token, place) for place in range(len(own)))
+            found += zip(columns[starts].tolist() if own else [], places, own, strict=True)
+        found.sort(key=lambda one: one[0])
+        order, ordered = [place for _, place, _ in found], [image for _, _, image in found]
+        device = ids.device
         widest = max((image.tokens for image in ordered), default=0)
         valid = torch.zeros(len(ordered), widest, dtype=torch.bool, device=device)
         protected, crops = torch.zeros_like(valid), torch.zeros(valid.shape, dtype=torch.long, device=device)
@@ -61,7 +66,7 @@ class Layout:
             if image.crops is not None:
                 crops[row, : image.tokens] = image.crops.to(device)
         cut = any(image.crops is not None for image in ordered)
-        return cls(ordered, valid, protected, crops if cut else None)
+        return cls(ordered, order, valid, protected, crops if cut else None)
 
     def padded(self, flat: Tensor) -> Tensor:
         """Regroup values of all visual tokens, in the order of placeholders, by image: [N, ...] -> [I, T, ...]."""
@@ -74,20 +79,24 @@ class Layout:
         first = self.valid.sum(1).cumsum(0) - self.valid.sum(1)
         return visual.nonzero()[first, 0]
 
-    def tokens(self, values: list[Tensor]) -> Tensor:
+    def tokens(self, values: Mapping[int, list[Tensor]]) -> Tensor:
         """Stack values of each image's tokens, [..., tokens], padded with zeros to [I, ..., T].
+
+        Args:
+            values: values of the images by placeholder id, in the order of their features.
 
         Raises:
             PruningError: the values are of other numbers of tokens than the images have.
         """
-        found = [value.shape[-1] for value in values]
+        ordered = [values[token][place] for token, place in self.order if place < len(values.get(token, ()))]
+        found = [value.shape[-1] for value in ordered]
         expected = [image.tokens for image in self.images]
         if found != expected:
             raise PruningError(
                 f"The vision part showed images of {found} tokens; the prompts have {expected}. This model selects or "
                 "pools patches in a way that is not known: choose a scorer that reads no attention of the vision tower."
             )
-        padded = [torch.nn.functional.pad(value, (0, self.valid.shape[1] - value.shape[-1])) for value in values]
+        padded = [torch.nn.functional.pad(value, (0, self.valid.shape[1] - value.shape[-1])) for value in ordered]
         return torch.stack(padded).to(self.valid.device)
 
     def places(self) -> Tensor:

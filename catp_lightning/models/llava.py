@@ -8,27 +8,31 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import pad
 
-from catp_lightning.errors import PruningError
-from catp_lightning.methods.observation import Signal, Values
-from catp_lightning.models.base import AttentionSite
 from catp_lightning.models.images import Images, equal_images, pictures, sized_images
-from catp_lightning.models.placeholder import Placeholder
-from catp_lightning.prompt.attention import attention_map, attention_received
+from catp_lightning.models.towers import (
+    WITH_CLASS,
+    Tower,
+    Towered,
+    known_tower,
+    of_first_beams,
+    of_pictures,
+    of_sized_images,
+)
 from catp_lightning.prompt.prompt import DecoderPrompt
 
-WITH_CLASS = {"clip_vision_model"}
-WITHOUT_CLASS = {"siglip_vision_model"}
 
-
-class Llava(Placeholder):
+class Llava(Towered):
     """LLaVA-1.5, VipLLaVA, and base class of their descendants.
 
-    For images, the attention of the vision tower is observed in the layer whose output is projected and in those before
-    it: what [CLS] pays to each patch, or what a patch receives if the tower has no [CLS]. For videos it is not.
+    The attention of the vision tower is observed in the layer whose output is projected and in those before it: what
+    [CLS] pays to each patch, or what a patch receives if the tower has no [CLS]. Of several layers that are projected
+    together (VipLLaVA) the deepest counts.
     """
 
     types: ClassVar[tuple[str, ...]] = ("llava", "vipllava")
     classes: ClassVar[tuple[str, ...]] = ("LlavaForConditionalGeneration", "VipLlavaForConditionalGeneration")
+    readers: ClassVar[tuple[str, ...]] = ("vision_tower",)
+    """Names of the towers that read images and videos; most models have one for both."""
 
     @property
     def tokens_per_image(self) -> int | None:
@@ -44,34 +48,18 @@ class Llava(Placeholder):
 
     @property
     def pixel_readers(self) -> tuple[nn.Module, ...]:
-        return (self.model.model.vision_tower,)
+        return tuple(getattr(self.model.model, name) for name in self.readers)
 
-    def heads(self, signal: Signal) -> int:
-        config = self.model.config.vision_config if signal in self.layers() else self.decoder_config
-        return int(config.num_attention_heads)
-
-    def layers(self) -> Mapping[Signal, int]:
-        blocks = self._blocks()
-        return {Signal.VISION_ATTENTION: blocks, Signal.VISION_KEYS: blocks} if blocks else {}
-
-    def _blocks(self) -> int:
-        """Return the number of tower blocks that lead to the features; 0 if their attention is not known by patch."""
-        tower = getattr(self.model.model, "vision_tower", None)
-        layer = getattr(self.model.config, "vision_feature_layer", None)
-        if tower is None or not isinstance(layer, int):
-            return 0
-        if tower.config.model_type not in WITH_CLASS | WITHOUT_CLASS:
-            return 0
-        return layer if layer >= 0 else tower.config.num_hidden_layers + layer + 1
-
-    def attention_site(self, signal: Signal, layer: int) -> AttentionSite:
-        tower: Any = self.model.model.vision_tower
-        encoder = getattr(tower, "vision_model", tower).encoder
-        with_class = tower.config.model_type in WITH_CLASS
-        attention = _from_class if with_class else _received
-        keys = _keys_without_class if with_class else _keys
-        reduction = keys if signal is Signal.VISION_KEYS else attention
-        return AttentionSite(tower, encoder.layers[layer].self_attn, reduction)
+    @property
+    def towers(self) -> Sequence[Tower]:
+        config: Any = self.model.config
+        layers: Any = getattr(config, "vision_feature_layer", None)
+        layers = config.vision_feature_layers if layers is None else layers  # VipLLaVA's, up to 5.22
+        return [
+            tower
+            for name in self.readers
+            if (tower := known_tower(getattr(self.model.model, name), layers)) is not None
+        ]
 
     def images(self, prompt: DecoderPrompt, counts: Mapping[int, int]) -> Images:
         if pictures(prompt.arguments) is None:
@@ -111,59 +99,42 @@ class Llava(Placeholder):
     def _patches(self) -> int:
         return self._side() ** 2
 
-    def on_tokens(self, values: Values, prompt: DecoderPrompt) -> dict[Any, list[Tensor]]:
-        if values and prompt.arguments.get("pixel_values_videos") is not None:
-            raise PruningError(
-                f"Attention in the vision tower of {type(self.model).__name__} is observed for images, not for videos. "
-                "Give videos a batch of their own, and a policy whose scorer reads none (l2-norm, stride, random)."
-            )
-        return {key: self._of_images(value, prompt.arguments) for key, value in values.items()}
+    def of_patches(self, kind: str, value: Tensor, prompt: DecoderPrompt) -> list[Tensor]:
+        return self._of_videos(value, prompt) if kind == "video" else self._of_images(value, prompt.arguments)
 
     def _of_images(self, value: Tensor, arguments: Mapping[str, Any]) -> list[Tensor]:
-        """Regroup attention of pictures by the images that they are, in the order of the images' tokens.
+        """Regroup values of pictures by the images that they are, in the order of the images' tokens.
 
         Args:
-            value: [P, H, N]: P pictures, H heads, N patches.
+            value: [P, D, N]: P pictures, N patches of each; Pixtral's tower has all patches in one row, P is 1.
             arguments: arguments of the model's call.
 
         Returns:
-            Of each image [H, tokens].
+            Of each image [D, tokens].
         """
-        return [picture[0] for picture in self._pictures(value, [1] * len(arguments["pixel_values"]))]
+        if self._sized:
+            return of_sized_images(self.model, value[0], arguments["image_sizes"])
+        return list(of_pictures(self._selected(value), arguments))
 
-    def _pictures(self, value: Tensor, crops: Sequence[int]) -> list[Tensor]:
-        """Return the values of each image's tokens before packing: of each [crops, H, tokens of a crop].
+    def _selected(self, value: Tensor) -> Tensor:
+        """Return the values [P, D, patches] of those rows of the tower that are projected: [P, D, rows]."""
+        if self._has_class and self._full:  # [CLS] always stays
+            return pad(value, (1, 0))
+        if not self._has_class and not self._full:  # the first patch is left out as if it were a [CLS]
+            return value[..., 1:]
+        return value
+
+    def _of_videos(self, value: Tensor, prompt: DecoderPrompt) -> list[Tensor]:
+        """Return the values of each frame's tokens, pooled as the model pools features: of each [D, tokens].
 
         Args:
-            value: [P, H, N]: P pictures, H heads, N patches.
-            crops: number of pictures of each image.
+            value: [P, D, N], patches of all frames.
+            prompt: the prompts that the videos belong to.
         """
-        if self._has_class and self._full:  # [CLS] always stays
-            value = pad(value, (1, 0))
-        elif not self._has_class and not self._full:  # the first patch is left out as if it were a [CLS]
-            value = value[..., 1:]
-        beams = len(value) // sum(crops)  # older versions of generate expand pixels for beams, image by image
-        return list(value.split([count for count in crops for _ in range(beams)])[::beams])
+        videos = prompt.arguments["pixel_values_videos"]
+        own = of_first_beams(value, [videos.shape[1]] * len(videos), 0)
+        return list(self._pooled(own))
 
-
-def _from_class(query: Tensor, key: Tensor, mask: Tensor | None, scaling: float) -> Tensor:
-    """Return the attention that [CLS], the first row, pays to each patch: [B, H, N]."""
-    return attention_map(query[:, :, :1], key, mask, scaling)[:, :, 0, 1:]
-
-
-def _received(query: Tensor, key: Tensor, mask: Tensor | None, scaling: float) -> Tensor:
-    """Return the attention that each patch receives, on average over query rows: [B, H, N]."""
-    return attention_received(query, key, mask, scaling) / query.shape[2]
-
-
-def _keys(query: Tensor, key: Tensor, mask: Tensor | None, scaling: float) -> Tensor:
-    """Return the key vectors of the patches, mean over heads, in float32 at least: [B, D, N]."""
-    return key.to(torch.promote_types(key.dtype, torch.float32)).mean(1).transpose(1, 2)
-
-
-def _keys_without_class(query: Tensor, key: Tensor, mask: Tensor | None, scaling: float) -> Tensor:
-    """Return the key vectors of the patches where the first row is [CLS], which is left out: [B, D, N].
-
-    Mean over heads, in float32 at least.
-    """
-    return _keys(query, key, mask, scaling)[..., 1:]
+    def _pooled(self, value: Tensor) -> Tensor:
+        """Return values of frames' tokens, [P, D, tokens], of those of their patches, [P, D, patches]."""
+        return value

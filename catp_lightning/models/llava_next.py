@@ -1,5 +1,6 @@
 """LLaVA-NeXT and LLaVA-NeXT-Video: an image is cut into crops, whose tokens are packed with line ends."""
 
+import math
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
@@ -9,6 +10,7 @@ from transformers.models.llava_next.modeling_llava_next import image_size_to_num
 
 from catp_lightning.models.images import Image, Images, pictures, video_frames
 from catp_lightning.models.llava import Llava
+from catp_lightning.models.towers import in_squares, of_first_beams
 from catp_lightning.prompt.prompt import DecoderPrompt
 
 
@@ -71,6 +73,13 @@ class LlavaNext(Llava):
         newline = features[0].new_zeros(features[0].shape[-1])
         return self.model.model.pack_image_features(features, arguments["image_sizes"], "default", newline)[0]
 
+    def _pooled(self, value: Tensor) -> Tensor:
+        """Return means over the patches of each token: the pooler's windows, whatever it takes of them."""
+        selected, stride = self._selected(value), self.model.config.spatial_pool_stride
+        side = math.isqrt(selected.shape[2])
+        return torch.stack([in_squares(frame, (side, side), stride) for frame in selected])
+
     def _of_images(self, value: Tensor, arguments: Mapping[str, Any]) -> list[Tensor]:
-        crops = self._pictures(value, self._crop_counts(arguments))
-        return [packed.T for packed in self._packed([own.transpose(1, 2) for own in crops], arguments)]
+        counts = self._crop_counts(arguments)
+        crops = of_first_beams(self._selected(value), counts, 0).transpose(1, 2).split(counts)
+        return [packed.T for packed in self._packed(list(crops), arguments)]

@@ -1,7 +1,7 @@
 """Llama-3.2-Vision: some layers of the language model read image rows by cross-attention, from a cache of their own."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, cast
 
 import torch
@@ -10,7 +10,7 @@ from transformers import MllamaForConditionalGeneration, PreTrainedModel
 
 from catp_lightning.errors import PruningError
 from catp_lightning.methods.observation import Observation, Signal, Values
-from catp_lightning.models.base import AttentionSite, Family, OutputSite, Reads
+from catp_lightning.models.base import AttentionSite, Family, OutputSite, Reads, Runs
 from catp_lightning.prompt.attention import PREFIX
 from catp_lightning.prompt.prompt import CrossAttended, Prompt
 from catp_lightning.utils.hashing import fingerprint
@@ -94,13 +94,13 @@ class Mllama(Family):
     def at_entry(self) -> frozenset[Signal]:
         return self.signals | {Signal.CROSS_ATTENTION_TO_IMAGE}
 
-    def attention_site(self, signal: Signal, layer: int) -> AttentionSite:
+    def attention_sites(self, signal: Signal, layer: int) -> Sequence[AttentionSite]:
         raise NotImplementedError(signal)  # all signals are read from the prompt
 
     def output_site(self, signal: Signal) -> OutputSite:
         raise NotImplementedError(signal)
 
-    def observation(self, values: Values, wanted: frozenset[Signal], prompt: Prompt) -> Observation:
+    def observation(self, values: Runs, wanted: frozenset[Signal], prompt: Prompt) -> Observation:
         prompt = cast(CrossAttended, prompt)
         by_image = (-1, self.tiles * self.rows_per_tile)
         valid = prompt.tokens.unflatten(1, by_image).flatten(0, 1)

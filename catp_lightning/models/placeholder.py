@@ -1,7 +1,7 @@
 """Family of any model whose text decoder reads visual tokens in the place of placeholder ids."""
 
 import inspect
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, cast
 
 from torch import Tensor, nn
@@ -9,7 +9,7 @@ from transformers import PreTrainedModel
 
 from catp_lightning.errors import PruningError
 from catp_lightning.methods.observation import Observation, Signal, Values
-from catp_lightning.models.base import AttentionSite, Family, OutputSite
+from catp_lightning.models.base import AttentionSite, Family, OutputSite, Runs
 from catp_lightning.models.images import Image, equal_images
 from catp_lightning.models.layout import Layout
 from catp_lightning.models.missing import lacks
@@ -188,7 +188,7 @@ class Placeholder(Family):
             }
         )
 
-    def attention_site(self, signal: Signal, layer: int) -> AttentionSite:
+    def attention_sites(self, signal: Signal, layer: int) -> Sequence[AttentionSite]:
         raise NotImplementedError(signal)
 
     def output_site(self, signal: Signal) -> OutputSite:
@@ -203,7 +203,7 @@ class Placeholder(Family):
         """
         return equal_images(self.model, prompt, counts)
 
-    def observation(self, values: Values, wanted: frozenset[Signal], prompt: Prompt) -> Observation:
+    def observation(self, values: Runs, wanted: frozenset[Signal], prompt: Prompt) -> Observation:
         prompt = cast(DecoderPrompt, prompt)
         counts = {token: int((prompt.ids == token).sum()) for token in self.placeholder_ids}
         if not any(name.startswith("pixel_values") for name, value in prompt.arguments.items() if value is not None):
@@ -235,9 +235,9 @@ class Placeholder(Family):
             found[Signal.PATCH_POSITION] = layout.places()
         return Observation(layout.valid, self.layers(), found, layout.protected, layout.crops, text)
 
-    def on_tokens(self, values: Values, prompt: DecoderPrompt) -> dict[Any, list[Tensor]]:
+    def on_tokens(self, values: Runs, prompt: DecoderPrompt) -> dict[Any, dict[int, list[Tensor]]]:
         """Return, for each signal that was observed by patch, its values for the tokens of each image: [..., tokens].
 
-        Images are in the order of their features.
+        They are grouped by the images' placeholder id, and there in the order of their features.
         """
         return {}

@@ -26,6 +26,7 @@ Reduction = Callable[[Tensor, Tensor, Tensor | None, float], Tensor]
 
 OBSERVER = "_catp_observer"  # lives on a module only while it is observed
 PREFIX = "catp_"
+ROWS = 1024
 SUPPORTED = ("eager", "sdpa", "flash_attention_2", "flash_attention_3")
 
 
@@ -44,28 +45,37 @@ def attention_map(query: Tensor, key: Tensor, mask: Tensor | None, scaling: floa
     return logits.softmax(-1)
 
 
-def attention_received(query: Tensor, key: Tensor, mask: Tensor | None, scaling: float) -> Tensor:
+def attention_received(
+    query: Tensor, key: Tensor, mask: Tensor | None, scaling: float, counted: Tensor | None = None
+) -> Tensor:
     """Return the attention that each key receives, summed over query rows: [B, H, N].
 
-    One head is computed at a time, so [B, H, N, N] is never held. Arguments are those of a `Reduction`.
+    One head and at most `ROWS` of its query rows are computed at a time, so [B, H, Q, N] is never held. Arguments are
+    those of a `Reduction`.
+
+    Args:
+        counted: bool [B, 1, Q, N], the pairs of row and key that are summed; None: all.
     """
-    heads = [
-        attention_map(
-            query[:, h : h + 1],
-            key[:, h : h + 1],
-            mask if mask is None or mask.dim() == 2 else mask[:, h % mask.shape[1]][:, None],
-            scaling,
-        )
-        for h in range(query.shape[1])
-    ]
-    return torch.cat([head.sum(2) for head in heads], 1)
+    found = []
+    for head in range(query.shape[1]):
+        own = mask if mask is None or mask.dim() == 2 else mask[:, head % mask.shape[1]][:, None]
+        paid = []
+        for start in range(0, query.shape[2], ROWS):
+            rows = slice(start, start + ROWS)
+            some = own if own is None or own.dim() == 2 or own.shape[2] == 1 else own[:, :, rows]
+            part = attention_map(query[:, head : head + 1, rows], key[:, head : head + 1], some, scaling)
+            paid.append((part if counted is None else part.masked_fill(~counted[:, :, rows], 0)).sum(2))
+        found.append(sum(paid[1:], paid[0]))
+    return torch.cat(found, 1)
 
 
 @contextmanager
 def observe_attention(
     model: PreTrainedModel, modules: Mapping[nn.Module, tuple[Reduction, Callable[[Tensor], None]]]
 ) -> Iterator[None]:
-    """Hand `reduction(query, key, mask, scaling)` of each of `modules` to its observer, once a forward, while inside.
+    """Hand `reduction(query, key, mask, scaling)` of each of `modules` to its observer while inside.
+
+    It is called once a forward, and in vision towers that read pictures one after the other once for each of them.
 
     Args:
         model: the (sub-)model the attention modules belong to; its `config` says which implementation they use.
@@ -156,11 +166,30 @@ def _observing(original: str) -> Callable[..., Any]:
         if (observed := module.__dict__.get(OBSERVER)) is not None:
             reduction, observer = observed
             scaling = kwargs.get("scaling") or query.shape[-1] ** -0.5
-            observer(reduction(query.detach(), key.detach(), attention_mask, scaling))
+            for own_query, own_key, mask in _apart(module, query.detach(), key.detach(), attention_mask, kwargs):
+                observer(reduction(own_query, own_key, mask, scaling))
         own = ALL_ATTENTION_FUNCTIONS.get_interface(original, _eager_of(type(module)))
         return own(module, query, key, value, attention_mask, **kwargs)
 
     return attention
+
+
+def _apart(
+    module: nn.Module, query: Tensor, key: Tensor, mask: Tensor | None, kwargs: Mapping[str, Any]
+) -> Iterator[tuple[Tensor, Tensor, Tensor | None]]:
+    """Yield query, key and mask of each picture that a vision tower reads, or once if they are not told apart.
+
+    Flash attention is called once for all pictures that lie in one row, with the places where each begins and the last
+    one ends. Pixtral's tower in older versions gives positions alone, of which the first of a picture is 0.
+    """
+    starts, positions = kwargs.get("cu_seq_lens_q"), kwargs.get("position_ids")
+    if starts is None and mask is None and positions is not None and positions.shape == (1, query.shape[2]):
+        starts = nn.functional.pad((positions[0] == 0).nonzero()[:, 0], (0, 1), value=query.shape[2])
+    if starts is None or getattr(module, "is_causal", True):
+        yield query, key, mask
+        return
+    lengths = starts.diff().tolist()
+    yield from ((*pair, None) for pair in zip(query.split(lengths, 2), key.split(lengths, 2), strict=True))
 
 
 def _eager_of(kind: type) -> Any:

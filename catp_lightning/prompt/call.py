@@ -20,7 +20,8 @@ class ModelCall(dict[str, Any]):
     Nothing of a call outlives it, however it ends: what was seen of one that failed cannot serve another.
 
     Attributes:
-        signals: values that were observed in its vision part, by signal, or by signal and layer.
+        signals: what was observed in its vision part, by signal, or by signal and layer: of each of the last two
+            forwards of that part, one tensor for each call of its attention.
         guide: attention in a guide model by layer, once the guide was asked.
         ids: int64 [B, L], ids that the embedding layer was given and no prompt was made of yet; None: none.
         labels: copy of its labels that a loss is computed of, changed once it is known which rows leave; None: no
@@ -29,7 +30,7 @@ class ModelCall(dict[str, Any]):
 
     def __init__(self, arguments: Mapping[str, Any] | None = None) -> None:
         super().__init__(arguments or {})
-        self.signals: dict[Any, Tensor] = {}
+        self.signals: dict[Any, list[list[Tensor]]] = {}
         self.guide: dict[int, Tensor] = {}
         self.ids: Tensor | None = None
         self.labels: Tensor | None = None

@@ -4,6 +4,7 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -25,6 +26,7 @@ ATTENTION = frozenset(
     }
 )
 
+Key = Signal | tuple[Signal, int]
 Looks = list[tuple[Reduction, Callable[[Tensor], None]]]
 
 
@@ -50,17 +52,20 @@ class Observer:
     def watching(self) -> Iterator[None]:
         """Observe the model while inside; attention is observed and hooks are in place only there."""
         attention: dict[PreTrainedModel, dict[nn.Module, Looks]] = {}
+        keys: dict[PreTrainedModel, list[Key]] = {}
         with ExitStack() as undo:
             for signal, layer in self.sites:
                 key = (signal, layer) if signal in BY_LAYER else signal
                 if signal in ATTENTION:
-                    site = self.family.attention_site(signal, layer)
-                    looks = attention.setdefault(site.owner, {}).setdefault(site.module, [])
-                    looks.append((site.reduction, self._storing(key)))
+                    for site in self.family.attention_sites(signal, layer):
+                        looks = attention.setdefault(site.owner, {}).setdefault(site.module, [])
+                        looks.append((site.reduction, self._storing(key)))
+                        keys.setdefault(site.owner, []).append(key)
                 else:
                     output = self.family.output_site(signal)
                     undo.enter_context(hooked(output.module, after=self._reading(key, output.read)))
             for owner, modules in attention.items():
+                undo.enter_context(hooked(owner, before=self._beginning(keys[owner])))
                 undo.enter_context(observe_attention(owner, {module: _all(x) for module, x in modules.items()}))
             yield
 
@@ -72,30 +77,50 @@ class Observer:
         Raises:
             PruningError: the vision part was not run in this call.
         """
-        values = dict(prompt.arguments.signals)
-        if len(values) < len(self.sites):
+        shown = prompt.arguments.signals
+        if len(shown) < len(self.sites) or not all(run for runs in shown.values() for run in runs):
             raise PruningError(
                 "The language model was called without the vision part being run in the same call, so its tokens "
                 "cannot be scored. Pass pixel_values, not precomputed image features; or use keep=1.0."
             )
+        values = {key: [_joined(run) for run in runs] for key, runs in shown.items()}
         seen = self.family.observation(values, self.at_entry, prompt)
         if self.family.reads == "decoder" and isinstance(prompt, DecoderPrompt):
             seen = seen.protecting(prompt.endings[prompt.tokens])
         return seen
 
-    def _storing(self, key: Signal | tuple[Signal, int]) -> Callable[[Tensor], None]:
+    def _beginning(self, keys: list[Key]) -> Callable[..., None]:
+        """Return a hook for the beginning of a forward: what its attention shows belongs together.
+
+        Towers that read pictures of several sizes call attention once for each picture, frame or window.
+        """
+
+        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            for key in keys if self.active else ():
+                runs = self.calls.user_call.signals.setdefault(key, [])
+                runs.append([])
+                del runs[:-2]  # of images and of videos; every step of `generate` without a cache runs them again
+
+        return hook
+
+    def _storing(self, key: Key) -> Callable[[Tensor], None]:
         def store(value: Tensor) -> None:
-            if self.active:
-                self.calls.user_call.signals[key] = value
+            if self.active and (runs := self.calls.user_call.signals.get(key)):  # none: checkpointing runs parts again
+                runs[-1].append(value)
 
         return store
 
-    def _reading(self, key: Signal | tuple[Signal, int], read: Callable[..., Tensor]) -> Callable[..., None]:
+    def _reading(self, key: Key, read: Callable[..., Tensor]) -> Callable[..., None]:
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
             if self.active:
-                self.calls.user_call.signals[key] = read(args, kwargs, output).detach()
+                self.calls.user_call.signals[key] = [[read(args, kwargs, output).detach()]]
 
         return hook
+
+
+def _joined(run: list[Tensor]) -> Tensor:
+    """Return what the attention calls of one forward showed, [P, D, N] each, side by side."""
+    return run[0] if len(run) == 1 else torch.cat(run, -1)
 
 
 def _all(looks: Looks) -> tuple[Callable[..., Any], Callable[[Any], None]]:

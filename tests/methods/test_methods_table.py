@@ -20,12 +20,13 @@ PAGE = ROOT / "docs" / "methods.md"
 COLUMNS = {
     "BLIP-2, InstructBLIP": ("Blip2-OPT", "InstructBlip"),
     "the same with T5": ("Blip2-T5",),
-    "LLaVA-1.5": ("Llava",),
-    "LLaVA-NeXT, OneVision": ("LlavaNext", "LlavaOnevision"),
+    "LLaVA-1.5, VipLLaVA": ("Llava", "VipLlava"),
+    "LLaVA-NeXT, OneVision, Video-LLaVA": ("LlavaNext", "LlavaNextVideo", "LlavaOnevision", "VideoLlava"),
     "Llama-3.2-Vision": ("Mllama",),
     "Qwen-VL": ("Qwen2-VL", "Qwen2.5-VL"),
-    "InternVL, SmolVLM, Idefics 3, Pixtral": ("InternVL", "SmolVLM", "Idefics3", "Pixtral"),
-    "Gemma 3": ("Gemma3",),
+    "InternVL, Mistral 3, Pixtral": ("InternVL", "Mistral3", "Pixtral"),
+    "SmolVLM, Idefics 3, PaliGemma": ("SmolVLM", "Idefics3", "PaliGemma"),
+    "Gemma 3, PaliGemma 2": ("Gemma3", "PaliGemma2"),
 }
 REASONS: list[str] = []
 

@@ -49,7 +49,7 @@ def test_what_is_no_square_grid_is_not_pooled(seen: Observation, says: str) -> N
         Pool().vectors(seen)
 
 
-@pytest.mark.parametrize("name", ["Blip2-OPT", "Qwen2-VL", "Gemma3", "LlavaNext"])
+@pytest.mark.parametrize("name", ["Blip2-OPT", "Qwen2-VL", "Mistral3", "LlavaNext"])
 def test_a_family_whose_tokens_are_no_square_of_patches_is_not_downsampled(name: str) -> None:
     model = BY_NAME[name].model()
     says = f"averages tokens over a square grid, and those of {type(model).__name__} form none"

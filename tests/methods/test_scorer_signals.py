@@ -37,7 +37,7 @@ def test_features_without_pixels_are_refused_with_what_to_do() -> None:
     ("name", "scorer", "says"),
     [
         ("Llava", "catp", "reads cross-attention, which LlavaForConditionalGeneration does not show"),
-        ("Qwen2-VL", "fastervlm", "vision-attention, which Qwen2VLFor"),
+        ("Blip2-OPT", "fastervlm", "vision-attention, which Blip2For"),
         ("Mllama", "fastv", "drops tokens inside a decoder .*MllamaFor.* by cross-attention"),
         ("Blip2-T5", "pyramiddrop", "drops tokens inside a decoder .*reads them by encoder"),
         ("Gemma3", "fastv", "sliding"),

@@ -101,6 +101,22 @@ def test_attention_under_masks_and_in_half_precision() -> None:
     assert attention_map(query.double(), key.double(), None, 0.3).dtype == torch.float64
 
 
+@pytest.mark.parametrize("shape", [None, (2, 1, 7, 5), (2, 3, 7, 5), (2, 1, 1, 5), (2, 5)], ids=str)
+def test_attention_received_is_added_up_a_few_rows_at_a_time(
+    shape: tuple[int, ...] | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("catp_lightning.prompt.attention.ROWS", 3)
+    query, key = torch.randn(2, 3, 7, 8, dtype=torch.float64), torch.randn(2, 3, 5, 8, dtype=torch.float64)
+    mask = None
+    if shape is not None:
+        mask = torch.rand(shape) > 0.3
+        mask[..., 0] = True
+    expected = attention_map(query, key, mask, 0.3)
+    torch.testing.assert_close(attention_received(query, key, mask, 0.3), expected.sum(2))
+    counted = torch.rand(2, 1, 7, 5) > 0.5
+    torch.testing.assert_close(attention_received(query, key, mask, 0.3, counted), (expected * counted).sum(2))
+
+
 def test_the_scaling_that_the_module_passes_is_used() -> None:
     """OPT scales its queries itself and passes 1.0."""
     model, _ = random_blip2()

@@ -7,19 +7,28 @@ from catp_lightning.methods.scorers import SCORERS
 from tests.support.questions import learned, routed
 
 WITH_PATCHES = ("Llava", "LlavaNext", "LlavaOnevision", "VideoLlava", "Qwen2.5-VL", "SmolVLM", "Mistral3")
+WITH_TOWER = (
+    *("Llava", "VipLlava", "LlavaNext", "LlavaNextVideo", "LlavaOnevision", "LlavaOnevision-video", "VideoLlava"),
+    *("Qwen2-VL", "Qwen2.5-VL", "Qwen3-VL", "InternVL", "Gemma3", "PaliGemma", "SmolVLM", "Idefics3", "Mistral3"),
+    "Pixtral",
+)
 OUTPUTS = ({"scorer": "l2-norm"}, {"scorer": "divprune"}, {"scorer": "random"})
 """Rules that every model has the signals for."""
 RULES: list[tuple[str, dict[str, Any]]] = [
     *((name, {"scorer": scorer}) for name in (*WITH_PATCHES, "Mllama") for scorer in ("random", "l2-norm")),
     ("Llava", {"scorer": "stride"}),
-    *((name, {"scorer": "fastervlm"}) for name in ("Llava", "LlavaNext", "LlavaOnevision")),
+    *((name, {"scorer": "fastervlm"}) for name in WITH_TOWER),
     ("LlavaNext", {"scorer": "fastervlm", "selector_args": {"per": "crop"}}),
     *((n, {"scorer": s}) for n in ("Llava", "LlavaNext") for s in ("vtc-cls", "vispruner", "visionzip")),
+    ("Qwen2.5-VL", {"scorer": "vtc-cls"}),
+    *((name, {"scorer": "visionzip"}) for name in ("Qwen2.5-VL", "InternVL", "Gemma3", "SmolVLM", "Mistral3")),
+    ("InternVL", {"scorer": "vispruner", "selector_args": {"per": "crop"}}),
+    ("VideoLlava", {"scorer": "visionzip"}),
     *((n, {"scorer": "divprune"}) for n in ("Llava", "LlavaNext", "Qwen2.5-VL", "Mllama", "Blip2-OPT", "Blip2-T5")),
     *((n, {"scorer": "cdpruner"}) for n in ("Llava", "LlavaNext", "Qwen2.5-VL", "Blip2-OPT", "InstructBlip")),
     ("LlavaNext", {"scorer": "vispruner", "selector_args": {"per": "crop"}}),
     ("LlavaOnevision", {"scorer": "visionzip", "selector_args": {"per": "sample"}}),
-    ("Llava", {"scorer": "downsample"}),
+    *((name, {"scorer": "downsample"}) for name in ("Llava", "Gemma3", "PaliGemma", "SmolVLM")),
     *((name, {"scorer": "grid"}) for name in (*WITH_PATCHES, "InternVL", "Mllama")),
     ("LlavaNext", {"scorer": "grid", "selector_args": {"per": "crop"}}),
     ("Mllama", {"scorer": "trimmed-llama", "selector_args": {"budget": "rows"}}),
