@@ -30,14 +30,17 @@ ROWS = 1024
 SUPPORTED = ("eager", "sdpa", "flash_attention_2", "flash_attention_3")
 
 
-def attention_map(query: Tensor, key: Tensor, mask: Tensor | None, scaling: float) -> Tensor:
+def attention_map(query: Tensor, key: Tensor, mask: Tensor | None, scaling: float, cap: float | None = None) -> Tensor:
     """Return the whole attention map, [B, H, Q, N], in float32 at least.
 
-    It is meant for few queries, as in cross-attention of query tokens. Arguments are those of a `Reduction`.
+    It is meant for few queries, as in cross-attention of query tokens. Arguments are those of a `Reduction`, and the
+    bound `cap` within which Gemma 2 keeps its logits; None: there is none.
     """
     dtype = torch.promote_types(query.dtype, torch.float32)
     with torch.autocast(query.device.type, enabled=False):  # else it rounds to half precision, and ties decide
         logits = query.to(dtype) @ key.to(dtype).transpose(-1, -2) * scaling
+    if cap is not None:
+        logits = (logits / cap).tanh() * cap
     if mask is not None and mask.dim() == 2:  # the mask of flash attention: which keys are real
         mask = mask[:, None, None].bool()
     if mask is not None:

@@ -64,15 +64,45 @@ def decoding_masks(
         config: config of the decoder.
         dtype: dtype of an additive mask.
     """
-    length = prompt.mask.shape[1]
-    valid = torch.cat([prompt.short_mask, mask[:, length:]], 1)
+    columns, valid = _with_later(prompt, mask)
     if not _window_binds(config, mask.shape[1]):
         return valid
-    later = torch.arange(length, mask.shape[1], device=mask.device).expand(len(mask), -1)
-    columns = torch.cat([prompt.order, later], 1)
     # A sliding layer's cache holds the last rows only; they are at least those its window reaches.
     held, offset = cache.get_mask_sizes(new, sliding_layer(config))
     return own_masks(columns[:, -new:], columns, valid.bool(), config, dtype, slice(offset, offset + held))
+
+
+def step_mask(
+    prompt: KeptSequence, mask: Tensor, new: int, cache: Any, layer: int, config: PreTrainedConfig, dtype: torch.dtype
+) -> Tensor:
+    """Return one layer's mask of `new` rows after a prefill of which the layer caches the kept columns.
+
+    Args:
+        prompt: columns of the prompt that the layer has read.
+        mask: int64 [R, full length], the caller's.
+        new: number of rows that the decoder is called on.
+        cache: says how many keys the layer holds, with those of the new rows.
+        layer: number of the layer.
+        config: config of the decoder.
+        dtype: dtype of an additive mask.
+    """
+    columns, valid = _with_later(prompt, mask)
+    # A sliding layer's cache holds the last rows only; they are at least those its window reaches.
+    held, offset = cache.get_mask_sizes(new, layer)
+    masks = own_masks(columns[:, -new:], columns, valid.bool(), config, dtype, slice(offset, offset + held))
+    return masks[config.layer_types[layer]] if isinstance(masks, dict) else masks
+
+
+def _with_later(prompt: KeptSequence, mask: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the original columns of a prompt's kept rows and of all after it, and which of them are real: [R, n + m].
+
+    Args:
+        prompt: the kept rows.
+        mask: int64 [R, full length], the caller's.
+    """
+    length = prompt.mask.shape[1]
+    later = torch.arange(length, mask.shape[1], device=mask.device).expand(len(mask), -1)
+    return torch.cat([prompt.order, later], 1), torch.cat([prompt.short_mask, mask[:, length:]], 1)
 
 
 def _window_binds(config: PreTrainedConfig, length: int) -> bool:

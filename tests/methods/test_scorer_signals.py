@@ -40,7 +40,6 @@ def test_features_without_pixels_are_refused_with_what_to_do() -> None:
         ("Blip2-OPT", "fastervlm", "vision-attention, which Blip2For"),
         ("Mllama", "fastv", "drops tokens inside a decoder .*MllamaFor.* by cross-attention"),
         ("Blip2-T5", "pyramiddrop", "drops tokens inside a decoder .*reads them by encoder"),
-        ("Gemma3", "fastv", "sliding"),
     ],
 )
 def test_a_scorer_without_its_signal_is_refused_with_those_that_work(name: str, scorer: str, says: str) -> None:

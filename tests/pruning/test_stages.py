@@ -34,11 +34,11 @@ pytestmark = pytest.mark.usefixtures("no_grad")
 @every_model
 @pytest.mark.parametrize(
     ("stages", "dtype", "attention"),
-    [*((stages, torch.float64, "sdpa") for stages in STAGES), ((1, 3), torch.float32, "eager")],
+    [*((stages, torch.float64, None) for stages in STAGES), ((1, 3), torch.float32, "eager")],
     ids=str,
 )
 def test_dropping_equals_hiding_from_later_layers_in_prefill_and_decoding(
-    row: Row, stages: tuple[int, ...], dtype: torch.dtype, attention: str
+    row: Row, stages: tuple[int, ...], dtype: torch.dtype, attention: str | None
 ) -> None:
     model, inputs = model_of(row, dtype, attention), row.inputs(dtype=dtype)
     full, keeps, choose = model(**inputs).logits, chosen(inputs, row, stages), Uneven()
@@ -92,7 +92,7 @@ def test_hidden_states_come_back_at_full_length_with_zeros_for_rows_that_are_gon
         assert ours.shape == theirs.shape
         assert not ours[~columns].any()
         rows = columns & inputs["attention_mask"].bool()
-        exact(ours[rows], theirs[rows], atol=1e-10 * scale(theirs))
+        exact(ours[rows], theirs[rows], atol=row.tolerance() * scale(theirs))
 
 
 @every_model
@@ -107,10 +107,11 @@ def test_beams_and_sampling_find_what_the_masked_model_finds(row: Row) -> None:
         torch.manual_seed(3)
         masked_tokens, masked_steps = generate(row, model, inputs, **SAMPLED_BEAMS)
     assert torch.equal(tokens, masked_tokens)
-    exact(steps, masked_steps, atol=1e-10 * scale(steps))
+    exact(steps, masked_steps, atol=row.tolerance() * scale(steps))
 
 
 @every_model
+@pytest.mark.usefixtures("what_a_family_lacks")
 def test_attention_decides_the_same_for_beams_and_without_a_cache(row: Row) -> None:
     # One image a sample: older versions of generate mix several up when they expand pixels for beams.
     model, inputs = model_of(row), row.inputs([0, 2])
@@ -124,12 +125,12 @@ def test_attention_decides_the_same_for_beams_and_without_a_cache(row: Row) -> N
     assert len(uncached) == (2 if row in (OPT, QUESTIONED) else 2 * STEPS), "BLIP-2's generate always has a cache"
     for at in range(len(uncached)):
         assert torch.equal(uncached[at], cached[at % 2]), "the choice belongs to the prompt"
-        exact(uncached_seen[at].attention, seen[at % 2].attention, atol=1e-10)
+        exact(uncached_seen[at].attention, seen[at % 2].attention, atol=row.tolerance())
     for ours, theirs, one, other in zip(beams, cached, beams_seen, seen, strict=True):
         assert torch.equal(ours, theirs)
-        exact(one.attention, other.attention, atol=1e-10)
+        exact(one.attention, other.attention, atol=row.tolerance())
     assert torch.equal(again[0], tokens)
-    exact(again[1], steps, atol=1e-10 * scale(steps))
+    exact(again[1], steps, atol=row.tolerance() * scale(steps))
 
 
 @every_model
@@ -139,7 +140,7 @@ def test_generate_and_forward_observe_the_same_row(row: Row) -> None:
         model(**inputs)
         generate(row, model, inputs)
     for stage in (0, 1):
-        exact(choose.seen[stage].attention, choose.seen[stage + 2].attention, atol=1e-10)
+        exact(choose.seen[stage].attention, choose.seen[stage + 2].attention, atol=row.tolerance())
 
 
 @every_model
@@ -148,7 +149,7 @@ def test_a_decoding_loop_by_hand_equals_generate(row: Row) -> None:
     with stages_of(model, (1, 3), Uneven()).installed():
         tokens, steps = generate(row, model, inputs)
         looped = torch.stack([*row.oracle.loop(model, inputs, tokens, with_positions=True)], 1)
-    exact(looped, steps, atol=1e-10 * scale(steps))
+    exact(looped, steps, atol=row.tolerance() * scale(steps))
 
 
 @makes_positions
@@ -159,7 +160,7 @@ def test_a_decoding_loop_by_hand_without_position_ids_equals_the_masked_loop(row
         looped = torch.stack([*row.oracle.loop(model, inputs, tokens, with_positions=False)], 1)
     with masked(row, model, inputs, stages, chosen(inputs, row, stages)):
         expected = torch.stack([*row.oracle.loop(model, inputs, tokens, with_positions=False)], 1)
-    exact(looped, expected, atol=1e-10 * scale(expected))
+    exact(looped, expected, atol=row.tolerance() * scale(expected))
 
 
 @makes_positions
@@ -174,7 +175,7 @@ def test_a_cache_expanded_after_the_prefill_decodes_each_copy_alike(row: Row) ->
             cache.batch_repeat_interleave(copies)
             ids, more = of_rows(token, copies * len(token)), of_rows(mask, copies * len(mask))
             logits.append(decode(input_ids=ids, attention_mask=more, past_key_values=cache).logits[:, -1])
-    exact(logits[1], of_rows(logits[0], 2 * len(token)), atol=1e-10 * scale(logits[0]))
+    exact(logits[1], of_rows(logits[0], 2 * len(token)), atol=row.tolerance() * scale(logits[0]))
 
 
 @every_model
@@ -187,10 +188,10 @@ def test_a_sample_does_not_depend_on_its_batch_or_padding(row: Row) -> None:
         part = row.inputs(rows, pads)
         with stages_of(model, stages, choose := MostAttended(), observe=True).installed():
             _, steps = generate(row, model, part, 2)
-        exact(steps, together[rows], atol=1e-10 * scale(together))
+        exact(steps, together[rows], atol=row.tolerance() * scale(together))
         for one, other in zip(choose.seen, first.seen, strict=True):
             found = other.attention[rows, :, : one.attention.shape[2]]
-            exact(one.attention, found, atol=1e-10)
+            exact(one.attention, found, atol=row.tolerance())
 
 
 @every_model
@@ -212,5 +213,5 @@ def test_the_loss_leaves_out_labels_predicted_from_rows_gone_at_the_last_stage(
     unpruned = model(**inputs, labels=labels).loss
     with masked(row, model, inputs, stages, keeps):
         expected = model(**inputs, labels=labels.masked_fill(left_out, -100)).loss
-    exact(loss, expected, atol=1e-10 * expected.item())
-    assert abs(loss - unpruned) > 1e-3 * unpruned
+    exact(loss, expected, atol=row.tolerance() * expected.item())
+    assert abs(loss - unpruned) > 5e-4 * unpruned

@@ -64,12 +64,18 @@ MLLAMA_LACKS = {
 }
 OLDEST = hf.__version__.startswith("5.13.")
 T5_ATTENTION = "eager" if OLDEST else "sdpa"  # transformers 5.13 knows no other for T5
-STATIC = "a_static_cache_is_refused_where_it_would_hold_visual_tokens"
 FAILS_BEFORE = "transformers fails before, unpruned as well: it makes masks of a static cache wrongly"
-GEMMA3_LACKS = {STATIC: FAILS_BEFORE} if OLDEST else {}
+STATIC_LACKS = dict.fromkeys(
+    ("a_static_cache_is_refused_where_it_would_hold_visual_tokens", "a_static_cache_is_refused"), FAILS_BEFORE
+)
+GEMMA3_LACKS = STATIC_LACKS if OLDEST else {}
 UNCACHED = "in transformers 5.13 what is generated without a cache belongs to the prefix, unpruned as well"
-PALIGEMMA_LACKS = {"decoding_without_a_cache_equals_cached_decoding": UNCACHED} if OLDEST else {}
-GEMMA2_LACKS = {STATIC: FAILS_BEFORE, **PALIGEMMA_LACKS}
+WITHOUT_A_CACHE = (
+    "decoding_without_a_cache_equals_cached_decoding",
+    "attention_decides_the_same_for_beams_and_without_a_cache",
+)
+PALIGEMMA_LACKS = dict.fromkeys(WITHOUT_A_CACHE, UNCACHED) if OLDEST else {}
+GEMMA2_LACKS = {**STATIC_LACKS, **PALIGEMMA_LACKS}
 UNKNOWN_LACKS = {
     **GEMMA3_LACKS,
     "embeddings_without_ids_are_refused": "an id outside the vocabulary has no embedding to give",

@@ -30,16 +30,20 @@ def deeper(make: Callable[[], PreTrainedModel]) -> PreTrainedModel:
     model = make()
     text = model.config.get_text_config()
     text.num_hidden_layers = LAYERS
-    if getattr(text, "layer_types", None) is not None:
+    if "sliding_attention" not in (getattr(text, "layer_types", None) or ["sliding_attention"]):
         text.layer_types = ["full_attention"] * LAYERS
     return type(model)(model.config)
 
 
+def deep(row: Row) -> Row:
+    return replace(row, make=functools.partial(deeper, row.make))
+
+
 LLAMA, OPT, QWEN, MISTRAL, QUESTIONED = (
-    replace(BY_NAME[name], make=functools.partial(deeper, BY_NAME[name].make))
-    for name in ("Llava", "Blip2-OPT", "Qwen2.5-VL", "Mistral3", "InstructBlip")
+    deep(BY_NAME[name]) for name in ("Llava", "Blip2-OPT", "Qwen2.5-VL", "Mistral3", "InstructBlip")
 )
-MODELS = [LLAMA, OPT, QWEN, MISTRAL, QUESTIONED]
+WINDOWED = [deep(BY_NAME[name]) for name in ("Gemma3", "PaliGemma", "PaliGemma2", "Mistral3, sliding window")]
+MODELS = [LLAMA, OPT, QWEN, MISTRAL, QUESTIONED, *WINDOWED]
 STAGES = [(1,), (2,), (1, 3)]
 every_model = pytest.mark.parametrize("row", MODELS, ids=repr)
 # Qwen2.5-VL makes positions of a wrong shape where a mask is given to a decoding step without them, unpruned as well.
@@ -48,8 +52,8 @@ every_stage = pytest.mark.parametrize("stages", STAGES, ids=str)
 LAST_ROW = {Signal.LAST_TOKEN_ATTENTION: (-1,)}
 
 
-def model_of(row: Row, dtype: torch.dtype = torch.float64, attention: str = "sdpa") -> PreTrainedModel:
-    return _model_of(row, dtype, attention)  # one object, however its arguments are given
+def model_of(row: Row, dtype: torch.dtype = torch.float64, attention: str | None = None) -> PreTrainedModel:
+    return _model_of(row, dtype, attention or row.attention)  # one object, however its arguments are given
 
 
 @functools.cache
@@ -138,8 +142,9 @@ def masked(
         kept = columns[sum(stage <= at for stage in stages) - 1]
         gone = torch.zeros(rows, length, dtype=torch.bool)
         gone[:, : kept.shape[1]] = ~of_rows(kept, rows)
-        others = torch.arange(length - queries, length)[:, None] != torch.arange(length)
-        return {"attention_mask": hidden_in(mask, gone[:, None, None] & others)}
+        keys = torch.arange(length - mask.shape[-1], length)  # a sliding layer's cache holds the last columns
+        others = torch.arange(length - queries, length)[:, None] != keys
+        return {"attention_mask": hidden_in(mask, gone[:, None, None, keys] & others)}
 
     with hooked(layers[stages[0] :], hide):
         yield

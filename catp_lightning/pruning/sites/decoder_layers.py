@@ -2,7 +2,8 @@
 
 Layers before the first stage read and cache the full prompt, so lengths and positions that outer code takes from the
 first layer's cache stay right. From each stage on, layers get the mask and the positions of what is left, and cache no
-more. The decoder's output is handed back at full length.
+more. Where some of them slide, each kind of layer has a mask and positions of its own, and windows are counted in
+original columns. The decoder's output is handed back at full length.
 """
 
 import inspect
@@ -15,18 +16,19 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import pad
 
 from catp_lightning.errors import PruningError
-from catp_lightning.methods.observation import BY_LAYER
 from catp_lightning.models.base import Family
-from catp_lightning.prompt.attention import PREFIX, SUPPORTED, observe_attention
+from catp_lightning.prompt.attention import observe_attention
 from catp_lightning.prompt.caches import Opened, foreign_cache, is_short, refuse_static, rows_of, seal
 from catp_lightning.prompt.kept import KeptSequence
 from catp_lightning.prompt.labels import Labels
-from catp_lightning.prompt.masks import layer_mask, of_columns, window
+from catp_lightning.prompt.masks import layer_mask, of_columns, step_mask, two_dimensional, window
 from catp_lightning.prompt.prompt import DecoderPrompt
 from catp_lightning.pruning.sites.base import Decide, PruningSite, Report, SiteSettings, ignored
 from catp_lightning.pruning.sites.prompt_capture import PromptCapture
+from catp_lightning.pruning.sites.stage_limits import layers_read, refuse_stages
 from catp_lightning.pruning.sites.stage_prompt import DecoderPrefill
 from catp_lightning.utils.hooks import hooked
 
@@ -45,12 +47,14 @@ class PruneAtDecoderLayers(PruningSite):
 
     def __init__(self, family: Family, decide: Decide, settings: SiteSettings, report: Report = ignored) -> None:
         super().__init__(family, decide, settings, report)
+        refuse_stages(family, settings)
         self.stages, self.needs = settings.stages, settings.needs
         self.layers: list[Any] = list(family.decoder.get_submodule("layers").children())
         self.parameters = list(inspect.signature(family.decoder.forward).parameters)
-        self._refuse(settings.compact)
+        types = getattr(family.decoder_config, "layer_types", None) or [""] * len(self.layers)
+        self._kinds = dict(enumerate(types))  # layers of one kind are called with the same mask and positions
         self._prompts, self._labels = PromptCapture(family, self.calls), Labels(self.calls, report)
-        self._looked_at = sorted({layer for at in self.stages for layer in self._layers_read(at)})
+        self._looked_at = sorted({layer for at in self.stages for layer in layers_read(self.needs, at)})
         self._kept: list[KeptSequence] = []  # columns kept at each stage of the last prefill; empty: all
         self._cache: weakref.ref[Any] | None = None  # the cache that this prefill filled
         self._opened = Opened()
@@ -61,47 +65,9 @@ class PruneAtDecoderLayers(PruningSite):
         self._prefill: DecoderPrefill | None = None  # the running prefill
         self._step: list[KeptSequence] = []  # columns left at each stage, in a running decoding step
         self._later = 0  # number of columns after the prompt, in a running decoding step
-        self._changes: dict[str, Any] = {}  # replaced arguments of the running stage's layers
-
-    def _layers_read(self, stage: int) -> Iterator[int]:
-        """Yield the layers whose attention is read at a stage, the entry of layer `stage`.
-
-        Raises:
-            PruningError: a layer is read that has not run by then.
-        """
-        for signal in self.needs.keys() & BY_LAYER:
-            for layer in self.needs[signal] or range(stage):
-                if not -stage <= layer < stage:
-                    raise PruningError(
-                        f"The policy reads layer {layer} of the decoder where tokens leave at layer {stage}: by then "
-                        f"layers 0 to {stage - 1} have run. Name one of those, or -1 for the last of them."
-                    )
-                yield layer % stage
-
-    def _refuse(self, compact: bool) -> None:
-        name, depth, config = type(self.family.decoder).__name__, len(self.layers), self.family.decoder_config
-        if not self.stages or list(self.stages) != sorted({*self.stages} & {*range(1, depth)}):
-            raise PruningError(
-                f"Tokens cannot leave at the layers {list(self.stages)} of {name}, which has {depth}: give ascending "
-                f"numbers from 1 to {depth - 1}."
-            )
-        if compact:
-            raise PruningError(
-                f'positions="compact" is not possible where tokens leave at layer {self.stages[0]}: the layers before '
-                'it have used their position ids. Use positions="original".'
-            )
-        types = {*(getattr(config, "layer_types", None) or ())} - {"full_attention"}
-        if types or window(config) is not None:
-            raise PruningError(
-                f"{name} has layers of type {', '.join(sorted(types)) or 'sliding_attention'}: which columns their "
-                "caches hold cannot be told where layers cache different numbers of rows. Choose a scorer that drops "
-                "tokens before the decoder, or a checkpoint without such layers."
-            )
-        if str(config._attn_implementation).removeprefix(PREFIX) not in SUPPORTED:
-            raise PruningError(
-                f"{name} has attn_implementation={config._attn_implementation!r}, whose masks cannot be shortened. "
-                f"Load the model with one of {', '.join(SUPPORTED)}."
-            )
+        self._mask: Tensor | None = None  # the caller's mask, in a running decoding step of layers that slide
+        self._rows: KeptSequence | None = None  # columns left in the running stage; None: all
+        self._changes: dict[str, dict[str, Any]] = {}  # replaced arguments of the running stage's layers, by their kind
 
     @contextmanager
     def installed(self) -> Iterator[None]:
@@ -114,8 +80,7 @@ class PruneAtDecoderLayers(PruningSite):
             undo.enter_context(observe_attention(decoder, observed))
             undo.enter_context(hooked(decoder, self._enter, self._leave, always=True))
             for at, layer in enumerate(self.layers[self.stages[0] :], self.stages[0]):
-                stage = self.stages.index(at) if at in self.stages else None
-                before = partial(self._before, stage, list(inspect.signature(layer.forward).parameters))
+                before = partial(self._before, at, list(inspect.signature(layer.forward).parameters))
                 undo.enter_context(hooked(layer, before))
             yield
 
@@ -149,7 +114,8 @@ class PruneAtDecoderLayers(PruningSite):
                 f"{type(self.family.model).__name__} adds features to all visual tokens after each of its first "
                 f"{added} layers, and tokens are to leave at layer {self.stages[0]}: choose layers from {added} on."
             )
-        self._prefill = DecoderPrefill(prompt, self.needs)
+        cap = getattr(self.family.decoder_config, "attn_logit_softcapping", None)
+        self._prefill = DecoderPrefill(prompt, self.needs, cap)
 
     def _start_decoding(self, kwargs: dict[str, Any], cache: Any, past: int) -> None:
         self._prompts.refuse_images()
@@ -163,6 +129,9 @@ class PruneAtDecoderLayers(PruningSite):
         if own is not cache or len(later) != 1 or min(later) < 0 or at is None or len(at) != len(rows):
             raise foreign_cache()
         self._step, self._later = [kept.of_rows(at) for kept in self._kept], later.pop() + rows.shape[1]
+        if window(self.family.decoder_config) is not None:  # a layer's mask is made of the columns that its cache holds
+            length = self._step[0].mask.shape[1] + self._later
+            self._mask = two_dimensional(self._prompts.mask(kwargs), len(rows), length, rows.device)
         self._opened.open(cache)
 
     def _look(self, layer: int, query: Tensor, key: Tensor, mask: Tensor | None, scaling: float) -> Tensor:
@@ -171,17 +140,18 @@ class PruneAtDecoderLayers(PruningSite):
         return self._prefill.look(layer, query, key, mask, scaling)
 
     def _before(
-        self, stage: int | None, names: list[str], module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+        self, at: int, names: list[str], module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Any:
-        first = {}
-        if stage is not None and (self._prefill is not None or self._later):
-            first = self._begin(stage, {**dict(zip(names, args, strict=False)), **kwargs})
-        changes = {**self._changes, **first}
+        if self._prefill is None and not self._later:
+            return None
+        given = {**dict(zip(names, args, strict=False)), **kwargs}
+        first = self._begin(self.stages.index(at), given) if at in self.stages else {}
+        changes = {**self._shortened(at, given), **first}
         return tuple(changes.pop(name, value) for name, value in zip(names, args, strict=False)), {**kwargs, **changes}
 
-    def _begin(self, stage: int, arguments: dict[str, Any]) -> dict[str, Any]:
-        """Set the arguments replaced in all layers of a stage; return those replaced in its first layer only."""
-        prefill, hidden = self._prefill, arguments["hidden_states"]
+    def _begin(self, stage: int, given: dict[str, Any]) -> dict[str, Any]:
+        """Begin a stage: decide which rows are left. Return the arguments replaced in its first layer only."""
+        prefill, hidden, self._changes = self._prefill, given["hidden_states"], {}
         if prefill is None:
             rows = self._step[stage]
         else:
@@ -192,26 +162,38 @@ class PruneAtDecoderLayers(PruningSite):
             rows = prefill.rows
             if stage + 1 == len(self.stages):
                 self._labels.leave_out(prefill.prompt.columns(prefill.tokens))
-        if rows.whole:
-            return {}
-        flash = "flash" in str(self.family.decoder_config._attn_implementation)
-        self._changes = {"attention_mask": layer_mask(arguments.get("attention_mask"), rows, self._later, flash)}
-        if prefill is None:
-            return {}
-        if arguments.get("position_ids") is not None:
-            self._changes["position_ids"] = of_columns(arguments["position_ids"][..., None], rows)[..., 0]
-        if arguments.get("position_embeddings") is not None:
-            self._changes["position_embeddings"] = tuple(of_columns(x, rows) for x in arguments["position_embeddings"])
-        return {"hidden_states": hidden}
+        self._rows = None if rows.whole else rows
+        return {} if prefill is None or rows.whole else {"hidden_states": hidden}
+
+    def _shortened(self, at: int, given: dict[str, Any]) -> dict[str, Any]:
+        """Return the arguments replaced in a layer of the running stage, made once for each kind of layer."""
+        rows, kind, config = self._rows, self._kinds[at], self.family.decoder_config
+        if rows is None or kind in self._changes:
+            return self._changes.get(kind, {})
+        mask: Tensor | None
+        if self._mask is not None:
+            hidden, cache = given["hidden_states"], given["past_key_values"]
+            mask = step_mask(rows, self._mask, hidden.shape[1], cache, at, config, hidden.dtype)
+        else:
+            flash = "flash" in str(config._attn_implementation)
+            mask = layer_mask(given.get("attention_mask"), rows, self._later, flash)
+        changes: dict[str, Any] = {"attention_mask": mask}
+        if self._prefill is not None:
+            if given.get("position_ids") is not None:
+                changes["position_ids"] = of_columns(given["position_ids"][..., None], rows)[..., 0]
+            if given.get("position_embeddings") is not None:
+                changes["position_embeddings"] = tuple(of_columns(x, rows) for x in given["position_embeddings"])
+        self._changes[kind] = changes
+        return changes
 
     def _leave(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         self.calls.in_decoder = False
-        prefill, step = self._prefill, self._step
+        prefill, step, later = self._prefill, self._step, self._later
         self._reset()
         kept = step if prefill is None else prefill.kept
         if kept and output is not None and output.get("attentions") is not None:
-            maps = enumerate(output.attentions)
-            output.attentions = tuple(self._attention(layer, paid, kept, bool(step)) for layer, paid in maps)
+            maps, cache = enumerate(output.attentions), output.get("past_key_values")
+            output.attentions = tuple(self._attention(layer, paid, kept, later, cache) for layer, paid in maps)
         if prefill is None or prefill.rows.whole:
             return
         cache = kwargs.get("past_key_values") if output is None else output.get("past_key_values")
@@ -232,12 +214,19 @@ class PruneAtDecoderLayers(PruningSite):
         begun = bisect_left(self.stages, layer)
         return hidden if begun == 0 or hidden is None else self._kept[begun - 1].scatter(hidden)
 
-    def _attention(self, layer: int, paid: Tensor | None, kept: list[KeptSequence], step: bool) -> Tensor | None:
-        """Return a layer's attention maps over all columns, zeros where a row was dropped."""
+    def _attention(
+        self, layer: int, paid: Tensor | None, kept: list[KeptSequence], later: int, cache: Any
+    ) -> Tensor | None:
+        """Return a layer's attention maps over the columns of the unpruned layer, zeros where a row was dropped."""
         begun = bisect_right(self.stages, layer)
         if begun == 0 or paid is None:
             return paid
-        return kept[begun - 1].scatter_keys(paid) if step else kept[begun - 1].scatter_attention(paid)
+        rows = kept[begun - 1]
+        if not later:
+            return rows.scatter_attention(paid)
+        full = rows.scatter_keys(pad(paid, (rows.order.shape[1] + later - paid.shape[3], 0)))
+        reach = window(self.family.decoder_config) if cache.layers[layer].is_sliding else None
+        return full if reach is None else full[..., -(reach - 1 + paid.shape[2]) :]  # the rest has left its cache
 
 
 def _nothing(value: Tensor) -> None:

@@ -51,14 +51,15 @@ class DecoderPrefill:
     Attributes:
         prompt: the prompt as it entered the decoder.
         needs: signals to collect.
+        cap: bound of the decoder's attention logits, as in `attention_map`.
         tokens: bool [B, T], the visual tokens that are still there.
         rows: columns of the prompt that are left.
         kept: columns that were left after each stage so far.
         values: signals that were seen so far, as in `StagePrompt`.
     """
 
-    def __init__(self, prompt: DecoderPrompt, needs: Needs) -> None:
-        self.prompt, self.needs, self.tokens = prompt, needs, prompt.tokens
+    def __init__(self, prompt: DecoderPrompt, needs: Needs, cap: float | None = None) -> None:
+        self.prompt, self.needs, self.cap, self.tokens = prompt, needs, cap, prompt.tokens
         self.rows = kept_sequence(torch.ones_like(prompt.mask, dtype=torch.bool), prompt.mask)
         self.kept: list[KeptSequence] = []
         self.values: Values = {}
@@ -149,7 +150,7 @@ class DecoderPrefill:
         shared = rows.unflatten(1, (heads, -1))  # query heads that share a key head become its rows
         seen = seen.expand(-1, heads, -1, -1)[:, :, None].expand(-1, -1, shared.shape[2], -1, -1).flatten(2, 3)
         paid = (
-            attention_map(shared.flatten(2, 3), key[::beams], seen, scaling)
+            attention_map(shared.flatten(2, 3), key[::beams], seen, scaling, self.cap)
             .unflatten(2, (shared.shape[2], few))
             .flatten(1, 2)
         )
