@@ -8,6 +8,7 @@ from catp_lightning.models.base import Family
 from catp_lightning.models.blip2 import Blip2, InstructBlip, InstructBlipVideo
 from catp_lightning.models.cosmos import Cosmos
 from catp_lightning.models.exaone import Exaone
+from catp_lightning.models.fuyu import Fuyu
 from catp_lightning.models.gemma import Gemma, PaliGemma
 from catp_lightning.models.glm import GLM
 from catp_lightning.models.hyperclovax import HyperCLOVAX
@@ -21,6 +22,8 @@ from catp_lightning.models.missing import no_model, refuse_other
 from catp_lightning.models.mistral import Mistral
 from catp_lightning.models.mllama import Mllama
 from catp_lightning.models.paddleocr import PaddleOCR
+from catp_lightning.models.perception import Perception
+from catp_lightning.models.pictures import Pictures
 from catp_lightning.models.placeholder import Placeholder
 from catp_lightning.models.qwen_vl import QwenVL
 from catp_lightning.models.video_llama import VideoLlama
@@ -48,6 +51,9 @@ FAMILIES: tuple[type[Family], ...] = (
     MiniMax,
     PaddleOCR,
     VideoLlama,
+    Pictures,
+    Perception,
+    Fuyu,
     Placeholder,  # models of no other family
 )
 """Families, one file each. Of a model's type the first that handles it is taken."""

@@ -6,9 +6,9 @@ from catp_lightning.models.placeholder import Placeholder
 
 
 class Gemma(Placeholder):
-    """Gemma 3."""
+    """Gemma 3, and ShieldGemma 2, which is one that answers about the safety of an image."""
 
-    types = ("gemma3",)
+    types = ("gemma3", "shieldgemma2")
     classes = ("Gemma3ForConditionalGeneration",)
 
 

@@ -1,4 +1,4 @@
-"""Idefics 3 and SmolVLM: every picture, crops included, has the same number of tokens."""
+"""Idefics 2, Idefics 3 and SmolVLM: every picture, crops included, has the same number of tokens."""
 
 from torch import nn
 
@@ -6,10 +6,14 @@ from catp_lightning.models.placeholder import Placeholder
 
 
 class Idefics(Placeholder):
-    """Idefics 3 and its small descendant SmolVLM."""
+    """Idefics 2, Idefics 3 and its small descendant SmolVLM."""
 
-    types = ("idefics3", "smolvlm")
-    classes = ("Idefics3ForConditionalGeneration", "SmolVLMForConditionalGeneration")
+    types = ("idefics2", "idefics3", "smolvlm")
+    classes = (
+        "Idefics2ForConditionalGeneration",
+        "Idefics3ForConditionalGeneration",
+        "SmolVLMForConditionalGeneration",
+    )
     can_replay = True
 
     @property

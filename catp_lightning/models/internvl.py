@@ -2,10 +2,9 @@
 
 from collections.abc import Mapping
 
-import torch
 from torch import nn
 
-from catp_lightning.models.images import Image, Images, equal_images
+from catp_lightning.models.images import Image, Images, equal_images, joined
 from catp_lightning.models.placeholder import Placeholder
 from catp_lightning.prompt.prompt import DecoderPrompt
 
@@ -31,10 +30,4 @@ class InternVL(Placeholder):
             joins = place > 0 and columns[place] == columns[place - 1] + 1 and columns[place] % prompt.ids.shape[1] > 0
             images[-1].append(tile) if joins else images.append([tile])
             place += tile.tokens
-        return {token: [_joined(own) for own in images]}
-
-
-def _joined(tiles: list[Image]) -> Image:
-    """Return the image that consists of `tiles`; each is a crop of it."""
-    crops = torch.arange(len(tiles), device=tiles[0].pixels.device).repeat_interleave(tiles[0].tokens)
-    return Image(len(crops), torch.stack([tile.pixels for tile in tiles]), crops=crops)
+        return {token: [joined(own) for own in images]}

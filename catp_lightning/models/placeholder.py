@@ -30,6 +30,7 @@ PICTURES = {
     *("vision_feature_layer", "vision_feature_select_strategy", "interpolate_pos_encoding"),
     *("token_type_ids", "mm_token_type_ids", "labels", "logits_to_keep", "output_router_logits"),
 }
+PIXELS = ("pixel_values", "image_patches")  # beginnings of the names of what a call brings of images
 KNOWN_LAYERS = {"full_attention", "sliding_attention"}
 
 
@@ -213,7 +214,7 @@ class Placeholder(Family):
     def observation(self, values: Values, wanted: frozenset[Signal], prompt: Prompt) -> Observation:
         prompt = cast(DecoderPrompt, prompt)
         counts = {token: int((prompt.ids == token).sum()) for token in self.placeholder_ids}
-        if not any(name.startswith("pixel_values") for name, value in prompt.arguments.items() if value is not None):
+        if not any(name.startswith(PIXELS) for name, value in prompt.arguments.items() if value is not None):
             raise PruningError(
                 "The prompt has image tokens, but the call brought no pixel_values, so it is not known which token is "
                 "of which image. Pass pixel_values, not precomputed image features, and call the model's own generate "

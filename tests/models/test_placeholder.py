@@ -20,26 +20,29 @@ from tests.support.newer_models import minimax
 from tests.support.oracles import IMAGE
 from tests.support.rows import Row
 from tests.support.samples import pictures, prompts
-from tests.support.small_configs import GATED, TOWER
+from tests.support.small_configs import GATED, TOKENS, clip
 
 
-def aya_vision() -> hf.PreTrainedModel:
-    return hf.AyaVisionForConditionalGeneration(
-        hf.AyaVisionConfig(
-            vision_config=hf.SiglipVisionConfig(**{**TOWER, "image_size": 48}, vision_use_head=False),
-            text_config=hf.LlamaConfig(**GATED),
-            image_token_index=IMAGE,
-            downsample_factor=2,
-        )
-    )
+class UnheardOfConfig(hf.LlavaConfig):
+    model_type = "unheard_of"
+
+
+class UnheardOf(hf.LlavaForConditionalGeneration):
+    """A model of somebody else, whose type no family lists."""
+
+    config_class = UnheardOfConfig
+
+
+def unheard_of() -> hf.PreTrainedModel:
+    return UnheardOf(UnheardOfConfig(vision_config=clip(), text_config=hf.LlamaConfig(**GATED), **TOKENS))
 
 
 def test_a_model_nobody_knows_is_found_by_its_image_token_and_decoder_and_pruned_with_a_warning() -> None:
-    row = Row("AyaVision", aya_vision, lambda: prompts(pictures(9, (3, 48, 48))), Decoder())
+    row = Row("UnheardOf", unheard_of, lambda: prompts(pictures()), Decoder())
     model, inputs = row.model(), row.inputs()
     with (
         torch.no_grad(),
-        pytest.warns(UserWarning, match="AyaVisionForConditionalGeneration is not among the models"),
+        pytest.warns(UserWarning, match="UnheardOf is not among the models"),
         prune(model, PruningPolicy(), choose=uneven()) as pruning,
     ):
         tokens, steps = generate(row, model, inputs)
