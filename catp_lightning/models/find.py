@@ -14,6 +14,7 @@ from catp_lightning.models.glm import GLM
 from catp_lightning.models.hyperclovax import HyperCLOVAX
 from catp_lightning.models.idefics import Idefics
 from catp_lightning.models.internvl import InternVL
+from catp_lightning.models.lfm2 import Lfm2
 from catp_lightning.models.llava import Llava
 from catp_lightning.models.llava_next import LlavaNext
 from catp_lightning.models.llava_onevision import LlavaOnevision
@@ -54,6 +55,7 @@ FAMILIES: tuple[type[Family], ...] = (
     Pictures,
     Perception,
     Fuyu,
+    Lfm2,
     Placeholder,  # models of no other family
 )
 """Families, one file each. Of a model's type the first that handles it is taken."""

@@ -14,7 +14,7 @@ from catp_lightning.models.images import Image, equal_images
 from catp_lightning.models.layout import Layout
 from catp_lightning.models.missing import lacks
 from catp_lightning.prompt.kept import KeptSequence
-from catp_lightning.prompt.masks import window
+from catp_lightning.prompt.masks import RECURRENT, recurrent, window
 from catp_lightning.prompt.merging import merged_features
 from catp_lightning.prompt.prompt import DecoderPrompt, Prompt, visual_tokens
 from catp_lightning.utils.messages import warn
@@ -72,7 +72,8 @@ class Placeholder(Family):
                 "of the prompt: it is not known how to shorten that, so it cannot be pruned exactly."
             )
         config = self.decoder_config
-        unknown = sorted(set(getattr(config, "layer_types", None) or ()) - KNOWN_LAYERS)
+        known = KNOWN_LAYERS | (RECURRENT if self.types else set())
+        unknown = sorted(set(getattr(config, "layer_types", None) or ()) - known)
         if unknown:
             raise PruningError(
                 f"{type(self.decoder).__name__} has layers of type {', '.join(unknown)}; full and sliding attention "
@@ -111,6 +112,11 @@ class Placeholder(Family):
             raise PruningError(
                 f"{name} adds features to all visual tokens after each of its first {added} layers, and tokens are to "
                 f"leave at layer {stages[0]}: choose layers from {added} on."
+            )
+        if stages and recurrent(self.decoder_config):
+            raise PruningError(
+                f"{name} has layers with a recurrent state, which read rows in turn, and tokens are to leave at layer "
+                f"{stages[0]}: let them leave before the first layer. docs/methods.md lists the scorers that do."
             )
         if compact and hasattr(self.outer, "get_rope_index"):
             raise PruningError(

@@ -50,7 +50,7 @@ def by_hand(row: Row) -> Iterator[Own]:
             if "image_sizes" in own:
                 yield Own(number, image.tokens, own["pixel_values"])
                 continue
-            if row in PICTURED:
+            if row in PICTURED or "spatial_shapes" in own:
                 yield from pictured(number, image)
                 continue
             for kind, pixels in (("image", "pixel_values"), ("video", "pixel_values_videos")):

@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 
 from catp_lightning import PruningPolicy
 from tests.support.families import ROWS
+from tests.support.hybrid_families import HYBRID
 from tests.support.newer_families import NEWER
 from tests.support.oracles import END, IMAGE, START, VIDEO, Inputs
 from tests.support.picture_families import PICTURED
@@ -19,7 +20,7 @@ from tests.support.steps import stepwise
 
 STEPS = 4
 EVERYTHING = PruningPolicy()
-MORE = [*NEWER, *PICTURED]
+MORE = [*NEWER, *PICTURED, *HYBRID]
 
 
 def every(row: Row) -> bool:
