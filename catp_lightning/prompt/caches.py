@@ -73,8 +73,9 @@ def _guard_states(sealed: Any) -> None:
 
 def _elsewhere() -> PruningError:
     return PruningError(
-        "This cache holds a pruned prompt, and can be decoded from only inside the prune context that filled it, as "
-        "the last prompt there. Decode before the context is left, or read the whole text again without past_key_values."
+        "This cache holds a pruned prompt, and can be decoded from only inside the prune context that filled "
+        "it, as the last prompt there. Decode before the context is left, or read the whole text again without "
+        "past_key_values."
     )
 
 
