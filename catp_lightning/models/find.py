@@ -14,6 +14,7 @@ from catp_lightning.models.glm import GLM
 from catp_lightning.models.hyperclovax import HyperCLOVAX
 from catp_lightning.models.idefics import Idefics
 from catp_lightning.models.internvl import InternVL
+from catp_lightning.models.kimi import Kimi, Muse
 from catp_lightning.models.lfm2 import Lfm2
 from catp_lightning.models.llava import Llava
 from catp_lightning.models.llava_next import LlavaNext
@@ -22,11 +23,13 @@ from catp_lightning.models.minimax import MiniMax
 from catp_lightning.models.missing import no_model, refuse_other
 from catp_lightning.models.mistral import Mistral
 from catp_lightning.models.mllama import Mllama
+from catp_lightning.models.molmo import Molmo
 from catp_lightning.models.paddleocr import PaddleOCR
 from catp_lightning.models.perception import Perception
 from catp_lightning.models.pictures import Pictures
 from catp_lightning.models.placeholder import Placeholder
 from catp_lightning.models.qwen_vl import QwenVL
+from catp_lightning.models.tiles import GraniteDocling, Step
 from catp_lightning.models.video_llama import VideoLlama
 from catp_lightning.models.video_llava import VideoLlava
 
@@ -56,6 +59,11 @@ FAMILIES: tuple[type[Family], ...] = (
     Perception,
     Fuyu,
     Lfm2,
+    Kimi,
+    Muse,
+    Molmo,
+    GraniteDocling,
+    Step,
     Placeholder,  # models of no other family
 )
 """Families, one file each. Of a model's type the first that handles it is taken."""
