@@ -8,11 +8,14 @@ from catp_lightning.models.base import Family
 from catp_lightning.models.blip2 import Blip2, InstructBlip, InstructBlipVideo
 from catp_lightning.models.cosmos import Cosmos
 from catp_lightning.models.exaone import Exaone
+from catp_lightning.models.fuyu import Fuyu
 from catp_lightning.models.gemma import Gemma, PaliGemma
 from catp_lightning.models.glm import GLM
 from catp_lightning.models.hyperclovax import HyperCLOVAX
 from catp_lightning.models.idefics import Idefics
 from catp_lightning.models.internvl import InternVL
+from catp_lightning.models.kimi import Kimi, Muse
+from catp_lightning.models.lfm2 import Lfm2
 from catp_lightning.models.llava import Llava
 from catp_lightning.models.llava_next import LlavaNext
 from catp_lightning.models.llava_onevision import LlavaOnevision
@@ -20,9 +23,13 @@ from catp_lightning.models.minimax import MiniMax
 from catp_lightning.models.missing import no_model, refuse_other
 from catp_lightning.models.mistral import Mistral
 from catp_lightning.models.mllama import Mllama
+from catp_lightning.models.molmo import Molmo
 from catp_lightning.models.paddleocr import PaddleOCR
+from catp_lightning.models.perception import Perception
+from catp_lightning.models.pictures import Pictures
 from catp_lightning.models.placeholder import Placeholder
 from catp_lightning.models.qwen_vl import QwenVL
+from catp_lightning.models.tiles import GraniteDocling, Step
 from catp_lightning.models.video_llama import VideoLlama
 from catp_lightning.models.video_llava import VideoLlava
 
@@ -48,6 +55,15 @@ FAMILIES: tuple[type[Family], ...] = (
     MiniMax,
     PaddleOCR,
     VideoLlama,
+    Pictures,
+    Perception,
+    Fuyu,
+    Lfm2,
+    Kimi,
+    Muse,
+    Molmo,
+    GraniteDocling,
+    Step,
     Placeholder,  # models of no other family
 )
 """Families, one file each. Of a model's type the first that handles it is taken."""

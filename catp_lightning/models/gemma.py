@@ -11,9 +11,9 @@ from catp_lightning.prompt.prompt import DecoderPrompt
 
 
 class Gemma(Towered):
-    """Gemma 3, whose projector pools squares of patches."""
+    """Gemma 3, whose projector pools squares of patches, and ShieldGemma 2, which is one that judges images."""
 
-    types: ClassVar[tuple[str, ...]] = ("gemma3",)
+    types: ClassVar[tuple[str, ...]] = ("gemma3", "shieldgemma2")
     classes: ClassVar[tuple[str, ...]] = ("Gemma3ForConditionalGeneration",)
 
     @property

@@ -1,4 +1,4 @@
-"""Idefics 3 and SmolVLM: every picture, crops included, has the same number of tokens."""
+"""Idefics 2, Idefics 3 and SmolVLM: every picture, crops included, has the same number of tokens."""
 
 import math
 from collections.abc import Sequence
@@ -11,10 +11,17 @@ from catp_lightning.prompt.prompt import DecoderPrompt
 
 
 class Idefics(Towered):
-    """Idefics 3 and its small descendant SmolVLM, whose connector makes a token of a square of patches."""
+    """Idefics 2, Idefics 3 and its small descendant SmolVLM.
 
-    types = ("idefics3", "smolvlm")
-    classes = ("Idefics3ForConditionalGeneration", "SmolVLMForConditionalGeneration")
+    The connector makes a token of a square of patches, but for Idefics 2, whose resampler's tokens stand for none.
+    """
+
+    types = ("idefics2", "idefics3", "smolvlm")
+    classes = (
+        "Idefics2ForConditionalGeneration",
+        "Idefics3ForConditionalGeneration",
+        "SmolVLMForConditionalGeneration",
+    )
 
     @property
     def pixel_readers(self) -> tuple[nn.Module, ...]:
@@ -22,11 +29,13 @@ class Idefics(Towered):
 
     @property
     def has_grid(self) -> bool:
-        return True
+        return bool(self.model.config.model_type != "idefics2")
 
     @property
     def towers(self) -> Sequence[Tower]:
         tower: Any = self.model.model.vision_model
+        if not self.has_grid:
+            return []
         return [Tower(tower, [block.self_attn for block in tower.encoder.layers])]
 
     def of_patches(self, kind: str, value: Tensor, prompt: DecoderPrompt) -> list[Tensor]:

@@ -1,7 +1,7 @@
 """Images and the visual tokens that a model makes of them, for the ways in which several families cut and pad them."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -68,6 +68,13 @@ def _square(patches: int) -> tuple[int, int]:
 
 Images = dict[int, list[Image]]
 """Images and frames by placeholder id, in the order of their features."""
+
+
+def joined(crops: Sequence[Image]) -> Image:
+    """Return the image that consists of `crops`, whose tokens stand in one run."""
+    sizes = torch.tensor([crop.tokens for crop in crops], device="cpu", dtype=torch.int64)
+    numbers = torch.arange(len(crops), device="cpu", dtype=torch.int64).repeat_interleave(sizes)
+    return Image(len(numbers), torch.stack([crop.pixels for crop in crops]), crops=numbers)
 
 
 def pictures(arguments: Mapping[str, Any]) -> Tensor | None:

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from catp_lightning.models.images import Image, Images, equal_images
+from catp_lightning.models.images import Images, equal_images, joined
 from catp_lightning.models.towers import Tower, Towered, in_squares, of_pictures
 from catp_lightning.prompt.prompt import DecoderPrompt
 
@@ -40,7 +40,7 @@ class InternVL(Towered):
         """Return images by placeholder id; the tiles of one image stand in one run of placeholders."""
         found = equal_images(self.model, prompt, counts)
         return {
-            token: [_joined(tiles[image]) for image in self._tiles(prompt, len(tiles))]
+            token: [joined(tiles[image]) for image in self._tiles(prompt, len(tiles))]
             for token, tiles in found.items()
         }
 
@@ -54,9 +54,3 @@ class InternVL(Towered):
             if not tile or columns[place] != columns[place - 1] + 1 or columns[place] % prompt.ids.shape[1] == 0
         ]
         return [slice(start, end) for start, end in zip(starts, [*starts[1:], count], strict=True)]
-
-
-def _joined(tiles: list[Image]) -> Image:
-    """Return the image that consists of `tiles`; each is a crop of it."""
-    crops = torch.arange(len(tiles), device=tiles[0].pixels.device).repeat_interleave(tiles[0].tokens)
-    return Image(len(crops), torch.stack([tile.pixels for tile in tiles]), crops=crops)

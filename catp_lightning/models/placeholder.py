@@ -14,7 +14,7 @@ from catp_lightning.models.images import Image, equal_images
 from catp_lightning.models.layout import Layout
 from catp_lightning.models.missing import lacks
 from catp_lightning.prompt.kept import KeptSequence
-from catp_lightning.prompt.masks import window
+from catp_lightning.prompt.masks import RECURRENT, recurrent, window
 from catp_lightning.prompt.merging import merged_features
 from catp_lightning.prompt.prompt import DecoderPrompt, Prompt, visual_tokens
 from catp_lightning.utils.messages import warn
@@ -30,6 +30,7 @@ PICTURES = {
     *("vision_feature_layer", "vision_feature_select_strategy", "interpolate_pos_encoding"),
     *("token_type_ids", "mm_token_type_ids", "labels", "logits_to_keep", "output_router_logits"),
 }
+PIXELS = ("pixel_values", "image_patches")  # beginnings of the names of what a call brings of images
 KNOWN_LAYERS = {"full_attention", "sliding_attention"}
 
 
@@ -68,7 +69,8 @@ class Placeholder(Family):
                 "of the prompt: it is not known how to shorten that, so it cannot be pruned exactly."
             )
         config = self.decoder_config
-        unknown = sorted(set(getattr(config, "layer_types", None) or ()) - KNOWN_LAYERS)
+        known = KNOWN_LAYERS | (RECURRENT if self.types else set())
+        unknown = sorted(set(getattr(config, "layer_types", None) or ()) - known)
         if unknown:
             raise PruningError(
                 f"{type(self.decoder).__name__} has layers of type {', '.join(unknown)}; full and sliding attention "
@@ -107,6 +109,11 @@ class Placeholder(Family):
             raise PruningError(
                 f"{name} adds features to all visual tokens after each of its first {added} layers, and tokens are to "
                 f"leave at layer {stages[0]}: choose layers from {added} on."
+            )
+        if stages and recurrent(self.decoder_config):
+            raise PruningError(
+                f"{name} has layers with a recurrent state, which read rows in turn, and tokens are to leave at layer "
+                f"{stages[0]}: let them leave before the first layer. docs/methods.md lists the scorers that do."
             )
         if compact and hasattr(self.outer, "get_rope_index"):
             raise PruningError(
@@ -206,7 +213,7 @@ class Placeholder(Family):
     def observation(self, values: Runs, wanted: frozenset[Signal], prompt: Prompt) -> Observation:
         prompt = cast(DecoderPrompt, prompt)
         counts = {token: int((prompt.ids == token).sum()) for token in self.placeholder_ids}
-        if not any(name.startswith("pixel_values") for name, value in prompt.arguments.items() if value is not None):
+        if not any(name.startswith(PIXELS) for name, value in prompt.arguments.items() if value is not None):
             raise PruningError(
                 "The prompt has image tokens, but the call brought no pixel_values, so it is not known which token is "
                 "of which image. Pass pixel_values, not precomputed image features, and call the model's own generate "

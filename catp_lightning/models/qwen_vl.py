@@ -13,7 +13,7 @@ from catp_lightning.prompt.prompt import DecoderPrompt
 
 
 class QwenVL(Towered, Gridded):
-    """Qwen2-VL, Qwen2.5-VL, Qwen3-VL, and the thinkers of Qwen2.5-Omni and Qwen3-Omni.
+    """Qwen2-VL, Qwen2.5-VL, Qwen3-VL, Qwen3.5, and the thinkers of Qwen2.5-Omni and Qwen3-Omni.
 
     Their towers have no [CLS]: attention is what a patch receives from its image or frame. Qwen2.5's attends to whole
     images in some blocks alone (`fullatt_block_indexes`), and in the others within windows. A patch's share of its
@@ -22,11 +22,22 @@ class QwenVL(Towered, Gridded):
     with one another and have no shares, are of all blocks.
     """
 
-    types = ("qwen2_vl", "qwen2_5_vl", "qwen2_5_omni_thinker", "qwen3_vl", "qwen3_vl_moe", "qwen3_omni_moe_thinker")
+    types = (
+        "qwen2_vl",
+        "qwen2_5_vl",
+        "qwen2_5_omni_thinker",
+        "qwen3_5",
+        "qwen3_5_moe",
+        "qwen3_vl",
+        "qwen3_vl_moe",
+        "qwen3_omni_moe_thinker",
+    )
     classes = (
         "Qwen2VLForConditionalGeneration",
         "Qwen2_5OmniThinkerForConditionalGeneration",
         "Qwen2_5_VLForConditionalGeneration",
+        "Qwen3_5ForConditionalGeneration",
+        "Qwen3_5MoeForConditionalGeneration",
         "Qwen3OmniMoeThinkerForConditionalGeneration",
         "Qwen3VLForConditionalGeneration",
         "Qwen3VLMoeForConditionalGeneration",

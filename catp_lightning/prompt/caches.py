@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from transformers.cache_utils import LinearAttentionCacheLayerMixin
 
 from catp_lightning.errors import PruningError
 
@@ -33,11 +34,7 @@ def _sealed(kind: type) -> type:
             if self.get_seq_length() == 0:  # the cache was emptied: this is another prompt
                 _unseal(self)
                 return self.update(*args, **kwargs)
-            raise PruningError(
-                "This cache holds a pruned prompt, and can be decoded from only inside the prune context that filled "
-                "it, as the last prompt there. Decode before the context is left, or read the whole text again without "
-                "past_key_values."
-            )
+            raise _elsewhere()
 
         def reorder_cache(self, beam_idx: Tensor) -> None:
             super().reorder_cache(beam_idx)
@@ -54,9 +51,32 @@ def _sealed(kind: type) -> type:
         def __reduce_ex__(self, protocol: Any) -> Any:
             return _sealed_again, (kind, vars(self))
 
+    if issubclass(kind, LinearAttentionCacheLayerMixin):
+        _guard_states(Sealed)
     setattr(Sealed, SEALED, kind)
     Sealed.__name__ = Sealed.__qualname__ = kind.__name__
     return Sealed
+
+
+def _guard_states(sealed: Any) -> None:
+    """Make a class of sealed layers refuse to say that it has a recurrent state, which is asked before it is read."""
+
+    def has_previous_state(self: Any) -> Any:
+        raise _elsewhere()
+
+    def reset(self: Any) -> None:
+        _unseal(self)
+        self.reset()
+
+    sealed.has_previous_state, sealed.reset = property(has_previous_state), reset
+
+
+def _elsewhere() -> PruningError:
+    return PruningError(
+        "This cache holds a pruned prompt, and can be decoded from only inside the prune context that filled "
+        "it, as the last prompt there. Decode before the context is left, or read the whole text again without "
+        "past_key_values."
+    )
 
 
 def _sealed_again(kind: type, state: dict[str, Any]) -> Any:
@@ -85,10 +105,18 @@ def layers_of(cache: Any) -> list[Any]:
     return [layer for part in (parts if parts[0] is not None else [cache]) for layer in getattr(part, "layers", ())]
 
 
+def _is_filled(layer: Any) -> bool:
+    """Return True if a cache layer holds rows, or a recurrent state."""
+    if hasattr(layer, "get_seq_length"):
+        return bool(layer.get_seq_length() > 0)
+    states = getattr(layer, "is_conv_states_initialized", False)  # one to a layer in older versions
+    return any(states.values()) if isinstance(states, dict) else bool(states)
+
+
 def seal(cache: Any, rows: Tensor) -> None:
     """Seal a cache's filled layers; each row of the batch continues the row of the prefill in `rows`, int64 [R]."""
     for layer in layers_of(cache):
-        if layer.get_seq_length() > 0:  # a failed call may not have reached all layers
+        if _is_filled(layer):  # a failed call may not have reached all layers
             layer.__class__ = _sealed(kind_of(layer))
             layer.rows = rows
 

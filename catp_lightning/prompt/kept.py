@@ -17,7 +17,8 @@ class KeptSequence:
     """Columns of a prompt that stay after dropping; R rows, L original columns, n kept columns of the longest row.
 
     Attributes:
-        order: int64 [R, n], original columns of the kept rows, ascending; rows that keep fewer have fillers among them.
+        order: int64 [R, n], original columns of the kept rows, ascending; rows that keep fewer have fillers among them,
+            or before them.
         valid: bool [R, n], False for fillers.
         mask: int64 [R, L], the caller's mask of the full prompt.
         cache: weak reference to the cache that this prefill filled, if any.
@@ -103,10 +104,19 @@ class KeptSequence:
         return KeptSequence(order, valid, mask, self.cache)
 
 
-def kept_sequence(keep: Tensor, mask: Tensor) -> KeptSequence:
-    """Return what is left of a prompt: `keep`, bool [R, L], under the attention mask `mask`, int64 [R, L]."""
+def kept_sequence(keep: Tensor, mask: Tensor, fillers_first: bool = False) -> KeptSequence:
+    """Return what is left of a prompt.
+
+    Args:
+        keep: bool [R, L], the columns that stay.
+        mask: int64 [R, L], the attention mask.
+        fillers_first: True to put fillers before the kept columns, like padding on the left. Layers with a recurrent
+            state read rows in turn: between kept rows even a masked one would move them apart.
+    """
     max_tokens = int(keep.sum(1).max())
     order = (~keep).long().argsort(dim=1, stable=True)[:, :max_tokens].sort(1).values
+    if fillers_first:
+        order = order.gather(1, keep.gather(1, order).long().argsort(dim=1, stable=True))
     return KeptSequence(order, keep.gather(1, order), mask)
 
 

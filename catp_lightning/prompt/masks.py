@@ -11,6 +11,13 @@ from catp_lightning.errors import PruningError
 from catp_lightning.prompt.kept import KeptSequence
 
 Masks = Tensor | dict[str, Tensor]
+RECURRENT = {"conv", "linear_attention"}
+"""Types of layers that read rows in turn and hold a state of fixed size; their mask is [R, L], 0 for padding."""
+
+
+def recurrent(config: PreTrainedConfig) -> bool:
+    """Return True if some layers of a decoder are recurrent: of linear attention, or short convolutions."""
+    return not RECURRENT.isdisjoint(getattr(config, "layer_types", None) or ())
 
 
 def window(config: PreTrainedConfig) -> int | None:

@@ -15,11 +15,16 @@ from catp_lightning.models.layout import Layout
 from catp_lightning.models.placeholder import Placeholder
 from catp_lightning.prompt.prompt import DecoderPrompt
 from tests.support.families import ROWS
-from tests.support.newer_families import NEWER
+from tests.support.matrix import MORE
 from tests.support.oracles import IMAGE, VIDEO, Inputs, visual_columns
+from tests.support.picture_families import PICTURED
 from tests.support.rows import Row
+from tests.support.samples import Image
 
 SIZED = [row for row in ROWS if row.name in ("Qwen2-VL", "Qwen2.5-VL", "Qwen3-VL", "Mistral3", "Pixtral")]
+LAID_OUT = [*SIZED, *MORE]
+ONE_SIZE = [*PICTURED, *(row for row in MORE if row.name in ("GLM-4V, videos", "Granite-Docling"))]
+PIXELS = {"pixel_values", "pixel_values_videos", "small"}
 
 
 @dataclass
@@ -47,6 +52,9 @@ def by_hand(row: Row) -> Iterator[Own]:
             if "image_sizes" in own:
                 yield Own(number, image.tokens, own["pixel_values"])
                 continue
+            if own.keys() & PIXELS and not any(name.endswith("grid_thw") for name in own):
+                yield from pictured(number, image)
+                continue
             for kind, pixels in (("image", "pixel_values"), ("video", "pixel_values_videos")):
                 if pixels not in own:
                     continue  # or a frame whose tensors came with the video's first
@@ -62,7 +70,17 @@ def by_hand(row: Row) -> Iterator[Own]:
                         yield Own(number, tokens, torch.stack(patches))
 
 
-@pytest.mark.parametrize("row", [*SIZED, *NEWER], ids=repr)
+def pictured(number: int, image: Image) -> Iterator[Own]:
+    """An image whose pixels are pictures or one of its tiles, or the frames of a video."""
+    pixels = image.tensors.get("pixel_values", image.tensors.get("small"))
+    if pixels is not None:
+        yield Own(number, image.tokens, pixels)
+    else:
+        frames = image.tensors["pixel_values_videos"]
+        yield from (Own(number, image.tokens // len(frames), frame) for frame in frames)
+
+
+@pytest.mark.parametrize("row", LAID_OUT, ids=repr)
 def test_images_and_frames_are_those_of_a_slow_loop(row: Row) -> None:
     family = find_family(row.model())
     assert isinstance(family, Placeholder)
@@ -71,14 +89,14 @@ def test_images_and_frames_are_those_of_a_slow_loop(row: Row) -> None:
     counts = {token: int((inputs["input_ids"] == token).sum()) for token in (IMAGE, VIDEO)}
     visual, expected = visual_columns(inputs), list(by_hand(row))
     layout = Layout.of(family.images(prompt, counts), inputs["input_ids"])
-    assert len({own.tokens for own in expected}) > 1 or row.name == "GLM-4V, videos", "of different sizes"
+    assert len({own.tokens for own in expected}) > 1 or row in ONE_SIZE, "other sizes"
     assert [image.tokens for image in layout.images] == [own.tokens for own in expected]
     assert layout.samples(visual).tolist() == [own.sample for own in expected]
     for image, own in zip(layout.images, expected, strict=True):
         assert torch.equal(image.pixels, own.pixels.to(image.pixels.dtype))
 
 
-@pytest.mark.parametrize("row", [*SIZED, *NEWER], ids=repr)
+@pytest.mark.parametrize("row", LAID_OUT, ids=repr)
 def test_a_budget_is_of_each_image_and_frame_and_its_best_tokens_stay(row: Row) -> None:
     model, inputs = row.model(), row.inputs(range(len(row.samples())))
     with torch.no_grad(), warnings.catch_warnings():

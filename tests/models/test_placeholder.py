@@ -20,26 +20,29 @@ from tests.support.newer_models import minimax
 from tests.support.oracles import IMAGE
 from tests.support.rows import Row
 from tests.support.samples import pictures, prompts
-from tests.support.small_configs import GATED, TOWER
+from tests.support.small_configs import GATED, TOKENS, clip
 
 
-def aya_vision() -> hf.PreTrainedModel:
-    return hf.AyaVisionForConditionalGeneration(
-        hf.AyaVisionConfig(
-            vision_config=hf.SiglipVisionConfig(**{**TOWER, "image_size": 48}, vision_use_head=False),
-            text_config=hf.LlamaConfig(**GATED),
-            image_token_index=IMAGE,
-            downsample_factor=2,
-        )
-    )
+class UnheardOfConfig(hf.LlavaConfig):
+    model_type = "unheard_of"
+
+
+class UnheardOf(hf.LlavaForConditionalGeneration):
+    """A model of somebody else, whose type no family lists."""
+
+    config_class = UnheardOfConfig
+
+
+def unheard_of() -> hf.PreTrainedModel:
+    return UnheardOf(UnheardOfConfig(vision_config=clip(), text_config=hf.LlamaConfig(**GATED), **TOKENS))
 
 
 def test_a_model_nobody_knows_is_found_by_its_image_token_and_decoder_and_pruned_with_a_warning() -> None:
-    row = Row("AyaVision", aya_vision, lambda: prompts(pictures(9, (3, 48, 48))), Decoder())
+    row = Row("UnheardOf", unheard_of, lambda: prompts(pictures()), Decoder())
     model, inputs = row.model(), row.inputs()
     with (
         torch.no_grad(),
-        pytest.warns(UserWarning, match="AyaVisionForConditionalGeneration is not among the models"),
+        pytest.warns(UserWarning, match="UnheardOf is not among the models"),
         prune(model, PruningPolicy(), choose=uneven()) as pruning,
     ):
         tokens, steps = generate(row, model, inputs)
@@ -49,25 +52,20 @@ def test_a_model_nobody_knows_is_found_by_its_image_token_and_decoder_and_pruned
     torch.testing.assert_close(steps, masked_steps, rtol=0, atol=1e-10 * masked_steps.abs().max().item())
 
 
-def lfm2_vl(*layers: str) -> hf.PreTrainedModel:
+class UnreadConfig(hf.Lfm2VlConfig):
+    model_type = "unread"
+
+
+def unread(*layers: str) -> hf.PreTrainedModel:
     """A model that nobody here has read: it takes `spatial_shapes`, the sizes of its images."""
-    text = hf.Lfm2Config(
-        vocab_size=120,
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=len(layers),
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        layer_types=list(layers),
-    )
+    text = hf.Lfm2Config(**{**GATED, "num_hidden_layers": len(layers)}, layer_types=list(layers))
     vision = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
-    return hf.Lfm2VlForConditionalGeneration(
-        hf.Lfm2VlConfig(vision_config=vision, text_config=text, image_token_id=IMAGE)
-    )
+    config = UnreadConfig(vision_config=vision, text_config=text, image_token_id=IMAGE)
+    return hf.Lfm2VlForConditionalGeneration(config)
 
 
 def test_a_decoder_with_layers_of_another_kind_is_refused() -> None:
-    model = lfm2_vl("conv", "full_attention", "conv")
+    model = unread("conv", "full_attention", "conv")
     with pytest.raises(PruningError, match="Lfm2Model has layers of type conv; full and sliding attention can"):
         find_family(model)
 
@@ -83,7 +81,7 @@ UNKNOWN = r"Lfm2VlForConditionalGeneration also takes spatial_shapes: how it mak
 @pytest.mark.filterwarnings("ignore:.*is not among the models")
 @pytest.mark.parametrize("scorer", ["l2-norm", "random", "stride", "position", "cdpruner", "divprune"])
 def test_images_of_unknown_sizes_are_refused_at_entry_by_what_scores_them(scorer: str) -> None:
-    model = lfm2_vl("full_attention", "full_attention")
+    model = unread("full_attention", "full_attention")
     before = footprint(model)
     with pytest.raises(PruningError, match=UNKNOWN), prune(model, PruningPolicy(scorer, keep=0.5)):
         pytest.fail("entered")
@@ -102,7 +100,7 @@ def test_images_of_unknown_sizes_are_refused_at_entry_by_what_scores_them(scorer
 def test_where_sizes_of_images_do_not_matter_a_model_nobody_knows_is_entered_and_told_what_it_lacks(
     policy: PruningPolicy, choose: Callable[[Tensor], Tensor] | None
 ) -> None:
-    model = lfm2_vl("full_attention", "full_attention")
+    model = unread("full_attention", "full_attention")
     with (
         pytest.warns(UserWarning, match="should be; compare.*Its images take spatial_shapes, so most scorers"),
         prune(model, policy, choose=choose),
@@ -115,7 +113,7 @@ class Asked(LightningModule):
 
     def __init__(self) -> None:
         super().__init__()
-        self.net, self.batches = lfm2_vl("full_attention", "full_attention"), 0
+        self.net, self.batches = unread("full_attention", "full_attention"), 0
 
     def predict_step(self, batch: Tensor) -> Tensor:
         self.batches += 1

@@ -73,8 +73,18 @@ class Decoder(Oracle):
             attention_mask=self._shortened(seen.get("attention_mask"), columns, stack.config),
             position_ids=positions[:, columns] - (columns - torch.arange(len(columns))),
             use_cache=False,
+            **self._features(seen, columns),
         )
         return model.get_output_embeddings()(output.last_hidden_state)[0, -n:]
+
+    def _features(self, seen: dict[str, Any], columns: Tensor) -> dict[str, Any]:
+        """Return the features that are added to visual rows in the first layers, and where, for the columns kept."""
+        visual = seen.get("visual_pos_masks")
+        if visual is None:
+            return {}
+        number = (visual.cumsum(1) - 1)[0, columns][visual[0, columns]]
+        features = [layer[number] for layer in seen["deepstack_visual_embeds"]]
+        return {"visual_pos_masks": visual[:, columns], "deepstack_visual_embeds": features}
 
     def _shortened(self, mask: Any, columns: Tensor, config: Any) -> Any:
         if isinstance(mask, dict):

@@ -11,13 +11,17 @@ from transformers import PreTrainedModel
 
 from catp_lightning import PruningPolicy
 from tests.support.families import ROWS
+from tests.support.hybrid_families import HYBRID
+from tests.support.latest_families import LATEST
 from tests.support.newer_families import NEWER
 from tests.support.oracles import END, IMAGE, START, VIDEO, Inputs
+from tests.support.picture_families import PICTURED
 from tests.support.rows import Row
 from tests.support.steps import stepwise
 
 STEPS = 4
 EVERYTHING = PruningPolicy()
+MORE = [*NEWER, *PICTURED, *LATEST, *HYBRID]
 
 
 def every(row: Row) -> bool:
@@ -28,7 +32,7 @@ def cases(holds: Callable[[Row], bool], *more: object, name: str = "", quick: bo
     """Parameters of a test: rows, and beside each `more`, which `name` names; newer types are slow unless `quick`."""
     return [
         pytest.param(row, *more, id=f"{row}{name}", marks=() if quick or row in ROWS else pytest.mark.slow)
-        for row in filter(holds, (*ROWS, *NEWER))
+        for row in filter(holds, (*ROWS, *MORE))
     ]
 
 

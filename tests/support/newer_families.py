@@ -57,7 +57,7 @@ GLM_VIDEO_LACKS = {
 }
 
 
-def _row(
+def newer(
     name: str,
     kind: str,
     make: Callable[[], PreTrainedModel],
@@ -68,28 +68,38 @@ def _row(
     lacks: Mapping[str, str] = MappingProxyType({}),
     change: Callable[[list[Sample]], list[Sample]] = list,
     known: bool = True,
+    coarse: float = 0.0,
 ) -> list[Row]:
     """Return a list of one row; [] if transformers lacks the class `kind`, or has it in another form (not `known`)."""
     lacks = {**(QWEN_LACKS if oracle.coordinates else {}), **lacks}
-    row = Row(name, make, lambda: change(prompts(images(), wrap=WRAP)), oracle, join, rounding=rounding, lacks=lacks)
+    row = Row(
+        name,
+        make,
+        lambda: change(prompts(images(), wrap=WRAP)),
+        oracle,
+        join,
+        rounding=rounding,
+        coarse=coarse,
+        lacks=lacks,
+    )
     return [row] if known and hasattr(hf, f"{kind}ForConditionalGeneration") else []
 
 
-def _with_video() -> list[list[Image]]:
+def with_video() -> list[list[Image]]:
     return grids(grid(2, 4, 4, 3))
 
 
-def _with_frames(patch: tuple[int, ...] = (96,)) -> list[list[Image]]:
+def with_frames(patch: tuple[int, ...] = (96,)) -> list[list[Image]]:
     return grids(*apart(grid(2, 4, 4, 3, patch)), patch=patch)
 
 
-def _images(patch: tuple[int, ...] = (96,)) -> list[list[Image]]:
+def stills(patch: tuple[int, ...] = (96,)) -> list[list[Image]]:
     return grids(grid(1, 6, 6, 3, patch), patch=patch)
 
 
 NEWER = [
-    *_row("GLM-4V", "Glm4v", partial(glm, "Glm4v"), _images),
-    *_row(
+    *newer("GLM-4V", "Glm4v", partial(glm, "Glm4v"), stills),
+    *newer(
         "GLM-4V, videos",
         "Glm4v",
         partial(glm, "Glm4v"),
@@ -97,31 +107,31 @@ NEWER = [
         join=glm_videos,
         lacks=GLM_VIDEO_LACKS,
     ),
-    *_row("GLM-4V-MoE", "Glm4vMoe", glm_moe, _images, rounding=IN_ROUTER),
-    *_row("GLM-4.6V", "Glm46V", partial(glm, "Glm46V"), _images),
-    *_row("GLM-GA", "Glm46V", partial(glm, "Glmga"), _images, known=hasattr(hf, "GlmgaConfig")),
-    *_row("GLM-OCR", "GlmOcr", partial(glm, "GlmOcr", head_dim=8), _images),
-    *_row("Qwen3-VL, videos", "Qwen3VL", qwen3_vl, _with_frames),
-    *_row("Qwen3-VL-MoE", "Qwen3VLMoe", qwen3_vl_moe, _with_frames),
-    *_row(
+    *newer("GLM-4V-MoE", "Glm4vMoe", glm_moe, stills, rounding=IN_ROUTER),
+    *newer("GLM-4.6V", "Glm46V", partial(glm, "Glm46V"), stills),
+    *newer("GLM-GA", "Glm46V", partial(glm, "Glmga"), stills, known=hasattr(hf, "GlmgaConfig")),
+    *newer("GLM-OCR", "GlmOcr", partial(glm, "GlmOcr", head_dim=8), stills),
+    *newer("Qwen3-VL, videos", "Qwen3VL", qwen3_vl, with_frames),
+    *newer("Qwen3-VL-MoE", "Qwen3VLMoe", qwen3_vl_moe, with_frames),
+    *newer(
         "Qwen2.5-Omni",
         "Qwen2_5OmniThinker",
         qwen2_5_omni,
-        _with_video,
+        with_video,
         join=omni_inputs,
         change=partial(heard, tokens=5),
         known=not OLDEST,  # in 5.13 its towers are attributes of the head
     ),
-    *_row(
+    *newer(
         "Qwen3-Omni-MoE",
         "Qwen3OmniMoeThinker",
         qwen3_omni,
-        _with_video,
+        with_video,
         join=omni_inputs,
         change=partial(heard, tokens=3),
         known=not OLDEST,
     ),
-    *_row(
+    *newer(
         "VideoLLaMA3",
         "VideoLlama3",
         video_llama3,
@@ -129,7 +139,7 @@ NEWER = [
         Decoder(),
         PACKED,
     ),
-    *_row(
+    *newer(
         "VideoLLaMA3, compressed videos",
         "VideoLlama3",
         video_llama3,
@@ -138,27 +148,27 @@ NEWER = [
         video_llama3_inputs,
         lacks=COMPRESSED_LACKS,
     ),
-    *_row("PaddleOCR-VL", "PaddleOCRVL", paddle_ocr, partial(_images, (3, 4, 4))),
-    *_row("EXAONE-4.5", "Exaone4_5_", exaone, _with_video, Decoder(), PACKED, IN_COLUMNS, VIDEOS_5_13),
-    *_row(
+    *newer("PaddleOCR-VL", "PaddleOCRVL", paddle_ocr, partial(stills, (3, 4, 4))),
+    *newer("EXAONE-4.5", "Exaone4_5_", exaone, with_video, Decoder(), PACKED, IN_COLUMNS, VIDEOS_5_13),
+    *newer(
         "EXAONE-4.5, sliding windows",
         "Exaone4_5_",
         partial(exaone, 12),
-        _with_video,
+        with_video,
         Decoder(),
         PACKED,
         IN_COLUMNS,
         VIDEOS_5_13,
     ),
-    *_row("HyperCLOVAX-V2", "HyperCLOVAXVisionV2", hyperclova, _with_video, Decoder(), PACKED, IN_COLUMNS),
-    *_row("LightOnOCR", "LightOnOcr", lighton_ocr, partial(sized, 8), Decoder(), each_image),
-    *_row("Cosmos3-Omni", "Cosmos3Omni", cosmos_omni, _with_frames),
-    *_row("Cosmos3-Edge", "Cosmos3Edge", cosmos_edge, partial(_with_frames, (48,))),
-    *_row(
+    *newer("HyperCLOVAX-V2", "HyperCLOVAXVisionV2", hyperclova, with_video, Decoder(), PACKED, IN_COLUMNS),
+    *newer("LightOnOCR", "LightOnOcr", lighton_ocr, partial(sized, 8), Decoder(), each_image),
+    *newer("Cosmos3-Omni", "Cosmos3Omni", cosmos_omni, with_frames),
+    *newer("Cosmos3-Edge", "Cosmos3Edge", cosmos_edge, partial(with_frames, (48,))),
+    *newer(
         "MiniMax-M3, full attention",
         "MiniMaxM3Sparse",
         minimax,
-        _with_video,
+        with_video,
         Decoder(),
         PACKED,
         IN_ROUTER,

@@ -26,6 +26,7 @@ class Row:
         attention: the implementation its tests run under unless they name one.
         rounding: how far logits of the unpruned model in float64 are apart, relative to their scale, where padding
             moves positions: some models compute rotary angles, or the weights of experts, in float32.
+        coarse: how far they are apart wherever rows lie otherwise: recurrent states that are kept in float32.
         lacks: test function's name -> why this family does not have what it tests.
     """
 
@@ -36,6 +37,7 @@ class Row:
     join: Callable[[Sequence[Sample], Inputs], Inputs] = each_image
     attention: str = "sdpa"
     rounding: float = 0.0
+    coarse: float = 0.0
     lacks: Mapping[str, str] = field(default_factory=dict)
 
     def model(self, dtype: torch.dtype = torch.float64, attention: str | None = None) -> PreTrainedModel:
@@ -66,7 +68,7 @@ class Row:
         """
         if dtype is torch.float32:
             return 2e-5
-        return max(1e-10 if (attention or self.attention) == "sdpa" else 5e-6, self.rounding * moved)
+        return max(1e-10 if (attention or self.attention) == "sdpa" else 5e-6, self.rounding * moved, self.coarse)
 
     def __hash__(self) -> int:
         return hash(self.name)

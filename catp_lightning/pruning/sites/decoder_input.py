@@ -18,7 +18,7 @@ from catp_lightning.models.base import Family
 from catp_lightning.prompt.caches import Opened, foreign_cache, is_short, mark_whole, refuse_static, rows_of, seal
 from catp_lightning.prompt.kept import KeptSequence, kept_sequence, of_each
 from catp_lightning.prompt.labels import Labels
-from catp_lightning.prompt.masks import decoding_masks, prefill_masks, two_dimensional
+from catp_lightning.prompt.masks import decoding_masks, prefill_masks, recurrent, two_dimensional
 from catp_lightning.prompt.merging import merged
 from catp_lightning.pruning.sites.base import PLAIN, Decide, PruningSite, Report, SiteSettings, ignored
 from catp_lightning.pruning.sites.prompt_capture import PromptCapture
@@ -71,7 +71,7 @@ class PruneAtDecoderInput(PruningSite):
             return kwargs
         selection = self.decide(prompt)
         keep = prompt.columns(selection.keep)
-        short = kept_sequence(keep, prompt.mask)
+        short = kept_sequence(keep, prompt.mask, recurrent(self.family.decoder_config))
         if short.whole:
             return kwargs
         if self.compact and prompt.positions.dim() > 2:

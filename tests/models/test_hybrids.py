@@ -1,0 +1,102 @@
+"""Decoders in which layers with a recurrent state and attention take turns: what dropping means, and caches."""
+
+import sys
+from copy import deepcopy
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from catp_lightning import PruningError, PruningPolicy, prune
+from catp_lightning.models import find_family
+from tests.support.families import OLDEST
+from tests.support.hybrid_families import HYBRID
+from tests.support.matrix import EVERYTHING, exact, generate, scale, uneven
+from tests.support.rows import Row
+
+pytestmark = pytest.mark.usefixtures("no_grad")
+hybrids = pytest.mark.parametrize("row", HYBRID, ids=repr)
+
+
+class InFloat64(ModuleType):
+    """torch, in which float32 is float64."""
+
+    float32 = torch.float64
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(torch, name)
+
+
+@pytest.fixture
+def in_float64(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let transformers compute the gated delta rule in float64, where it asks for float32."""
+    monkeypatch.setattr(Tensor, "float", Tensor.double)
+    for row in HYBRID:
+        for layer in row.model().modules():
+            module = sys.modules[type(layer).__module__]
+            if module.__name__.startswith("transformers.models.qwen3_5"):
+                monkeypatch.setattr(module, "torch", InFloat64("torch"))
+
+
+def apart(tokens: Tensor) -> Tensor:
+    """A choice that keeps one token of the first sample, all but one of the second, and two of others."""
+    kept = torch.full((len(tokens), 1), 2)
+    kept[:2, 0] = torch.stack([torch.tensor(1), tokens[1].sum() - 1])
+    return (torch.arange(tokens.shape[1]).flip(0) % tokens.sum(1, keepdim=True) < kept) & tokens
+
+
+@pytest.mark.usefixtures("in_float64")
+@hybrids
+def test_dropping_equals_the_model_run_on_the_shorter_sequence_at_the_same_positions(row: Row) -> None:
+    model, inputs = row.model(), row.inputs([2, 2, 0])  # two of one length, so that what fills one up is no padding
+    with prune(model, EVERYTHING, choose=apart) as pruning:
+        prefill = model(**inputs).logits
+        tokens, steps = generate(row, model, inputs)
+    keep = apart(row.oracle.tokens(inputs))
+    assert torch.equal(pruning.keep, keep) and keep.sum(1).unique().numel() == len(keep)
+    with row.oracle.masked(model, inputs, keep):
+        short = model(**inputs).logits
+        short_tokens, short_steps = generate(row, model, inputs)
+    rows = row.oracle.compared(inputs, keep)
+    exact(prefill[rows], short[rows], atol=1e-10 * scale(short))
+    exact(steps, short_steps, atol=1e-10 * scale(short))
+    assert torch.equal(tokens, short_tokens)
+
+
+def states(cache: Any) -> list[Tensor]:
+    """All tensors of a cache: keys, values, states of convolutions and recurrent ones."""
+    found: list[Tensor] = []
+    for layer in cache.layers:
+        for value in vars(layer).values():
+            found += [
+                part for part in (value.values() if isinstance(value, dict) else [value]) if torch.is_tensor(part)
+            ]
+    return found
+
+
+@hybrids
+def test_outside_of_its_context_the_cache_of_a_pruned_prompt_is_refused_before_any_state_changes(row: Row) -> None:
+    model, inputs = row.model(), row.inputs()
+    with prune(model, EVERYTHING, choose=uneven()):
+        cache = model(**inputs, use_cache=True).past_key_values
+    for held in (cache, deepcopy(cache)):
+        before = [tensor.clone() for tensor in states(held)]
+        with pytest.raises(PruningError, match="holds a pruned prompt"):
+            model(input_ids=inputs["input_ids"][:, -1:], past_key_values=held, use_cache=True)
+        assert len(before) > 2 * len(cache.layers) - 2
+        assert all(torch.equal(*pair) for pair in zip(states(held), before, strict=True))
+    if OLDEST:
+        return  # in transformers 5.13 a cache that is reset keeps its length
+    cache.reset()
+    del inputs["attention_mask"]
+    assert model(**inputs, past_key_values=cache).logits.isfinite().all(), "emptied, it may hold another prompt"
+
+
+@hybrids
+def test_inside_the_decoder_nothing_can_be_dropped(row: Row) -> None:
+    policy = PruningPolicy("visual-exit", {"layer": 2}, keep=0.5)
+    with pytest.raises(PruningError, match="layers with a recurrent state"), prune(row.model(), policy):
+        pytest.fail("entered")
+    assert find_family(row.model()).depth > 2
