@@ -22,19 +22,39 @@ def _sealed(kind: type) -> type:
 
     A model that is not pruned, or not by the context that filled the cache, would take what is left of the prompt for
     all of it. Copies and pickles of a sealed layer are sealed too. Its attribute `rows`, int64 [R], is the row of the
-    prefill that each of the R rows of the batch continues.
+    prefill that each of the R rows of the batch continues; `missing` is the number of columns that were read and are
+    not in it. Its lengths count those too: code outside the decoder takes them for the number of columns read so far.
     """
     own: Any = kind
 
     class Sealed(own):
         _layer_type: str | None = None  # transformers must not take this class for the kind's
         rows: Tensor
+        missing: int
 
         def update(self, *args: Any, **kwargs: Any) -> Any:
             if self.get_seq_length() == 0:  # the cache was emptied: this is another prompt
                 _unseal(self)
                 return self.update(*args, **kwargs)
             raise _elsewhere()
+
+        def get_seq_length(self) -> int:
+            held: int = super().get_seq_length()
+            return held + self.missing if held > 0 else 0
+
+        def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+            if self.missing == 0:
+                sizes: tuple[int, int] = super().get_mask_sizes(query_length)
+                return sizes
+            return self.get_seq_length() + query_length, 0
+
+        def crop(self, count: int) -> None:
+            length = max(count - self.missing, 1) if count > 0 else count  # transformers 5.13 is given a length
+            _unseal(self)
+            try:
+                self.crop(length)
+            finally:
+                self.__class__ = Sealed
 
         def reorder_cache(self, beam_idx: Tensor) -> None:
             super().reorder_cache(beam_idx)
@@ -113,12 +133,18 @@ def _is_filled(layer: Any) -> bool:
     return any(states.values()) if isinstance(states, dict) else bool(states)
 
 
-def seal(cache: Any, rows: Tensor) -> None:
-    """Seal a cache's filled layers; each row of the batch continues the row of the prefill in `rows`, int64 [R]."""
+def seal(cache: Any, rows: Tensor, missing: int = 0) -> None:
+    """Seal a cache's filled layers.
+
+    Args:
+        cache: the cache.
+        rows: int64 [R], the row of the prefill that each row of the batch continues.
+        missing: number of columns that were read and that no layer holds; 0 where the first layer holds all.
+    """
     for layer in layers_of(cache):
         if _is_filled(layer):  # a failed call may not have reached all layers
             layer.__class__ = _sealed(kind_of(layer))
-            layer.rows = rows
+            layer.rows, layer.missing = rows, missing
 
 
 def rows_of(cache: Any) -> Tensor | None:
@@ -131,7 +157,7 @@ class Opened:
 
     def __init__(self) -> None:
         self._cache: Any = None
-        self._rows = torch.zeros(0, dtype=torch.int64, device="cpu")
+        self._rows, self._missing = torch.zeros(0, dtype=torch.int64, device="cpu"), 0
 
     def open(self, cache: Any) -> Tensor:
         """Unseal a cache and return the row of the prefill that each of its rows continues, int64 [R].
@@ -144,6 +170,7 @@ class Opened:
             raise foreign_cache()
         self.close()  # a cache that an interrupted call left open
         self._cache, self._rows = cache, rows
+        self._missing = next(layer.missing for layer in layers_of(cache) if _is_sealed(layer))
         for layer in layers_of(cache):
             _unseal(layer)
         return rows
@@ -151,7 +178,7 @@ class Opened:
     def close(self) -> None:
         cache, self._cache = self._cache, None
         if cache is not None:
-            seal(cache, self._rows)
+            seal(cache, self._rows, self._missing)
 
 
 def mark_whole(cache: Any) -> None:

@@ -10,7 +10,6 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from catp_lightning.errors import PruningError
-from catp_lightning.prompt.caches import is_short
 from catp_lightning.utils.hooks import Seen, hooked, replaced
 
 
@@ -24,6 +23,7 @@ class ModelCall(dict[str, Any]):
             forwards of that part, one tensor for each call of its attention.
         guide: attention in a guide model by layer, once the guide was asked.
         ids: int64 [B, L], ids that the embedding layer was given and no prompt was made of yet; None: none.
+        begun: True once the decoder has run for it.
         labels: copy of its labels that a loss is computed of, changed once it is known which rows leave; None: no
             labels, or changed already.
     """
@@ -33,6 +33,7 @@ class ModelCall(dict[str, Any]):
         self.signals: dict[Any, list[list[Tensor]]] = {}
         self.guide: dict[int, Tensor] = {}
         self.ids: Tensor | None = None
+        self.begun = False
         self.labels: Tensor | None = None
 
 
@@ -48,7 +49,6 @@ class CallTracker:
         samples: number of samples that the running `generate` was given, or None; later tensors have a row for each
             beam.
         in_decoder: True while the decoder is running; set by the code that hooks it.
-        continuing: True if the running `generate` was given the cache of a pruned prompt.
 
     Raises:
         PruningError: from a call that is running while another thread's is, or while the context is left.
@@ -66,7 +66,7 @@ class CallTracker:
         self._generating: ModelCall | None = None
         self._by_hand = ModelCall()
         self._length: int | None = None
-        self.continuing = self.in_decoder = False
+        self.in_decoder = False
         self._inside, self._lock = False, threading.Lock()
         self._thread, self._depth = 0, 0  # the calling thread; number of nested calls
         self._names = {module: list(inspect.signature(module.forward).parameters) for module in self._calls}
@@ -177,15 +177,14 @@ class CallTracker:
             raise _outlived()
         self._begin()
         prompt = kwargs.get("input_ids", args[0] if args else kwargs.get("inputs"))
-        before = self.samples, self._generating, self._length, self.continuing
+        before = self.samples, self._generating, self._length
         self.samples = len(prompt) if isinstance(prompt, Tensor) else None
         self._generating, self._length = ModelCall({**dict(zip(self._generates, args, strict=False)), **kwargs}), None
-        self.continuing = bool(is_short(kwargs.get("past_key_values")))
         try:
             with self.to_its_end():
                 return generate(*args, **kwargs)
         finally:
-            self.samples, self._generating, self._length, self.continuing = before
+            self.samples, self._generating, self._length = before
             self._end()
 
 

@@ -98,6 +98,11 @@ class KeptSequence:
         """True if nothing was dropped."""
         return self.order.shape[1] == self.mask.shape[1] and bool(self.valid.all())
 
+    def then(self, later: "KeptSequence") -> "KeptSequence":
+        """Return the kept columns of this prompt and of the columns that follow it."""
+        order = torch.cat([self.order, later.order + self.mask.shape[1]], 1)
+        return KeptSequence(order, torch.cat([self.valid, later.valid], 1), torch.cat([self.mask, later.mask], 1))
+
     def of_rows(self, rows: Tensor) -> "KeptSequence":
         """Return the kept columns of the rows `rows`, int64 [R']: of beams, or of copies made after the prefill."""
         order, valid, mask = (part.index_select(0, rows) for part in (self.order, self.valid, self.mask))

@@ -61,7 +61,8 @@ def listening(
         active: returns True if a call that begins is to be heard.
 
     Raises:
-        PruningError: answers are sampled or end by the clock, so that two runs of the very same model differ.
+        PruningError: answers are sampled or end by the clock, so that two runs of the very same model differ; or a
+            prompt goes on where a filled cache ends, and cannot be answered again without what is in it.
     """
     model = family.model
     forward: Callable[..., Any] = model.forward
@@ -85,6 +86,12 @@ def listening(
         if state["inside"] or not active():
             return generate(*args, **kwargs)
         named = _named(generate, args, kwargs)
+        if _goes_on(named):
+            raise PruningError(
+                "generate was given past_key_values, and calibration and compare=True answer a prompt several times, "
+                "each time from its beginning. Generate from the whole text, with all of its images and without "
+                "past_key_values."
+            )
         if before is not None:
             before(lambda: answered(generate, args, _again(kwargs), named)[1])
         output, answer = answered(generate, args, kwargs, named)
@@ -226,5 +233,10 @@ def _is_prompt(named: dict[str, Any]) -> bool:
 
     Decoding steps of a loop of the user's own answer nothing new.
     """
+    return named.get("input_ids") is not None and not _goes_on(named)
+
+
+def _goes_on(named: dict[str, Any]) -> bool:
+    """Return True for a call that is given a filled cache."""
     cache = named.get("past_key_values")
-    return named.get("input_ids") is not None and (cache is None or cache.get_seq_length() == 0)
+    return cache is not None and bool(cache.get_seq_length() > 0)

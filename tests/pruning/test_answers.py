@@ -1,5 +1,6 @@
 """What a model answered is heard at its own calls, and comparing changes neither the answers nor the model."""
 
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
@@ -10,7 +11,10 @@ from catp_lightning import PruningError
 from catp_lightning.models import find_family
 from catp_lightning.pruning.answers import Answer, compare_with_unpruned, listening
 from catp_lightning.pruning.pruner import applied
+from tests.support.chats import ask, said
+from tests.support.families import BY_NAME
 from tests.support.footprints import footprint
+from tests.support.matrix import EVERYTHING, uneven
 from tests.support.models import GREEDY, random_blip2
 from tests.support.policies import HALF
 
@@ -90,3 +94,17 @@ def test_a_generate_without_ids_is_refused_where_answers_are_compared() -> None:
         assert pruner.record.keep.sum(1).tolist() == [4, 4, 4], "pruning itself works: BLIP-2 makes the ids"
         with compare_with_unpruned(pruner), pytest.raises(PruningError, match="without input_ids"):
             model.generate(pixel_values=inputs["pixel_values"], max_new_tokens=3, do_sample=False)
+
+
+def test_a_turn_on_a_filled_cache_is_refused_where_answers_are_compared_or_recorded() -> None:
+    row = BY_NAME["Llava"]
+    model, inputs = row.model(), row.inputs([0])
+    with applied(model, EVERYTHING, choose=uneven()) as pruner:
+        first = ask(model, None, inputs, lambda text: nullcontext())
+        with compare_with_unpruned(pruner), pytest.raises(PruningError, match="each time from its beginning"):
+            ask(model, first, said([3], 5), lambda text: nullcontext())
+    heard: list[Answer] = []
+    first = ask(model, None, inputs, lambda text: nullcontext())
+    with listening(find_family(model), heard.append), pytest.raises(PruningError, match="each time from its beginning"):
+        ask(model, first, said([3], 5), lambda text: nullcontext())
+    assert not heard

@@ -92,18 +92,6 @@ def test_a_cache_of_another_prompt_than_the_last_is_refused(row: Row, whole: boo
     assert footprint(model) == before
 
 
-@pytest.mark.parametrize("row", [row for row in ROWS if row.name in ("Llava", "InternVL", "Mistral3")], ids=repr)
-def test_an_image_that_comes_with_a_cache_of_text_is_refused(row: Row) -> None:
-    model, inputs = settled(row), row.inputs()
-    text = torch.full_like(inputs["input_ids"], 5)
-    cache = model(input_ids=text, use_cache=True).past_key_values
-    mask = torch.cat([torch.ones_like(text), inputs["attention_mask"]], 1)
-    before = footprint(model)
-    with prune(model, EVERYTHING, choose=uneven()), pytest.raises(PruningError, match="An image came with a cache"):
-        model(**{**inputs, "attention_mask": mask}, past_key_values=cache)
-    assert footprint(model) == before
-
-
 @pytest.mark.parametrize("row", [row for row in ROWS if row.name in ("Llava", "Blip2-OPT", "InternVL")], ids=repr)
 def test_a_copy_of_a_pruned_cache_is_known_and_one_of_text_goes_on_after_another_prompt(row: Row) -> None:
     model, inputs = row.model(), row.inputs()

@@ -31,7 +31,7 @@ class Decoder(Oracle):
     coordinates: bool = False
 
     def cached(self, output: Any) -> int:
-        return int(cache_of(output).get_seq_length())
+        return int(cache_of(output).layers[0].keys.shape[2])
 
     def inside(self, model: PreTrainedModel) -> nn.Module:
         return model.get_submodule(self.path).layers[1]

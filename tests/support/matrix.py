@@ -73,11 +73,15 @@ def generate(
     row: Row, model: PreTrainedModel, inputs: Inputs, count: int = STEPS, **settings: Any
 ) -> tuple[Tensor, Tensor]:
     """New tokens int64 [R, count], greedily by default, and the logits of every step [rows, count, V]."""
+    sequences, steps = stepwise(model, inputs, **{**greedily(model, count), **settings})
+    return sequences[:, -count:], steps
+
+
+def greedily(model: PreTrainedModel, count: int) -> dict[str, Any]:
+    """Settings of generate for `count` tokens, none of which marks an image."""
     words = len(model.get_output_embeddings().weight)
     marks = [token for token in (IMAGE, VIDEO, START, END) if token < words]
-    length = {"max_new_tokens": count, "min_new_tokens": count, "suppress_tokens": marks}
-    sequences, steps = stepwise(model, inputs, **length, **{"do_sample": False, **settings})
-    return sequences[:, -count:], steps
+    return {"max_new_tokens": count, "min_new_tokens": count, "suppress_tokens": marks, "do_sample": False}
 
 
 def chosen(row: Row, inputs: Inputs, rows: Sequence[int] | None = None) -> Tensor:

@@ -6,20 +6,22 @@ cached decoding the mask is rebuilt from the original column of every cached key
 
 import inspect
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from catp_lightning.errors import PruningError
 from catp_lightning.models.base import Family
 from catp_lightning.prompt.caches import Opened, foreign_cache, is_short, mark_whole, refuse_static, rows_of, seal
 from catp_lightning.prompt.kept import KeptSequence, kept_sequence, of_each
 from catp_lightning.prompt.labels import Labels
-from catp_lightning.prompt.masks import decoding_masks, prefill_masks, recurrent, two_dimensional
+from catp_lightning.prompt.masks import decoding_masks, prefill_masks, recurrent
 from catp_lightning.prompt.merging import merged
+from catp_lightning.prompt.prompt import DecoderPrompt
+from catp_lightning.prompt.turns import Turn
 from catp_lightning.pruning.sites.base import PLAIN, Decide, PruningSite, Report, SiteSettings, ignored
 from catp_lightning.pruning.sites.prompt_capture import PromptCapture
 from catp_lightning.utils.hooks import hooked
@@ -39,7 +41,8 @@ class PruneAtDecoderInput(PruningSite):
         self._prompts, self._labels = PromptCapture(family, self.calls), Labels(self.calls, report)
         self._prompt: KeptSequence | None = None  # what the last prefill kept, for its decoding steps
         self._now: KeptSequence | None = None  # the same for the running call
-        self._filling = False  # True if the running call is a prefill
+        self._restored: Callable[[Tensor], Tensor]  # puts the running call's output in its places
+        self._filling = False  # True if the running call is a prefill, or adds an image to a cache
         self._opened = Opened()
 
     @contextmanager
@@ -60,69 +63,91 @@ class PruneAtDecoderInput(PruningSite):
     def _changed(self, kwargs: dict[str, Any]) -> dict[str, Any]:
         cache = kwargs.get("past_key_values")
         refuse_static(cache)
-        past = 0 if cache is None else cache.get_seq_length()
+        past = 0 if cache is None else cache.get_seq_length()  # columns read so far, dropped ones too
         self.calls.in_decoder, self._now, self._filling = True, None, past == 0
-        return self._prefill(kwargs) if past == 0 else self._decode(kwargs, past)
+        if past == 0:
+            self._prompt = None
+        prompt = self._prompts.take(kwargs, past)
+        if prompt is not None:
+            return self._prefill(kwargs, prompt, past)
+        return self._decode(kwargs, past) if past else kwargs
 
-    def _prefill(self, kwargs: dict[str, Any]) -> dict[str, Any]:
-        self._prompt = None
-        prompt = self._prompts.take(kwargs)
-        if prompt is None:  # text alone
-            return kwargs
+    def _prefill(self, kwargs: dict[str, Any], prompt: DecoderPrompt, past: int) -> dict[str, Any]:
+        cache, config, embeds = kwargs.get("past_key_values"), self.family.decoder_config, prompt.embeds
+        before = self._held(cache, past, len(embeds)) if past else None
         selection = self.decide(prompt)
         keep = prompt.columns(selection.keep)
         short = kept_sequence(keep, prompt.mask, recurrent(self.family.decoder_config))
-        if short.whole:
+        self._filling = True
+        if short.whole and before is None:
             return kwargs
         if self.compact and prompt.positions.dim() > 2:
             raise PruningError(
                 'positions="compact" has no meaning here: visual tokens have coordinates in their image, not places in '
                 'a row, and dropping them leaves no gap. Use positions="original".'
             )
-        self._prompt = self._now = short
+        mask = self._prompts.mask(kwargs, len(embeds), past + embeds.shape[1], embeds.device)
+        turn = Turn.of(before, mask, short)
+        self._prompt = self._now = turn.kept
+        self._restored = turn.scatter
         self._labels.leave_out(keep)
-        config, embeds, destination = self.family.decoder_config, prompt.embeds, selection.destination
-        if destination is not None:
-            embeds = merged(embeds, prompt.visual, destination)
-            kwargs = {**kwargs, **self.family.merge_extras(kwargs, prompt.visual, destination)}
+        if selection.destination is not None:
+            embeds = merged(embeds, prompt.visual, selection.destination)
+            kwargs = {**kwargs, **self.family.merge_extras(kwargs, prompt.visual, selection.destination)}
+        if before is not None:
+            self._opened.open(cache)
+        given = kwargs.get("attention_mask")
+        if past:
+            masks = turn.masks(given, cache, config, embeds.dtype)
+        else:
+            masks = prefill_masks(given, short, config, embeds.dtype)
         return {
             **kwargs,
             **self.family.gather_extras(kwargs, short),
             "inputs_embeds": short.gather(embeds),
-            "attention_mask": prefill_masks(kwargs.get("attention_mask"), short, config, embeds.dtype),
-            "position_ids": short.gather_positions(prompt.positions, self.compact),
+            "attention_mask": masks,
+            "position_ids": turn.positions(prompt.positions, self.compact),
         }
 
+    def _held(self, cache: Any, past: int, rows: int) -> KeptSequence | None:
+        """Return what a cache holds of the prompt that filled it; None if it holds all columns.
+
+        Args:
+            cache: the cache.
+            past: number of columns that were read into it.
+            rows: number of rows of the call that continues it.
+
+        Raises:
+            PruningError: a prompt was shortened, and the cache is not the one that it filled.
+        """
+        prompt, short = self._prompt, is_short(cache)
+        if short is False or (short is None and prompt is None):
+            return None
+        at, own = rows_of(cache), None if prompt is None or prompt.cache is None else prompt.cache()
+        if prompt is None or own is not cache or past < prompt.mask.shape[1] or at is None or len(at) != rows:
+            raise foreign_cache()
+        return prompt.of_rows(at)
+
     def _decode(self, kwargs: dict[str, Any], past: int) -> dict[str, Any]:
-        self._prompts.refuse_images()
-        prompt, cache = self._prompt, kwargs["past_key_values"]
-        short = is_short(cache)
-        if short is False or (short is None and prompt is None):  # its prefill was not shortened
-            return kwargs
+        cache = kwargs["past_key_values"]
         rows = kwargs["inputs_embeds"] if kwargs.get("input_ids") is None else kwargs["input_ids"]
         batch, new = rows.shape[:2]
-        own = prompt.cache() if prompt is not None and prompt.cache is not None else None
-        if prompt is None or own is not cache or past < prompt.order.shape[1]:
-            raise foreign_cache()
-        self._prompts.refuse_continuing()
-        full_length = prompt.mask.shape[1] + past - prompt.order.shape[1] + new
-        mask = two_dimensional(self._prompts.mask(kwargs), batch, full_length, rows.device)
-        at = rows_of(cache)
-        if at is None or len(at) != batch:
-            raise foreign_cache()
-        prompt = self._now = prompt.of_rows(at)
-        positions = self._prompts.positions(kwargs)
-        if positions is None:
-            positions = self.family.positions(mask)[..., -new:]
+        prompt = self._held(cache, past, batch)
+        if prompt is None:
+            return kwargs
+        mask = self._prompts.mask(kwargs, batch, past + new, rows.device)
+        positions = kwargs.get("position_ids")
+        positions = (self.family.positions(mask) if positions is None else positions)[..., -new:]
         if self.compact:
-            positions = positions - prompt.dropped[:, None]
+            positions = positions - prompt.dropped[:, None] * mask[:, -new:]
         dtype = self.family.model.dtype if not rows.is_floating_point() else rows.dtype
-        masks = decoding_masks(prompt, mask, new, cache, self.family.decoder_config, dtype)
+        self._now, self._restored = prompt, prompt.scatter_step
         self._opened.open(cache)
+        masks = decoding_masks(prompt, mask, new, cache, self.family.decoder_config, dtype)
         return {**kwargs, "attention_mask": masks, "position_ids": positions}
 
     def _leave(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
-        self.calls.in_decoder = False
+        self.calls.in_decoder, self.calls.user_call.begun = False, True
         self._opened.close()
         prompt, self._now = self._now, None
         cache = kwargs.get("past_key_values")
@@ -133,6 +158,7 @@ class PruneAtDecoderInput(PruningSite):
                 mark_whole(cache)
             return output
         if self._filling and cache is not None:  # also after a failed call, which filled a part of it
-            seal(cache, torch.arange(len(prompt.order), dtype=torch.long, device=prompt.order.device))
+            rows = torch.arange(len(prompt.order), dtype=torch.long, device=prompt.order.device)
+            seal(cache, rows, prompt.mask.shape[1] - prompt.order.shape[1])
             prompt.cache = None if output is None else weakref.ref(cache)
-        return of_each(output, prompt.scatter_states if self._filling else prompt.scatter_step)
+        return of_each(output, self._restored)

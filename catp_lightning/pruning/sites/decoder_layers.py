@@ -118,7 +118,7 @@ class PruneAtDecoderLayers(PruningSite):
         self._prefill = DecoderPrefill(prompt, self.needs, cap)
 
     def _start_decoding(self, kwargs: dict[str, Any], cache: Any, past: int) -> None:
-        self._prompts.refuse_images()
+        self._prompts.refuse_images(kwargs)
         if not self._kept and not is_short(cache) and cache.get_seq_length(self.stages[-1]) == past:
             return  # its prefill was not shortened
         rows = kwargs["inputs_embeds"] if kwargs.get("input_ids") is None else kwargs["input_ids"]

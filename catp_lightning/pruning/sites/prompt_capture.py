@@ -61,50 +61,62 @@ class PromptCapture:
         ids, call.ids = call.ids, None
         return ids
 
-    def refuse_images(self) -> None:
-        """Raise PruningError if the call that continues a cache brings an image."""
-        ids = self._take_ids()
+    def _new_ids(self, kwargs: dict[str, Any]) -> Tensor | None:
+        """Return the ids of the columns that the decoder's call adds to a cache; None if they are not known."""
+        ids, own = self._take_ids(), kwargs.get("inputs_embeds")
+        own = kwargs.get("input_ids") if own is None else own
+        return ids if ids is None or own is None else ids[:, -own.shape[1] :]
+
+    def refuse_images(self, kwargs: dict[str, Any]) -> None:
+        """Raise PruningError if the call that continues a cache brings an image.
+
+        Args:
+            kwargs: arguments of the decoder's call.
+        """
+        ids = self._new_ids(kwargs)
         if ids is not None and ids.shape[1] > 1 and bool(self._visual(ids).any()):
             raise PruningError(
                 "An image came with a cache that holds the text before it, and would be read unpruned. Generate from "
                 "the whole text again, with all of its images and without past_key_values."
             )
 
-    def refuse_continuing(self) -> None:
-        """Raise PruningError if the running `generate` was given the cache of a pruned prompt."""
-        if self.calls.continuing:
-            raise PruningError(
-                "generate was given past_key_values that hold a pruned prompt, and takes their length for the number "
-                "of columns that have been read: it would read some again. Generate from the whole text again, with "
-                "all of its images and without past_key_values."
-            )
-
     def _visual(self, ids: Tensor) -> Tensor:
         return torch.isin(ids, torch.tensor(self.family.placeholder_ids, device=ids.device, dtype=torch.int64))
 
-    def mask(self, kwargs: dict[str, Any]) -> Any:
-        """Return the caller's attention mask, or None; `kwargs` are the arguments of the decoder's call."""
-        return (kwargs if self.family.outer is None else self.calls.arguments).get("attention_mask")
+    def mask(self, kwargs: dict[str, Any], rows: int, length: int, device: torch.device) -> Tensor:
+        """Return the caller's attention mask of all columns read so far, int64 [R, L]; ones if there is none.
 
-    def positions(self, kwargs: dict[str, Any]) -> Tensor | None:
-        """Return the caller's position ids, given the arguments of the decoder's call; None if the caller gave none.
+        Args:
+            kwargs: arguments of the decoder's call.
+            rows: number of its rows.
+            length: number of columns.
+            device: device of the mask.
 
-        Position ids that outer code derived from the length of a shortened cache are wrong, and have to be made anew.
+        Raises:
+            PruningError: the mask has another shape.
         """
-        if self.family.outer is not None and self.calls.arguments.get("position_ids") is None:
-            return None
-        return kwargs.get("position_ids")
+        mask = (kwargs if self.family.outer is None else self.calls.arguments).get("attention_mask")
+        if isinstance(mask, Tensor) and mask.dim() == 2 and rows % len(mask) == 0:
+            mask = mask.repeat_interleave(rows // len(mask), 0)
+        return two_dimensional(mask, rows, length, device)
 
-    def take(self, kwargs: dict[str, Any]) -> DecoderPrompt | None:
+    def take(self, kwargs: dict[str, Any], past: int = 0) -> DecoderPrompt | None:
         """Return the prompt with which the decoder is called; None if it is called on text ids of its own.
+
+        Args:
+            kwargs: arguments of the decoder's call.
+            past: number of columns that were read before, into the cache that the call continues. Then the prompt is
+                of the call's own columns; it is None if there is no image among them.
 
         Raises:
             PruningError: the prompt's ids are not known, or it has no place for images that were given.
         """
         if self._known is not None:
             return self._known
-        ids = self._take_ids()
+        ids = self._new_ids(kwargs) if past else self._take_ids()
         embeds = kwargs.get("inputs_embeds")
+        if past and (ids is None or ids.shape[1] == 1 or not bool(self._visual(ids).any())):
+            return None
         if embeds is None:
             return None
         rows, length = embeds.shape[:2]
@@ -114,14 +126,18 @@ class PromptCapture:
                 "Pass input_ids (and pixel_values), not inputs_embeds; chunked prefill and assisted decoding cannot be "
                 "pruned."
             )
+        if past:
+            self._refuse_parts()
         ids = ids[:: self.calls.rows_per_sample(len(ids))].to(embeds.device)
-        mask = self.mask(kwargs)
-        if isinstance(mask, Tensor) and mask.dim() == 2 and rows % len(mask) == 0:
-            mask = mask.repeat_interleave(rows // len(mask), 0)
-        mask = two_dimensional(mask, rows, length, embeds.device)
+        mask = self.mask(kwargs, rows, past + length, embeds.device)
         positions = kwargs.get("position_ids")
-        positions = self.family.positions(mask) if positions is None else positions.to(embeds.device)
-        positions = positions.expand(*positions.shape[:-2], rows, length)
+        positions = self.family.positions(mask)[..., past:] if positions is None else positions.to(embeds.device)
+        if positions.shape[-1] != length:
+            raise PruningError(
+                f"{type(self.family.model).__name__} made position ids of {positions.shape[-1]} columns for the "
+                f"{length} that an image came with: they would be those of text. Pass position_ids of the new columns."
+            )
+        positions, mask = positions.expand(*positions.shape[:-2], rows, length), mask[:, past:]
         beams, visual = rows // len(ids), self._visual(ids)
         self.family.check_images(visual, self.calls.user_call)
         is_prompt = self._prompt_columns(mask[::beams] != 0)
@@ -134,6 +150,20 @@ class PromptCapture:
             masks=masks if isinstance(masks, dict) or (masks is not None and masks.dim() == 4) else None,
             deepstack=deepstack,
         )
+
+    def _refuse_parts(self) -> None:
+        """Raise PruningError if a new image comes with a call that is given more, or less, than what is new."""
+        if self.calls.user_call.begun:
+            raise PruningError(
+                "generate reads this prompt in several parts, and an image is not in the first: it cannot be pruned as "
+                "a whole. Leave prefill_chunk_size out."
+            )
+        if self.family.outer is None:
+            raise PruningError(
+                f"{type(self.family.model).__name__} reads the images of the whole text again at every turn, so those "
+                "of the new one cannot be told apart from those in past_key_values. Generate from the whole text "
+                "again, without past_key_values."
+            )
 
     def _prompt_columns(self, real: Tensor) -> Tensor:
         """Return the columns of the prompt itself, bool [B, L], without an answer, generated or with labels.
