@@ -39,6 +39,7 @@ class Gemma(Towered):
     def pixel_readers(self) -> tuple[nn.Module, ...]:
         return (self.model.model.vision_tower,)
 
+
 class PaliGemma(Gemma):
     """PaliGemma 1 and 2, whose position ids begin at 1 and whose tokens are patches."""
 

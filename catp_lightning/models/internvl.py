@@ -40,8 +40,7 @@ class InternVL(Towered):
         """Return images by placeholder id; the tiles of one image stand in one run of placeholders."""
         found = equal_images(self.model, prompt, counts)
         return {
-            token: [joined(tiles[image]) for image in self._tiles(prompt, len(tiles))]
-            for token, tiles in found.items()
+            token: [joined(tiles[image]) for image in self._tiles(prompt, len(tiles))] for token, tiles in found.items()
         }
 
     def _tiles(self, prompt: DecoderPrompt, count: int) -> list[slice]:

@@ -26,7 +26,7 @@ from tests.support.rows import Row
 from tests.support.rules import early
 
 pytestmark = pytest.mark.usefixtures("no_grad")
-VIDEOS = ("LlavaNextVideo", "LlavaOnevision-video")  # of which the vision tower's attention is not observed
+VIDEOS = ()
 REPLAYED = rows_where(lambda row: row.name not in VIDEOS)
 STEPS = 4
 

@@ -25,8 +25,7 @@ COLUMNS = {
     "Llama-3.2-Vision": ("Mllama",),
     "Qwen-VL": ("Qwen2-VL", "Qwen2.5-VL"),
     "InternVL, Mistral 3, Pixtral": ("InternVL", "Mistral3", "Pixtral"),
-    "SmolVLM, Idefics 3, PaliGemma": ("SmolVLM", "Idefics3", "PaliGemma"),
-    "Gemma 3, PaliGemma 2": ("Gemma3", "PaliGemma2"),
+    "SmolVLM, Idefics 3, Gemma 3, PaliGemma": ("SmolVLM", "Idefics3", "Gemma3", "PaliGemma", "PaliGemma2"),
 }
 REASONS: list[str] = []
 

@@ -13,7 +13,7 @@ from catp_lightning.calibration.replay.prompts import PromptReplay, without_beam
 from catp_lightning.methods.selection import Selection
 from catp_lightning.models import Family
 from catp_lightning.prompt.kept import kept_sequence
-from catp_lightning.prompt.masks import extended, prefill_masks
+from catp_lightning.prompt.masks import extended, prefill_masks, recurrent
 from catp_lightning.prompt.merging import merged
 from catp_lightning.prompt.prompt import DecoderPrompt, columns_kept
 from catp_lightning.pruning.answers import Answer
@@ -50,7 +50,7 @@ class DecoderReplay(PromptReplay):
         read = (prompt.mask == 1).scatter(1, self.answers.row[:, None], True)
         columns = torch.ones_like(whole.visual)
         columns[:, : read.shape[1]] = columns_kept(prompt.visual, keep) & read
-        short = kept_sequence(columns, whole.mask)
+        short = kept_sequence(columns, whole.mask, recurrent(family.decoder_config))
         first = ((short.order == self.answers.row[:, None]) & short.valid).long().argmax(1, keepdim=True)
         embeds, inputs = whole.embeds, _inputs(whole)
         if destination is not None:

@@ -24,7 +24,7 @@ from catp_lightning.prompt.attention import observe_attention
 from catp_lightning.prompt.caches import Opened, foreign_cache, is_short, refuse_static, rows_of, seal
 from catp_lightning.prompt.kept import KeptSequence
 from catp_lightning.prompt.labels import Labels
-from catp_lightning.prompt.masks import layer_mask, of_columns, step_mask, two_dimensional, window
+from catp_lightning.prompt.masks import layer_mask, of_columns, step_mask, window
 from catp_lightning.prompt.prompt import DecoderPrompt
 from catp_lightning.pruning.sites.base import Decide, PruningSite, Report, SiteSettings, ignored
 from catp_lightning.pruning.sites.prompt_capture import PromptCapture
@@ -131,7 +131,7 @@ class PruneAtDecoderLayers(PruningSite):
         self._step, self._later = [kept.of_rows(at) for kept in self._kept], later.pop() + rows.shape[1]
         if window(self.family.decoder_config) is not None:  # a layer's mask is made of the columns that its cache holds
             length = self._step[0].mask.shape[1] + self._later
-            self._mask = two_dimensional(self._prompts.mask(kwargs), len(rows), length, rows.device)
+            self._mask = self._prompts.mask(kwargs, len(rows), length, rows.device)
         self._opened.open(cache)
 
     def _look(self, layer: int, query: Tensor, key: Tensor, mask: Tensor | None, scaling: float) -> Tensor:
