@@ -26,8 +26,6 @@ from tests.support.rows import Row
 from tests.support.rules import early
 
 pytestmark = pytest.mark.usefixtures("no_grad")
-VIDEOS = ()
-REPLAYED = rows_where(lambda row: row.name not in VIDEOS)
 STEPS = 4
 
 
@@ -73,24 +71,25 @@ def recorded(
             return replay, seen, inside, answers
 
 
-def close(found: Tensor, expected: Tensor) -> None:
-    torch.testing.assert_close(found, expected, rtol=0, atol=1e-8)
+def close(found: Tensor, expected: Tensor, rounding: float = 0.0) -> None:
+    atol = max(1e-8, rounding * float(expected.abs().max()))
+    torch.testing.assert_close(found, expected, rtol=0, atol=atol)
 
 
-@REPLAYED
+@rows_where(lambda row: row.name != "Janus")  # whose generate leaves out the processor of logits it is given
 def test_a_replay_is_the_pruned_run_of_the_same_answer(row: Row) -> None:
     model, inputs = row.model(), row.inputs(range(len(row.samples())), pads=2)
     replay, _, _, answers = recorded(row, inputs)
     keep = uneven()(replay.tokens)
     assert (keep.sum(1) < replay.tokens.sum(1)).sum() >= 2, "or nothing is dropped"
     everything = replay.log_probabilities(replay.tokens)
-    close(everything, forced_logits(model, inputs, answers))
+    close(everything, forced_logits(model, inputs, answers), row.rounding)
     with prune(model, PruningPolicy(), choose=lambda tokens: keep):
         expected = forced_logits(model, inputs, answers)
-    close(replay.log_probabilities(keep), expected)
+    close(replay.log_probabilities(keep), expected, row.rounding)
     assert (expected - everything).abs().max() > 0.01, "dropping matters"
     some = torch.tensor([2, 0])
-    close(replay.of_samples(some).log_probabilities(keep[some]), expected[some])
+    close(replay.of_samples(some).log_probabilities(keep[some]), expected[some], row.rounding)
 
 
 @pytest.mark.parametrize(
@@ -239,7 +238,7 @@ def test_probes_drop_what_pruning_may_drop_and_nothing_else(name: str, monkeypat
     assert all(flat[:, start:end].any(1).all() for start, end in zip([0, *ends], ends, strict=False))
 
 
-@rows_where(lambda row: row.name not in (*VIDEOS, "Mllama, last text that sees no image"))
+@rows_where(lambda row: row.name != "Mllama, last text that sees no image")
 def test_text_ids_are_those_of_the_text_after_an_image_whatever_the_padding(row: Row) -> None:
     found = []
     for pads in (0, 2):
