@@ -8,3 +8,4 @@ class Exaone(Gridded):
 
     types = ("exaone4_5",)
     classes = ("Exaone4_5_ForConditionalGeneration",)
+    tower = "visual"

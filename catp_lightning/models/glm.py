@@ -14,3 +14,4 @@ class GLM(Gridded):
         "GlmOcrForConditionalGeneration",
     )
     frames_as_images = True
+    tower = "visual"

@@ -8,3 +8,4 @@ class HyperCLOVAX(Gridded):
 
     types = ("hyperclovax_vision_v2",)
     classes = ("HyperCLOVAXVisionV2ForConditionalGeneration",)
+    tower = "vision_model"

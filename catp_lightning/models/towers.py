@@ -107,13 +107,11 @@ class Towered(Placeholder):
                 f"The vision tower of {type(self.model).__name__} did not run for all images and videos of this call, "
                 "so their tokens cannot be scored. Pass pixel_values and pixel_values_videos, not features."
             )
-        return {
-            key: {
-                token: self.of_patches(kind, value, prompt)
-                for (kind, token), value in zip(kinds.items(), runs[-len(kinds) :], strict=True)
-            }
-            for key, runs in values.items()
-        }
+        found: dict[Any, dict[int, list[Tensor]]] = {key: {token: [] for token in kinds.values()} for key in values}
+        for key, runs in values.items():
+            for (kind, token), value in zip(kinds.items(), runs[-len(kinds) :], strict=True):
+                found[key][token] += self.of_patches(kind, value, prompt)  # GLM-V has one placeholder for both
+        return found
 
     def kinds(self, arguments: Mapping[str, Any]) -> dict[str, int]:
         """Return "image" and "video", as far as a call brings pixels of them, each with its placeholder id."""

@@ -54,19 +54,20 @@ def attention_received(
     """Return the attention that each key receives, summed over query rows: [B, H, N].
 
     One head and at most `ROWS` of its query rows are computed at a time, so [B, H, Q, N] is never held. Arguments are
-    those of a `Reduction`.
+    those of a `Reduction`, but keys may have fewer heads, each for a group of the queries' heads.
 
     Args:
         counted: bool [B, 1, Q, N], the pairs of row and key that are summed; None: all.
     """
-    found = []
+    found, group = [], query.shape[1] // key.shape[1]
     for head in range(query.shape[1]):
+        keys = key[:, head // group][:, None]
         own = mask if mask is None or mask.dim() == 2 else mask[:, head % mask.shape[1]][:, None]
         paid = []
         for start in range(0, query.shape[2], ROWS):
             rows = slice(start, start + ROWS)
             some = own if own is None or own.dim() == 2 or own.shape[2] == 1 else own[:, :, rows]
-            part = attention_map(query[:, head : head + 1, rows], key[:, head : head + 1], some, scaling)
+            part = attention_map(query[:, head : head + 1, rows], keys, some, scaling)
             paid.append((part if counted is None else part.masked_fill(~counted[:, :, rows], 0)).sum(2))
         found.append(sum(paid[1:], paid[0]))
     return torch.cat(found, 1)

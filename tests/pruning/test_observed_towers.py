@@ -60,10 +60,22 @@ class Case:
         return self.row
 
 
-QWEN = ("Qwen2-VL", "Qwen2.5-VL", "Qwen3-VL", "Qwen3-VL, videos", "Qwen3-VL-MoE", "Qwen2.5-Omni", "Qwen3-Omni-MoE")
+QWEN = (
+    *("Qwen2-VL", "Qwen2.5-VL", "Qwen3-VL", "Qwen3-VL, videos", "Qwen3-VL-MoE", "Qwen2.5-Omni", "Qwen3-Omni-MoE"),
+    *("GLM-4V", "GLM-4V, videos", "GLM-4.6V", "GLM-OCR", "Cosmos3-Omni", "EXAONE-4.5", "HyperCLOVAX-V2"),
+)
+WINDOWS = ("Qwen2.5-VL", "Qwen2.5-Omni", "EXAONE-4.5", "HyperCLOVAX-V2")
 PIXTRAL = ("Mistral3", "Pixtral", "LightOnOCR")
 CASES = [
-    *(Case(name, "visual", lambda tower: list(tower.blocks), whole=(1, 3) if "2.5" in name else None) for name in QWEN),
+    *(
+        Case(
+            name,
+            "vision_model" if name == "HyperCLOVAX-V2" else "visual",
+            lambda tower: list(tower.blocks),
+            whole=(1, 3) if name in WINDOWS else None,
+        )
+        for name in QWEN
+    ),
     Case("InternVL", blocks=lambda tower: list(tower.encoder.layer), has_class=True),
     Case("Gemma3"),
     Case("PaliGemma"),
@@ -82,7 +94,15 @@ CASES = [
     Case("LlavaNextVideo", blocks=but_one, has_class=True),
     Case("VideoLlava", "image_tower", but_one, True, "video_tower"),
 ]
-every_case = pytest.mark.parametrize("case", [case for case in CASES if case.row in ROWS], ids=repr)
+QUICK = {*BY_NAME, "Qwen3-VL, videos", "LightOnOCR"}
+every_case = pytest.mark.parametrize(
+    "case",
+    [
+        pytest.param(case, id=case.row, marks=() if case.row in QUICK else pytest.mark.slow)
+        for case in CASES
+        if case.row in ROWS
+    ],
+)
 
 
 def apart(sample: Sample) -> Iterator[Sample]:
@@ -172,7 +192,10 @@ def test_the_order_of_samples_and_padding_change_nothing(case: Case) -> None:
 @pytest.mark.parametrize("settings", [{}, {"use_cache": False}, {"num_beams": 2}], ids=["cached", "uncached", "beams"])
 def test_generate_sees_what_forward_does(case: Case, settings: dict[str, Any]) -> None:
     row = ROWS[case.row]
-    few = [n for n, own in enumerate(row.samples()) if len(own.images) < 2 or not OLDEST]
+    if "num_beams" in settings and (reason := row.lacks.get("beams_and_sampling_find_what_the_masked_model_finds")):
+        pytest.skip(reason)
+    repeats = OLDEST and "num_beams" in settings  # of several images it gives a beam the first one twice
+    few = [n for n, own in enumerate(row.samples()) if len(own.images) < 2 or not repeats]
     model, inputs = row.model(attention="sdpa"), row.inputs(few)
     (expected,) = observed(BOTH, model, row.oracle.forward_inputs(inputs))
     shown = observed(BOTH, model, inputs, **SETTINGS, **settings)

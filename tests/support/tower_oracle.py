@@ -87,7 +87,8 @@ def attended(layers: Sequence[nn.Module]) -> Iterator[list[list[tuple[Tensor, Te
 
     def attention(query: Tensor, key: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         if inside:
-            logits = query.detach() @ key.detach().transpose(-1, -2) * kwargs["scale"]
+            shared = key.detach().repeat_interleave(query.shape[1] // key.shape[1], 1)
+            logits = query.detach() @ shared.transpose(-1, -2) * kwargs["scale"]
             mask = kwargs.get("attn_mask")
             if mask is not None:
                 logits = logits.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else logits + mask
