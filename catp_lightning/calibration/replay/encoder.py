@@ -45,8 +45,8 @@ class EncoderReplay(PromptReplay):
     def log_probabilities(self, keep: Tensor, destination: Tensor | None = None) -> Tensor:
         assert destination is None  # selectors that merge are refused here
         keep = keep[:, : self.tokens.shape[1]]  # these samples may have fewer tokens than the batch's longest
-        place = PruneAtEncoderLayers if self.layer else PruneAtEncoderInput
-        return self._through(place(self.family, lambda prompt: Selection(keep), SiteSettings((self.layer,))))
+        place, stages = (PruneAtEncoderLayers, (self.layer,)) if self.layer else (PruneAtEncoderInput, ())
+        return self._through(place(self.family, lambda prompt: Selection(keep), SiteSettings(stages)))
 
     def pruned_log_probabilities(self, pruner: Pruner) -> Tensor:
         return self._through(pruner.site)

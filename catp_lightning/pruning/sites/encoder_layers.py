@@ -26,7 +26,7 @@ from catp_lightning.utils.hooks import hooked
 class PruneAtEncoderLayers(PruneAtEncoderInput):
     """Prune rows at the entry of some of an encoder's blocks; a prompt is decided on at each of these stages.
 
-    Hidden states and attention maps of the encoder are zero where a row was dropped.
+    Hidden states and attention maps of the encoder are zero where a row was dropped. Tokens may be merged.
 
     Raises:
         PruningError: the stages are no blocks after the first, in ascending order; or `compact` is True, though blocks
@@ -117,14 +117,17 @@ class PruneAtEncoderLayers(PruneAtEncoderInput):
                 output[name] = self._restored(output[name])
         return output
 
-    def _restored(self, values: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        """Return states or attention maps of each block at full length.
+    def _restored(self, values: tuple[Tensor | None, ...]) -> tuple[Tensor | None, ...]:
+        """Return states or attention maps of each block at full length; None stays None."""
+        return tuple(x if x is None else self._full(at, x) for at, x in enumerate(values))
 
-        States are what entered a block, before rows were dropped there; what left the last counts as one more.
+    def _full(self, block: int, value: Tensor) -> Tensor:
+        """Return states [R, n, D] that entered a block, before rows were dropped there, or its attention maps.
+
+        States that left the last block count as the input of one more.
         """
-        kept = [] if self._prefill is None else self._prefill.kept
-        begun = [(bisect_left if x.dim() == 3 else bisect_right)(self.stages, at) for at, x in enumerate(values)]
-        return tuple(kept[n - 1].scatter_states(x) if n else x for n, x in zip(begun, values, strict=True))
+        begun = (bisect_left if value.dim() == 3 else bisect_right)(self.stages, block)
+        return value if self._prefill is None or not begun else self._prefill.kept[begun - 1].scatter_states(value)
 
     def _leave(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         self._reset()
