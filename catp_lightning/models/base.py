@@ -91,7 +91,7 @@ class Family(ABC):
     @property
     @abstractmethod
     def decoder(self) -> nn.Module:
-        """Stack of decoder layers, at whose entry tokens are dropped."""
+        """Stack of layers, at whose entry tokens are dropped: the language model's decoder, or its encoder (T5)."""
 
     @property
     def tokens_per_image(self) -> int | None:

@@ -83,7 +83,8 @@ class Blip2(Family):
 
     @property
     def decoder(self) -> nn.Module:
-        return self.model.language_model.get_decoder()
+        text = self.model.language_model
+        return text.get_encoder() if self.reads == "encoder" else text.get_decoder()
 
     @property
     def language_model(self) -> PreTrainedModel:

@@ -87,7 +87,8 @@ class Guide:
             types = prompt.arguments.get(name)
             if types is not None and types.shape == prompt.ids.shape:
                 inputs[name] = types.to(order.device).gather(1, order).masked_fill(~real, 0)
-        sight = _GuideAttention(visual.to(model.device), text.to(model.device), self.family.end_ids())
+        cap = getattr(self.family.decoder_config, "attn_logit_softcapping", None)
+        sight = _GuideAttention(visual.to(model.device), text.to(model.device), self.family.end_ids(), cap)
         modules = {module: (partial(sight.look, layer), _nothing) for layer, module in self._attentions.items()}
         decoder: Any = self.family.decoder
         with occupied(self.family), _evaluating(model), observe_attention(decoder, modules):
@@ -130,13 +131,14 @@ class _GuideAttention(StoppingCriteria):
         visual: bool [B, L], the visual tokens of the prompt.
         text: bool [B, L], text rows of the prompt that count.
         ends: token ids that end an answer: no row counts from there on.
+        cap: bound of the guide's attention logits, as in `attention_map`.
 
     Attributes:
         values: by layer [B, H, T], float32 at least.
     """
 
-    def __init__(self, visual: Tensor, text: Tensor, ends: list[int]) -> None:
-        self.visual, self.text, self.tokens = visual, text, visual_tokens(visual)
+    def __init__(self, visual: Tensor, text: Tensor, ends: list[int], cap: float | None) -> None:
+        self.visual, self.text, self.tokens, self.cap = visual, text, visual_tokens(visual), cap
         self.ends = torch.tensor(ends, dtype=torch.long, device=visual.device)
         self.answering = torch.ones(len(visual), dtype=torch.bool, device=visual.device)
         self.values: dict[int, Tensor] = {}
@@ -155,7 +157,7 @@ class _GuideAttention(StoppingCriteria):
         first = layer not in self.values
         rows = self.text if first else self.answering[:, None]
         with without_autocast(query):
-            paid = rows_paid(query, key, mask, scaling, rows)
+            paid = rows_paid(query, key, mask, scaling, rows, self.cap)
         paid = pad(paid, (columns - paid.shape[2], 0))[..., : self.visual.shape[1]]  # a sliding window lacks the first
         own = paid.new_zeros(*self.tokens.shape, paid.shape[1])
         own[self.tokens] = paid.transpose(1, 2)[self.visual]
@@ -163,12 +165,15 @@ class _GuideAttention(StoppingCriteria):
         return query.new_empty(0)
 
 
-def rows_paid(query: Tensor, key: Tensor, mask: Tensor | None, scaling: float, rows: Tensor) -> Tensor:
+def rows_paid(
+    query: Tensor, key: Tensor, mask: Tensor | None, scaling: float, rows: Tensor, cap: float | None = None
+) -> Tensor:
     """Return the attention that chosen query rows pay to each key, summed over the rows: [B, H, N].
 
     Args:
         query, key, mask, scaling: as of an `attention.Reduction`.
         rows: bool [B, Q], the query rows that count.
+        cap: bound of attention logits, as in `attention_map`.
     """
     at = (~rows).long().argsort(dim=1, stable=True)[:, : int(rows.sum(1).max())]
     each = torch.arange(len(rows), device=rows.device)[:, None]
@@ -179,7 +184,7 @@ def rows_paid(query: Tensor, key: Tensor, mask: Tensor | None, scaling: float, r
         causal = torch.arange(keys, device=at.device) <= at[..., None] + keys - query.shape[2]
         seen = (causal if mask is None else causal & mask[:, None, -keys:].bool())[:, None]
     some = query.transpose(1, 2)[each, at].transpose(1, 2)
-    paid = attention_map(some, key.repeat_interleave(query.shape[1] // key.shape[1], 1), seen, scaling)
+    paid = attention_map(some, key.repeat_interleave(query.shape[1] // key.shape[1], 1), seen, scaling, cap)
     return paid.masked_fill(~rows.gather(1, at)[:, None, :, None], 0).sum(2)  # padding sees nothing: its row is NaN
 
 

@@ -110,7 +110,7 @@ class Pruner:
         if self._guard is not None and self._guard.fallback is not None:
             refuse_fallback(self._method, self._guard.fallback, self.family)
         if self._selector.merges and scored:
-            refuse_merging(self.policy, self._selector, self.family)
+            refuse_merging(self.policy, self._selector, self.family, bool(self.leave_at))
 
     def _guided(self, guide: nn.Module | None, wanted: Needs) -> Guide:
         refuse_without_rows(self.family)

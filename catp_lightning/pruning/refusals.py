@@ -187,10 +187,11 @@ def refuse_fallback(method: Method, fallback: Method, family: Family) -> None:
         )
 
 
-def refuse_merging(policy: PruningPolicy, selector: Selector, family: Family) -> None:
+def refuse_merging(policy: PruningPolicy, selector: Selector, family: Family, inside: bool) -> None:
     """Raise PruningError if a selector that merges tokens cannot work on a model.
 
-    Either no decoder reads visual tokens as rows, or they have no grid to be averaged on.
+    Either no layers read visual tokens as rows at the place where tokens leave, `inside` the decoder or encoder or
+    before it, or they have no grid to be averaged on.
     """
     if selector.needs_grid and not family.has_grid:
         raise PruningError(
@@ -198,7 +199,7 @@ def refuse_merging(policy: PruningPolicy, selector: Selector, family: Family) ->
             f"{type(family.model).__name__} form none: they are queries, or of several crops, or have line ends or a "
             "[CLS] among them. Use it on a LLaVA-1.5, or choose another control: stride works on every model."
         )
-    if family.reads != "decoder":
+    if family.reads != "decoder" and not inside:
         raise PruningError(
             f"The policy's {policy.selector or policy.scorer!r} merges tokens, which is exact where a decoder reads "
             f"them as rows; {type(family.model).__name__} reads them by {family.reads}. Choose another selector; "

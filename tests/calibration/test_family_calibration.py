@@ -52,14 +52,14 @@ METHODS = {
     "Qwen2-VL": ("cdpruner",),
     "Qwen2.5-VL": ("divprune",),
     "Qwen3-VL": ("cdpruner",),
-    "Gemma3": ("divprune",),
+    "Gemma3": ("divprune", "fastv"),
     "PaliGemma2": ("divprune",),
-    "Mistral3, sliding window": ("divprune",),
+    "Mistral3, sliding window": ("divprune", "pyramiddrop"),
     "Pixtral": ("divprune",),
     "InternVL": ("divprune",),
     "SmolVLM": ("divprune",),
     "Idefics3": ("divprune",),
-    "Blip2-T5": ("catp",),
+    "Blip2-T5": ("catp", "fastv"),
     "InstructBlip-T5": ("catp",),
 }
 FAST = {

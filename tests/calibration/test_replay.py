@@ -94,7 +94,10 @@ def test_a_replay_is_the_pruned_run_of_the_same_answer(row: Row) -> None:
 
 @pytest.mark.parametrize(
     ("name", "layer"),
-    [("Llava", 1), ("InternVL", 1), ("Blip2-OPT", 1), ("Qwen2.5-VL", 1), ("PaliGemma", 1)],
+    [
+        *(("Llava", 1), ("InternVL", 1), ("Blip2-OPT", 1), ("Qwen2.5-VL", 1), ("PaliGemma", 1), ("PaliGemma2", 1)),
+        *(("Gemma3", 2), ("Mistral3, sliding window", 1), ("Blip2-T5", 1), ("InstructBlip-T5", 2)),
+    ],
 )
 def test_a_replay_at_a_layer_is_the_pruned_run_whose_tokens_leave_there(name: str, layer: int) -> None:
     row = BY_NAME[name]

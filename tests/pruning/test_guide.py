@@ -18,7 +18,10 @@ GREEDY = {"max_new_tokens": 3, "do_sample": False, "suppress_tokens": [IMAGE, VI
 
 @pytest.mark.parametrize(
     ("name", "ended"),
-    [("Llava", False), *((name, True) for name in ("Llava", "LlavaNext", "Qwen2.5-VL", "Blip2-OPT", "Gemma3"))],
+    [
+        ("Llava", False),
+        *((name, True) for name in ("Llava", "LlavaNext", "Qwen2.5-VL", "Blip2-OPT", "Gemma3", "PaliGemma2")),
+    ],
 )
 def test_scores_are_the_sum_over_layers_heads_and_rows_of_text_until_the_answer_ends(name: str, ended: bool) -> None:
     row, model = BY_NAME[name], guide(name)

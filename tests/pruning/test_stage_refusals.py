@@ -25,7 +25,7 @@ def test_layers_that_do_not_exist_or_descend_are_refused(stages: tuple[int, ...]
 
 
 def test_compact_positions_are_refused() -> None:
-    with pytest.raises(PruningError, match="layers before it have used their position ids"):
+    with pytest.raises(PruningError, match="layers before it have used the positions"):
         PruneAtDecoderLayers(find_family(model_of(LLAMA)), Uneven(), SiteSettings((2,), compact=True))
 
 

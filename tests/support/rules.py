@@ -52,6 +52,8 @@ RULES: list[tuple[str, dict[str, Any]]] = [
     ("Qwen2.5-VL", {"scorer": "dart"}),
     ("Blip2-OPT", {"scorer": "dart", "scorer_args": {"layer": 1}}),
     ("Gemma3", {"scorer": "fastv", "scorer_args": {"layer": 1}}),
+    ("Blip2-T5", {"scorer": "fastv", "scorer_args": {"layer": 1}}),
+    ("InstructBlip-T5", {"scorer": "pyramiddrop"}),
     ("PaliGemma2", {"scorer": "sparsevlm", "scorer_args": {"stages_at": [1, 2]}}),
     ("Mistral3, sliding window", {"scorer": "dart", "scorer_args": {"layer": 1}}),
     *((name, {"scorer": "visual-exit"}) for name in ("Llava", "Qwen2.5-VL", "Blip2-OPT")),

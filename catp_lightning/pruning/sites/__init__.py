@@ -7,11 +7,13 @@ from catp_lightning.pruning.sites.cross_attention import PruneCrossAttention
 from catp_lightning.pruning.sites.decoder_input import PruneAtDecoderInput
 from catp_lightning.pruning.sites.decoder_layers import PruneAtDecoderLayers
 from catp_lightning.pruning.sites.encoder_input import PruneAtEncoderInput
+from catp_lightning.pruning.sites.encoder_layers import PruneAtEncoderLayers
 
 SITES: tuple[type[PruningSite], ...] = (
     PruneAtDecoderInput,
     PruneAtDecoderLayers,
     PruneAtEncoderInput,
+    PruneAtEncoderLayers,
     PruneCrossAttention,
 )
 """Places where tokens leave, one file each."""
@@ -45,6 +47,7 @@ __all__ = [
     "PruneAtDecoderInput",
     "PruneAtDecoderLayers",
     "PruneAtEncoderInput",
+    "PruneAtEncoderLayers",
     "PruneCrossAttention",
     "PruningSite",
     "SiteSettings",

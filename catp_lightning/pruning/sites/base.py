@@ -22,7 +22,7 @@ class SiteSettings:
     """Settings of a place where tokens leave.
 
     Attributes:
-        stages: decoder layers at whose entry tokens leave, ascending; empty: before the first.
+        stages: layers at whose entry tokens leave, ascending; empty: before the first.
         needs: signals that the method reads; prompts have those of them that are seen inside the language model.
         compact: True to number the kept rows anew, False to leave them their position ids.
     """
@@ -52,7 +52,7 @@ class PruningSite(ABC):
 
     Attributes:
         reads: part of a language model that reads visual tokens at this place, as `Family.reads`.
-        inside: True if tokens leave at layers of the decoder, False if before it or in its cross-attention.
+        inside: True if tokens leave at layers of that part, False if before it or in its cross-attention.
         active: False if the model is to run unpruned.
         calls: tracker of the model's running calls; what is known of a call lives there.
 

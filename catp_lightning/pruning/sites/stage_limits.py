@@ -27,8 +27,8 @@ def layers_read(needs: Needs, stage: int) -> Iterator[int]:
 
 def refuse_stages(family: Family, settings: SiteSettings) -> None:
     """Raise PruningError if tokens cannot leave a family's decoder at the stages that are set."""
-    decoder, config, stages = family.decoder, family.decoder_config, settings.stages
-    name, depth = type(decoder).__name__, len(list(decoder.get_submodule("layers").children()))
+    config, stages, depth = family.decoder_config, settings.stages, family.depth
+    name = type(family.decoder).__name__
     if not stages or list(stages) != sorted({*stages} & {*range(1, depth)}):
         raise PruningError(
             f"Tokens cannot leave at the layers {list(stages)} of {name}, which has {depth}: give ascending numbers "
@@ -37,7 +37,7 @@ def refuse_stages(family: Family, settings: SiteSettings) -> None:
     if settings.compact:
         raise PruningError(
             f'positions="compact" is not possible where tokens leave at layer {stages[0]}: the layers before it have '
-            'used their position ids. Use positions="original".'
+            'used the positions. Use positions="original".'
         )
     types = {*(getattr(config, "layer_types", None) or ())}
     if other := types - {"full_attention", "sliding_attention"}:

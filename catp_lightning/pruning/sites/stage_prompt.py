@@ -1,4 +1,4 @@
-"""Prompts inside the decoder, at the stages where visual tokens are dropped."""
+"""Prompts inside the decoder, or T5's encoder, at the stages where visual tokens are dropped."""
 
 from dataclasses import dataclass
 
@@ -46,7 +46,7 @@ class StagePrompt(DecoderPrompt):
 
 
 class DecoderPrefill:
-    """State of a running prefill of a decoder; R is B samples times the beams.
+    """State of a running prefill of a decoder, or call of an encoder; R is B samples times the beams.
 
     Attributes:
         prompt: the prompt as it entered the decoder.
