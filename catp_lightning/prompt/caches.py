@@ -180,6 +180,6 @@ def refuse_static(cache: Any) -> None:
         )
     if getattr(cache, "is_compileable", False):
         raise PruningError(
-            "A static cache cannot be pruned: it has a place for every column before it is known which are dropped, so "
-            "nothing would be saved. Leave cache_implementation at its default."
+            "A static cache cannot be pruned: its places and its masks are laid out for all columns before it is known "
+            "which are dropped, and no memory would be saved. Leave cache_implementation at its default."
         )

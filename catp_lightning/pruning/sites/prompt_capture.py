@@ -65,7 +65,7 @@ class PromptCapture:
     def _is_image(self, ids: Tensor) -> bool:
         """Return True if there are placeholders of images among ids that are added to a cache.
 
-        A single token, or one that is drafted while `generate` runs, may be such an id, but has no image.
+        A token that `generate` makes or drafts while it runs may be such an id, but has no image.
         """
         if ids.shape[1] == 1 or not bool(self._visual(ids).any()):
             return False
@@ -151,7 +151,7 @@ class PromptCapture:
         return replace(prompt, generating=generating)
 
     def _refuse_parts(self) -> None:
-        """Raise PruningError if a new image comes with a call that is given more, or less, than what is new."""
+        """Raise PruningError if the call that adds an image to a cache reads a part of it, or older images as well."""
         if self.calls.user_call.begun:
             raise PruningError(
                 "generate reads this prompt in several parts, and an image is not in the first: it cannot be pruned as "
