@@ -195,7 +195,7 @@ def foreign_cache() -> PruningError:
     """Return the error for a cache that was not filled by the last pruned prompt."""
     return PruningError(
         "This cache was not filled by the last pruned prompt, or was changed since: it cannot be decoded from. "
-        "Generate from the prompt again, and without assisted or prompt-lookup decoding."
+        "Generate from the prompt again, with all of its images and without past_key_values."
     )
 
 
@@ -208,5 +208,6 @@ def refuse_static(cache: Any) -> None:
         )
     if getattr(cache, "is_compileable", False):
         raise PruningError(
-            "A static cache cannot be pruned: its length is fixed. Leave cache_implementation at its default."
+            "A static cache cannot be pruned: its places and its masks are laid out for all columns before it is known "
+            "which are dropped, and no memory would be saved. Leave cache_implementation at its default."
         )

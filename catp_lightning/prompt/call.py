@@ -151,11 +151,13 @@ class CallTracker:
         None outside of `generate`, where it is not known where a prompt ends and its answer begins.
 
         Args:
-            columns: number of columns of the call; the first call's are the prompt.
+            columns: number of columns of the call; the first call's are the prompt, if no ids were given.
         """
         if self._generating is None:
             return None
-        self._length = columns if self._length is None else self._length  # its first call has the prompt alone
+        if self._length is None:  # its first call has the prompt, and drafts of an answer after it
+            given = self._generating.get("input_ids")
+            self._length = min(columns, given.shape[1]) if isinstance(given, Tensor) else columns
         return self._length
 
     def _call(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:

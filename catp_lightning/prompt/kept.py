@@ -103,6 +103,16 @@ class KeptSequence:
         order = torch.cat([self.order, later.order + self.mask.shape[1]], 1)
         return KeptSequence(order, torch.cat([self.valid, later.valid], 1), torch.cat([self.mask, later.mask], 1))
 
+    def cut(self, length: int) -> "KeptSequence | None":
+        """Return what is left of the first `length` columns; None if columns after them were dropped from any row."""
+        count = self.mask.shape[1] - length
+        if count <= 0:
+            return self
+        last = torch.arange(length, self.mask.shape[1], dtype=torch.int64, device=self.order.device)
+        if not torch.equal(self.order[:, -count:], last.expand(len(self.order), -1)):
+            return None
+        return KeptSequence(self.order[:, :-count], self.valid[:, :-count], self.mask[:, :length], self.cache)
+
     def of_rows(self, rows: Tensor) -> "KeptSequence":
         """Return the kept columns of the rows `rows`, int64 [R']: of beams, or of copies made after the prefill."""
         order, valid, mask = (part.index_select(0, rows) for part in (self.order, self.valid, self.mask))

@@ -76,10 +76,9 @@ def test_text_turns_equal_the_same_chat_under_a_mask(row: Row) -> None:
     read = found[2].inputs["input_ids"].shape[1] - 1  # the last token was not read
     assert found[2].cache.get_seq_length() == read
     later = 0 if isinstance(row.oracle, CrossAttention) else read - inputs["input_ids"].shape[1]
-    if not found[2].cache.layers[0].is_sliding:
-        stored = row.oracle.stored(inputs, keep)
-        assert held(row, found[2]) == stored + later
-        assert stored + later < held(row, full[2]) or stored == keep.shape[1]
+    stored = row.oracle.stored(inputs, keep)
+    assert held(row, found[2]) == stored + later
+    assert stored + later < held(row, full[2]) or stored == keep.shape[1]
 
 
 class Pictured:
@@ -141,12 +140,11 @@ def test_an_image_in_the_second_turn_is_pruned_on_top_of_the_cache(row: Row, cho
         assert torch.equal(turn.tokens, other.tokens)
     for turn, other in zip(found[1:], full[1:], strict=True):
         assert scale(turn.logits - other.logits) > 0.1 * scale(other.logits), "dropping must move both turns"
-    if not found[2].cache.layers[0].is_sliding:
-        read, (first, second) = found[2].inputs["input_ids"].shape[1] - 1, talk.turns
-        length = first["input_ids"].shape[1]
-        stored = length if choices[0] is whole else row.oracle.stored(first, talk.keeps[0])
-        stored += int(columns_kept(second, talk.keeps[1]).sum(1).max())  # its padding is not on the left of the chat
-        assert held(row, found[2]) == stored + read - length - second["input_ids"].shape[1]
+    read, (first, second) = found[2].inputs["input_ids"].shape[1] - 1, talk.turns
+    length = first["input_ids"].shape[1]
+    stored = length if choices[0] is whole else row.oracle.stored(first, talk.keeps[0])
+    stored += int(columns_kept(second, talk.keeps[1]).sum(1).max())  # its padding is not on the left of the chat
+    assert held(row, found[2]) == stored + read - length - second["input_ids"].shape[1]
 
 
 @lacking

@@ -69,23 +69,24 @@ def test_images_that_generate_reads_in_parts_are_refused() -> None:
         model.generate(**inputs, max_new_tokens=2, prefill_chunk_size=14)
 
 
+@pytest.mark.parametrize("count", [2, 4], ids=["of the answer", "of the question too"])
 @pytest.mark.parametrize("name", ["Llava", "Qwen2.5-VL"])
-def test_an_answer_that_is_taken_back_leaves_the_prompt(name: str) -> None:
-    """As chats do to answer again; but the prompt itself cannot be cut."""
+def test_text_that_is_taken_back_is_forgotten_but_not_an_image(name: str, count: int) -> None:
+    """As chats do to answer again, or another question."""
     row = BY_NAME[name]
     model, inputs = row.model(), row.inputs()
     keep, more = chosen(row, inputs), said([3] * len(inputs["input_ids"]), 3)
 
-    def again(hidden: Any, count: int = 2) -> Any:
+    def again(hidden: Any, back: int = count) -> Any:
         first = ask(model, None, inputs, hidden)
-        first.cache.crop(-count)
-        text = {name: first.inputs[name][:, : -count - 1] for name in TEXT if name in first.inputs}
+        first.cache.crop(-back)
+        text = {name: first.inputs[name][:, : -back - 1] for name in TEXT if name in first.inputs}
         return ask(model, replace(first, inputs=text), more, hidden).logits
 
     with prune(model, EVERYTHING, choose=uneven()):
         found = again(plainly)
         with pytest.raises(PruningError, match="or was changed since"):
-            again(plainly, 4)
+            again(plainly, 14)
     masked = again(lambda text: row.oracle.masked(model, inputs, keep))
     exact(found, masked, atol=row.tolerance() * scale(masked))
 

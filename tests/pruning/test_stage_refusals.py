@@ -83,9 +83,9 @@ def test_caches_of_other_prompts_and_cut_caches_are_refused(row: Row) -> None:
                 decode(input_ids=token, attention_mask=mask, past_key_values=cache)
         decode(input_ids=token, attention_mask=mask, past_key_values=second)
         if not any(layer.is_sliding for layer in second.layers):  # those cannot be cut
-            second.crop(-2)  # a row of the prompt as well
+            second.crop(2 - second.get_seq_length())  # rows of the image as well
             with pytest.raises(PruningError, match="changed since"):
-                decode(input_ids=token, attention_mask=mask[:, :-1], past_key_values=second)
+                decode(input_ids=token, attention_mask=mask[:, :3], past_key_values=second)
         third = cache_of(model(**inputs, use_cache=True))
         model.get_submodule(row.oracle.stepper)(input_ids=token)  # text alone
         with pytest.raises(PruningError, match="not filled by the last pruned prompt"):

@@ -31,7 +31,8 @@ class Decoder(Oracle):
     coordinates: bool = False
 
     def cached(self, output: Any) -> int:
-        return int(cache_of(output).layers[0].keys.shape[2])
+        layer = cache_of(output).layers[0]
+        return int(getattr(layer, "cumulative_length", layer.keys.shape[2]))  # a sliding layer lets rows go
 
     def inside(self, model: PreTrainedModel) -> nn.Module:
         return model.get_submodule(self.path).layers[1]

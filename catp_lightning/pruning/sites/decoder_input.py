@@ -124,8 +124,10 @@ class PruneAtDecoderInput(PruningSite):
         if short is False or (short is None and prompt is None):
             return None
         at, own = rows_of(cache), None if prompt is None or prompt.cache is None else prompt.cache()
-        if prompt is None or own is not cache or past < prompt.mask.shape[1] or at is None or len(at) != rows:
+        prompt = None if prompt is None or own is not cache else prompt.cut(past)  # `crop` may have taken text back
+        if prompt is None or at is None or len(at) != rows:
             raise foreign_cache()
+        self._prompt = prompt
         return prompt.of_rows(at)
 
     def _decode(self, kwargs: dict[str, Any], past: int) -> dict[str, Any]:

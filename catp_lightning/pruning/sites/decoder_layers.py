@@ -123,11 +123,14 @@ class PruneAtDecoderLayers(PruningSite):
             return  # its prefill was not shortened
         rows = kwargs["inputs_embeds"] if kwargs.get("input_ids") is None else kwargs["input_ids"]
         own = self._cache() if self._cache is not None else None
-        held = [(kept, cache.get_seq_length(at)) for at, kept in zip(self.stages, self._kept, strict=False)]
+        cut = [part for kept in self._kept if (part := kept.cut(past)) is not None]  # `crop` may have taken text back
+        held = [(kept, cache.get_seq_length(at)) for at, kept in zip(self.stages, cut, strict=False)]
         later = {past - kept.mask.shape[1] for kept, _ in held} | {n - kept.order.shape[1] for kept, n in held}
         at = rows_of(cache)
-        if own is not cache or len(later) != 1 or min(later) < 0 or at is None or len(at) != len(rows):
+        whole = len(cut) == len(self._kept) and len(later) == 1 and min(later) >= 0
+        if own is not cache or not whole or at is None or len(at) != len(rows):
             raise foreign_cache()
+        self._kept = cut
         self._step, self._later = [kept.of_rows(at) for kept in self._kept], later.pop() + rows.shape[1]
         if window(self.family.decoder_config) is not None:  # a layer's mask is made of the columns that its cache holds
             length = self._step[0].mask.shape[1] + self._later

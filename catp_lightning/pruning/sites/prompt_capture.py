@@ -67,6 +67,16 @@ class PromptCapture:
         own = kwargs.get("input_ids") if own is None else own
         return ids if ids is None or own is None else ids[:, -own.shape[1] :]
 
+    def _is_image(self, ids: Tensor) -> bool:
+        """Return True if there are placeholders of images among ids that are added to a cache.
+
+        A token that `generate` makes or drafts while it runs may be such an id, but has no image.
+        """
+        if ids.shape[1] == 1 or not bool(self._visual(ids).any()):
+            return False
+        given = [value for name, value in self.calls.arguments.items() if name.startswith(("pixel_values", "mm_enc"))]
+        return not self.calls.user_call.begun or any(value is not None and len(value) for value in given)
+
     def refuse_images(self, kwargs: dict[str, Any]) -> None:
         """Raise PruningError if the call that continues a cache brings an image.
 
@@ -74,7 +84,7 @@ class PromptCapture:
             kwargs: arguments of the decoder's call.
         """
         ids = self._new_ids(kwargs)
-        if ids is not None and ids.shape[1] > 1 and bool(self._visual(ids).any()):
+        if ids is not None and self._is_image(ids):
             raise PruningError(
                 "An image came with a cache that holds the text before it, and would be read unpruned. Generate from "
                 "the whole text again, with all of its images and without past_key_values."
@@ -115,7 +125,7 @@ class PromptCapture:
             return self._known
         ids = self._new_ids(kwargs) if past else self._take_ids()
         embeds = kwargs.get("inputs_embeds")
-        if past and (ids is None or ids.shape[1] == 1 or not bool(self._visual(ids).any())):
+        if past and (ids is None or not self._is_image(ids)):
             return None
         if embeds is None:
             return None
@@ -123,8 +133,7 @@ class PromptCapture:
         if ids is None or ids.shape[1] != length or rows % len(ids):
             raise PruningError(
                 "The prompt reached the language model without its token ids, so its visual tokens cannot be found. "
-                "Pass input_ids (and pixel_values), not inputs_embeds; chunked prefill and assisted decoding cannot be "
-                "pruned."
+                "Pass input_ids (and pixel_values), not inputs_embeds."
             )
         if past:
             self._refuse_parts()
@@ -152,7 +161,7 @@ class PromptCapture:
         )
 
     def _refuse_parts(self) -> None:
-        """Raise PruningError if a new image comes with a call that is given more, or less, than what is new."""
+        """Raise PruningError if the call that adds an image to a cache reads a part of it, or older images as well."""
         if self.calls.user_call.begun:
             raise PruningError(
                 "generate reads this prompt in several parts, and an image is not in the first: it cannot be pruned as "

@@ -1,0 +1,103 @@
+"""Prompt-lookup and assisted decoding: tokens are drafted, read together, and some are taken back from the cache."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+import torch
+import transformers as hf
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from catp_lightning import PruningPolicy, prune
+from tests.support.caches import INSIDE, kept_by
+from tests.support.families import BY_NAME
+from tests.support.matrix import EVERYTHING, chosen, exact, greedily, scale, uneven
+from tests.support.oracles import Inputs
+from tests.support.rows import Row
+from tests.support.small_configs import GATED
+
+pytestmark = pytest.mark.usefixtures("no_grad")
+
+COUNT = 12
+LOOKUP: dict[str, Any] = {"prompt_lookup_num_tokens": 3}
+ONCE_MORE: dict[str, Any] = {"repetition_penalty": 0.6}  # words of the prompt are likely, so that drafts are right
+OUTPUT: dict[str, Any] = {"return_dict_in_generate": True, "output_logits": True}
+NAMES = ("Llava", "Qwen2.5-VL", "Gemma3", "Mistral3, sliding window", "Blip2-OPT", "InstructBlip")
+
+
+@contextmanager
+def counted(model: PreTrainedModel) -> Iterator[list[int]]:
+    """Yield the number of rows that logits are asked of in each call."""
+    rows: list[int] = []
+    hook = model.get_output_embeddings().register_forward_hook(lambda _, args, output: rows.append(output.shape[1]))
+    try:
+        yield rows
+    finally:
+        hook.remove()
+
+
+def answer(model: PreTrainedModel, inputs: Inputs, **settings: Any) -> tuple[Tensor, Tensor]:
+    """Return new tokens [B, n] and the logits of every step [B, n, V], float32."""
+    found = model.generate(**inputs, **greedily(model, COUNT), **ONCE_MORE, **OUTPUT, **settings)
+    return found.sequences[:, -COUNT:], torch.stack(found.logits, 1)
+
+
+def ending(row: Row, words: int = 2) -> Inputs:
+    """Return a prompt that ends as it begins after its first word: something is drafted before the first call.
+
+    But not for BLIP-2: transformers then reads the prompt without the draft and goes on as if it had read it.
+    """
+    inputs = row.inputs([0])
+    if "Blip" in row.name:
+        return inputs
+    words_of = (inputs["input_ids"] < 100).nonzero()[1:, 1]
+    inputs["input_ids"][0, -words:] = inputs["input_ids"][0, words_of[:words]]
+    return inputs
+
+
+def another() -> PreTrainedModel:
+    return hf.LlamaForCausalLM(hf.LlamaConfig(**GATED)).eval().double()
+
+
+@pytest.mark.parametrize(("name", "assisted"), [*((name, False) for name in NAMES), ("Llava", True)])
+def test_drafted_answers_equal_those_of_the_masked_model(name: str, assisted: bool) -> None:
+    row = BY_NAME[name]
+    model, inputs, settings = row.model(), ending(row), {"assistant_model": another()} if assisted else LOOKUP
+    keep = chosen(row, inputs)
+    with prune(model, EVERYTHING, choose=uneven()) as pruning:
+        tokens, _ = answer(model, inputs)
+        with counted(model) as rows:
+            drafted, logits = answer(model, inputs, **settings)
+    with row.oracle.masked(model, inputs, keep):
+        masked, masked_logits = answer(model, inputs)
+    assert torch.equal(pruning.keep, keep)
+    assert max(rows) > 1, "something must have been drafted"
+    assert torch.equal(drafted, tokens) and torch.equal(drafted, masked)
+    exact(logits, masked_logits, atol=2e-5 * scale(masked_logits))
+
+
+@pytest.mark.parametrize("name", ["Llava", "InternVL"])
+def test_drafted_answers_equal_others_where_tokens_leave_inside_the_decoder(name: str) -> None:
+    row = BY_NAME[name]
+    model, inputs = row.model(), ending(row)
+    with prune(model, INSIDE, **kept_by(INSIDE)):
+        tokens, expected = answer(model, inputs)
+        with counted(model) as rows:
+            drafted, logits = answer(model, inputs, **LOOKUP)
+    assert max(rows) > 1 and torch.equal(drafted, tokens)
+    exact(logits, expected, atol=2e-5 * scale(expected))
+
+
+def test_what_is_drafted_does_not_belong_to_the_prompt() -> None:
+    """A scorer that reads the question chooses the same tokens."""
+    row = BY_NAME["Llava"]
+    model, inputs = row.model(), ending(row)
+    with prune(model, PruningPolicy("cdpruner", keep=4)) as pruning:
+        answer(model, inputs)
+        scores = pruning.scores
+        with counted(model) as rows:
+            answer(model, inputs, **LOOKUP)
+    assert rows[0] > 1, "the first call must read a draft"
+    assert torch.equal(pruning.scores, scores)
