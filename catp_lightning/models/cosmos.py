@@ -1,6 +1,13 @@
-"""Cosmos 3: images as in Qwen-VL."""
+"""Cosmos 3 and Cohere Compass: images as in Qwen-VL."""
 
 from catp_lightning.models.gridded import Gridded
+
+
+class Compass(Gridded):
+    """Cohere Compass, laid out as Qwen3-VL."""
+
+    types = ("cohere_compass",)
+    classes = ("CohereCompassForConditionalGeneration",)
 
 
 class Cosmos(Gridded):

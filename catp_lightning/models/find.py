@@ -6,10 +6,11 @@ from transformers import PreTrainedModel
 from catp_lightning.errors import PruningError
 from catp_lightning.models.base import Family
 from catp_lightning.models.blip2 import Blip2, InstructBlip, InstructBlipVideo
-from catp_lightning.models.cosmos import Cosmos
+from catp_lightning.models.cosmos import Compass, Cosmos
+from catp_lightning.models.ernie import Ernie
 from catp_lightning.models.exaone import Exaone
 from catp_lightning.models.fuyu import Fuyu
-from catp_lightning.models.gemma import Gemma, PaliGemma
+from catp_lightning.models.gemma import Gemma, Gemma4, PaliGemma
 from catp_lightning.models.glm import GLM
 from catp_lightning.models.hyperclovax import HyperCLOVAX
 from catp_lightning.models.idefics import Idefics
@@ -49,7 +50,10 @@ FAMILIES: tuple[type[Family], ...] = (
     Mistral,
     Gemma,
     PaliGemma,
+    Gemma4,
+    Ernie,
     Cosmos,
+    Compass,
     Exaone,
     HyperCLOVAX,
     MiniMax,

@@ -1,11 +1,13 @@
-"""Gemma 3 and PaliGemma: every image has the same number of tokens, which attend to one another."""
+"""Gemma 3, Gemma 4 and PaliGemma. Images of Gemma 4 keep their own size; others have equally many tokens."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import ClassVar
 
 from torch import Tensor, nn
 
+from catp_lightning.models.images import Image, Images
+from catp_lightning.models.placeholder import Placeholder
 from catp_lightning.models.towers import Tower, Towered, in_squares, known_tower, of_pictures
 from catp_lightning.prompt.prompt import DecoderPrompt
 
@@ -52,3 +54,34 @@ class PaliGemma(Gemma):
 
     def positions(self, mask: Tensor) -> Tensor:
         return super().positions(mask) + 1
+
+
+class Gemma4(Placeholder):
+    """Gemma 4."""
+
+    types = ("gemma4", "gemma4_unified")
+    classes = ("Gemma4ForConditionalGeneration", "Gemma4UnifiedForConditionalGeneration")
+
+    def images(self, prompt: DecoderPrompt, counts: Mapping[int, int]) -> Images:
+        """Return images and frames by placeholder id.
+
+        The call's arguments are `pixel_values` [I, patches, D] and `image_position_ids` [I, patches, 2], column and
+        row of each patch, -1 for padding; of frames `pixel_values_videos` and `video_position_ids`. A square of patches
+        makes a token, but in Gemma 4 Unified each patch is one.
+        """
+        config, given, found = self.model.config, prompt.arguments, Images()
+        side = 1 if config.model_type == "gemma4_unified" else config.vision_config.pooling_kernel_size
+        for kind, name in (("image", "pixel_values"), ("video", "pixel_values_videos")):
+            pixels, places = given.get(name), given.get(f"{kind}_position_ids")
+            if pixels is None or places is None:
+                continue
+            found[int(getattr(config, f"{kind}_token_id"))] = [
+                Image(
+                    int(real.sum()) // side**2,
+                    patches[real],
+                    shape=((int(own[:, 1].max()) + 1) // side, (int(own[:, 0].max()) + 1) // side),
+                )
+                for patches, own in zip(pixels, places, strict=True)
+                for real in [(own != -1).all(-1)]
+            ]
+        return found

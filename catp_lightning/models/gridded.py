@@ -25,10 +25,12 @@ class Gridded(Towered):
         tower: name of the tower below the head, if it has Qwen-VL's blocks; empty: its attention is not observed.
         frames_as_images: True if prompts mark frames of videos like images: by the image token between a start and an
             end token.
+        frames_joined: number of steps of a video's time axis whose patches make the tokens of one frame.
     """
 
     tower: ClassVar[str] = ""
     frames_as_images: ClassVar[bool] = False
+    frames_joined: ClassVar[int] = 1
 
     def images(self, prompt: DecoderPrompt, counts: Mapping[int, int]) -> Images:
         """Return images and frames by placeholder id, in the order of their features.
@@ -43,12 +45,13 @@ class Gridded(Towered):
             if pixels is None or grids is None:
                 continue
             token = self.kinds(given)[kind]
+            joins = self.frames_joined if kind == "video" else 1
             shapes = [
                 (height // side, width // side)
                 for (time, height, width), side in zip(grids.tolist(), self.sides(kind, given, len(grids)), strict=True)
-                for _ in range(time)
+                for _ in range(time // joins)
             ]
-            areas = [height * width for time, height, width in grids.tolist() for _ in range(time)]
+            areas = [joins * height * width for time, height, width in grids.tolist() for _ in range(time // joins)]
             images = [
                 Image(rows * columns if own is None else len(own), part, shape=(rows, columns), patches=own)
                 for (rows, columns), own, part in zip(

@@ -7,6 +7,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from catp_lightning.errors import PruningError
+from catp_lightning.models.refused import REFUSED
 
 SHOWN = 5
 TORCHS_OWN = vars(nn.Module()).keys()
@@ -20,6 +21,8 @@ def lacks(model: PreTrainedModel) -> str | None:
 def _reasons(model: PreTrainedModel) -> Iterator[str]:
     config: Any = model.config
     outer: Any = getattr(model, "model", None)
+    if (refused := REFUSED.get(config.model_type)) is not None:
+        yield refused
     if getattr(config, "is_encoder_decoder", False):
         yield "is an encoder-decoder: its prompt has no placeholders that visual tokens take the place of"
     named = hasattr(config, "image_token_id")
@@ -62,6 +65,9 @@ def no_model(module: nn.Module, classes: Iterable[str]) -> PruningError:
         module: the module that was searched.
         classes: names of the Hugging Face classes that are supported.
     """
+    for path, part in _outermost(module):
+        if (refused := REFUSED.get(str(part.config.model_type))) is not None:
+            return PruningError(f"{_at(path, part)} cannot be pruned: it {refused}.")
     found = [f"{_at(path, part)} {lacks(part) or 'is not supported'}" for path, part in _outermost(module)]
     hidden = [f"a {type(part).__name__} in {place}" for place, part in _out_of_sight(module)]
     reasons = [f"Found: {_listed(found)}."] if found else []

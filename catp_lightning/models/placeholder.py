@@ -19,10 +19,11 @@ from catp_lightning.prompt.merging import merged_features
 from catp_lightning.prompt.prompt import DecoderPrompt, Prompt, visual_tokens
 from catp_lightning.utils.messages import warn
 
+BY_COLUMN = ("per_layer_inputs", "moe_mm_token_type_ids")  # inputs of a decoder that have a row for each column
 KNOWN_INPUTS = {
     *("input_ids", "inputs_embeds", "attention_mask", "position_ids", "past_key_values", "use_cache", "kwargs"),
     *("output_attentions", "output_hidden_states", "return_dict", "cache_position"),
-    *("visual_pos_masks", "deepstack_visual_embeds"),  # shortened below
+    *("visual_pos_masks", "deepstack_visual_embeds", *BY_COLUMN, "logits_to_keep"),  # shortened below
 }
 # Inputs, beyond a text model's, of a model below the head that makes the same number of tokens of each picture.
 PICTURES = {
@@ -152,17 +153,22 @@ class Placeholder(Family):
         return columns.expand(3, -1, -1)
 
     def gather_extras(self, kwargs: Mapping[str, Any], prompt: KeptSequence) -> dict[str, Any]:
-        """Return the decoder's inputs for visual rows, shortened like the prompt.
+        """Return the decoder's other inputs, shortened like the prompt.
 
-        Qwen3-VL adds features of earlier vision layers to the visual rows after the first decoder layers.
+        Gemma 4 adds embeddings of each token to the rows of each layer, and computes its last layers of the rows alone
+        whose logits are wanted, which are counted in the full prompt: here of all. ERNIE 4.5 has experts for visual
+        rows. Qwen3-VL adds features of earlier vision layers to the visual rows after the first decoder layers.
         """
+        found = {name: prompt.gather(kwargs[name]) for name in BY_COLUMN if kwargs.get(name) is not None}
+        if "logits_to_keep" in kwargs:
+            found["logits_to_keep"] = 0
         visual = kwargs.get("visual_pos_masks")
         if visual is None:
-            return {}
+            return found
         place = (visual.flatten().cumsum(0) - 1).view(visual.shape)  # index of each visual row's features
         stays = prompt.gather(visual.long()).bool()
         index = prompt.gather(place)[stays]
-        return {
+        return found | {
             "visual_pos_masks": stays,
             "deepstack_visual_embeds": [embeds[index] for embeds in kwargs["deepstack_visual_embeds"]],
         }

@@ -30,9 +30,9 @@ class KeptSequence:
     cache: weakref.ref[Any] | None = None
 
     def gather(self, full: Tensor) -> Tensor:
-        """Select the kept columns: [R, L] or [R, L, D] -> [R, n] or [R, n, D]."""
-        index = self.order if full.dim() == 2 else self.order[..., None].expand(-1, -1, full.shape[-1])
-        return full.gather(1, index)
+        """Select the kept columns: [R, L, ...] -> [R, n, ...]."""
+        index = self.order.view(*self.order.shape, *[1] * (full.dim() - 2))
+        return full.gather(1, index.expand(-1, -1, *full.shape[2:]))
 
     def gather_positions(self, positions: Tensor, compact: bool) -> Tensor:
         """Select position ids [..., R, L] -> [..., R, n]; `compact` closes the gaps that dropped columns leave."""

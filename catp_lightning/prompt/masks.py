@@ -1,6 +1,6 @@
 """Attention masks of a shortened prompt; windows of sliding attention are counted in original columns."""
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -50,7 +50,11 @@ def prefill_masks(mask_argument: Any, prompt: KeptSequence, config: PreTrainedCo
     Never None: gaps in position ids would be read as several packed sequences.
     """
     if isinstance(mask_argument, dict):
-        return {name: on_both_axes(mask, prompt) for name, mask in mask_argument.items() if mask is not None}
+        given = {name: on_both_axes(mask, prompt) for name, mask in mask_argument.items() if mask is not None}
+        if len(given) == len(mask_argument):
+            return given
+        causal = own_masks(prompt.order, prompt.order, prompt.short_mask.bool(), config, dtype)
+        return {**cast(dict[str, Tensor], causal), **given}
     if isinstance(mask_argument, Tensor) and mask_argument.dim() == 4:
         return on_both_axes(mask_argument, prompt)
     if not _window_binds(config, prompt.mask.shape[1]):

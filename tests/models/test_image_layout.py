@@ -61,6 +61,9 @@ def by_hand(row: Row) -> Iterator[Own]:
                 time, height, width = own[f"{kind}_grid_thw"].tolist()
                 side = int(own.get(f"{kind}_merge_sizes", torch.tensor(2)))
                 stays = own.get("video_compression_mask", torch.ones(time * height * width // side**2))
+                if kind == "video" and row.name == "ERNIE-4.5-VL":  # two frames are joined
+                    yield from (Own(number, height * width // side**2, part) for part in own[pixels].chunk(time // 2))
+                    continue
                 for frame in range(time):
                     tokens = 0
                     for place in range(height * width // side**2):
@@ -73,10 +76,14 @@ def by_hand(row: Row) -> Iterator[Own]:
 def pictured(number: int, image: Image) -> Iterator[Own]:
     """An image whose pixels are pictures or one of its tiles, or the frames of a video."""
     pixels = image.tensors.get("pixel_values", image.tensors.get("small"))
+    places = next((value for name, value in image.tensors.items() if name.endswith("position_ids")), None)
+    if places is not None and pixels is not None:  # places of patches, -1 for padding
+        pixels = pixels[places[:, 0] >= 0]
     if pixels is not None:
         yield Own(number, image.tokens, pixels)
     else:
         frames = image.tensors["pixel_values_videos"]
+        frames = frames if places is None else frames[:, places[0, :, 0] >= 0]
         yield from (Own(number, image.tokens // len(frames), frame) for frame in frames)
 
 

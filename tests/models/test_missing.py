@@ -50,8 +50,12 @@ def clip() -> PreTrainedModel:
     return hf.CLIPModel(hf.CLIPConfig(text_config=WORDS, vision_config=SEEING))
 
 
-def git() -> PreTrainedModel:
-    return hf.GitForCausalLM(hf.GitConfig(**WORDS, vision_config=SEEING))
+class UnmarkedConfig(hf.GitConfig):
+    model_type = "unmarked"
+
+
+def unmarked() -> PreTrainedModel:
+    return hf.GitForCausalLM(UnmarkedConfig(**WORDS, vision_config=SEEING))
 
 
 @pytest.mark.parametrize(
@@ -63,7 +67,7 @@ def git() -> PreTrainedModel:
         ),
         (clip, "CLIPModel generates no text"),
         (t5, "T5ForConditionalGeneration is an encoder-decoder: its prompt has no placeholders"),
-        (git, "GitForCausalLM has no image_token_id in its config, so its visual tokens cannot be told from text"),
+        (unmarked, "GitForCausalLM has no image_token_id in its config, so its visual tokens cannot be told from text"),
         (
             lambda: BY_NAME["Llava"].model().model,
             "LlavaModel has no language-model head; hand over the model that has it",

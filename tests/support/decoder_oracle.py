@@ -40,13 +40,15 @@ class Decoder(Oracle):
     @contextmanager
     def masked(self, model: PreTrainedModel, inputs: Inputs, keep: Tensor) -> Iterator[None]:
         columns = columns_kept(inputs, keep)
-        layers = list(model.get_submodule(self.path).layers)
+        layers, lengths = list(model.get_submodule(self.path).layers), list[int]()
 
         def hide(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
             hidden_states = args[0] if args else kwargs["hidden_states"]
             rows, queries = hidden_states.shape[:2]
             cache = kwargs.get("past_key_values")
-            length = queries + (0 if cache is None else cache.get_seq_length(layers.index(layer)))
+            if layer is layers[0]:  # later ones may be called for the last row alone
+                lengths[:] = [queries + (0 if cache is None else cache.get_seq_length())]
+            length = lengths[0]
             mask = kwargs["attention_mask"]
             if mask is None:  # causal, and nothing is padding
                 mask = torch.ones(1, 1, queries, length, dtype=torch.bool).tril(length - queries)
@@ -79,17 +81,18 @@ class Decoder(Oracle):
         return model.get_output_embeddings()(output.last_hidden_state)[0, -n:]
 
     def _features(self, seen: dict[str, Any], columns: Tensor) -> dict[str, Any]:
-        """Return the features that are added to visual rows in the first layers, and where, for the columns kept."""
+        """Return the stack's other inputs for the kept columns: of each layer, or added to visual rows in the first."""
+        found = {name: seen[name][:, columns] for name in ("per_layer_inputs",) if seen.get(name) is not None}
         visual = seen.get("visual_pos_masks")
         if visual is None:
-            return {}
+            return found
         number = (visual.cumsum(1) - 1)[0, columns][visual[0, columns]]
         features = [layer[number] for layer in seen["deepstack_visual_embeds"]]
-        return {"visual_pos_masks": visual[:, columns], "deepstack_visual_embeds": features}
+        return {**found, "visual_pos_masks": visual[:, columns], "deepstack_visual_embeds": features}
 
     def _shortened(self, mask: Any, columns: Tensor, config: Any) -> Any:
         if isinstance(mask, dict):
-            return {kind: self._shortened(one, columns, config) for kind, one in mask.items()}
+            return {kind: one if one is None else self._shortened(one, columns, config) for kind, one in mask.items()}
         if isinstance(mask, Tensor) and mask.dim() == 4:
             return mask[:, :, columns][..., columns]
         window, types = getattr(config, "sliding_window", None), getattr(config, "layer_types", None)

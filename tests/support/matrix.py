@@ -13,6 +13,7 @@ from catp_lightning import PruningPolicy
 from tests.support.families import ROWS
 from tests.support.hybrid_families import HYBRID
 from tests.support.latest_families import LATEST
+from tests.support.layered_families import LAYERED
 from tests.support.newer_families import NEWER
 from tests.support.oracles import END, IMAGE, START, VIDEO, Inputs
 from tests.support.picture_families import PICTURED
@@ -21,7 +22,7 @@ from tests.support.steps import stepwise
 
 STEPS = 4
 EVERYTHING = PruningPolicy()
-MORE = [*NEWER, *PICTURED, *LATEST, *HYBRID]
+MORE = [*NEWER, *PICTURED, *LATEST, *LAYERED, *HYBRID]
 
 
 def every(row: Row) -> bool:

@@ -130,6 +130,7 @@ class Oracle(ABC):
             "attention_mask": ones,
             "token_type_ids": self.first_type * ones,
             "mm_token_type_ids": 0 * ones,
+            "moe_mm_token_type_ids": 0 * ones,
         }
         grown = {name: torch.cat([inputs[name], last], 1) for name, last in more.items() if name in inputs}
         return {**inputs, **grown}

@@ -68,6 +68,12 @@ def deepseek_vl_hybrid() -> PreTrainedModel:
     return hf.DeepseekVLHybridForConditionalGeneration(config)
 
 
+def fast_vlm() -> PreTrainedModel:
+    """Return a FastVLM with a small tower of Segment Anything; the published one is of timm, and gives maps as well."""
+    vision = {"model_type": "sam_vision_model", **SAM, "image_size": 24, "patch_size": 8}
+    return hf.FastVlmForConditionalGeneration(hf.FastVlmConfig(text_config=QWEN2, vision_config=vision, **TOKENS))
+
+
 def fuyu() -> PreTrainedModel:
     text = {name: GATED[name] for name in GATED if name != "num_key_value_heads"}
     config = hf.FuyuConfig(
