@@ -149,6 +149,21 @@ class Family(ABC):
         """Return the position ids that the model makes if given none: mask int64 [R, L] -> [R, L] or [3, R, L]."""
         return torch.arange(mask.shape[1], device=mask.device).expand(mask.shape)
 
+    @property
+    def by_column(self) -> tuple[str, ...]:
+        """Names of other inputs of the decoder that have a row for each column of the prompt."""
+        return ()
+
+    def inputs_of_text(self, names: Iterable[str], ids: Tensor, embeds: Tensor) -> dict[str, Tensor]:
+        """Return those of `by_column` that are in `names`, of text: [R, L, ...].
+
+        Args:
+            names: the names.
+            ids: int64 [R, L], token ids.
+            embeds: float [R, L, D], their embeddings.
+        """
+        return {}
+
     def gather_extras(self, kwargs: Mapping[str, Any], prompt: KeptSequence) -> dict[str, Any]:
         """Return other inputs of the decoder that have a row for each column of the prompt, shortened like it."""
         return {}

@@ -1,9 +1,10 @@
 """Family of any model whose text decoder reads visual tokens in the place of placeholder ids."""
 
 import inspect
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, ClassVar, cast
 
+import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -19,7 +20,8 @@ from catp_lightning.prompt.merging import merged_features
 from catp_lightning.prompt.prompt import DecoderPrompt, Prompt, visual_tokens
 from catp_lightning.utils.messages import warn
 
-BY_COLUMN = ("per_layer_inputs", "moe_mm_token_type_ids")  # inputs of a decoder that have a row for each column
+PER_LAYER = "per_layer_inputs"
+BY_COLUMN = (PER_LAYER, "moe_mm_token_type_ids")  # inputs of a decoder that have a row for each column
 KNOWN_INPUTS = {
     *("input_ids", "inputs_embeds", "attention_mask", "position_ids", "past_key_values", "use_cache", "kwargs"),
     *("output_attentions", "output_hidden_states", "return_dict", "cache_position"),
@@ -152,6 +154,18 @@ class Placeholder(Family):
         columns = (mask.cumsum(1) - 1).clamp(min=0) + deltas.repeat_interleave(len(mask) // len(deltas), 0)
         return columns.expand(3, -1, -1)
 
+    @property
+    def by_column(self) -> tuple[str, ...]:
+        return BY_COLUMN
+
+    def inputs_of_text(self, names: Iterable[str], ids: Tensor, embeds: Tensor) -> dict[str, Tensor]:
+        decoder: Any = self.decoder
+        made: dict[str, Callable[[], Tensor]] = {
+            PER_LAYER: lambda: decoder.get_per_layer_inputs(ids, embeds),
+            "moe_mm_token_type_ids": lambda: torch.zeros_like(ids),
+        }
+        return {name: made[name]() for name in names}
+
     def gather_extras(self, kwargs: Mapping[str, Any], prompt: KeptSequence) -> dict[str, Any]:
         """Return the decoder's other inputs, shortened like the prompt.
 
@@ -159,7 +173,9 @@ class Placeholder(Family):
         whose logits are wanted, which are counted in the full prompt: here of all. ERNIE 4.5 has experts for visual
         rows. Qwen3-VL adds features of earlier vision layers to the visual rows after the first decoder layers.
         """
-        found = {name: prompt.gather(kwargs[name]) for name in BY_COLUMN if kwargs.get(name) is not None}
+        found: dict[str, Any] = {
+            name: prompt.gather(kwargs[name]) for name in BY_COLUMN if kwargs.get(name) is not None
+        }
         if "logits_to_keep" in kwargs:
             found["logits_to_keep"] = 0
         visual = kwargs.get("visual_pos_masks")

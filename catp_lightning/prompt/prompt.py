@@ -54,6 +54,7 @@ class DecoderPrompt(Prompt):
         generating: True if `generate` predicts an answer from the prompt's last row.
         masks: masks [1 or R, h, L, L] that the model itself made of the prompt, where it does not leave that to the
             decoder; by type of layer, where types differ. None: `mask` says all.
+        by_column: other inputs of the decoder by name, [R, L, ...].
         deepstack: features that are added to visual rows after the first layers, a tensor [visual rows, D] for each, in
             the order of placeholders; empty: none are.
     """
@@ -66,6 +67,7 @@ class DecoderPrompt(Prompt):
     is_prompt: Tensor
     generating: bool = field(default=False, kw_only=True)
     masks: Masks | None = field(default=None, kw_only=True)
+    by_column: Mapping[str, Tensor] = field(default_factory=dict, kw_only=True)
     deepstack: tuple[Tensor, ...] = field(default=(), kw_only=True)
 
     @classmethod

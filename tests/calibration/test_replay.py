@@ -72,24 +72,24 @@ def recorded(
 
 
 def close(found: Tensor, expected: Tensor, rounding: float = 0.0) -> None:
-    atol = max(1e-8, rounding * float(expected.abs().max()))
-    torch.testing.assert_close(found, expected, rtol=0, atol=atol)
+    torch.testing.assert_close(found, expected, rtol=0, atol=max(1e-8, rounding * float(expected.abs().max())))
 
 
 @rows_where(lambda row: row.name != "Janus")  # whose generate leaves out the processor of logits it is given
 def test_a_replay_is_the_pruned_run_of_the_same_answer(row: Row) -> None:
     model, inputs = row.model(), row.inputs(range(len(row.samples())), pads=2)
+    rounding = max(row.rounding, row.coarse)
     replay, _, _, answers = recorded(row, inputs)
     keep = uneven()(replay.tokens)
     assert (keep.sum(1) < replay.tokens.sum(1)).sum() >= 2, "or nothing is dropped"
     everything = replay.log_probabilities(replay.tokens)
-    close(everything, forced_logits(model, inputs, answers), row.rounding)
+    close(everything, forced_logits(model, inputs, answers), rounding)
     with prune(model, PruningPolicy(), choose=lambda tokens: keep):
         expected = forced_logits(model, inputs, answers)
-    close(replay.log_probabilities(keep), expected, row.rounding)
+    close(replay.log_probabilities(keep), expected, rounding)
     assert (expected - everything).abs().max() > 0.01, "dropping matters"
     some = torch.tensor([2, 0])
-    close(replay.of_samples(some).log_probabilities(keep[some]), expected[some], row.rounding)
+    close(replay.of_samples(some).log_probabilities(keep[some]), expected[some], rounding)
 
 
 @pytest.mark.parametrize(

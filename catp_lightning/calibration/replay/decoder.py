@@ -62,7 +62,7 @@ class DecoderReplay(PromptReplay):
             inputs = {**inputs, "attention_mask": masks}
         with _entered_with(family.decoder, inputs):
             positions = short.gather_positions(whole.positions, compact=False)
-            return self._answer(short.gather(embeds), short.short_mask, positions, first)
+            return self._answer(short.gather(embeds), short.short_mask, positions, first, inputs)
 
     def pruned_log_probabilities(self, pruner: Pruner) -> Tensor:
         return self._through(pruner.site)
@@ -72,14 +72,16 @@ class DecoderReplay(PromptReplay):
         whole = self._with_answer()
         inputs = _inputs(whole) | ({} if whole.masks is None else {"attention_mask": whole.masks})
         with _entered_with(self.family.decoder, inputs), site.replaying(whole):
-            return self._answer(whole.embeds, whole.mask, whole.positions, self.answers.row[:, None])
+            return self._answer(whole.embeds, whole.mask, whole.positions, self.answers.row[:, None], inputs)
 
     def _with_answer(self) -> DecoderPrompt:
         """Return the prompts with the answers' tokens, except the last, after them."""
         prompt, forced = self.prompt, self.answers.ids[:, :-1]
         nothing = torch.zeros_like(forced, dtype=torch.bool)
         mask = torch.cat([prompt.mask, torch.ones_like(forced)], 1)
-        embeds = torch.cat([prompt.embeds, self.family.model.get_input_embeddings()(forced).to(prompt.embeds.dtype)], 1)
+        words = self.family.model.get_input_embeddings()(forced).to(prompt.embeds.dtype)
+        embeds = torch.cat([prompt.embeds, words], 1)
+        columns = self.family.inputs_of_text(prompt.by_column, forced, words)
         steps = torch.arange(1, forced.shape[1] + 1, device=forced.device)
         last = prompt.positions.amax(-1, keepdim=True)
         if last.dim() > 2:  # time, height and width of what comes after an image are equal
@@ -94,12 +96,15 @@ class DecoderReplay(PromptReplay):
             positions=torch.cat([prompt.positions, last + steps], -1),
             embeds=embeds,
             masks=None if masks is None else extended(masks, mask, config, embeds.dtype),
+            by_column={name: torch.cat([part, columns[name]], 1) for name, part in prompt.by_column.items()},
         )
 
-    def _answer(self, embeds: Tensor, mask: Tensor, positions: Tensor, first: Tensor) -> Tensor:
+    def _answer(
+        self, embeds: Tensor, mask: Tensor, positions: Tensor, first: Tensor, inputs: Mapping[str, Any]
+    ) -> Tensor:
         """Return log-probabilities [B, A, V] along the answer that ends rows [B, n, D].
 
-        Row `first` [B, 1] predicts the answer's first token.
+        Row `first` [B, 1] predicts the answer's first token. Of `inputs` the model itself is given those by column.
         """
         needed, place = answering_rows(self.answers, first, embeds.shape[1] - self.answers.ids.shape[1] + 1)
         logits = self.family.language_model(
@@ -108,6 +113,7 @@ class DecoderReplay(PromptReplay):
             position_ids=positions,
             logits_to_keep=needed,
             use_cache=False,
+            **{name: inputs[name] for name in self.prompt.by_column},
         ).logits
         if logits.shape[1] > len(needed):  # not all models know logits_to_keep
             logits = logits[:, needed]
@@ -116,10 +122,11 @@ class DecoderReplay(PromptReplay):
 
 def _inputs(prompt: DecoderPrompt) -> dict[str, Any]:
     """Return the decoder's inputs for visual rows beside the rows themselves, as the model's own code passes them."""
-    if not prompt.deepstack:
-        return {}
-    features = [padded[prompt.tokens] for padded in prompt.deepstack]
-    return {"visual_pos_masks": prompt.visual, "deepstack_visual_embeds": features}
+    found: dict[str, Any] = dict(prompt.by_column)
+    if prompt.deepstack:
+        features = [padded[prompt.tokens] for padded in prompt.deepstack]
+        found |= {"visual_pos_masks": prompt.visual, "deepstack_visual_embeds": features}
+    return found
 
 
 @contextmanager

@@ -61,7 +61,8 @@ def without_beams(prompt: DecoderPrompt) -> DecoderPrompt:
 
     parts = (prompt.embeds[::beams], prompt.mask[::beams], prompt.positions[..., ::beams, :])
     plain = DecoderPrompt.of(ModelCall(), 1, prompt.ids, prompt.visual, *parts, prompt.is_prompt)
-    return replace(plain, masks=_of_each_mask(prompt.masks, first), deepstack=tuple(features))
+    columns = {name: part[::beams] for name, part in prompt.by_column.items()}
+    return replace(plain, masks=_of_each_mask(prompt.masks, first), by_column=columns, deepstack=tuple(features))
 
 
 def _changed(prompt: DecoderPrompt, change: Callable[[Tensor], Tensor]) -> DecoderPrompt:
@@ -71,7 +72,8 @@ def _changed(prompt: DecoderPrompt, change: Callable[[Tensor], Tensor]) -> Decod
     found = DecoderPrompt.of(prompt.arguments, 1, ids, visual, embeds, mask, positions, change(prompt.is_prompt))
     # Samples may have fewer tokens than the largest of the batch that they were in.
     features = tuple(change(part)[:, : found.tokens.shape[1]] for part in prompt.deepstack)
-    return replace(found, masks=_of_each_mask(prompt.masks, change), deepstack=features)
+    columns = {name: change(part) for name, part in prompt.by_column.items()}
+    return replace(found, masks=_of_each_mask(prompt.masks, change), by_column=columns, deepstack=features)
 
 
 def _of_each_mask(masks: Masks | None, change: Callable[[Tensor], Tensor]) -> Masks | None:

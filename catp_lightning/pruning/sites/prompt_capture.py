@@ -157,6 +157,7 @@ class PromptCapture:
             prompt,
             generating=self.family.reads == "decoder" and self.calls.prompt_length(is_prompt.shape[1]) is not None,
             masks=masks if isinstance(masks, dict) or (masks is not None and masks.dim() == 4) else None,
+            by_column={name: kwargs[name] for name in self.family.by_column if kwargs.get(name) is not None},
             deepstack=deepstack,
         )
 
