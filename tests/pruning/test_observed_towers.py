@@ -170,6 +170,7 @@ def test_each_token_gets_what_its_patches_get_where_the_tower_reads_the_image_al
             own = torch.stack(layers)
             exact(values[..., : own.shape[-1]], own, atol=1e-12)
             assert not values[..., own.shape[-1] :].any() and int(seen.valid[place].sum()) == own.shape[-1]
+    assert find_family(row.model()).heads(Signal.VISION_ATTENTION) == one.attention[0].shape[0] == 4
     spread = seen.by_layer(Signal.VISION_ATTENTION).amax(-1) / seen.by_layer(Signal.VISION_ATTENTION).mean(-1)
     assert spread.max() > 1.5, "flat attention would prove nothing"
 
