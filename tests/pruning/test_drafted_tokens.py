@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 
 from catp_lightning import PruningPolicy, prune
 from tests.support.caches import INSIDE, kept_by
-from tests.support.families import BY_NAME
+from tests.support.families import BY_NAME, OLDEST
 from tests.support.matrix import EVERYTHING, chosen, exact, greedily, scale, uneven
 from tests.support.oracles import Inputs
 from tests.support.rows import Row
@@ -24,7 +24,8 @@ COUNT = 12
 LOOKUP: dict[str, Any] = {"prompt_lookup_num_tokens": 3}
 ONCE_MORE: dict[str, Any] = {"repetition_penalty": 0.6}  # words of the prompt are likely, so that drafts are right
 OUTPUT: dict[str, Any] = {"return_dict_in_generate": True, "output_logits": True}
-NAMES = ("Llava", "Qwen2.5-VL", "Gemma3", "Mistral3, sliding window", "Blip2-OPT", "InstructBlip")
+WINDOWS = ("Gemma3", "Mistral3, sliding window")
+NAMES = ("Llava", "Qwen2.5-VL", *WINDOWS, "Blip2-OPT", "InstructBlip")
 
 
 @contextmanager
@@ -61,7 +62,18 @@ def another() -> PreTrainedModel:
     return hf.LlamaForCausalLM(hf.LlamaConfig(**GATED)).eval().double()
 
 
-@pytest.mark.parametrize(("name", "assisted"), [*((name, False) for name in NAMES), ("Llava", True)])
+def fails(reason: str) -> pytest.MarkDecorator:
+    return pytest.mark.xfail(OLDEST, reason=reason, strict=True)
+
+
+WINDOW = fails("transformers 5.13 cannot take tokens back from a window that is full, unpruned as well")
+CASES = [
+    *(pytest.param(name, False, marks=WINDOW if name in WINDOWS else ()) for name in NAMES),
+    pytest.param("Llava", True, marks=fails("transformers 5.13 hands the assistant pixels, which it refuses")),
+]
+
+
+@pytest.mark.parametrize(("name", "assisted"), CASES)
 def test_drafted_answers_equal_those_of_the_masked_model(name: str, assisted: bool) -> None:
     row = BY_NAME[name]
     model, inputs, settings = row.model(), ending(row), {"assistant_model": another()} if assisted else LOOKUP
@@ -78,6 +90,7 @@ def test_drafted_answers_equal_those_of_the_masked_model(name: str, assisted: bo
     exact(logits, masked_logits, atol=2e-5 * scale(masked_logits))
 
 
+@fails("transformers 5.13 cuts all layers to one length, which they do not have: refused")
 @pytest.mark.parametrize("name", ["Llava", "InternVL"])
 def test_drafted_answers_equal_others_where_tokens_leave_inside_the_decoder(name: str) -> None:
     row = BY_NAME[name]

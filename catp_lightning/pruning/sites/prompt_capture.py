@@ -74,8 +74,10 @@ class PromptCapture:
         """
         if ids.shape[1] == 1 or not bool(self._visual(ids).any()):
             return False
+        call = self.calls.user_call
         given = [value for name, value in self.calls.arguments.items() if name.startswith(("pixel_values", "mm_enc"))]
-        return not self.calls.user_call.begun or any(value is not None and len(value) for value in given)
+        given = [value for value in given if value is not None and len(value)]
+        return not call.begun or bool(given) or call.get("prefill_chunk_size") is not None
 
     def refuse_images(self, kwargs: dict[str, Any]) -> None:
         """Raise PruningError if the call that continues a cache brings an image.
