@@ -114,6 +114,16 @@ class Placeholder(Family):
                 f"{name} adds features to all visual tokens after each of its first {added} layers, and tokens are to "
                 f"leave at layer {stages[0]}: choose layers from {added} on."
             )
+        if stages and (own := sorted(set(BY_COLUMN) & inspect.signature(self.decoder.forward).parameters.keys())):
+            raise PruningError(
+                f"{name} hands {', '.join(own)} to each layer, with a row for each column, and tokens are to leave at "
+                f"layer {stages[0]}: let them leave before the first layer. docs/methods.md lists the scorers that do."
+            )
+        if stages and (shared := getattr(self.decoder_config, "num_kv_shared_layers", 0)):
+            raise PruningError(
+                f"The last {shared} layers of {name} read keys and values of layers before them, and tokens are to leave "
+                f"at layer {stages[0]}: let them leave before the first layer. docs/methods.md lists the scorers that do."
+            )
         if stages and recurrent(self.decoder_config):
             raise PruningError(
                 f"{name} has layers with a recurrent state, which read rows in turn, and tokens are to leave at layer "
