@@ -116,7 +116,7 @@ class Placeholder(Family):
             )
         if stages and (reason := self._against_stages()):
             raise PruningError(
-                f"{name} {reason}, and tokens are to leave at layer {stages[0]}: let them leave before the first layer, "
+                f"{name} {reason}, and tokens are to leave at layer {stages[0]}: let them leave before the first, "
                 "as most scorers in docs/methods.md do."
             )
         if compact and hasattr(self.outer, "get_rope_index"):
