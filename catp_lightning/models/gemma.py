@@ -66,8 +66,8 @@ class Gemma4(Placeholder):
         """Return images and frames by placeholder id.
 
         The call's arguments are `pixel_values` [I, patches, D] and `image_position_ids` [I, patches, 2], column and
-        row of each patch, -1 for padding; of frames `pixel_values_videos` and `video_position_ids`. A square of patches
-        makes a token, but in Gemma 4 Unified each patch is one.
+        row of each patch, -1 for padding; of frames `pixel_values_videos` and `video_position_ids`, by video in older
+        versions of transformers. A square of patches makes a token, but in Gemma 4 Unified each patch is one.
         """
         config, given, found = self.model.config, prompt.arguments, Images()
         side = 1 if config.model_type == "gemma4_unified" else config.vision_config.pooling_kernel_size
@@ -81,7 +81,7 @@ class Gemma4(Placeholder):
                     patches[real],
                     shape=((int(own[:, 1].max()) + 1) // side, (int(own[:, 0].max()) + 1) // side),
                 )
-                for patches, own in zip(pixels, places, strict=True)
+                for patches, own in zip(pixels.flatten(0, -3), places.flatten(0, -3), strict=True)
                 for real in [(own != -1).all(-1)]
             ]
         return found

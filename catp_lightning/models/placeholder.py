@@ -113,16 +113,25 @@ class Placeholder(Family):
                 f"{name} adds features to all visual tokens after each of its first {added} layers, and tokens are to "
                 f"leave at layer {stages[0]}: choose layers from {added} on."
             )
-        if stages and recurrent(self.decoder_config):
+        if stages and (reason := self._against_stages()):
             raise PruningError(
-                f"{name} has layers with a recurrent state, which read rows in turn, and tokens are to leave at layer "
-                f"{stages[0]}: let them leave before the first layer. docs/methods.md lists the scorers that do."
+                f"{name} {reason}, and tokens are to leave at layer {stages[0]}: let them leave before the first, "
+                "as most scorers in docs/methods.md do."
             )
         if compact and hasattr(self.outer, "get_rope_index"):
             raise PruningError(
                 f'positions="compact" has no meaning in {name}: visual tokens have coordinates in their image, not '
                 'places in a row, and dropping them leaves no gap. Use positions="original".'
             )
+
+    def _against_stages(self) -> str:
+        """Return why tokens cannot leave inside the decoder, as the end of a sentence; empty if they can."""
+        config, inputs = self.decoder_config, inspect.signature(self.decoder.forward).parameters
+        if own := [name for name in BY_COLUMN if name in inputs]:
+            return f"hands {', '.join(own)} to each layer, with a row for each column"
+        if shared := getattr(config, "num_kv_shared_layers", 0):
+            return f"has {shared} last layers that read keys and values of layers before them"
+        return "has layers with a recurrent state, which read rows in turn" if recurrent(config) else ""
 
     def _unknown_sizes(self) -> str:
         """Return inputs that may say how many tokens each image has, of an untested model type; empty if none."""
