@@ -14,7 +14,7 @@ from catp_lightning import PruningPolicy, prune
 from tests.support.caches import INSIDE, kept_by
 from tests.support.families import BY_NAME, OLDEST
 from tests.support.matrix import EVERYTHING, chosen, exact, greedily, scale, uneven
-from tests.support.oracles import Inputs
+from tests.support.oracles import IMAGE, Inputs
 from tests.support.rows import Row
 from tests.support.small_configs import GATED
 
@@ -114,3 +114,35 @@ def test_what_is_drafted_does_not_belong_to_the_prompt() -> None:
             answer(model, inputs, **LOOKUP)
     assert rows[0] > 1, "the first call must read a draft"
     assert torch.equal(pruning.scores, scores)
+
+
+class Says(hf.LogitsProcessor):
+    """Make a word the first that is generated after a prompt of `length` columns."""
+
+    def __init__(self, word: int, length: int) -> None:
+        self.word, self.length = word, length
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        own = torch.arange(scores.shape[1]) == self.word
+        return scores.masked_fill(~own, -torch.inf) if input_ids.shape[1] == self.length else scores
+
+
+def test_placeholders_that_are_drafted_after_a_word_that_stood_before_an_image_are_no_image() -> None:
+    row = BY_NAME["Llava"]
+    model, inputs = row.model(), row.inputs([0])
+    ids = inputs["input_ids"]
+    word = ids[0, int((ids[0] == IMAGE).long().argmax()) - 1] = 91  # it stands nowhere else
+    settings = {"logits_processor": [Says(word, ids.shape[1])], "suppress_tokens": None, "max_new_tokens": 4}
+    ways, drafted = {**greedily(model, 4), **settings}, []
+
+    def look(module: Any, args: Any, kwargs: Any) -> None:
+        drafted.append(int((kwargs["input_ids"] == IMAGE).sum()))
+
+    hook = model.model.register_forward_pre_hook(look, with_kwargs=True)
+    with prune(model, EVERYTHING, choose=uneven()) as pruning:
+        expected = model.generate(**inputs, **ways)
+        drafted.clear()
+        found = model.generate(**inputs, **ways, **LOOKUP)
+    hook.remove()
+    assert any(drafted[1:]), "placeholders must have been drafted"
+    assert torch.equal(found, expected) and pruning.prefills == 2
