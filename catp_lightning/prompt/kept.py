@@ -48,16 +48,18 @@ class KeptSequence:
         index = self.order[..., None].expand_as(short)
         return full.scatter(1, index, short.masked_fill(~self.valid[..., None], 0))  # a filler's may be NaN
 
-    def scatter_keys(self, short: Tensor) -> Tensor:
+    def scatter_keys(self, short: Tensor, later: int | None = None) -> Tensor:
         """Put attention to kept columns back in its places over all columns: [R, H, q, n + m] -> [R, H, q, L + m].
 
-        The `m` last keys come after the prompt and stay as they are.
+        Args:
+            short: attention to the kept columns, and to `m` keys that come after the prompt and stay as they are.
+            later: m, if it is known.
 
         Raises:
-            PruningError: the attention has fewer keys than columns were kept, as with the cache of a sliding layer.
+            PruningError: the attention lacks keys, as with the cache of a sliding layer.
         """
-        kept, later = self.order.shape[1], short.shape[3] - self.order.shape[1]
-        if later < 0:
+        kept = self.order.shape[1]
+        if short.shape[3] < kept + (later or 0):
             raise PruningError(
                 "Attention of a layer with a sliding window cannot be put back where columns were dropped. Leave "
                 "output_attentions out, or ask for it without a cache."
@@ -77,12 +79,12 @@ class KeptSequence:
         """Put states [R, n, D] or attention maps [R, H, n, n] of a prefill back in their places over all columns."""
         return self.scatter(short) if short.dim() == 3 else self.scatter_attention(short)
 
-    def scatter_step(self, short: Tensor) -> Tensor:
+    def scatter_step(self, short: Tensor, later: int) -> Tensor:
         """Put attention maps of a decoding step back in their places over all columns; leave its states as they are.
 
-        A decoding step's own rows are all there: [R, q, D] of states, [R, H, q, n + m] of attention.
+        A decoding step's own rows are all there: [R, q, D] of states, [R, H, q, n + m] of attention, m = `later`.
         """
-        return short if short.dim() == 3 else self.scatter_keys(short)
+        return short if short.dim() == 3 else self.scatter_keys(short, later)
 
     @property
     def short_mask(self) -> Tensor:

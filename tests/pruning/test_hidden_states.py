@@ -11,7 +11,7 @@ from tests.support.decoder_oracle import Decoder
 from tests.support.encoder_oracles import EncoderDecoder
 from tests.support.families import BY_NAME
 from tests.support.matrix import EVERYTHING, chosen, every_row, exact, scale, uneven
-from tests.support.oracles import Inputs, columns_kept
+from tests.support.oracles import IMAGE, Inputs, columns_kept
 from tests.support.rows import Row
 
 pytestmark = pytest.mark.usefixtures("no_grad")
@@ -93,6 +93,18 @@ def test_every_step_of_generate_has_the_full_shapes() -> None:
             for kind in expected:
                 if "hidden_states" in kind or "attentions" in kind:
                     assert shapes(found[kind]) == shapes(expected[kind]), (name, policy.scorer, kind)
+
+
+def test_attention_maps_of_a_full_window_are_refused_even_if_it_has_as_many_keys_as_columns_were_kept() -> None:
+    row = BY_NAME["Mistral3, sliding window"]
+    model, inputs = row.model(attention="eager"), row.inputs([1])
+    settings: dict[str, Any] = {"max_new_tokens": 4, "min_new_tokens": 4, "do_sample": False}
+    with prune(model, EVERYTHING, choose=lambda tokens: tokens & (tokens.cumsum(1) <= 1)) as pruning:
+        model.generate(**inputs, **settings)
+        text = int((~torch.isin(inputs["input_ids"], torch.tensor([IMAGE]))).sum())
+        assert text + int(pruning.keep.sum()) == model.config.text_config.sliding_window
+        with pytest.raises(PruningError, match="Leave output_attentions out"):
+            model.generate(**inputs, **settings, output_attentions=True, return_dict_in_generate=True)
 
 
 def shapes(value: Any) -> Any:

@@ -8,6 +8,7 @@ import inspect
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -143,7 +144,8 @@ class PruneAtDecoderInput(PruningSite):
         if self.compact:
             positions = positions - prompt.dropped[:, None] * mask[:, -new:]
         dtype = self.family.model.dtype if not rows.is_floating_point() else rows.dtype
-        self._now, self._restored = prompt, prompt.scatter_step
+        self._now = prompt
+        self._restored = partial(prompt.scatter_step, later=mask.shape[1] - prompt.mask.shape[1])
         self._opened.open(cache)
         masks = decoding_masks(prompt, mask, new, cache, self.family.decoder_config, dtype)
         return {**kwargs, "attention_mask": masks, "position_ids": positions}
