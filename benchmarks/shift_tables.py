@@ -16,6 +16,7 @@ BUDGETS: dict[str, tuple[float, ...]] = {
     "digits_blip2": (0.5, 0.25, 0.125, 0.0625),
     "digits_llava": (0.5, 0.25, 0.125, 0.05),
     "digits_mllama": (0.5, 0.25, 0.125, 0.05),
+    "digits_qwen2_5_vl": (0.5, 0.25, 0.125, 0.05),
 }
 DIVERSE = "divprune"
 
@@ -126,7 +127,7 @@ def page(found: Sequence[Measured], about: str) -> str:
 def verdicts(model: Measured) -> list[list[str]]:
     """Return what is asked of a model, what was measured, and whether that is enough."""
     lines = []
-    for keep, aim in AIMS[model.model].items():
+    for keep, aim in AIMS.get(model.model, {}).items():
         row = model.plain.rows[CALIBRATED, keep]
         lines.append([f"{share(keep)}: at least {aim}", _agreement(row), _yes(row["agreement"] >= aim)])
     for rival in NOT_BELOW.get(model.model, ()):

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import PreTrainedTokenizerFast, get_cosine_schedule_with_warmup
 
-from catp_lightning.data.scenes import ASK, EMPTY, GRID, KINDS, DigitPool, digit_pool, draw_scene
+from catp_lightning.data.scenes import AS_TRAINED, ASK, EMPTY, GRID, KINDS, DigitPool, Drawing, digit_pool, draw_scene
 
 SEED = 0
 PAD, EOS, UNKNOWN, IMAGE = "<pad>", "</s>", "<unk>", "<image>"
@@ -27,21 +27,25 @@ ASKED = ("how many", "is there", "is there", "is there", "largest or smallest") 
 Group = tuple[Callable[..., torch.optim.Optimizer], Sequence[nn.Parameter], float]  # optimizer, parameters, rate
 
 
-def build_tokenizer(image: str = IMAGE, bos: str = EOS) -> PreTrainedTokenizerFast:
-    """Return a tokenizer of one token a word; `bos` comes first in every text.
+def build_tokenizer(
+    image: str = IMAGE, bos: str = EOS, more: Sequence[str] = (), **named: str
+) -> PreTrainedTokenizerFast:
+    """Return a tokenizer of one token a word; `bos` comes first in every text, `more` are further words.
 
-    The image token is in the vocabulary, but not yet special: processors make it so in their own ways.
+    The image token is in the vocabulary, but not special unless it is among `named`, special tokens by attribute:
+    processors make it so in their own ways.
     """
-    words = dict.fromkeys([PAD, EOS, UNKNOWN, image, bos, *WORDS])
+    words = dict.fromkeys([PAD, EOS, UNKNOWN, image, bos, *WORDS, *more])
     tokenizer = Tokenizer(models.WordLevel({word: n for n, word in enumerate(words)}, unk_token=UNKNOWN))
     tokenizer.normalizer = normalizers.Lowercase()
     tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
     tokenizer.post_processor = processors.TemplateProcessing(
         single=f"{bos} $A", special_tokens=[(bos, tokenizer.token_to_id(bos))]
     )
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, pad_token=PAD, eos_token=EOS, bos_token=bos, unk_token=UNKNOWN, padding_side="left"
-    )
+    special = {"pad_token": PAD, "eos_token": EOS, "bos_token": bos, "unk_token": UNKNOWN}
+    if named:
+        special["extra_special_tokens"] = named
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, **special, padding_side="left")
 
 
 class Reader(nn.Module):
@@ -122,9 +126,11 @@ class Batches:
             self.known[text] = self.tokenizer(text, add_special_tokens=self.special).input_ids
         return self.known[text]
 
-    def scenes(self, count: int, rows: int = GRID, columns: int = GRID) -> tuple[Tensor, Tensor]:
+    def scenes(
+        self, count: int, rows: int = GRID, columns: int = GRID, drawing: Drawing = AS_TRAINED
+    ) -> tuple[Tensor, Tensor]:
         """Draw scenes: pixels [B, 3, 16 R, 16 C] in [-1, 1]; cells [B, R, C], a digit plus one, 0 for an empty one."""
-        self.drawn = [draw_scene(self.rng, self.pool, rows, columns) for _ in range(count)]
+        self.drawn = [draw_scene(self.rng, self.pool, rows, columns, drawing) for _ in range(count)]
         pixels = torch.from_numpy(np.stack([scene.image for scene in self.drawn])).float() / 127.5 - 1
         cells = torch.from_numpy(np.stack([scene.grid for scene in self.drawn])) - EMPTY
         return pixels[:, None].expand(-1, 3, -1, -1), cells

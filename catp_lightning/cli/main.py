@@ -37,7 +37,7 @@ examples:
 
 `catp COMMAND --help` explains a command's options, `catp COMMAND --print_config` prints them as YAML for --config.
 A configuration file that is not found is looked for among those shipped: blip2_opt_vqav2.yaml,
-digits_blip2.yaml, digits_llava.yaml, digits_mllama.yaml.
+digits_blip2.yaml, digits_llava.yaml, digits_mllama.yaml, digits_qwen2_5_vl.yaml.
 It exits with 2 where what was asked for is wrong, a name, a value, a file that is not there or a policy for another
 model, and has then not begun; with 1 where the work itself fails. CATP_TRACEBACK=1 shows an error's traceback.
 """

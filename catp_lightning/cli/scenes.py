@@ -30,7 +30,8 @@ def scenes(args: list[str], summary: str, preparation: Preparation) -> None:
             questions: number of questions of the test split.
             calibration_questions: number of questions of the calibration split.
             seed: seed of the scenes and questions.
-            model: the shipped model that the scenes are for: digits_blip2, digits_llava or digits_mllama.
+            model: the shipped model that the scenes are for: digits_blip2, digits_llava, digits_mllama or
+                digits_qwen2_5_vl.
         """
         shipped(model)  # raises where it is not a shipped one
         _check(output, seed, {"calibration": calibration_questions, "test": questions})

@@ -15,6 +15,7 @@ from catp_lightning.data.vqa import VQADataModule, VQADataset, collate
 from catp_lightning.errors import DataError
 from catp_lightning.modules.vqa import VQAModule
 from tests.support.image_files import QUESTION, answers, encoded, noise, split_of
+from tests.support.processors import needs_processors_of_qwen
 from tests.support.tiny_vqa import build_processor
 
 QUESTIONS = {
@@ -29,7 +30,9 @@ QUESTIONS = {
 }
 
 
-@pytest.mark.parametrize("name", ["digits_blip2", "digits_llava"])
+@pytest.mark.parametrize(
+    "name", ["digits_blip2", "digits_llava", pytest.param("digits_qwen2_5_vl", marks=needs_processors_of_qwen)]
+)
 def test_odd_questions_are_answered_pruned_whatever_stands_beside_them(tmp_path: Path, name: str) -> None:
     folder = str(shipped(name))
     split = split_of(tmp_path, {"x": encoded(noise(64, 64))}, [*QUESTIONS.values(), QUESTION])
@@ -49,6 +52,8 @@ def test_odd_questions_are_answered_pruned_whatever_stands_beside_them(tmp_path:
         ("digits_llava", "<pad>"),
         ("digits_llava", "<unk>"),
         ("digits_mllama", "<|begin_of_text|>"),
+        pytest.param("digits_qwen2_5_vl", "<|image_pad|>", marks=needs_processors_of_qwen),
+        pytest.param("digits_qwen2_5_vl", "<|vision_start|>", marks=needs_processors_of_qwen),
     ],
 )
 def test_a_question_that_holds_the_image_token_or_a_special_one_is_refused_by_its_number(

@@ -20,7 +20,7 @@ import torch
 
 from catp_lightning import CrossAttentionCalibration, VQAModule
 from catp_lightning.cli.main import main as catp
-from catp_lightning.data import GRIDS, PROMPTS, SHIPPED, shipped
+from catp_lightning.data import GRIDS, PROMPTS, shipped
 from catp_lightning.data.scenes import write_scenes
 from catp_lightning.data.vqa import VQADataModule, VQASplit
 from catp_lightning.utils.files import write_text
@@ -54,7 +54,7 @@ class Case:
 
 def cases() -> Iterator[Case]:
     """Every case, by model."""
-    for model, seed, named, promise in product(SHIPPED, (0, 1), (False, True), (False, True)):
+    for model, seed, named, promise in product(NAMED, (0, 1), (False, True), (False, True)):
         yield Case(model, seed, NAMED[model] if named else None, promise)
 
 
@@ -83,7 +83,7 @@ def main() -> None:
     with TemporaryDirectory() as folder:
         write_text(DEMO, demo_table(Path(folder)))
     write_text(FOLDER / "machine.json", json.dumps(MACHINE, indent=1) + "\n")
-    modules = {model: VQAModule(str(shipped(model))) for model in SHIPPED}
+    modules = {model: VQAModule(str(shipped(model))) for model in NAMED}
     for case in cases():
         with TemporaryDirectory() as folder:
             write_text(case.file, calibrated(case, modules[case.model], Path(folder)))
