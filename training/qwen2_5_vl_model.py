@@ -33,7 +33,6 @@ from transformers import (
 from catp_lightning.data.scenes import CELL
 
 VISION, TEXT, LAYERS, PLACED = 64, 64, 12, 3  # widths; decoder layers; the one after which tokens know their place
-THETA = 8.0
 RARE = [0.1] + 10 * [1.0]  # weights: most tokens show no digit
 
 
@@ -77,8 +76,9 @@ def build_model(processor: PaddleOCRVLProcessor) -> Qwen2_5_VLForConditionalGene
             "num_attention_heads": 4,
             "num_key_value_heads": 2,
             "max_position_embeddings": 1024,
-            # The last frequencies are the columns': at the usual base they would hardly turn over twenty tokens.
-            "rope_parameters": {"rope_type": "default", "rope_theta": THETA, "mrope_section": [2, 3, 3]},
+            # The last frequencies are the columns': at the usual base they would hardly turn over twenty tokens. At 100
+            # visual tokens learn their place in twice as many steps, at 500 in many more.
+            "rope_parameters": {"rope_type": "default", "rope_theta": 8.0, "mrope_section": [2, 3, 3]},
             **special,
         },
         image_token_id=ids[IMAGE],
