@@ -30,13 +30,15 @@ from catp_lightning.models import find_family
 from catp_lightning.pruning.answers import compare_with_unpruned
 from catp_lightning.pruning.pruner import applied
 from tests.support.calibrations import figures
-from tests.support.families import BY_NAME
+from tests.support.families import ROWS
 from tests.support.footprints import footprint
+from tests.support.hybrid_families import HYBRID
 from tests.support.modules import Generating
 from tests.support.rows import Row
 from tests.support.rules import early
 from tests.support.trainers import loading, trainer
 
+BY_NAME = {row.name: row for row in (*ROWS, *HYBRID)}
 BATCHES, KEEP, CHECKED = 6, 0.4, 0.4
 SETTINGS = {"max_new_tokens": 2, "do_sample": False}
 QUICK = CalibrationSettings(probes=1, sizes=(0.25,), folds=2, checked=CHECKED)
@@ -50,8 +52,10 @@ METHODS = {
     "InstructBlip": ("catp", "cross-attention"),
     "Mllama": ("trimmed-llama", "l2-norm"),
     "Qwen2-VL": ("cdpruner",),
-    "Qwen2.5-VL": ("divprune",),
-    "Qwen3-VL": ("cdpruner",),
+    "Qwen2.5-VL": ("divprune", "fastervlm", "visionzip", "fastv"),
+    "Qwen3-VL": ("cdpruner", "vtc-cls"),
+    "Qwen3.5": ("divprune", "fastervlm"),
+    "LFM2-VL": ("divprune",),
     "Gemma3": ("divprune", "fastv"),
     "PaliGemma2": ("divprune",),
     "Mistral3, sliding window": ("divprune", "pyramiddrop"),
@@ -67,8 +71,9 @@ FAST = {
     "Blip2-OPT": ("catp",),
     "InstructBlip": ("cross-attention",),
     "Mllama": ("trimmed-llama",),
-    "Qwen2.5-VL": ("divprune",),
+    "Qwen2.5-VL": ("fastervlm",),
     "Qwen3-VL": ("cdpruner",),
+    "LFM2-VL": ("divprune",),
     "Gemma3": ("divprune",),
     "Mistral3, sliding window": ("divprune",),
     "Blip2-T5": ("catp",),
