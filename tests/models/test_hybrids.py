@@ -1,6 +1,7 @@
 """Decoders in which layers with a recurrent state and attention take turns: what dropping means, and caches."""
 
 import sys
+from contextlib import nullcontext
 from copy import deepcopy
 from types import ModuleType
 from typing import Any
@@ -8,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from catp_lightning import PruningError, PruningPolicy, prune
 from catp_lightning.models import find_family
@@ -100,3 +102,41 @@ def test_inside_the_decoder_nothing_can_be_dropped(row: Row) -> None:
     with pytest.raises(PruningError, match="layers with a recurrent state"), prune(row.model(), policy):
         pytest.fail("entered")
     assert find_family(row.model()).depth > 2
+
+
+@pytest.mark.usefixtures("in_float64")
+@hybrids
+def test_a_second_turn_on_the_cache_equals_reading_all_of_it_at_once(row: Row) -> None:
+    model, inputs = row.model(), row.inputs([1])
+    types = inputs.pop("mm_token_type_ids", None)
+    settings: dict[str, Any] = {"max_new_tokens": 3, "min_new_tokens": 3, "do_sample": False, "output_logits": True}
+
+    def answered(ids: Tensor, **more: Any) -> Any:
+        own = {} if types is None else {"mm_token_type_ids": pad(types, (0, ids.shape[1] - types.shape[1]))}
+        mask = torch.ones_like(ids)
+        return model.generate(ids, attention_mask=mask, return_dict_in_generate=True, **settings, **own, **more)
+
+    images = {name: value for name, value in inputs.items() if name not in ("input_ids", "attention_mask")}
+    with prune(model, PruningPolicy("l2-norm", keep=0.4)) as pruning:
+        first = answered(inputs["input_ids"], **images)
+        ids = torch.cat([first.sequences, torch.tensor([[11, 12, 13, 14]])], 1)
+        second = torch.stack(answered(ids, past_key_values=first.past_key_values).logits, 1)
+        prefills = pruning.prefills
+        anew = torch.stack(answered(ids, **images).logits, 1)
+    assert prefills == 1 and pruning.prefills == 2
+    exact(second, anew, atol=1e-10 * scale(anew))
+
+
+def test_images_on_a_cache_of_which_samples_keep_different_numbers_are_refused() -> None:
+    row = next(row for row in HYBRID if row.name == "LFM2-VL")
+    model, inputs = row.model(), row.inputs([2, 2])
+    text = torch.tensor([[5, 6, 7], [8, 9, 10]])
+    mask = torch.cat([torch.ones_like(text), inputs.pop("attention_mask")], 1)
+    for choice, refused in ((uneven(), True), (lambda tokens: tokens & (tokens.cumsum(1) <= 2), False)):
+        with prune(model, EVERYTHING, choose=choice):
+            cache = model(input_ids=text, use_cache=True).past_key_values
+            raises = (
+                pytest.raises(PruningError, match="Give each sample a call of its own") if refused else nullcontext()
+            )
+            with raises:
+                model(**inputs, attention_mask=mask, past_key_values=cache)

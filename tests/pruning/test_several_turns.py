@@ -14,6 +14,7 @@ from tests.support.encoder_oracles import CrossAttention, EncoderDecoder
 from tests.support.families import BY_NAME
 from tests.support.matrix import EVERYTHING, chosen, exact, rows_where, scale, uneven
 from tests.support.oracles import Inputs, columns_kept
+from tests.support.recurrent_oracle import Recurrent
 from tests.support.rows import Row
 
 pytestmark = pytest.mark.usefixtures("no_grad")
@@ -60,7 +61,7 @@ def replies(count: int) -> list[Inputs]:
 
 
 @lacking
-@rows_where(lambda row: not isinstance(row.oracle, EncoderDecoder))
+@rows_where(lambda row: not isinstance(row.oracle, EncoderDecoder | Recurrent))  # test_hybrids has those
 def test_text_turns_equal_the_same_chat_under_a_mask(row: Row) -> None:
     model, inputs = row.model(), row.inputs()
     turns, keep = [inputs, *replies(len(inputs["input_ids"]))], chosen(row, inputs)

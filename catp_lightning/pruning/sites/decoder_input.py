@@ -78,7 +78,7 @@ class PruneAtDecoderInput(PruningSite):
         before = self._held(cache, past, len(embeds)) if past else None
         selection = self.decide(prompt)
         keep = prompt.columns(selection.keep)
-        short = kept_sequence(keep, prompt.mask, recurrent(self.family.decoder_config))
+        short = kept_sequence(keep, prompt.mask, recurrent(config))
         self._filling = True
         if short.whole and before is None:
             return kwargs
@@ -86,6 +86,12 @@ class PruneAtDecoderInput(PruningSite):
             raise PruningError(
                 'positions="compact" has no meaning here: visual tokens have coordinates in their image, not places in '
                 'a row, and dropping them leaves no gap. Use positions="original".'
+            )
+        if past and recurrent(config) and not bool(short.valid.all()):
+            raise PruningError(
+                f"{type(self.family.model).__name__} has layers with a recurrent state, which read rows in turn, and "
+                "samples keep different numbers of tokens of images that came with a cache: what fills up the shorter "
+                "ones would change their state. Give each sample a call of its own, or keep a number of tokens, an int."
             )
         mask = self._prompts.mask(kwargs, len(embeds), past + embeds.shape[1], embeds.device)
         turn = Turn.of(before, mask, short)
