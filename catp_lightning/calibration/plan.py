@@ -15,6 +15,7 @@ from catp_lightning.models import Family
 from catp_lightning.policy import PruningPolicy
 from catp_lightning.pruning.guide import Guide
 from catp_lightning.pruning.pruner import Pruner, instead_of
+from catp_lightning.pruning.text_tower import TextTower
 
 OF_HEADS = BY_LAYER - {Signal.VISION_KEYS}
 
@@ -29,6 +30,7 @@ class Plan:
         scorers: scorers whose head weights are fitted, by name, with all the layers they may read.
         layer: decoder layer at whose entry tokens leave; 0: before the first layer.
         guide: guide model that the method reads; None: it reads none.
+        text_tower: text encoder that the method reads; None: it reads none.
         settings: settings that trade time for precision.
         perturbations: perturbations of images by name; copies of every sample on perturbed images are measured too.
         largest: number of visual tokens of the largest image; None until it is known.
@@ -39,6 +41,7 @@ class Plan:
     method: PruningPolicy | None = None
     layer: int = 0
     guide: Guide | None = None
+    text_tower: TextTower | None = None
     settings: CalibrationSettings = DEFAULTS
     perturbations: Mapping[str, Perturbation] = field(default_factory=dict)
     largest: int | None = None
@@ -68,11 +71,13 @@ class Plan:
         refusal = why_not(family, method.with_keep(0.5), guide)
         if refusal is not None:
             raise PruningError(f"{method.scorer!r} cannot be calibrated here. {refusal}{instead_of(method, family)}")
-        scorer, asked = method.build_scorer(), None
+        scorer, asked, tower = method.build_scorer(), None, None
         if guide is not None and Signal.GUIDE_ATTENTION in scorer.needs:
             asked = Guide(guide, family, None, getattr(scorer, "answer_tokens", 1))
+        if Signal.TEXT_RELEVANCE in scorer.needs:
+            tower = TextTower(family, getattr(scorer, "text_encoder", ""))
         stages = scorer.stages(family.depth)
-        plain = cls(family, {}, method, stages[0] if stages else 0, asked, settings)
+        plain = cls(family, {}, method, stages[0] if stages else 0, asked, tower, settings)
         fitted = everything_it_reads(plain, scorer, method.selector, stages)
         return plain if fitted is None else replace(plain, scorers={method.scorer: fitted})
 

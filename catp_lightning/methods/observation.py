@@ -39,6 +39,11 @@ class Signal(Enum):
     GUIDE_ATTENTION = (
         "attention a token gets in a guide model from the prompt's text and the answer, by layer: [I, H, T]"
     )
+    VISION_STATES = "the token's patch as the vision tower hands it to the projector: [I, D, T]"
+    TEXT_RELEVANCE = (
+        "cosine of the token's patch and the prompt's text in the space of a text encoder beside the model, mean over "
+        "the text's segments: [I, T]; 0 without text"
+    )
     IMAGE_FEATURES = "the token as it leaves the vision part: [I, T, D]"
     PATCH_POSITION = (
         "part (crop, tile), row and column of a token's patch, -1 for a row where it is none: int64 [I, T, 3]"
@@ -58,6 +63,8 @@ BY_LAYER = frozenset(
         Signal.GUIDE_ATTENTION,
     }
 )
+BESIDE = frozenset({Signal.GUIDE_ATTENTION, Signal.TEXT_RELEVANCE})
+"""Signals that come from a model beside the one that is pruned."""
 STAGED = frozenset(
     {
         Signal.LAST_TOKEN_ATTENTION,

@@ -8,6 +8,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import pad
 
+from catp_lightning.methods.observation import Signal
+from catp_lightning.models.base import OutputSite
 from catp_lightning.models.images import Images, equal_images, pictures, sized_images
 from catp_lightning.models.towers import (
     WITH_CLASS,
@@ -60,6 +62,22 @@ class Llava(Towered):
             for name in self.readers
             if (tower := known_tower(getattr(self.model.model, name), layers)) is not None
         ]
+
+    @property
+    def signals(self) -> frozenset[Signal]:
+        """Signals without layers; `Signal.VISION_STATES` where one layer of one CLIP tower is projected, of images."""
+        config: Any = self.model.config
+        one = isinstance(getattr(config, "vision_feature_layer", None), int) and len(self.readers) == 1
+        images = getattr(config, "video_token_id", None) is None
+        return super().signals | ({Signal.VISION_STATES} if self._has_class and one and images else set())
+
+    def output_site(self, signal: Signal) -> OutputSite:
+        """Return the input of the projector, patch by patch, without [CLS]: [P, D, N]."""
+        patches = self._patches()
+        return OutputSite(
+            self.model.model.multi_modal_projector,
+            lambda args, kwargs, output: args[0][:, -patches:].transpose(1, 2),
+        )
 
     def images(self, prompt: DecoderPrompt, counts: Mapping[int, int]) -> Images:
         if pictures(prompt.arguments) is None:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from catp_lightning.errors import PruningError
 from catp_lightning.methods.guard import Guard, Summaries
 from catp_lightning.methods.method import score_tokens, selected
-from catp_lightning.methods.observation import Needs, Signal, join
+from catp_lightning.methods.observation import BESIDE, Needs, Signal, join
 from catp_lightning.methods.scorers import SCORERS
 from catp_lightning.methods.selection import Selection, images_to_samples, protected_tokens
 from catp_lightning.methods.selectors import without_autocast
@@ -20,7 +20,7 @@ from catp_lightning.models import Family, find_family
 from catp_lightning.policy import PruningPolicy
 from catp_lightning.policy.images import has_images
 from catp_lightning.prompt.prompt import Prompt
-from catp_lightning.pruning.guide import Guide, refuse_without_rows
+from catp_lightning.pruning.beside import observed, reading
 from catp_lightning.pruning.observer import Observer
 from catp_lightning.pruning.record import OnPrefill, Prefill, Pruning
 from catp_lightning.pruning.refusals import (
@@ -86,8 +86,8 @@ class Pruner:
         needs = [self._method.needs, *([] if self.leave_at else [watched])] if scored else []
         wanted = join([*needs, {Signal.IMAGE_HASH: None}] if self._known else needs)
         self._refuse(scored, wanted)
-        self._guide = self._guided(guide, wanted) if Signal.GUIDE_ATTENTION in wanted else None
-        wanted.pop(Signal.GUIDE_ATTENTION, None)
+        self._beside = reading(family, self._scorer, wanted, guide)
+        wanted = observed(wanted)
         settings = SiteSettings(self.leave_at, wanted, policy.positions == "compact")
         # No reference cycle: the model's memory is freed with its last reference.
         own, record = weakref.proxy(self), self.record
@@ -111,19 +111,6 @@ class Pruner:
             refuse_fallback(self._method, self._guard.fallback, self.family)
         if self._selector.merges and scored:
             refuse_merging(self.policy, self._selector, self.family, bool(self.leave_at))
-
-    def _guided(self, guide: nn.Module | None, wanted: Needs) -> Guide:
-        refuse_without_rows(self.family)
-        if guide is None:
-            raise PruningError(
-                f"The policy's scorer {self.policy.scorer!r} ranks tokens by the attention of a smaller model of the "
-                "same kind: give it, prune(model, policy, guide=small_model). TokenPruning and PrunedModule take it "
-                "too."
-            )
-        answer_tokens = getattr(self._scorer, "answer_tokens", 1)  # set by the method
-        found = Guide(guide, self.family, wanted[Signal.GUIDE_ATTENTION], answer_tokens)
-        refuse_unprunable(guide, found.family)
-        return found
 
     @contextmanager
     def suspended(self) -> Iterator[None]:
@@ -192,8 +179,8 @@ class Pruner:
             if self._guard is not None:
                 self._summaries = self._guard.summaries(seen)
         if inside is None:
-            if self._guide is not None:
-                seen = self._guide.add(seen, prompt)
+            for model in self._beside:
+                seen = model.add(seen, prompt)
             self._check_budget(seen.droppable.sum(1))
             if self._guard is not None and self._summaries is not None:
                 return self._guard.select(self._method, self._summaries, seen, self.policy.keep, visual), images
@@ -284,15 +271,13 @@ def applied(
 def instead_of(policy: PruningPolicy, family: Family) -> str:
     """Return the end of an error message that refuses a policy: the scorers that can prune the model.
 
-    Empty if the policy's own scorer can prune the model, or needs a guide.
+    Empty if the policy's own scorer can prune the model, or reads another model beside it.
     """
     suited = []
     for name in SCORERS:
         with suppress(Exception):  # refused on this model, or of a package that does not work
             Pruner(family, PruningPolicy(name))
             suited.append(name)
-    if (
-        policy.scorer in suited or Signal.GUIDE_ATTENTION in policy.build_scorer().needs
-    ):  # the error is about a setting or the guide
-        return ""
+    if policy.scorer in suited or BESIDE & policy.build_scorer().needs.keys():
+        return ""  # the error is about a setting or the other model
     return f" The scorers that work on {type(family.model).__name__} are {', '.join(suited)}."

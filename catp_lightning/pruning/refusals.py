@@ -8,7 +8,7 @@ from torch import nn
 
 from catp_lightning.errors import PolicyError, PruningError
 from catp_lightning.methods.method import Method
-from catp_lightning.methods.observation import STAGED, Needs, Signal
+from catp_lightning.methods.observation import BESIDE, STAGED, Needs, Signal
 from catp_lightning.methods.scorers import SCORERS, Learned
 from catp_lightning.methods.selectors import SELECTORS, Selector
 from catp_lightning.models import Family
@@ -158,11 +158,11 @@ def refuse_routes(method: Method, depth: int) -> None:
         depth: number of layers of the decoder.
     """
     for rule in method.rules:
-        if rule.scorer.stages(depth) or rule.selector.merges or Signal.GUIDE_ATTENTION in rule.needs:
+        if rule.scorer.stages(depth) or rule.selector.merges or BESIDE & rule.needs.keys():
             raise PruningError(
                 f"A question cannot choose {SCORERS.name_of(rule.scorer)!r} with {SELECTORS.name_of(rule.selector)!r}: "
-                "the rules of a policy with routes drop tokens before the decoder, merge none, and read no guide. "
-                "Give others, or leave routes out."
+                "the rules of a policy with routes drop tokens before the decoder, merge none, and read no other "
+                "model, guide or text encoder. Give others, or leave routes out."
             )
 
 
@@ -175,8 +175,11 @@ def refuse_fallback(method: Method, fallback: Method, family: Family) -> None:
                 f"A fallback and the policy it stands in for drop tokens before the decoder and merge none; the {what} "
                 "does otherwise. Leave fallback out, or choose another rule: 'divprune' works on every model."
             )
-    if Signal.GUIDE_ATTENTION in fallback.needs:
-        raise PruningError(f"The {name} reads a guide model, which a fallback has not. Choose 'divprune'.")
+    if BESIDE & fallback.needs.keys():
+        raise PruningError(
+            f"The {name} reads a model beside the one that is pruned, a guide or a text encoder, which a fallback has "
+            "not. Choose 'divprune'."
+        )
     if not family.shows(fallback.needs):
         missing = sorted(
             signal.name.lower().replace("_", "-") for signal in fallback.needs if not family.shows({signal})

@@ -2,6 +2,7 @@
 
 import math
 from copy import deepcopy
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from catp_lightning import CrossAttentionCalibration, PolicyError, PruningError, PruningPolicy, prune
 from catp_lightning.calibration.fit.fitting import Fitted, ScorerFit
@@ -30,6 +32,7 @@ from catp_lightning.models import find_family
 from catp_lightning.pruning.answers import compare_with_unpruned
 from catp_lightning.pruning.pruner import applied
 from tests.support.calibrations import figures
+from tests.support.clips import pair
 from tests.support.families import ROWS
 from tests.support.footprints import footprint
 from tests.support.hybrid_families import HYBRID
@@ -239,6 +242,27 @@ def test_a_guide_is_asked_while_its_layers_and_heads_are_calibrated(tmp_path: Pa
         checked = figures(policy, name)["check"]["agreement"]
         assert checked == pytest.approx(agreement(row, PruningPolicy("sgl", args, keep=KEEP), guide)[1], abs=1e-12)
     assert footprint(guide) == before
+
+
+@dataclass(frozen=True, eq=False)
+class WithClip(Row):
+    """Row with a model of its own: a copy of another row's, with the vision tower of a CLIP."""
+
+    own: Any = None
+
+    def model(self, dtype: torch.dtype = torch.float64, attention: str | None = None) -> PreTrainedModel:
+        return self.own
+
+
+def test_a_text_encoder_is_asked_while_the_method_that_reads_it_is_measured(tmp_path: Path) -> None:
+    llava, clip = BY_NAME["Llava"], pair("Llava", tmp_path)
+    row = WithClip("Llava with a CLIP", llava.make, llava.samples, llava.oracle, own=clip.model)
+    policy = calibrate(row, tmp_path / "policy.json", scorer="cdpruner", scorer_args=clip.args)
+    assert (policy.scorer, policy.scorer_args) == ("cdpruner", clip.args)
+    assert [row["name"] for row in policy.evidence["candidates"] if "cdpruner" in row["name"]] == ["cdpruner"]
+    checked = figures(policy, "cdpruner")["check"]["agreement"]
+    really, words = (agreement(row, one)[1] for one in (policy, PruningPolicy("cdpruner", keep=KEEP)))
+    assert checked == pytest.approx(really, abs=1e-12) and abs(really - words) > 0.01
 
 
 def test_a_method_that_needs_what_calibration_cannot_give_is_refused(tmp_path: Path) -> None:

@@ -16,6 +16,7 @@ from catp_lightning.methods.observation import Needs, Observation, Signal
 from catp_lightning.methods.selection import Selection
 from catp_lightning.prompt.prompt import Prompt
 from catp_lightning.pruning.answers import Answer, listening
+from catp_lightning.pruning.beside import observed
 from catp_lightning.pruning.observer import Observer
 from catp_lightning.pruning.sites import PruningSite, SiteSettings, site_of
 
@@ -45,8 +46,7 @@ class Recorder:
         )
         stages = (plan.layer,) if plan.layer else ()
         self._site = site_of(plan.family, self._record, SiteSettings(stages, inside))
-        before: Needs = {key: layers for key, layers in needs.items() if key is not Signal.GUIDE_ATTENTION}
-        self._observer = Observer(plan.family, before, self._site.calls)
+        self._observer = Observer(plan.family, observed(needs), self._site.calls)
         self._replay = _replay_of(self._site)
         self.perturber = Perturber(plan)
         self.again: tuple[tuple[Any, ...], dict[str, Any]] | None = None
@@ -73,8 +73,9 @@ class Recorder:
 
     def _record(self, prompt: Prompt) -> Selection:
         seen = self._observer.take(prompt) if prompt.tokens.any() else None
-        if seen is not None and self.plan.guide is not None:
-            seen = self.plan.guide.add(seen, prompt)
+        for model in (self.plan.guide, self.plan.text_tower):
+            if seen is not None and model is not None:
+                seen = model.add(seen, prompt)
         self._prompts.append((prompt, seen))
         return Selection(prompt.tokens)  # nothing is dropped: answers stay the usual ones
 
