@@ -184,12 +184,16 @@ def _apart(
     """Yield query, key and mask of each picture that a vision tower reads, or once if they are not told apart.
 
     Flash attention is called once for all pictures that lie in one row, with the places where each begins and the last
-    one ends. Pixtral's tower in older versions gives positions alone, of which the first of a picture is 0.
+    one ends. Pixtral's tower in older versions gives positions alone, of which the first of a picture is 0. A decoder
+    that is not causal, PaliGemma's, gives positions too; in a decoding step none of them is 0.
     """
     starts, positions = kwargs.get("cu_seq_lens_q"), kwargs.get("position_ids")
+    if getattr(module, "is_causal", True):
+        starts = positions = None
     if starts is None and mask is None and positions is not None and positions.shape == (1, query.shape[2]):
-        starts = nn.functional.pad((positions[0] == 0).nonzero()[:, 0], (0, 1), value=query.shape[2])
-    if starts is None or getattr(module, "is_causal", True):
+        begins = (positions[0] == 0).nonzero()[:, 0]
+        starts = nn.functional.pad(begins, (0, 1), value=query.shape[2]) if len(begins) else None
+    if starts is None:
         yield query, key, mask
         return
     lengths = starts.diff().tolist()

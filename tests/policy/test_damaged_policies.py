@@ -103,7 +103,7 @@ def fuzz_partials(count: int, place: Path, canary: Path) -> None:
 
     file.unlink(missing_ok=True)
     content = write()
-    assert len(tensors_of(content)) == 3
+    assert len(tensors_of(content)) == 4
     length = int.from_bytes(content[:8], "little")
     header, rest = json.loads(content[8 : 8 + length]), content[8 + length :]
 

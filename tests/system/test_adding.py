@@ -22,7 +22,6 @@ from catp_lightning.calibration.statistics import Statistic
 from catp_lightning.methods import SELECTORS, Selector
 from catp_lightning.models import FAMILIES, find_family
 from catp_lightning.models.placeholder import Placeholder
-from catp_lightning.prompt.masks import two_dimensional
 from catp_lightning.pruning.pruner import applied
 from catp_lightning.pruning.sites import SITES, PruningSite
 from catp_lightning.pruning.sites.prompt_capture import PromptCapture
@@ -119,14 +118,16 @@ def test_it_ranks_ties_and_what_is_no_number_as_every_selector_does(merge_neares
 
 
 def cohere2_vision() -> hf.PreTrainedModel:
-    """Return a small Cohere2 Vision, whose decoder has sliding windows; no family of the package lists its type."""
+    """Return a small Cohere2 Vision, whose decoder has sliding windows, under a type that nobody lists."""
     config = hf.Cohere2VisionConfig(
         vision_config=siglip(image_size=48),
         text_config=hf.Cohere2Config(**GATED, sliding_window=12),
         alignment_intermediate_size=64,
         image_token_id=IMAGE,
     )
-    return hf.Cohere2VisionForConditionalGeneration(config)
+    model = hf.Cohere2VisionForConditionalGeneration(config)
+    model.config.model_type = "my_vision"
+    return model
 
 
 COHERE = Row("Cohere2Vision", cohere2_vision, lambda: prompts(pictures(9, (3, 48, 48))), Decoder())
@@ -139,13 +140,13 @@ def test_a_family_of_two_lines_is_found_and_pruned_without_a_warning(monkeypatch
     names = example("Add a model family", "from catp_lightning.models.placeholder import Placeholder")
     *others, last = FAMILIES
     assert last is Placeholder, "models of no other family"
-    monkeypatch.setattr("catp_lightning.models.find.FAMILIES", (*others, names["Cohere2Vision"], last))
+    monkeypatch.setattr("catp_lightning.models.find.FAMILIES", (*others, names["MyVision"], last))
     full = generate(COHERE, model, inputs)[1]
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         with prune(model, PruningPolicy("l2-norm", keep=0.5)) as pruning:
             tokens, steps = generate(COHERE, model, inputs)
-    assert type(find_family(model)) is names["Cohere2Vision"] and find_family(model).name == "cohere2-vision"
+    assert type(find_family(model)) is names["MyVision"] and find_family(model).name == "my-vision"
     assert pruning.keep is not None and pruning.keep.sum(1).tolist() == [5, 10, 5]
     with COHERE.oracle.masked(model, inputs, pruning.keep):
         masked_tokens, masked = generate(COHERE, model, inputs)
@@ -182,7 +183,7 @@ class HideAtDecoderInput(PruningSite):
             self._seen = None if prompt is None else prompt.mask * prompt.columns(self.decide(prompt).keep)
         if self._seen is None:
             return None
-        mask = two_dimensional(self._prompts.mask(kwargs), len(rows), past + rows.shape[1], rows.device)
+        mask = self._prompts.mask(kwargs, len(rows), past + rows.shape[1], rows.device)
         return args, {**kwargs, "attention_mask": torch.cat([self._seen, mask[:, self._seen.shape[1] :]], 1)}
 
 
