@@ -130,6 +130,8 @@ class CrossAttentionPrefill:
         keys, values = self.shared.keys_and_values(module)
         kept, cache = (self.shared.at[:, None], self.rows.order), DynamicCache()
         cache.update(keys[kept].transpose(1, 2), values[kept].transpose(1, 2), module.layer_idx)
+        if cache.get_seq_length() == 0:  # transformers 5.13 asks the first layer whether there is anything
+            cache.update(keys[:1, :1], values[:1, :1], 0)
         return {"cross_attention_states": None, "past_key_values": cache, "attention_mask": self.mask}
 
     def repaired(self, module: Any, hidden: Tensor, output: Tensor) -> Tensor:
