@@ -13,6 +13,7 @@ from catp_lightning.methods.observation import BY_LAYER, Needs, Signal, join
 from catp_lightning.methods.scorers import SCORERS, AttentionScorer, Scorer
 from catp_lightning.models import Family
 from catp_lightning.policy import PruningPolicy
+from catp_lightning.pruning.beside import reading
 from catp_lightning.pruning.guide import Guide
 from catp_lightning.pruning.pruner import Pruner, instead_of
 from catp_lightning.pruning.text_tower import TextTower
@@ -29,8 +30,7 @@ class Plan:
         method: the one method that is calibrated; None: all methods that drop before the decoder compete.
         scorers: scorers whose head weights are fitted, by name, with all the layers they may read.
         layer: decoder layer at whose entry tokens leave; 0: before the first layer.
-        guide: guide model that the method reads; None: it reads none.
-        text_tower: text encoder that the method reads; None: it reads none.
+        beside: models beside the family's that the method reads.
         settings: settings that trade time for precision.
         perturbations: perturbations of images by name; copies of every sample on perturbed images are measured too.
         largest: number of visual tokens of the largest image; None until it is known.
@@ -40,8 +40,7 @@ class Plan:
     scorers: Mapping[str, AttentionScorer]
     method: PruningPolicy | None = None
     layer: int = 0
-    guide: Guide | None = None
-    text_tower: TextTower | None = None
+    beside: Sequence[Guide | TextTower] = ()
     settings: CalibrationSettings = DEFAULTS
     perturbations: Mapping[str, Perturbation] = field(default_factory=dict)
     largest: int | None = None
@@ -71,15 +70,17 @@ class Plan:
         refusal = why_not(family, method.with_keep(0.5), guide)
         if refusal is not None:
             raise PruningError(f"{method.scorer!r} cannot be calibrated here. {refusal}{instead_of(method, family)}")
-        scorer, asked, tower = method.build_scorer(), None, None
-        if guide is not None and Signal.GUIDE_ATTENTION in scorer.needs:
-            asked = Guide(guide, family, None, getattr(scorer, "answer_tokens", 1))
-        if Signal.TEXT_RELEVANCE in scorer.needs:
-            tower = TextTower(family, getattr(scorer, "text_encoder", ""))
+        scorer = method.build_scorer()
+        beside = reading(family, scorer, dict.fromkeys(scorer.needs), guide)  # of a guide all layers
         stages = scorer.stages(family.depth)
-        plain = cls(family, {}, method, stages[0] if stages else 0, asked, tower, settings)
+        plain = cls(family, {}, method, stages[0] if stages else 0, beside, settings)
         fitted = everything_it_reads(plain, scorer, method.selector, stages)
         return plain if fitted is None else replace(plain, scorers={method.scorer: fitted})
+
+    @property
+    def guide(self) -> Guide | None:
+        """Guide that the method reads; None if it reads none."""
+        return next((model for model in self.beside if isinstance(model, Guide)), None)
 
     @property
     def asks(self) -> bool:

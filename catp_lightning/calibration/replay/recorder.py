@@ -72,9 +72,10 @@ class Recorder:
         self._site.active = self._observer.active = active
 
     def _record(self, prompt: Prompt) -> Selection:
-        seen = self._observer.take(prompt) if prompt.tokens.any() else None
-        for model in (self.plan.guide, self.plan.text_tower):
-            if seen is not None and model is not None:
+        seen = None
+        if prompt.tokens.any():
+            seen = self._observer.take(prompt)
+            for model in self.plan.beside:
                 seen = model.add(seen, prompt)
         self._prompts.append((prompt, seen))
         return Selection(prompt.tokens)  # nothing is dropped: answers stay the usual ones
