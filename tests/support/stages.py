@@ -19,6 +19,7 @@ from catp_lightning.pruning.sites.decoder_layers import PruneAtDecoderLayers
 from catp_lightning.pruning.sites.stage_prompt import StagePrompt
 from tests.support.decoder_oracle import Decoder
 from tests.support.families import BY_NAME
+from tests.support.matrix import exact, generate, scale
 from tests.support.oracles import Inputs, columns_kept, hidden_in, hooked, of_rows
 from tests.support.rows import Row
 
@@ -148,6 +149,32 @@ def masked(
 
     with hooked(layers[stages[0] :], hide):
         yield
+
+
+def check_dropping(
+    row: Row, model: PreTrainedModel, inputs: Inputs, stages: tuple[int, ...], moves: float, tolerance: float
+) -> None:
+    """Check that dropping at `stages` gives the logits of a run in which later layers do not see what was dropped.
+
+    Args:
+        row: the model's row.
+        model: the model.
+        inputs: a batch.
+        stages: layers at whose entry tokens leave.
+        moves: how far dropping moves logits at least, as a share of their scale, or this proves nothing.
+        tolerance: how far logits may be apart, as a share of their scale.
+    """
+    full, keeps = model(**inputs).logits, chosen(inputs, row, stages)
+    with stages_of(model, stages, Uneven()).installed():
+        prefill = model(**inputs).logits
+        _, steps = generate(row, model, inputs)
+    with masked(row, model, inputs, stages, keeps):
+        oracle = model(**inputs).logits
+        _, oracle_steps = generate(row, model, inputs)
+    rows, atol = row.oracle.compared(inputs, keeps[-1]), tolerance * scale(full)
+    assert scale(oracle[rows] - full[rows]) > moves * scale(full), "dropping must move logits, or this proves nothing"
+    exact(prefill[rows], oracle[rows], atol=atol)
+    exact(steps, oracle_steps, atol=atol)
 
 
 @contextmanager
