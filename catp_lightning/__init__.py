@@ -8,7 +8,7 @@ if TYPE_CHECKING:
     from catp_lightning.callbacks import AnswerWriter, CrossAttentionCalibration, TokenPruning
     from catp_lightning.modules.pruned import PrunedModule
     from catp_lightning.modules.vqa import VQAModule
-    from catp_lightning.policy import PruningPolicy
+    from catp_lightning.policy import PruningPolicy, Stage
     from catp_lightning.pruning import Pruning, prune
 
     __version__: str
@@ -20,6 +20,7 @@ else:
         "TokenPruning": "callbacks",
         "PrunedModule": "modules.pruned",
         "PruningPolicy": "policy",
+        "Stage": "policy",
         "Pruning": "pruning",
         "prune": "pruning",
         "VQAModule": "modules.vqa",
@@ -62,6 +63,7 @@ __all__ = [
     "Pruning",
     "PruningError",
     "PruningPolicy",
+    "Stage",
     "TokenPruning",
     "VQAModule",
     "prune",

@@ -1,10 +1,12 @@
 """Build methods from the names and arguments that a policy holds."""
 
 from collections.abc import Mapping
+from dataclasses import asdict, fields, is_dataclass
 from typing import Any, TypeVar
 
 from catp_lightning.errors import PolicyError, did_you_mean
 from catp_lightning.methods.method import Method
+from catp_lightning.methods.registry import Registry
 from catp_lightning.methods.routing import Routed, Router
 from catp_lightning.methods.scorers import SCORERS, Scorer
 from catp_lightning.methods.selectors import SELECTORS, Selector
@@ -74,3 +76,20 @@ def _lookup(kind: str, name: Any, known: Mapping[str, type[Part]]) -> type[Part]
 
 def _build(kind: str, name: str, known: Mapping[str, type[Part]], args: Mapping[str, Any]) -> Part:
     return build(_lookup(kind, name, known), args, f"{kind} {name!r}")
+
+
+def named(known: Registry[Any], part: Any) -> tuple[str, dict[str, Any]]:
+    """Return the registered name of an object's class, and the fields that differ from their defaults."""
+    name = known.name_of(part)
+    if name not in known or known[name] is not type(part):
+        raise PolicyError(
+            f"{part!r:.200} is not a {known.kind} that a policy can name: {type(part).__qualname__} is not registered. "
+            f"Register its class by an entry point of the group {known.group}; CONTRIBUTING.md shows how."
+        )
+    plain = known[name]()
+    values = {part_.name: (getattr(part, part_.name), getattr(plain, part_.name)) for part_ in fields(part)}
+    changed = {key: value for key, (value, default) in values.items() if value != default}
+    return name, {
+        key: asdict(value) if is_dataclass(value) and not isinstance(value, type) else value
+        for key, value in changed.items()
+    }

@@ -10,7 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from catp_lightning.errors import PolicyError
+from catp_lightning.policy.budgets import keep_to_json
 from catp_lightning.policy.frozen import LARGEST
+from catp_lightning.policy.stages import keep_in_file
 from catp_lightning.utils.files import read_bytes
 from catp_lightning.utils.messages import warn
 
@@ -115,8 +117,8 @@ def _checked(file: Path, keep: int | float | None) -> Any:
         values = _parsed(file)
     except (OSError, ValueError, RecursionError) as error:
         raise PolicyError(f"{file} cannot be read as a policy: {error}. Save it again, or calibrate again.") from error
-    own = values.get("keep", {"share": 0.5}) if isinstance(values, dict) else None
-    if keep is not None and own is not None and own != ({"tokens": keep} if isinstance(keep, int) else {"share": keep}):
+    own = keep_in_file(values)
+    if keep is not None and own is not None and own != keep_to_json(keep):
         raise PolicyError(
             f"{file} is for keep={own!r:.200}, not {keep!r}. Calibrate for that budget, leave keep "
             "out, or load it and take policy.with_keep(…), unmeasured."

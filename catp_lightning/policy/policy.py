@@ -1,40 +1,36 @@
 """`PruningPolicy`: a pruning decision, its model and its evidence, passed from calibration to use as JSON."""
 
 import json
-import math
 import reprlib
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, Self, get_args
+from typing import Any, Literal, Self, get_args
 
 from catp_lightning.errors import PolicyError
 from catp_lightning.methods.method import Method
-from catp_lightning.methods.registry import Registry
+from catp_lightning.methods.schedule import Step
 from catp_lightning.methods.scorers import SCORERS, Scorer
 from catp_lightning.methods.selectors import SELECTORS, Selector
-from catp_lightning.policy.building import build_method, build_routed, build_scorer, build_selector
+from catp_lightning.policy.budgets import Budget, check_keep, check_price, keep_from_json
+from catp_lightning.policy.building import build_method, build_routed, build_scorer, build_selector, named
 from catp_lightning.policy.frozen import DEEPEST, LARGEST, check_size, frozen, too_large
 from catp_lightning.policy.locations import POLICY, find
+from catp_lightning.policy.stages import OF_STAGES, Stage, with_first_stage
 from catp_lightning.utils.files import write_text
 from catp_lightning.utils.messages import warn
 
-FORMAT_VERSION = 1
-
-
-if TYPE_CHECKING:
-    Budget = int | float
-else:
-    # For signatures that the command line reads. It tries the types of a union in order, and typing's cache makes that
-    # the order in which the union was first written anywhere: YAML's 1, one token, could become 1.0, all tokens.
-    Budget = Any
+FORMAT_VERSION = 2
 
 Positions = Literal["original", "compact"]
 
 
 @dataclass(frozen=True)
 class PruningPolicy:
-    """Method, budget and settings by which visual tokens are pruned, with the evidence of a calibration.
+    """Methods, budgets and settings by which visual tokens are pruned, with the evidence of a calibration.
+
+    Tokens may leave at several places, one after the other: `scorer`, `selector` and `keep` are of the first stage, and
+    `then` has those after it.
 
     Dictionaries are copied in their JSON form and frozen with all that they hold: checked values cannot change, and a
     policy that is saved and loaded is equal. `to_dict` gives plain dictionaries, which may be changed.
@@ -45,14 +41,18 @@ class PruningPolicy:
         selector: name of the selector, "top-k" or "dpp" for example; None: the scorer's default.
         selector_args: arguments of the selector, checked likewise; `per` is the unit of the budget.
         keep: a share, float in (0, 1], or a number of tokens, int >= 1; rounded up, at least 1, at most all.
+        then: the stages after the first, at ascending layers of the decoder. Their `keep` counts tokens that a sample
+            had before the first stage. With any, `keep` 1.0 of a stage leaves that stage out.
         positions: "original" leaves every token its position id; "compact" renumbers the kept tokens.
         model: type, name and shape of the model that the policy was made for; None: any model that has the signals the
             scorer reads.
         routes: other rules, of which the question may choose one for each sample instead of `scorer` and `selector`:
             "rules", a list of dictionaries with `scorer`, `scorer_args`, `selector` and `selector_args`, and "router",
             the arguments of a `Router` for `scorer` and these rules in order; None: `scorer` is the only rule.
+        budget: the price for which a calibration chose it, a share of what the unpruned model pays,
+            {"prefill_flops": 0.25}; None: `keep` is the budget. Not used when pruning.
         evidence: findings of a calibration; not used when pruning.
-        format_version: version of the file format; 1.
+        format_version: version of the file format; 2. Files of version 1 have one stage, and load.
 
     Raises:
         PolicyError: a field has the wrong type or a value that is not allowed, or the fields together are larger than
@@ -62,6 +62,8 @@ class PruningPolicy:
         >>> policy = PruningPolicy(scorer="catp", scorer_args={"layers": [0]}, keep=0.25)
         >>> PruningPolicy.from_dict(policy.to_dict()) == policy
         True
+        >>> PruningPolicy("fastervlm", keep=0.5, then=[Stage("fastv", {"layer": 8}, keep=0.1)])
+        PruningPolicy(scorer='fastervlm', keep=0.5, then=[fastv at 0.1])
     """
 
     scorer: str = "catp"
@@ -74,6 +76,8 @@ class PruningPolicy:
     routes: Mapping[str, Any] | None = None
     evidence: Mapping[str, Any] = field(default_factory=dict)
     format_version: int = FORMAT_VERSION
+    then: Sequence[Stage] = ()
+    budget: Mapping[str, float] | None = None
 
     def __post_init__(self) -> None:
         check_keep(self.keep)
@@ -81,19 +85,24 @@ class PruningPolicy:
             raise PolicyError(f"positions is {self.positions!r:.200}; allowed are {', '.join(get_args(Positions))}.")
         if isinstance(self.keep, float):
             object.__setattr__(self, "keep", float(self.keep))  # numpy's float64 is a float, but has another repr
-        for name in ("scorer_args", "selector_args", "routes", "evidence", "model"):
-            if getattr(self, name) is not None or name not in ("routes", "model"):
+        for name in ("scorer_args", "selector_args", "routes", "evidence", "model", "budget"):
+            if getattr(self, name) is not None or name not in ("routes", "model", "budget"):
                 object.__setattr__(self, name, frozen(name, getattr(self, name)))
+        if self.budget is not None:
+            check_price(self.budget)
+        if not isinstance(self.then, list | tuple) or not all(isinstance(stage, Stage) for stage in self.then):
+            raise PolicyError(f"then is {self.then!r:.200}; it is a list of Stage, those after the first.")
+        object.__setattr__(self, "then", tuple(self.then))
         if type(self.format_version) is not int or not 1 <= self.format_version <= FORMAT_VERSION:
             raise PolicyError(
                 f"format_version is {self.format_version!r:.200}; this version of catp-lightning has {FORMAT_VERSION}."
             )
         if (
-            len(json.dumps([self.scorer_args, self.selector_args, self.routes, self.evidence, self.model]))
+            len(json.dumps([[stage.to_dict() for stage in self.stages], self.routes, self.evidence, self.model]))
             > LARGEST - 1024
         ):
             raise PolicyError(too_large("This policy"))
-        self.method()
+        self.steps()
 
     def build_scorer(self) -> Scorer:
         """Build the scorer with its arguments."""
@@ -107,6 +116,21 @@ class PruningPolicy:
         """Build scorer and selector, and with `routes` the other rules and their router."""
         first = build_method(self.scorer, self.scorer_args, self.selector, self.selector_args)
         return first if self.routes is None else build_routed(first, self.routes)
+
+    @property
+    def stages(self) -> tuple[Stage, ...]:
+        """All stages; `routes` belong to the first."""
+        first = Stage(self.scorer, self.scorer_args, self.selector, self.selector_args, self.keep)
+        return (first, *self.then)
+
+    @property
+    def everything(self) -> bool:
+        """True if nothing is pruned: every stage keeps a share of 1.0."""
+        return all(stage.everything for stage in self.stages)
+
+    def steps(self) -> tuple[Step, ...]:
+        """Build the methods of all stages with their budgets."""
+        return (Step(self.method(), self.keep), *(stage.step() for stage in self.then))
 
     @classmethod
     def of(cls, scorer: Scorer, selector: Selector | None = None, **settings: Any) -> Self:
@@ -126,19 +150,19 @@ class PruningPolicy:
             >>> PruningPolicy.of(FastV(layer=2), keep=0.25)
             PruningPolicy(scorer='fastv', keep=0.25)
         """
-        name, scorer_args = _named(SCORERS, scorer)
+        name, scorer_args = named(SCORERS, scorer)
         settings = {**settings, "scorer": name, "scorer_args": scorer_args}
         if selector is not None:
-            settings["selector"], settings["selector_args"] = _named(SELECTORS, selector)
+            settings["selector"], settings["selector_args"] = named(SELECTORS, selector)
         return cls(**settings)
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the fields as plain JSON types.
+        """Return the fields as plain JSON types; what is of one stage is in the list "stages".
 
-        `keep` is {"share": 1.0} or {"tokens": 1}, because JSON does not tell a float from an int.
+        `keep` of a stage is {"share": 1.0} or {"tokens": 1}, because JSON does not tell a float from an int.
         """
-        values = {part.name: getattr(self, part.name) for part in fields(self)}
-        values["keep"] = {"tokens": self.keep} if isinstance(self.keep, int) else {"share": self.keep}
+        values = {part.name: getattr(self, part.name) for part in fields(self) if part.name not in OF_STAGES}
+        values = {"stages": [stage.to_dict() for stage in self.stages], **values}
         return dict(json.loads(json.dumps(values, allow_nan=False)))
 
     @classmethod
@@ -153,6 +177,7 @@ class PruningPolicy:
         if not isinstance(values, Mapping) or not all(isinstance(key, str) for key in values):
             raise PolicyError(f"a policy must be a dictionary with names as keys, got {_SHORT.repr(values)}.")
         check_size("a policy", values, DEEPEST + 1)
+        values = with_first_stage(values)
         names = {f.name for f in fields(cls)}
         unknown = sorted(set(values) - names)
         if unknown:
@@ -169,9 +194,12 @@ class PruningPolicy:
                 f"{FORMAT_VERSION}: what its fields mean may have changed. Update catp-lightning, or calibrate again.",
                 stacklevel=2,
             )
+        if type(version) is int and version >= 1:
             known["format_version"] = FORMAT_VERSION
         if "keep" in known:
-            known["keep"] = _keep_from_json(known["keep"])
+            known["keep"] = keep_from_json(known["keep"])
+        if isinstance(known.get("then"), list | tuple):
+            known["then"] = [stage if isinstance(stage, Stage) else Stage.from_dict(stage) for stage in known["then"]]
         if not isinstance(known.get("scorer", ""), str) or not isinstance(known.get("selector", ""), str | None):
             raise PolicyError(
                 f"scorer and selector are names, got {known.get('scorer')!r:.200} and {known.get('selector')!r:.200}."
@@ -185,7 +213,10 @@ class PruningPolicy:
             value = getattr(self, part.name)
             if part.name in ("scorer", "keep", "format_version") or value in (None, {}, "original"):
                 continue
-            if part.name == "evidence":
+            if part.name == "then":
+                if value:
+                    shown.append(f"then=[{', '.join(f'{stage.scorer} at {stage.keep!r}' for stage in value)}]")
+            elif part.name == "evidence":
                 chosen = f", chosen {_SHORT.repr(value['chosen'])}" if "chosen" in value else ""
                 shown.append(f"evidence=<{len(value)} entries{chosen}>")
             else:
@@ -193,7 +224,16 @@ class PruningPolicy:
         return f"{type(self).__name__}({', '.join(shown)})"
 
     def with_keep(self, keep: int | float) -> Self:
-        """Return a copy of the policy with another budget."""
+        """Return a copy of the policy, which has one stage, with another budget.
+
+        Raises:
+            PolicyError: it has several stages, or `keep` is not allowed.
+        """
+        if self.then:
+            raise PolicyError(
+                f"The policy has {len(self.then) + 1} stages, each with a budget of its own: {self!r:.300}. Write them "
+                "anew, dataclasses.replace(policy, keep=..., then=[...]), or calibrate for another budget."
+            )
         return replace(self, keep=keep)
 
     def save(self, path: str | Path) -> Path:
@@ -236,46 +276,3 @@ _SHORT = reprlib.Repr()
 _SHORT.maxstring = _SHORT.maxother = 40
 _SHORT.maxdict = _SHORT.maxlist = 4
 _SHORT.maxlevel = 3
-
-
-def check_keep(keep: Any) -> None:
-    """Raise PolicyError unless `keep` is a float in (0, 1] or an int >= 1."""
-    allowed = "keep is a share, a float in (0, 1], or a number of tokens, an int of at least 1"
-    if isinstance(keep, bool) or not isinstance(keep, int | float):
-        raise PolicyError(f"keep is {keep!r:.200}; {allowed}.")
-    if isinstance(keep, int) and keep.bit_length() > 63:
-        raise PolicyError(f"keep is a number of {keep.bit_length()} bits; {allowed}, and no model has 2**63 of them.")
-    if isinstance(keep, int) and keep < 1:
-        raise PolicyError(f"keep is {keep}; {allowed}.")
-    if isinstance(keep, float) and not (math.isfinite(keep) and 0 < keep <= 1):
-        hint = (
-            f" For {keep:g} tokens write keep={keep:.0f}, without the point." if keep > 1 and keep.is_integer() else ""
-        )
-        raise PolicyError(f"keep is {keep}; {allowed}.{hint}")
-
-
-def _keep_from_json(value: Any) -> Any:
-    if isinstance(value, Mapping) and len(value) == 1:
-        (kind, number), *_ = value.items()
-        if kind == "share" and isinstance(number, int | float) and not isinstance(number, bool) and abs(number) < 2**63:
-            return float(number)
-        if kind == "tokens" and isinstance(number, int) and not isinstance(number, bool):
-            return number
-    raise PolicyError(f'keep is {value!r:.200}; in a file it is {{"share": 0.5}} or {{"tokens": 16}}.')
-
-
-def _named(known: Registry[Any], part: Any) -> tuple[str, dict[str, Any]]:
-    """Return the registered name of an object's class, and the fields that differ from their defaults."""
-    name = known.name_of(part)
-    if name not in known or known[name] is not type(part):
-        raise PolicyError(
-            f"{part!r:.200} is not a {known.kind} that a policy can name: {type(part).__qualname__} is not registered. "
-            f"Register its class by an entry point of the group {known.group}; CONTRIBUTING.md shows how."
-        )
-    plain = known[name]()
-    values = {part_.name: (getattr(part, part_.name), getattr(plain, part_.name)) for part_ in fields(part)}
-    changed = {key: value for key, (value, default) in values.items() if value != default}
-    return name, {
-        key: asdict(value) if is_dataclass(value) and not isinstance(value, type) else value
-        for key, value in changed.items()
-    }

@@ -73,8 +73,7 @@ def guard_of(policy: PruningPolicy, fallback: Method | None) -> Guard | None:
     """
     ranges = seen_ranges(policy)
     if ranges is not None:
-        prunes = isinstance(policy.keep, int) or policy.keep < 1.0
-        return Guard(ranges, fallback) if prunes else None
+        return None if policy.everything else Guard(ranges, fallback)
     if fallback is None:
         return None
     raise PolicyError(

@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from catp_lightning.errors import PolicyError, did_you_mean
-from catp_lightning.policy.policy import PruningPolicy, check_keep
+from catp_lightning.policy.budgets import check_keep, keep_to_json
+from catp_lightning.policy.policy import PruningPolicy
 
 if TYPE_CHECKING:
     Source = str | Path | PruningPolicy | Mapping[str, Any]
@@ -41,7 +42,7 @@ def policy_or_path(source: Any) -> str | Path | PruningPolicy | None:
     if "class_path" in values:
         _check_class(values)
         values = dict(values.get("init_args") or {})
-    known = [field.name for field in fields(PruningPolicy)]
+    known = [*(field.name for field in fields(PruningPolicy)), "stages"]
     for name in values:
         if name not in known:
             raise PolicyError(
@@ -49,7 +50,7 @@ def policy_or_path(source: Any) -> str | Path | PruningPolicy | None:
             )
     if "keep" in values and not isinstance(keep := values["keep"], Mapping):
         check_keep(keep)
-        values["keep"] = {"tokens": keep} if isinstance(keep, int) else {"share": keep}
+        values["keep"] = keep_to_json(keep)
     return PruningPolicy.from_dict(values)
 
 

@@ -152,6 +152,11 @@ def rows_of(cache: Any) -> Tensor | None:
     return next((layer.rows for layer in layers_of(cache) if _is_sealed(layer)), None)
 
 
+def missing_in(cache: Any) -> int:
+    """Return the number of columns that were read into a cache and that no layer holds; 0 if it is not sealed."""
+    return next((layer.missing for layer in layers_of(cache) if _is_sealed(layer)), 0)
+
+
 class Opened:
     """Cache that the running call of a pruned model may add to; sealed again when the call has ended."""
 
@@ -170,7 +175,7 @@ class Opened:
             raise foreign_cache()
         self.close()  # a cache that an interrupted call left open
         self._cache, self._rows = cache, rows
-        self._missing = next(layer.missing for layer in layers_of(cache) if _is_sealed(layer))
+        self._missing = missing_in(cache)
         for layer in layers_of(cache):
             _unseal(layer)
         return rows

@@ -1,7 +1,7 @@
 """`prune(model, policy)`: the context in which a model reads fewer visual tokens."""
 
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import replace
 from functools import partial
@@ -13,6 +13,7 @@ from catp_lightning.errors import PruningError
 from catp_lightning.methods.guard import Guard, Summaries
 from catp_lightning.methods.method import score_tokens, selected
 from catp_lightning.methods.observation import BESIDE, Needs, Signal, join
+from catp_lightning.methods.schedule import places
 from catp_lightning.methods.scorers import SCORERS
 from catp_lightning.methods.selection import Selection, images_to_samples, protected_tokens
 from catp_lightning.methods.selectors import without_autocast
@@ -21,6 +22,7 @@ from catp_lightning.policy import PruningPolicy
 from catp_lightning.policy.images import has_images
 from catp_lightning.prompt.prompt import Prompt
 from catp_lightning.pruning.beside import observed, reading
+from catp_lightning.pruning.guide import Guide
 from catp_lightning.pruning.observer import Observer
 from catp_lightning.pruning.record import OnPrefill, Prefill, Pruning
 from catp_lightning.pruning.refusals import (
@@ -35,6 +37,7 @@ from catp_lightning.pruning.refusals import (
     refuse_untrained,
 )
 from catp_lightning.pruning.sites import SiteSettings, site_of
+from catp_lightning.pruning.text_tower import TextTower
 from catp_lightning.utils.messages import warn
 
 Choose = Callable[[Tensor], Tensor]
@@ -54,8 +57,10 @@ class Pruner:
 
     Attributes:
         record: what users see.
-        leave_at: decoder layers at whose entry tokens are dropped; empty: before the first.
+        places: where each stage of the policy drops tokens, in order; empty: nothing is dropped.
+        leave_at: decoder layers at whose entry tokens are dropped, 0 for the decoder's input; empty: only there.
         site: place where tokens leave.
+        entry: selection at the decoder's input, where it is known already: a recorded prompt is answered again.
 
     Raises:
         PruningError: the model cannot be pruned by this policy.
@@ -72,45 +77,57 @@ class Pruner:
     ) -> None:
         self.family, self.policy, self.on_prefill = family, policy, on_prefill
         self.record = Pruning(type(family.model).__name__, policy)
-        self._choose, self._everything = choose, policy.keep == 1.0 and isinstance(policy.keep, float)
-        self._method = policy.method()
-        self._scorer, self._selector = self._method.scorer, self._method.selector
+        self._choose, self._everything = choose, policy.everything
+        self.entry: Selection | None = None
+        steps = [step for step in policy.steps() if choose is not None or not _is_everything(step.keep)]
+        self.places = places(steps, family.depth)
+        layers = tuple(place.layer for place in self.places)
+        self.leave_at = layers if any(layers) else ()
         self._checked, self._read = False, torch.zeros(0, dtype=torch.int64, device="cpu")
         self._images: Tensor | None = None
         self._summaries: Summaries | None = None
         scored = choose is None and not self._everything
-        self._known = scored and has_images(policy)
-        self.leave_at = () if self._everything and choose is None else self._scorer.stages(family.depth)
-        self._guard = guard if scored else None
-        watched: Needs = {} if self._guard is None else self._guard.needs
-        needs = [self._method.needs, *([] if self.leave_at else [watched])] if scored else []
-        wanted = join([*needs, {Signal.IMAGE_HASH: None}] if self._known else needs)
-        self._refuse(scored, wanted)
-        self._beside = reading(family, self._scorer, wanted, guide)
-        wanted = observed(wanted)
-        settings = SiteSettings(self.leave_at, wanted, policy.positions == "compact")
+        self._known, self._guard = scored and has_images(policy), guard if scored else None
+        first = join([{Signal.IMAGE_HASH: None} if self._known else {}, {} if guard is None else guard.needs])
+        by_stage = tuple(place.step.method.needs if scored else {} for place in self.places)
+        if layers[:1] == (0,):
+            first = join([first, by_stage[0]]) if scored else {}
+        self._refuse(scored, first)
+        self._beside: Sequence[Guide | TextTower] = ()
+        if layers[:1] == (0,):
+            self._beside = reading(family, self.places[0].step.method.scorer, first, guide)
+        inside = observed(join(by_stage) if self.leave_at else first)
+        by_stage = tuple(map(observed, by_stage)) if self.leave_at else ()
+        settings = SiteSettings(self.leave_at, inside, policy.positions == "compact", by_stage)
         # No reference cycle: the model's memory is freed with its last reference.
         own, record = weakref.proxy(self), self.record
         self.site = site_of(family, partial(Pruner._decide, own), settings, partial(setattr, record, "labels_left_out"))
-        first = join([{Signal.IMAGE_HASH: None} if self._known else {}, watched])
-        self._observer = Observer(family, first if self.leave_at else wanted, self.site.calls)
+        self._observer = Observer(family, observed(first), self.site.calls)
 
-    def _refuse(self, scored: bool, wanted: Needs) -> None:
-        """Raise PruningError if the model or its sites cannot do what the policy asks for."""
-        compact = self.policy.positions == "compact"
-        if scored:
-            refuse_untrained(self._method, None if self._guard is None else self._guard.fallback)
+    def _refuse(self, scored: bool, first: Needs) -> None:
+        """Raise PruningError if the model or its sites cannot do what the policy asks for.
+
+        Args:
+            scored: True if methods score tokens.
+            first: signals that are observed before the decoder.
+        """
+        compact, fallback = self.policy.positions == "compact", None if self._guard is None else self._guard.fallback
+        stages = list(zip(self.policy.stages, self.policy.steps(), strict=True)) if scored else []
+        for _, step in stages:
+            refuse_untrained(step.method, fallback)
         if scored or self._choose is not None:
-            observed = scored and (self._known or self._guard is not None or not self.leave_at)
-            self.family.check_use(observed, self.leave_at, compact)
-        if len(self._method.rules) > 1 and scored:
-            refuse_routes(self._method, self.family.depth)
-        if self.leave_at and scored:
-            refuse_at_stages(self.policy, self._selector, wanted)
-        if self._guard is not None and self._guard.fallback is not None:
-            refuse_fallback(self._method, self._guard.fallback, self.family)
-        if self._selector.merges and scored:
-            refuse_merging(self.policy, self._selector, self.family, bool(self.leave_at))
+            by_image = scored and bool(first or not self.leave_at)
+            self.family.check_use(by_image, tuple(at for at in self.leave_at if at), compact)
+        for stage, step in stages:
+            method, inside = step.method, bool(step.method.scorer.stages(self.family.depth))
+            if len(method.rules) > 1:
+                refuse_routes(method, self.family.depth)
+            if inside:
+                refuse_at_stages(stage, method.needs)
+            if method.selector.merges:
+                refuse_merging(stage, method.selector, self.family, inside)
+        if fallback is not None:
+            refuse_fallback(self.places[0].step.method, fallback, self.family)
 
     @contextmanager
     def suspended(self) -> Iterator[None]:
@@ -127,6 +144,15 @@ class Pruner:
         with self._observer.watching(), self.site.installed():
             yield
 
+    @contextmanager
+    def knowing(self, entry: Selection) -> Iterator[None]:
+        """Take a selection at the decoder's input while inside, instead of choosing one: [B, T] of recorded prompts."""
+        self.entry = entry
+        try:
+            yield
+        finally:
+            self.entry = None
+
     def _decide(self, prompt: Prompt) -> Selection:
         """Return the selection of a prompt's visual tokens, [B, T], and record it."""
         visual, images = prompt.tokens, None
@@ -136,6 +162,8 @@ class Pruner:
             selection = Selection(self._choose(visual) & visual)
         elif self._everything or not visual.any():
             selection = Selection(visual)
+        elif self.entry is not None and prompt.stage == 0:
+            selection = self.entry
         else:
             selection, images = self._select(prompt)
         record = self.record
@@ -147,21 +175,21 @@ class Pruner:
         """Record what a prefill keeps, once it has come to its last stage."""
         counts, stage, depth, stages = prompt.counts, prompt.stage, self.family.depth, self.leave_at or (0,)
         if stage == 0:
-            self._read, self._images = counts * stages[0], images
-        self._read = self._read + keep.sum(1) * ((*stages, depth)[stage + 1] - stages[stage])
+            self._read, self._images = counts[:, None].repeat(1, depth), images
+        self._read[:, stages[stage] :] = keep.sum(1, keepdim=True)
         if stage + 1 == len(stages):
-            last = Prefill(keep, counts, self._read.to(torch.float32) / depth, self._images, self._summaries)
+            last = Prefill(keep, counts, self._read, self._images, self._summaries)
             self.record.last, self.record.prefills = last, self.record.prefills + 1
             if self.on_prefill is not None:
                 self.on_prefill(last)
 
     def _check_budget(self, tokens: Tensor) -> None:
-        """Warn, at the first prefill, if the budget is more tokens than any image has.
+        """Warn, at the first prefill, if the first stage's budget is more tokens than any image has.
 
         Args:
             tokens: int64 [I], number of tokens of each image.
         """
-        keep, first = self.policy.keep, not self._checked
+        keep, first = self.places[0].step.keep, not self._checked
         self._checked = True
         if first and isinstance(keep, int) and len(tokens) and keep > int(tokens.max()):
             warn(
@@ -171,8 +199,9 @@ class Pruner:
             )
 
     def _select(self, prompt: Prompt) -> tuple[Selection, Tensor | None]:
-        """Return the selection of a prompt by the policy's scorer and selector, and fingerprints of its images."""
-        visual, inside, images = prompt.tokens, prompt.observation(), None
+        """Return the selection of a prompt by the method of its stage, and fingerprints of its images."""
+        visual, inside, images, place = prompt.tokens, prompt.observation(), None, self.places[prompt.stage]
+        method, keep = place.step.method, place.step.keep
         if ((self._known or self._guard is not None) and prompt.stage == 0) or inside is None:
             seen = self._observer.take(prompt)
             images = seen[Signal.IMAGE_HASH] if self._known else None
@@ -183,19 +212,24 @@ class Pruner:
                 seen = model.add(seen, prompt)
             self._check_budget(seen.droppable.sum(1))
             if self._guard is not None and self._summaries is not None:
-                return self._guard.select(self._method, self._summaries, seen, self.policy.keep, visual), images
-            return self._method.select(seen, self.policy.keep, visual), images
-        self._check_budget(prompt.counts)
-        scores = images_to_samples(score_tokens(self._scorer, inside, visual), inside.valid, visual, -torch.inf)
-        keep, stages = self.policy.keep, len(self.leave_at)
+                return self._guard.select(method, self._summaries, seen, keep, visual), images
+            return method.select(seen, keep, visual), images
+        if prompt.stage == 0:
+            self._check_budget(prompt.counts)
+        scores = images_to_samples(score_tokens(method.scorer, inside, visual), inside.valid, visual, -torch.inf)
         stay = protected_tokens(inside, visual)
-        counts = self._scorer.stage_counts(keep, prompt.counts, prompt.stage, stages, inside)
+        counts = place.counts(prompt.counts, inside)
         with without_autocast(visual):
             found = selected(
-                *(self._selector, scores, visual & ~stay, counts.minimum((visual & ~stay).sum(1))),
-                self._selector.vectors(inside),
+                *(method.selector, scores, visual & ~stay, counts.minimum((visual & ~stay).sum(1))),
+                method.selector.vectors(inside),
             )
         return replace(found.with_protected(stay), scores=scores), images
+
+
+def _is_everything(keep: int | float) -> bool:
+    """Return True for a share of 1.0, under which nothing leaves."""
+    return isinstance(keep, float) and keep == 1.0
 
 
 @contextmanager

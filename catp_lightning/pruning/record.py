@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from catp_lightning.methods.guard import Summaries
@@ -16,8 +17,7 @@ class Prefill:
     Attributes:
         keep: bool [B, T], visual tokens that stayed.
         counts: int64 [B], visual tokens that each sample had.
-        tokens_per_layer: float [B], number of visual tokens that a layer of the decoder reads, the mean over its
-            layers; more than the number that stay if tokens are dropped inside the decoder.
+        per_layer: int64 [B, depth], number of visual tokens that each layer of the decoder reads.
         images: int64 [I], fingerprints of its images, only if the policy says which images it was calibrated on and
             something is scored; else None.
         summaries: summaries of its images, if these are watched and something is scored; else None.
@@ -25,9 +25,17 @@ class Prefill:
 
     keep: Tensor
     counts: Tensor
-    tokens_per_layer: Tensor
+    per_layer: Tensor
     images: Tensor | None = None
     summaries: Summaries | None = None
+
+    @property
+    def tokens_per_layer(self) -> Tensor:
+        """Number of visual tokens that a layer of the decoder reads, the mean over its layers: float32 [B].
+
+        More than the number that stay if tokens are dropped inside the decoder.
+        """
+        return self.per_layer.to(torch.float32).mean(1)
 
 
 OnPrefill = Callable[[Prefill], None]
@@ -67,5 +75,5 @@ class Pruning:
         found = "nothing read yet"
         if self.keep is not None:
             found = f"{int(self.keep.sum()):,} visual tokens kept of a batch of {len(self.keep)}"
-        policy = f"scorer={self.policy.scorer!r}, keep={self.policy.keep!r}"
+        policy = ", ".join(f"scorer={stage.scorer!r}, keep={stage.keep!r}" for stage in self.policy.stages)
         return f"Pruning({self.model}, {policy}: {found})"

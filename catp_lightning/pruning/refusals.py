@@ -8,11 +8,11 @@ from torch import nn
 
 from catp_lightning.errors import PolicyError, PruningError
 from catp_lightning.methods.method import Method
-from catp_lightning.methods.observation import BESIDE, STAGED, Needs, Signal
+from catp_lightning.methods.observation import BESIDE, STAGED, Needs
 from catp_lightning.methods.scorers import SCORERS, Learned
 from catp_lightning.methods.selectors import SELECTORS, Selector
 from catp_lightning.models import Family
-from catp_lightning.policy import PruningPolicy
+from catp_lightning.policy import PruningPolicy, Stage
 from catp_lightning.utils.hooks import not_copied
 from catp_lightning.utils.messages import warn
 
@@ -125,17 +125,16 @@ def _occupied(family: Family) -> PruningError:
     )
 
 
-def refuse_at_stages(policy: PruningPolicy, selector: Selector, wanted: Needs) -> None:
-    """Raise PolicyError if tokens are dropped inside the decoder and the policy needs what is seen only before it.
+def refuse_at_stages(stage: Stage, needs: Needs) -> None:
+    """Raise PolicyError if a stage drops tokens inside the decoder and needs what is seen only before it.
 
     That is a signal outside of `observation.STAGED`, or a budget of each image.
     """
-    per = policy.selector_args.get("per", "sample")
-    if per != "sample" or not (wanted.keys() - {Signal.IMAGE_HASH}) <= STAGED:
+    if stage.selector_args.get("per", "sample") != "sample" or not needs.keys() <= STAGED:
         raise PolicyError(
-            f"scorer {policy.scorer!r} drops tokens inside the decoder, where a budget is of the whole sample and "
+            f"scorer {stage.scorer!r} drops tokens inside the decoder, where a budget is of the whole sample and "
             f"only the decoder's own rows are seen: leave selector and selector_args out (selector is "
-            f"{policy.selector!r}, selector_args {dict(policy.selector_args)})."
+            f"{stage.selector!r}, selector_args {dict(stage.selector_args)})."
         )
 
 
@@ -190,7 +189,7 @@ def refuse_fallback(method: Method, fallback: Method, family: Family) -> None:
         )
 
 
-def refuse_merging(policy: PruningPolicy, selector: Selector, family: Family, inside: bool) -> None:
+def refuse_merging(stage: Stage, selector: Selector, family: Family, inside: bool) -> None:
     """Raise PruningError if a selector that merges tokens cannot work on a model.
 
     Either no layers read visual tokens as rows at the place where tokens leave, `inside` the decoder or encoder or
@@ -198,13 +197,13 @@ def refuse_merging(policy: PruningPolicy, selector: Selector, family: Family, in
     """
     if selector.needs_grid and not family.has_grid:
         raise PruningError(
-            f"The policy's {policy.selector or policy.scorer!r} averages tokens over a square grid, and those of "
+            f"The policy's {stage.selector or stage.scorer!r} averages tokens over a square grid, and those of "
             f"{type(family.model).__name__} form none: they are queries, or of several crops, or have line ends or a "
             "[CLS] among them. Use it on a LLaVA-1.5, or choose another control: stride works on every model."
         )
     if family.reads != "decoder" and not inside:
         raise PruningError(
-            f"The policy's {policy.selector or policy.scorer!r} merges tokens, which is exact where a decoder reads "
+            f"The policy's {stage.selector or stage.scorer!r} merges tokens, which is exact where a decoder reads "
             f"them as rows; {type(family.model).__name__} reads them by {family.reads}. Choose another selector; "
             "docs/methods.md lists them."
         )

@@ -157,7 +157,7 @@ def test_a_checkpoint_whose_policy_is_damaged_or_that_holds_code_is_refused(
     documents: list[Any], tmp_path: Path, canary: Path
 ) -> None:
     file, module = tmp_path / "last.ckpt", Generating(random_blip2()[0])
-    damaged = {**documents[0], "keep": {"share": 1e400}}
+    damaged = {**documents[0], "stages": [{**documents[0]["stages"][0], "keep": {"share": 1e400}}]}
     torch.save({"state_dict": module.state_dict(), "catp_policy": damaged}, file)
     with pytest.raises(PolicyError, match=r"holds a value that JSON cannot hold|keep is"):
         PrunedModule.load_from_checkpoint(file, inner=module)

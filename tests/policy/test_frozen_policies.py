@@ -104,8 +104,9 @@ def test_a_copy_is_equal_has_the_same_hash_and_cannot_be_changed_either(way: str
 
 def test_what_to_dict_gives_is_plain_and_may_be_changed() -> None:
     values = POLICY.to_dict()
-    values["scorer_args"]["layers"].append(1)
-    values["scorer_args"]["head_weights"].append([0.0, 0.0])
+    (stage,) = values["stages"]
+    stage["scorer_args"]["layers"].append(1)
+    stage["scorer_args"]["head_weights"].append([0.0, 0.0])
     assert PruningPolicy.from_dict(values).scorer_args["layers"] == [0, -1, 1]
     file = io.BytesIO()
     torch.save({"catp_policy": POLICY.to_dict()}, file)

@@ -59,7 +59,7 @@ def test_a_policy_of_an_object_builds_an_equal_one_after_saving_too(tmp_path: Pa
 def test_a_policy_of_objects_is_the_policy_of_their_names() -> None:
     assert PruningPolicy.of(FastV(layer=3), keep=0.25) == PruningPolicy("fastv", {"layer": 3}, keep=0.25)
     assert PruningPolicy.of(CATP(), DPP(relevance=0.5)) == PruningPolicy("catp", {}, "dpp", {"relevance": 0.5})
-    assert json.loads(json.dumps(PruningPolicy.of(PyramidDrop()).to_dict()))["scorer"] == "pyramiddrop"
+    assert json.loads(json.dumps(PruningPolicy.of(PyramidDrop()).to_dict()))["stages"][0]["scorer"] == "pyramiddrop"
 
 
 def test_a_method_says_what_it_reads_and_whether_one_ranking_serves_all_budgets() -> None:

@@ -20,7 +20,7 @@ def test_a_policy_loads_as_it_was_saved(tmp_path: Path, keep: float) -> None:
     assert policy.save(tmp_path / "deep" / "policy.json") == tmp_path / "deep" / "policy.json"
     loaded = PruningPolicy.load(tmp_path / "deep" / "policy.json")
     assert loaded == policy and type(loaded.keep) is type(keep)
-    written = json.loads((tmp_path / "deep" / "policy.json").read_text())["keep"]
+    written = json.loads((tmp_path / "deep" / "policy.json").read_text())["stages"][0]["keep"]
     assert written == ({"tokens": keep} if isinstance(keep, int) else {"share": keep})
     assert PruningPolicy.load(tmp_path / "deep") == policy, "a folder will do"
     assert policy.save(tmp_path / "folder") == tmp_path / "folder" / "policy.json"
@@ -104,12 +104,12 @@ def test_unknown_newer_keys_warn_and_are_left_out(tmp_path: Path) -> None:
     file.write_text(json.dumps({**json.loads(file.read_text()), "temperature": 2, "format_version": 7}))
     with (
         pytest.warns(UserWarning, match="does not know: temperature"),
-        pytest.warns(UserWarning, match=r"has format_version 7, .* reads up to 1: .* Update catp-lightning"),
+        pytest.warns(UserWarning, match=r"has format_version 7, .* reads up to 2: .* Update catp-lightning"),
     ):
         loaded = PruningPolicy.load(file)
     assert loaded == DPP, "what is saved again is of this version"
-    with pytest.raises(PolicyError, match=r"format_version is 2; this version of catp-lightning has 1"):
-        PruningPolicy(format_version=2)
+    with pytest.raises(PolicyError, match=r"format_version is 3; this version of catp-lightning has 2"):
+        PruningPolicy(format_version=3)
 
 
 @pytest.mark.parametrize(

@@ -123,7 +123,7 @@ def test_damaged_routes_are_refused_by_what_is_wrong(
 
 
 def _network(values: dict[str, Any]) -> Any:
-    return values["scorer_args"]["network"]
+    return values["stages"][0]["scorer_args"]["network"]
 
 
 def _weights(**changes: Tensor | None) -> str:
@@ -154,7 +154,7 @@ PICKLE = base64.b64encode(pickle.dumps({"out": 1})).decode()
         (_set(_network, "question", {}), "question of network of scorer 'learned' lacks basis, offset"),
         (_set(_network, "more", 1), "network of scorer 'learned' has no argument 'more'"),
         (lambda values: _network(values).pop("question"), "network of scorer 'learned' lacks question"),
-        (_set(lambda values: values["scorer_args"], "network", 3), "network of scorer 'learned' is 3"),
+        (_set(lambda values: values["stages"][0]["scorer_args"], "network", 3), "network of scorer 'learned' is 3"),
     ],
 )
 def test_a_damaged_network_is_refused_by_what_is_wrong(change: Callable[[dict[str, Any]], None], says: str) -> None:

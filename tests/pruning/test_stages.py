@@ -47,7 +47,7 @@ def test_dropping_equals_hiding_from_later_layers_in_prefill_and_decoding(
         assert [keep.tolist() for keep in choose.keeps] == [keep.tolist() for keep in keeps], "once a stage and prefill"
         tokens, steps = generate(row, model, inputs)
     assert len(choose.keeps) == 2 * len(stages), "decoding steps choose nothing"
-    assert len(set(keeps[-1].sum(1).tolist())) > 2, "samples keep different numbers"
+    assert len(set(keeps[-1].sum(1).tolist())) > 1, "samples keep different numbers"
     with masked(row, model, inputs, stages, keeps):
         oracle = model(**inputs).logits
         oracle_tokens, oracle_steps = generate(row, model, inputs)
@@ -65,10 +65,11 @@ def test_caches_are_as_long_as_what_is_left(row: Row, stages: tuple[int, ...]) -
     keeps = chosen(inputs, row, stages)
     longest = [inputs["input_ids"].shape[1]] + [int(columns_kept(inputs, keep).sum(1).max()) for keep in keeps]
     assert longest == sorted({*longest}, reverse=True), "every stage must shorten the longest sample"
+    read = 0 if stages[0] else longest[0] - longest[1]  # lengths count columns that no layer holds
     with stages_of(model, stages, Uneven()).installed():
         cache = cache_of(model(**inputs, use_cache=True))
     lengths = [cache.get_seq_length(layer) for layer in range(LAYERS)]
-    assert lengths == [longest[sum(stage <= layer for stage in stages)] for layer in range(LAYERS)]
+    assert lengths == [longest[sum(stage <= layer for stage in stages)] + read for layer in range(LAYERS)]
 
 
 @every_model
@@ -214,4 +215,4 @@ def test_the_loss_leaves_out_labels_predicted_from_rows_gone_at_the_last_stage(
     with masked(row, model, inputs, stages, keeps):
         expected = model(**inputs, labels=labels.masked_fill(left_out, -100)).loss
     exact(loss, expected, atol=row.tolerance() * expected.item())
-    assert abs(loss - unpruned) > 5e-4 * unpruned
+    assert abs(loss - unpruned) > 2e-4 * unpruned

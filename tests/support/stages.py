@@ -45,7 +45,7 @@ LLAMA, OPT, QWEN, MISTRAL, QUESTIONED = (
 )
 WINDOWED = [deep(BY_NAME[name]) for name in ("Gemma3", "PaliGemma", "PaliGemma2", "Mistral3, sliding window")]
 MODELS = [LLAMA, OPT, QWEN, MISTRAL, QUESTIONED, *WINDOWED]
-STAGES = [(1,), (2,), (1, 3)]
+STAGES = [(1,), (2,), (1, 3), (0, 2), (0, 1, 3)]
 every_model = pytest.mark.parametrize("row", MODELS, ids=repr)
 # Qwen2.5-VL makes positions of a wrong shape where a mask is given to a decoding step without them, unpruned as well.
 makes_positions = pytest.mark.parametrize("row", [row for row in MODELS if not row.coordinates], ids=repr)

@@ -31,6 +31,11 @@ class Scorer(ABC):
     def needs(self) -> Needs:
         """Signals that `score` reads, with their layers."""
 
+    @property
+    def adaptive(self) -> bool:
+        """True if how many tokens stay depends on the prompt, not on the budget alone."""
+        return False
+
     def stages(self, depth: int) -> tuple[int, ...]:
         """Layers of a decoder of `depth` layers at whose entry tokens are scored and dropped; empty: before layer 0."""
         return ()

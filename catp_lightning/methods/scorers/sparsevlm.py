@@ -56,6 +56,10 @@ class SparseVLM(AttentionScorer):
     def needs(self) -> Needs:
         return {Signal.TEXT_TO_IMAGE_ATTENTION: self.layers, Signal.TEXT_EMBEDS: None, Signal.IMAGE_EMBEDS: None}
 
+    @property
+    def adaptive(self) -> bool:
+        return self.schedule == "rank"
+
     def stages(self, depth: int) -> tuple[int, ...]:
         if self.stages_at is not None:
             return self.stages_at

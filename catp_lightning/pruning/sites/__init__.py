@@ -32,10 +32,10 @@ def site_of(family: Family, decide: Decide, settings: SiteSettings, report: Repo
         PruningError: tokens are to leave inside a decoder, but none reads visual tokens as rows of its own.
     """
     for site in SITES:
-        if (site.reads, site.inside) == (family.reads, bool(settings.stages)):
+        if (site.reads, site.inside) == (family.reads, any(settings.stages)):
             return site(family, decide, settings, report)
     raise PruningError(
-        f"The policy's scorer drops tokens inside a decoder (layers {', '.join(map(str, settings.stages))}); "
+        f"The policy drops tokens inside a decoder (layers {', '.join(str(at) for at in settings.stages if at)}); "
         f"{type(family.model).__name__} reads them by {family.reads}. Choose another scorer; docs/methods.md lists "
         "them."
     )

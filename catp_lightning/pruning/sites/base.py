@@ -22,14 +22,16 @@ class SiteSettings:
     """Settings of a place where tokens leave.
 
     Attributes:
-        stages: layers at whose entry tokens leave, ascending; empty: before the first.
-        needs: signals that the method reads; prompts have those of them that are seen inside the language model.
+        stages: layers at whose entry tokens leave, ascending; 0 is the input of the decoder; empty: only there.
+        needs: signals that the methods read; prompts have those of them that are seen inside the language model.
         compact: True to number the kept rows anew, False to leave them their position ids.
+        by_stage: signals that the method of each stage reads; empty: all stages read `needs`.
     """
 
     stages: tuple[int, ...] = ()
     needs: Needs = field(default_factory=dict)
     compact: bool = False
+    by_stage: tuple[Needs, ...] = ()
 
 
 PLAIN = SiteSettings()

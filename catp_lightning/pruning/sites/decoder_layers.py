@@ -4,6 +4,10 @@ Layers before the first stage read and cache the full prompt, so lengths and pos
 first layer's cache stay right. From each stage on, layers get the mask and the positions of what is left, and cache no
 more. Where some of them slide, each kind of layer has a mask and positions of its own, and windows are counted in
 original columns. The decoder's output is handed back at full length.
+
+The first stage may be the decoder's input: it is decided on there, as by `PruneAtDecoderInput`, and rows leave at the
+entry of layer 0, when the decoder has made masks and positions of all columns. No layer's cache is whole then, so in
+decoding steps masks are made of the columns that each holds.
 """
 
 import inspect
@@ -11,6 +15,7 @@ import weakref
 from bisect import bisect_left, bisect_right
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -21,14 +26,15 @@ from torch.nn.functional import pad
 from catp_lightning.errors import PruningError
 from catp_lightning.models.base import Family
 from catp_lightning.prompt.attention import observe_attention
-from catp_lightning.prompt.caches import Opened, foreign_cache, is_short, refuse_static, rows_of, seal
+from catp_lightning.prompt.caches import Opened, foreign_cache, is_short, missing_in, refuse_static, rows_of, seal
 from catp_lightning.prompt.kept import KeptSequence
 from catp_lightning.prompt.labels import Labels
-from catp_lightning.prompt.masks import layer_mask, of_columns, step_mask, window
+from catp_lightning.prompt.masks import decoding_masks, layer_mask, of_columns, step_mask, window
+from catp_lightning.prompt.merging import merged
 from catp_lightning.prompt.prompt import DecoderPrompt
 from catp_lightning.pruning.sites.base import Decide, PruningSite, Report, SiteSettings, ignored
 from catp_lightning.pruning.sites.prompt_capture import PromptCapture
-from catp_lightning.pruning.sites.stage_limits import layers_read, refuse_stages
+from catp_lightning.pruning.sites.stage_limits import layers_looked_at, refuse_stages
 from catp_lightning.pruning.sites.stage_prompt import DecoderPrefill
 from catp_lightning.utils.hooks import hooked
 
@@ -54,7 +60,7 @@ class PruneAtDecoderLayers(PruningSite):
         types = getattr(family.decoder_config, "layer_types", None) or [""] * len(self.layers)
         self._kinds = dict(enumerate(types))  # layers of one kind are called with the same mask and positions
         self._prompts, self._labels = PromptCapture(family, self.calls), Labels(self.calls, report)
-        self._looked_at = sorted({layer for at in self.stages for layer in layers_read(self.needs, at)})
+        self._looked_at = layers_looked_at(settings)
         self._kept: list[KeptSequence] = []  # columns kept at each stage of the last prefill; empty: all
         self._cache: weakref.ref[Any] | None = None  # the cache that this prefill filled
         self._opened = Opened()
@@ -65,7 +71,7 @@ class PruneAtDecoderLayers(PruningSite):
         self._prefill: DecoderPrefill | None = None  # the running prefill
         self._step: list[KeptSequence] = []  # columns left at each stage, in a running decoding step
         self._later = 0  # number of columns after the prompt, in a running decoding step
-        self._mask: Tensor | None = None  # the caller's mask, in a running decoding step of layers that slide
+        self._mask: Tensor | None = None  # the caller's mask, in a decoding step that makes each layer's anew
         self._rows: KeptSequence | None = None  # columns left in the running stage; None: all
         self._changes: dict[str, dict[str, Any]] = {}  # replaced arguments of the running stage's layers, by their kind
 
@@ -89,42 +95,49 @@ class PruneAtDecoderLayers(PruningSite):
         with self._prompts.knowing(prompt), self.installed():
             yield
 
-    def _enter(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def _enter(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         self._reset()
         if not self.active:
-            return
+            return None
         kwargs = {**dict(zip(self.parameters, args, strict=False)), **kwargs}
         cache = kwargs.get("past_key_values")
         self.calls.in_decoder = True
         refuse_static(cache)
         past = 0 if cache is None else cache.get_seq_length()
-        if past == 0:
-            self._start_prefill(kwargs)
-        else:
-            self._start_decoding(kwargs, cache, past)
+        return (), self._start_prefill(kwargs) if past == 0 else self._start_decoding(kwargs, cache, past)
 
-    def _start_prefill(self, kwargs: dict[str, Any]) -> None:
+    def _start_prefill(self, kwargs: dict[str, Any]) -> dict[str, Any]:
         self._kept, self._cache = [], None
         prompt = self._prompts.take(kwargs)
         if prompt is None:  # text alone
-            return
-        added = len(kwargs.get("deepstack_visual_embeds") or ())
-        if added > self.stages[0]:
+            return kwargs
+        added, inside = len(kwargs.get("deepstack_visual_embeds") or ()), next(at for at in self.stages if at)
+        if added > inside:
             raise PruningError(
                 f"{type(self.family.model).__name__} adds features to all visual tokens after each of its first "
-                f"{added} layers, and tokens are to leave at layer {self.stages[0]}: choose layers from {added} on."
+                f"{added} layers, and tokens are to leave at layer {inside}: choose layers from {added} on."
             )
         cap = getattr(self.family.decoder_config, "attn_logit_softcapping", None)
+        if self.stages[0]:
+            self._prefill = DecoderPrefill(prompt, self.needs, cap)
+            return kwargs
+        selection = self.decide(prompt)
+        if selection.destination is not None:
+            embeds = merged(prompt.embeds, prompt.visual, selection.destination)
+            prompt, kwargs = replace(prompt, embeds=embeds), {**kwargs, "inputs_embeds": embeds}
+            kwargs = {**kwargs, **self.family.merge_extras(kwargs, prompt.visual, selection.destination)}
         self._prefill = DecoderPrefill(prompt, self.needs, cap)
+        short = self._prefill.narrow(selection.keep)
+        return kwargs if short.whole else {**kwargs, **self.family.gather_extras(kwargs, short)}
 
-    def _start_decoding(self, kwargs: dict[str, Any], cache: Any, past: int) -> None:
+    def _start_decoding(self, kwargs: dict[str, Any], cache: Any, past: int) -> dict[str, Any]:
         self._prompts.refuse_images(kwargs)
         if not self._kept and not is_short(cache) and cache.get_seq_length(self.stages[-1]) == past:
-            return  # its prefill was not shortened
+            return kwargs  # its prefill was not shortened
         rows = kwargs["inputs_embeds"] if kwargs.get("input_ids") is None else kwargs["input_ids"]
-        own = self._cache() if self._cache is not None else None
+        own, missing = self._cache() if self._cache is not None else None, missing_in(cache)
         cut = [part for kept in self._kept if (part := kept.cut(past)) is not None]  # `crop` may have taken text back
-        held = [(kept, cache.get_seq_length(at)) for at, kept in zip(self.stages, cut, strict=False)]
+        held = [(kept, cache.get_seq_length(at) - missing) for at, kept in zip(self.stages, cut, strict=False)]
         later = {past - kept.mask.shape[1] for kept, _ in held} | {n - kept.order.shape[1] for kept, n in held}
         at = rows_of(cache)
         whole = len(cut) == len(self._kept) and len(later) == 1 and min(later) >= 0
@@ -132,10 +145,22 @@ class PruneAtDecoderLayers(PruningSite):
             raise foreign_cache()
         self._kept = cut
         self._step, self._later = [kept.of_rows(at) for kept in self._kept], later.pop() + rows.shape[1]
-        if window(self.family.decoder_config) is not None:  # a layer's mask is made of the columns that its cache holds
+        entry = missing > 0  # no layer holds all columns
+        if entry or window(self.family.decoder_config) is not None:  # masks are made of what each layer's cache holds
             length = self._step[0].mask.shape[1] + self._later
             self._mask = self._prompts.mask(kwargs, len(rows), length, rows.device)
         self._opened.open(cache)
+        return {**kwargs, **self._without_whole_layer(kwargs, rows, cache)} if entry else kwargs
+
+    def _without_whole_layer(self, kwargs: dict[str, Any], rows: Tensor, cache: Any) -> dict[str, Any]:
+        """Return mask and positions of a decoding step, where the first layer's cache does not tell them."""
+        mask, new = self._mask, rows.shape[1]
+        assert mask is not None
+        positions = kwargs.get("position_ids")
+        positions = (self.family.positions(mask) if positions is None else positions)[..., -new:]
+        dtype = rows.dtype if rows.is_floating_point() else self.family.model.dtype
+        masks = decoding_masks(self._step[0], mask, new, cache, self.family.decoder_config, dtype)
+        return {"attention_mask": masks, "position_ids": positions}
 
     def _look(self, layer: int, query: Tensor, key: Tensor, mask: Tensor | None, scaling: float) -> Tensor:
         if self._prefill is None:  # a decoding step chooses nothing
@@ -157,6 +182,9 @@ class PruneAtDecoderLayers(PruningSite):
         prefill, hidden, self._changes = self._prefill, given["hidden_states"], {}
         if prefill is None:
             rows = self._step[stage]
+        elif self.stages[stage] == 0:  # decided on before the decoder made masks and positions
+            rows = prefill.rows
+            hidden = rows.gather(hidden)
         else:
             selection = self.decide(prefill.at(stage, self.stages[stage], hidden))
             if selection.destination is not None:
@@ -174,12 +202,13 @@ class PruneAtDecoderLayers(PruningSite):
         if rows is None or kind in self._changes:
             return self._changes.get(kind, {})
         mask: Tensor | None
-        if self._mask is not None:
+        flash = "flash" in str(config._attn_implementation)
+        if self._mask is not None and not (flash and window(config) is None):
             hidden, cache = given["hidden_states"], given["past_key_values"]
             mask = step_mask(rows, self._mask, hidden.shape[1], cache, at, config, hidden.dtype)
         else:
-            flash = "flash" in str(config._attn_implementation)
-            mask = layer_mask(given.get("attention_mask"), rows, self._later, flash)
+            mask = given.get("attention_mask") if self._mask is None else self._mask
+            mask = layer_mask(mask, rows, self._later, flash)
         changes: dict[str, Any] = {"attention_mask": mask}
         if self._prefill is not None:
             if given.get("position_ids") is not None:
@@ -201,7 +230,8 @@ class PruneAtDecoderLayers(PruningSite):
             return
         cache = kwargs.get("past_key_values") if output is None else output.get("past_key_values")
         if cache is not None:  # also after a failed call, which filled a part of it
-            seal(cache, torch.arange(len(prefill.rows.order), dtype=torch.long, device=prefill.rows.order.device))
+            every = torch.arange(len(prefill.rows.order), dtype=torch.long, device=prefill.rows.order.device)
+            seal(cache, every, 0 if self.stages[0] else prefill.kept[0].mask.shape[1] - prefill.kept[0].order.shape[1])
         if output is None:
             return
         self._kept, self._cache = prefill.kept, None if cache is None else weakref.ref(cache)

@@ -18,7 +18,7 @@ from catp_lightning.models.base import Family
 from catp_lightning.prompt.masks import on_both_axes
 from catp_lightning.pruning.sites.base import Decide, Report, SiteSettings, ignored
 from catp_lightning.pruning.sites.encoder_input import PruneAtEncoderInput
-from catp_lightning.pruning.sites.stage_limits import layers_read, refuse_stages
+from catp_lightning.pruning.sites.stage_limits import layers_looked_at, refuse_stages
 from catp_lightning.pruning.sites.stage_prompt import DecoderPrefill
 from catp_lightning.utils.hooks import hooked
 
@@ -39,7 +39,7 @@ class PruneAtEncoderLayers(PruneAtEncoderInput):
         super().__init__(family, decide, settings, report)
         refuse_stages(family, settings)
         self.stages, self.needs = settings.stages, settings.needs
-        self._looked_at = sorted({layer for at in self.stages for layer in layers_read(self.needs, at)})
+        self._looked_at = layers_looked_at(settings)
         self._reset()
 
     def _reset(self) -> None:

@@ -25,14 +25,26 @@ def layers_read(needs: Needs, stage: int) -> Iterator[int]:
             yield layer % stage
 
 
+def layers_looked_at(settings: SiteSettings) -> list[int]:
+    """Return the layers whose attention is read at any stage, ascending.
+
+    Raises:
+        PruningError: a layer is read that has not run by then.
+    """
+    needs = settings.by_stage or (settings.needs,) * len(settings.stages)
+    inside = [(own, at) for own, at in zip(needs, settings.stages, strict=True) if at]
+    return sorted({layer for own, at in inside for layer in layers_read(own, at)})
+
+
 def refuse_stages(family: Family, settings: SiteSettings) -> None:
     """Raise PruningError if tokens cannot leave a family's decoder at the stages that are set."""
-    config, stages, depth = family.decoder_config, settings.stages, family.depth
+    config, depth = family.decoder_config, family.depth
+    stages = settings.stages[1:] if settings.stages[:1] == (0,) else settings.stages  # 0 is the decoder's input
     name = type(family.decoder).__name__
     if not stages or list(stages) != sorted({*stages} & {*range(1, depth)}):
         raise PruningError(
-            f"Tokens cannot leave at the layers {list(stages)} of {name}, which has {depth}: give ascending numbers "
-            f"from 1 to {depth - 1}."
+            f"Tokens cannot leave at the layers {list(settings.stages)} of {name}, which has {depth}: give ascending "
+            f"numbers from 1 to {depth - 1}."
         )
     if settings.compact:
         raise PruningError(
