@@ -1,4 +1,4 @@
-"""Merging: a token that others are merged into becomes the mean of the group."""
+"""Rows of visual tokens that are written anew: means of merged tokens, or what a compressor makes of all."""
 
 import torch
 from torch import Tensor
@@ -18,6 +18,21 @@ def merged(rows: Tensor, visual: Tensor, destination: Tensor) -> Tensor:
     visual, destination = visual.repeat_interleave(beams, 0), destination.repeat_interleave(beams, 0)
     rows = rows.clone()
     rows[visual] = merged_features(rows[visual], visual_tokens(visual), destination)
+    return rows
+
+
+def written(rows: Tensor, visual: Tensor, values: Tensor) -> Tensor:
+    """Return rows in which visual tokens are replaced.
+
+    Args:
+        rows: float [R, L, D]; R is B samples times the beams, which lie next to each other.
+        visual: bool [B, L], the visual tokens among them.
+        values: float [B, T, D], what to write in the place of each visual token, in their order.
+    """
+    beams = len(rows) // len(visual)
+    visual, values = visual.repeat_interleave(beams, 0), values.repeat_interleave(beams, 0)
+    rows, tokens = rows.clone(), visual_tokens(visual)
+    rows[visual] = values[:, : tokens.shape[1]][tokens].to(rows.dtype)
     return rows
 
 

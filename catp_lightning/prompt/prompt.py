@@ -34,6 +34,11 @@ class Prompt:
         """Number of visual tokens of each sample before any was dropped: int64 [B]."""
         return self.tokens.sum(1)
 
+    @property
+    def text_rows(self) -> Tensor | None:
+        """Number of rows of each sample that are no visual tokens, without padding: int64 [B]; None: not counted."""
+        return None
+
     def observation(self) -> Observation | None:
         """Return the signals that were observed inside the language model; None if it was not entered yet."""
         return None
@@ -84,6 +89,10 @@ class DecoderPrompt(Prompt):
     ) -> "DecoderPrompt":
         """Return a prompt with the visual tokens whose placeholders are `visual`."""
         return cls(visual_tokens(visual), arguments, rows_per_sample, ids, visual, embeds, mask, positions, is_prompt)
+
+    @property
+    def text_rows(self) -> Tensor:
+        return (self.mask[:: self.rows_per_sample].bool() & ~self.visual).sum(1)
 
     @property
     def endings(self) -> Tensor:

@@ -14,7 +14,7 @@ from transformers import StoppingCriteria, StoppingCriteriaList
 
 from catp_lightning.errors import PruningError
 from catp_lightning.methods.observation import Observation, Signal
-from catp_lightning.methods.selectors import without_autocast
+from catp_lightning.methods.precision import without_autocast
 from catp_lightning.models import Family, find_family
 from catp_lightning.prompt.attention import attention_map, observe_attention
 from catp_lightning.prompt.prompt import DecoderPrompt, Prompt, visual_tokens

@@ -12,11 +12,11 @@ from torch import Tensor, nn
 from catp_lightning.errors import PruningError
 from catp_lightning.methods.guard import Guard, Summaries
 from catp_lightning.methods.method import score_tokens, selected
-from catp_lightning.methods.observation import BESIDE, Needs, Signal, join
+from catp_lightning.methods.observation import BESIDE, Signal, join
+from catp_lightning.methods.precision import without_autocast
 from catp_lightning.methods.schedule import places
 from catp_lightning.methods.scorers import SCORERS
 from catp_lightning.methods.selection import Selection, images_to_samples, protected_tokens
-from catp_lightning.methods.selectors import without_autocast
 from catp_lightning.models import Family, find_family
 from catp_lightning.policy import PruningPolicy
 from catp_lightning.policy.images import has_images
@@ -29,12 +29,8 @@ from catp_lightning.pruning.refusals import (
     check_model,
     compiled_inside,
     occupied,
-    refuse_at_stages,
-    refuse_fallback,
-    refuse_merging,
-    refuse_routes,
+    refuse_methods,
     refuse_unprunable,
-    refuse_untrained,
 )
 from catp_lightning.pruning.sites import SiteSettings, site_of
 from catp_lightning.pruning.text_tower import TextTower
@@ -92,7 +88,11 @@ class Pruner:
         by_stage = tuple(place.step.method.needs if scored else {} for place in self.places)
         if layers[:1] == (0,):
             first = join([first, by_stage[0]]) if scored else {}
-        self._refuse(scored, first)
+        if scored:
+            refuse_methods(policy, family, None if self._guard is None else self._guard.fallback)
+        if scored or choose is not None:
+            by_image = scored and bool(first or not self.leave_at)
+            family.check_use(by_image, tuple(at for at in self.leave_at if at), policy.positions == "compact")
         self._beside: Sequence[Guide | TextTower] = ()
         if layers[:1] == (0,):
             self._beside = reading(family, self.places[0].step.method.scorer, first, guide)
@@ -103,31 +103,6 @@ class Pruner:
         own, record = weakref.proxy(self), self.record
         self.site = site_of(family, partial(Pruner._decide, own), settings, partial(setattr, record, "labels_left_out"))
         self._observer = Observer(family, observed(first), self.site.calls)
-
-    def _refuse(self, scored: bool, first: Needs) -> None:
-        """Raise PruningError if the model or its sites cannot do what the policy asks for.
-
-        Args:
-            scored: True if methods score tokens.
-            first: signals that are observed before the decoder.
-        """
-        compact, fallback = self.policy.positions == "compact", None if self._guard is None else self._guard.fallback
-        stages = list(zip(self.policy.stages, self.policy.steps(), strict=True)) if scored else []
-        for _, step in stages:
-            refuse_untrained(step.method, fallback)
-        if scored or self._choose is not None:
-            by_image = scored and bool(first or not self.leave_at)
-            self.family.check_use(by_image, tuple(at for at in self.leave_at if at), compact)
-        for stage, step in stages:
-            method, inside = step.method, bool(step.method.scorer.stages(self.family.depth))
-            if len(method.rules) > 1:
-                refuse_routes(method, self.family.depth)
-            if inside:
-                refuse_at_stages(stage, method.needs)
-            if method.selector.merges:
-                refuse_merging(stage, method.selector, self.family, inside)
-        if fallback is not None:
-            refuse_fallback(self.places[0].step.method, fallback, self.family)
 
     @contextmanager
     def suspended(self) -> Iterator[None]:
@@ -178,7 +153,7 @@ class Pruner:
             self._read, self._images = counts[:, None].repeat(1, depth), images
         self._read[:, stages[stage] :] = keep.sum(1, keepdim=True)
         if stage + 1 == len(stages):
-            last = Prefill(keep, counts, self._read, self._images, self._summaries)
+            last = Prefill(keep, counts, self._read, self._images, self._summaries, prompt.text_rows)
             self.record.last, self.record.prefills = last, self.record.prefills + 1
             if self.on_prefill is not None:
                 self.on_prefill(last)

@@ -21,6 +21,8 @@ class Prefill:
         images: int64 [I], fingerprints of its images, only if the policy says which images it was calibrated on and
             something is scored; else None.
         summaries: summaries of its images, if these are watched and something is scored; else None.
+        text: int64 [B], rows that each sample has beside visual tokens, without padding; None where cross-attention
+            reads the image.
     """
 
     keep: Tensor
@@ -28,6 +30,7 @@ class Prefill:
     per_layer: Tensor
     images: Tensor | None = None
     summaries: Summaries | None = None
+    text: Tensor | None = None
 
     @property
     def tokens_per_layer(self) -> Tensor:

@@ -9,7 +9,7 @@ from torch import nn
 from catp_lightning.errors import PolicyError, PruningError
 from catp_lightning.methods.method import Method
 from catp_lightning.methods.observation import BESIDE, STAGED, Needs
-from catp_lightning.methods.scorers import SCORERS, Learned
+from catp_lightning.methods.scorers import SCORERS, Compressor, Learned, Trained
 from catp_lightning.methods.selectors import SELECTORS, Selector
 from catp_lightning.models import Family
 from catp_lightning.policy import PruningPolicy, Stage
@@ -125,6 +125,31 @@ def _occupied(family: Family) -> PruningError:
     )
 
 
+def refuse_methods(policy: PruningPolicy, family: Family, fallback: Method | None) -> None:
+    """Raise PruningError or PolicyError if a model cannot be pruned by the methods of a policy's stages.
+
+    Args:
+        policy: the policy.
+        family: family of the model.
+        fallback: method for images that the first stage's is not for; None: there is none.
+    """
+    stages = list(zip(policy.stages, policy.steps(), strict=True))
+    somewhere = any(step.method.scorer.stages(family.depth) for _, step in stages)
+    for _, step in stages:
+        refuse_untrained(step.method, fallback)
+    for stage, step in stages:
+        method, inside = step.method, bool(step.method.scorer.stages(family.depth))
+        if len(method.rules) > 1:
+            refuse_routes(method, family.depth)
+        if inside:
+            refuse_at_stages(stage, method.needs)
+        refuse_compressing(stage, method, family)
+        if method.selector.merges:
+            refuse_merging(stage, method.selector, family, somewhere)
+    if fallback is not None:
+        refuse_fallback(stages[0][1].method, fallback, family)
+
+
 def refuse_at_stages(stage: Stage, needs: Needs) -> None:
     """Raise PolicyError if a stage drops tokens inside the decoder and needs what is seen only before it.
 
@@ -147,6 +172,34 @@ def refuse_untrained(method: Method, fallback: Method | None) -> None:
                 "policies. Calibrate with CrossAttentionCalibration and use the policy that it saves, or choose "
                 "another scorer."
             )
+        if isinstance(rule.scorer, Trained) and rule.scorer.weights is None:
+            name = SCORERS.name_of(rule.scorer)
+            raise PruningError(
+                f"The scorer {name!r} has no weights. Train some, trainer.fit(CompressorTraining(module, "
+                f"compressor={name!r}), loader), and use the policy that its policy() gives."
+            )
+
+
+def refuse_compressing(stage: Stage, method: Method, family: Family) -> None:
+    """Raise PruningError if a stage's scorer is a compressor that cannot work on the model, or at its budget."""
+    scorer = method.scorer
+    if not isinstance(scorer, Compressor):
+        return
+    if family.reads != "decoder":
+        raise PruningError(
+            f"{stage.scorer!r} writes rows that a decoder reads; {type(family.model).__name__} reads visual tokens by "
+            f"{family.reads}. Choose another scorer; docs/methods.md lists them."
+        )
+    if stage.keep != scorer.tokens or not isinstance(stage.keep, int):
+        raise PruningError(
+            f"The policy's {stage.scorer!r} was trained to write {scorer.tokens} tokens an image, and keep is "
+            f"{stage.keep}. Give keep={scorer.tokens}, or train one for another number."
+        )
+    if stage.selector not in (None, "top-k") or method.selector.per != "image":
+        raise PruningError(
+            f"The policy's {stage.scorer!r} itself says at whose places its rows are written: leave selector and "
+            f"selector_args out (selector is {stage.selector!r}, selector_args {dict(stage.selector_args)})."
+        )
 
 
 def refuse_routes(method: Method, depth: int) -> None:
@@ -157,7 +210,7 @@ def refuse_routes(method: Method, depth: int) -> None:
         depth: number of layers of the decoder.
     """
     for rule in method.rules:
-        if rule.scorer.stages(depth) or rule.selector.merges or BESIDE & rule.needs.keys():
+        if rule.scorer.stages(depth) or rule.rewrites or BESIDE & rule.needs.keys():
             raise PruningError(
                 f"A question cannot choose {SCORERS.name_of(rule.scorer)!r} with {SELECTORS.name_of(rule.selector)!r}: "
                 "the rules of a policy with routes drop tokens before the decoder, merge none, and read no other "
@@ -169,7 +222,7 @@ def refuse_fallback(method: Method, fallback: Method, family: Family) -> None:
     """Raise PruningError if a fallback cannot take the place of a policy's method on this model, sample by sample."""
     name = f"fallback {SCORERS.name_of(fallback.scorer)!r} with {SELECTORS.name_of(fallback.selector)!r}"
     for rule, what in ((method, "policy"), (fallback, name)):
-        if rule.scorer.stages(family.depth) or rule.selector.merges:
+        if rule.scorer.stages(family.depth) or rule.rewrites:
             raise PruningError(
                 f"A fallback and the policy it stands in for drop tokens before the decoder and merge none; the {what} "
                 "does otherwise. Leave fallback out, or choose another rule: 'divprune' works on every model."
@@ -192,8 +245,8 @@ def refuse_fallback(method: Method, fallback: Method, family: Family) -> None:
 def refuse_merging(stage: Stage, selector: Selector, family: Family, inside: bool) -> None:
     """Raise PruningError if a selector that merges tokens cannot work on a model.
 
-    Either no layers read visual tokens as rows at the place where tokens leave, `inside` the decoder or encoder or
-    before it, or they have no grid to be averaged on.
+    Either no layers read visual tokens as rows at the place where tokens leave, or they have no grid to be averaged on.
+    `inside` is True if tokens leave inside the decoder or encoder, at this stage or another.
     """
     if selector.needs_grid and not family.has_grid:
         raise PruningError(

@@ -10,8 +10,8 @@ from transformers import AutoConfig, AutoTokenizer, CLIPModel
 
 from catp_lightning.errors import PruningError
 from catp_lightning.methods.observation import Observation, Signal, Values
+from catp_lightning.methods.precision import without_autocast
 from catp_lightning.methods.selection import sample_of_images
-from catp_lightning.methods.selectors import without_autocast
 from catp_lightning.models import Family
 from catp_lightning.models.towers import Towered
 from catp_lightning.prompt.prompt import DecoderPrompt, Prompt

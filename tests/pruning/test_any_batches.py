@@ -71,7 +71,7 @@ def test_pixels_that_are_no_numbers_harm_only_their_own_sample(name: str, rule: 
     row = BY_NAME[name]
     own = [number for number, sample in enumerate(row.samples()) if sample.images]
     model, inputs = row.model(), row.oracle.forward_inputs(row.inputs(own))
-    with prune(model, policy := PruningPolicy(keep=0.4, **rule)) as pruning:
+    with prune(model, policy := PruningPolicy(**{"keep": 0.4, **rule})) as pruning:
         expected, sound = model(**inputs).logits, pruning.keep
     plain = model(**inputs).logits
     for value in (NAN, INF):
@@ -118,7 +118,7 @@ def test_weights_that_are_no_numbers_leave_the_number_of_tokens_as_it_was(name: 
     model, inputs = row.model(), row.oracle.forward_inputs(row.inputs(own))
     part = find_family(model).model.get_parameter(_vision_weight(model))
     before = part.flatten()[0].item()
-    with prune(model, PruningPolicy(keep=0.4, **rule)) as pruning:
+    with prune(model, PruningPolicy(**{"keep": 0.4, **rule})) as pruning:
         model(**inputs)
         sound = pruning.keep
         try:

@@ -10,7 +10,7 @@ import transformers as hf
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from catp_lightning import PruningPolicy, prune
+from catp_lightning import PruningPolicy, Stage, prune
 from tests.support.caches import INSIDE, kept_by
 from tests.support.families import BY_NAME, OLDEST
 from tests.support.matrix import EVERYTHING, chosen, exact, greedily, scale, uneven
@@ -25,6 +25,9 @@ LOOKUP: dict[str, Any] = {"prompt_lookup_num_tokens": 3}
 ONCE_MORE: dict[str, Any] = {"repetition_penalty": 0.6}  # words of the prompt are likely, so that drafts are right
 OUTPUT: dict[str, Any] = {"return_dict_in_generate": True, "output_logits": True}
 WINDOWS = ("Gemma3", "Mistral3, sliding window")
+SCHEDULE = PruningPolicy(
+    "position", keep=6, then=[Stage("fastv", {"layer": 1}, keep=3), Stage("visual-exit", {"layer": 2})]
+)
 NAMES = ("Llava", "Qwen2.5-VL", *WINDOWS, "Blip2-OPT", "InstructBlip")
 
 
@@ -91,11 +94,11 @@ def test_drafted_answers_equal_those_of_the_masked_model(name: str, assisted: bo
 
 
 @fails("transformers 5.13 cuts all layers to one length, which they do not have: refused")
-@pytest.mark.parametrize("name", ["Llava", "InternVL"])
-def test_drafted_answers_equal_others_where_tokens_leave_inside_the_decoder(name: str) -> None:
+@pytest.mark.parametrize(("name", "policy"), [("Llava", INSIDE), ("InternVL", INSIDE), ("Llava", SCHEDULE)])
+def test_drafted_answers_equal_others_where_tokens_leave_inside_the_decoder(name: str, policy: PruningPolicy) -> None:
     row = BY_NAME[name]
     model, inputs = row.model(), ending(row)
-    with prune(model, INSIDE, **kept_by(INSIDE)):
+    with prune(model, policy, **kept_by(policy)):
         tokens, expected = answer(model, inputs)
         with counted(model) as rows:
             drafted, logits = answer(model, inputs, **LOOKUP)

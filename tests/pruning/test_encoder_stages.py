@@ -12,6 +12,7 @@ from catp_lightning.methods.observation import Needs, Signal
 from catp_lightning.methods.selection import Selection
 from catp_lightning.models import find_family
 from catp_lightning.pruning.sites import PruneAtEncoderLayers, SiteSettings
+from catp_lightning.pruning.sites.stage_prompt import StagePrompt
 from tests.support.encoder_stages import MODELS, every_model, every_stage, masked, stages_of
 from tests.support.families import T5_ATTENTION
 from tests.support.footprints import footprint
@@ -22,7 +23,7 @@ from tests.support.stages import LAST_ROW, MostAttended, Uneven, chosen
 
 pytestmark = pytest.mark.usefixtures("no_grad")
 SEEN: Needs = {Signal.LAST_TOKEN_ATTENTION: None, Signal.TEXT_TO_IMAGE_ATTENTION: None, Signal.HIDDEN_STATES: None}
-STAGES = (1, 2)
+STAGES, THREE = (1, 2), (0, 1, 2)
 
 
 @every_model
@@ -36,12 +37,12 @@ def test_dropping_equals_hiding_in_prefill_and_decoding(
     full = model(**forward).logits
     with stages_of(model, stages, choose).installed():
         prefill = model(**forward).logits
-        tokens, steps = generate(row, model, inputs)
+        tokens, steps = generate(row, model, inputs, 10)
         looped = torch.stack([*row.oracle.loop(model, inputs, tokens, with_positions=False)], 1)
     assert [keep.tolist() for keep in choose.keeps] == 3 * [keep.tolist() for keep in keeps], "once a stage and prompt"
     with masked(model, inputs, stages, keeps):
         oracle = model(**forward).logits
-        oracle_tokens, oracle_steps = generate(row, model, inputs)
+        oracle_tokens, oracle_steps = generate(row, model, inputs, 10)
     atol = row.tolerance(dtype, attention) * scale(full)
     assert scale(oracle - full) > 0.1 * scale(full), "dropping must move logits, or this proves nothing"
     exact(prefill, oracle, atol=atol)
@@ -89,17 +90,24 @@ def test_a_carried_mean_equals_the_mean_written_into_the_full_run(row: Row, stag
 
 
 @every_model
-def test_states_and_attention_of_the_encoder_come_back_at_full_length(row: Row) -> None:
+@pytest.mark.parametrize(
+    ("stages", "entered", "read"),  # stages before the states that enter each block, and before its attention
+    [((1, 2), (0, 0, 1, 2), (0, 1, 2)), ((0, 1, 2), (1, 1, 2, 3), (1, 2, 3)), ((0, 2), (1, 1, 1, 2), (1, 1, 2))],
+    ids=str,
+)
+def test_states_and_attention_of_the_encoder_come_back_at_full_length(
+    row: Row, stages: tuple[int, ...], entered: tuple[int, ...], read: tuple[int, ...]
+) -> None:
     model, inputs = row.model(torch.float32, "eager"), row.inputs(dtype=torch.float32)
-    forward, keeps = row.oracle.forward_inputs(inputs), chosen(inputs, row, STAGES)
+    forward, keeps = row.oracle.forward_inputs(inputs), chosen(inputs, row, stages)
     asked = {"output_hidden_states": True, "output_attentions": True}
-    with stages_of(model, STAGES, Uneven()).installed():
+    with stages_of(model, stages, Uneven()).installed():
         found = model(**forward, **asked).language_model_outputs
-    with masked(model, inputs, STAGES, keeps):
+    with masked(model, inputs, stages, keeps):
         expected = model(**forward, **asked).language_model_outputs
     real, all_rows = inputs["attention_mask"].bool(), torch.ones_like(inputs["attention_mask"], dtype=torch.bool)
     left = [all_rows, *(columns_kept(inputs, keep) for keep in keeps)]
-    for name, of_layer in (("encoder_hidden_states", [0, 0, 1, 2]), ("encoder_attentions", [0, 1, 2])):
+    for name, of_layer in (("encoder_hidden_states", entered), ("encoder_attentions", read)):
         for own, other, stage in zip(found[name], expected[name], of_layer, strict=True):
             assert own.shape == other.shape
             ours, theirs = (x if x.dim() == 3 else x.transpose(1, 2) for x in (own, other))
@@ -112,25 +120,27 @@ def test_states_and_attention_of_the_encoder_come_back_at_full_length(row: Row) 
 
 
 @every_model
+@pytest.mark.parametrize("stages", [STAGES, THREE], ids=str)
 @pytest.mark.parametrize("attention", sorted({T5_ATTENTION, "eager"}))
-def test_what_is_observed_is_what_an_eager_run_pays(row: Row, attention: str) -> None:
+def test_what_is_observed_is_what_an_eager_run_pays(row: Row, attention: str, stages: tuple[int, ...]) -> None:
     model, inputs = row.model(torch.float32, attention), row.inputs(dtype=torch.float32)
     forward, eager = row.oracle.forward_inputs(inputs), row.model(torch.float32, "eager")
-    prompts, keeps = [], chosen(inputs, row, STAGES)
+    prompts, keeps = [], chosen(inputs, row, stages)
 
     def choose(prompt: Any) -> Tensor:
-        prompts.append(prompt)
+        if isinstance(prompt, StagePrompt):
+            prompts.append(prompt)
         return keeps[prompt.stage]
 
-    with stages_of(model, STAGES, choose, SEEN).installed():
+    with stages_of(model, stages, choose, SEEN).installed():
         model(**forward)
-    with masked(eager, inputs, STAGES, keeps):
+    with masked(eager, inputs, stages, keeps):
         asked = {"output_hidden_states": True, "output_attentions": True}
         run = eager(**forward, **asked).language_model_outputs
     visual, real = visual_columns(inputs), inputs["attention_mask"].bool()
     assert len(prompts) == 2
     for prompt, block in zip(prompts, STAGES, strict=True):
-        there = [row.oracle.tokens(inputs), keeps[0]][prompt.stage]
+        there = [row.oracle.tokens(inputs), *keeps][prompt.stage]
         for sample, columns in enumerate(visual):
             own = (real[sample] & ~columns).nonzero()[:, 0]
             own = own[own > columns.nonzero()[0, 0]]
@@ -147,22 +157,25 @@ def test_what_is_observed_is_what_an_eager_run_pays(row: Row, attention: str) ->
 
 
 @every_model
-def test_a_sample_does_not_depend_on_its_batch_or_padding_and_beams_choose_alike(row: Row) -> None:
+@pytest.mark.parametrize("stages", [STAGES, THREE], ids=str)
+def test_a_sample_does_not_depend_on_its_batch_or_padding_and_beams_choose_alike(
+    row: Row, stages: tuple[int, ...]
+) -> None:
     model, inputs = row.model(), row.inputs()
     count = len(inputs["input_ids"])
-    with stages_of(model, STAGES, first := MostAttended(), LAST_ROW).installed():
+    with stages_of(model, stages, first := MostAttended(), LAST_ROW).installed():
         _, together = generate(row, model, inputs, 2)
     for rows, pads in [([sample], 0) for sample in range(count)] + [(list(range(count))[::-1], 4)]:
-        with stages_of(model, STAGES, choose := MostAttended(), LAST_ROW).installed():
+        with stages_of(model, stages, choose := MostAttended(), LAST_ROW).installed():
             _, steps = generate(row, model, row.inputs(rows, pads), 2)
         exact(steps, together[rows], atol=row.tolerance() * scale(together))
         for one, other in zip(choose.seen, first.seen, strict=True):
             exact(one.attention, other.attention[rows], atol=row.tolerance())
-    with stages_of(model, STAGES, beams := MostAttended(), LAST_ROW).installed():
+    with stages_of(model, stages, beams := MostAttended(), LAST_ROW).installed():
         torch.manual_seed(3)
         tokens, steps = generate(row, model, inputs, **SAMPLED_BEAMS)
     assert all(map(torch.equal, beams.keeps, first.keeps)), "the batch before beams are expanded"
-    with masked(model, inputs, STAGES, first.keeps):
+    with masked(model, inputs, stages, first.keeps):
         torch.manual_seed(3)
         expected_tokens, expected = generate(row, model, inputs, **SAMPLED_BEAMS)
     exact(steps, expected, atol=row.tolerance() * scale(expected))

@@ -9,7 +9,7 @@ import transformers as hf
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from catp_lightning import PruningError
+from catp_lightning import PruningError, PruningPolicy, Stage, prune
 from catp_lightning.models import find_family
 from catp_lightning.pruning.sites import SiteSettings
 from catp_lightning.pruning.sites.decoder_layers import PruneAtDecoderLayers
@@ -37,6 +37,7 @@ from tests.support.stages import (
 )
 
 pytestmark = pytest.mark.usefixtures("no_grad")
+TOO_EARLY = PruningPolicy("l2-norm", then=[Stage("fastv", {"layer": 1}, keep=0.25)])
 
 
 @every_model
@@ -189,12 +190,15 @@ def deepstack() -> PreTrainedModel:
 def test_where_features_are_added_after_early_layers_tokens_leave_only_after_the_last_of_them() -> None:
     row = replace(BY_NAME["Qwen3-VL"], make=deepstack)
     model, inputs = model_of(row), row.inputs()
-    with (
-        stages_of(model, (1, 3), Uneven()).installed(),
-        pytest.raises(PruningError, match=r"each of its first 2 layers.*choose layers from 2 on"),
-    ):
-        model(**inputs)
-    for stages in ((2,), (2, 3)):
+    for stages in ((1, 3), (0, 1, 3)):
+        with (
+            stages_of(model, stages, Uneven()).installed(),
+            pytest.raises(PruningError, match=r"each of its first 2 layers.*choose layers from 2 on"),
+        ):
+            model(**inputs)
+    for stages in ((2,), (2, 3), (0, 2, 3)):
         with stages_of(model, stages, MostAttended(), observe=True).installed():
             model(**inputs)
         check_dropping(row, model, inputs, stages, moves=0.1, tolerance=1e-10)
+    with pytest.raises(PruningError, match="choose layers from 2 on"), prune(model, TOO_EARLY):
+        pass

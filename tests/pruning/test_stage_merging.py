@@ -1,13 +1,11 @@
 """Inside the decoder: a carried mean equals the full run with that mean written in; what scorers see is what ran."""
 
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from catp_lightning.methods.observation import Signal
 from catp_lightning.methods.selection import Selection
@@ -18,107 +16,30 @@ from catp_lightning.pruning.sites.stage_prompt import StagePrompt
 from tests.support.matrix import BEAMS, exact, generate, scale
 from tests.support.oracles import IMAGE, VIDEO, Inputs, hooked, visual_columns
 from tests.support.rows import Row
-from tests.support.stages import LLAMA, OPT, QWEN, Uneven, chosen, masked, model_of, stack_of
+from tests.support.stage_merging import Merging, carriers_of, check_merging, merging, written
+from tests.support.stages import LLAMA, OPT, QWEN, Uneven, chosen, masked, model_of, schedules, stack_of
 
 pytestmark = pytest.mark.usefixtures("no_grad")
 every_model = pytest.mark.parametrize("row", [LLAMA, QWEN], ids=repr)
 
 
-@dataclass
-class Merging:
-    """Uneven's choice; every third token that leaves is lost, others are carried by one that stays, not the nearest."""
-
-    uneven: Uneven = field(default_factory=Uneven)
-    destination: Tensor | None = None
-
-    def __call__(self, prompt: StagePrompt) -> Selection:
-        keep = self.uneven(prompt) & prompt.tokens
-        self.destination = torch.tensor(carried_by_hand(keep.tolist(), prompt.tokens.tolist()))
-        return Selection(keep, self.destination)
-
-
-def carried_by_hand(keep: list[list[bool]], tokens: list[list[bool]]) -> list[list[int]]:
-    """For each token the one that carries it, -1 for none."""
-    rows = []
-    for kept, there in zip(keep, tokens, strict=True):
-        stay = [place for place, stays in enumerate(kept) if stays]
-        row = []
-        for place in range(len(kept)):
-            gone = there[place] and not kept[place]
-            row.append(place if kept[place] else stay[7 * place % len(stay)] if gone and stay and place % 3 else -1)
-        rows.append(row)
-    return rows
-
-
-def carriers_of(inputs: Inputs, row: Row, keeps: list[Tensor]) -> list[list[list[int]]]:
-    there = [row.oracle.tokens(inputs), *keeps]
-    return [carried_by_hand(keep.tolist(), before.tolist()) for keep, before in zip(keeps, there, strict=False)]
-
-
-@contextmanager
-def written(
-    row: Row, model: nn.Module, inputs: Inputs, stages: tuple[int, ...], carriers: list[list[list[int]]]
-) -> Iterator[None]:
-    """The full model; where a stage's layer reads the prompt, means stand in the places of the tokens that carry."""
-    visual = [columns.nonzero()[:, 0].tolist() for columns in visual_columns(inputs)]
-    length = inputs["input_ids"].shape[1]
-
-    def write(stage: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        hidden = args[0] if args else kwargs["hidden_states"]
-        if hidden.shape[1] < length:  # a decoding step
-            return args, kwargs
-        changed, beams = hidden.clone(), len(hidden) // len(visual)
-        for place in range(len(hidden)):
-            own = carriers[stage][place // beams]
-            for leader in {carrier for carrier in own if carrier >= 0}:
-                columns = [visual[place // beams][token] for token, carrier in enumerate(own) if carrier == leader]
-                changed[place, visual[place // beams][leader]] = sum(hidden[place, at] for at in columns) / len(columns)
-        return ((changed, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": changed})
-
-    with ExitStack() as undo:
-        for stage, at in enumerate(stages):
-            hook = lambda module, args, kwargs, stage=stage: write(stage, args, kwargs)  # noqa: E731
-            layer = stack_of(row, model).layers[at]  # type: ignore[arg-type]
-            undo.callback(layer.register_forward_pre_hook(hook, with_kwargs=True).remove)
-        yield
-
-
-def merging(model: Any, stages: tuple[int, ...], choose: Merging) -> PruneAtDecoderLayers:
-    return PruneAtDecoderLayers(find_family(model), choose, SiteSettings(stages))
-
-
 @every_model
 @pytest.mark.parametrize(
-    ("stages", "attention"), [((1,), "sdpa"), ((2,), "sdpa"), ((1, 3), "sdpa"), ((1, 3), "eager")], ids=str
+    ("stages", "attention"),
+    [((1,), "sdpa"), ((2,), "sdpa"), ((1, 3), "sdpa"), ((1, 3), "eager"), ((0, 1, 3), "sdpa"), ((0, 1, 3), "eager")],
+    ids=str,
 )
 def test_a_carried_mean_equals_the_mean_written_into_the_full_run(
     row: Row, stages: tuple[int, ...], attention: str
 ) -> None:
     dtype = torch.float64 if attention == "sdpa" else torch.float32
     model, inputs = model_of(row, dtype, attention), row.inputs(pads=3, dtype=dtype)
-    keeps = chosen(inputs, row, stages)
-    carriers = carriers_of(inputs, row, keeps)
-    merged = [[own for own in sample if own >= 0] for sample in carriers[-1]]
-    assert any(len(own) > len({*own}) for own in merged), "something is carried at the last stage"
-    with merging(model, stages, choose := Merging()).installed():
-        prefill = model(**inputs).logits
-        tokens, steps = generate(row, model, inputs)
-    assert choose.destination is not None and choose.destination.tolist() == carriers[-1]
-    with masked(row, model, inputs, stages, keeps):
-        dropped = model(**inputs).logits
-        with written(row, model, inputs, stages, carriers):
-            oracle = model(**inputs).logits
-            oracle_tokens, oracle_steps = generate(row, model, inputs)
-    rows, atol = row.oracle.compared(inputs, keeps[-1]), row.tolerance(dtype, attention) * scale(dropped)
-    assert scale(oracle[rows] - dropped[rows]) > 0.01 * scale(dropped), "means must move logits, or this proves nothing"
-    exact(prefill[rows], oracle[rows], atol=atol)
-    exact(steps, oracle_steps, atol=atol)
-    assert torch.equal(tokens, oracle_tokens)
+    check_merging(row, model, inputs, stages, row.tolerance(dtype, attention))
 
 
-@every_model
-def test_beams_find_what_the_full_run_with_means_finds(row: Row) -> None:
-    model, inputs, stages = model_of(row), row.inputs(), (1, 3)
+@schedules([LLAMA, QWEN], [LLAMA, QWEN])
+def test_beams_find_what_the_full_run_with_means_finds(row: Row, stages: tuple[int, ...]) -> None:
+    model, inputs = model_of(row), row.inputs()
     keeps = chosen(inputs, row, stages)
     with merging(model, stages, Merging()).installed():
         tokens, steps = generate(row, model, inputs, **BEAMS)
@@ -131,9 +52,9 @@ def test_beams_find_what_the_full_run_with_means_finds(row: Row) -> None:
     exact(steps, oracle_steps, atol=1e-10 * scale(steps))
 
 
-@every_model
-def test_means_do_not_depend_on_the_batch_or_padding(row: Row) -> None:
-    model, inputs, stages = model_of(row), row.inputs(), (1, 3)
+@schedules([LLAMA, QWEN], [LLAMA, QWEN])
+def test_means_do_not_depend_on_the_batch_or_padding(row: Row, stages: tuple[int, ...]) -> None:
+    model, inputs = model_of(row), row.inputs()
     with merging(model, stages, Merging()).installed():
         _, together = generate(row, model, inputs, 2)
     for rows, pads in [([sample], 0) for sample in range(len(together))] + [(list(range(len(together)))[::-1], 4)]:

@@ -20,6 +20,7 @@ from tests.support.stages import (
     Uneven,
     chosen,
     every_model,
+    every_schedule,
     every_stage,
     makes_positions,
     masked,
@@ -72,9 +73,11 @@ def test_caches_are_as_long_as_what_is_left(row: Row, stages: tuple[int, ...]) -
     assert lengths == [longest[sum(stage <= layer for stage in stages)] + read for layer in range(LAYERS)]
 
 
-@every_model
-def test_hidden_states_come_back_at_full_length_with_zeros_for_rows_that_are_gone(row: Row) -> None:
-    model, inputs, stages = model_of(row), row.inputs(), (1, 3)
+@every_schedule
+def test_hidden_states_come_back_at_full_length_with_zeros_for_rows_that_are_gone(
+    row: Row, stages: tuple[int, ...]
+) -> None:
+    model, inputs = model_of(row), row.inputs()
     keeps, stack = chosen(inputs, row, stages), stack_of(row, model)
     outputs: list[Any] = []
     hook = stack.register_forward_hook(lambda module, args, output: outputs.append(output))
@@ -87,7 +90,8 @@ def test_hidden_states_come_back_at_full_length_with_zeros_for_rows_that_are_gon
     hook.remove()
     got, expected = outputs
     assert torch.equal(got.hidden_states[-1], got.last_hidden_state)
-    left = [torch.ones_like(keeps[0])] * 2 + [keeps[0]] * 2 + [keeps[1]]
+    begun = [sum(at < layer or at == 0 for at in stages) for layer in range(LAYERS + 1)]
+    left = [[torch.ones_like(keeps[0]), *keeps][number] for number in begun]
     for ours, theirs, keep in zip(got.hidden_states, expected.hidden_states, left, strict=True):
         columns = columns_kept(inputs, keep)
         assert ours.shape == theirs.shape
@@ -96,9 +100,9 @@ def test_hidden_states_come_back_at_full_length_with_zeros_for_rows_that_are_gon
         exact(ours[rows], theirs[rows], atol=row.tolerance() * scale(theirs))
 
 
-@every_model
-def test_beams_and_sampling_find_what_the_masked_model_finds(row: Row) -> None:
-    model, inputs, stages = model_of(row), row.inputs(), (1, 3)
+@every_schedule
+def test_beams_and_sampling_find_what_the_masked_model_finds(row: Row, stages: tuple[int, ...]) -> None:
+    model, inputs = model_of(row), row.inputs()
     with stages_of(model, stages, choose := Uneven()).installed():
         torch.manual_seed(3)
         tokens, steps = generate(row, model, inputs, **SAMPLED_BEAMS)
@@ -111,43 +115,41 @@ def test_beams_and_sampling_find_what_the_masked_model_finds(row: Row) -> None:
     exact(steps, masked_steps, atol=row.tolerance() * scale(steps))
 
 
-@every_model
+@every_schedule
 @pytest.mark.usefixtures("what_a_family_lacks")
-def test_attention_decides_the_same_for_beams_and_without_a_cache(row: Row) -> None:
+def test_attention_decides_the_same_for_beams_and_without_a_cache(row: Row, stages: tuple[int, ...]) -> None:
     # One image a sample: older versions of generate mix several up when they expand pixels for beams.
     model, inputs = model_of(row), row.inputs([0, 2])
     prefills = []
     for settings in ({}, {"num_beams": 3}, {"use_cache": False}):
-        with stages_of(model, (1, 3), choose := MostAttended(), observe=True).installed():
+        with stages_of(model, stages, choose := MostAttended(), observe=True).installed():
             tokens, steps = generate(row, model, inputs, **settings)
         prefills.append((choose.keeps, choose.seen, tokens, steps))
     (cached, seen, tokens, steps), (beams, beams_seen, *_), (uncached, uncached_seen, *again) = prefills
-    assert len(cached) == len(beams) == 2
-    assert len(uncached) == (2 if row in (OPT, QUESTIONED) else 2 * STEPS), "BLIP-2's generate always has a cache"
-    for at in range(len(uncached)):
-        assert torch.equal(uncached[at], cached[at % 2]), "the choice belongs to the prompt"
-        exact(uncached_seen[at].attention, seen[at % 2].attention, atol=row.tolerance())
-    for ours, theirs, one, other in zip(beams, cached, beams_seen, seen, strict=True):
-        assert torch.equal(ours, theirs)
+    count, runs = len(stages), 1 if row in (OPT, QUESTIONED) else STEPS  # BLIP-2's generate always has a cache
+    assert len(cached) == len(beams) == count and len(uncached) == count * runs
+    assert all(map(torch.equal, uncached, cached * runs)), "the choice belongs to the prompt"
+    assert all(map(torch.equal, beams, cached))
+    for one, other in zip([*uncached_seen, *beams_seen], seen * (runs + 1), strict=True):
         exact(one.attention, other.attention, atol=row.tolerance())
     assert torch.equal(again[0], tokens)
     exact(again[1], steps, atol=row.tolerance() * scale(steps))
 
 
-@every_model
-def test_generate_and_forward_observe_the_same_row(row: Row) -> None:
+@every_schedule
+def test_generate_and_forward_observe_the_same_row(row: Row, stages: tuple[int, ...]) -> None:
     model, inputs = model_of(row), row.inputs([1])
-    with stages_of(model, (1, 3), choose := MostAttended(), observe=True).installed():
+    with stages_of(model, stages, choose := MostAttended(), observe=True).installed():
         model(**inputs)
         generate(row, model, inputs)
     for stage in (0, 1):
         exact(choose.seen[stage].attention, choose.seen[stage + 2].attention, atol=row.tolerance())
 
 
-@every_model
-def test_a_decoding_loop_by_hand_equals_generate(row: Row) -> None:
+@every_schedule
+def test_a_decoding_loop_by_hand_equals_generate(row: Row, stages: tuple[int, ...]) -> None:
     model, inputs = model_of(row), row.inputs()
-    with stages_of(model, (1, 3), Uneven()).installed():
+    with stages_of(model, stages, Uneven()).installed():
         tokens, steps = generate(row, model, inputs)
         looped = torch.stack([*row.oracle.loop(model, inputs, tokens, with_positions=True)], 1)
     exact(looped, steps, atol=row.tolerance() * scale(steps))
@@ -179,10 +181,10 @@ def test_a_cache_expanded_after_the_prefill_decodes_each_copy_alike(row: Row) ->
     exact(logits[1], of_rows(logits[0], 2 * len(token)), atol=row.tolerance() * scale(logits[0]))
 
 
-@every_model
-def test_a_sample_does_not_depend_on_its_batch_or_padding(row: Row) -> None:
+@every_schedule
+def test_a_sample_does_not_depend_on_its_batch_or_padding(row: Row, stages: tuple[int, ...]) -> None:
     model, inputs = model_of(row), row.inputs()
-    count, stages = len(inputs["input_ids"]), (1, 3)
+    count = len(inputs["input_ids"])
     with stages_of(model, stages, first := MostAttended(), observe=True).installed():
         _, together = generate(row, model, inputs, 2)
     for rows, pads in [([sample], 0) for sample in range(count)] + [(list(range(count))[::-1], 4)]:

@@ -14,10 +14,10 @@ from catp_lightning.methods.selection import Selection
 from catp_lightning.models import find_family
 from catp_lightning.pruning.sites import PruneAtEncoderLayers, SiteSettings
 from tests.support.families import BY_NAME
-from tests.support.oracles import Inputs, columns_kept, hooked, of_rows
+from tests.support.oracles import Inputs, columns_kept, hidden_in, hooked, of_rows
 
 MODELS = [BY_NAME["Blip2-T5"], BY_NAME["InstructBlip-T5"]]
-STAGES = [(1,), (2,), (1, 2)]  # of three blocks
+STAGES = [(1,), (2,), (1, 2), (0, 2), (0, 1, 2)]  # of three blocks
 every_model = pytest.mark.parametrize("row", MODELS, ids=repr)
 every_stage = pytest.mark.parametrize("stages", STAGES, ids=str)
 
@@ -40,6 +40,8 @@ def masked(model: Any, inputs: Inputs, stages: tuple[int, ...], keeps: list[Tens
         kept = columns[sum(stage <= at for stage in stages) - 1]
         kept = of_rows(kept, len(args[0]))
         gone = ~kept[:, None, None]
+        if bias is None:  # block 0 makes it
+            return {"attention_mask": hidden_in(kwargs["attention_mask"].expand(len(kept), -1, -1, -1), gone)}
         return {"position_bias": bias.expand(len(kept), -1, -1, -1).masked_fill(gone, torch.finfo(bias.dtype).min)}
 
     def hide_states(decoder: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:

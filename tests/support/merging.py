@@ -82,6 +82,21 @@ def written(rows: Tensor, columns: Tensor, carrier: Tensor) -> Tensor:
     return found
 
 
+def with_means(kwargs: dict[str, Any], columns: Tensor, carrier: Tensor) -> dict[str, Any]:
+    """Arguments of a decoder in which the means are written: its rows, and the features added to them later."""
+    embeds = kwargs["inputs_embeds"]
+    changes = {"inputs_embeds": written(embeds, columns, carrier)}
+    if kwargs.get("deepstack_visual_embeds"):
+        places = kwargs["visual_pos_masks"]
+        deep = []
+        for features in kwargs["deepstack_visual_embeds"]:
+            rows = embeds.new_zeros(embeds.shape)
+            rows[places] = features
+            deep.append(written(rows, columns, carrier)[places])
+        changes["deepstack_visual_embeds"] = deep
+    return changes
+
+
 @contextmanager
 def merged(row: Row, model: PreTrainedModel, inputs: Inputs, pruning: Pruning) -> Iterator[None]:
     """The oracle: while inside, `model` reads the means at the carriers' places, and tokens that left are masked."""
@@ -93,16 +108,7 @@ def merged(row: Row, model: PreTrainedModel, inputs: Inputs, pruning: Pruning) -
         embeds = kwargs.get("inputs_embeds")
         if embeds is None or embeds.shape[1] < length:  # a decoding step
             return {}
-        changes = {"inputs_embeds": written(embeds, columns, carrier)}
-        if kwargs.get("deepstack_visual_embeds"):
-            places = kwargs["visual_pos_masks"]
-            deep = []
-            for features in kwargs["deepstack_visual_embeds"]:
-                rows = embeds.new_zeros(embeds.shape)
-                rows[places] = features
-                deep.append(written(rows, columns, carrier)[places])
-            changes["deepstack_visual_embeds"] = deep
-        return changes
+        return with_means(kwargs, columns, carrier)
 
     with hooked([model.get_submodule(row.oracle.path)], write), row.oracle.masked(model, inputs, keep):
         yield

@@ -54,6 +54,32 @@ def highest_norm(outputs: Tensor) -> Tensor:
     return (norm == norm.amax(1, keepdim=True)).to(outputs.dtype)
 
 
+class AskedPlanted(Planted):
+    """A question that ends with the word 50 is answered from one token, any other from another."""
+
+    def __init__(self, one: Callable[[Tensor], Tensor], other: Callable[[Tensor], Tensor]) -> None:
+        self.asked = torch.zeros(0, dtype=torch.bool)
+
+        def gate(outputs: Tensor) -> Tensor:
+            return one(outputs).where(self.asked[:, None], other(outputs))
+
+        super().__init__(gate)
+
+    def predict_step(self, batch: Batch, batch_idx: int = 0) -> Tensor:
+        self.asked = batch["input_ids"][:, -1] == 50
+        return super().predict_step(batch, batch_idx)
+
+
+def asking(count: int, batch: int) -> tuple[list[Batch], list[Batch]]:
+    """Two kinds of questions, about images to calibrate on and about as many others."""
+    (everything,) = data(2 * count, 2 * count, torch.float64)
+    everything["input_ids"][:, -4:] = torch.tensor([10, 11, 12, 13])
+    everything["input_ids"][::2, -4:] = torch.tensor([53, 52, 51, 50])
+    starts = range(0, 2 * count, batch)
+    batches = [{name: value[start : start + batch] for name, value in everything.items()} for start in starts]
+    return batches[: len(batches) // 2], batches[len(batches) // 2 :]
+
+
 def recorded(module: Generating, batches: list[Batch]) -> list[Samples]:
     plan = Plan.of(find_family(module))
     recorder, found = Recorder(plan, needs_of(plan)), []

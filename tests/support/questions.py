@@ -28,6 +28,12 @@ def routed(*rules: Mapping[str, Any], seed: int = 0, width: int = WIDTH) -> dict
     return {**first, "routes": {"rules": [dict(rule) for rule in others], "router": router}}
 
 
+def counted(rule: Mapping[str, Any], seed: int = 0, width: int = WIDTH, weight: float = 0.8) -> dict[str, Any]:
+    """Fields of a policy under which samples keep different numbers of tokens, by random components of a question."""
+    counts = {"question": asdict(components(2, width, seed)), "weights": [weight, weight, 0.1]}
+    return {**rule, "counts": counts}
+
+
 def network(slots: int = 1, seed: int = 0, width: int = WIDTH, features: int = WIDTH, hidden: int = 8) -> Network:
     """Random network for 3 components of a token, whose features have `features` dimensions, and 2 of a question."""
     draw = np.random.default_rng(seed + 2)

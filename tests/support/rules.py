@@ -4,6 +4,7 @@ from dataclasses import fields
 from typing import Any
 
 from catp_lightning.methods.scorers import SCORERS
+from tests.support.compressors import COMPRESSORS, compressor, exiting
 from tests.support.questions import learned, routed
 
 WITH_PATCHES = ("Llava", "LlavaNext", "LlavaOnevision", "VideoLlava", "Qwen2.5-VL", "SmolVLM", "Mistral3")
@@ -24,6 +25,11 @@ RULES: list[tuple[str, dict[str, Any]]] = [
     *((name, {"scorer": "visionzip"}) for name in ("Qwen2.5-VL", "InternVL", "Gemma3", "SmolVLM", "Mistral3")),
     ("InternVL", {"scorer": "vispruner", "selector_args": {"per": "crop"}}),
     ("VideoLlava", {"scorer": "visionzip"}),
+    *(
+        (name, {"scorer": "fastervlm", "selector": "vscan"})
+        for name in ("Llava", "VideoLlava", "Qwen2.5-VL", "SmolVLM")
+    ),
+    ("LlavaNext", {"scorer": "fastervlm", "selector": "vscan", "selector_args": {"per": "crop", "layer": 0}}),
     *((n, {"scorer": "divprune"}) for n in ("Llava", "LlavaNext", "Qwen2.5-VL", "Mllama", "Blip2-OPT", "Blip2-T5")),
     *((n, {"scorer": "cdpruner"}) for n in ("Llava", "LlavaNext", "Qwen2.5-VL", "Blip2-OPT", "InstructBlip")),
     ("LlavaNext", {"scorer": "vispruner", "selector_args": {"per": "crop"}}),
@@ -60,6 +66,9 @@ RULES: list[tuple[str, dict[str, Any]]] = [
     *((name, learned()) for name in ("Llava", "LlavaNext", "Qwen2.5-VL", "InternVL", "Mllama")),
     *((name, learned(slots=8)) for name in ("Blip2-OPT", "Blip2-T5")),
     ("InstructBlip", {**learned(slots=8), "selector": "dpp"}),
+    *((name, compressor(s)) for name in ("Llava", "LlavaNext", "Qwen2.5-VL", "InternVL") for s in COMPRESSORS),
+    *(("Blip2-OPT", compressor(s, on_grid=False)) for s in COMPRESSORS),
+    *((name, exiting()) for name in ("Llava", "Qwen2.5-VL", "Blip2-OPT")),
     *((name, routed(*OUTPUTS)) for name in ("Llava", "LlavaNext", "Qwen2.5-VL", "Mllama", "Blip2-OPT", "Blip2-T5")),
 ]
 NAN, INF = float("nan"), float("inf")

@@ -1,7 +1,7 @@
 """What tests of dropping inside the decoder share: deeper models, choices at a layer, and the masked run."""
 
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -14,30 +14,42 @@ from transformers import PreTrainedModel
 from catp_lightning.methods.observation import Signal
 from catp_lightning.methods.selection import Selection
 from catp_lightning.models import find_family
+from catp_lightning.prompt.prompt import DecoderPrompt
 from catp_lightning.pruning.sites import SiteSettings
 from catp_lightning.pruning.sites.decoder_layers import PruneAtDecoderLayers
 from catp_lightning.pruning.sites.stage_prompt import StagePrompt
 from tests.support.decoder_oracle import Decoder
 from tests.support.families import BY_NAME
-from tests.support.matrix import exact, generate, scale
+from tests.support.matrix import STEPS, exact, generate, scale
 from tests.support.oracles import Inputs, columns_kept, hidden_in, hooked, of_rows
 from tests.support.rows import Row
 
 LAYERS = 4
 
 
-def deeper(make: Callable[[], PreTrainedModel]) -> PreTrainedModel:
-    """The same model with four decoder layers, so that tokens can leave twice."""
+def deeper(make: Callable[[], PreTrainedModel], layers: int = LAYERS) -> PreTrainedModel:
+    """The same model with more decoder layers, by default four, so that tokens can leave several times."""
     model = make()
     text = model.config.get_text_config()
-    text.num_hidden_layers = LAYERS
-    if "sliding_attention" not in (getattr(text, "layer_types", None) or ["sliding_attention"]):
-        text.layer_types = ["full_attention"] * LAYERS
+    before, text.num_hidden_layers = text.num_hidden_layers, layers
+    for name, value in vars(text).items():  # lists with an entry for each layer
+        if isinstance(value, list) and len(value) == before:
+            setattr(text, name, (value * layers)[: layers - 1] + value[-1:])
     return type(model)(model.config)
 
 
-def deep(row: Row) -> Row:
-    return replace(row, make=functools.partial(deeper, row.make))
+def deep(row: Row, layers: int = LAYERS) -> Row:
+    return replace(row, make=functools.partial(deeper, row.make, layers))
+
+
+def three_stages(row: Row) -> tuple[Row, tuple[int, ...]]:
+    """Return the same row with a decoder in which tokens can leave at three places, and those.
+
+    Where features are added to visual tokens after early layers, the places inside come after the last of them.
+    """
+    vision = getattr(row.model().config, "vision_config", None)
+    first = len(getattr(vision, "deepstack_visual_indexes", None) or ()) or 1
+    return deep(row, max(LAYERS, first + 2)), (0, first, max(LAYERS - 1, first + 1))
 
 
 LLAMA, OPT, QWEN, MISTRAL, QUESTIONED = (
@@ -50,6 +62,18 @@ every_model = pytest.mark.parametrize("row", MODELS, ids=repr)
 # Qwen2.5-VL makes positions of a wrong shape where a mask is given to a decoding step without them, unpruned as well.
 makes_positions = pytest.mark.parametrize("row", [row for row in MODELS if not row.coordinates], ids=repr)
 every_stage = pytest.mark.parametrize("stages", STAGES, ids=str)
+LATE, THREE = (1, 3), (0, 1, 3)
+
+
+def schedules(rows: Sequence[Row], fast: Sequence[Row]) -> pytest.MarkDecorator:
+    """Rows with the stages `LATE`, and with `THREE`: slow but for some of the rows."""
+    late = [pytest.param(row, LATE, id=f"{row}, {LATE}") for row in rows]
+    marked = [(row, () if row in fast else pytest.mark.slow) for row in rows]
+    three = [pytest.param(row, THREE, id=f"{row}, {THREE}", marks=marks) for row, marks in marked]
+    return pytest.mark.parametrize(("row", "stages"), [*late, *three])
+
+
+every_schedule = schedules(MODELS, [LLAMA, OPT, QWEN, WINDOWED[0]])
 LAST_ROW = {Signal.LAST_TOKEN_ATTENTION: (-1,)}
 
 
@@ -92,12 +116,18 @@ class Uneven:
 
 @dataclass
 class MostAttended:
-    """FastV's choice, half of what is there at each stage; what was seen and kept at each."""
+    """FastV's choice, half of what is there at each stage; what was seen and kept at each.
+
+    At the decoder's input, where no row has attended to anything, three tokens in four.
+    """
 
     seen: list[StagePrompt] = field(default_factory=list)
     keeps: list[Tensor] = field(default_factory=list)
 
-    def __call__(self, prompt: StagePrompt) -> Tensor:
+    def __call__(self, prompt: DecoderPrompt) -> Tensor:
+        if not isinstance(prompt, StagePrompt):
+            self.keeps.append(prompt.tokens & (prompt.tokens.cumsum(1) % 4 != 0))
+            return self.keeps[-1]
         assert prompt.attention is not None
         scores = prompt.attention.mean(1).masked_fill(~prompt.tokens, -1.0)
         keep = (
@@ -110,7 +140,7 @@ class MostAttended:
 
 
 def stages_of(
-    model: PreTrainedModel, stages: tuple[int, ...], choose: Callable[[StagePrompt], Tensor], observe: bool = False
+    model: PreTrainedModel, stages: tuple[int, ...], choose: Callable[[Any], Tensor], observe: bool = False
 ) -> PruneAtDecoderLayers:
     decide = lambda prompt: Selection(choose(prompt))  # noqa: E731
     return PruneAtDecoderLayers(find_family(model), decide, SiteSettings(stages, LAST_ROW if observe else {}))
@@ -152,7 +182,13 @@ def masked(
 
 
 def check_dropping(
-    row: Row, model: PreTrainedModel, inputs: Inputs, stages: tuple[int, ...], moves: float, tolerance: float
+    row: Row,
+    model: PreTrainedModel,
+    inputs: Inputs,
+    stages: tuple[int, ...],
+    moves: float,
+    tolerance: float,
+    count: int = STEPS,
 ) -> None:
     """Check that dropping at `stages` gives the logits of a run in which later layers do not see what was dropped.
 
@@ -163,18 +199,20 @@ def check_dropping(
         stages: layers at whose entry tokens leave.
         moves: how far dropping moves logits at least, as a share of their scale, or this proves nothing.
         tolerance: how far logits may be apart, as a share of their scale.
+        count: number of decoding steps.
     """
     full, keeps = model(**inputs).logits, chosen(inputs, row, stages)
     with stages_of(model, stages, Uneven()).installed():
         prefill = model(**inputs).logits
-        _, steps = generate(row, model, inputs)
+        tokens, steps = generate(row, model, inputs, count)
     with masked(row, model, inputs, stages, keeps):
         oracle = model(**inputs).logits
-        _, oracle_steps = generate(row, model, inputs)
+        oracle_tokens, oracle_steps = generate(row, model, inputs, count)
     rows, atol = row.oracle.compared(inputs, keeps[-1]), tolerance * scale(full)
     assert scale(oracle[rows] - full[rows]) > moves * scale(full), "dropping must move logits, or this proves nothing"
     exact(prefill[rows], oracle[rows], atol=atol)
     exact(steps, oracle_steps, atol=atol)
+    assert torch.equal(tokens, oracle_tokens)
 
 
 @contextmanager

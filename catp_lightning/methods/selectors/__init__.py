@@ -1,7 +1,7 @@
 """Selectors, by their name in a policy."""
 
 from catp_lightning.methods.registry import Registry
-from catp_lightning.methods.selectors.base import Selector, without_autocast
+from catp_lightning.methods.selectors.base import Selector
 from catp_lightning.methods.selectors.conditional_dpp import ConditionalDPP
 from catp_lightning.methods.selectors.context_merge import ContextMerge
 from catp_lightning.methods.selectors.dart import DART
@@ -14,6 +14,7 @@ from catp_lightning.methods.selectors.prune_similar import PruneSimilar
 from catp_lightning.methods.selectors.recycle import Recycle
 from catp_lightning.methods.selectors.top_k import TopK
 from catp_lightning.methods.selectors.union import Union
+from catp_lightning.methods.selectors.vscan import VScan
 
 _OWN: dict[str, type[Selector]] = {
     "top-k": TopK,
@@ -28,6 +29,7 @@ _OWN: dict[str, type[Selector]] = {
     "conditional-dpp": ConditionalDPP,
     "grid": Grid,
     "pool": Pool,
+    "vscan": VScan,
 }
 SELECTORS = Registry("selector", Selector, _OWN)
 """Selectors by name: those of this package, and those of other packages' entry points of `catp_lightning.selectors`."""
@@ -47,5 +49,5 @@ __all__ = [
     "Selector",
     "TopK",
     "Union",
-    "without_autocast",
+    "VScan",
 ]

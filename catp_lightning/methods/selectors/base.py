@@ -92,14 +92,6 @@ class FeatureSelector(Selector):
         return features.to(torch.promote_types(features.dtype, torch.float32))
 
 
-def without_autocast(like: Tensor) -> torch.autocast:
-    """Context without autocast on the device of `like`.
-
-    Autocast would round weighted sums and similarities to half precision, and ties would then decide the choice.
-    """
-    return torch.autocast(like.device.type, enabled=False)
-
-
 def ranked(scores: Tensor, visual: Tensor) -> Tensor:
     """Rank of each token by its score, 0 for the highest: float [R, T], bool [R, T] -> int64 [R, T].
 

@@ -9,8 +9,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from catp_lightning.methods.observation import Needs, Observation, Signal
+from catp_lightning.methods.precision import without_autocast
 from catp_lightning.methods.scorers.cross_attention import standardise
-from catp_lightning.methods.selectors.base import Selector, without_autocast
+from catp_lightning.methods.selectors.base import Selector
 
 RIDGE = 1e-4
 """Added to the kernel's diagonal, so that a choice of more tokens than the kernel's rank is still defined."""

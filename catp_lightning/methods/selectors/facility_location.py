@@ -7,7 +7,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from catp_lightning.methods.selectors.base import FeatureSelector, without_autocast
+from catp_lightning.methods.precision import without_autocast
+from catp_lightning.methods.selectors.base import FeatureSelector
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,7 @@ from catp_lightning.prompt.caches import Opened, foreign_cache, is_short, mark_w
 from catp_lightning.prompt.kept import KeptSequence, kept_sequence, of_each
 from catp_lightning.prompt.labels import Labels
 from catp_lightning.prompt.masks import decoding_masks, prefill_masks, recurrent
-from catp_lightning.prompt.merging import merged
+from catp_lightning.prompt.merging import merged, written
 from catp_lightning.prompt.prompt import DecoderPrompt
 from catp_lightning.prompt.turns import Turn
 from catp_lightning.pruning.sites.base import PLAIN, Decide, PruningSite, Report, SiteSettings, ignored
@@ -101,6 +101,8 @@ class PruneAtDecoderInput(PruningSite):
         if selection.destination is not None:
             embeds = merged(embeds, prompt.visual, selection.destination)
             kwargs = {**kwargs, **self.family.merge_extras(kwargs, prompt.visual, selection.destination)}
+        if selection.rows is not None:
+            embeds = written(embeds, prompt.visual, selection.rows)
         if before is not None:
             self._opened.open(cache)
         given = kwargs.get("attention_mask")

@@ -30,7 +30,7 @@ from catp_lightning.prompt.caches import Opened, foreign_cache, is_short, missin
 from catp_lightning.prompt.kept import KeptSequence
 from catp_lightning.prompt.labels import Labels
 from catp_lightning.prompt.masks import decoding_masks, layer_mask, of_columns, step_mask, window
-from catp_lightning.prompt.merging import merged
+from catp_lightning.prompt.merging import merged, written
 from catp_lightning.prompt.prompt import DecoderPrompt
 from catp_lightning.pruning.sites.base import Decide, PruningSite, Report, SiteSettings, ignored
 from catp_lightning.pruning.sites.prompt_capture import PromptCapture
@@ -122,10 +122,14 @@ class PruneAtDecoderLayers(PruningSite):
             self._prefill = DecoderPrefill(prompt, self.needs, cap)
             return kwargs
         selection = self.decide(prompt)
+        embeds = prompt.embeds
         if selection.destination is not None:
-            embeds = merged(prompt.embeds, prompt.visual, selection.destination)
-            prompt, kwargs = replace(prompt, embeds=embeds), {**kwargs, "inputs_embeds": embeds}
+            embeds = merged(embeds, prompt.visual, selection.destination)
             kwargs = {**kwargs, **self.family.merge_extras(kwargs, prompt.visual, selection.destination)}
+        if selection.rows is not None:
+            embeds = written(embeds, prompt.visual, selection.rows)
+        if embeds is not prompt.embeds:
+            prompt, kwargs = replace(prompt, embeds=embeds), {**kwargs, "inputs_embeds": embeds}
         self._prefill = DecoderPrefill(prompt, self.needs, cap)
         short = self._prefill.narrow(selection.keep)
         return kwargs if short.whole else {**kwargs, **self.family.gather_extras(kwargs, short)}
@@ -242,10 +246,15 @@ class PruneAtDecoderLayers(PruningSite):
     def _restored(self, layer: int, hidden: Tensor | None) -> Tensor | None:
         """Return what entered a layer, before rows were dropped there, at full length.
 
-        What left the last layer counts as the input of one more.
+        What left the last layer counts as the input of one more. Rows that leave at the decoder's input enter no layer.
         """
-        begun = bisect_left(self.stages, layer)
-        return hidden if begun == 0 or hidden is None else self._kept[begun - 1].scatter(hidden)
+        begun = bisect_left(self.stages, layer) if layer else bisect_right(self.stages, 0)
+        if begun == 0 or hidden is None:
+            return hidden
+        rows = self._kept[begun - 1]
+        if hidden.shape[1] == rows.mask.shape[1]:  # a model that collects them itself, before layer 0
+            hidden = rows.gather(hidden)
+        return rows.scatter(hidden)
 
     def _attention(
         self, layer: int, paid: Tensor | None, kept: list[KeptSequence], later: int, cache: Any

@@ -2,12 +2,14 @@
 
 Blocks before the first stage read the full prompt. From each stage on they get the mask of what is left and the bias
 by relative position that those rows had in the full prompt. The decoder's cross-attention reads the rows that are left
-at the end, as where tokens leave before the encoder.
+at the end, as where tokens leave before the encoder. The first stage may be the encoder's input itself, where rows
+leave as by `PruneAtEncoderInput`, and block 0 makes the bias of those that stayed.
 """
 
 from bisect import bisect_left, bisect_right
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -16,6 +18,7 @@ from torch import Tensor, nn
 
 from catp_lightning.models.base import Family
 from catp_lightning.prompt.masks import on_both_axes
+from catp_lightning.prompt.merging import merged
 from catp_lightning.pruning.sites.base import Decide, Report, SiteSettings, ignored
 from catp_lightning.pruning.sites.encoder_input import PruneAtEncoderInput
 from catp_lightning.pruning.sites.stage_limits import layers_looked_at, refuse_stages
@@ -29,8 +32,8 @@ class PruneAtEncoderLayers(PruneAtEncoderInput):
     Hidden states and attention maps of the encoder are zero where a row was dropped. Tokens may be merged.
 
     Raises:
-        PruningError: the stages are no blocks after the first, in ascending order; or `compact` is True, though blocks
-            before the first stage have used the positions.
+        PruningError: none of the stages is a block after the first, or they do not ascend; or `compact` is True, though
+            blocks before them have used the positions.
     """
 
     inside = True
@@ -54,16 +57,28 @@ class PruneAtEncoderLayers(PruneAtEncoderInput):
             undo.enter_context(super()._hooked())
             for at in self._looked_at:
                 undo.enter_context(hooked(blocks[at].layer[0].SelfAttention, after=partial(self._look, at)))
-            for at, block in enumerate(blocks[self.stages[0] :], self.stages[0]):
+            first = next(at for at in self.stages if at)
+            for at, block in enumerate(blocks[first:], first):
                 undo.enter_context(hooked(block, partial(self._before, at)))
             undo.enter_context(hooked(self.encoder, after=self._leave, always=True))
             yield
 
-    def _enter(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def _enter(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         self._reset()
         self._prompt = self._handed_out = None
         prompt = self._prompts.take(kwargs) if self.active else None
-        self._prefill = None if prompt is None else DecoderPrefill(prompt, self.needs)
+        if prompt is None or self.stages[0]:
+            self._prefill = None if prompt is None else DecoderPrefill(prompt, self.needs)
+            return None
+        selection = self.decide(prompt)
+        if selection.destination is not None:
+            prompt = replace(prompt, embeds=merged(prompt.embeds, prompt.visual, selection.destination))
+        self._prefill = DecoderPrefill(prompt, self.needs)
+        short = self._prefill.narrow(selection.keep)
+        if short.whole:
+            return None
+        self._prompt = short  # block 0 makes the bias of these rows
+        return args, {**kwargs, "inputs_embeds": short.gather(prompt.embeds), "attention_mask": short.short_mask}
 
     def _look(self, layer: int, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         """Record the attention of a block, computed anew: not every version of transformers lets it be observed."""
@@ -87,16 +102,14 @@ class PruneAtEncoderLayers(PruneAtEncoderInput):
             selection = self.decide(prefill.at(self.stages.index(at), at, hidden))
             if selection.destination is not None:
                 hidden = prefill.merged(hidden, selection.destination)
-            stays = prefill.narrow(selection.keep)
-            self._mask = None
-            if not prefill.rows.whole:  # each block hands its bias on to the next
+            stays, before = prefill.narrow(selection.keep), mask if self._mask is None else self._mask
+            if not prefill.rows.whole:  # each block hands its bias on to the next, but not its mask
                 changes = {"hidden_states": stays.gather(hidden), "position_bias": on_both_axes(bias, stays)}
+                if before is not None:
+                    self._mask = on_both_axes(before.expand(-1, -1, hidden.shape[1], -1), stays)
         if prefill.rows.whole:
             return None
         if mask is not None:
-            if self._mask is None:
-                length = prefill.rows.mask.shape[1]
-                self._mask = on_both_axes(mask.expand(-1, -1, length, -1), prefill.rows)
             changes["attention_mask"] = self._mask
         names = zip(self._block_names, args, strict=False)
         return tuple(changes.pop(name, value) for name, value in names), {**kwargs, **changes}
@@ -124,9 +137,10 @@ class PruneAtEncoderLayers(PruneAtEncoderInput):
     def _full(self, block: int, value: Tensor) -> Tensor:
         """Return states [R, n, D] that entered a block, before rows were dropped there, or its attention maps.
 
-        States that left the last block count as the input of one more.
+        States that left the last block count as the input of one more. Rows that leave at the encoder's input enter no
+        block.
         """
-        begun = (bisect_left if value.dim() == 3 else bisect_right)(self.stages, block)
+        begun = (bisect_left if block and value.dim() == 3 else bisect_right)(self.stages, block)
         return value if self._prefill is None or not begun else self._prefill.kept[begun - 1].scatter_states(value)
 
     def _leave(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:

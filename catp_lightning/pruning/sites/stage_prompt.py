@@ -71,9 +71,14 @@ class DecoderPrefill:
     def at(self, stage: int, layer: int, hidden: Tensor) -> StagePrompt:
         """Return the prompt at a stage, whose rows `hidden`, [R, n, D], are about to enter layer `layer`."""
         values = dict(self.values)
+        if not self.needs.keys().isdisjoint({Signal.HIDDEN_STATES, Signal.TEXT_STATES}):
+            columns = self.rows.scatter(hidden.detach())[:: self.prompt.rows_per_sample]
         if Signal.HIDDEN_STATES in self.needs:
-            values[Signal.HIDDEN_STATES] = self._visual(
-                self.rows.scatter(hidden.detach())[:: self.prompt.rows_per_sample]
+            values[Signal.HIDDEN_STATES] = self._visual(columns)
+        if Signal.TEXT_STATES in self.needs:
+            at, valid = self.prompt.text_columns()
+            values[Signal.TEXT_STATES] = (
+                columns.gather(1, at[..., None].expand(-1, -1, columns.shape[-1])) * valid[..., None]
             )
         return StagePrompt(**{**vars(self.prompt), "tokens": self.tokens, "stage": stage}, layer=layer, values=values)
 
