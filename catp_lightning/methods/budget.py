@@ -16,6 +16,21 @@ def keep_count(keep: int | float, tokens: int) -> int:
     return min(tokens, max(1, wanted))
 
 
+def multiplied(counts: Tensor, factors: Tensor, tokens: Tensor) -> Tensor:
+    """Return multiples of `counts`, rounded to the nearest, at least 1 and at most `tokens`: int64 [R].
+
+    Args:
+        counts: int64 [R], numbers of tokens.
+        factors: float [R], what each is multiplied by.
+        tokens: int64 [R], number of tokens that there are.
+
+    >>> multiplied(torch.tensor([8, 8, 8]), torch.tensor([0.25, 1.4, 9.0]), torch.tensor([32, 32, 32]))
+    tensor([ 2, 11, 32])
+    """
+    wanted = (counts * factors + 0.5).floor().long()
+    return wanted.clamp(min=1).minimum(tokens)
+
+
 def even_counts(keep: int | float, tokens: Tensor, part: float) -> Tensor:
     """Return how many of each sample's `tokens`, int64 [B], stay after `part` of the stages, a share from 0 to 1.
 

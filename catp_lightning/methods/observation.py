@@ -35,6 +35,9 @@ class Signal(Enum):
     HIDDEN_STATES = "the token as it enters the decoder layer where tokens leave: [I, T, D]"
     IMAGE_EMBEDS = "the token as the language model reads it: [I, T, D]"
     TEXT_EMBEDS = "the prompt's text rows as the language model reads them, those in `Observation.text`: [I, R, D]"
+    TEXT_STATES = (
+        "the prompt's text rows, those in `Observation.text`, as they enter the layer where tokens leave: [I, R, D]"
+    )
     QUESTION = "mean of the prompt's text rows as the language model reads them: [I, D], float32 or float64"
     GUIDE_ATTENTION = (
         "attention a token gets in a guide model from the prompt's text and the answer, by layer: [I, H, T]"
@@ -72,6 +75,7 @@ STAGED = frozenset(
         Signal.HIDDEN_STATES,
         Signal.IMAGE_EMBEDS,
         Signal.TEXT_EMBEDS,
+        Signal.TEXT_STATES,
     }
 )
 """Signals that can be observed where tokens are dropped inside a decoder.
@@ -108,8 +112,10 @@ class Observation:
         protected: bool [I, T], tokens that always stay: they stand for no patch (a line's end, a frame's [CLS]), or are
             the last row of a prompt; None: there are none.
         crops: int64 [I, T], the crop of its image that each token is of; None if images are not cut.
-        text: bool [I, R], True for real rows of `Signal.TEXT_EMBEDS` and `Signal.TEXT_TO_IMAGE_ATTENTION`; None if
-            neither was observed.
+        text: bool [I, R], True for real rows of `Signal.TEXT_EMBEDS`, `Signal.TEXT_STATES` and
+            `Signal.TEXT_TO_IMAGE_ATTENTION`; None if none was observed.
+        factors: float [I], the number of tokens that each image keeps, as a multiple of the budget; None: all keep what
+            the budget says.
     """
 
     valid: Tensor
@@ -118,6 +124,7 @@ class Observation:
     protected: Tensor | None = None
     crops: Tensor | None = None
     text: Tensor | None = None
+    factors: Tensor | None = None
 
     @classmethod
     def of_equal(cls, images: int, tokens: int, layers: Mapping[Signal, int], values: "Values") -> "Observation":
@@ -154,7 +161,8 @@ class Observation:
     def each(self, change: Callable[[Tensor], Tensor]) -> "Observation":
         """Return the observation with `change` applied to every tensor; each has a row for each image."""
         values = {key: change(value) for key, value in self.values.items()}
-        more = (None if part is None else change(part) for part in (self.protected, self.crops, self.text))
+        parts = (self.protected, self.crops, self.text, self.factors)
+        more = (None if part is None else change(part) for part in parts)
         return Observation(change(self.valid), self.layers, values, *more)
 
     def __getitem__(self, signal: Signal) -> Tensor:

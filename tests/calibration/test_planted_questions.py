@@ -3,47 +3,18 @@
 from dataclasses import replace
 
 import pytest
-import torch
 from torch import Tensor
 
 from catp_lightning.calibration import calibrator
 from catp_lightning.calibration.search.candidate import Routing
 from catp_lightning.calibration.settings import DEFAULTS
-from tests.support.calibrations import data
-from tests.support.modules import Batch
-from tests.support.planted import Planted, agrees, finished, highest_norm, slot_3
+from tests.support.planted import AskedPlanted, Planted, agrees, asking, finished, highest_norm, slot_3
 
 SETTINGS = replace(DEFAULTS, probes=8)
 
 
 def slot_5(outputs: Tensor) -> Tensor:
     return slot_3(outputs).roll(2, 1)
-
-
-class AskedPlanted(Planted):
-    """A question that ends with the word 50 is answered from one token, any other from another."""
-
-    def __init__(self, one: object, other: object) -> None:
-        self.asked = torch.zeros(0, dtype=torch.bool)
-
-        def gate(outputs: Tensor) -> Tensor:
-            return one(outputs).where(self.asked[:, None], other(outputs))  # type: ignore[operator]
-
-        super().__init__(gate)
-
-    def predict_step(self, batch: Batch, batch_idx: int = 0) -> Tensor:
-        self.asked = batch["input_ids"][:, -1] == 50
-        return super().predict_step(batch, batch_idx)
-
-
-def asking(count: int, batch: int) -> tuple[list[Batch], list[Batch]]:
-    """Two kinds of questions, about images to calibrate on and about as many others."""
-    (everything,) = data(2 * count, 2 * count, torch.float64)
-    everything["input_ids"][:, -4:] = torch.tensor([10, 11, 12, 13])
-    everything["input_ids"][::2, -4:] = torch.tensor([53, 52, 51, 50])
-    starts = range(0, 2 * count, batch)
-    batches = [{name: value[start : start + batch] for name, value in everything.items()} for start in starts]
-    return batches[: len(batches) // 2], batches[len(batches) // 2 :]
 
 
 def blind(name: str) -> bool:
