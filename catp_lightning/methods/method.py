@@ -7,11 +7,12 @@ import torch
 from torch import Tensor
 
 from catp_lightning.errors import PolicyError, PruningError
-from catp_lightning.methods.budget import keep_count
+from catp_lightning.methods.budget import keep_count, multiplied
 from catp_lightning.methods.observation import Needs, Observation, join
-from catp_lightning.methods.scorers import SCORERS, Scorer
-from catp_lightning.methods.selection import Selection, images_to_samples, own_destination
-from catp_lightning.methods.selectors import SELECTORS, Selector, without_autocast
+from catp_lightning.methods.precision import without_autocast
+from catp_lightning.methods.scorers import SCORERS, Compressor, Scorer
+from catp_lightning.methods.selection import Selection, images_to_samples, own_destination, sample_of_images
+from catp_lightning.methods.selectors import SELECTORS, Selector
 
 
 @dataclass(frozen=True)
@@ -37,6 +38,11 @@ class Method:
         return (self,)
 
     @property
+    def rewrites(self) -> bool:
+        """True if rows are written in the place of tokens that stay: means of merged tokens, or a compressor's."""
+        return self.selector.merges or isinstance(self.scorer, Compressor)
+
+    @property
     def nested(self) -> bool:
         """True if one ranking of each image's tokens determines what stays at every budget."""
         return self.selector.nested and self.selector.per == "image"
@@ -49,7 +55,10 @@ class Method:
             keep: the budget, of each image or of the whole sample as the selector's `per` says.
             visual: bool [B, T], the visual tokens that each sample has.
         """
-        return select_tokens(score_tokens(self.scorer, seen, visual), self.selector, keep, seen, visual)
+        found = select_tokens(score_tokens(self.scorer, seen, visual), self.selector, keep, seen, visual)
+        if not isinstance(self.scorer, Compressor):
+            return found
+        return replace(found, rows=images_to_samples(self.scorer.written(seen), seen.valid, visual, 0.0))
 
 
 def select_tokens(
@@ -69,12 +78,12 @@ def select_tokens(
     if selector.per == "sample":
         droppable = images_to_samples(seen.droppable, seen.valid, visual, False)
         vectors = None if vectors is None else images_to_samples(vectors, seen.valid, visual, 0.0)
-        found = selected(selector, by_sample, droppable, _budget(keep, droppable), vectors)
+        found = selected(selector, by_sample, droppable, _budget(keep, droppable, _of_samples(seen, visual)), vectors)
         return replace(found.with_protected(visual & ~droppable), scores=by_sample)
     kept = seen.valid & ~seen.droppable
     destination = own_destination(kept)
     for part in _parts(seen, selector.per):
-        found = selected(selector, scores, part, _budget(keep, part), vectors)
+        found = selected(selector, scores, part, _budget(keep, part, seen.factors), vectors)
         kept = kept | found.keep
         destination = destination if found.destination is None else found.destination.where(part, destination)
     return Selection(
@@ -194,7 +203,19 @@ def _counts(images: Tensor) -> str:
     return str(distinct[0]) if len(distinct) == 1 else str(images.tolist())
 
 
-def _budget(keep: int | float, visual: Tensor) -> Tensor:
-    return torch.tensor(
+def _budget(keep: int | float, visual: Tensor, factors: Tensor | None) -> Tensor:
+    """Return how many of each row's tokens stay: bool [R, T], and multiples of the budget or None -> int64 [R]."""
+    counts = torch.tensor(
         [keep_count(keep, count) for count in visual.sum(1).tolist()], device=visual.device, dtype=torch.int64
     )
+    return counts if factors is None else multiplied(counts, factors, visual.sum(1))
+
+
+def _of_samples(seen: Observation, visual: Tensor) -> Tensor | None:
+    """Return the multiple of the budget that each sample keeps, that of its first image: float [B]."""
+    if seen.factors is None:
+        return None
+    found = seen.factors.new_ones(len(visual))
+    # Backwards, so that of several images of a sample the first is written last.
+    found[sample_of_images(seen.valid, visual).flip(0)] = seen.factors.flip(0)
+    return found

@@ -19,18 +19,30 @@ class Selection:
             nothing is merged.
         scores: float [R, T], scores that the tokens were ranked by; -inf where a row has no token; None: nothing was
             scored.
+        rows: float [R, T, D], what the language model reads in the place of each token that stays; None: the tokens
+            themselves, or means of what is merged into them.
     """
 
     keep: Tensor
     destination: Tensor | None = None
     scores: Tensor | None = None
+    rows: Tensor | None = None
+
+    def of_rows(self, index: Tensor, tokens: int) -> "Selection":
+        """Return the selection of some of the rows, int64 [R'], which have at most `tokens` tokens."""
+        keep, *others = (
+            None if part is None else part[index, :tokens]
+            for part in (self.keep, self.destination, self.scores, self.rows)
+        )
+        assert keep is not None
+        return Selection(keep, *others)
 
     def with_protected(self, stay: Tensor) -> "Selection":
         """Return the selection with more tokens that stay, which nothing is merged into: bool [R, T]."""
         keep, destination = self.keep | stay, self.destination
         if destination is not None:
             destination = own_destination(keep).where(stay, destination)
-        return Selection(keep, destination, self.scores)
+        return Selection(keep, destination, self.scores, self.rows)
 
 
 def own_destination(kept: Tensor) -> Tensor:

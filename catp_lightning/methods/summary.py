@@ -9,7 +9,7 @@ from torch import Tensor
 
 from catp_lightning.methods.components import hashed
 from catp_lightning.methods.observation import Observation, Signal
-from catp_lightning.methods.selectors import without_autocast
+from catp_lightning.methods.precision import without_autocast
 
 SUMMARY: Mapping[str, str] = {
     "norm": "mean log L2 norm of the tokens",

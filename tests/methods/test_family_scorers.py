@@ -31,7 +31,7 @@ def test_a_choice_belongs_to_the_sample_and_to_the_prompt(name: str, rule: dict[
     row = BY_NAME[name]
     model, inputs = row.model(), row.inputs(range(len(row.samples())))
     settings = {"max_new_tokens": 2, "do_sample": False, "suppress_tokens": [IMAGE, VIDEO]}
-    with prune(model, PruningPolicy(keep=0.4, **rule)) as pruning:
+    with prune(model, PruningPolicy(**{"keep": 0.4, **rule})) as pruning:
         model(**row.oracle.forward_inputs(inputs))
         keep, scores = pruning.keep, pruning.scores
         model.generate(**inputs, **settings, use_cache=False)

@@ -8,8 +8,9 @@ import pytest
 from catp_lightning import PolicyError, PruningError, PruningPolicy
 from catp_lightning.methods.observation import Signal
 from catp_lightning.methods.scorers import SCORERS
-from catp_lightning.models import find_family
+from catp_lightning.models import Family, find_family
 from catp_lightning.pruning.pruner import Pruner
+from tests.support.compressors import COMPRESSORS, compressor, exiting
 from tests.support.families import BY_NAME
 from tests.support.paths import ROOT
 from tests.support.questions import learned
@@ -33,17 +34,20 @@ REASONS: list[str] = []
 def runs(row: Row, scorer: str) -> bool:
     family = find_family(row.model())
     guide = deepcopy(family.model) if scorer == "sgl" else None
+    fields = {"scorer": scorer, "scorer_args": early(scorer), "keep": 0.5, **trained(scorer, family)}
     try:
-        Pruner(family, PruningPolicy(scorer, trained(scorer) or early(scorer), keep=0.5), guide=guide)
+        Pruner(family, PruningPolicy(**fields), guide=guide)
     except (PruningError, PolicyError) as error:
         REASONS.append(str(error))
         return False
     return True
 
 
-def trained(scorer: str) -> dict[str, Any]:
-    """Return the arguments that a calibration gives a scorer, which is nothing without them; {} for any other."""
-    return learned()["scorer_args"] if scorer == "learned" else {}
+def trained(scorer: str, family: Family) -> dict[str, Any]:
+    """Return the fields of a policy whose scorer is nothing without what a training gives it; {} for any other."""
+    if scorer in COMPRESSORS:
+        return compressor(scorer, on_grid=family.shows({Signal.PATCH_POSITION}))
+    return learned() if scorer == "learned" else exiting() if scorer == "dyvte" else {}
 
 
 def computed() -> list[str]:

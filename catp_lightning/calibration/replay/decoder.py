@@ -14,7 +14,7 @@ from catp_lightning.methods.selection import Selection
 from catp_lightning.models import Family
 from catp_lightning.prompt.kept import kept_sequence
 from catp_lightning.prompt.masks import extended, prefill_masks, recurrent
-from catp_lightning.prompt.merging import merged
+from catp_lightning.prompt.merging import merged, written
 from catp_lightning.prompt.prompt import DecoderPrompt, columns_kept
 from catp_lightning.pruning.answers import Answer
 from catp_lightning.pruning.pruner import Pruner
@@ -40,11 +40,15 @@ class DecoderReplay(PromptReplay):
         answers, rows = first_answers(answers, len(prompt.visual), vocabulary)
         return cls(family, answers, rows, without_beams(prompt), layer)
 
-    def log_probabilities(self, keep: Tensor, destination: Tensor | None = None) -> Tensor:
+    def log_probabilities(self, keep: Tensor, destination: Tensor | None = None, rows: Tensor | None = None) -> Tensor:
+        """Return log-probabilities [B, A, V] along the answer, as in the base class.
+
+        `rows`, float [B, T, D], is what is read in the place of each visual token; None: the token. Gradients reach it.
+        """
         keep = keep[:, : self.tokens.shape[1]]  # these samples may have fewer tokens than the batch's longest
         if self.layer:
             settings = SiteSettings((self.layer,))
-            return self._through(PruneAtDecoderLayers(self.family, lambda prompt: Selection(keep), settings))
+            return self.through(PruneAtDecoderLayers(self.family, lambda prompt: Selection(keep), settings))
         prompt, whole, family = self.prompt, self._with_answer(), self.family
         # Padding is not read, but with padding on the right, generate predicts the first token from a padded row.
         read = (prompt.mask == 1).scatter(1, self.answers.row[:, None], True)
@@ -56,6 +60,8 @@ class DecoderReplay(PromptReplay):
         if destination is not None:
             embeds = merged(embeds, whole.visual, destination)
             inputs = {**inputs, **family.merge_extras(inputs, whole.visual, destination)}
+        if rows is not None:
+            embeds = written(embeds, whole.visual, rows)
         inputs = family.gather_extras(inputs, short)
         masks = prefill_masks(whole.masks, short, family.decoder_config, embeds.dtype)
         if isinstance(masks, dict) or masks.dim() == 4:
@@ -65,9 +71,9 @@ class DecoderReplay(PromptReplay):
             return self._answer(short.gather(embeds), short.short_mask, positions, first, inputs)
 
     def pruned_log_probabilities(self, pruner: Pruner) -> Tensor:
-        return self._through(pruner.site)
+        return self.through(pruner.site)
 
-    def _through(self, site: PruningSite) -> Tensor:
+    def through(self, site: PruningSite) -> Tensor:
         """Return log-probabilities [B, A, V] along the answer when tokens leave the whole prompt inside the decoder."""
         whole = self._with_answer()
         inputs = _inputs(whole) | ({} if whole.masks is None else {"attention_mask": whole.masks})

@@ -9,13 +9,17 @@ from catp_lightning.methods.scorers.cross_attention import CrossAttention
 from catp_lightning.methods.scorers.dart import DART
 from catp_lightning.methods.scorers.divprune import DivPrune
 from catp_lightning.methods.scorers.downsample import Downsample
+from catp_lightning.methods.scorers.dyvte import DyVTE
 from catp_lightning.methods.scorers.fastervlm import FasterVLM
 from catp_lightning.methods.scorers.fastv import FastV, PyramidDrop
+from catp_lightning.methods.scorers.flashsloth import FlashSloth
 from catp_lightning.methods.scorers.learned import Learned
+from catp_lightning.methods.scorers.quecc import QueCC
 from catp_lightning.methods.scorers.region_attention import RegionAttention
 from catp_lightning.methods.scorers.self_attention import SelfAttention
 from catp_lightning.methods.scorers.sgl import SGL
 from catp_lightning.methods.scorers.sparsevlm import SparseVLM
+from catp_lightning.methods.scorers.trained import Compressor, Trained
 from catp_lightning.methods.scorers.trimmed_llama import TrimmedLlama
 from catp_lightning.methods.scorers.visionzip import VisionZip
 from catp_lightning.methods.scorers.vispruner import VisPruner
@@ -41,6 +45,9 @@ _OWN: dict[str, type[Scorer]] = {
     "trimmed-llama": TrimmedLlama,
     "sgl": SGL,
     "learned": Learned,
+    "quecc": QueCC,
+    "flashsloth": FlashSloth,
+    "dyvte": DyVTE,
     "l2-norm": L2Norm,
     "position": Position,
     "stride": Stride,
@@ -59,22 +66,27 @@ __all__ = [
     "VTCCLS",
     "AttentionScorer",
     "CDPruner",
+    "Compressor",
     "CrossAttention",
     "DivPrune",
     "Downsample",
+    "DyVTE",
     "FastV",
     "FasterVLM",
+    "FlashSloth",
     "Grid",
     "L2Norm",
     "Learned",
     "Position",
     "PyramidDrop",
+    "QueCC",
     "Random",
     "RegionAttention",
     "Scorer",
     "SelfAttention",
     "SparseVLM",
     "Stride",
+    "Trained",
     "TrimmedLlama",
     "VisPruner",
     "VisionZip",
