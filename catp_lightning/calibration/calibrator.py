@@ -26,15 +26,18 @@ from catp_lightning.calibration.replay.samples import Samples
 from catp_lightning.calibration.report.result import CalibrationResult
 from catp_lightning.calibration.search.candidate import Candidate
 from catp_lightning.calibration.search.candidates import default_candidates, fitted_candidates
+from catp_lightning.calibration.search.counts import allocate
+from catp_lightning.calibration.search.payments import Payments
 from catp_lightning.calibration.search.promise import Promise
 from catp_lightning.calibration.search.promised import PromisedGroups
-from catp_lightning.calibration.search.race import Check, Race
-from catp_lightning.calibration.search.standings import Round, Standings
-from catp_lightning.calibration.split import part_of, round_bounds, round_of
+from catp_lightning.calibration.search.race import Check
+from catp_lightning.calibration.search.rounds import Racing
+from catp_lightning.calibration.search.scheduling import scheduling
+from catp_lightning.calibration.split import part_of
 from catp_lightning.errors import PolicyError
 from catp_lightning.methods.components import Features, Question
 from catp_lightning.methods.observation import Needs, Signal, join
-from catp_lightning.policy import check_keep
+from catp_lightning.policy import PruningPolicy, check_keep
 from catp_lightning.utils.messages import rank_zero_warn
 
 
@@ -48,13 +51,14 @@ def calibrate(
 
     Args:
         plan: model family, what is fitted and chosen among for it, and with which settings.
-        budgets: shares or numbers of tokens; a candidate is chosen for each. With a promise in descending order.
+        budgets: shares or numbers of tokens; or, if the plan has a unit of prices, shares of what the unpruned model
+            pays. A candidate is chosen for each. With a promise in descending order.
         promise: promise that the chosen budget has to keep; None: none.
         device: device of the sums.
 
     Raises:
-        PolicyError: a budget is not allowed or given twice, there is none, or there are too few images for a choice or
-            for the promise.
+        PolicyError: a budget is not allowed, given twice or cannot be met, there is none, or there are too few images
+            for a choice or for the promise.
     """
     check_budgets(budgets)
     settings, ties = plan.settings, Tolerance.under(plan.family.model.dtype)
@@ -81,6 +85,9 @@ def calibrate(
         """Return which samples are of a part, bool [B], without those that the unpruned model gives no number for."""
         return (part(samples.images) == to) & ~torch.isin(samples.keys, learned.not_finite)
 
+    payments = None if learned.sizes is None else Payments.of_samples(plan, learned.sizes)
+    paid, keeps = _keeps(plan, payments, budgets, promise is not None)
+
     networks = None
     if components is not None and learned.records is not None:
         networks = yield from _train(plan, components, learned.records, partial(belongs, 0), device)
@@ -95,28 +102,28 @@ def calibrate(
     candidates = all_candidates(plan, fitted)
     cross_fitted = [all_candidates(plan, found) for found in without]
     question = None if components is None else components[0]
-    standings, alive = Standings(candidates, ties, question), [list(range(len(candidates))) for _ in budgets]
-    bounds = round_bounds(learned.parts["learn"], settings.first_round)
-    for number in range(len(bounds)):
-        if number:
-            alive = [standings.survivors(budget, alive[budget], settings.eta) for budget in range(len(budgets))]
-        title = f"round {number + 1} of {len(bounds)}, {max(map(len, alive))} candidates"
-        here = lambda samples, turn=number: belongs(0, samples) & (round_of(samples.images, bounds) == turn)  # noqa: E731
-        race = Race(title, plan, cross_fitted, budgets, alive, here, learned.parts, device, question)
-        yield race
-        standings.rounds.append(Round(alive, race.sums.compute(), race.answers.compute()))
+    racing = Racing(plan, ties, partial(belongs, 0), learned.parts, device, question)
+    if payments is None or plan.method is not None:
+        standings, alive = yield from racing.run(cross_fitted, candidates, keeps)
+    else:
+        standings, alive = yield from scheduling(racing, payments, cross_fitted, candidates, paid, keeps)
 
     final = standings.final(alive, settings.folds)
+    if settings.counts and question is not None and payments is None:
+        each, learning = round(learned.tokens), partial(belongs, 0)
+        final = yield from allocate(plan, final, cross_fitted, keeps, each, learning, learned.parts, question, device)
     candidates, chosen = list(final.candidates), final.chosen
-    references = [number for number, candidate in enumerate(candidates) if candidate.reference]
-    checked = [[first, *(number for number in references if number != first)] for first in chosen]
-    check = Check(plan, candidates, budgets, checked, partial(belongs, 1), learned.parts, device)
+    references = [n for n, candidate in enumerate(candidates) if candidate.reference or n in final.compared]
+    checked = [
+        list(dict.fromkeys([first, *references, *standings.best_alone(budget)])) for budget, first in enumerate(chosen)
+    ]
+    check = Check(plan, candidates, keeps, checked, partial(belongs, 1), learned.parts, device)
     yield check  # decides nothing
 
     return CalibrationResult(
         model=plan.family.describe(),
         tokens=learned.tokens,
-        budgets=tuple(budgets),
+        budgets=keeps,
         promised=promised,
         candidates=candidates,
         chosen=chosen,
@@ -131,7 +138,26 @@ def calibrate(
         fitted=fitted.evidence(learned.columns) | ({} if networks is None else {"learned": networks.evidence()}),
         components=described,
         statistics=learned.statistics,
+        payments=payments,
+        paid=paid,
     )
+
+
+def _keeps(
+    plan: Plan, payments: Payments | None, budgets: Sequence[int | float], some: bool
+) -> tuple[Sequence[int | float], Sequence[int | float]]:
+    """Return the budgets that can be met, and for each what stays at the decoder's input, or under a plan's method.
+
+    Args:
+        plan: plan of the calibration.
+        payments: what policies cost; None: budgets are what stays.
+        budgets: the budgets.
+        some: True if it is enough that some prices can be met.
+    """
+    if payments is None:
+        return budgets, budgets
+    rule = PruningPolicy("position") if plan.method is None else plan.method
+    return payments.reachable(rule.with_keep, budgets, some)
 
 
 def _train(

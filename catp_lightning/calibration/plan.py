@@ -13,6 +13,7 @@ from catp_lightning.methods.observation import BY_LAYER, Needs, Signal, join
 from catp_lightning.methods.scorers import SCORERS, AttentionScorer, Scorer
 from catp_lightning.models import Family
 from catp_lightning.policy import PruningPolicy
+from catp_lightning.pricing import PrefillProfile
 from catp_lightning.pruning.beside import reading
 from catp_lightning.pruning.guide import Guide
 from catp_lightning.pruning.pruner import Pruner, instead_of
@@ -34,6 +35,8 @@ class Plan:
         settings: settings that trade time for precision.
         perturbations: perturbations of images by name; copies of every sample on perturbed images are measured too.
         largest: number of visual tokens of the largest image; None until it is known.
+        unit: what budgets are paid in, one of `policy.UNITS`; None: they are shares or numbers of tokens that stay.
+        profile: seconds of the prefill, for budgets in them; None: not measured.
     """
 
     family: Family
@@ -44,6 +47,8 @@ class Plan:
     settings: CalibrationSettings = DEFAULTS
     perturbations: Mapping[str, Perturbation] = field(default_factory=dict)
     largest: int | None = None
+    unit: str | None = None
+    profile: PrefillProfile | None = None
 
     @classmethod
     def of(

@@ -21,6 +21,8 @@ class CalibrationSettings:
         first_round: samples in the first round of the race, at least: with fewer, good candidates would be eliminated
             by chance.
         eta: one in this many candidates goes on to the next round, as in successive halving (1502.07943); at least 2.
+        counts: True: a budget may be spent unevenly, on samples whose question needs more, where that is ahead of equal
+            counts at the same mean; one further pass over the split measures it. False: all samples keep the budget.
 
     Raises:
         PolicyError: a value is not allowed.
@@ -33,12 +35,15 @@ class CalibrationSettings:
     promised: float = 0.5
     first_round: int = 32
     eta: int = 4
+    counts: bool = False
 
     def __post_init__(self) -> None:
         for name, least in (("probes", 1), ("folds", 2), ("first_round", 1), ("eta", 2)):
             value = getattr(self, name)
             if type(value) is not int or value < least:
                 raise PolicyError(f"{name} is {value!r:.200}; it is an integer of at least {least}.")
+        if type(self.counts) is not bool:
+            raise PolicyError(f"counts is {self.counts!r:.200}; it is True or False.")
         object.__setattr__(self, "sizes", tuple(self.sizes))  # YAML has lists
         for name in ("sizes", "checked", "promised"):
             value = getattr(self, name)

@@ -20,8 +20,9 @@ from catp_lightning.calibration.replay.memory import Memory
 from catp_lightning.calibration.replay.recorder import Recorder
 from catp_lightning.calibration.report.controls import doubts
 from catp_lightning.calibration.report.report import PAGE, report, report_folder
-from catp_lightning.calibration.search.promise import GRID, Over, Promise, descending
+from catp_lightning.calibration.search.promise import Over, Promise
 from catp_lightning.calibration.settings import DEFAULTS, CalibrationSettings
+from catp_lightning.callbacks.budgets import Budgets
 from catp_lightning.callbacks.calibration_run import CalibrationRun, is_hidden
 from catp_lightning.callbacks.context import LoopContext, Stage
 from catp_lightning.callbacks.loaders import refuse_unordered
@@ -29,16 +30,14 @@ from catp_lightning.callbacks.steps import recorded_steps
 from catp_lightning.callbacks.strategies import on_first, refuse_sharded
 from catp_lightning.errors import PolicyError
 from catp_lightning.models import Family, find_family
-from catp_lightning.policy import Budget, PruningPolicy, check_keep
+from catp_lightning.policy import Budget, PruningPolicy
 from catp_lightning.policy.locations import POLICY, budget_file_name, policies_beside
+from catp_lightning.pricing import PrefillProfile
 from catp_lightning.pruning.refusals import compiled_inside, occupied, refuse_unprunable
 from catp_lightning.utils.files import check_writable
 from catp_lightning.utils.locks import only_run, refuse_running
 from catp_lightning.utils.messages import rank_zero_info, rank_zero_warn
 from catp_lightning.utils.progress import Lines
-
-ASSUMED_TOKENS = 2**20
-"""Tokens of an image where images differ in size; budgets in shares are then sorted before budgets in tokens."""
 
 _SHARDED = (
     ": every forward of it waits for all processes, but each answers its own batches again, as often as those need. "
@@ -67,6 +66,11 @@ class CrossAttentionCalibration(LoopContext):
             gets one `keep-<value>.json` each. Written atomically, at the end.
         keep: the budget, or several: a float in (0, 1] is a share, an int >= 1 a number of tokens. None: 0.5; or, with
             `max_disagreement`, a grid of shares from 3/4 to 1/16.
+        budget: the budget as a price instead, {"prefill_flops": 0.25}, or several prices of one unit in a list: shares
+            of what the unpruned model pays in "tokens" that stay to the end, "tokens_per_layer", "prefill_flops",
+            "cache_bytes" or "prefill_time". Schedules then compete too, which drop tokens at the decoder's input and
+            inside it. Several policies are saved as `budget-<unit>-<price>.json`. With `max_disagreement` a list, or
+            None in its place, {"prefill_flops": None}, for a grid.
         max_disagreement: chooses the budget by a promise: budgets are tried from the largest down, and the last one is
             taken at which the answers to at most this share of new images change, in (0, 1). One policy is saved.
         confidence: confidence of that promise, in (0, 1).
@@ -81,6 +85,8 @@ class CrossAttentionCalibration(LoopContext):
         scorer_args: arguments of `scorer`: for "fastv" the layer where tokens are dropped, {"layer": 2}.
         selector: selector of `scorer`; None: its default.
         guide: the smaller model that the scorer "sgl" reads, or a module that holds one, on its device.
+        profile: seconds of the model's prefill, for a budget in "prefill_time": catp_lightning.pricing.measure(module,
+            batch, policies) finds them on the device, with the methods that may be chosen among `policies`.
         settings: settings that trade time for precision: probes, folds, shares of the split, rounds.
         augment: perturbations of the calibration images, for a choice that survives them: "default" (noise, blur,
             contrast, crop, resize), names of these, functions of pixels float [N, C, H, W] -> the same (deterministic;
@@ -112,6 +118,7 @@ class CrossAttentionCalibration(LoopContext):
         path: str | Path = "policy.json",
         keep: Budget | Sequence[Budget] | None = None,
         *,
+        budget: Mapping[str, Any] | None = None,
         max_disagreement: float | None = None,
         confidence: float = 0.95,
         over: Over = "images",
@@ -121,6 +128,7 @@ class CrossAttentionCalibration(LoopContext):
         scorer_args: Mapping[str, Any] | None = None,
         selector: str | None = None,
         guide: nn.Module | None = None,
+        profile: PrefillProfile | None = None,
         settings: CalibrationSettings = DEFAULTS,
         augment: Augment | None = None,
     ) -> None:
@@ -128,14 +136,9 @@ class CrossAttentionCalibration(LoopContext):
         self.path, self.model, self.settings = Path(path), model, settings
         self.perturbations = perturbations(augment)
         self.promise = Promise.asked(max_disagreement, confidence, over, group_by)
-        if keep is None:
-            keep = 0.5 if self.promise is None else list(GRID)
-        self.several = isinstance(keep, Sequence) and not isinstance(keep, str) and self.promise is None
-        self.budgets: tuple[int | float, ...] = tuple(keep) if isinstance(keep, Sequence) else (keep,)
-        for budget in self.budgets:
-            check_keep(budget)
-        if self.several and self.path.suffix:
-            raise PolicyError(f"path is {str(path)!r}, a file, but several budgets are asked for: give a folder.")
+        self.budgets = Budgets.of(keep, budget, self.promise is not None)
+        self.budgets.check_beside(self.path, profile is not None, settings.counts)
+        self.profile = profile
         if scorer is None and (scorer_args or selector or guide is not None):
             raise PolicyError(
                 "scorer_args, selector and guide are those of a scorer: name it, scorer='fastv' for example."
@@ -143,7 +146,7 @@ class CrossAttentionCalibration(LoopContext):
         self.guide = guide
         self.method = None if scorer is None else PruningPolicy(scorer, scorer_args or {}, selector)
         if scorer == "visual-exit":
-            check_exit(self.budgets, scorer_args or {})
+            check_exit(self.budgets.amounts, scorer_args or {})
         self.policies: list[PruningPolicy] = []
         self.summary: list[str] = []
         self._run: CalibrationRun | None = None
@@ -161,14 +164,8 @@ class CrossAttentionCalibration(LoopContext):
         refuse_unprunable(pl_module, family)
         amount = refuse_unordered(trainer)
         plan = Plan.of(family, self.method, self.guide, self.settings)
-        plan = replace(plan, perturbations=self.perturbations)
-        tokens = family.tokens_per_image or ASSUMED_TOKENS
-        budgets = self.budgets if self.promise is None else tuple(descending(self.budgets, tokens))
-        if more := [keep for keep in budgets if isinstance(keep, int) and keep > tokens]:
-            rank_zero_warn(
-                f"keep is {', '.join(map(str, more))} tokens, and every image of {type(family.model).__name__} has "
-                f"{tokens}: a policy at that budget prunes nothing. Give a smaller number, or a share."
-            )
+        plan = replace(plan, perturbations=self.perturbations, unit=self.budgets.unit, profile=self.profile)
+        budgets = self.budgets.ordered(family, self.promise is not None)
         passes = calibrate(plan, budgets, self.promise, pl_module.device)
         first, recorder = next(passes), Recorder(plan, needs_of(plan))
         settings = self._settings(trainer, family)
@@ -180,7 +177,7 @@ class CrossAttentionCalibration(LoopContext):
             )
             done = run.begin()
             again = f" {done} batches of an interrupted calibration are taken over." if done else ""
-            rank_zero_info(f"catp: {first.title}, at {_listed(budgets)}.{again}")
+            rank_zero_info(f"catp: {first.title}, at {self.budgets.listed(budgets)}.{again}")
             if names := ", ".join(self.perturbations):
                 times = len(self.perturbations) + 1
                 rank_zero_info(f"catp: images as they are and with {names}: {times} times as long as without augment.")
@@ -201,7 +198,9 @@ class CrossAttentionCalibration(LoopContext):
         """Settings on which the sums of this process depend; an interrupted run is resumed only if they are equal."""
         return {
             "catp-lightning": version("catp-lightning"),
-            "keep": [repr(keep) for keep in self.budgets],
+            "keep": [repr(amount) for amount in self.budgets.amounts],
+            "unit": self.budgets.unit,
+            "profile": None if self.profile is None else self.profile.to_dict(),
             "promise": None if self.promise is None else [self.promise.max_disagreement, self.promise.confidence],
             "promise of": None if self.promise is None else [self.promise.over, self.promise.group_by],
             "process": f"{trainer.global_rank} of {trainer.world_size}",
@@ -270,12 +269,12 @@ class CrossAttentionCalibration(LoopContext):
     def _save(self, trainer: Trainer, run: CalibrationRun, plain: float | None) -> None:
         """Write the policies and their report."""
         run.lines.now = "writing policies and their report"
-        files = [policy.save(self._file(policy.keep)) for policy in self.policies]
+        files = [policy.save(self._file(policy)) for policy in self.policies]
         folder, seconds, step = report_folder(self.path), run.partial.seconds, trainer.global_step
         modules = (trainer.lightning_module, run.recorder.plan.family.model)  # either may have a tokenizer
         self.summary = report(self.policies, files, folder, trainer.loggers, seconds, plain, step, modules)
         rank_zero_info(f"catp: saved to {self.path}, with a report in {folder}.")
-        if (self.several or not self.path.suffix) and (left := policies_beside(files)):
+        if (self.budgets.several or not self.path.suffix) and (left := policies_beside(files)):
             names = ", ".join(sorted(file.name for file in left))
             rank_zero_warn(
                 f"{self.path} held {names:.200} before, which this calibration did not measure; what is loaded from "
@@ -284,17 +283,13 @@ class CrossAttentionCalibration(LoopContext):
 
     def _refuse_unwritable(self) -> None:
         """Raise OSError if a policy or the report could not be written."""
-        for file in (*map(self._file, self.budgets), report_folder(self.path) / PAGE):
+        for file in (*self.budgets.files(self.path), report_folder(self.path) / PAGE):
             check_writable(file)
 
-    def _file(self, keep: int | float) -> Path:
-        if self.several:
-            return self.path / budget_file_name(keep)
+    def _file(self, policy: PruningPolicy) -> Path:
+        if self.budgets.several:
+            return self.path / budget_file_name(policy.keep, policy.budget)
         return self.path if self.path.suffix else self.path / POLICY
 
     def __getstate__(self) -> dict[str, Any]:
         return {**super().__getstate__(), "_run": None}
-
-
-def _listed(budgets: Sequence[int | float]) -> str:
-    return ", ".join(f"keep {keep}" for keep in budgets)

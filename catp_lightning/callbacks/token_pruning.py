@@ -1,6 +1,6 @@
 """`TokenPruning`: validation, test and prediction on a share of the visual tokens."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
@@ -13,11 +13,11 @@ from catp_lightning.callbacks.calibration import CrossAttentionCalibration
 from catp_lightning.callbacks.context import LoopContext, Stage
 from catp_lightning.callbacks.loop_figures import LoopFigures
 from catp_lightning.callbacks.strategies import refuse_deepspeed, refuse_without_validation
-from catp_lightning.errors import PruningError
+from catp_lightning.errors import PolicyError, PruningError
 from catp_lightning.metrics import Agreement, TokensKept
 from catp_lightning.metrics.outside import outside_check
 from catp_lightning.metrics.overlap import overlap_check
-from catp_lightning.policy import Budget, PruningPolicy, check_keep
+from catp_lightning.policy import Budget, PruningPolicy, check_keep, check_price
 from catp_lightning.policy.checkpoints import POLICY_KEY, missing_policy, stored_policy, warn_where_another
 from catp_lightning.policy.images import decode_images, has_images
 from catp_lightning.policy.seen import Fallback, build_fallback, guard_of
@@ -49,6 +49,8 @@ class TokenPruning(LoopContext):
             that `ckpt_path=` names. A given policy wins over the checkpoint's, with a warning of the differences.
         keep: the budget, in place of the policy's own; with a folder of several budgets, the one to take. A float in
             (0, 1] is a share, an int >= 1 a number of tokens.
+        budget: with a folder that a calibration at prices saved, the price to pay at most, {"prefill_flops": 0.25}, as
+            in `PruningPolicy.load`.
         stages: the loops to prune in; "validate" includes validation inside fit.
         compare: run the unpruned model on each batch as well and log `catp/agreement`, the share of equal answers.
         sanity_check: True to prune in the sanity check before fit as well.
@@ -80,6 +82,7 @@ class TokenPruning(LoopContext):
         policy: Source | None = None,
         *,
         keep: Budget | None = None,
+        budget: Mapping[str, float] | None = None,
         stages: tuple[Stage, ...] = ("validate", "test", "predict"),
         compare: bool = False,
         sanity_check: bool = False,
@@ -90,7 +93,9 @@ class TokenPruning(LoopContext):
         super().__init__(stages, sanity_check)
         if keep is not None:
             check_keep(keep)
-        self.policy, self.keep = policy_or_path(policy), keep
+        if budget is not None:
+            check_price(budget)
+        self.policy, self.keep, self.budget = policy_or_path(policy), keep, budget
         self.compare, self.model, self.guide = compare, model, guide
         self.fallback = build_fallback(fallback)
         self.figures: dict[str, float] = {}
@@ -112,7 +117,7 @@ class TokenPruning(LoopContext):
             self._use(self.policy)
 
     def _use(self, source: str | Path | PruningPolicy) -> PruningPolicy:
-        policy = load_policy(source, self.keep)
+        policy = load_policy(source, self.keep, self.budget)
         guard_of(policy, self.fallback)  # raises now, not when a loop starts
         self._loaded = policy
         return policy
@@ -202,15 +207,22 @@ class TokenPruning(LoopContext):
         return {**super().__getstate__(), "_loop": None}
 
 
-def load_policy(policy: str | Path | PruningPolicy, keep: int | float | None) -> PruningPolicy:
-    """Return the policy that is given, or load the one at a path; with `keep`, at that budget.
+def load_policy(
+    policy: str | Path | PruningPolicy, keep: int | float | None, budget: Mapping[str, float] | None = None
+) -> PruningPolicy:
+    """Return the policy that is given, or load the one at a path; with `keep` or `budget`, at that budget.
 
     Raises:
-        PolicyError: no policy can be read at the path, a folder holds none for `keep`, or the images in the policy's
+        PolicyError: no policy can be read at the path, there is none for the budget, or the images in the policy's
             evidence are damaged (raised here, not when a loop starts after hours of training).
     """
     if not isinstance(policy, PruningPolicy):
-        policy = PruningPolicy.load(policy, keep=keep)
+        policy = PruningPolicy.load(policy, keep=keep, budget=budget)
+    elif budget is not None and policy.budget != budget:
+        raise PolicyError(
+            f"The policy was given as an object, of budget {policy.budget!r:.100}; {budget!r:.100} chooses among the "
+            "policies of a folder. Give the folder, or leave budget out."
+        )
     if has_images(policy):
         decode_images(policy.evidence["images"])
     return policy if keep is None else policy.with_keep(keep)

@@ -21,7 +21,7 @@ from catp_lightning.callbacks.token_pruning import TokenPruning, load_policy
 from catp_lightning.callbacks.watch import Watch
 from catp_lightning.cli.command import Command
 from catp_lightning.errors import DataError
-from catp_lightning.policy import Budget, PruningPolicy
+from catp_lightning.policy import UNITS, Budget, PruningPolicy
 from catp_lightning.utils.files import require_writable
 from catp_lightning.utils.progress import Preparation
 from catp_lightning.utils.threads import at_most, processors
@@ -39,6 +39,11 @@ class Calibrate(Command):
             "with --max_disagreement shares from 3/4 down to 1/16."
         )
         parser.add_argument("--keep", type=Budget | list[Budget] | None, help=help_)
+        help_ = (
+            "Prices in its place, '{prefill_flops: [0.5, 0.25]}': shares of what the unpruned model pays, in one of "
+            f"{', '.join(UNITS)}. Schedules compete then, which drop tokens inside the decoder too."
+        )
+        parser.add_argument("--budget", type=dict[str, Any] | None, help=help_)
         help_ = (
             "The budget as a promise: take the smallest at which the answers to at most this share of new images "
             "change, 0.02 say. One policy is written."
@@ -66,6 +71,7 @@ class Calibrate(Command):
         self.calibration = CrossAttentionCalibration(
             config.output,
             config.keep,
+            budget=config.budget,
             max_disagreement=config.max_disagreement,
             confidence=config.confidence,
             over=config.over,
@@ -76,7 +82,7 @@ class Calibrate(Command):
             augment=config.augment,
         )
         path = self.calibration.path
-        require_writable(path, self.calibration.several or not path.suffix)
+        require_writable(path, self.calibration.budgets.several or not path.suffix)
         require_writable(report_folder(path), folder=True)
         return [self.calibration]
 
@@ -106,6 +112,8 @@ class Validate(Command):
             "a folder of policies that holds several."
         )
         parser.add_argument("--keep", type=Budget | None, help=help_)
+        help_ = "The price to pay at most, '{cache_bytes: 0.3}': the best policy of a folder calibrated at prices."
+        parser.add_argument("--budget", type=dict[str, float] | None, help=help_)
         help_ = "Run the unpruned model as well and log the share of equal answers, catp/agreement."
         parser.add_argument("--compare", type=bool, default=False, help=help_)
 
@@ -115,8 +123,11 @@ class Validate(Command):
             raise ArgumentError(None, "--policy and --scorer both say how to prune: give one of them.")
         if config.scorer is None and (config.scorer_args or config.selector):
             raise ArgumentError(None, "--scorer_args and --selector are those of a --scorer: give it as well.")
+        if config.budget is not None and config.policy is None:
+            raise ArgumentError(None, "--budget chooses among the policies of a folder: give it as --policy.")
         if config.policy is not None:
-            return [TokenPruning(load_policy(config.policy, config.keep), compare=config.compare)]
+            policy = load_policy(config.policy, config.keep, config.budget)
+            return [TokenPruning(policy, compare=config.compare)]
         if config.scorer is not None:
             keep = 0.5 if config.keep is None else config.keep
             rule = PruningPolicy(config.scorer, config.scorer_args or {}, config.selector, keep=keep)

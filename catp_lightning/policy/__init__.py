@@ -2,6 +2,7 @@
 
 from catp_lightning.policy.budgets import UNITS, Budget, check_keep, check_price
 from catp_lightning.policy.policy import PruningPolicy
+from catp_lightning.policy.schedules import SCHEDULES
 from catp_lightning.policy.stages import Stage
 
-__all__ = ["UNITS", "Budget", "PruningPolicy", "Stage", "check_keep", "check_price"]
+__all__ = ["SCHEDULES", "UNITS", "Budget", "PruningPolicy", "Stage", "check_keep", "check_price"]

@@ -5,6 +5,7 @@ from dataclasses import asdict, fields, is_dataclass
 from typing import Any, TypeVar
 
 from catp_lightning.errors import PolicyError, did_you_mean
+from catp_lightning.methods.counts import Counted, Counts
 from catp_lightning.methods.method import Method
 from catp_lightning.methods.registry import Registry
 from catp_lightning.methods.routing import Routed, Router
@@ -13,6 +14,9 @@ from catp_lightning.methods.selectors import SELECTORS, Selector
 from catp_lightning.policy.typed import build
 
 Part = TypeVar("Part")
+
+DEEP = 1024
+"""More decoder layers than any model has: a scorer with stages there has stages in every decoder."""
 
 RULE = ("scorer", "scorer_args", "selector", "selector_args")
 """Fields that make a rule, a method without a budget."""
@@ -65,6 +69,21 @@ def build_routed(first: Method, routes: Mapping[str, Any]) -> Routed:
             "own scorer and those in routes."
         )
     return Routed(first.scorer, first.selector, others, found)
+
+
+def build_counted(method: Method, counts: Mapping[str, Any]) -> Counted:
+    """Build the method under which samples keep as many tokens as a policy's `counts` say.
+
+    Raises:
+        PolicyError: `counts` are no arguments of `Counts`, or the method drops tokens inside the language model.
+    """
+    for rule in method.rules:
+        if rule.scorer.stages(DEEP):
+            raise PolicyError(
+                f"counts do not go with scorer {SCORERS.name_of(rule.scorer)!r}, dropping tokens inside the decoder: "
+                "they say how many enter it. Leave counts out."
+            )
+    return Counted.of(method, build(Counts, counts, "counts"))
 
 
 def _lookup(kind: str, name: Any, known: Mapping[str, type[Part]]) -> type[Part]:

@@ -1,6 +1,7 @@
 """Policies in Lightning checkpoints: under one key, as plain JSON types, so that loading runs no code."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import fields
 from typing import Any
 
 from catp_lightning.errors import PolicyError
@@ -8,9 +9,8 @@ from catp_lightning.policy.policy import PruningPolicy
 from catp_lightning.utils.messages import rank_zero_warn
 
 POLICY_KEY = "catp_policy"
-_ABOUT = frozenset(
-    {"model", "evidence", "format_version"}
-)  # fields that say where a policy comes from, not what it does
+_ABOUT = frozenset({"model", "evidence", "budget", "format_version"})
+"""Fields that say where a policy comes from, not what it does."""
 
 
 def stored_policy(checkpoint: Mapping[str, Any]) -> PruningPolicy | None:
@@ -51,14 +51,19 @@ def warn_where_another(name: str, given: PruningPolicy, checkpoint: Mapping[str,
         return
     if stored is None:
         return
-    ours, theirs = given.to_dict(), stored.to_dict()
+    ours, theirs = _fields(given), _fields(stored)
     if differ := [key for key in ours if key not in _ABOUT and ours[key] != theirs[key]]:
-        here, there = _said(given, differ), _said(stored, differ)
+        here, there = _said(ours, differ), _said(theirs, differ)
         rank_zero_warn(
             f"{name} was given a policy with {here}; the one in the checkpoint has {there}. The one that was given is "
             "used. To take the checkpoint's, give none."
         )
 
 
-def _said(policy: PruningPolicy, keys: Sequence[str]) -> str:
-    return ", ".join(f"{key} {getattr(policy, key)!s:.200}" for key in keys)
+def _fields(policy: PruningPolicy) -> dict[str, Any]:
+    """Return what policies are compared by: the fields of the first stage, the stages after it, and all others."""
+    return {part.name: getattr(policy, part.name) for part in fields(policy)}
+
+
+def _said(values: Mapping[str, Any], keys: Sequence[str]) -> str:
+    return ", ".join(f"{key} {values[key]!s:.200}" for key in keys)

@@ -4,7 +4,7 @@ import json
 import os
 import tempfile
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -24,12 +24,13 @@ _MOST = 100
 """Most policies of a folder that are compared with the one that is read; a calibration writes about ten."""
 
 
-def find(path: str | Path, keep: int | float | None) -> tuple[str, Any]:
+def find(path: str | Path, keep: int | float | None, price: tuple[str, float] | None = None) -> tuple[str, Any]:
     """Find the policy that a path or address means, and read its JSON, once.
 
     Args:
         path: a file, a folder, or an address that begins with "wandb://" or "hf://".
         keep: the budget that the policy must be for; None: any.
+        price: unit and share that the policy may cost at most; None: any.
 
     Returns:
         The file or address where it was found, and the JSON values.
@@ -41,26 +42,35 @@ def find(path: str | Path, keep: int | float | None) -> tuple[str, Any]:
     text = str(path)
     if text.startswith(WANDB):
         with tempfile.TemporaryDirectory(prefix="catp-policy-", ignore_cleanup_errors=True) as folder:
-            return text, _in_remote(text, _from_wandb(text, folder), keep)
+            return text, _in_remote(text, _from_wandb(text, folder), keep, price)
     if text.startswith(HUB):
-        return text, _in_remote(text, _from_hub(text), keep)
+        return text, _in_remote(text, _from_hub(text), keep, price)
     try:
         place = Path(path).expanduser()
         is_folder, there = place.is_dir(), place.is_file()
     except (OSError, RuntimeError) as error:  # a name that is too long, a folder without permission, an unknown ~user
         raise PolicyError(f"{text!r:.200} cannot be looked up: {error!s:.200}. {_WHERE}") from error
     if is_folder:
-        place = _in_folder(place, keep)
+        place = _in_folder(place, keep, price)
     elif not there:
         raise PolicyError(f"There is no policy at {text!r:.200}. {_WHERE}")
     values = _checked(place, keep)
+    if price is not None:
+        _check_paid(place, values, *price)
     if is_folder:
         _warn_where_mixed(place, values)
     return str(place), values
 
 
-def budget_file_name(keep: int | float) -> str:
-    """File name of a budget in a folder of several: `keep-0.5.json` for a share, `keep-16.json` for tokens."""
+def budget_file_name(keep: int | float, price: Mapping[str, float] | None = None) -> str:
+    """File name of a budget in a folder of several.
+
+    >>> budget_file_name(0.5), budget_file_name(16), budget_file_name(0.3, {"prefill_flops": 0.25})
+    ('keep-0.5.json', 'keep-16.json', 'budget-prefill_flops-0.25.json')
+    """
+    if price is not None:
+        ((unit, share),) = price.items()
+        return f"budget-{unit}-{float(share)!r}.json"
     return f"keep-{float(keep) if isinstance(keep, float) else keep!r}.json"  # not "np.float64(0.5)"
 
 
@@ -72,12 +82,16 @@ def policies_beside(files: Sequence[Path]) -> list[Path]:
 def _policies(folder: Path) -> Iterator[Path]:
     if os.path.lexists(folder / POLICY):
         yield folder / POLICY
-    yield from folder.glob("keep-*.json")
+    yield from _of_budgets(folder)
 
 
-def _in_remote(address: str, folder: Path, keep: int | float | None) -> Any:
+def _of_budgets(folder: Path) -> list[Path]:
+    return sorted([*folder.glob("keep-*.json"), *folder.glob("budget-*.json")])
+
+
+def _in_remote(address: str, folder: Path, keep: int | float | None, price: tuple[str, float] | None) -> Any:
     try:
-        file = _in_folder(folder, keep)
+        file = _in_folder(folder, keep, price)
         values = _checked(file, keep)
     except PolicyError as error:
         raise PolicyError(f"{address}: {error}") from error
@@ -85,15 +99,17 @@ def _in_remote(address: str, folder: Path, keep: int | float | None) -> Any:
     return values
 
 
-def _in_folder(folder: Path, keep: int | float | None) -> Path:
-    """Policy file of a folder for the budget `keep`; None: its only one.
+def _in_folder(folder: Path, keep: int | float | None, price: tuple[str, float] | None = None) -> Path:
+    """Policy file of a folder for the budget `keep`, or for a price; both None: its only one.
 
     Raises:
-        PolicyError: the folder has no policy, or none for `keep`, or several and `keep` is None.
+        PolicyError: the folder has no policy, or none for the budget, or several and none is named.
     """
+    if price is not None:
+        return _for_price(folder, *price)
     if keep is not None and os.path.lexists(named := folder / budget_file_name(keep)):
         return named
-    budgets = sorted(folder.glob("keep-*.json"))
+    budgets = _of_budgets(folder)
     single = folder / POLICY
     if (keep is None or not budgets) and os.path.lexists(single):
         return single
@@ -101,10 +117,49 @@ def _in_folder(folder: Path, keep: int | float | None) -> Path:
         return budgets[0]
     there = ", ".join(file.stem.removeprefix("keep-") for file in budgets[:_MOST])
     if not budgets:
-        raise PolicyError(f"There is no policy in {folder}: neither {POLICY} nor keep-….json. Calibrate one first.")
+        raise PolicyError(f"There is no policy in {folder}: neither {POLICY} nor one of a budget. Calibrate one first.")
     if keep is None:
-        raise PolicyError(f"{folder} holds policies for several budgets ({there}): name one with keep=….")
+        raise PolicyError(f"{folder} holds policies for several budgets ({there}): name one with keep=… or budget=….")
     raise PolicyError(f"{folder} holds no policy for keep={keep!r}; it has {there}.")
+
+
+def _for_price(folder: Path, unit: str, share: float) -> Path:
+    """Policy file of a folder that costs at most a share in a unit, and agreed most with the unpruned model.
+
+    Raises:
+        PolicyError: no policy of the folder says that it costs so little.
+    """
+    found = []
+    for file in islice(_policies(folder), _MOST):
+        try:
+            evidence = json.loads(read_bytes(file, LARGEST)).get("evidence", {})
+            paid, chosen = evidence.get("prices", {}).get(unit), evidence.get("chosen")
+            rows = {row["name"]: row["check"] for row in evidence.get("candidates", ())}
+            agreed = rows[chosen]["agreement"] if rows.get(chosen) else 0.0
+        except (OSError, ValueError, RecursionError, AttributeError, TypeError, KeyError):  # damaged, or another's file
+            continue
+        if isinstance(paid, int | float):
+            found.append((agreed, -paid, file))
+    fitting = [one for one in found if -one[1] <= share * (1 + 1e-9)]
+    if not fitting:
+        there = ", ".join(f"{-paid:.4g}" for _, paid, _ in sorted(found, key=lambda one: one[1]))
+        raise PolicyError(
+            f"{folder} holds no policy that costs at most {share:g} of the unpruned model's {unit}; "
+            + (f"they cost {there}." if there else "none says what it costs: calibrate with budget={…}.")
+        )
+    return max(fitting, key=lambda one: one[:2])[2]
+
+
+def _check_paid(file: Path, values: Any, unit: str, share: float) -> None:
+    """Raise PolicyError if a policy's evidence does not say that it costs at most a share in a unit."""
+    evidence = values.get("evidence") if isinstance(values, dict) else None
+    prices = evidence.get("prices") if isinstance(evidence, dict) else None
+    paid = prices.get(unit) if isinstance(prices, dict) else None
+    if not isinstance(paid, int | float) or paid > share * (1 + 1e-9):
+        raise PolicyError(
+            f"{file} costs {f'{paid:.4g}' if isinstance(paid, int | float) else 'an unknown share'} of the unpruned "
+            f"model's {unit}, and budget asks for at most {share:g}. Calibrate for that budget, or leave budget out."
+        )
 
 
 def _checked(file: Path, keep: int | float | None) -> Any:
@@ -204,7 +259,7 @@ def _from_hub(address: str) -> Path:
     if pinned and not revision:
         raise PolicyError(f"{address} names no revision after the @: give a branch, a tag or a commit, or no @.")
     try:
-        patterns = [POLICY, "keep-*.json"]
+        patterns = [POLICY, "keep-*.json", "budget-*.json"]
         return Path(snapshot_download(repository, revision=revision or None, allow_patterns=patterns))
     except Exception as error:
         raise PolicyError(

@@ -1,7 +1,6 @@
 """`PruningPolicy`: a pruning decision, its model and its evidence, passed from calibration to use as JSON."""
 
 import json
-import reprlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
@@ -13,10 +12,19 @@ from catp_lightning.methods.schedule import Step
 from catp_lightning.methods.scorers import SCORERS, Scorer
 from catp_lightning.methods.selectors import SELECTORS, Selector
 from catp_lightning.policy.budgets import Budget, check_keep, check_price, keep_from_json
-from catp_lightning.policy.building import build_method, build_routed, build_scorer, build_selector, named
+from catp_lightning.policy.building import (
+    build_counted,
+    build_method,
+    build_routed,
+    build_scorer,
+    build_selector,
+    named,
+)
 from catp_lightning.policy.frozen import DEEPEST, LARGEST, check_size, frozen, too_large
 from catp_lightning.policy.locations import POLICY, find
+from catp_lightning.policy.schedules import stages_of
 from catp_lightning.policy.stages import OF_STAGES, Stage, with_first_stage
+from catp_lightning.policy.text import SHORT, short_text
 from catp_lightning.utils.files import write_text
 from catp_lightning.utils.messages import warn
 
@@ -53,6 +61,8 @@ class PruningPolicy:
             {"prefill_flops": 0.25}; None: `keep` is the budget. Not used when pruning.
         evidence: findings of a calibration; not used when pruning.
         format_version: version of the file format; 2. Files of version 1 have one stage, and load.
+        counts: arguments of `Counts`, by which samples keep more or fewer tokens than `keep`, as their question needs,
+            and `keep` is the mean over samples like those of the calibration; None: all keep what `keep` says.
 
     Raises:
         PolicyError: a field has the wrong type or a value that is not allowed, or the fields together are larger than
@@ -78,6 +88,7 @@ class PruningPolicy:
     format_version: int = FORMAT_VERSION
     then: Sequence[Stage] = ()
     budget: Mapping[str, float] | None = None
+    counts: Mapping[str, Any] | None = None
 
     def __post_init__(self) -> None:
         check_keep(self.keep)
@@ -85,8 +96,8 @@ class PruningPolicy:
             raise PolicyError(f"positions is {self.positions!r:.200}; allowed are {', '.join(get_args(Positions))}.")
         if isinstance(self.keep, float):
             object.__setattr__(self, "keep", float(self.keep))  # numpy's float64 is a float, but has another repr
-        for name in ("scorer_args", "selector_args", "routes", "evidence", "model", "budget"):
-            if getattr(self, name) is not None or name not in ("routes", "model", "budget"):
+        for name in ("scorer_args", "selector_args", "routes", "evidence", "model", "budget", "counts"):
+            if getattr(self, name) is not None or name not in ("routes", "model", "budget", "counts"):
                 object.__setattr__(self, name, frozen(name, getattr(self, name)))
         if self.budget is not None:
             check_price(self.budget)
@@ -97,10 +108,8 @@ class PruningPolicy:
             raise PolicyError(
                 f"format_version is {self.format_version!r:.200}; this version of catp-lightning has {FORMAT_VERSION}."
             )
-        if (
-            len(json.dumps([[stage.to_dict() for stage in self.stages], self.routes, self.evidence, self.model]))
-            > LARGEST - 1024
-        ):
+        parts = [[stage.to_dict() for stage in self.stages], self.routes, self.evidence, self.model, self.counts]
+        if len(json.dumps(parts)) > LARGEST - 1024:
             raise PolicyError(too_large("This policy"))
         self.steps()
 
@@ -113,9 +122,10 @@ class PruningPolicy:
         return build_selector(self.scorer, self.selector, self.selector_args)
 
     def method(self) -> Method:
-        """Build scorer and selector, and with `routes` the other rules and their router."""
+        """Build scorer and selector, with `routes` other rules and their router, with `counts` how many tokens stay."""
         first = build_method(self.scorer, self.scorer_args, self.selector, self.selector_args)
-        return first if self.routes is None else build_routed(first, self.routes)
+        found = first if self.routes is None else build_routed(first, self.routes)
+        return found if self.counts is None else build_counted(found, self.counts)
 
     @property
     def stages(self) -> tuple[Stage, ...]:
@@ -156,6 +166,22 @@ class PruningPolicy:
             settings["selector"], settings["selector_args"] = named(SELECTORS, selector)
         return cls(**settings)
 
+    @classmethod
+    def schedule(cls, name: str, keep: float, depth: int, **settings: Any) -> Self:
+        """Return the policy of a published method of several stages, "vscan" for example, with the other `settings`.
+
+        A layer of the decoder, which has `depth`, reads a share `keep` of the visual tokens, the mean over its layers.
+
+        Raises:
+            PolicyError: `SCHEDULES` has no such method, or a value is not allowed.
+
+        Example:
+            >>> PruningPolicy.schedule("vscan", keep=0.25, depth=32)
+            PruningPolicy(scorer='fastervlm', keep=0.375, selector='vscan', then=[fastv at 0.125])
+        """
+        first, *then = stages_of(name, keep, depth)
+        return cls(**{**settings, **vars(first), "then": then})
+
     def to_dict(self) -> dict[str, Any]:
         """Return the fields as plain JSON types; what is of one stage is in the list "stages".
 
@@ -175,7 +201,7 @@ class PruningPolicy:
             PolicyError: a value is wrong.
         """
         if not isinstance(values, Mapping) or not all(isinstance(key, str) for key in values):
-            raise PolicyError(f"a policy must be a dictionary with names as keys, got {_SHORT.repr(values)}.")
+            raise PolicyError(f"a policy must be a dictionary with names as keys, got {SHORT.repr(values)}.")
         check_size("a policy", values, DEEPEST + 1)
         values = with_first_stage(values)
         names = {f.name for f in fields(cls)}
@@ -208,20 +234,7 @@ class PruningPolicy:
 
     def __repr__(self) -> str:
         """Short text: scorer, budget and fields that differ from their defaults; evidence and long values are cut."""
-        shown = [f"scorer={self.scorer!r}", f"keep={self.keep!r}"]
-        for part in fields(self):
-            value = getattr(self, part.name)
-            if part.name in ("scorer", "keep", "format_version") or value in (None, {}, "original"):
-                continue
-            if part.name == "then":
-                if value:
-                    shown.append(f"then=[{', '.join(f'{stage.scorer} at {stage.keep!r}' for stage in value)}]")
-            elif part.name == "evidence":
-                chosen = f", chosen {_SHORT.repr(value['chosen'])}" if "chosen" in value else ""
-                shown.append(f"evidence=<{len(value)} entries{chosen}>")
-            else:
-                shown.append(f"{part.name}={_SHORT.repr(dict(value) if isinstance(value, dict) else value)}")
-        return f"{type(self).__name__}({', '.join(shown)})"
+        return short_text(self)
 
     def with_keep(self, keep: int | float) -> Self:
         """Return a copy of the policy, which has one stage, with another budget.
@@ -250,29 +263,28 @@ class PruningPolicy:
         return write_text(file, text + "\n")
 
     @classmethod
-    def load(cls, path: str | Path, keep: int | float | None = None) -> Self:
+    def load(
+        cls, path: str | Path, keep: int | float | None = None, *, budget: Mapping[str, float] | None = None
+    ) -> Self:
         """Load a policy from a file, a folder, Weights & Biases or the Hugging Face hub.
 
         Args:
-            path: a file; a folder with `policy.json` or one `keep-<value>.json` for each budget;
+            path: a file; a folder with `policy.json` or a file for each budget, as a calibration saves them;
                 "wandb://entity/project/name:alias" for an artifact; "hf://user/repo" for a repository of the hub,
                 "hf://user/repo@revision" for a branch, tag or commit of it.
             keep: the budget to take from a folder that holds several; a single policy must be for this budget.
+            budget: the price to pay at most, a share of what the unpruned model pays, {"cache_bytes": 0.25}: of the
+                policies that a calibration at prices saved, the one that agreed most with the unpruned model, of those
+                that cost no more. The unit may be another than the one that it was calibrated for.
 
         Raises:
             PolicyError: there is no such file, it is damaged, not a regular file or larger than 4 MiB, or only other
-                budgets than `keep` are there, or several are there and `keep` is None.
+                budgets are there, or several are there and none is named.
         """
         if keep is not None:
             check_keep(keep)
-        file, values = find(path, keep)
+        file, values = find(path, keep, None if budget is None else check_price(budget))
         try:
             return cls.from_dict(values)
         except PolicyError as error:
             raise PolicyError(f"{file}: {error}") from error
-
-
-_SHORT = reprlib.Repr()
-_SHORT.maxstring = _SHORT.maxother = 40
-_SHORT.maxdict = _SHORT.maxlist = 4
-_SHORT.maxlevel = 3

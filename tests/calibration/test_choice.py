@@ -40,7 +40,7 @@ def test_how_far_candidates_are_fitted() -> None:
     assert [one.fitted for one in (PLAIN, SET, FITTED, REVERSED)] == [0, 1, 2, 1]
     assert Candidate("", "catp", {"network": {}}).fitted == 2 and Candidate("", "l2-norm", {}, "dpp").fitted == 0
     assert [one.reversed for one in (PLAIN, SET, FITTED, REVERSED)] == [False, False, False, True]
-    assert [one.merges for one in (PLAIN, MERGING)] == [False, True]
+    assert [one.routable for one in (PLAIN, MERGING)] == [True, False]
 
 
 @pytest.mark.parametrize("kind", ["plain", "one layer's exit", "by question"])

@@ -3,37 +3,28 @@
 import math
 from copy import deepcopy
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
 from typing import Any
-from unittest.mock import patch
 
 import lightning as L
 import numpy as np
 import pytest
 import torch
-from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from catp_lightning import CrossAttentionCalibration, PolicyError, PruningError, PruningPolicy, prune
+from catp_lightning import CrossAttentionCalibration, PolicyError, PruningError, PruningPolicy
 from catp_lightning.calibration.fit.fitting import Fitted, ScorerFit
 from catp_lightning.calibration.fit.heads import HeadFit
 from catp_lightning.calibration.fit.layers import LayerChoice
 from catp_lightning.calibration.plan import Plan
 from catp_lightning.calibration.search.candidates import default_candidates, fitted_candidates
-from catp_lightning.calibration.settings import CalibrationSettings
-from catp_lightning.calibration.split import part_of
-from catp_lightning.methods import Method
-from catp_lightning.methods.observation import Observation, Signal
+from catp_lightning.methods.observation import Observation
 from catp_lightning.methods.scorers import SCORERS
-from catp_lightning.methods.scorers.controls import Random
-from catp_lightning.methods.selectors import TopK
 from catp_lightning.models import find_family
-from catp_lightning.pruning.answers import compare_with_unpruned
-from catp_lightning.pruning.pruner import applied
 from tests.support.calibrations import figures
 from tests.support.clips import pair
 from tests.support.families import ROWS
+from tests.support.family_calibrations import KEEP, QUICK, SETTINGS, agreement, data
 from tests.support.footprints import footprint
 from tests.support.hybrid_families import HYBRID
 from tests.support.modules import Generating
@@ -42,9 +33,6 @@ from tests.support.rules import early
 from tests.support.trainers import loading, trainer
 
 BY_NAME = {row.name: row for row in (*ROWS, *HYBRID)}
-BATCHES, KEEP, CHECKED = 6, 0.4, 0.4
-SETTINGS = {"max_new_tokens": 2, "do_sample": False}
-QUICK = CalibrationSettings(probes=1, sizes=(0.25,), folds=2, checked=CHECKED)
 METHODS = {
     "Llava": (
         *("fastervlm", "vtc-cls", "vispruner", "visionzip", "cdpruner", "divprune", "downsample", "l2-norm"),
@@ -84,68 +72,11 @@ FAST = {
 """Those of `METHODS` that are no slow test: each kind of signal, and each kind of replay."""
 
 
-@cache
-def data(row: Row) -> list[dict[str, Tensor]]:
-    """Batches of a row's samples, each time with other pixels."""
-    found = []
-    for number in range(BATCHES):
-        inputs = row.inputs(range(len(row.samples())), pads=number % 3)
-        generator = torch.Generator().manual_seed(number)
-        for name in [name for name in inputs if name.startswith("pixel_values")]:
-            noise = torch.randn(inputs[name].shape, generator=generator, dtype=torch.float64)
-            inputs[name] = inputs[name] + 0.8 * noise * (inputs[name] != 0)  # zeros that fill up a batch stay so
-        found.append(inputs)
-    return found
-
-
 def calibrate(row: Row, path: Path, **options: Any) -> PruningPolicy:
     callback = CrossAttentionCalibration(path, keep=KEEP, settings=QUICK, **options)
     trainer(callback).predict(Generating(row.model(), SETTINGS), loading(data(row)))
     assert PruningPolicy.load(path) == callback.policies[0]
     return callback.policies[0]
-
-
-@torch.no_grad()
-def agreement(row: Row, policy: PruningPolicy, guide: nn.Module | None = None) -> tuple[float, float]:
-    """Share of answers as the unpruned model's when it really is pruned, on the learning part and on the other."""
-    same, model = [], row.model()
-    with applied(model, policy, guide=guide) as pruner, compare_with_unpruned(pruner) as comparison:
-        for batch in data(row):
-            model.generate(**batch, **SETTINGS)
-            same.append(comparison.same.pop())
-    together, part = torch.cat(same).double(), part_of(first_images(row), CHECKED)
-    return together[part == 0].mean().item(), together[part == 1].mean().item()
-
-
-@cache
-def first_images(row: Row) -> Tensor:
-    """The fingerprint of each sample's first image, 0 for a sample without one: as a scorer sees them, counted here."""
-    found = torch.cat([_first_images(row, batch) for batch in data(row)])
-    assert len(found.unique()) > len(found) / 2, "other pixels have other fingerprints"
-    return found
-
-
-def _first_images(row: Row, batch: dict[str, Tensor]) -> Tensor:
-    seen: list[Observation] = []
-
-    class Noting(Random):
-        def score(self, observation: Observation) -> Tensor:
-            seen.append(observation)
-            return super().score(observation)
-
-    with (
-        patch.object(PruningPolicy, "method", lambda self: Method(Noting(), TopK())),
-        prune(row.model(), PruningPolicy("random", keep=0.9)) as pruning,
-    ):
-        row.model()(**row.oracle.forward_inputs(batch))
-    tokens, marks = seen[0].valid.sum(1).tolist(), seen[0][Signal.IMAGE_HASH].tolist()
-    first, image = [], 0
-    for left in pruning.last.counts.tolist():
-        first.append(marks[image] if left else 0)
-        end = sum(tokens[:image]) + left
-        while sum(tokens[:image]) < end:
-            image += 1
-    return torch.tensor(first)
 
 
 def check(row: Row, policy: PruningPolicy) -> None:

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from transformers import LogitsProcessor, PreTrainedModel
 
-from catp_lightning import PolicyError, PruningError, PruningPolicy, prune
+from catp_lightning import PolicyError, PruningError, PruningPolicy, Stage, prune
 from catp_lightning.calibration.fit.probing import Probing
 from catp_lightning.calibration.plan import Plan
 from catp_lightning.calibration.replay.base import Replay, Variants
@@ -16,7 +16,7 @@ from catp_lightning.calibration.replay.recorder import Recorder
 from catp_lightning.calibration.replay.samples import Samples
 from catp_lightning.methods.observation import Observation, Signal
 from catp_lightning.methods.scorers import SCORERS
-from catp_lightning.methods.selection import images_to_samples
+from catp_lightning.methods.selection import Selection, images_to_samples
 from catp_lightning.models import find_family
 from catp_lightning.pruning.pruner import Pruner
 from tests.support.families import BY_NAME
@@ -121,9 +121,26 @@ def test_a_method_that_chooses_inside_the_decoder_is_replayed_as_it_prunes(score
     with prune(model, policy):
         expected = forced_logits(model, inputs, answers)
     pruner = Pruner(find_family(model), policy)
-    diverged, agreed = replay.compare_each([Variants(replay.tokens[None], pruners=[pruner])])[0]
+    diverged, agreed = replay.compare_each([Variants(replay.tokens[None], inside=[(pruner, None)])])[0]
     close(replay.pruned_log_probabilities(Pruner(find_family(model), policy)), expected)
     assert (diverged[0] < 1e-12).all() and agreed[0].all() and (diverged[1] > 1e-6).all()
+
+
+@pytest.mark.parametrize("name", ["Llava", "Qwen2.5-VL", "Blip2-T5"])
+def test_a_schedule_is_replayed_as_it_prunes_from_the_selection_before_the_language_model(name: str) -> None:
+    row = BY_NAME[name]
+    model, inputs = row.model(), row.inputs(pads=2)
+    later = [Stage("fastv", {"layer": 1}, keep=0.4), Stage("visual-exit", {"layer": 2})]
+    policy = PruningPolicy("l2-norm", keep=0.7, then=later)
+    replay, _, _, answers = recorded(row, inputs)
+    with prune(model, PruningPolicy("l2-norm", keep=0.7)) as pruning:
+        entry = forced_logits(model, inputs, answers)
+    with prune(model, policy):
+        expected = forced_logits(model, inputs, answers)
+    pruner = Pruner(find_family(model), policy)
+    with pruner.knowing(Selection(pruning.keep)):
+        close(replay.pruned_log_probabilities(pruner), expected)
+    assert (expected - entry).abs().max() > 1e-3, "the later stages matter"
 
 
 def test_merged_tokens_are_replayed_as_they_are_read() -> None:

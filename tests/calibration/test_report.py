@@ -126,6 +126,7 @@ def test_figures_are_valid_files_beside_the_page_and_stale_ones_go(policies, tmp
     _, page = write([with_heads(policy) for policy in policies], tmp_path / "new" / "report")
     folder = tmp_path / "new" / "report"
     captions = {**CAPTIONS, **{one.name: one.caption for one in STATISTICS if one.caption}}
+    del captions["front"]  # of budgets that are prices
     assert re.findall(r"!\[[\w ]+\]\((.+)\)", page) == [f"{name}.png" for name in captions]
     assert FIGURES.keys() == CAPTIONS.keys()
     for name, caption in captions.items():

@@ -93,7 +93,7 @@ def test_a_single_policy_beside_budgets_of_another_calibration_is_told(tmp_path:
 def test_what_is_not_there_is_said(tmp_path: Path) -> None:
     with pytest.raises(PolicyError, match=r"There is no policy at 'nowhere\.json'"):
         PruningPolicy.load("nowhere.json")
-    with pytest.raises(PolicyError, match=r"neither policy\.json nor keep"):
+    with pytest.raises(PolicyError, match=r"neither policy\.json nor one of a budget"):
         PruningPolicy.load(tmp_path)
     with pytest.raises(PolicyError, match="could not be fetched from the Hugging Face hub"):
         PruningPolicy.load("hf://nobody/nothing")

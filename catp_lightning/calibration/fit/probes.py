@@ -17,9 +17,9 @@ from catp_lightning.calibration.replay.base import Replay
 from catp_lightning.calibration.settings import DEFAULTS
 from catp_lightning.methods.budget import keep_count
 from catp_lightning.methods.observation import Observation
+from catp_lightning.methods.precision import without_autocast
 from catp_lightning.methods.scorers import AttentionScorer
 from catp_lightning.methods.selection import images_to_samples
-from catp_lightning.methods.selectors import without_autocast
 from catp_lightning.utils.hashing import mix, uniform
 
 WORST = -3.0  # mean log-probability; below it (5%) an answer is lost, and further decrease is noise

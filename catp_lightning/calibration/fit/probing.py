@@ -17,6 +17,7 @@ from catp_lightning.calibration.fit.sums import (
     ImageSet,
     PartCounts,
     ProbeSums,
+    PromptSizes,
     TokenCounts,
 )
 from catp_lightning.calibration.passes import Pass
@@ -50,6 +51,7 @@ class Learned:
         asked: number of questions about each image, by group; samples without an image are left out. None if no
             promise is to be tested.
         groups: names of the groups, by checksum.
+        sizes: sizes of all prompts, int64 [N, 4], as `Replay.sizes`; None if budgets are no prices.
     """
 
     columns: Columns
@@ -64,6 +66,7 @@ class Learned:
     statistics: dict[str, Any]
     asked: AskedImages | None
     groups: dict[int, str]
+    sizes: Tensor | None
 
 
 class ProbeRecorder:
@@ -138,6 +141,10 @@ class Probing(Pass):
         }
         self.statistics = {one.name: one.of(plan).to(device) for one in statistics.STATISTICS}
         self.metrics |= self.statistics
+        self.prompts: PromptSizes | None = None
+        if plan.unit is not None:
+            self.metrics["prompts"] = self.prompts = PromptSizes().to(device)
+            self.prompts.update(nothing.new_zeros(0, 4))
         self.asked: Asked | None = None
         if counting:  # the questions about each image, for a promise
             self.asked, self.names = Asked().to(device), GroupNames().to(device)
@@ -169,6 +176,8 @@ class Probing(Pass):
         self.parts.update(part)
         self.images.update(samples.seen[Signal.IMAGE_HASH])
         self.tokens.update(samples.seen.droppable, samples.seen.valid)
+        if self.prompts is not None:
+            self.prompts.update(samples.replay.sizes)
         if self.asked is not None:
             there = samples.images != 0
             images, nothing = samples.images[there], there.new_empty(0, int(there.sum()))
@@ -209,6 +218,7 @@ class Probing(Pass):
             {name: statistic.compute() for name, statistic in self.statistics.items()},
             None if self.asked is None else self.asked.compute(),
             {} if self.asked is None else self.names.compute(),
+            None if self.prompts is None else self.prompts.compute().cpu(),
         )
 
 

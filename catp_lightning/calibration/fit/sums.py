@@ -128,6 +128,26 @@ class PartCounts(Sums):
         return dict(zip(PARTS, self.counts.tolist(), strict=True))
 
 
+class PromptSizes(Sums):
+    """Sizes of all prompts, which their prices depend on."""
+
+    rows: list[Tensor]
+
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.add_state("rows", [], dist_reduce_fx="cat")
+
+    def update(self, sizes: Tensor) -> None:
+        """Add B prompts: int64 [B, 4], as `Replay.sizes`."""
+        self.rows = [torch.cat([*self.rows, sizes])]
+
+    def compute(self) -> Tensor:
+        """Return the sizes of the prompts of all processes, int64 [N, 4], in an order that depends on them alone."""
+        rows = torch.cat(self.rows) if isinstance(self.rows, list) else self.rows
+        different, counts = rows.unique(dim=0, return_counts=True)
+        return different.repeat_interleave(counts, 0)
+
+
 class TokenCounts(Sums):
     """Mean and largest number of visual tokens of an image."""
 

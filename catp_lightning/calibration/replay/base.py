@@ -26,12 +26,13 @@ class Variants:
     Attributes:
         keep: bool [C, B, T], visual tokens kept by each of C candidates that drop before the decoder.
         selections: [B, T], of candidates that merge tokens before the decoder.
-        pruners: candidates that choose inside the decoder, where signals depend on their own earlier choices.
+        inside: candidates that choose inside the decoder, where signals depend on their own earlier choices; with
+            what they keep at its input, [B, T], or None.
     """
 
     keep: Tensor
     selections: Sequence[Selection] = ()
-    pruners: Sequence[Pruner] = ()
+    inside: Sequence[tuple[Pruner, Selection | None]] = ()
 
 
 @dataclass(frozen=True)
@@ -83,6 +84,11 @@ class Replay(ABC):
 
     @property
     @abstractmethod
+    def sizes(self) -> Tensor:
+        """Sizes of each prompt, int64 [B, 4]: `text`, `tokens`, `image_rows` and `blind` of `pricing.Prompts`."""
+
+    @property
+    @abstractmethod
     def questions(self) -> Tensor:
         """Fingerprint of each prompt's text, whatever its padding: int64 [B]."""
 
@@ -113,6 +119,8 @@ class Replay(ABC):
 
     def pruned_log_probabilities(self, pruner: Pruner) -> Tensor:
         """Return log-probabilities [B, A, V] along the answer under a policy that chooses inside the decoder.
+
+        What it keeps at the decoder's input, if tokens leave there too, is known: its `entry`.
 
         Raises:
             NotImplementedError: the family has no stages inside its decoder.
@@ -166,7 +174,7 @@ class Replay(ABC):
         diverged, agreed = self._compare_kept(full, way.keep[:, index])
         others = [
             *(partial(self._selected, selection, index) for selection in way.selections),
-            *(partial(self.pruned_log_probabilities, pruner) for pruner in way.pruners),
+            *(partial(self._inside, pruner, entry, index) for pruner, entry in way.inside),
         ]
         for answered in others:
             pruned = answered()
@@ -177,6 +185,12 @@ class Replay(ABC):
     def _selected(self, selection: Selection, index: Tensor) -> Tensor:
         destination = None if selection.destination is None else selection.destination[index]
         return self.log_probabilities(selection.keep[index], destination)
+
+    def _inside(self, pruner: Pruner, entry: Selection | None, index: Tensor) -> Tensor:
+        if entry is None:
+            return self.pruned_log_probabilities(pruner)
+        with pruner.knowing(entry.of_rows(index, self.tokens.shape[1])):
+            return self.pruned_log_probabilities(pruner)
 
     def _compare_kept(self, full: Tensor, keep: Tensor) -> tuple[Tensor, Tensor]:
         samples = torch.arange(keep.shape[1], device=keep.device).repeat(len(keep))

@@ -70,6 +70,13 @@ class CrossAttentionReplay(Replay):
         return self.arguments["attention_mask"].sum(1) * self.seen.shape[1]
 
     @property
+    def sizes(self) -> Tensor:
+        real, tokens = self.arguments["attention_mask"] > 0, self.seen.sum(1)
+        text, sees = real.sum(1), (self.arguments["full_text_row_masked_out_mask"][:, 0, :, 0] > 0) & real
+        rows = torch.full_like(tokens, self.arguments["cross_attention_states"].shape[1])
+        return torch.stack([text, tokens, rows, text - sees.sum(1)], 1)
+
+    @property
     def questions(self) -> Tensor:
         return text_fingerprint(self.arguments["input_ids"], self.arguments["attention_mask"] == 1)
 

@@ -4,6 +4,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Self
 
+import torch
 from torch import Tensor
 
 from catp_lightning.calibration.replay.base import Replay, changed_answers, text_fingerprint
@@ -30,6 +31,11 @@ class PromptReplay(Replay):
     @property
     def lengths(self) -> Tensor:
         return (self.prompt.mask == 1).sum(1)
+
+    @property
+    def sizes(self) -> Tensor:
+        tokens = self.tokens.sum(1)
+        return torch.stack([self.prompt.mask.sum(1) - tokens, tokens, tokens, torch.zeros_like(tokens)], 1)
 
     @property
     def questions(self) -> Tensor:

@@ -5,7 +5,7 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 from scipy.stats import norm
 
-from catp_lightning.calibration.report.evidence import RetentionPoint, evidence_of
+from catp_lightning.calibration.report.evidence import RetentionPoint, amount, evidence_of, unit
 from catp_lightning.policy import PruningPolicy
 
 ENOUGH = 64
@@ -65,13 +65,13 @@ def against(point: RetentionPoint) -> str:
 
 def doubts(policies: Sequence[PruningPolicy]) -> Iterator[str]:
     """Yield a sentence for each reason to doubt policies: few checked answers, a better control, low agreement."""
-    evidence = evidence_of(policies[0])
+    evidence, paid = evidence_of(policies[0]), unit(policies[0])
     checked = evidence["samples"]["check"]
-    kept = {repr(policy.keep) for policy in policies}
+    kept = {repr(amount(policy)) for policy in policies}
     points = [point for point in evidence["retention"] if repr(point["keep"]) in kept]
     if points and checked < ENOUGH:
         said = "; ".join(
-            f"{point['agreement']:.0%} at keep {point['keep']} may be {point['interval'][0]:.0%} to "
+            f"{point['agreement']:.0%} at {paid} {point['keep']} may be {point['interval'][0]:.0%} to "
             f"{point['interval'][1]:.0%}"
             for point in points
         )
@@ -84,7 +84,7 @@ def doubts(policies: Sequence[PruningPolicy]) -> Iterator[str]:
         if best is not None and best["difference"] < 0:
             behind, chosen, control = best["verdict"] == "behind", point["chosen"], best["name"]
             yield (
-                f"Calibration evidence at keep {point['keep']}: the chosen policy ({chosen}) is behind the control "
+                f"Calibration evidence at {paid} {point['keep']}: the chosen policy ({chosen}) is behind the control "
                 f"{control} on the {checked} checked answers, by {-best['difference']:.1%} (95% interval of the "
                 f"difference {best['interval'][0]:+.1%} to {best['interval'][1]:+.1%}). "
                 + (
@@ -95,6 +95,6 @@ def doubts(policies: Sequence[PruningPolicy]) -> Iterator[str]:
             )
         if point["agreement"] < 0.5:
             yield (
-                f"Calibration evidence at keep {point['keep']}: only {point['agreement']:.0%} of the checked answers "
+                f"Calibration evidence at {paid} {point['keep']}: only {point['agreement']:.0%} of the checked answers "
                 "are the unpruned model's. Take a larger budget."
             )

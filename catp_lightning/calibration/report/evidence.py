@@ -25,6 +25,8 @@ class Figures(TypedDict):
 class CandidateRow(TypedDict):
     """One candidate: its figures over the rounds, and on the checking part; None: it was eliminated before.
 
+    `inside` is there, and True, if tokens leave at one layer inside the decoder and nowhere else.
+
     If calibration perturbed, the rounds' divergence is a mean over images as they are and perturbed.
     """
 
@@ -32,6 +34,7 @@ class CandidateRow(TypedDict):
     control: bool
     choose: Figures
     check: Figures | None
+    inside: NotRequired[bool]
 
 
 class BestControl(TypedDict):
@@ -45,7 +48,11 @@ class BestControl(TypedDict):
 
 
 class RetentionPoint(TypedDict):
-    """A point of the retention curve: agreement of a budget's choice on samples it was not chosen on."""
+    """A point of the retention curve: agreement of a budget's choice on samples it was not chosen on.
+
+    `keep` is the budget, a price where budgets are prices. `tokens` is the number of an image's visual tokens that stay
+    to the end. `prices` has what the choice costs, a share of what the unpruned model pays in each unit that is known.
+    """
 
     keep: int | float
     tokens: int
@@ -54,6 +61,7 @@ class RetentionPoint(TypedDict):
     agreement: float
     interval: Sequence[float]
     best_control: BestControl | None
+    prices: NotRequired[Mapping[str, float]]
 
 
 class GroupStep(TypedDict):
@@ -91,6 +99,7 @@ class PromisedGroup(TypedDict):
 class PromiseEvidence(TypedDict):
     """A promise, the number of images it was tested on, and the test of each budget, from the largest down.
 
+    `unit` is what budgets are paid in, where they are prices.
     Without `over` the promise is over images: one question of each was tested. `questions` and `most_questions` are as
     in `PromisedGroup`, for all groups together. With groups, `group_by` is the batch's field that names them and
     `group_confidence` the confidence of the test of each.
@@ -100,6 +109,7 @@ class PromiseEvidence(TypedDict):
     confidence: float
     images: int
     steps: Sequence[PromiseStep]
+    unit: NotRequired[str]
     over: NotRequired[str]
     questions: NotRequired[int]
     most_questions: NotRequired[int]
@@ -115,7 +125,8 @@ class Evidence(TypedDict):
     are encoded hashes, `fitted` has an entry for each scorer whose heads were fitted, the list "slots", and, as
     `NetworkEvidence`, "learned". `components` says what the components of questions mean, in the order of their
     variance; it is there if methods read them. `perturbed` has, by perturbation and candidate, figures on the checking
-    part's samples with perturbed images; it is there if calibration perturbed.
+    part's samples with perturbed images; it is there if calibration perturbed. `prices` are those of the policy, as in
+    its point of `retention`; it is there if budgets are prices.
     """
 
     chosen: str
@@ -129,11 +140,27 @@ class Evidence(TypedDict):
     promise: NotRequired[PromiseEvidence]
     candidates: Sequence[CandidateRow]
     perturbed: NotRequired[Mapping[str, Mapping[str, Figures]]]
+    prices: NotRequired[Mapping[str, float]]
 
 
 def evidence_of(policy: PruningPolicy) -> Evidence:
     """Return the evidence of a calibrated policy."""
     return cast(Evidence, policy.evidence)
+
+
+def amount(policy: PruningPolicy) -> int | float:
+    """Return the number in a policy's budget: the price it was chosen for, or `keep` if budgets are tokens."""
+    return policy.keep if policy.budget is None else next(iter(policy.budget.values()))
+
+
+def unit(policy: PruningPolicy) -> str:
+    """Return what a policy's budget is paid in, "keep" for tokens."""
+    return "keep" if policy.budget is None else next(iter(policy.budget))
+
+
+def budget_name(policy: PruningPolicy) -> str:
+    """Return a policy's budget in words: "keep 0.5" or "prefill_flops 0.25"."""
+    return f"{unit(policy)} {amount(policy)}"
 
 
 def visual_tokens(policy: PruningPolicy) -> int:

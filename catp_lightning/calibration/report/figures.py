@@ -10,7 +10,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, NullLocator
 
-from catp_lightning.calibration.report.evidence import checked, evidence_of, fits, visual_tokens
+from catp_lightning.calibration.report.evidence import budget_name, checked, evidence_of, fits, visual_tokens
 from catp_lightning.methods.budget import keep_count
 from catp_lightning.policy import PruningPolicy
 from catp_lightning.safe_text import figure_text
@@ -23,10 +23,15 @@ AGREEMENT = "share of answers as the unpruned model's"
 CHOSEN = "crimson"
 
 
-def retention_figure(policies: Sequence[PruningPolicy]) -> Figure:
-    """Plot agreement with the unpruned model over visual tokens kept: the choices, controls, and any promise."""
+def retention_figure(policies: Sequence[PruningPolicy]) -> Figure | None:
+    """Plot agreement with the unpruned model over visual tokens kept: the choices, controls, and any promise.
+
+    None if budgets are prices: these have `front_figure`.
+    """
+    if any("prices" in point for point in evidence_of(policies[0])["retention"]):
+        return None
     evidence, total = evidence_of(policies[0]), visual_tokens(policies[0])
-    figure, axes = _figure(8, 4.2)
+    figure, axes = plain_figure(8, 4.2)
     points = {point["tokens"]: (point["agreement"], *point["interval"]) for point in evidence["retention"]}
     joined = len(points.keys() - {total}) > 1  # from one budget to the unpruned model a line would be a guess
     if joined:
@@ -34,7 +39,7 @@ def retention_figure(policies: Sequence[PruningPolicy]) -> Figure:
     else:
         axes.plot(total, 1.0, color="black", linestyle="none", marker="*", markersize=9, label="no pruning")
     look: dict[str, Any] = {"color": CHOSEN, "linestyle": "-" if joined else "none", "linewidth": 2.5, "marker": "o"}
-    _intervals(axes, sorted(points), points, **look, zorder=3, label="chosen")
+    draw_intervals(axes, sorted(points), points, **look, zorder=3, label="chosen")
     shades = matplotlib.colormaps["viridis"](np.linspace(0.1, 0.9, len(CONTROLS)))
     for (name, marker), shade in zip(CONTROLS.items(), shades, strict=True):
         measured = {keep_count(policy.keep, total): checked(policy, name)[:1] for policy in policies}
@@ -68,12 +73,12 @@ def layer_figure(policies: Sequence[PruningPolicy]) -> Figure | None:
     alone = [(policy, found) for policy in policies if (found := _layers_alone(policy))]
     if not alone:
         return None
-    figure, axes = _figure(7, 4.2)
+    figure, axes = plain_figure(7, 4.2)
     shades = matplotlib.colormaps["viridis"](np.linspace(0.1, 0.8, len(alone)))
     for number, ((policy, found), shade) in enumerate(zip(alone, shades, strict=True)):
         aside = 0.08 * (number - (len(alone) - 1) / 2)  # so that intervals do not hide each other
         shifted = {layer + aside: figures for layer, figures in found.items()}
-        _intervals(axes, sorted(shifted), shifted, color=shade, marker="o", label=f"keep {policy.keep}")
+        draw_intervals(axes, sorted(shifted), shifted, color=shade, marker="o", label=budget_name(policy))
         chosen = checked(policy, evidence_of(policy)["chosen"])[0]
         label = "chosen policy" if number + 1 == len(alone) else None  # once in the legend
         axes.axhline(chosen, color=shade, linestyle="--", linewidth=1, label=label)
@@ -106,7 +111,7 @@ def slot_figure(policies: Sequence[PruningPolicy]) -> Figure | None:
     worth = np.array(evidence_of(policies[0])["fitted"]["slots"])
     if not len(worth):
         return None
-    figure, axes = _figure(8, 3.2)
+    figure, axes = plain_figure(8, 3.2)
     low, high = (matplotlib.colormaps["RdBu_r"](place) for place in (0.12, 0.88))
     axes.bar(range(len(worth)), worth, color=[high if value > 0 else low for value in worth], width=0.85, zorder=2)
     axes.axhline(0, color="black", linewidth=0.8)
@@ -124,7 +129,8 @@ def _layers_alone(policy: PruningPolicy) -> dict[float, tuple[float, ...]]:
     return {layer: (found["agreement"], *found["interval"]) for layer, found in figures.items()}
 
 
-def _figure(width: float, height: float) -> tuple[Figure, Axes]:
+def plain_figure(width: float, height: float) -> tuple[Figure, Axes]:
+    """Return a figure of this size in inches, with axes that have a faint grid and no frame."""
     figure = Figure(figsize=(width, height), layout="constrained")
     axes = figure.subplots()
     axes.spines[["top", "right"]].set_visible(False)
@@ -132,7 +138,7 @@ def _figure(width: float, height: float) -> tuple[Figure, Axes]:
     return figure, axes
 
 
-def _intervals(axes: Axes, places: Sequence[float], points: Mapping[Any, Sequence[float]], **style: Any) -> None:
+def draw_intervals(axes: Axes, places: Sequence[float], points: Mapping[Any, Sequence[float]], **style: Any) -> None:
     """Draw a line through points (value, low, high) at `places`, with their intervals as error bars."""
     values, low, high = (np.array([points[place][column] for place in places]) for column in range(3))
     errors = np.maximum(0, [values - low, high - values])  # rounding may put an end of an interval a hair inside

@@ -7,7 +7,7 @@ import numpy as np
 
 from catp_lightning.calibration import statistics
 from catp_lightning.calibration.report.controls import against
-from catp_lightning.calibration.report.evidence import FitEvidence, evidence_of, fits, visual_tokens
+from catp_lightning.calibration.report.evidence import FitEvidence, budget_name, evidence_of, fits, unit, visual_tokens
 from catp_lightning.calibration.report.promise import promise_section
 from catp_lightning.calibration.report.questions import decoded, questions_section
 from catp_lightning.policy import PruningPolicy
@@ -18,6 +18,10 @@ SHOWN = 20
 """Number of candidates in a budget's table, which shows all controls too."""
 
 CAPTIONS = {
+    "front": (
+        "What a price buys: the share of samples answered otherwise than by the unpruned model, over the price; bars "
+        "are 95% intervals, and lower is better. All rules of one price are compared at that price."
+    ),
     "retention": (
         "What is kept: the share of samples answered as by the unpruned model, over visual tokens kept; bars are 95% "
         "intervals, thin lines are controls, and higher is better."
@@ -62,7 +66,7 @@ def page(
         "control that agreed most on the checked samples, paired by sample, with a 95% interval over images; *level* "
         "where that contains 0.",
         *([promise_section(policies[0])] if "promise" in evidence else []),
-        *_figures(figures, ("retention", "layers")),
+        *_figures(figures, ("front", "retention", "layers")),
         "## What the probes found",
         "Layers are found by forward selection, then heads by a signed sparse fit; shares are of the variance of the "
         "answers' log-probability, on images left out, ± a standard error.",
@@ -96,10 +100,12 @@ def _figures(there: Sequence[str], names: Sequence[str]) -> Iterator[str]:
 
 def _budgets(policies: Sequence[PruningPolicy]) -> str:
     evidence, total = evidence_of(policies[0]), visual_tokens(policies[0])
+    prices = [f"{name} paid" for name in evidence["retention"][0].get("prices", ())]
     controls = {row["name"] for policy in policies for row in evidence_of(policy)["candidates"] if row["control"]}
     rows = [
         [
             point["keep"],
+            *_prices(point.get("prices")),
             f"{point['tokens']} of {total}",
             f"{point['chosen']}{' (a control)' if point['chosen'] in controls else ''}",
             percent(point["agreement"]),
@@ -109,8 +115,14 @@ def _budgets(policies: Sequence[PruningPolicy]) -> str:
         ]
         for point in evidence["retention"]
     ]
-    header = ("keep", "visual tokens", "chosen", "agreement", "95% interval", "samples checked", "and the best control")
-    return markdown_table(header, rows)
+    counted = "visual tokens left" if prices else "visual tokens"
+    found = ("chosen", "agreement", "95% interval", "samples checked", "and the best control")
+    return markdown_table((unit(policies[0]), *prices, counted, *found), rows)
+
+
+def _prices(prices: Mapping[str, float] | None) -> list[str]:
+    """Return the cells of a point's prices, as shares of what the unpruned model pays."""
+    return [] if prices is None else [percent(share) for share in prices.values()]
 
 
 def _found(fit: FitEvidence) -> str:
@@ -155,7 +167,7 @@ def _candidates(policy: PruningPolicy) -> str:
     more = len(everyone) - len(shown)
     rest = f"{more} more candidates are not shown" if more else "These are all candidates"
     return (
-        f"## Candidates at keep {policy.keep}\n\n{markdown_table(header, rows)}\n"
+        f"## Candidates at {budget_name(policy)}\n\n{markdown_table(header, rows)}\n"
         f"{rest}; the figures of all {len(everyone)} are in the policy's evidence. Candidates that left early "
         "answered fewer samples and stand below those that stayed; controls and single layers are checked however "
         "they do. Divergence, which decides, is the mean over answer "
@@ -181,7 +193,7 @@ def _perturbed(policy: PruningPolicy) -> str:
         for row in checked
     ]
     return (
-        f"## Perturbed images at keep {policy.keep}\n\n"
+        f"## Perturbed images at {budget_name(policy)}\n\n"
         f"{markdown_table(('candidate', 'control', 'as they are', *found), rows)}\n"
         "The checked samples again, each with its image perturbed: the share of answers that are the unpruned model's "
         "to the same perturbed image. The first row is the choice. "

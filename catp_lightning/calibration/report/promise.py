@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 from typing import Any
 
-from catp_lightning.calibration.report.evidence import PromiseEvidence, PromiseStep, evidence_of
+from catp_lightning.calibration.report.evidence import PromiseEvidence, PromiseStep, budget_name, evidence_of
 from catp_lightning.policy import PruningPolicy
 from catp_lightning.safe_text import markdown_text, one_line
 from catp_lightning.utils.markdown import markdown_table
@@ -17,8 +17,8 @@ def promise_section(policy: PruningPolicy) -> str:
     within = f"in each group of {markdown_text(promise['group_by'])}, " if groups else ""
     if any(step["holds"] for step in promise["steps"]):
         said = (
-            f"With confidence {confidence:.4g}, {within}the policy at keep {policy.keep} answers at most {most:.4g} of "
-            f"new {over} otherwise than the unpruned model; {_counted(promise)}."
+            f"With confidence {confidence:.4g}, {within}the policy at {budget_name(policy)} answers at most {most:.4g} "
+            f"of new {over} otherwise than the unpruned model; {_counted(promise)}."
         )
     else:
         said = (
@@ -32,7 +32,7 @@ def promise_section(policy: PruningPolicy) -> str:
         if groups
         else ""
     )
-    header = ("keep", *(("group",) if groups else ()), "disagreed", "bound", "tested", "holds")
+    header = (promise.get("unit", "keep"), *(("group",) if groups else ()), "disagreed", "bound", "tested", "holds")
     rows = [row for step in promise["steps"] for row in _rows(promise, step)]
     return (
         f"## The promise\n\n{said} It was tested on {tested} that nothing was decided on, from the largest "
@@ -54,8 +54,9 @@ def promise_broken(promise: PromiseEvidence) -> str:
     """Return why not even the largest budget keeps the promise, for the terminal."""
     first = promise["steps"][0]
     return (
-        f"at keep {first['keep']} {_seen(promise, first, f'{_over(promise)} disagree')}, which allows up to "
-        f"{first['bound']:.2%}, above {promise['max_disagreement']:.4g}"
+        f"at {promise.get('unit', 'keep')} {first['keep']} "
+        f"{_seen(promise, first, f'{_over(promise)} disagree')}, which allows up to {first['bound']:.2%}, above "
+        f"{promise['max_disagreement']:.4g}"
     )
 
 

@@ -10,8 +10,9 @@ from matplotlib.figure import Figure
 
 from catp_lightning.calibration import statistics
 from catp_lightning.calibration.report.controls import against
-from catp_lightning.calibration.report.evidence import evidence_of, visual_tokens
+from catp_lightning.calibration.report.evidence import amount, budget_name, evidence_of, unit, visual_tokens
 from catp_lightning.calibration.report.figures import head_figure, layer_figure, retention_figure, slot_figure
+from catp_lightning.calibration.report.front import front_figure
 from catp_lightning.calibration.report.page import interval, page, percent, worst_perturbed
 from catp_lightning.calibration.report.promise import promise_broken, promise_kept
 from catp_lightning.calibration.statistics.base import Statistic
@@ -45,6 +46,7 @@ def _statistic(statistic: type[Statistic], policies: Sequence[PruningPolicy]) ->
 Draw = Callable[[Sequence[PruningPolicy]], Figure | None]
 
 FIGURES: dict[str, Draw] = {
+    "front": front_figure,
     "retention": retention_figure,
     "layers": layer_figure,
     "heads": head_figure,
@@ -124,7 +126,7 @@ def _chosen(policies: Sequence[PruningPolicy]) -> str:
     for policy in policies:
         evidence = evidence_of(policy)
         control = " (a control: no finding of this calibration beats it)" if evidence["control"] else ""
-        said.append(f"{evidence['chosen']} at keep {policy.keep}{control}")
+        said.append(f"{evidence['chosen']} at {budget_name(policy)}{control}")
     smallest = ", the smallest budget that keeps the promise" if "promise" in evidence_of(policies[0]) else ""
     return "; ".join(said) + smallest
 
@@ -139,7 +141,7 @@ def _keeps(policies: Sequence[PruningPolicy]) -> str:
         + (f", {compared}" if (compared := against(point)) else "")
         + (f", at worst {worst_perturbed(policy)} on perturbed images" if perturbed else "")
         for policy in policies
-        for point in [points[repr(policy.keep)]]
+        for point in [points[repr(amount(policy))]]
     ]
     line = f"of {evidence['samples']['check']} answers it was not chosen on, {'; '.join(said)}"
     return line + (f"; {promise_kept(evidence['promise'])}" if "promise" in evidence else "")
@@ -166,14 +168,14 @@ def _write(folder: Path, text: str, images: Mapping[str, bytes]) -> None:
 
 def _metrics(policies: Sequence[PruningPolicy]) -> dict[str, float]:
     """Return agreement and divergence of each policy on the checking part; none for one that keeps all tokens."""
-    metrics = {}
+    metrics: dict[str, float] = {}
     for policy in policies:
         for row in evidence_of(policy)["candidates"]:
             if row["name"] == evidence_of(policy)["chosen"] and (check := row["check"]):
-                metrics[f"catp/keep-{policy.keep}/agreement"] = check["agreement"]
-                metrics[f"catp/keep-{policy.keep}/divergence"] = check["divergence"]
-                for name, figures in evidence_of(policy).get("perturbed", {}).items():
-                    metrics[f"catp/keep-{policy.keep}/perturbed/{one_line(name)}"] = figures[row["name"]]["agreement"]
+                name = f"catp/{unit(policy)}-{amount(policy)}"
+                metrics |= {f"{name}/agreement": check["agreement"], f"{name}/divergence": check["divergence"]}
+                for how, figures in evidence_of(policy).get("perturbed", {}).items():
+                    metrics[f"{name}/perturbed/{one_line(how)}"] = figures[row["name"]]["agreement"]
     return metrics
 
 
@@ -189,11 +191,11 @@ def _log_to_wandb(
 
     first = evidence_of(policies[0])
     config = {
-        "budgets": [policy.keep for policy in policies],
+        "budgets": [amount(policy) for policy in policies],
         "candidates": len(first["candidates"]),
         "samples": first["samples"],
         "model": dict(policies[0].model or {}),
-        "chosen": {str(policy.keep): evidence_of(policy)["chosen"] for policy in policies},
+        "chosen": {str(amount(policy)): evidence_of(policy)["chosen"] for policy in policies},
     }
     run = logger.experiment
     if run.disabled:  # its folder is temporary, and nobody removes it
@@ -206,7 +208,7 @@ def _log_to_wandb(
     shown: dict[str, Any] = dict(_metrics(policies))
     for policy in policies:
         if rows := candidate_rows(policy):
-            shown[f"catp/keep-{policy.keep}/candidates"] = wandb.Table(columns=list(COLUMNS), data=rows)
+            shown[f"catp/{unit(policy)}-{amount(policy)}/candidates"] = wandb.Table(columns=list(COLUMNS), data=rows)
     for name in images:
         shown[f"catp/{name}"] = wandb.Image(str(place / "report" / f"{name}.png"))
     run.log(shown)  # one dictionary: each call is a step of its own

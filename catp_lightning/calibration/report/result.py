@@ -18,9 +18,11 @@ from catp_lightning.calibration.report.evidence import (
     RetentionPoint,
 )
 from catp_lightning.calibration.search.candidate import Candidate
+from catp_lightning.calibration.search.payments import Payments
 from catp_lightning.calibration.search.promise import FixedSequence
 from catp_lightning.calibration.search.promised import GroupResult, PromisedGroups
 from catp_lightning.methods.budget import keep_count
+from catp_lightning.methods.schedule import visits
 from catp_lightning.metrics import wilson_interval
 from catp_lightning.policy import PruningPolicy
 from catp_lightning.policy.images import encode_images
@@ -35,7 +37,7 @@ class CalibrationResult:
     Attributes:
         model: description of the model that the policies are made for, from its family's `describe`.
         tokens: mean number of droppable visual tokens of an image.
-        budgets: budgets in the user's order; with a promise, in descending order.
+        budgets: budgets in the user's order, shares or numbers of tokens; with a promise, in descending order.
         promised: promise that the chosen budget has to keep, with its groups; None: none was asked for.
         candidates: all candidates; other fields refer to them by their index.
         chosen: for each budget, index of the chosen candidate.
@@ -51,6 +53,8 @@ class CalibrationResult:
         fitted: findings of the probes, as plain numbers.
         components: what the components of questions mean; none if all are alike, or nothing reads them.
         statistics: entries of the statistics, by name.
+        payments: what policies cost; None if budgets are tokens.
+        paid: the prices that were asked for, each met by one of `budgets` at the decoder's input alone.
     """
 
     model: Mapping[str, Any]
@@ -70,6 +74,8 @@ class CalibrationResult:
     fitted: Mapping[str, Any]
     components: Sequence[QuestionComponent]
     statistics: Mapping[str, Any]
+    payments: Payments | None = None
+    paid: Sequence[int | float] = ()
 
     def policies(self) -> list[PruningPolicy]:
         """Return a policy for each budget; with a promise, one policy, at the smallest budget that keeps it, or 1.0."""
@@ -93,7 +99,24 @@ class CalibrationResult:
             "candidates": self._rows(budget),
             **({"perturbed": self._perturbed(budget)} if self.perturbed else {}),
         }
-        return replace(chosen.policy(self.budgets[budget]), model=self.model, evidence=evidence)
+        policy = chosen.policy(self.budgets[budget])
+        if self.payments is None:
+            return replace(policy, model=self.model, evidence=evidence)
+        priced: dict[str, float] = {self.payments.unit: self.paid[budget]}
+        return replace(policy, model=self.model, evidence=evidence | {"prices": self._prices(budget)}, budget=priced)
+
+    def _prices(self, budget: int) -> dict[str, float]:
+        """Return what the choice at a budget costs, by unit; none if budgets are tokens."""
+        if self.payments is None:
+            return {}
+        return self.payments.of(self.candidates[self.chosen[budget]].policy(self.budgets[budget]))
+
+    def _left(self, budget: int) -> int:
+        """Return how many visual tokens of an image of mean size stay to the end."""
+        chosen, total = self.candidates[self.chosen[budget]], round(self.tokens)
+        if self.payments is not None:
+            return visits(chosen.policy(self.budgets[budget]).steps(), total, self.payments.prices.depth)[-1]
+        return 0 if chosen.scorer == "visual-exit" else keep_count(self.budgets[budget], total)
 
     def _common(self) -> dict[str, Any]:
         return {
@@ -111,15 +134,16 @@ class CalibrationResult:
         figures = _figures(self.checking, budget, self.chosen[budget])
         assert figures is not None
         chosen = self.candidates[self.chosen[budget]]
-        return {
-            "keep": self.budgets[budget],
-            "tokens": 0 if chosen.scorer == "visual-exit" else keep_count(self.budgets[budget], round(self.tokens)),
+        point: RetentionPoint = {
+            "keep": self.paid[budget] if self.payments else self.budgets[budget],
+            "tokens": self._left(budget),
             "chosen": chosen.name,
             "control": chosen.control,
             "agreement": figures["agreement"],
             "interval": figures["interval"],
             "best_control": self._best_control(budget),
         }
+        return {**point, "prices": self._prices(budget)} if self.payments else point
 
     def _best_control(self, budget: int) -> BestControl | None:
         """Return the control that agreed most on the checking part, and the lead of the choice over it.
@@ -152,7 +176,8 @@ class CalibrationResult:
             choose, check = (_figures(sums, budget, number) for sums in (self.choosing, self.checking))
             if choose is None:  # a routing at another budget
                 continue
-            rows.append({"name": candidate.name, "control": candidate.control, "choose": choose, "check": check})
+            row: CandidateRow = {"name": candidate.name, "control": candidate.control, "choose": choose, "check": check}
+            rows.append({**row, "inside": True} if candidate.alone else row)
         return sorted(rows, key=lambda row: (-row["choose"]["samples"], row["choose"]["divergence"], row["name"]))
 
     def _shown(
@@ -172,9 +197,11 @@ class CalibrationResult:
                     "tested": step.tested,
                     "holds": step.holds,
                 }
-                for keep, step in zip(self.budgets, walked.steps, strict=True)
+                for keep, step in zip(self.paid if self.payments else self.budgets, walked.steps, strict=True)
             ],
         }
+        if self.payments is not None:
+            shown["unit"] = self.payments.unit
         if promise.over != "images" or promise.group_by is not None:
             shown["over"] = promise.over
             shown["questions"] = int(self.asked.questions.sum())

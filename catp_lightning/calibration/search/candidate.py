@@ -14,6 +14,9 @@ from catp_lightning.methods.method import Method
 from catp_lightning.policy import PruningPolicy
 from catp_lightning.policy.building import RULE, build_method
 
+DEEP = 64
+"""Number of layers of a decoder that has all stages that any scorer asks for."""
+
 
 @dataclass(frozen=True)
 class Candidate:
@@ -52,9 +55,19 @@ class Candidate:
         return int(bool(self.scorer_args) or bool(self.selector_args.get("relevance")))
 
     @property
-    def merges(self) -> bool:
-        """True if tokens are merged: such a rule is none that questions can be routed to."""
-        return self.method.selector.merges
+    def inside(self) -> bool:
+        """True if tokens leave inside the decoder as well as, or instead of, at its input."""
+        return bool(self.method.scorer.stages(DEEP))
+
+    @property
+    def alone(self) -> bool:
+        """True for a rule inside the decoder that is one stage of a schedule elsewhere."""
+        return False
+
+    @property
+    def routable(self) -> bool:
+        """True if questions can be routed to the rule: no tokens are merged, and all leave at the decoder's input."""
+        return not self.method.selector.merges and not self.inside
 
     @property
     def reversed(self) -> bool:
@@ -112,6 +125,40 @@ class Routing(Candidate):
     @cached_property
     def method(self) -> Method:
         """The rules with their router."""
+        return self.policy(1.0).method()
+
+    @property
+    def fitted(self) -> int:
+        return 2
+
+
+@dataclass(frozen=True)
+class Counting(Candidate):
+    """Another candidate's rule, under which samples keep different numbers of tokens, by their questions.
+
+    Attributes:
+        rule: the other candidate.
+        counts: arguments of the policy's `counts`.
+    """
+
+    rule: Candidate | None = None
+    counts: Mapping[str, Any] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, rule: Candidate, question: Question, weights: np.ndarray) -> "Counting":
+        """Return the candidate with these weights of `Counts`: float64 [C + 1]."""
+        counts = {"question": asdict(question), "weights": rounded(weights)}
+        name = f"{rule.name}, counts by question"
+        own = (rule.scorer, rule.scorer_args, rule.selector, rule.selector_args)
+        return cls(name, *own, rule=rule, counts=counts)
+
+    def policy(self, keep: int | float) -> PruningPolicy:
+        assert self.rule is not None
+        return replace(self.rule.policy(keep), counts=self.counts)
+
+    @cached_property
+    def method(self) -> Method:
+        """The rule with its counts."""
         return self.policy(1.0).method()
 
     @property

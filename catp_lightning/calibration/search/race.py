@@ -18,7 +18,7 @@ from catp_lightning.calibration.search.sums import CandidateAnswers, CandidateSu
 from catp_lightning.calibration.split import fold_of
 from catp_lightning.methods.components import Question
 from catp_lightning.methods.selection import Selection, protected_tokens
-from catp_lightning.policy import PruningPolicy
+from catp_lightning.policy import PruningPolicy, Stage
 from catp_lightning.pruning.pruner import Pruner
 
 
@@ -58,11 +58,12 @@ class Race(Pass):
         self.candidates = several = [[of_fold[number] for number in self.running] for of_fold in candidates]
         first, places = [candidate.method for candidate in several[0]], range(len(self.running))
         shared = [n for n in places if all(own[n] == several[0][n] for own in several)]
-        entering = [n for n in places if not first[n].scorer.stages(plan.family.depth)]
+        entering = [n for n in places if not several[0][n].inside]
         ranked = [n for n in entering if first[n].nested]
         self._inside = [n for n in places if n not in entering]
         self._anew = [n for n in entering if n not in ranked]
         alone = [*self._anew, *self._inside]  # merged at the decoder's input, or chosen inside the decoder
+        self._pruners: dict[PruningPolicy, Pruner] = {}
         self._policies = [[{n: own[n].policy(keep) for n in alone} for keep in budgets] for own in several]
         self._by_fold = any(n not in shared for n in alone)
         self._shared = [n for n in ranked if n in shared]
@@ -129,14 +130,14 @@ class Race(Pass):
             return [(torch.zeros_like(agreed, dtype=torch.float64), agreed) for agreed in same]
         allowed = [limits(keep, samples.seen, visual) for keep in self.budgets]
         ranks = self._ranks(samples, max(1, *(int(limit.max()) for limit in allowed)))
-        stay = protected_tokens(samples.seen, visual)
+        stay, entries = protected_tokens(samples.seen, visual), dict[Stage, Selection]()
         for budget, (limit, alive) in enumerate(zip(allowed, self.alive, strict=True)):
             running = [self.running.index(number) for number in alive]
             ranked = [place for place in running if place in self._shared or place in self._own]
             anew, inside = ([place for place in running if place in own] for own in (self._anew, self._inside))
             policies = self._policies[fold][budget]
             selections = [self._selection(samples, policies[place]) for place in anew]
-            pruners = [Pruner(self.plan.family, policies[place]) for place in inside]
+            pruners = [self._inside_of(samples, policies[place], entries) for place in inside]
             found.append(Variants((ranks[ranked] < limit) | stay, selections, pruners))
             places = [*ranked, *anew, *inside]
             order.append(
@@ -144,6 +145,20 @@ class Race(Pass):
             )
         compared = zip(samples.replay.compare_each(found), order, strict=True)
         return [(-floored(-diverged[place]), agreed[place]) for (diverged, agreed), place in compared]
+
+    def _inside_of(
+        self, samples: Samples, policy: PruningPolicy, entries: dict[Stage, Selection]
+    ) -> tuple[Pruner, Selection | None]:
+        """Return what prunes inside the decoder, and what stays at its input, which schedules share in `entries`."""
+        if policy not in self._pruners:
+            self._pruners[policy] = Pruner(self.plan.family, policy)
+        pruner, first = self._pruners[policy], policy.stages[0]
+        if pruner.leave_at[0]:
+            return pruner, None
+        if first not in entries:
+            method = pruner.places[0].step.method
+            entries[first] = method.select(samples.seen, first.keep, samples.visual)
+        return pruner, entries[first]
 
     def _selection(self, samples: Samples, policy: PruningPolicy) -> Selection:
         """Return the selection of a candidate without nested ranking."""

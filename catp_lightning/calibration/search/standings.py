@@ -88,10 +88,19 @@ class Standings:
         some = [self.candidates[number] for number in eligible]
         return eligible[choose(some, rows.divergence, rows.images, self.ties)]
 
+    def best_alone(self, budget: int) -> list[int]:
+        """Return the best candidate that drops tokens at one place inside the decoder and nowhere else; [] if none ran.
+
+        It is checked beside the choice, so that a schedule is compared with the best of such rules.
+        """
+        sums = self.sums()
+        ran = [n for n, one in enumerate(self.candidates) if one.alone and sums["count"][budget, n]]
+        return self.ranking(budget, ran)[:1]
+
     def _eligible(self, ranking: Sequence[int]) -> tuple[list[int], list[int]]:
         """Return the candidates of a ranking that may be chosen, and those of them that questions may be routed to."""
         eligible = [number for number in ranking if self.candidates[number].eligible]
-        return eligible, [number for number in eligible if not self.candidates[number].merges]
+        return eligible, [number for number in eligible if self.candidates[number].routable]
 
     def final(self, alive: Sequence[Sequence[int]], folds: int) -> "Final":
         """Return the candidates to choose after the last round, among them routings of questions that are worth it.
@@ -106,7 +115,7 @@ class Standings:
             if routed is not None:
                 number = len(candidates)
                 candidates.append(routed[0])
-                sums = _with_candidate(sums, budget, routed[1])
+                sums = with_candidate(sums, budget, routed[1])
             chosen.append(number)
         return Final(candidates, chosen, sums)
 
@@ -142,14 +151,16 @@ class Final:
         candidates: all candidates, routings last.
         chosen: for each budget, the index of the chosen candidate.
         sums: sums over the rounds, by name, each [K, C]; a routing has answered at its own budget.
+        compared: candidates that are to be checked beside the chosen ones, whatever their rank.
     """
 
     candidates: Sequence[Candidate]
     chosen: Sequence[int]
     sums: Mapping[str, np.ndarray]
+    compared: Sequence[int] = ()
 
 
-def _with_candidate(sums: Mapping[str, np.ndarray], budget: int, rows: Rows) -> dict[str, np.ndarray]:
+def with_candidate(sums: Mapping[str, np.ndarray], budget: int, rows: Rows) -> dict[str, np.ndarray]:
     """Return sums with one more candidate, which has answered at one budget."""
     found = {name: np.pad(values, ((0, 0), (0, 1))) for name, values in sums.items()}
     found["divergence"][budget, -1] = rows.divergence.sum()

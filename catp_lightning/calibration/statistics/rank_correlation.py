@@ -12,7 +12,7 @@ from torch import Tensor
 from catp_lightning.calibration.plan import Plan
 from catp_lightning.calibration.replay.samples import Samples
 from catp_lightning.calibration.statistics.base import Statistic
-from catp_lightning.methods.selectors import without_autocast
+from catp_lightning.methods.precision import without_autocast
 from catp_lightning.safe_text import figure_text
 from catp_lightning.utils.plots import WRITTEN, heatmap
 
