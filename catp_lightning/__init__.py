@@ -6,6 +6,7 @@ from catp_lightning.errors import DataError, PolicyError, PruningError
 
 if TYPE_CHECKING:
     from catp_lightning.callbacks import AnswerWriter, CrossAttentionCalibration, TokenPruning
+    from catp_lightning.modules.compressor import CompressorTraining
     from catp_lightning.modules.pruned import PrunedModule
     from catp_lightning.modules.vqa import VQAModule
     from catp_lightning.policy import PruningPolicy, Stage
@@ -16,6 +17,7 @@ else:
     # Modules that need torch are imported when their names are first used: `catp --help` and its like do not need them.
     _PLACES = {
         "AnswerWriter": "callbacks",
+        "CompressorTraining": "modules.compressor",
         "CrossAttentionCalibration": "callbacks",
         "TokenPruning": "callbacks",
         "PrunedModule": "modules.pruned",
@@ -56,6 +58,7 @@ else:
 
 __all__ = [
     "AnswerWriter",
+    "CompressorTraining",
     "CrossAttentionCalibration",
     "DataError",
     "PolicyError",

@@ -16,8 +16,9 @@ from catp_lightning.callbacks import CrossAttentionCalibration
 from catp_lightning.data import shipped
 from catp_lightning.data.scenes import write_scenes
 from catp_lightning.data.vqa import VQADataModule, VQASplit
-from catp_lightning.evaluation.sweep.flow import Reading, sweep_model
+from catp_lightning.evaluation.sweep.flow import sweep_model
 from catp_lightning.evaluation.sweep.methods import CALIBRATED
+from catp_lightning.evaluation.sweep.reading import Reading
 from catp_lightning.modules.vqa import VQAModule
 from catp_lightning.policy import PruningPolicy
 from catp_lightning.safe_text import rich_text

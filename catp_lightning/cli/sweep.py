@@ -3,14 +3,12 @@
 import json
 import sys
 from argparse import ArgumentParser
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, ClassVar, cast
 
 from jsonargparse import ArgumentError
-from lightning.pytorch import Callback, LightningDataModule, Trainer
-from lightning.pytorch.utilities.model_helpers import is_overridden
+from lightning.pytorch import Callback, Trainer
 from rich.console import Console
 from rich.text import Text
 from torch.utils.data import DataLoader
@@ -18,15 +16,20 @@ from torch.utils.data import DataLoader
 from catp_lightning.callbacks.context import Stage
 from catp_lightning.cli.command import Command
 from catp_lightning.cli.commands import telling_of_scenes
+from catp_lightning.cli.sweep_data import budgets, listed, loaders, reads
 from catp_lightning.data import GRIDS, PROMPTS, SHIPPED, shipped
 from catp_lightning.data.scenes import Split, write_scenes
-from catp_lightning.data.vqa import VQADataModule
-from catp_lightning.errors import PolicyError
 from catp_lightning.evaluation.sweep.figure import figure
-from catp_lightning.evaluation.sweep.flow import Reading, sweep_model
+from catp_lightning.evaluation.sweep.flow import sweep_model
 from catp_lightning.evaluation.sweep.methods import check_names, named
+from catp_lightning.evaluation.sweep.priced import sweep_prices
+from catp_lightning.evaluation.sweep.priced_figure import priced_figure
+from catp_lightning.evaluation.sweep.priced_table import PricedTable
+from catp_lightning.evaluation.sweep.prices import prices_asked
+from catp_lightning.evaluation.sweep.reading import Reading
 from catp_lightning.evaluation.sweep.table import ModelTable, combined
-from catp_lightning.policy import Budget, check_keep
+from catp_lightning.policy import Budget
+from catp_lightning.pricing import COUNTED
 from catp_lightning.safe_text import rich_text
 from catp_lightning.utils.files import require_writable, write_bytes, write_json, write_text
 from catp_lightning.utils.messages import quiet
@@ -41,6 +44,8 @@ SCENES: dict[str, tuple[int, str]] = {
     "calibration_questions": (512, "Questions about the scenes that `calibrated` is measured on."),
     "seed": (0, "Of those scenes."),
 }
+UNPRICED = ("digits_mllama",)
+"""Shipped models whose prompts have no known price: by default they are not compared at prices."""
 DRAWS = 3
 """Default number of calibrations of a shipped model, each on questions of its own."""
 QUIET: dict[str, Any] = {"logger": False, "enable_model_summary": False, "enable_checkpointing": False}
@@ -70,8 +75,11 @@ class Sweep(Command):
         parser.add_argument("--models", type=list[str] | str | None, help=help_)
         help_ = "Methods by name, '[fastervlm, fastv, random]'; `calibrated` is one, measured on the calibration split."
         parser.add_argument("--scorers", type=list[str] | str, default="all", help=help_)
-        help_ = "Budgets, '[0.5, 0.25]': 0.5 or 1.0 is a share, 16 or 1 a number of tokens."
-        parser.add_argument("--keep", type=Budget | list[Budget], default=list(KEEP), help=help_)
+        help_ = f"Budgets, '[0.5, 0.25]': 0.5 or 1.0 is a share, 16 or 1 a number of tokens; by default {list(KEEP)}."
+        parser.add_argument("--keep", type=Budget | list[Budget] | None, help=help_)
+        help_ = "Prices in place of --keep, '{\"prefill_flops\": [0.5, 0.25]}', shares of what the unpruned model pays "
+        help_ += f"in {', '.join(COUNTED)}: every method keeps as many tokens as a price buys."
+        parser.add_argument("--budget", type=dict[str, float | list[float]] | None, help=help_)
         help_ = "Ask every attention scorer layer by layer as well."
         parser.add_argument("--layers", type=bool, default=False, help=help_)
         help_ = "The method that others are compared with; by default `calibrated`, where it is compared, or the first."
@@ -86,8 +94,13 @@ class Sweep(Command):
 
     def callbacks(self) -> list[Callback]:
         config = self.config
-        self.names, self.budgets = named(listed(config.scorers)), budgets(config.keep)
-        check_names(listed(config.scorers))
+        if config.budget is not None and config.keep is not None:
+            raise ArgumentError(None, "--keep are numbers of tokens, --budget prices: give one of them.")
+        priced = config.budget is not None
+        self.prices = prices_asked(config.budget) if priced else []
+        self.names = named(listed(config.scorers), priced)
+        self.budgets = budgets(list(KEEP) if config.keep is None else config.keep)
+        check_names(listed(config.scorers), priced)
         require_writable(Path(config.output), folder=True)
         self.settings = json.loads(json.dumps(config.model.as_dict(), default=str))
         if config.trainer.limit_predict_batches not in (None, 1.0):
@@ -119,17 +132,13 @@ class Sweep(Command):
         if self.config.ckpt_path is not None:  # predicting once has Lightning load the weights
             first: Any = [next(iter(test()))]
             self._predict(DataLoader(first, batch_size=None), None, ckpt_path=self.config.ckpt_path)
-        self.found = sweep_model(
-            reading,
-            self.names,
-            self.budgets,
-            self.config.layers,
-            self.config.reference,
-            Path(self.config.output),
-            self.lines,
-            self.preparation,
-            self.config.calibration_draws or 1,
-        )
+        asked = (self.config.layers, self.config.reference, Path(self.config.output), self.lines, self.preparation)
+        draws = self.config.calibration_draws or 1
+        self.found: ModelTable
+        if self.prices:
+            self.found = sweep_prices(reading, self.names, self.prices, *asked, draws)
+        else:
+            self.found = sweep_model(reading, self.names, self.budgets, *asked, draws)
 
     def _predict(self, loader: Any, callback: Callback | None, **options: Any) -> Sequence[Any]:
         """Run `trainer.predict` on a loader, through the datamodule's hooks; returns its predictions."""
@@ -145,6 +154,7 @@ def sweep(args: list[str], summary: str, preparation: Preparation) -> None:
     ahead.add_argument("-c", "--config")
     ahead.add_argument("--models")
     ahead.add_argument("--output", default=OUTPUT)
+    ahead.add_argument("--budget")
     known, _ = ahead.parse_known_args(args)
     own = known.config is not None or any(_of_model(arg) for arg in args)
     if own and known.models is not None:
@@ -156,7 +166,8 @@ def sweep(args: list[str], summary: str, preparation: Preparation) -> None:
         with at_most(processors()), telling_of_scenes():
             _run(args, summary, preparation)
         return
-    models = listed(known.models) if known.models else list(SHIPPED)
+    every = [model for model in SHIPPED if known.budget is None or model not in UNPRICED]
+    models = listed(known.models) if known.models else every
     for model in models:
         shipped(model)  # raises where it is not a shipped one
     with at_most(1):  # shipped models are small, see the demo
@@ -207,82 +218,15 @@ def _write_scenes(config: Any, model: str) -> None:
 
 
 def save_all(tables: Sequence[ModelTable], folder: Path) -> None:
-    """Write one table (`table.md`, `table.json`) and one plot (`accuracy.png`) of several models."""
-    write_text(folder / "table.md", combined(tables))
-    write_json(folder / "table.json", [table.to_json() for table in tables], indent=2)
-    write_bytes(folder / "accuracy.png", png(figure(tables), dpi=120))
+    """Write one table and one plot of several models: `table.md`, `table.json` and `accuracy.png`.
+
+    At prices they are `prices.md`, `prices.json` and `prices.png`.
+    """
+    priced = [table for table in tables if isinstance(table, PricedTable)]
+    names = ("prices.md", "prices.json", "prices.png") if priced else ("table.md", "table.json", "accuracy.png")
+    drawn = priced_figure(priced) if priced else figure(tables)
+    write_text(folder / names[0], combined(tables))
+    write_json(folder / names[1], [table.to_json() for table in tables], indent=2)
+    write_bytes(folder / names[2], png(drawn, dpi=120))
     where = rich_text(folder, "bold")
-    Console().print(Text.assemble("All models: ", where, ": table.md, table.json, accuracy.png"))
-
-
-def listed(value: Any) -> list[str]:
-    """Return names from a list, or from text with commas between them, in brackets or without."""
-    several = value if isinstance(value, list) else str(value).strip("[] ").split(",")
-    return [name for one in several if (name := str(one).strip("\"' "))]
-
-
-def budgets(value: Any) -> list[int | float]:
-    """Return budgets from one, from a list, or from text with commas between them: 1 is a token, 1.0 is everything.
-
-    Raises:
-        PolicyError: a budget is not allowed or named twice, or none is named.
-    """
-    several = value if isinstance(value, list) else [_number(one) for one in listed(value)]
-    for keep in several:
-        check_keep(keep)
-    if len({(type(keep), keep) for keep in several}) < len(several) or not several:
-        raise PolicyError(f"keep is {several}; give one budget or several different ones.")
-    return several
-
-
-def _number(text: str) -> Any:
-    """Return a text as int or else as float; unchanged if it is not a number, for `check_keep` to refuse."""
-    for kind in (int, float):
-        with suppress(ValueError):
-            return kind(text)
-    return text
-
-
-Loader = Callable[[], Any]
-
-
-def loaders(datamodule: Any) -> tuple[Loader, Loader | None]:
-    """Return a function that makes the loader of the compared questions, and one for the calibration split, or None.
-
-    The compared questions are the test split's, or where there is none the validation split's. None: the datamodule has
-    no calibration split.
-
-    Raises:
-        ArgumentError: there is no datamodule.
-    """
-    if datamodule is None:
-        raise ArgumentError(None, "A sweep needs data: give --data, or a configuration that names it.")
-    datamodule.prepare_data()
-    splits: Mapping[str, Any] = datamodule.splits if isinstance(datamodule, VQADataModule) else {}
-    has_test = is_overridden("test_dataloader", datamodule, LightningDataModule)
-    test = splits["test"] is not None if splits else has_test
-    calibration = hasattr(datamodule, "calibration_dataloader") and splits.get("calibration", True) is not None
-
-    def compared() -> Any:
-        datamodule.setup("test" if test else "validate")
-        return datamodule.test_dataloader() if test else datamodule.val_dataloader()
-
-    def calibrated() -> Any:
-        datamodule.setup("calibration")
-        return datamodule.calibration_dataloader()
-
-    return compared, calibrated if calibration else None
-
-
-@contextmanager
-def reads(datamodule: Any, loader: Any) -> Iterator[None]:
-    """Context in which prediction reads `loader`; the datamodule's hooks on batches run as usual."""
-    changed = {"predict_dataloader": lambda: loader, "setup": lambda stage: None, "prepare_data": lambda: None}
-    before = {name: vars(datamodule)[name] for name in changed if name in vars(datamodule)}
-    try:
-        vars(datamodule).update(changed)
-        yield
-    finally:
-        for name in changed:
-            del vars(datamodule)[name]
-        vars(datamodule).update(before)
+    Console().print(Text.assemble("All models: ", where, f": {', '.join(names)}"))

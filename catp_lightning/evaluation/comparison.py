@@ -24,6 +24,9 @@ class Result:
         same: float [N], 1 where the answer is the unpruned model's, otherwise 0.
         tokens: mean number of visual tokens kept.
         tokens_per_layer: mean number of visual tokens that a layer of the decoder reads; None: as many as are kept.
+        budget: the price at which it is compared, {"prefill_flops": 0.25}, in place of `keep`; None: `keep`.
+        schedule: where tokens leave and how many stay, in a few words.
+        prices: what the run paid, as shares of what the unpruned model pays, by unit; None: not counted.
     """
 
     method: str
@@ -32,6 +35,14 @@ class Result:
     same: np.ndarray
     tokens: float
     tokens_per_layer: float | None = None
+    budget: Mapping[str, float] | None = None
+    schedule: str = ""
+    prices: Mapping[str, float] | None = None
+
+    @property
+    def at(self) -> str:
+        """What it is compared at, as text: 1 and 1.0 are two budgets."""
+        return repr(self.keep if self.budget is None else dict(self.budget))
 
 
 @dataclass
@@ -58,7 +69,7 @@ class Comparison:
         """
         merged: dict[tuple[str, str], list[Result]] = {}
         for result in self.results:
-            merged.setdefault((result.method, repr(result.keep)), []).append(result)  # 1 and 1.0 are two budgets
+            merged.setdefault((result.method, result.at), []).append(result)
         weights = self._resamples()
         groups = {key: _Draws.of(several, weights, number) for number, (key, several) in enumerate(merged.items())}
         return [self._row(draws, groups) for draws in groups.values()]
@@ -66,6 +77,12 @@ class Comparison:
     def _row(self, draws: "_Draws", groups: Mapping[tuple[str, str], "_Draws"]) -> dict[str, Any]:
         mean = draws.results[0]
         row: dict[str, Any] = {"method": mean.method, "keep": mean.keep}
+        if mean.budget is not None:
+            row = {"method": mean.method, "budget": dict(mean.budget)}
+            row["schedules"] = [result.schedule for result in draws.results]
+        paid = [result.prices for result in draws.results if result.prices is not None]
+        if paid:
+            row["prices"] = {unit: float(np.mean([one[unit] for one in paid])) for unit in paid[0]}
         row["tokens"] = float(np.mean([result.tokens for result in draws.results]))
         per_layer = [result.tokens_per_layer for result in draws.results if result.tokens_per_layer is not None]
         if per_layer:
@@ -75,9 +92,9 @@ class Comparison:
             ("agreement", draws.agreement, draws.resampled_agreement),
         ):
             if means is not None and resampled is not None:
-                row |= {measure: float(np.mean(means)), f"{measure}_interval": _interval(resampled)}
+                row |= {measure: float(np.mean(means)), f"{measure}_interval": _interval(resampled.clip(0, 1))}
                 row |= {f"{measure}_draws": means} if len(means) > 1 else {}
-        reference = groups.get((self.reference, repr(mean.keep)))
+        reference = groups.get((self.reference, mean.at))
         if reference is not None and mean.method != self.reference:
             row["reference_ahead"] = float(np.mean(reference.agreement) - np.mean(draws.agreement))
             row["reference_ahead_interval"] = _interval(reference.resampled_agreement - draws.resampled_agreement)

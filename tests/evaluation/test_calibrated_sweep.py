@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from catp_lightning.errors import PolicyError
-from catp_lightning.evaluation.sweep.flow import Reading, _calibration_draws
+from catp_lightning.evaluation.sweep.reading import Reading, calibration_draws
 from catp_lightning.policy import PruningPolicy
 from tests.support.sweeps import sweep, table
 
@@ -17,12 +17,12 @@ def test_a_calibration_split_is_divided_into_parts_that_share_nothing() -> None:
     data = list(range(50))
     loader = torch.utils.data.DataLoader(data, batch_size=8, collate_fn=tuple)  # type: ignore[arg-type]
     reading = Reading(None, None, lambda: loader, None, torch.device("cpu"), {})  # type: ignore[arg-type]
-    assert _calibration_draws(reading, 1) == [loader]
-    parts = [[sample for batch in part for sample in batch] for part in _calibration_draws(reading, 3)]
+    assert calibration_draws(reading, 1) == [loader]
+    parts = [[sample for batch in part for sample in batch] for part in calibration_draws(reading, 3)]
     assert sorted(sample for part in parts for sample in part) == data and [len(part) for part in parts] == [16, 17, 17]
-    assert _calibration_draws(replace(reading, calibration=None), 3) == []
+    assert calibration_draws(replace(reading, calibration=None), 3) == []
     with pytest.raises(PolicyError, match=r"calibration_draws is 51, but .* cannot be divided"):
-        _calibration_draws(reading, 51)
+        calibration_draws(reading, 51)
 
 
 @pytest.mark.slow

@@ -3,7 +3,7 @@
 import hashlib
 import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -15,13 +15,18 @@ from torch import nn
 from catp_lightning.callbacks.token_pruning import TokenPruning
 from catp_lightning.errors import DataError
 from catp_lightning.evaluation.sweep.methods import Job
+from catp_lightning.evaluation.sweep.prices import Sizes
 from catp_lightning.policy import PruningPolicy
+from catp_lightning.pricing import Prices
+from catp_lightning.pruning.record import Prefill
 from catp_lightning.utils.files import read_bytes, write_json
 
 Predict = Callable[[Callback | None], Sequence[Any]]
 """`trainer.predict` on the compared questions, with a callback or None: returns the predictions."""
 
 UNPRUNED = "unpruned.json"
+EVERYTHING = PruningPolicy(keep=1.0)
+"""Policy of the unpruned run in which prompts are counted."""
 
 
 @dataclass(frozen=True)
@@ -35,6 +40,8 @@ class Outcome:
         tokens_per_layer: mean number of visual tokens that a layer of the decoder reads; None: as many as were kept.
         visual_tokens: mean number of visual tokens of a sample before pruning; None: nothing was pruned, or no token
             was kept.
+        prices: what the prefills paid, as shares of what the unpruned model pays, by unit; None: not counted.
+        sizes: [rows of text, visual tokens, number of prompts], as `Sizes.to_json`; None: not counted.
     """
 
     question_ids: list[int]
@@ -42,6 +49,25 @@ class Outcome:
     tokens_kept: float | None = None
     tokens_per_layer: float | None = None
     visual_tokens: float | None = None
+    prices: dict[str, float] | None = None
+    sizes: list[list[int]] | None = None
+
+
+class Counted(TokenPruning):
+    """Pruning that keeps what was counted of each prefill: `sizes`, once the loop is over."""
+
+    def __init__(self, policy: PruningPolicy, guide: nn.Module | None) -> None:
+        super().__init__(policy, guide=guide)
+        self._prefills: list[Prefill] = []
+
+    @property
+    def sizes(self) -> Sizes:
+        return Sizes.of(self._prefills)
+
+    def _read_batch(self) -> None:
+        if self._loop is not None:
+            self._prefills += self._loop.prefills
+        super()._read_batch()
 
 
 class Jobs:
@@ -53,12 +79,19 @@ class Jobs:
         settings: settings that every answer depends on beside the policy; JSON types. A file with other settings is
             replaced.
         guide: returns the model whose attention guided methods read.
+        prices: prices of the model's prompts, to count what each run pays; None: it is not counted.
     """
 
     def __init__(
-        self, folder: Path, predict: Predict, settings: Mapping[str, Any], guide: Callable[[], nn.Module]
+        self,
+        folder: Path,
+        predict: Predict,
+        settings: Mapping[str, Any],
+        guide: Callable[[], nn.Module],
+        prices: Prices | None = None,
     ) -> None:
         self.folder, self._predict, self._settings, self._guide = folder, predict, dict(settings), guide
+        self._prices = prices
 
     def finished(self, job: Job | None) -> Outcome | None:
         """Return the outcome of a job that an earlier run saved with the same settings and policy; None: there is none.
@@ -79,8 +112,14 @@ class Jobs:
             DataError: the module's prediction step returns something else than answers.
         """
         guide = self._guide() if job is not None and job.guided else None
-        pruning = None if job is None else TokenPruning(job.policy, guide=guide)
-        outcome = _outcome(self._predict(pruning), {} if pruning is None else pruning.figures)
+        if self._prices is None:
+            pruning = None if job is None else TokenPruning(job.policy, guide=guide)
+            outcome = _outcome(self._predict(pruning), {} if pruning is None else pruning.figures)
+        else:
+            counted = Counted(EVERYTHING if job is None else job.policy, guide)
+            outcome = _outcome(self._predict(counted), {} if job is None else counted.figures)
+            sizes = counted.sizes
+            outcome = replace(outcome, prices=sizes.paid(self._prices), sizes=sizes.to_json() if job is None else None)
         write_json(self._file(job), {"settings": self._of(job), "outcome": asdict(outcome)}, indent=1)
         return outcome
 

@@ -1,11 +1,12 @@
 """Methods that a sweep compares on a model, and the reasons why others make no sense there."""
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
 from catp_lightning.errors import PolicyError, PruningError, did_you_mean
+from catp_lightning.evaluation.sweep.prices import Price
 from catp_lightning.methods.observation import BY_LAYER, Signal
 from catp_lightning.methods.scorers import SCORERS, AttentionScorer
 from catp_lightning.models import Family
@@ -14,6 +15,8 @@ from catp_lightning.pruning.guide import refuse_without_rows
 from catp_lightning.pruning.pruner import Pruner
 
 ALL, CALIBRATED = "all", "calibrated"
+ENTRY = f"{CALIBRATED} entry"
+"""At a price: the calibration of rules before the decoder alone, beside that of schedules."""
 IMPROVED = ("fastervlm", "fastv", "trimmed-llama")
 """Scorers whose own layers and head weights `all` calibrates, beside the calibration where all candidates compete."""
 RANDOM_SEEDS = (0, 1, 2)
@@ -41,6 +44,7 @@ class Job:
         policy: policy that prunes.
         control: True if the method is a control that a real method must beat.
         guided: True if it reads the attention of a guide, another model; in a sweep that is a copy of the model itself.
+        price: price that it is to pay; None: `policy.keep` is the budget.
     """
 
     title: str
@@ -48,6 +52,7 @@ class Job:
     policy: PruningPolicy
     control: bool = False
     guided: bool = False
+    price: Price | None = None
 
     def at(self, keep: int | float) -> "Job":
         """Return the job of the same method at another budget."""
@@ -58,10 +63,10 @@ class Job:
         return f"{re.sub(r'[^a-z0-9]+', '-', self.name.lower()).strip('-')}-keep-{self.policy.keep!r}.json"
 
 
-def check_names(names: Sequence[str]) -> None:
-    """Raise PolicyError if a name is not a method's, or if there is no name."""
-    shown = ", ".join(sorted([*SCORERS, CALIBRATED, ALL]))
-    known = [*SCORERS, CALIBRATED, *(f"{CALIBRATED} {name}" for name in SCORERS), ALL]
+def check_names(names: Sequence[str], priced: bool = False) -> None:
+    """Raise PolicyError if a name is not a method's, or if there is no name; `priced`: methods are to pay a price."""
+    shown = ", ".join(sorted([*SCORERS, CALIBRATED, *([ENTRY] if priced else []), ALL]))
+    known = [*SCORERS, CALIBRATED, *(f"{CALIBRATED} {name}" for name in SCORERS), *([ENTRY] if priced else []), ALL]
     for name in names:
         if name not in known:
             raise PolicyError(f"There is no scorer {name!r}; known are {shown}.{did_you_mean(name, known)}")
@@ -69,9 +74,10 @@ def check_names(names: Sequence[str]) -> None:
         raise PolicyError(f"No scorer is named; known are {shown}.")
 
 
-def named(names: Sequence[str]) -> list[str]:
-    """Return the names of methods, each once, with `ALL` expanded."""
-    every = [*SCORERS, CALIBRATED, *(f"{CALIBRATED} {name}" for name in IMPROVED)]
+def named(names: Sequence[str], priced: bool = False) -> list[str]:
+    """Return the names of methods, each once, with `ALL` expanded; `priced`: methods are to pay a price."""
+    of_one = [f"{CALIBRATED} {name}" for name in IMPROVED]
+    every = [*SCORERS, CALIBRATED, *([ENTRY] if priced else []), *of_one]
     spelled = [own for name in names for own in (every if name == ALL else [name])]
     return list(dict.fromkeys(spelled))
 
@@ -79,6 +85,11 @@ def named(names: Sequence[str]) -> list[str]:
 def is_calibrated(name: str) -> bool:
     """True if a name asks for a calibration: `calibrated`, of all candidates, or of one method, `calibrated fastv`."""
     return name.partition(" ")[0] == CALIBRATED
+
+
+def controls_among(jobs: Iterable[Job]) -> dict[str, bool]:
+    """Return by title the controls among jobs: True if one is a published rule as well."""
+    return {job.title: SCORERS[job.policy.scorer].published for job in jobs if job.control}
 
 
 def fixed_methods(names: Sequence[str], family: Family, layers: bool) -> tuple[list[Job], dict[str, str]]:

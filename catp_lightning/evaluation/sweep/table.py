@@ -67,6 +67,10 @@ class ModelTable:
     def budgets(self) -> list[int | float]:
         return list({repr(row["keep"]): row["keep"] for row in self.rows if row["keep"] is not None}.values())
 
+    def heading(self, keep: int | float) -> str:
+        """Return a budget as text."""
+        return f"keep {keep}"
+
     @property
     def measured(self) -> bool:
         """True if the data has right answers, so that accuracy was measured."""
@@ -96,7 +100,7 @@ class ModelTable:
             table = Table(*head, title=f"keep {keep}", title_justify="left")
             for row in self.at(keep):
                 accuracy = [f"{row['accuracy']:.3f}"] if self.measured else []
-                cells = [*accuracy, _interval(row, "agreement"), f"{row['tokens']:.1f}"]
+                cells = [*accuracy, interval(row, "agreement"), f"{row['tokens']:.1f}"]
                 style = "bold" if row["method"] == self.reference else None
                 table.add_row(rich_text(row["method"] + kind(row)), *cells, style=style)
             tables.append(table)
@@ -124,13 +128,13 @@ class ModelTable:
         title = Markdown(f"**{title}**") if row["method"] == self.reference else title
         cells: list[str] = [Markdown(f"{title}{kind(row)}")]
         if self.measured:
-            cells += [_interval(row, "accuracy"), share(row)]
-        cells += [_interval(row, "agreement"), f"{row['tokens']:.1f}"]
+            cells += [interval(row, "accuracy"), share(row)]
+        cells += [interval(row, "agreement"), f"{row['tokens']:.1f}"]
         if inside:
             cells.append(f"{row.get('tokens_per_layer', row['tokens']):.1f}")
         if any("agreement_draws" in row for row in self.rows):
             cells.append(over_draws(row, "agreement"))
-        return [*cells, _interval(row, "reference_ahead", "+") if "reference_ahead" in row else ""]
+        return [*cells, interval(row, "reference_ahead", "+") if "reference_ahead" in row else ""]
 
     def ratios(self) -> str:
         """Return a Markdown table of calibrated accuracy over that of self-attention pruning; "" if there is none.
@@ -170,7 +174,7 @@ def combined(tables: Sequence[ModelTable]) -> str:
             row = next((row for row in table.at(keep)[1:] if row["method"] == method), None)
             cells.append("-" if row is None else share(row))
         lines.append(cells)
-    head = ["method", *(f"{table.name}, keep {keep}" for table, keep in columns)]
+    head = ["method", *(f"{table.name}, {table.heading(keep)}" for table, keep in columns)]
     about = (
         "# All models\n\nAccuracy in % of the unpruned model's (agreement with its answers where the data has no right "
         "ones); - where a method\nmakes no sense on a model. Intervals and reasons are in each model's own table.\n\n"
@@ -201,6 +205,7 @@ def over_draws(row: Row, measure: Measure) -> str:
     return f"± {np.std(draws, ddof=1):.3f} ({min(draws):.3f} to {max(draws):.3f})" if len(draws) > 1 else ""
 
 
-def _interval(row: Row, name: str, sign: str = "") -> str:
+def interval(row: Row, name: str, sign: str = "") -> str:
+    """Return a figure of a row with its interval, as text."""
     low, high = row[f"{name}_interval"]
     return f"{row[name]:{sign}.3f} ({low:{sign}.3f} to {high:{sign}.3f})"
