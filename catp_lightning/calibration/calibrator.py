@@ -32,6 +32,7 @@ from catp_lightning.calibration.search.promise import Promise
 from catp_lightning.calibration.search.promised import PromisedGroups
 from catp_lightning.calibration.search.race import Check
 from catp_lightning.calibration.search.rounds import Racing
+from catp_lightning.calibration.search.schedules import published_schedules
 from catp_lightning.calibration.search.scheduling import scheduling
 from catp_lightning.calibration.split import part_of
 from catp_lightning.errors import PolicyError
@@ -193,6 +194,8 @@ def needs_of(plan: Plan) -> Needs:
     depth = plan.family.depth
     methods = [candidate.method for candidate in all_candidates(plan, Fitted([0.0] * plan.slots))]
     entering = [method.needs for method in methods if not method.scorer.stages(depth)]
+    named = (PruningPolicy.schedule(name, 0.5, depth).method() for name in published_schedules(plan))
+    entering += [method.needs for method in named]
     asked: Needs = {Signal.QUESTION: None} if plan.asks else {}
     return join([{Signal.IMAGE_HASH: None, Signal.IMAGE_FEATURES: None}, plan.needs, asked, *entering])
 

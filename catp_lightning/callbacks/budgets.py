@@ -63,14 +63,20 @@ class Budgets:
             raise PolicyError(f"budget is {budget!r:.200}; give one price or several different ones.")
         return cls(tuple(sorted(shares, reverse=True)) if promised else shares, several and not promised, unit)
 
-    def check_beside(self, path: Path, profiled: bool, counts: bool) -> None:
+    def check_beside(self, path: Path, profiled: bool, counts: bool, scorer: str | None) -> None:
         """Raise PolicyError if the budgets do not go with a calibration's other arguments.
 
         Args:
             path: where policies are saved.
             profiled: True if seconds of the prefill are known.
             counts: True if a budget may be spent unevenly over questions.
+            scorer: the only method to calibrate; None: there are several.
         """
+        if self.unit is not None and scorer == "visual-exit":
+            raise PolicyError(
+                "What visual-exit costs is its layer. At a price it competes among schedules, CrossAttentionCalibration"
+                "(path, budget=...) without a scorer; alone it is calibrated for shares of the layers, with keep."
+            )
         if self.several and path.suffix:
             raise PolicyError(f"path is {str(path)!r}, a file, but several budgets are asked for: give a folder.")
         if (self.unit == "prefill_time") != profiled:

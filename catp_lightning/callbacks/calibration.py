@@ -137,7 +137,7 @@ class CrossAttentionCalibration(LoopContext):
         self.perturbations = perturbations(augment)
         self.promise = Promise.asked(max_disagreement, confidence, over, group_by)
         self.budgets = Budgets.of(keep, budget, self.promise is not None)
-        self.budgets.check_beside(self.path, profile is not None, settings.counts)
+        self.budgets.check_beside(self.path, profile is not None, settings.counts, scorer)
         self.profile = profile
         if scorer is None and (scorer_args or selector or guide is not None):
             raise PolicyError(
@@ -163,6 +163,8 @@ class CrossAttentionCalibration(LoopContext):
         family = find_family(pl_module, self.model)
         refuse_unprunable(pl_module, family)
         amount = refuse_unordered(trainer)
+        if self.profile is not None:
+            self.profile.check(family)
         plan = Plan.of(family, self.method, self.guide, self.settings)
         plan = replace(plan, perturbations=self.perturbations, unit=self.budgets.unit, profile=self.profile)
         budgets = self.budgets.ordered(family, self.promise is not None)

@@ -41,7 +41,7 @@ class Calibrate(Command):
         parser.add_argument("--keep", type=Budget | list[Budget] | None, help=help_)
         help_ = (
             "Prices in its place, '{prefill_flops: [0.5, 0.25]}': shares of what the unpruned model pays, in one of "
-            f"{', '.join(UNITS)}. Schedules compete then, which drop tokens inside the decoder too."
+            f"{', '.join(UNITS[:-1])}. Schedules compete then, which drop tokens inside the decoder too."
         )
         parser.add_argument("--budget", type=dict[str, Any] | None, help=help_)
         help_ = (

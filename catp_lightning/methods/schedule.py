@@ -26,6 +26,11 @@ class Step:
     method: Method
     keep: int | float
 
+    @property
+    def everything(self) -> bool:
+        """True for a share of 1.0, under which nothing leaves."""
+        return isinstance(self.keep, float) and self.keep == 1.0
+
 
 @dataclass(frozen=True)
 class Place:
@@ -81,6 +86,8 @@ def places(steps: Sequence[Step], depth: int) -> tuple[Place, ...]:
 def visits(steps: Sequence[Step], tokens: int, depth: int) -> tuple[int, ...]:
     """Return how many of a sample's visual tokens each layer reads under a schedule, without running a model.
 
+    Steps with a share of 1.0 are left out, as in pruning.
+
     Args:
         steps: the steps.
         tokens: number of visual tokens of the sample, of one image.
@@ -96,7 +103,7 @@ def visits(steps: Sequence[Step], tokens: int, depth: int) -> tuple[int, ...]:
     """
     there = torch.ones(1, tokens, dtype=torch.bool, device="cpu")
     counts, left = [tokens] * depth, tokens
-    for place in places(steps, depth):
+    for place in places([step for step in steps if not step.everything], depth):
         scorer = place.step.method.scorer
         if scorer.adaptive:
             raise PolicyError(

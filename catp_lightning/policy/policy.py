@@ -247,7 +247,8 @@ class PruningPolicy:
                 f"The policy has {len(self.then) + 1} stages, each with a budget of its own: {self!r:.300}. Write them "
                 "anew, dataclasses.replace(policy, keep=..., then=[...]), or calibrate for another budget."
             )
-        return replace(self, keep=keep)
+        evidence = {name: found for name, found in self.evidence.items() if name != "prices"}
+        return replace(self, keep=keep, budget=None, evidence=evidence)  # it costs something else
 
     def save(self, path: str | Path) -> Path:
         """Write the policy as JSON, atomically, and return the file's path.

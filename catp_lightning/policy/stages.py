@@ -18,7 +18,7 @@ class Stage:
     Attributes:
         scorer, scorer_args, selector, selector_args: as in `PruningPolicy`.
         keep: tokens that stay, a share of those that a sample had before the first stage, float in (0, 1], or a number,
-            int >= 1. "visual-exit" keeps none, whatever it is.
+            int >= 1. A share of 1.0 leaves the stage out; with any other "visual-exit" keeps none.
 
     Raises:
         PolicyError: a field has the wrong type or a value that is not allowed.

@@ -11,6 +11,7 @@ from catp_lightning.errors import PolicyError
 from catp_lightning.methods.schedule import Step
 from catp_lightning.methods.scorers import SCORERS
 from catp_lightning.methods.selectors import SELECTORS
+from catp_lightning.models import Family
 from catp_lightning.policy import PruningPolicy
 from catp_lightning.pricing.prompts import Prompts
 from catp_lightning.pricing.solve import tokens_read
@@ -45,6 +46,15 @@ class PrefillProfile:
     image_alone: bool
     rows: Points
     costs: Mapping[str, Points] = field(default_factory=dict)
+
+    def check(self, family: Family) -> None:
+        """Raise PolicyError if the profile is of another model, or one of another depth."""
+        model, depth = type(family.model).__name__, family.depth
+        if (self.model, self.depth) != (model, depth):
+            raise PolicyError(
+                f"The profile is of a {self.model} of {self.depth} layers, and this model is a {model} of {depth}. "
+                "Measure its own: catp_lightning.pricing.measure(module, batch, policies)."
+            )
 
     def seconds(self, prompts: Prompts, visual: Tensor | None = None) -> Tensor:
         """Return seconds of a prefill without the cost of choosing: float64 [N], of a batch of samples like each.

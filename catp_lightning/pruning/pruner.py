@@ -75,7 +75,7 @@ class Pruner:
         self.record = Pruning(type(family.model).__name__, policy)
         self._choose, self._everything = choose, policy.everything
         self.entry: Selection | None = None
-        steps = [step for step in policy.steps() if choose is not None or not _is_everything(step.keep)]
+        steps = [step for step in policy.steps() if choose is not None or not step.everything]
         self.places = places(steps, family.depth)
         layers = tuple(place.layer for place in self.places)
         self.leave_at = layers if any(layers) else ()
@@ -200,11 +200,6 @@ class Pruner:
                 method.selector.vectors(inside),
             )
         return replace(found.with_protected(stay), scores=scores), images
-
-
-def _is_everything(keep: int | float) -> bool:
-    """Return True for a share of 1.0, under which nothing leaves."""
-    return isinstance(keep, float) and keep == 1.0
 
 
 @contextmanager

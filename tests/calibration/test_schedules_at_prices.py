@@ -119,7 +119,10 @@ def test_a_promise_is_kept_at_the_least_price(tmp_path: Path) -> None:
         confidence=0.6,
         settings=QUICK,
     )
-    trainer(callback).predict(Generating(LLAMA.model(), SETTINGS), loading(data(LLAMA)))
+    with pytest.warns(
+        UserWarning, match=r"budget: 0\.0625 of tokens_per_layer cannot be met even with one visual token"
+    ):
+        trainer(callback).predict(Generating(LLAMA.model(), SETTINGS), loading(data(LLAMA)))
     (policy,) = callback.policies
     promise = policy.evidence["promise"]
     assert promise["unit"] == "tokens_per_layer"
@@ -133,7 +136,7 @@ def sizes(count: int = 40) -> torch.Tensor:
     return torch.stack([text, tokens, tokens, torch.zeros_like(text)], 1)
 
 
-@pytest.mark.parametrize("unit", ["tokens", "tokens_per_layer", "prefill_flops", "cache_bytes"])
+@pytest.mark.parametrize("unit", ["tokens_per_layer", "prefill_flops", "cache_bytes"])
 def test_proposals_cost_the_price_and_are_ordered_by_predicted_loss(unit: str) -> None:
     family = find_family(LLAMA.model())
     payments = Payments.of_samples(replace(Plan.of(family), unit=unit), sizes())
@@ -155,7 +158,8 @@ def test_a_price_that_the_text_alone_exceeds_is_refused_with_what_is_possible() 
     rule = PruningPolicy("position")
     with pytest.raises(PolicyError, match=r"0\.05 of cache_bytes cannot be met here: .* still costs 0\.[23]"):
         payments.reachable(rule.with_keep, [0.5, 0.05], some=False)
-    assert payments.reachable(rule.with_keep, [0.5, 0.05], some=True)[0] == (0.5,)
+    with pytest.warns(UserWarning, match=r"budget: 0\.05 of cache_bytes cannot be met"):
+        assert payments.reachable(rule.with_keep, [0.5, 0.05], some=True)[0] == (0.5,)
 
 
 def test_a_budget_in_seconds_counts_the_dearest_method_that_may_choose() -> None:
@@ -189,3 +193,37 @@ def test_a_budget_in_seconds_counts_the_dearest_method_that_may_choose() -> None
 def test_budgets_that_mean_nothing_are_refused(keep: Any, budget: Any, says: str) -> None:
     with pytest.raises(PolicyError, match=says):
         Budgets.of(keep, budget, promised=False)
+
+
+def test_what_cannot_be_priced_or_does_not_go_together_is_refused() -> None:
+    with pytest.raises(PolicyError, match=r"What visual-exit costs is its layer.*without a scorer"):
+        CrossAttentionCalibration("p", budget={"tokens_per_layer": 0.5}, scorer="visual-exit")
+    profile = PrefillProfile("Llava", "cpu", 1, 32, False, ((10, 1.0), (100, 10.0)))
+    callback = CrossAttentionCalibration(budget={"prefill_time": 0.5}, profile=profile)
+    with pytest.raises(
+        PolicyError, match="a Llava of 32 layers, and this model is a LlavaForConditionalGeneration of 4"
+    ):
+        trainer(callback).predict(Generating(LLAMA.model(), SETTINGS), loading(data(LLAMA)[:1]))
+
+
+def test_a_method_inside_the_decoder_is_calibrated_at_prices_and_at_all_tokens(tmp_path: Path) -> None:
+    budget = {"tokens_per_layer": [1.0, 0.7]}
+    callback = CrossAttentionCalibration(
+        tmp_path, budget=budget, scorer="fastv", scorer_args={"layer": 2}, settings=QUICK
+    )
+    trainer(callback).predict(Generating(LLAMA.model(), SETTINGS), loading(data(LLAMA)))
+    whole, some = callback.policies
+    assert whole.everything and figures(whole, whole.evidence["chosen"])["check"]["agreement"] == 1.0
+    assert 0.6 < some.evidence["prices"]["tokens_per_layer"] <= 0.7 and some.scorer == "fastv"
+
+
+def test_published_schedules_compete_at_the_price(found: tuple[Path, list[PruningPolicy]]) -> None:
+    for policy in found[1]:
+        names = [row["name"] for row in policy.evidence["candidates"]]
+        assert any(name.startswith("divprune+fastv to ") for name in names)
+
+
+def test_another_budget_has_no_price_until_it_is_measured(found: tuple[Path, list[PruningPolicy]]) -> None:
+    plain = replace(found[1][0], then=())
+    other = plain.with_keep(0.9)
+    assert other.budget is None and "prices" not in other.evidence and "prices" in plain.evidence

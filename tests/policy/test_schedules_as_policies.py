@@ -66,6 +66,8 @@ def test_a_schedule_has_no_single_budget_to_change() -> None:
 
 def test_each_layer_reads_what_the_stages_before_it_left() -> None:
     assert visits(SCHEDULE.steps(), tokens=64, depth=12) == (32,) * 4 + (16,) * 6 + (0,) * 2
+    left_out = PruningPolicy("divprune", keep=0.5, then=[Stage("visual-exit", {"layer": 4}, keep=1.0)])
+    assert visits(left_out.steps(), tokens=64, depth=8) == (32,) * 8, "as in pruning"
     pyramid = PruningPolicy("divprune", keep=0.5, then=[Stage("pyramiddrop", keep=0.125)])
     assert visits(pyramid.steps(), tokens=64, depth=8) == (32, 32, 32, 32, 16, 16, 8, 8), "counts of the whole prompt"
 

@@ -177,7 +177,7 @@ class Probing(Pass):
         self.images.update(samples.seen[Signal.IMAGE_HASH])
         self.tokens.update(samples.seen.droppable, samples.seen.valid)
         if self.prompts is not None:
-            self.prompts.update(samples.replay.sizes)
+            self.prompts.update(_sizes(samples, self.plan))
         if self.asked is not None:
             there = samples.images != 0
             images, nothing = samples.images[there], there.new_empty(0, int(there.sum()))
@@ -220,6 +220,15 @@ class Probing(Pass):
             {} if self.asked is None else self.names.compute(),
             None if self.prompts is None else self.prompts.compute().cpu(),
         )
+
+
+def _sizes(samples: Samples, plan: Plan) -> Tensor:
+    """Return the sizes of prompts, int64 [B, 4], as `Replay.sizes`; visual tokens that always stay count as text."""
+    sizes = samples.replay.sizes
+    if plan.family.reads == "cross-attention":
+        return sizes
+    stay = protected_tokens(samples.seen, samples.visual).sum(1)
+    return sizes + stay[:, None] * sizes.new_tensor([1, -1, -1, 0])
 
 
 def probes(

@@ -88,7 +88,8 @@ class CalibrationResult:
         if walked.chosen is not None:
             return [self._policy(walked.chosen, {**common, **shown})]
         evidence = {"chosen": "no pruning", "control": False, **common, **shown, "candidates": []}
-        return [PruningPolicy("position", keep=1.0, model=self.model, evidence=evidence)]
+        whole = None if self.payments is None else {self.payments.unit: 1.0}
+        return [PruningPolicy("position", keep=1.0, model=self.model, evidence=evidence, budget=whole)]
 
     def _policy(self, budget: int, common: Mapping[str, Any]) -> PruningPolicy:
         chosen = self.candidates[self.chosen[budget]]

@@ -15,6 +15,7 @@ from catp_lightning.methods.scorers import SCORERS
 from catp_lightning.policy import PruningPolicy
 from catp_lightning.pricing import COUNTED, PrefillProfile, Prices, Prompts, Unit, largest, tokens_read
 from catp_lightning.pricing.profile import between
+from catp_lightning.utils.messages import rank_zero_warn
 
 TIME = "prefill_time"
 
@@ -108,11 +109,16 @@ class Payments:
                 f"rest still costs {self._paid_by(policy(1).steps()):.3f} of what the unpruned model pays. Ask for "
                 "more than that."
             )
+        if missed:
+            rank_zero_warn(
+                f"budget: {', '.join(f'{price:g}' for price in missed)} of {self.unit} cannot be met even with one "
+                "visual token an image, and is not tried."
+            )
         met = {budget: keep for budget, keep in found.items() if keep is not None}
         return tuple(met), tuple(met.values())
 
     def _paid_by(self, steps: Sequence[Step]) -> float:
-        layers = [place.layer for place in places(steps, self.prices.depth)]
+        layers = [place.layer for place in places([one for one in steps if not one.everything], self.prices.depth)]
         return self._share(tokens_read(steps, self.prompts.tokens, self.prices.depth), layers)
 
     def _left(self, stops: Sequence[Stop], tokens: int) -> tuple[int, ...]:

@@ -79,7 +79,7 @@ class Race(Pass):
         self.answers.update(nothing, nothing, nothing.new_zeros(0, self.answers.components), empty)
         self.metrics = {"candidates": self.sums, "answers": self.answers}
         # A later pass depends on the data of every process: one process that starts from the beginning may change it.
-        depends = repr([several, [list(some) for some in alive], dict(parts), question])
+        depends = repr([several, list(budgets), [list(some) for some in alive], dict(parts), question])
         self.key = f"{title} {hashlib.sha256(depends.encode()).hexdigest()}"
 
     def see(self, samples: Samples, copies: Sequence[Samples] = ()) -> None:
@@ -136,6 +136,8 @@ class Race(Pass):
             ranked = [place for place in running if place in self._shared or place in self._own]
             anew, inside = ([place for place in running if place in own] for own in (self._anew, self._inside))
             policies = self._policies[fold][budget]
+            whole = [place for place in inside if policies[place].everything]  # nothing leaves anywhere
+            anew, inside = [*anew, *whole], [place for place in inside if place not in whole]
             selections = [self._selection(samples, policies[place]) for place in anew]
             pruners = [self._inside_of(samples, policies[place], entries) for place in inside]
             found.append(Variants((ranks[ranked] < limit) | stay, selections, pruners))
@@ -162,7 +164,7 @@ class Race(Pass):
 
     def _selection(self, samples: Samples, policy: PruningPolicy) -> Selection:
         """Return the selection of a candidate without nested ranking."""
-        if isinstance(policy.keep, float) and policy.keep == 1.0:
+        if policy.everything:
             return Selection(samples.visual)
         return policy.method().select(samples.seen, policy.keep, samples.visual)
 

@@ -89,6 +89,20 @@ class Racing:
         return Race(title, self.plan, cross_fitted, budgets, alive, here, self.parts, self.device, self.question)
 
 
+def restricted(found: Found, budgets: Sequence[int]) -> Found:
+    """Return a race at some of its budgets, given by their places."""
+    standings, left = found
+    rounds = [
+        Round(
+            [one.alive[at] for at in budgets],
+            {name: values[list(budgets)] for name, values in one.sums.items()},
+            [one.rows[at] for at in budgets],
+        )
+        for one in standings.rounds
+    ]
+    return replace(standings, rounds=rounds), [left[at] for at in budgets]
+
+
 def joined(first: Found, second: Found, budgets: Sequence[int]) -> Found:
     """Return two races over the same samples as one.
 

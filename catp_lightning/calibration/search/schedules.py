@@ -6,11 +6,13 @@ from functools import cached_property
 
 import numpy as np
 
+from catp_lightning.calibration.plan import Plan, why_not
 from catp_lightning.calibration.search.candidate import Candidate
 from catp_lightning.calibration.search.payments import Payments, Stop
 from catp_lightning.methods.method import Method
 from catp_lightning.models import Family
 from catp_lightning.policy import PruningPolicy, Stage
+from catp_lightning.policy.schedules import SCHEDULES
 
 EXIT = "visual-exit"
 """Scorer of a stage after which none stays."""
@@ -82,6 +84,14 @@ def _named(stage: Stage) -> str:
     layers = [stage.scorer_args["layer"]] if "layer" in stage.scorer_args else stage.scorer_args.get("stages_at", ())
     place = f" at layer {', '.join(map(str, layers))}" if layers else ""
     return f"{stage.scorer}{place}{'' if stage.scorer == EXIT else f' to {stage.keep:.3g}'}"
+
+
+def published_schedules(plan: Plan) -> list[str]:
+    """Return the names of the published methods of several stages that run on a plan's model, if budgets are prices."""
+    if plan.unit is None or plan.method is not None:
+        return []
+    depth = plan.family.depth
+    return [name for name in SCHEDULES if why_not(plan.family, PruningPolicy.schedule(name, 0.5, depth)) is None]
 
 
 def inner_layers(family: Family) -> list[int]:

@@ -8,7 +8,7 @@ from catp_lightning.calibration.passes import Pass
 from catp_lightning.calibration.plan import Plan, why_not
 from catp_lightning.calibration.search.candidate import Candidate
 from catp_lightning.calibration.search.payments import Payments, Stop
-from catp_lightning.calibration.search.rounds import Found, Racing, joined
+from catp_lightning.calibration.search.rounds import Found, Racing, joined, restricted
 from catp_lightning.calibration.search.schedules import (
     EXIT,
     NOTHING,
@@ -17,6 +17,7 @@ from catp_lightning.calibration.search.schedules import (
     Scheduled,
     inner_layers,
     proposals,
+    published_schedules,
     scheduled,
     single_stages,
 )
@@ -50,7 +51,12 @@ def scheduling(
     own = [grid.index(keep) for keep in keeps]
     family = racing.plan.family
     layers = inner_layers(family)
-    staged = bool(layers) and why_not(family, PruningPolicy(EXIT, {"layer": layers[0]})) is None
+    # What is left at the end says nothing of what the layers before it read: no schedule is worth tokens kept.
+    staged = (
+        payments.unit != "tokens"
+        and bool(layers)
+        and why_not(family, PruningPolicy(EXIT, {"layer": layers[0]})) is None
+    )
     entry = yield from racing.run(cross_fitted, candidates, grid if staged else keeps)
     if not staged:
         return entry
@@ -73,6 +79,9 @@ def scheduling(
         first = len(plans)
         plans += [*proposals(family, losses, payments, budget), *_published(racing.plan, payments, budget)]
         alive.append(list(range(first, len(plans))))
+
+    if not plans:
+        return restricted(entry, own)
 
     def made(of_fold: Sequence[Candidate]) -> list[Candidate]:
         """Return the schedules with rules of one fold: the best at the measured share nearest to a schedule's own."""
@@ -99,6 +108,12 @@ def _means(sums: dict[str, np.ndarray], budget: int) -> np.ndarray:
 
 def _published(plan: Plan, payments: Payments, budget: float) -> Iterator[Candidate]:
     """Yield the published rules of several stages, or of one at a layer of their own, at what a price leaves them."""
+    for name in published_schedules(plan):
+        share = payments.most_of(lambda keep, name=name: _named_schedule(plan, name, keep), budget)  # type: ignore[misc]
+        if share is not None and share < 1.0:
+            first, *then = _named_schedule(plan, name, share).stages
+            rule = (first.scorer, first.scorer_args, first.selector, first.selector_args)
+            yield Scheduled.of(Candidate(name, *rule), float(first.keep), then)
     for name, cls in SCORERS.usable():
         scorer = cls()
         if name in ("fastv", EXIT) or not scorer.stages(plan.family.depth) or scorer.adaptive:
@@ -107,3 +122,7 @@ def _published(plan: Plan, payments: Payments, budget: float) -> Iterator[Candid
             keep = payments.most_of(lambda share, name=name: PruningPolicy(name, keep=share), budget)  # type: ignore[misc]
             if keep is not None and keep < 1.0:
                 yield Scheduled.of(NOTHING, 1.0, [Stage(name, keep=keep)])
+
+
+def _named_schedule(plan: Plan, name: str, keep: float) -> PruningPolicy:
+    return PruningPolicy.schedule(name, keep, plan.family.depth)

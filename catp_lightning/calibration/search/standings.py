@@ -69,7 +69,7 @@ class Standings:
         They are one in `eta`, the best; the one that would be chosen; the best rule without fitted parts; and those
         that are best for some questions. After a round into which no image fell all go on.
         """
-        if not self.rounds[-1].sums["count"].any():
+        if not alive or not self.rounds[-1].sums["count"].any():
             return list(alive)
         ranking = self.ranking(budget, alive)
         eligible, routable = self._eligible(ranking)

@@ -199,6 +199,9 @@ def _calibrated(
     """
     shown, place = TITLES.get(title, title), folder / f"{title} draw {number}".replace(" ", "-")
     scorer = title.partition(" ")[2] if title not in (CALIBRATED, ENTRY) else ""
+    if scorer == "visual-exit" or is_trained(scorer):
+        notes[shown] = "What it pays is no share of the tokens, so that it is not calibrated for a price."
+        return []
     policy = PruningPolicy(scorer) if scorer else ANY_RULE
     payable = {price: one for price in prices if (one := solver.solve(policy, price)) is not None}
     for price in prices:
