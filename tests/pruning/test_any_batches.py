@@ -55,7 +55,7 @@ EVERY_RULE = [
     ("Llava", {"scorer": "l2-norm", "selector": "conditional-dpp"}),
     ("Llava", {"scorer": "l2-norm", "selector": "max-min"}),
 ]
-PACKED = {"Mistral3"}
+PACKED = {"Mistral3", "Mistral3, sliding window", "Pixtral"}
 """Families that read all images of a batch in one attention: one that is no number spoils the others, unpruned too."""
 FREE = {"trimmed-llama", "sparsevlm"}
 """How many they keep depends on what they see: on each head's choice, on the rank of the attention."""
