@@ -12,10 +12,7 @@ from catp_lightning.calibration.fit.fitting import rounded
 from catp_lightning.methods.components import Question
 from catp_lightning.methods.method import Method
 from catp_lightning.policy import PruningPolicy
-from catp_lightning.policy.building import RULE, build_method
-
-DEEP = 64
-"""Number of layers of a decoder that has all stages that any scorer asks for."""
+from catp_lightning.policy.building import DEEP, RULE, build_method
 
 
 @dataclass(frozen=True)

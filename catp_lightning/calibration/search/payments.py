@@ -143,7 +143,7 @@ class Payments:
             for name, points in profile.costs.items()
             if bool(SCORERS[name.partition(" with ")[0]]().stages(self.prices.depth)) == inside
         ]
-        return max(0.0, *costs, 0.0)
+        return max([0.0, *costs])
 
     def _time_of(self, policy: PruningPolicy, profile: PrefillProfile, read: Tensor) -> float:
         try:

@@ -87,5 +87,5 @@ def _saved(
     """
     if priced is None:
         return [PruningPolicy.load(folder / budget_file_name(keep)) for keep in budgets]
-    files = [f"budget-{unit}-{share!r}.json" for unit, shares in priced.items() for share in shares]
+    files = [budget_file_name(share, {unit: share}) for unit, shares in priced.items() for share in shares]
     return [PruningPolicy.load(folder / file) for file in files]
