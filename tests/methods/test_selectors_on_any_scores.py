@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from catp_lightning.methods.budget import even_counts, keep_count
 from catp_lightning.methods.selectors import SELECTORS, Selector
-from catp_lightning.methods.selectors.dpp import greedy_ranks
+from catp_lightning.methods.selectors.determinant import greedy_ranks
 from tests.support.rules import INF, NAN
 
 pytestmark = pytest.mark.usefixtures("no_grad")

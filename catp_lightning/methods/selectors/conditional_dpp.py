@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from catp_lightning.methods.selectors.base import FeatureSelector
-from catp_lightning.methods.selectors.dpp import exact_similarity, greedy_ranks, most_in_a_kernel
+from catp_lightning.methods.selectors.determinant import determinant_ranks, exact_dtype, most_in_a_kernel
 
 
 @dataclass(frozen=True)
@@ -18,7 +18,6 @@ class ConditionalDPP(FeatureSelector):
 
     def ranks(self, scores: Tensor, visual: Tensor, max_tokens: int, vectors: Tensor | None) -> Tensor:
         assert vectors is not None  # `vectors` above always gives some
-        similarity = exact_similarity(vectors)
-        relevance = scores.nan_to_num(0.0, 0.0, 0.0).to(similarity.dtype)
-        relevance = relevance.clamp(0, most_in_a_kernel(similarity.dtype))
-        return greedy_ranks(similarity * relevance[:, :, None] * relevance[:, None], visual, max_tokens)
+        dtype = exact_dtype(vectors)
+        relevance = scores.nan_to_num(0.0, 0.0, 0.0).to(dtype).clamp(0, most_in_a_kernel(dtype))
+        return determinant_ranks(vectors, relevance, visual, max_tokens)

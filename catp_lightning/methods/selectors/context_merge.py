@@ -10,7 +10,7 @@ from torch import Tensor
 from catp_lightning.methods.observation import Needs, Observation, Signal
 from catp_lightning.methods.selection import Selection
 from catp_lightning.methods.selectors.base import Selector, ranked
-from catp_lightning.methods.selectors.similarity import rounded_similarity
+from catp_lightning.methods.selectors.similarity import most_similar
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,7 @@ class ContextMerge(Selector):
         assert vectors is not None  # `vectors` above always gives some
         dominant, target = self._parts(scores, visual, counts)
         keep = dominant | target
-        nearest = rounded_similarity(vectors).masked_fill(~target[:, None], -torch.inf).argmax(2)
+        nearest = most_similar(vectors, target)
         itself = torch.arange(keep.shape[1], device=keep.device).expand_as(keep)
         lost = ~visual | ~(keep | target.any(1, keepdim=True))
         return Selection(keep, torch.where(keep, itself, nearest).masked_fill(lost, -1))

@@ -9,7 +9,7 @@ from torch import Tensor
 from catp_lightning.methods.observation import Needs, Observation, Signal
 from catp_lightning.methods.selection import Selection
 from catp_lightning.methods.selectors.base import Selector, ranked
-from catp_lightning.methods.selectors.similarity import rounded_similarity
+from catp_lightning.methods.selectors.similarity import most_similar
 
 
 @dataclass(frozen=True)
@@ -61,7 +61,7 @@ class VScan(Selector):
         local = self._local(visual, counts, vectors)
         left = visual & ~local
         keep = local | (left & (ranked(scores, left) < (counts - local.sum(1))[:, None]))
-        nearest = rounded_similarity(vectors[..., 4:]).masked_fill(~keep[:, None], -torch.inf).argmax(2)
+        nearest = most_similar(vectors[..., 4:], keep)
         itself = torch.arange(keep.shape[1], device=keep.device).expand_as(keep)
         lost = ~visual | ~keep.any(1, keepdim=True)
         return Selection(keep, itself.where(keep, nearest).masked_fill(lost, -1))

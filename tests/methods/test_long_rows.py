@@ -1,0 +1,82 @@
+"""Rows of more tokens than are compared all with all: the same choice as from the whole kernel."""
+
+import pytest
+import torch
+from torch import Tensor
+
+from catp_lightning.methods.selectors import SELECTORS
+from catp_lightning.methods.selectors.determinant import exact_similarity, greedy_ranks
+from catp_lightning.methods.selectors.dpp import DPP
+from catp_lightning.methods.selectors.lazy import AT_ONCE
+from tests.support.slow_determinant import shortfall, slow_greedy_ranks
+
+pytestmark = pytest.mark.usefixtures("no_grad")
+TOKENS, STEPS = AT_ONCE + 76, 150
+
+
+def vectors_of(kind: str) -> Tensor:
+    """Vectors of three rows: float [3, TOKENS, F]."""
+    generator = torch.Generator().manual_seed(3)
+    found = torch.randn(3, TOKENS, 200, generator=generator)
+    if kind == "twins":
+        return found[:, torch.randint(0, 400, (TOKENS,), generator=generator)]
+    if kind == "low rank":
+        return found[..., :20] @ torch.randn(20, 64, generator=generator)
+    if kind == "nan":
+        return found.masked_fill(torch.rand(3, TOKENS, 1, generator=generator) < 0.05, torch.nan)
+    return found.bfloat16() if kind == "bf16" else found
+
+
+@pytest.mark.parametrize("relevance", [0.0, 1.0, -1.5])
+@pytest.mark.parametrize("kind", ["any", "twins", "low rank", "nan", "bf16"])
+def test_every_step_takes_a_token_of_the_largest_gain(kind: str, relevance: float) -> None:
+    vectors, scores = vectors_of(kind), torch.randn(3, TOKENS, generator=torch.Generator().manual_seed(5))
+    visual = torch.arange(TOKENS) % 50 < torch.tensor([[50], [49], [48]])
+    selector = DPP(relevance=relevance, similarity="outputs")
+    ranks = selector.ranks(scores, visual, STEPS, vectors)
+    kernel = selector.kernel(scores, visual, exact_similarity(vectors))
+    for row in range(3):
+        own = visual[row].nonzero()[:, 0]
+        order = ranks[row, own].argsort()[:STEPS]
+        assert torch.equal(ranks[row, own[order]], torch.arange(STEPS))
+        assert shortfall(kernel[row][own][:, own], order) < 1e-9
+        assert (ranks[row, ~visual[row]] == STEPS).all()
+    if kind in ("any", "nan", "bf16"):
+        assert torch.equal(ranks, slow_greedy_ranks(kernel, visual, STEPS))
+
+
+def test_a_long_row_is_chosen_from_alone_whatever_stands_beside_it_and_after_it() -> None:
+    vectors, scores = vectors_of("twins"), torch.rand(3, TOKENS, generator=torch.Generator().manual_seed(6))
+    visual = torch.arange(TOKENS) < torch.tensor([[TOKENS], [AT_ONCE + 1], [700]])
+    for selector in (DPP(relevance=0.7, similarity="outputs"), SELECTORS["conditional-dpp"]()):
+        together = selector.ranks(scores, visual, STEPS, vectors)
+        for row in range(3):
+            count = int(visual[row].sum())
+            short = (scores[row, :count][None], visual[row, :count][None], STEPS, vectors[row, :count][None])
+            assert torch.equal(selector.ranks(*short)[0], together[row, :count])
+
+
+def test_of_equal_gains_the_lowest_index_wins_and_a_row_may_have_fewer_tokens_than_steps() -> None:
+    visual = torch.ones(2, TOKENS, dtype=torch.bool)
+    visual[1, 90:] = False
+    ranks = DPP(similarity="outputs").ranks(torch.ones(2, TOKENS), visual, STEPS, torch.eye(TOKENS).expand(2, -1, -1))
+    assert torch.equal(ranks[0], torch.arange(TOKENS).clamp(max=STEPS))
+    assert torch.equal(ranks[1, :90], torch.arange(90)) and (ranks[1, 90:] == STEPS).all()
+
+
+@pytest.mark.parametrize("relevance", [1e308, 200.0, -200.0])
+def test_beyond_what_a_kernel_can_hold_the_number_of_tokens_is_still_right(relevance: float) -> None:
+    scores = torch.randn(3, TOKENS, generator=torch.Generator().manual_seed(5))
+    visual = torch.ones(3, TOKENS, dtype=torch.bool)
+    ranks = DPP(relevance=relevance, similarity="outputs").ranks(scores, visual, STEPS, vectors_of("low rank"))
+    assert torch.equal(ranks.sort(1).values[:, :STEPS], torch.arange(STEPS).expand(3, -1))
+
+
+@pytest.mark.parametrize("steps", [0, 1, 9, 40])
+def test_ranks_of_a_kernel_are_bit_equal_to_the_slow_ones(steps: int) -> None:
+    generator = torch.Generator().manual_seed(steps)
+    for features in (3, 60):
+        vectors = torch.randn(5, 40, features, generator=generator)[:, torch.randint(0, 40, (40,), generator=generator)]
+        kernel = exact_similarity(vectors) * 3
+        visual = torch.rand(5, 40, generator=generator) < torch.tensor([[1.0], [0.9], [0.5], [0.2], [0.0]])
+        assert torch.equal(greedy_ranks(kernel, visual, steps), slow_greedy_ranks(kernel, visual, steps))
