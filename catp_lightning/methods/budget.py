@@ -5,6 +5,8 @@ import math
 import torch
 from torch import Tensor
 
+from catp_lightning.utils.on_cpu import on_cpu, on_device
+
 
 def keep_count(keep: int | float, tokens: int) -> int:
     """Return how many of `tokens` a budget keeps: a share is rounded up; at least 1, at most all.
@@ -39,6 +41,7 @@ def even_counts(keep: int | float, tokens: Tensor, part: float) -> Tensor:
     >>> even_counts(0.125, torch.tensor([64]), 1 / 3), even_counts(8, torch.tensor([64]), 1.0)
     (tensor([32]), tensor([8]))
     """
-    last = [keep_count(keep, count) / max(1, count) for count in tokens.tolist()]
-    counts = [keep_count(share**part, count) for share, count in zip(last, tokens.tolist(), strict=True)]
-    return torch.tensor(counts, device=tokens.device, dtype=torch.int64)
+    sizes = on_cpu(tokens)[0].tolist()
+    last = [keep_count(keep, count) / max(1, count) for count in sizes]
+    counts = [keep_count(share**part, count) for share, count in zip(last, sizes, strict=True)]
+    return on_device(torch.tensor(counts, device="cpu", dtype=torch.int64), tokens.device)

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -13,6 +14,7 @@ from catp_lightning.methods.precision import without_autocast
 from catp_lightning.methods.scorers import SCORERS, Compressor, Scorer
 from catp_lightning.methods.selection import Selection, images_to_samples, own_destination, sample_of_images
 from catp_lightning.methods.selectors import SELECTORS, Selector
+from catp_lightning.utils.on_cpu import of_known, on_cpu, on_device
 
 
 @dataclass(frozen=True)
@@ -144,8 +146,12 @@ def _parts(seen: Observation, per: str) -> Iterator[Tensor]:
     if per != "crop" or seen.crops is None:
         yield seen.droppable
         return
-    for crop in range(int(seen.crops.max()) + 1):
-        yield seen.droppable & (seen.crops == crop)
+    for crop in range(int(on_cpu(seen.crops)[0].max()) + 1):
+        yield of_known(partial(_of_crop, crop), seen.droppable, seen.crops)
+
+
+def _of_crop(crop: int, droppable: Tensor, crops: Tensor) -> Tensor:
+    return droppable & (crops == crop)
 
 
 def score_tokens(scorer: Scorer, seen: Observation, visual: Tensor) -> Tensor:
@@ -155,7 +161,7 @@ def score_tokens(scorer: Scorer, seen: Observation, visual: Tensor) -> Tensor:
         PruningError: the samples' placeholders do not match the images (transformers would put one sample's features
             into another), or another package's scorer fails.
     """
-    own, images = visual.sum(1), seen.valid.sum(1)
+    own, images = (part.sum(1) for part in on_cpu(visual, seen.valid))
     ends = torch.isin(own.cumsum(0), torch.cat([images.new_zeros(1), images.cumsum(0)]))
     if int(own.sum()) != int(images.sum()) or not bool(ends.all()):
         wrong = "" if bool(ends.all()) else f" (sample {int((~ends).nonzero()[0])} does not end where an image ends)"
@@ -205,9 +211,9 @@ def _counts(images: Tensor) -> str:
 
 def _budget(keep: int | float, visual: Tensor, factors: Tensor | None) -> Tensor:
     """Return how many of each row's tokens stay: bool [R, T], and multiples of the budget or None -> int64 [R]."""
-    counts = torch.tensor(
-        [keep_count(keep, count) for count in visual.sum(1).tolist()], device=visual.device, dtype=torch.int64
-    )
+    sizes = on_cpu(visual)[0].sum(1).tolist()
+    counts = torch.tensor([keep_count(keep, size) for size in sizes], device="cpu", dtype=torch.int64)
+    counts = on_device(counts, visual.device)
     return counts if factors is None else multiplied(counts, factors, visual.sum(1))
 
 

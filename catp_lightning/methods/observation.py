@@ -7,6 +7,8 @@ from enum import Enum
 import torch
 from torch import Tensor
 
+from catp_lightning.utils.on_cpu import of_known, on_cpu, on_device
+
 
 class Signal(Enum):
     """Signal to observe. I images or frames, H heads, T tokens of an image, N patches (with [CLS]), D features.
@@ -130,7 +132,8 @@ class Observation:
     def of_equal(cls, images: int, tokens: int, layers: Mapping[Signal, int], values: "Values") -> "Observation":
         """Return an observation of `images` images that all have `tokens` tokens."""
         device = next((value.device for value in values.values()), None)
-        return cls(torch.ones(images, tokens, dtype=torch.bool, device=device), layers, values)
+        valid = torch.ones(images, tokens, dtype=torch.bool, device="cpu")
+        return cls(valid if device is None else on_device(valid, device), layers, values)
 
     @property
     def images(self) -> int:
@@ -144,15 +147,20 @@ class Observation:
     @property
     def droppable(self) -> Tensor:
         """Tokens that may be dropped: bool [I, T]."""
-        return self.valid if self.protected is None else self.valid & ~self.protected
+        return self.valid if self.protected is None else of_known(lambda a, b: a & ~b, self.valid, self.protected)
 
     def protecting(self, tokens: Tensor) -> "Observation":
         """Return the same signals with more protected tokens: bool [N], of all visual tokens in their order."""
+        (tokens,) = on_cpu(tokens)
         if not bool(tokens.any()):
             return self
-        more = torch.zeros_like(self.valid)
-        more[self.valid] = tokens
-        return replace(self, protected=more if self.protected is None else self.protected | more)
+        (valid,) = on_cpu(self.valid)
+        more = torch.zeros_like(valid)
+        more[valid] = tokens
+        protected = on_device(more, self.valid.device)
+        if self.protected is not None:
+            protected = of_known(torch.logical_or, self.protected, protected)
+        return replace(self, protected=protected)
 
     def of_images(self, index: Tensor) -> "Observation":
         """Return the same signals of the images where `index`, bool [I], is True."""

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from catp_lightning.methods.observation import Observation
+from catp_lightning.utils.on_cpu import known, of_known, on_cpu, on_device
 
 
 @dataclass(frozen=True)
@@ -59,9 +60,18 @@ def images_to_samples(values: Tensor, valid: Tensor, visual: Tensor, fill: float
         visual: bool [B, T], the visual tokens that each sample has.
         fill: value where a sample has no token.
     """
-    found = values.new_full((*visual.shape, *values.shape[2:]), fill)
-    found[visual] = values[valid]
-    return found
+    own, there = on_cpu(valid, visual)
+    if values.numel() == 0 or not own.any():
+        return values.new_full((*visual.shape, *values.shape[2:]), fill)
+    at = torch.zeros(there.shape, dtype=torch.int64, device="cpu")
+    at[there] = own.flatten().nonzero()[:, 0]  # of each visual token, among those of all images
+
+    def regrouped(flat: Tensor, at: Tensor, there: Tensor) -> Tensor:
+        return flat[at].masked_fill(~there.view(*there.shape, *[1] * (flat.dim() - 1)), fill)
+
+    if known(values):
+        return on_device(regrouped(on_cpu(values)[0].flatten(0, 1), at, there), values.device)
+    return regrouped(values.flatten(0, 1), on_device(at, values.device), on_device(there, values.device))
 
 
 def sample_of_images(valid: Tensor, visual: Tensor) -> Tensor:
@@ -72,4 +82,5 @@ def sample_of_images(valid: Tensor, visual: Tensor) -> Tensor:
 
 def protected_tokens(seen: Observation, visual: Tensor) -> Tensor:
     """Return the protected visual tokens, which stay whatever the budget: bool [B, T]."""
-    return images_to_samples(seen.valid & ~seen.droppable, seen.valid, visual, False)
+    kept = of_known(lambda valid, free: valid & ~free, seen.valid, seen.droppable)
+    return images_to_samples(kept, seen.valid, visual, False)

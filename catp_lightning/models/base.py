@@ -164,8 +164,14 @@ class Family(ABC):
         """
         return {}
 
-    def gather_extras(self, kwargs: Mapping[str, Any], prompt: KeptSequence) -> dict[str, Any]:
-        """Return other inputs of the decoder that have a row for each column of the prompt, shortened like it."""
+    def gather_extras(self, kwargs: Mapping[str, Any], prompt: KeptSequence, visual: Tensor) -> dict[str, Any]:
+        """Return other inputs of the decoder that have a row for each column of the prompt, shortened like it.
+
+        Args:
+            kwargs: arguments of the decoder's call.
+            prompt: the columns that stay.
+            visual: bool [B, L], placeholders of the prompt.
+        """
         return {}
 
     def merge_extras(self, kwargs: Mapping[str, Any], visual: Tensor, destination: Tensor) -> dict[str, Any]:

@@ -19,6 +19,7 @@ from catp_lightning.models.base import AttentionSite, Family, OutputSite, Runs
 from catp_lightning.prompt.attention import attention_map, attention_received
 from catp_lightning.prompt.prompt import DecoderPrompt, Prompt
 from catp_lightning.utils.hashing import fingerprint
+from catp_lightning.utils.on_cpu import on_cpu, on_device
 
 LANGUAGE_MODELS = {"opt": "decoder", "llama": "decoder", "t5": "encoder"}
 
@@ -104,7 +105,7 @@ class Blip2(Family):
         if pixels is None:
             return
         images = len(pixels) * (pixels.shape[1] if pixels.dim() == 5 else 1)
-        counts = visual.sum(1)
+        counts = on_cpu(visual)[0].sum(1)
         if bool((counts % self.tokens_per_image).any()) or int(counts.sum()) != images * self.tokens_per_image:
             raise PruningError(
                 f"The model was given {images} images or frames of {self.tokens_per_image} visual tokens each, and its "
@@ -155,10 +156,11 @@ class Blip2(Family):
         if not wanted and found:
             return Observation.of_equal(len(next(iter(found.values()))), self.tokens_per_image, self.layers(), found)
         prompt = cast(DecoderPrompt, prompt)
-        sample = prompt.visual.nonzero()[:: self.tokens_per_image, 0]  # the sample of each image
+        (visual,) = on_cpu(prompt.visual)
+        sample = on_device(visual.nonzero()[:: self.tokens_per_image, 0], prompt.visual.device)  # of each image
         text = None
         if Signal.IMAGE_EMBEDS in wanted:
-            read = prompt.embeds[:: prompt.rows_per_sample][prompt.visual].detach()
+            read = prompt.of_tokens(prompt.embeds[:: prompt.rows_per_sample]).detach()
             found[Signal.IMAGE_EMBEDS] = read.unflatten(0, (-1, self.tokens_per_image))
         if Signal.QUESTION in wanted:
             found[Signal.QUESTION] = prompt.question()[sample]

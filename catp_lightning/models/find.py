@@ -33,6 +33,7 @@ from catp_lightning.models.qwen_vl import QwenVL
 from catp_lightning.models.tiles import GraniteDocling, Step
 from catp_lightning.models.video_llama import VideoLlama
 from catp_lightning.models.video_llava import VideoLlava
+from catp_lightning.utils.parts import parts_of
 
 FAMILIES: tuple[type[Family], ...] = (
     Blip2,
@@ -85,10 +86,13 @@ def find_family(module: nn.Module, name: str | None = None) -> Family:
     """
     refuse_other(module)
     supported: dict[str, tuple[type[Family], PreTrainedModel]] = {}
-    for path, part in module.named_modules():
-        inside = any(not outer or path.startswith(f"{outer}.") for outer in supported)
-        family = next((f for f in FAMILIES if isinstance(part, PreTrainedModel) and f.handles(part)), None)
-        if family is not None and not inside:
+    for part, path in parts_of(module).items():
+        if not isinstance(part, PreTrainedModel):
+            continue
+        if any(not outer or path.startswith(f"{outer}.") for outer in supported):
+            continue
+        family = next((f for f in FAMILIES if f.handles(part)), None)
+        if family is not None:
             supported[path] = (family, part)
     if not supported:
         raise no_model(module, [name for family in FAMILIES for name in family.classes])

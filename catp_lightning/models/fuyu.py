@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from catp_lightning.models.images import Image, Images
 from catp_lightning.models.placeholder import Placeholder
 from catp_lightning.prompt.prompt import DecoderPrompt
+from catp_lightning.utils.on_cpu import on_cpu
 
 
 class Fuyu(Placeholder):
@@ -23,7 +24,7 @@ class Fuyu(Placeholder):
         pixels = given.get("image_patches") if given.get("pixel_values") is None else given["pixel_values"]
         if pixels is None:
             return {}
-        visual = prompt.ids == token
+        visual = on_cpu(prompt.ids)[0] == token
         sizes = visual.sum(1).tolist()
         begins = visual[:, 1:] & ~visual[:, :-1]
         lines = (begins.sum(1) + visual[:, 0]).clamp(min=1).tolist()

@@ -10,6 +10,7 @@ from catp_lightning.models.images import Image, Images
 from catp_lightning.models.placeholder import Placeholder
 from catp_lightning.models.towers import Tower, Towered, in_squares, known_tower, of_pictures
 from catp_lightning.prompt.prompt import DecoderPrompt
+from catp_lightning.utils.on_cpu import on_cpu, on_device
 
 
 class Gemma(Towered):
@@ -78,10 +79,10 @@ class Gemma4(Placeholder):
             found[int(getattr(config, f"{kind}_token_id"))] = [
                 Image(
                     int(real.sum()) // side**2,
-                    patches[real],
+                    patches[on_device(real.nonzero()[:, 0], patches.device)],
                     shape=((int(own[:, 1].max()) + 1) // side, (int(own[:, 0].max()) + 1) // side),
                 )
-                for patches, own in zip(pixels.flatten(0, -3), places.flatten(0, -3), strict=True)
+                for patches, own in zip(pixels.flatten(0, -3), on_cpu(places)[0].flatten(0, -3), strict=True)
                 for real in [(own != -1).all(-1)]
             ]
         return found

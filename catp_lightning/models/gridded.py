@@ -10,6 +10,7 @@ from transformers.vision_utils import get_vision_window_index
 from catp_lightning.models.images import Image, Images
 from catp_lightning.models.towers import Tower, Towered, of_first_beams
 from catp_lightning.prompt.prompt import DecoderPrompt
+from catp_lightning.utils.on_cpu import on_cpu, on_device
 
 
 class Gridded(Towered):
@@ -75,7 +76,7 @@ class Gridded(Towered):
         """Return means over the patches of each token, which follow one another."""
         side = self.model.config.vision_config.spatial_merge_size
         grids = prompt.arguments[f"{kind}_grid_thw"].tolist()
-        samples = (prompt.ids == self.kinds(prompt.arguments)[kind]).sum(1) * side**2  # patches of each
+        samples = (on_cpu(prompt.ids)[0] == self.kinds(prompt.arguments)[kind]).sum(1) * side**2  # patches of each
         tokens = of_first_beams(value[0], samples.tolist(), 1).unflatten(1, (-1, side**2)).mean(2)
         shapes = [(height // side, width // side) for time, height, width in grids for _ in range(time)]
         frames = tokens.split([rows * columns for rows, columns in shapes], 1)
@@ -94,7 +95,7 @@ class Gridded(Towered):
         side = vision.spatial_merge_size
         grid = torch.tensor([[1, shape[0] * side, shape[1] * side]], dtype=torch.int64, device="cpu")
         order, _ = get_vision_window_index(grid, side, vision.window_size, vision.patch_size)
-        return frame[:, order.argsort().to(frame.device)]
+        return frame[:, on_device(order.argsort(), frame.device)]
 
     def kinds(self, arguments: Mapping[str, Any]) -> dict[str, int]:
         found = super().kinds(arguments)

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from catp_lightning.models.towers import Tower, Towered, in_squares, of_first_beams
 from catp_lightning.prompt.prompt import DecoderPrompt
+from catp_lightning.utils.on_cpu import on_cpu
 
 
 class Idefics(Towered):
@@ -42,6 +43,6 @@ class Idefics(Towered):
         """Return the values of each picture's tokens; pictures of zeros, which pad a batch, do not reach the tower."""
         side, square = math.isqrt(value.shape[2]), int(self.model.config.scale_factor)
         tokens = (side // square) ** 2
-        pictures = (prompt.ids == self.kinds(prompt.arguments)[kind]).sum(1) // tokens  # of each sample
+        pictures = (on_cpu(prompt.ids)[0] == self.kinds(prompt.arguments)[kind]).sum(1) // tokens  # of each sample
         own = of_first_beams(value, pictures.tolist(), 0)
         return [in_squares(picture, (side, side), square) for picture in own]

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from catp_lightning.errors import PruningError
 from catp_lightning.prompt.prompt import DecoderPrompt
+from catp_lightning.utils.on_cpu import on_cpu, on_device
 
 
 @dataclass(frozen=True)
@@ -19,10 +20,10 @@ class Image:
     Attributes:
         tokens: number of its placeholders.
         pixels: its own pixels, of any shape, without padding: they identify it.
-        protected: bool [tokens], tokens that stand for no patch and always stay; None: there are none.
-        crops: int64 [tokens], the crop that each token is of; None if the image is not cut.
+        protected: bool [tokens] on the CPU, tokens that stand for no patch and always stay; None: there are none.
+        crops: int64 [tokens] on the CPU, the crop that each token is of; None if the image is not cut.
         shape: rows and columns of its patches; None: a square of each crop where their number allows one.
-        patches: int64 [tokens], number of each token's patch, line by line; None: all patches, in their order.
+        patches: int64 [tokens] on the CPU, number of each token's patch, line by line; None: all, in their order.
     """
 
     tokens: int
@@ -38,10 +39,8 @@ class Image:
         Each crop is a part of its own. But if line ends stand among the crops beyond the first, which is the whole
         image, those crops make one picture together. Patches whose grid is not known are one line.
         """
-        ends = (
-            torch.zeros(self.tokens, dtype=torch.bool, device="cpu") if self.protected is None else self.protected.cpu()
-        )
-        part = torch.zeros(self.tokens, dtype=torch.int64, device="cpu") if self.crops is None else self.crops.cpu()
+        ends = torch.zeros(self.tokens, dtype=torch.bool, device="cpu") if self.protected is None else self.protected
+        part = torch.zeros(self.tokens, dtype=torch.int64, device="cpu") if self.crops is None else self.crops
         if stitched := bool((ends & (part.cummax(0).values > 0)).any()):
             part = part.clamp(max=1)
         found = torch.stack([part, torch.full_like(part, -1), torch.full_like(part, -1)], 1)
@@ -54,7 +53,7 @@ class Image:
                 column = index - (row[:, None] > row).sum(1)
             else:
                 columns = (self.shape or _square(len(index)))[1]
-                place = index if self.patches is None else self.patches.cpu()
+                place = index if self.patches is None else self.patches
                 row, column = place // columns, place % columns
             found[own, 1], found[own, 2] = row, column
         return found
@@ -99,8 +98,9 @@ def equal_images(model: Any, prompt: DecoderPrompt, counts: Mapping[int, int]) -
     if pixels is None:
         return {}
     if pixels.dim() == 5:  # pictures of each sample, padded with pictures of zeros
-        pixels = pixels.flatten(0, 1)
-        pixels = pixels[pixels.flatten(1).any(1)]
+        filled = prompt.arguments.pictures
+        filled = on_cpu(pixels.flatten(2).any(2))[0] if filled is None else filled
+        pixels = pixels.flatten(0, 1)[on_device(filled.flatten().nonzero()[:, 0], pixels.device)]
     each, rest = divmod(counts[token], len(pixels))
     if rest:
         raise PruningError(
@@ -146,12 +146,12 @@ def video_frames(model: Any, prompt: DecoderPrompt, protected_first: bool = Fals
     if videos is None:
         return {}
     token = int(model.config.video_token_id)
-    tokens, frames = int((prompt.ids == token).sum()) // len(videos), videos.shape[1]
+    tokens, frames = int((on_cpu(prompt.ids)[0] == token).sum()) // len(videos), videos.shape[1]
     each = (tokens - closing) // frames
-    protected = torch.arange(each, device=videos.device) == 0 if protected_first else None
+    protected = torch.arange(each, device="cpu") == 0 if protected_first else None
     found = [Image(each, frame, protected) for video in videos for frame in video]
     if closing:
-        ends = torch.arange(each + closing, device=videos.device) >= each
+        ends = torch.arange(each + closing, device="cpu") >= each
         for last in range(frames - 1, len(found), frames):
             found[last] = Image(each + closing, found[last].pixels, ends)
     return {token: found}

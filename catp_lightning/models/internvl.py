@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from catp_lightning.models.images import Images, equal_images, joined
 from catp_lightning.models.towers import Tower, Towered, in_squares, of_pictures
 from catp_lightning.prompt.prompt import DecoderPrompt
+from catp_lightning.utils.on_cpu import on_cpu
 
 
 class InternVL(Towered):
@@ -45,7 +46,7 @@ class InternVL(Towered):
 
     def _tiles(self, prompt: DecoderPrompt, count: int) -> list[slice]:
         """Return which of `count` tiles belong to each image."""
-        columns = (prompt.ids == self.model.config.image_token_id).flatten().nonzero()[:, 0].tolist()
+        columns = (on_cpu(prompt.ids)[0] == self.model.config.image_token_id).flatten().nonzero()[:, 0].tolist()
         each = len(columns) // max(count, 1)
         starts = [
             tile

@@ -10,6 +10,7 @@ from torch import Tensor
 from catp_lightning.errors import PruningError
 from catp_lightning.models.images import Image
 from catp_lightning.utils.hashing import fingerprint
+from catp_lightning.utils.on_cpu import on_cpu, on_device
 
 
 @dataclass(frozen=True)
@@ -42,8 +43,9 @@ class Layout:
             PruningError: images have another number of tokens than there are placeholders.
         """
         found: list[tuple[int, tuple[int, int], Image]] = []
+        (own_ids,) = on_cpu(ids)
         for token, own in images.items():
-            columns = (ids == token).flatten().nonzero()[:, 0]
+            columns = (own_ids == token).flatten().nonzero()[:, 0]
             if sum(image.tokens for image in own) != len(columns):
                 raise PruningError(
                     f"{len(own)} images have {sum(image.tokens for image in own)} visual tokens, the prompts have "
@@ -55,29 +57,30 @@ class Layout:
             found += zip(columns[starts].tolist() if own else [], places, own, strict=True)
         found.sort(key=lambda one: one[0])
         order, ordered = [place for _, place, _ in found], [image for _, _, image in found]
-        device = ids.device
         widest = max((image.tokens for image in ordered), default=0)
-        valid = torch.zeros(len(ordered), widest, dtype=torch.bool, device=device)
-        protected, crops = torch.zeros_like(valid), torch.zeros(valid.shape, dtype=torch.long, device=device)
+        valid = torch.zeros(len(ordered), widest, dtype=torch.bool, device="cpu")
+        protected, crops = torch.zeros_like(valid), torch.zeros(valid.shape, dtype=torch.long, device="cpu")
         for row, image in enumerate(ordered):
             valid[row, : image.tokens] = True
             if image.protected is not None:
-                protected[row, : image.tokens] = image.protected.to(device)
+                protected[row, : image.tokens] = image.protected
             if image.crops is not None:
-                crops[row, : image.tokens] = image.crops.to(device)
+                crops[row, : image.tokens] = image.crops
         cut = any(image.crops is not None for image in ordered)
+        valid, protected, crops = (on_device(part, ids.device) for part in (valid, protected, crops))
         return cls(ordered, order, valid, protected, crops if cut else None)
 
     def padded(self, flat: Tensor) -> Tensor:
         """Regroup values of all visual tokens, in the order of placeholders, by image: [N, ...] -> [I, T, ...]."""
-        found = flat.new_zeros(*self.valid.shape, *flat.shape[1:])
-        found[self.valid] = flat
-        return found
+        (valid,) = on_cpu(self.valid)
+        at = on_device(valid.flatten().nonzero()[:, 0], flat.device)
+        return flat.new_zeros(valid.numel(), *flat.shape[1:]).index_copy(0, at, flat).unflatten(0, valid.shape)
 
     def samples(self, visual: Tensor) -> Tensor:
         """Return the sample that each image belongs to, int64 [I], given the placeholders `visual`, bool [B, L]."""
-        first = self.valid.sum(1).cumsum(0) - self.valid.sum(1)
-        return visual.nonzero()[first, 0]
+        own, valid = on_cpu(visual, self.valid)
+        first = valid.sum(1).cumsum(0) - valid.sum(1)
+        return on_device(own.nonzero()[first, 0], visual.device)
 
     def tokens(self, values: Mapping[int, list[Tensor]]) -> Tensor:
         """Stack values of each image's tokens, [..., tokens], padded with zeros to [I, ..., T].
@@ -104,7 +107,9 @@ class Layout:
         found = [image.places() for image in self.images]
         device, widest = self.valid.device, self.valid.shape[1]
         padded = [torch.nn.functional.pad(places, (0, 0, 0, widest - len(places)), value=-1) for places in found]
-        return torch.stack(padded).to(device) if padded else torch.zeros(0, 0, 3, dtype=torch.int64, device=device)
+        return on_device(
+            torch.stack(padded) if padded else torch.zeros(0, 0, 3, dtype=torch.int64, device="cpu"), device
+        )
 
     def fingerprints(self) -> Tensor:
         """Return a checksum of each image's pixels: int64 [I]."""

@@ -87,7 +87,7 @@ class Llava(Towered):
         own = equal_images(self.model, prompt, counts)
         if self._has_class and self._full:  # [CLS] is one of the tokens
             own = {
-                id_: [replace(one, protected=torch.arange(one.tokens, device=one.pixels.device) == 0) for one in all_]
+                id_: [replace(one, protected=torch.arange(one.tokens, device="cpu") == 0) for one in all_]
                 for id_, all_ in own.items()
             }
         if self.tokens_per_image == self._patches() - 1:  # the first patch is left out

@@ -43,7 +43,7 @@ class LlavaNext(Llava):
             own = [image[:count] for image, count in zip(pixels, crops, strict=True)]
         else:
             own = list(pixels.split(crops))
-        places = [torch.eye(count, max(crops), dtype=torch.float32, device=pixels.device) for count in crops]
+        places = [torch.eye(count, max(crops), dtype=torch.float32, device="cpu") for count in crops]
         of_crop = [place[:, None].expand(-1, self._patches(), -1) for place in places]
         # A resampled token is of the crop with the largest share.
         return [

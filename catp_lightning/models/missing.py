@@ -8,6 +8,7 @@ from transformers import PreTrainedModel
 
 from catp_lightning.errors import PruningError
 from catp_lightning.models.refused import REFUSED
+from catp_lightning.utils.parts import parts_of
 
 SHOWN = 5
 TORCHS_OWN = vars(nn.Module()).keys()
@@ -99,7 +100,7 @@ def _listed(found: list[str]) -> str:
 def _outermost(module: nn.Module) -> Iterator[tuple[str, PreTrainedModel]]:
     """Yield attribute path and model of each Hugging Face model in a module that is part of no other one."""
     seen: list[str] = []
-    for path, part in module.named_modules():
+    for part, path in parts_of(module).items():
         if isinstance(part, PreTrainedModel) and not any(not outer or path.startswith(f"{outer}.") for outer in seen):
             seen.append(path)
             yield path, part
@@ -110,8 +111,8 @@ def _out_of_sight(module: nn.Module) -> Iterator[tuple[str, PreTrainedModel]]:
 
     Those places are lists, dictionaries and other objects.
     """
-    there = set(module.modules())
-    for path, part in module.named_modules():
+    there = parts_of(module)
+    for part, path in there.items():
         for name, value in vars(part).items():
             if name not in TORCHS_OWN:
                 found = _models(value, f"{path}.{name}".lstrip("."), 2)

@@ -14,6 +14,7 @@ from catp_lightning.models.base import AttentionSite, Family, OutputSite, Reads,
 from catp_lightning.prompt.attention import PREFIX
 from catp_lightning.prompt.prompt import CrossAttended, Prompt
 from catp_lightning.utils.hashing import fingerprint
+from catp_lightning.utils.on_cpu import on_cpu, on_device
 
 IMPLEMENTATIONS = ("eager", "sdpa")
 
@@ -103,8 +104,10 @@ class Mllama(Family):
     def observation(self, values: Runs, wanted: frozenset[Signal], prompt: Prompt) -> Observation:
         prompt = cast(CrossAttended, prompt)
         by_image = (-1, self.tiles * self.rows_per_tile)
-        valid = prompt.tokens.unflatten(1, by_image).flatten(0, 1)
-        images = valid.any(1)  # an image that no text sees does not count
+        device, (tokens,) = prompt.tokens.device, on_cpu(prompt.tokens)
+        valid = tokens.unflatten(1, by_image).flatten(0, 1)
+        seen = valid.any(1).nonzero()[:, 0]  # an image that no text sees does not count
+        images = on_device(seen, device)
         found: Values = {}
         if prompt.attention is not None:
             found[Signal.CROSS_ATTENTION_TO_IMAGE, 0] = (
@@ -113,7 +116,7 @@ class Mllama(Family):
         if Signal.IMAGE_FEATURES in wanted:
             found[Signal.IMAGE_FEATURES] = prompt.states.unflatten(1, by_image).flatten(0, 1)[images].detach()
         if Signal.QUESTION in wanted:
-            sample = images.nonzero()[:, 0] // (len(images) // len(prompt.tokens))
+            sample = images // (len(valid) // len(tokens))
             found[Signal.QUESTION] = self._question(prompt)[sample]
         if Signal.IMAGE_HASH in wanted and prompt.arguments.get("pixel_values") is None:
             raise PruningError(
@@ -124,10 +127,11 @@ class Mllama(Family):
             found[Signal.IMAGE_HASH] = fingerprint(
                 prompt.arguments["pixel_values"][:: prompt.rows_per_sample].flatten(0, 1)[images]
             )
-        tile = torch.arange(self.tiles, device=valid.device).repeat_interleave(self.rows_per_tile)
+        tile = torch.arange(self.tiles, dtype=torch.int64, device="cpu").repeat_interleave(self.rows_per_tile)
         if Signal.PATCH_POSITION in wanted:
-            found[Signal.PATCH_POSITION] = self._places(tile).expand(int(images.sum()), -1, -1)
-        return Observation(valid[images], self.layers(), found, crops=tile.expand(int(images.sum()), -1))
+            found[Signal.PATCH_POSITION] = on_device(self._places(tile).expand(len(seen), -1, -1), device)
+        crops = on_device(tile.expand(len(seen), -1), device)
+        return Observation(on_device(valid[seen], device), self.layers(), found, crops=crops)
 
     def _question(self, prompt: CrossAttended) -> Tensor:
         """Return the mean of the embeddings of a prompt's text that sees an image: float [B, D], float32 at least."""

@@ -19,6 +19,7 @@ from catp_lightning.prompt.masks import RECURRENT, recurrent, window
 from catp_lightning.prompt.merging import merged_features
 from catp_lightning.prompt.prompt import DecoderPrompt, Prompt, visual_tokens
 from catp_lightning.utils.messages import warn
+from catp_lightning.utils.on_cpu import of_known, on_cpu, on_device
 
 PER_LAYER = "per_layer_inputs"
 BY_COLUMN = (PER_LAYER, "moe_mm_token_type_ids")  # inputs of a decoder that have a row for each column
@@ -175,7 +176,7 @@ class Placeholder(Family):
         }
         return {name: made[name]() for name in names}
 
-    def gather_extras(self, kwargs: Mapping[str, Any], prompt: KeptSequence) -> dict[str, Any]:
+    def gather_extras(self, kwargs: Mapping[str, Any], prompt: KeptSequence, visual: Tensor) -> dict[str, Any]:
         """Return the decoder's other inputs, shortened like the prompt.
 
         Gemma 4 adds embeddings of each token to the rows of each layer, and computes its last layers of the rows alone
@@ -187,14 +188,15 @@ class Placeholder(Family):
         }
         if "logits_to_keep" in kwargs:
             found["logits_to_keep"] = 0
-        visual = kwargs.get("visual_pos_masks")
-        if visual is None:
+        if kwargs.get("visual_pos_masks") is None:
             return found
-        place = (visual.flatten().cumsum(0) - 1).view(visual.shape)  # index of each visual row's features
-        stays = prompt.gather(visual.long()).bool()
-        index = prompt.gather(place)[stays]
+        there, order = on_cpu(visual, prompt.order)
+        there = there.repeat_interleave(len(order) // len(there), 0)
+        place = (there.flatten().cumsum(0) - 1).view(there.shape)  # index of each visual row's features
+        stays = there.gather(1, order)
+        index = on_device(place.gather(1, order)[stays], visual.device)
         return found | {
-            "visual_pos_masks": stays,
+            "visual_pos_masks": on_device(stays, visual.device),
             "deepstack_visual_embeds": [embeds[index] for embeds in kwargs["deepstack_visual_embeds"]],
         }
 
@@ -202,8 +204,9 @@ class Placeholder(Family):
         features = kwargs.get("deepstack_visual_embeds")
         if features is None:
             return {}
-        beams = len(features[0]) // int(visual.sum())  # features lie in the order of placeholders, for all beams
-        tokens, destination = (part.repeat_interleave(beams, 0) for part in (visual_tokens(visual), destination))
+        beams = len(features[0]) // int(on_cpu(visual)[0].sum())  # features lie in the order of placeholders
+        tokens = of_known(lambda own: own.repeat_interleave(beams, 0), visual_tokens(visual))
+        destination = destination.repeat_interleave(beams, 0)
         return {"deepstack_visual_embeds": [merged_features(flat, tokens, destination) for flat in features]}
 
     def layers(self) -> Mapping[Signal, int]:
@@ -243,7 +246,8 @@ class Placeholder(Family):
 
     def observation(self, values: Runs, wanted: frozenset[Signal], prompt: Prompt) -> Observation:
         prompt = cast(DecoderPrompt, prompt)
-        counts = {token: int((prompt.ids == token).sum()) for token in self.placeholder_ids}
+        (ids,) = on_cpu(prompt.ids)
+        counts = {token: int((ids == token).sum()) for token in self.placeholder_ids}
         if not any(name.startswith(PIXELS) for name, value in prompt.arguments.items() if value is not None):
             raise PruningError(
                 "The prompt has image tokens, but the call brought no pixel_values, so it is not known which token is "
@@ -259,7 +263,7 @@ class Placeholder(Family):
             Signal.IMAGE_FEATURES,
             Signal.IMAGE_EMBEDS,
         }:  # features are one to a token only after projection
-            found[signal] = layout.padded(prompt.embeds[:: prompt.rows_per_sample][prompt.visual].detach())
+            found[signal] = layout.padded(prompt.of_tokens(prompt.embeds[:: prompt.rows_per_sample]).detach())
         text = None
         if not wanted.isdisjoint({Signal.TEXT_EMBEDS, Signal.QUESTION}):
             samples = layout.samples(prompt.visual)

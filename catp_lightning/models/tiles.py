@@ -8,6 +8,7 @@ from torch import Tensor
 from catp_lightning.models.images import Image, Images
 from catp_lightning.models.placeholder import Placeholder
 from catp_lightning.prompt.prompt import DecoderPrompt
+from catp_lightning.utils.on_cpu import on_cpu, on_device
 
 
 class GraniteDocling(Placeholder):
@@ -21,7 +22,7 @@ class GraniteDocling(Placeholder):
         token, given = int(self.model.config.image_token_id), prompt.arguments
         if given.get("pixel_values") is None:
             return {}
-        tiles = given["pixel_values"][given["pixel_attention_mask"]]
+        tiles = _where(given["pixel_values"], given["pixel_attention_mask"])
         return {token: [Image(counts[token] // max(1, len(tiles)), tile) for tile in tiles]}
 
 
@@ -41,7 +42,7 @@ class Step(Placeholder):
         whole, small = given.get("pixel_values"), given.get("pixel_values_local")
         if whole is None:
             return {}
-        visual = torch.nn.functional.pad(prompt.ids == token, (1, 1)).flatten()
+        visual = torch.nn.functional.pad(on_cpu(prompt.ids)[0] == token, (1, 1)).flatten()
         turns = (visual[1:] != visual[:-1]).nonzero()[:, 0]
         sizes = (turns[1::2] - turns[::2]).tolist()
         numbers = given.get("num_local_patches")
@@ -53,3 +54,9 @@ class Step(Placeholder):
 
 def _take(tiles: Iterator[Tensor], count: int) -> list[Tensor]:
     return [next(tiles) for _ in range(count)]
+
+
+def _where(values: Tensor, there: Tensor) -> Tensor:
+    """Return the rows of `values`, [..., D...], where `there`, bool [...], is True, one after the other."""
+    at = on_cpu(there)[0].flatten().nonzero()[:, 0]
+    return values.flatten(0, there.dim() - 1)[on_device(at, values.device)]

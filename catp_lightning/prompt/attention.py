@@ -20,6 +20,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from catp_lightning.errors import PruningError
 from catp_lightning.utils.hooks import not_copied, untraced
+from catp_lightning.utils.parts import parts_of
 
 Reduction = Callable[[Tensor, Tensor, Tensor | None, float], Tensor]
 """Function (query [B, H, Q, D], key [B, H, N, D], mask or None, scaling) -> whatever is kept of the attention."""
@@ -93,7 +94,7 @@ def observe_attention(
         return
     with ExitStack() as undo:
         undo.enter_context(_twin(model))
-        for part in model.modules():  # parts whose config now names our implementation
+        for part in parts_of(model):  # parts whose config now names our implementation
             if str(getattr(getattr(part, "config", None), "_attn_implementation", "")).startswith(PREFIX):
                 undo.enter_context(not_copied(part))
         for module, observed in modules.items():

@@ -6,11 +6,22 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from catp_lightning.errors import PruningError
 from catp_lightning.utils.hooks import Seen, hooked, replaced
+from catp_lightning.utils.on_cpu import on_cpu
+
+LARGE = ("input_ids", "inputs", "attention_mask", "position_ids", "labels", "cache_position")
+SMALL = 2**16
+
+
+def _is_small(value: Any) -> bool:
+    """Return True for a tensor of few integers, or bool."""
+    whole = isinstance(value, Tensor) and not value.is_floating_point() and not value.is_complex()
+    return whole and value.numel() <= SMALL and value.layout == torch.strided
 
 
 class ModelCall(dict[str, Any]):
@@ -26,6 +37,8 @@ class ModelCall(dict[str, Any]):
         begun: True once the decoder has run for it.
         labels: copy of its labels that a loss is computed of, changed once it is known which rows leave; None: no
             labels, or changed already.
+        pictures: bool [B, N], which of N pictures of each sample are not all zeros, on the CPU; None: not asked yet, or
+            `pixel_values` has no such dimensions.
     """
 
     def __init__(self, arguments: Mapping[str, Any] | None = None) -> None:
@@ -35,6 +48,35 @@ class ModelCall(dict[str, Any]):
         self.ids: Tensor | None = None
         self.begun = False
         self.labels: Tensor | None = None
+        self.pictures: Tensor | None = None
+        self._read = False
+        self._copies: dict[str, Tensor] = {}
+
+    def read(self, *more: Tensor) -> list[Tensor]:
+        """Return copies of `more` on the CPU, of integers or bool, and take all that is small over to there with them.
+
+        Numbers that say how images lie in the prompt, sizes and grids for example, are then on the CPU among the
+        arguments, so that only this call waits for a GPU.
+        """
+        names = [] if self._read else [name for name, value in self.items() if name not in LARGE and _is_small(value)]
+        pixels, filled = self.get("pixel_values"), []
+        if not self._read and isinstance(pixels, Tensor) and pixels.dim() == 5:
+            filled = [pixels.flatten(2).any(2)]
+        found = on_cpu(*more, *filled, *(self[name] for name in names))
+        self.update(zip(names, found[len(more) + len(filled) :], strict=True))
+        self.pictures = found[len(more)] if filled else self.pictures
+        self._read = True
+        return found[: len(more)]
+
+    def know(self, name: str, copy: Tensor) -> None:
+        """Keep a copy of an argument on the CPU, for `on_cpu`."""
+        self._copies[name] = copy
+
+    def on_cpu(self, name: str) -> Tensor:
+        """Return a copy of an argument, a tensor of integers or bool, on the CPU; it is read once."""
+        if name not in self._copies:
+            (self._copies[name],) = on_cpu(self[name])
+        return self._copies[name]
 
 
 class CallTracker:

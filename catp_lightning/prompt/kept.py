@@ -3,6 +3,7 @@
 import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -10,6 +11,7 @@ from torch import Tensor
 from transformers.utils import ModelOutput
 
 from catp_lightning.errors import PruningError
+from catp_lightning.utils.on_cpu import of_known, on_cpu, on_device
 
 
 @dataclass
@@ -22,12 +24,18 @@ class KeptSequence:
         valid: bool [R, n], False for fillers.
         mask: int64 [R, L], the caller's mask of the full prompt.
         cache: weak reference to the cache that this prefill filled, if any.
+        even: True if no row has fillers; False if one may have some; None: `valid` is asked.
     """
 
     order: Tensor
     valid: Tensor
     mask: Tensor
     cache: weakref.ref[Any] | None = None
+    even: bool | None = None
+
+    def __post_init__(self) -> None:
+        self.even = bool(on_cpu(self.valid)[0].all()) if self.even is None else self.even
+        self._last: tuple[Tensor, KeptSequence] | None = None  # the last rows that were asked for, and theirs
 
     def gather(self, full: Tensor) -> Tensor:
         """Select the kept columns: [R, L, ...] -> [R, n, ...]."""
@@ -86,11 +94,12 @@ class KeptSequence:
         """
         return short if short.dim() == 3 else self.scatter_keys(short, later)
 
-    @property
+    @cached_property
     def short_mask(self) -> Tensor:
-        return self.gather(self.mask) * self.valid
+        """The mask of the kept rows, 0 for fillers: int64 [R, n]."""
+        return of_known(lambda order, valid, mask: mask.gather(1, order) * valid, self.order, self.valid, self.mask)
 
-    @property
+    @cached_property
     def dropped(self) -> Tensor:
         """Number of columns that each row lost, without padding: int64 [R]."""
         return self.mask.sum(1) - self.short_mask.sum(1)
@@ -98,12 +107,13 @@ class KeptSequence:
     @property
     def whole(self) -> bool:
         """True if nothing was dropped."""
-        return self.order.shape[1] == self.mask.shape[1] and bool(self.valid.all())
+        return self.order.shape[1] == self.mask.shape[1] and bool(self.even)
 
     def then(self, later: "KeptSequence") -> "KeptSequence":
         """Return the kept columns of this prompt and of the columns that follow it."""
         order = torch.cat([self.order, later.order + self.mask.shape[1]], 1)
-        return KeptSequence(order, torch.cat([self.valid, later.valid], 1), torch.cat([self.mask, later.mask], 1))
+        valid, mask = torch.cat([self.valid, later.valid], 1), torch.cat([self.mask, later.mask], 1)
+        return KeptSequence(order, valid, mask, even=self.even and later.even)
 
     def cut(self, length: int) -> "KeptSequence | None":
         """Return what is left of the first `length` columns; None if columns after them were dropped from any row."""
@@ -113,12 +123,15 @@ class KeptSequence:
         last = torch.arange(length, self.mask.shape[1], dtype=torch.int64, device=self.order.device)
         if not torch.equal(self.order[:, -count:], last.expand(len(self.order), -1)):
             return None
-        return KeptSequence(self.order[:, :-count], self.valid[:, :-count], self.mask[:, :length], self.cache)
+        order, valid, mask = self.order[:, :-count], self.valid[:, :-count], self.mask[:, :length]
+        return KeptSequence(order, valid, mask, self.cache, self.even)
 
     def of_rows(self, rows: Tensor) -> "KeptSequence":
         """Return the kept columns of the rows `rows`, int64 [R']: of beams, or of copies made after the prefill."""
-        order, valid, mask = (part.index_select(0, rows) for part in (self.order, self.valid, self.mask))
-        return KeptSequence(order, valid, mask, self.cache)
+        if self._last is None or self._last[0] is not rows:  # steps ask for the same ones unless beams trade places
+            order, valid, mask = (part.index_select(0, rows) for part in (self.order, self.valid, self.mask))
+            self._last = rows, KeptSequence(order, valid, mask, self.cache, self.even)
+        return self._last[1]
 
 
 def kept_sequence(keep: Tensor, mask: Tensor, fillers_first: bool = False) -> KeptSequence:
@@ -130,11 +143,17 @@ def kept_sequence(keep: Tensor, mask: Tensor, fillers_first: bool = False) -> Ke
         fillers_first: True to put fillers before the kept columns, like padding on the left. Layers with a recurrent
             state read rows in turn: between kept rows even a masked one would move them apart.
     """
-    max_tokens = int(keep.sum(1).max())
-    order = (~keep).long().argsort(dim=1, stable=True)[:, :max_tokens].sort(1).values
+    (own,) = on_cpu(keep)
+    order = order_of(own)
     if fillers_first:
-        order = order.gather(1, keep.gather(1, order).long().argsort(dim=1, stable=True))
-    return KeptSequence(order, keep.gather(1, order), mask)
+        order = order.gather(1, own.gather(1, order).long().argsort(dim=1, stable=True))
+    return KeptSequence(on_device(order, keep.device), on_device(own.gather(1, order), keep.device), mask)
+
+
+def order_of(keep: Tensor) -> Tensor:
+    """Return the columns that stay, ascending, with fillers: bool [R, L] on the CPU -> int64 [R, n] there."""
+    most = int(keep.sum(1).max())
+    return (~keep).long().argsort(dim=1, stable=True)[:, :most].sort(1).values
 
 
 def of_each(output: Any, change: Callable[[Tensor], Tensor]) -> Any:

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from catp_lightning.prompt.call import CallTracker
 from catp_lightning.utils.hooks import hooked
+from catp_lightning.utils.on_cpu import on_cpu, on_device
 
 
 class Labels:
@@ -46,7 +47,7 @@ class Labels:
         labels, call.labels = call.labels, None
         if labels is None:
             return
-        predicted_from_dropped = ~keep[:, -labels.shape[1] :][:, :-1].to(labels.device)
-        later = labels[:, 1:]
-        self.report(int((predicted_from_dropped & (later != -100)).sum()))
-        later[predicted_from_dropped] = -100
+        own, values = on_cpu(keep, call.on_cpu("labels"))
+        dropped = ~own[:, -labels.shape[1] :][:, :-1]
+        self.report(int((dropped & (values[:, 1:] != -100)).sum()))
+        labels[:, 1:].masked_fill_(on_device(dropped, labels.device), -100)

@@ -198,7 +198,7 @@ def layer_mask(mask: Tensor | None, rows: KeptSequence, later: int, flash: bool)
     if flash:  # never None: gaps in position ids would be read as several packed sequences
         after = rows.mask.new_ones(len(valid), later) if mask is None else mask[:, length:]
         return torch.cat([rows.short_mask, after], 1)
-    if mask is None and bool(valid.all()):
+    if mask is None and rows.even:
         return None
     if mask is None:  # a decoding step without a mask has one query row
         mask = torch.ones(1, 1, 1 if later else length, length + later, dtype=torch.bool, device=valid.device)

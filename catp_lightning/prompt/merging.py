@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from catp_lightning.prompt.prompt import visual_tokens
+from catp_lightning.utils.on_cpu import of_known, on_cpu, on_device
 
 
 def merged(rows: Tensor, visual: Tensor, destination: Tensor) -> Tensor:
@@ -15,10 +16,10 @@ def merged(rows: Tensor, visual: Tensor, destination: Tensor) -> Tensor:
         itself, or one that stays; -1: none.
     """
     beams = len(rows) // len(visual)
-    visual, destination = visual.repeat_interleave(beams, 0), destination.repeat_interleave(beams, 0)
-    rows = rows.clone()
-    rows[visual] = merged_features(rows[visual], visual_tokens(visual), destination)
-    return rows
+    visual, destination = _of_beams(visual, beams), destination.repeat_interleave(beams, 0)
+    at = _places(visual)
+    flat = rows.flatten(0, 1)
+    return flat.index_copy(0, at, merged_features(flat[at], visual_tokens(visual), destination)).view_as(rows)
 
 
 def written(rows: Tensor, visual: Tensor, values: Tensor) -> Tensor:
@@ -30,10 +31,19 @@ def written(rows: Tensor, visual: Tensor, values: Tensor) -> Tensor:
         values: float [B, T, D], what to write in the place of each visual token, in their order.
     """
     beams = len(rows) // len(visual)
-    visual, values = visual.repeat_interleave(beams, 0), values.repeat_interleave(beams, 0)
-    rows, tokens = rows.clone(), visual_tokens(visual)
-    rows[visual] = values[:, : tokens.shape[1]][tokens].to(rows.dtype)
-    return rows
+    visual, values = _of_beams(visual, beams), values.repeat_interleave(beams, 0)
+    tokens = visual_tokens(visual)
+    own = values[:, : tokens.shape[1]].flatten(0, 1)[_places(tokens)].to(rows.dtype)
+    return rows.flatten(0, 1).index_copy(0, _places(visual), own).view_as(rows)
+
+
+def _of_beams(values: Tensor, beams: int) -> Tensor:
+    return of_known(lambda part: part.repeat_interleave(beams, 0), values)
+
+
+def _places(there: Tensor) -> Tensor:
+    """Return the places, counted row by row, where `there`, bool [R, T], is True: int64 [N]."""
+    return on_device(on_cpu(there)[0].flatten().nonzero()[:, 0], there.device)
 
 
 def merged_features(flat: Tensor, tokens: Tensor, destination: Tensor) -> Tensor:
@@ -44,9 +54,10 @@ def merged_features(flat: Tensor, tokens: Tensor, destination: Tensor) -> Tensor
         tokens: bool [R, T], the visual tokens that each row has.
         destination: int64 [R, T], for each visual token the one that it is merged into; -1: none.
     """
-    values = flat.new_zeros(*tokens.shape, flat.shape[-1])
-    values[tokens] = flat
-    return merge_groups(values, destination[:, : tokens.shape[1]].masked_fill(~tokens, -1))[tokens]
+    at = _places(tokens)
+    values = flat.new_zeros(tokens.numel(), flat.shape[-1]).index_copy(0, at, flat).view(*tokens.shape, -1)
+    merged_values = merge_groups(values, destination[:, : tokens.shape[1]].masked_fill(~tokens, -1))
+    return merged_values.flatten(0, 1)[at]
 
 
 def merge_groups(values: Tensor, destination: Tensor) -> Tensor:

@@ -11,6 +11,7 @@ from catp_lightning.errors import PruningError
 from catp_lightning.methods.observation import Observation
 from catp_lightning.prompt.call import ModelCall
 from catp_lightning.prompt.masks import Masks
+from catp_lightning.utils.on_cpu import of_known, on_cpu, on_device
 
 
 @dataclass(frozen=True)
@@ -32,7 +33,7 @@ class Prompt:
     @property
     def counts(self) -> Tensor:
         """Number of visual tokens of each sample before any was dropped: int64 [B]."""
-        return self.tokens.sum(1)
+        return of_known(lambda tokens: tokens.sum(1), self.tokens)
 
     @property
     def text_rows(self) -> Tensor | None:
@@ -97,15 +98,11 @@ class DecoderPrompt(Prompt):
     @property
     def endings(self) -> Tensor:
         """True for a visual token that is the last row of its prompt and predicts the answer: bool [B, T]."""
-        columns = torch.zeros_like(self.visual).scatter(1, self._last, self.is_prompt.any(1, keepdim=True))
-        found = torch.zeros_like(self.tokens)
-        found[visual_tokens(self.visual)] = columns[self.visual]
-        return found
-
-    @property
-    def _last(self) -> Tensor:
-        """Column of the last row of each prompt: int64 [B, 1]; the last column where there is none."""
-        return self.is_prompt.shape[1] - 1 - self.is_prompt.flip(1).long().argmax(1, keepdim=True)
+        visual, tokens, is_prompt = on_cpu(self.visual, visual_tokens(self.visual), self.is_prompt)
+        columns = torch.zeros_like(visual).scatter(1, _last(is_prompt), is_prompt.any(1, keepdim=True))
+        found = torch.zeros(self.tokens.shape, dtype=torch.bool, device="cpu")
+        found[tokens] = columns[visual]
+        return on_device(found, self.visual.device)
 
     def _refuse_end(self, columns: Tensor) -> None:
         """Raise PruningError if the last row of a prompt is dropped, as what is generated would follow nothing.
@@ -113,7 +110,8 @@ class DecoderPrompt(Prompt):
         Args:
             columns: bool [B, L], the columns that stay.
         """
-        gone = ~columns.gather(1, self._last)[:, 0] & self.is_prompt.any(1)
+        own, is_prompt = on_cpu(columns, self.is_prompt)
+        gone = ~own.gather(1, _last(is_prompt))[:, 0] & is_prompt.any(1)
         if bool(gone.any()):
             raise PruningError(
                 f"The prompt of sample {int(gone.nonzero()[0])} ends in an image whose last token is dropped: "
@@ -126,13 +124,13 @@ class DecoderPrompt(Prompt):
         R is the number of text rows of the largest sample. They are those after the first visual token, which can see
         it; all text rows if none is after it.
         """
-        own = self.is_prompt & ~self.visual
-        after = own & (self.visual.cumsum(1) > 0)
+        is_prompt, visual = on_cpu(self.is_prompt, self.visual)
+        own = is_prompt & ~visual
+        after = own & (visual.cumsum(1) > 0)
         own = after | (own & ~after.any(1, keepdim=True))
-        count = int(own.sum(1).max())
-        return (~own).long().argsort(dim=1, stable=True)[:, :count], own.long().sort(1, descending=True)[0][
-            :, :count
-        ] > 0
+        count, device = int(own.sum(1).max()), self.visual.device
+        columns = (~own).long().argsort(dim=1, stable=True)[:, :count]
+        return on_device(columns, device), on_device(own.gather(1, columns), device)
 
     def text(self) -> tuple[Tensor, Tensor]:
         """Return the embeddings of the text rows that scorers read, float [B, R, D], and which exist, bool [B, R].
@@ -142,6 +140,11 @@ class DecoderPrompt(Prompt):
         columns, valid = self.text_columns()
         embeds = self.embeds[:: self.rows_per_sample].detach()
         return embeds.gather(1, columns[..., None].expand(-1, -1, embeds.shape[-1])) * valid[..., None], valid
+
+    def of_tokens(self, values: Tensor) -> Tensor:
+        """Select the values of all visual tokens, one after the other: [B, L, ...] -> [N, ...]."""
+        (visual,) = on_cpu(self.visual)
+        return values.flatten(0, 1)[on_device(visual.flatten().nonzero()[:, 0], values.device)]
 
     def question(self) -> Tensor:
         """Return the mean of the text rows that `text` gives: float [B, D], in float32 at least; 0 without text."""
@@ -161,17 +164,22 @@ class DecoderPrompt(Prompt):
         own = columns_kept(self.visual, keep)
         if self.generating:
             self._refuse_end(own)
-        columns = own.repeat_interleave(self.rows_per_sample, 0)
-        if bool(columns.all()):
-            return columns
-        begun = (self.mask.cumsum(1) > 0)[:, 1:]
-        return columns & torch.nn.functional.pad(begun, (0, 1), value=True)
+        columns, mask = on_cpu(own, self.mask)
+        columns = columns.repeat_interleave(self.rows_per_sample, 0)
+        if not bool(columns.all()):
+            columns = columns & torch.nn.functional.pad((mask.cumsum(1) > 0)[:, 1:], (0, 1), value=True)
+        return on_device(columns, self.mask.device)
+
+
+def _last(is_prompt: Tensor) -> Tensor:
+    """Return the column of the last row of each prompt, bool [B, L] -> int64 [B, 1]; the last one where none is."""
+    return is_prompt.shape[1] - 1 - is_prompt.flip(1).long().argmax(1, keepdim=True)
 
 
 def visual_tokens(placeholders: Tensor) -> Tensor:
     """Return which visual tokens each sample has, bool [B, T], given its placeholders, bool [B, L]."""
-    counts = placeholders.sum(1)
-    return torch.arange(int(counts.max()), device=counts.device) < counts[:, None]
+    counts = on_cpu(placeholders)[0].sum(1)
+    return on_device(torch.arange(int(counts.max()), device="cpu") < counts[:, None], placeholders.device)
 
 
 def columns_kept(placeholders: Tensor, keep: Tensor) -> Tensor:
@@ -181,9 +189,10 @@ def columns_kept(placeholders: Tensor, keep: Tensor) -> Tensor:
         placeholders: bool [B, L], columns of visual tokens.
         keep: bool [B, T], the visual tokens that stay.
     """
-    columns, own = ~placeholders, visual_tokens(placeholders)
-    columns[placeholders] = keep[:, : own.shape[1]][own]  # these samples may be of a batch with more tokens
-    return columns
+    visual, own, stay = on_cpu(placeholders, visual_tokens(placeholders), keep)
+    columns = ~visual
+    columns[visual] = stay[:, : own.shape[1]][own]  # these samples may be of a batch with more tokens
+    return on_device(columns, placeholders.device)
 
 
 @dataclass(frozen=True)

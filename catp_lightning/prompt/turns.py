@@ -10,6 +10,7 @@ from transformers import PreTrainedConfig
 
 from catp_lightning.prompt.kept import KeptSequence
 from catp_lightning.prompt.masks import Masks, decoding_masks, hide, sliding_layer
+from catp_lightning.utils.on_cpu import on_device
 
 
 @dataclass(frozen=True)
@@ -85,5 +86,6 @@ class Turn:
 
 def all_of(mask: Tensor) -> KeptSequence:
     """Return a sequence of which all columns stay, under the mask int64 [R, L]."""
-    order = torch.arange(mask.shape[1], dtype=torch.int64, device=mask.device).expand(mask.shape)
-    return KeptSequence(order, torch.ones_like(mask, dtype=torch.bool), mask)
+    order = torch.arange(mask.shape[1], dtype=torch.int64, device="cpu").expand(mask.shape)
+    valid = torch.ones(mask.shape, dtype=torch.bool, device="cpu")
+    return KeptSequence(on_device(order, mask.device), on_device(valid, mask.device), mask, even=True)

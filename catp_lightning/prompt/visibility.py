@@ -11,6 +11,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from catp_lightning.errors import PruningError
 from catp_lightning.prompt.attention import attention_map
 from catp_lightning.prompt.kept import KeptSequence
+from catp_lightning.utils.on_cpu import of_known, on_cpu, with_copy
 
 TEXT_ROWS = 64  # text rows at a time: their attention to 6,404 image rows of one sample then takes 50 MB for 32 heads
 
@@ -56,21 +57,32 @@ class TextVisibility:
             real = padding[:, -sees.shape[1] :].to(sees.device).bool()
         return cls(real, sees, (mask[:, 0, :, ::tile_rows] == 0) & sees[..., None], mask)
 
+    def read(self, *more: Tensor) -> tuple["TextVisibility", list[Tensor]]:
+        """Return the same visibility with copies on the CPU, and copies there of `more`, of integers or bool."""
+        real, sees, tiles, *others = on_cpu(self.real, self.sees, self.tiles, *more)
+        # Of new tensor objects: the caller's own may be changed later.
+        parts = zip((self.real, self.sees, self.tiles), (real, sees, tiles), strict=True)
+        return TextVisibility(*(with_copy(part[:], copy) for part, copy in parts), self.mask), others
+
     @property
     def of_text(self) -> Tensor:
         """Tiles that each row sees, as `tiles` but False for padding: bool [R, L, N]."""
-        return self.tiles & self.real[..., None]
+        return of_known(lambda tiles, real: tiles & real[..., None], self.tiles, self.real)
 
     def last_tiles(self) -> Tensor:
         """Return the tiles that the last row of text sees: bool [R, N]."""
-        last = self.real.shape[1] - 1 - self.real.flip(1).long().argmax(1)
-        return self.of_text[torch.arange(len(last), device=last.device), last]
+        return of_known(_of_last_row, self.of_text, self.real)
 
     def mask_of(self, rows: "KeptSequence") -> Tensor:
         """Return the mask over the kept image rows, [R, 1, L, n]; text that sees an image does not see fillers."""
         mask = self.mask.gather(3, rows.order[:, None, None].expand(-1, 1, self.mask.shape[2], -1))
         fillers = ~rows.valid[:, None, None] & self.sees[:, None, :, None]
         return mask.masked_fill(fillers, torch.finfo(mask.dtype).min)
+
+
+def _of_last_row(tiles: Tensor, real: Tensor) -> Tensor:
+    last = real.shape[1] - 1 - real.flip(1).long().argmax(1)
+    return tiles.gather(1, last[:, None, None].expand(-1, 1, tiles.shape[2]))[:, 0]
 
 
 def attention_of(module: Any, hidden: Tensor, states: Tensor, mask: Tensor) -> Tensor:

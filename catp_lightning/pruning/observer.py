@@ -15,6 +15,7 @@ from catp_lightning.prompt.attention import Reduction, observe_attention
 from catp_lightning.prompt.call import CallTracker
 from catp_lightning.prompt.prompt import DecoderPrompt, Prompt
 from catp_lightning.utils.hooks import hooked
+from catp_lightning.utils.on_cpu import on_cpu
 
 ATTENTION = frozenset(
     {
@@ -86,7 +87,8 @@ class Observer:
         values = {key: [_joined(run) for run in runs] for key, runs in shown.items()}
         seen = self.family.observation(values, self.at_entry, prompt)
         if self.family.reads == "decoder" and isinstance(prompt, DecoderPrompt):
-            seen = seen.protecting(prompt.endings[prompt.tokens])
+            endings, tokens = on_cpu(prompt.endings, prompt.tokens)
+            seen = seen.protecting(endings[tokens])
         return seen
 
     def _beginning(self, keys: list[Key]) -> Callable[..., None]:

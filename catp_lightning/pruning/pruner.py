@@ -35,6 +35,7 @@ from catp_lightning.pruning.refusals import (
 from catp_lightning.pruning.sites import SiteSettings, site_of
 from catp_lightning.pruning.text_tower import TextTower
 from catp_lightning.utils.messages import warn
+from catp_lightning.utils.on_cpu import of_known, on_cpu, read_once
 
 Choose = Callable[[Tensor], Tensor]
 """Function that is given the visual tokens that exist, bool [B, T], and returns those that stay, bool [B, T]."""
@@ -135,12 +136,13 @@ class Pruner:
             self._summaries = None
         if self._choose is not None:
             selection = Selection(self._choose(visual) & visual)
-        elif self._everything or not visual.any():
+        elif self._everything or not on_cpu(visual)[0].any():
             selection = Selection(visual)
         elif self.entry is not None and prompt.stage == 0:
             selection = self.entry
         else:
             selection, images = self._select(prompt)
+        selection = replace(selection, keep=read_once(selection.keep))  # all that follows depends on it
         record = self.record
         record.keep, record.scores, record.destination = selection.keep, selection.scores, selection.destination
         self._note(prompt, selection.keep, images)
@@ -166,9 +168,12 @@ class Pruner:
         """
         keep, first = self.places[0].step.keep, not self._checked
         self._checked = True
-        if first and isinstance(keep, int) and len(tokens) and keep > int(tokens.max()):
+        if not first or not isinstance(keep, int) or not len(tokens):
+            return
+        most = int(on_cpu(tokens)[0].max())
+        if keep > most:
             warn(
-                f"keep is {keep} tokens and the largest of these images has {int(tokens.max())}: nothing is pruned. "
+                f"keep is {keep} tokens and the largest of these images has {most}: nothing is pruned. "
                 "Give a smaller number, or a share, a float in (0, 1].",
                 stacklevel=2,
             )
@@ -185,7 +190,7 @@ class Pruner:
         if inside is None:
             for model in self._beside:
                 seen = model.add(seen, prompt)
-            self._check_budget(seen.droppable.sum(1))
+            self._check_budget(of_known(lambda part: part.sum(1), seen.droppable))
             if self._guard is not None and self._summaries is not None:
                 return self._guard.select(method, self._summaries, seen, keep, visual), images
             return method.select(seen, keep, visual), images
@@ -195,10 +200,9 @@ class Pruner:
         stay = protected_tokens(inside, visual)
         counts = place.counts(prompt.counts, inside)
         with without_autocast(visual):
-            found = selected(
-                *(method.selector, scores, visual & ~stay, counts.minimum((visual & ~stay).sum(1))),
-                method.selector.vectors(inside),
-            )
+            free = of_known(lambda own, kept: own & ~kept, visual, stay)
+            counts = of_known(lambda asked, own: asked.minimum(own.sum(1)), counts, free)
+            found = selected(method.selector, scores, free, counts, method.selector.vectors(inside))
         return replace(found.with_protected(stay), scores=scores), images
 
 

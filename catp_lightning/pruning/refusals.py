@@ -15,6 +15,7 @@ from catp_lightning.models import Family
 from catp_lightning.policy import PruningPolicy, Stage
 from catp_lightning.utils.hooks import not_copied
 from catp_lightning.utils.messages import warn
+from catp_lightning.utils.parts import parts_of
 
 MARK = "_catp_pruning"
 """Attribute of a model while it is being pruned, calibrated, or asked as a guide."""
@@ -48,11 +49,14 @@ def refuse_unprunable(module: nn.Module, family: Family) -> None:
     """Raise PruningError if a model is being pruned already, or if it, or a step that calls it, was compiled before."""
     if MARK in family.model.__dict__:
         raise _occupied(family)
-    parts = {part: path for path, part in (*family.model.named_modules(), *module.named_modules())}
-    own = set(family.model.modules())
+    own = parts_of(family.model)
+    parts = own | (parts_of(module) if module is not family.model else {})
+    kinds = {kind: _compiled_class(kind) for kind in {type(part) for part in parts}}
     for part, path in parts.items():
         # A part beside the model, a loss for example, may be compiled: nothing is pruned there.
-        if (how := _compiled(part)) is not None and (part in own or family.model in part.modules()):
+        if (how := _compiled(part) or kinds[type(part)]) is not None and (
+            part in own or family.model in part.modules()
+        ):
             raise PruningError(
                 f"{type(part).__name__}{path and f' {path!r}'} was compiled before pruning ({how}), and compiled code "
                 "may run past what is pruned. Hand over the module itself, not what torch.compile made of it, enter "
@@ -72,12 +76,23 @@ def _compiled(part: nn.Module) -> str | None:
 
     Training steps may be compiled: they run outside of every context.
     """
-    if hasattr(part, "_orig_mod"):
+    if "_orig_mod" in part._modules or "_orig_mod" in part.__dict__:
         return "torch.compile(module)"
     if getattr(part, "_compiled_call_impl", None) is not None:
         return "module.compile()"
-    for name in _CALLED:
-        call = part.__dict__.get(name) or getattr(type(part), name, None)
+    own = vars(part)
+    return None if own.keys().isdisjoint(_CALLED) else _compiled_among({name: own.get(name) for name in _CALLED})
+
+
+def _compiled_class(kind: type) -> str | None:
+    """Return how the methods of a class were compiled; None if they were not."""
+    return _compiled_among({name: getattr(kind, name, None) for name in _CALLED})
+
+
+def _compiled_among(calls: Mapping[str, Any]) -> str | None:
+    for name, call in calls.items():
+        if call is None:
+            continue
         if hasattr(call, "_torchdynamo_orig_callable") and not hasattr(call, "_torchdynamo_disable"):
             return f"torch.compile(module.{name})"
     return None
@@ -96,7 +111,9 @@ def compiled_inside(*modules: nn.Module) -> Iterator[None]:
 
 def _compiled_in_place(modules: Iterable[nn.Module]) -> set[nn.Module]:
     """Return all parts of some modules that are compiled in place."""
-    parts = (part for module in modules for part in module.modules())
+    parts: dict[nn.Module, str] = {}
+    for module in modules:
+        parts |= {} if module in parts else parts_of(module)
     return {part for part in parts if part.__dict__.get("_compiled_call_impl") is not None}
 
 

@@ -62,7 +62,7 @@ class DecoderReplay(PromptReplay):
             inputs = {**inputs, **family.merge_extras(inputs, whole.visual, destination)}
         if rows is not None:
             embeds = written(embeds, whole.visual, rows)
-        inputs = family.gather_extras(inputs, short)
+        inputs = family.gather_extras(inputs, short, whole.visual)
         masks = prefill_masks(whole.masks, short, family.decoder_config, embeds.dtype)
         if isinstance(masks, dict) or masks.dim() == 4:
             inputs = {**inputs, "attention_mask": masks}

@@ -9,6 +9,7 @@ from torch import Tensor
 from catp_lightning.methods.observation import Needs, Observation, Signal
 from catp_lightning.methods.scorers.base import EqualScores, Scorer, slot_scores
 from catp_lightning.utils.hashing import mix, uniform
+from catp_lightning.utils.on_cpu import on_cpu, on_device
 
 
 @dataclass(frozen=True)
@@ -66,12 +67,13 @@ class Stride(Scorer):
         return {Signal.IMAGE_HASH: None}
 
     def score(self, seen: Observation) -> Tensor:
-        scores = torch.zeros(seen.valid.shape, device=seen.valid.device, dtype=torch.float32)
-        for count in seen.valid.sum(1).unique().tolist():  # images may differ in size
+        scores = torch.zeros(seen.valid.shape, device="cpu", dtype=torch.float32)
+        sizes = on_cpu(seen.valid)[0].sum(1)
+        for count in sizes.unique().tolist():  # images may differ in size
             bits = max(1, (count - 1).bit_length())
             order = [-float(int(f"{index:0{bits}b}"[::-1], 2)) for index in range(count)]
-            scores[seen.valid.sum(1) == count, :count] = torch.tensor(order, dtype=scores.dtype, device=scores.device)
-        return scores
+            scores[sizes == count, :count] = torch.tensor(order, dtype=scores.dtype, device="cpu")
+        return on_device(scores, seen.valid.device)
 
 
 @dataclass(frozen=True)
@@ -105,4 +107,5 @@ class Random(Scorer):
 
     def score(self, seen: Observation) -> Tensor:
         images = seen[Signal.IMAGE_HASH]
-        return uniform(mix(images ^ mix(torch.tensor(self.seed, device=images.device, dtype=torch.int64))), seen.tokens)
+        seed = torch.full((), self.seed, device=images.device, dtype=torch.int64)
+        return uniform(mix(images ^ mix(seed)), seen.tokens)

@@ -11,6 +11,7 @@ from torch import Tensor
 from catp_lightning.methods.budget import keep_count
 from catp_lightning.methods.observation import Needs, Observation, Signal
 from catp_lightning.methods.scorers.base import AttentionScorer
+from catp_lightning.utils.on_cpu import on_cpu, on_device
 
 DEPTH, LAYERS = 32, (2, 6, 15)
 TOKENS, LISTS = 576, ((66, 30, 17), (303, 110, 36), (300, 200, 110))
@@ -67,15 +68,16 @@ class SparseVLM(AttentionScorer):
 
     def stage_counts(self, keep: int | float, tokens: Tensor, stage: int, stages: int, seen: Observation) -> Tensor:
         if self.schedule == "budget":
-            counts = [_scheduled(keep, count, (stage + 1) / stages) for count in tokens.tolist()]
-            return torch.tensor(counts, device=tokens.device, dtype=torch.int64)
-        least = torch.tensor(
-            [keep_count(keep, count) for count in tokens.tolist()], device=tokens.device, dtype=torch.int64
-        )
-        left = seen.valid.sum(1)
-        beyond = (left - self._ranks(seen)).tolist()
-        dropped = [math.floor(min(self.scale * n + 1e-9, own)) for n, own in zip(beyond, left.tolist(), strict=True)]
-        return (left - torch.tensor(dropped, device=tokens.device, dtype=torch.int64)).maximum(least)
+            sizes = on_cpu(tokens)[0].tolist()
+            counts = [_scheduled(keep, count, (stage + 1) / stages) for count in sizes]
+            return on_device(torch.tensor(counts, device="cpu", dtype=torch.int64), tokens.device)
+        sizes, valid = on_cpu(tokens, seen.valid)
+        left = valid.sum(1).tolist()
+        ranks = self._ranks(seen).tolist()
+        dropped = [math.floor(min(self.scale * (own - n) + 1e-9, own)) for n, own in zip(ranks, left, strict=True)]
+        least = [keep_count(keep, count) for count in sizes.tolist()]
+        counts = [max(own - n, few) for own, n, few in zip(left, dropped, least, strict=True)]
+        return on_device(torch.tensor(counts, device="cpu", dtype=torch.int64), tokens.device)
 
     def head_scores(self, seen: Observation) -> Tensor:
         paid, count = self._rated(seen)
@@ -93,15 +95,15 @@ class SparseVLM(AttentionScorer):
         return seen.by_layer(Signal.TEXT_TO_IMAGE_ATTENTION, self.layers).masked_fill(~rated, 0.0), chosen.sum(1)
 
     def _ranks(self, seen: Observation) -> Tensor:
-        """Matrix rank of each sample's attention [raters, tokens], averaged over layers and heads: int64 [I]."""
+        """Matrix rank of each sample's attention [raters, tokens], averaged over layers and heads: int64 [I], CPU."""
         paid, count = self._rated(seen)
         if not paid.shape[3]:  # prompts without text
-            return torch.zeros_like(count)
+            return torch.zeros(len(count), dtype=torch.int64, device="cpu")
         rated = paid.mean((1, 2)).nan_to_num().cpu().double()  # few numbers, and not every device has double
         values = torch.linalg.svdvals(rated)  # padding with zeros adds singular values of zero
-        larger = count.maximum(seen.valid.sum(1)).cpu()
+        larger = count.cpu().maximum(on_cpu(seen.valid)[0].sum(1))
         least = values.amax(1) * larger * torch.finfo(paid.dtype).eps
-        return (values > least[:, None]).sum(1).to(paid.device)
+        return (values > least[:, None]).sum(1)
 
 
 def raters(read: Tensor, text: Tensor, valid: Tensor) -> Tensor:

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from catp_lightning.methods.observation import Needs, Observation, Signal
 from catp_lightning.methods.selection import Selection
+from catp_lightning.utils.on_cpu import on_cpu
 
 
 @dataclass(frozen=True)
@@ -69,7 +70,7 @@ class Selector:
         Returns:
             A selection of `counts` tokens in each row; `union` with budget "head" may keep more, `pool` fewer.
         """
-        return Selection(self.ranks(scores, visual, int(counts.max()), vectors) < counts[:, None])
+        return Selection(self.ranks(scores, visual, int(on_cpu(counts)[0].max()), vectors) < counts[:, None])
 
 
 @dataclass(frozen=True)

@@ -38,6 +38,7 @@ from catp_lightning.prompt.visibility import TextVisibility, attention_of
 from catp_lightning.pruning.sites.base import PLAIN, Decide, PruningSite, Report, SiteSettings, ignored
 from catp_lightning.pruning.sites.image_rows import CachedRows, CrossAttentionPrefill, SharedImages
 from catp_lightning.utils.hooks import hooked
+from catp_lightning.utils.on_cpu import of_known, on_cpu, on_device, read_once
 
 
 class PruneCrossAttention(PruningSite):
@@ -121,10 +122,14 @@ class PruneCrossAttention(PruningSite):
                 "An image came with a cache that holds image rows already, and cannot be added to it. Generate "
                 "from the whole text again, with all of its images and without past_key_values."
             )
+        labels = self.calls.arguments.get("labels")
+        visibility, copies = visibility.read(*([] if labels is None else [labels]))
+        for copy in copies:
+            self.calls.arguments.know("labels", copy)
         self._length = self.prompt_length or self.calls.prompt_length(visibility.real.shape[1])
         states = states.reshape(len(visibility.real), -1, states.shape[-1])
         self._prefill = CrossAttentionPrefill(visibility, states, self.shared)
-        if bool(self._prefill.tokens.any()):
+        if bool(on_cpu(self._prefill.tokens)[0].any()):
             self._changes = self._prefill.changes
         else:
             self._record_nothing(self._prefill.tokens, self._prefill.states)
@@ -142,7 +147,8 @@ class PruneCrossAttention(PruningSite):
         at = rows_of(cache)
         if self._stored is None or not self._stored.is_in(cache, held) or at is None or len(at) != len(visibility.real):
             raise foreign_cache()
-        changes = self._stored.changes(visibility, at)
+        call = self.calls.user_call  # `generate` itself extends the mask by its last row, after its first call
+        changes = self._stored.changes(visibility, at, check=not (call.begun and call is not self.calls.arguments))
         self._opened.open(cache)
         self._changes = lambda module: changes
 
@@ -164,16 +170,19 @@ class PruneCrossAttention(PruningSite):
 
     def _narrow(self, prefill: CrossAttentionPrefill, module: nn.Module, kwargs: dict[str, Any]) -> None:
         beams = self.calls.rows_per_sample(len(prefill.tokens))
-        tokens, states = prefill.tokens[::beams], prefill.states[::beams]
-        is_prompt = _before_labels(prefill.visibility.of_text.any(2), self.calls.arguments.get("labels"))
+        tokens, states = of_known(lambda part: part[::beams], prefill.tokens), prefill.states[::beams]
+        call = self.calls.arguments
+        labels = None if call.get("labels") is None else call.on_cpu("labels")
+        is_prompt = _before_labels(on_cpu(prefill.visibility.of_text)[0].any(2), labels)
         if self._length is not None:
             is_prompt[:, self._length :] = False
+        is_prompt = on_device(is_prompt, tokens.device)
         attention = self._attention(prefill, module, kwargs, is_prompt, beams) if self.observe else None
         text = self._text_arguments
         prompt = CrossAttended(tokens, self.calls.arguments, beams, states, attention, is_prompt[::beams], text)
-        keep = self.decide(prompt).keep & tokens
-        if not torch.equal(keep, tokens):
-            prefill.narrow(keep.repeat_interleave(beams, 0))
+        keep = of_known(torch.logical_and, read_once(self.decide(prompt).keep), tokens)
+        if not torch.equal(*on_cpu(keep, tokens)):
+            prefill.narrow(of_known(lambda part: part.repeat_interleave(beams, 0), keep))
 
     def _without_dropped(self, prefill: CrossAttentionPrefill, module: Any, hidden: Tensor, read: Tensor) -> Tensor:
         """Return the first layer's output in which rows that were generated without a cache read kept image rows only.
@@ -198,8 +207,10 @@ class PruneCrossAttention(PruningSite):
         hidden, states, mask = (kwargs[k] for k in ("hidden_states", "cross_attention_states", "attention_mask"))
         paid = torch.stack(
             [
-                attention_of(module, hidden[row, is_prompt[row]], states[row], mask[row, 0, is_prompt[row]])
-                for row in range(0, len(is_prompt), beams)
+                attention_of(module, hidden[row, at], states[row], mask[row, 0, at])
+                for row, own in enumerate(on_cpu(is_prompt)[0])
+                if row % beams == 0
+                for at in [on_device(own.nonzero()[:, 0], hidden.device)]
             ]
         )
         order = prefill.rows.order[::beams, None].expand_as(paid)
@@ -207,6 +218,7 @@ class PruneCrossAttention(PruningSite):
 
     def _leave(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         self._opened.close()
+        self.calls.user_call.begun = True
         prefill, self._prefill, self._changes, self._text_arguments = self._prefill, None, None, {}
         if prefill is None:
             return
@@ -239,13 +251,13 @@ def _refuse_other(cache: Any) -> None:
 
 
 def _before_labels(sees: Tensor, labels: Tensor | None) -> Tensor:
-    """Return which text rows see an image and precede the first label, bool [R, L].
+    """Return which text rows see an image and precede the first label, bool [R, L]; all on the CPU.
 
     If none does, it is the first row that sees an image. `sees`, bool [R, L], are all text rows that see one.
     """
     if labels is None:
         return sees
     answer = torch.zeros_like(sees)
-    answer[:, -labels.shape[1] :] = (labels.to(sees.device) != -100).cumsum(1) > 0
+    answer[:, -labels.shape[1] :] = (labels != -100).cumsum(1) > 0
     prompt = sees & ~answer
     return prompt | (sees & (sees.cumsum(1) == 1) & ~prompt.any(1, keepdim=True))

@@ -87,7 +87,7 @@ class PruneAtDecoderInput(PruningSite):
                 'positions="compact" has no meaning here: visual tokens have coordinates in their image, not places in '
                 'a row, and dropping them leaves no gap. Use positions="original".'
             )
-        if past and recurrent(config) and not bool(short.valid.all()):
+        if past and recurrent(config) and not short.even:
             raise PruningError(
                 f"{type(self.family.model).__name__} has layers with a recurrent state, which read rows in turn, and "
                 "samples keep different numbers of tokens of images that came with a cache: what fills up the shorter "
@@ -112,7 +112,7 @@ class PruneAtDecoderInput(PruningSite):
             masks = prefill_masks(given, short, config, embeds.dtype)
         return {
             **kwargs,
-            **self.family.gather_extras(kwargs, short),
+            **self.family.gather_extras(kwargs, short, prompt.visual),
             "inputs_embeds": short.gather(embeds),
             "attention_mask": masks,
             "position_ids": turn.positions(prompt.positions, self.compact),

@@ -132,7 +132,7 @@ class PruneAtDecoderLayers(PruningSite):
             prompt, kwargs = replace(prompt, embeds=embeds), {**kwargs, "inputs_embeds": embeds}
         self._prefill = DecoderPrefill(prompt, self.needs, cap)
         short = self._prefill.narrow(selection.keep)
-        return kwargs if short.whole else {**kwargs, **self.family.gather_extras(kwargs, short)}
+        return kwargs if short.whole else {**kwargs, **self.family.gather_extras(kwargs, short, prompt.visual)}
 
     def _start_decoding(self, kwargs: dict[str, Any], cache: Any, past: int) -> dict[str, Any]:
         self._prompts.refuse_images(kwargs)

@@ -10,8 +10,9 @@ from torch import Tensor, nn
 from transformers import DynamicCache
 
 from catp_lightning.errors import PruningError
-from catp_lightning.prompt.kept import KeptSequence, kept_sequence
+from catp_lightning.prompt.kept import KeptSequence, order_of
 from catp_lightning.prompt.visibility import TextVisibility, keys_and_values, read_unmasked
+from catp_lightning.utils.on_cpu import of_known, on_cpu, on_device
 
 
 @dataclass(frozen=True)
@@ -63,12 +64,20 @@ class _TextRows:
     @classmethod
     def where(cls, text: Tensor) -> "_TextRows | None":
         """Return the text rows where `text`, bool [R, L], is True; None if it is nowhere."""
+        device, (text,) = text.device, on_cpu(text)
         prompts = text.any(1).nonzero()[:, 0]
         if not len(prompts):
             return None
         text = text[prompts]
         rows = (~text).long().argsort(dim=1, stable=True)[:, : int(text.sum(1).max())]
-        return cls(prompts, rows, text.gather(1, rows))
+        return cls(*(on_device(part, device) for part in (prompts, rows, text.gather(1, rows))))
+
+    def put(self, output: Tensor, values: Tensor) -> Tensor:
+        """Return `output`, [R, L, D], with `values`, [M, n, D], in the places of these text rows."""
+        prompts, rows, own = on_cpu(self.prompts, self.rows, self.own)
+        places, at = (prompts[:, None] * output.shape[1] + rows)[own], own.flatten().nonzero()[:, 0]
+        values = values.flatten(0, 1)[on_device(at, output.device)].to(output.dtype)
+        return output.flatten(0, 1).index_copy(0, on_device(places, output.device), values).view_as(output)
 
 
 class CrossAttentionPrefill:
@@ -92,13 +101,14 @@ class CrossAttentionPrefill:
         self.visibility, self.states, self.shared = visibility, states, shared
         self.tile_rows = states.shape[1] // visibility.tiles.shape[2]
         self.last = visibility.last_tiles()
-        self.whole = ~self.last.any(1, keepdim=True)  # bool [R, 1]: decoding sees no tile, and attends to all rows
-        self.tokens = self._rows(visibility.of_text.any(1))
+        # bool [R, 1]: decoding sees no tile, and attends to all rows
+        self.whole = of_known(lambda last: ~last.any(1, keepdim=True), self.last)
+        self.tokens = self._rows(of_known(lambda tiles: tiles.any(1), visibility.of_text))
         self.stored: CachedRows | None = None
         self.narrow(self.tokens)
 
     def _rows(self, tiles: Tensor) -> Tensor:
-        return tiles.repeat_interleave(self.tile_rows, 1)
+        return of_known(lambda part: part.repeat_interleave(self.tile_rows, 1), tiles)
 
     def narrow(self, keep: Tensor) -> None:
         """Let text read only the image rows `keep`, bool [R, T], from the next layer on.
@@ -106,22 +116,24 @@ class CrossAttentionPrefill:
         Raises:
             PruningError: a sample keeps nothing of what its last text row sees.
         """
+        device, (keep, last, whole, tokens) = keep.device, on_cpu(keep, self.last, self.whole, self.tokens)
         tiles = keep.unflatten(1, (-1, self.tile_rows)).any(2)
-        if not bool(((self.last & tiles).any(1, keepdim=True) | self.whole).all()):
+        if not bool(((last & tiles).any(1, keepdim=True) | whole).all()):
             raise PruningError(
                 "Nothing was kept of the image that the end of a prompt reads, so its answer could see nothing. "
                 'Keep at least one row of every image: a budget per="image" does.'
             )
-        lasting = self._rows(self.last) | self.whole
-        self.rows = self.cached = _stored(keep | self.whole, keep)
+        lasting = last.repeat_interleave(self.tile_rows, 1) | whole
+        self.rows = self.cached = _stored(keep | whole, keep, device)
         if bool((keep & ~lasting).any()):
-            self.cached = _stored(keep & lasting | self.whole, keep & lasting)
-        self.complete = self.cached.order.shape[1] == keep.shape[1] and not bool((self.tokens & ~keep).any())
+            self.cached = _stored(keep & lasting | whole, keep & lasting, device)
+        self.complete = self.cached.order.shape[1] == keep.shape[1] and not bool((tokens & ~keep).any())
         self.mask = self.visibility.mask_of(self.rows)
         self._gathered = self.rows.gather(self.states) if self.shared is None else None
         self._left: _TextRows | None = None  # text rows that see no kept tile
         if self.rows.order.shape[1] < keep.shape[1]:
-            self._left = _TextRows.where(~(self.visibility.tiles & tiles[:, None]).any(2))
+            (seen,) = on_cpu(self.visibility.tiles)
+            self._left = _TextRows.where(on_device(~(seen & tiles[:, None]).any(2), device))
 
     def changes(self, module: Any) -> dict[str, Any]:
         """Return the replaced arguments of a layer: it reads the image rows `rows`, of `states` or from a cache."""
@@ -149,9 +161,7 @@ class CrossAttentionPrefill:
             images = keys[self.shared.at[left.prompts]], values[self.shared.at[left.prompts]]
         at = left.prompts[:, None].expand_as(left.rows), left.rows
         read = read_unmasked(module, hidden[at], images, self.visibility.sees[at])
-        output = output.clone()
-        output[at[0][left.own], at[1][left.own]] = read[left.own].to(output.dtype)
-        return output
+        return left.put(output, read)
 
     def cut_cache(self, cache: Any, layer: int, used: KeptSequence) -> None:
         """Shorten what layer `layer` has just cached from the image rows that it read, `used`, to `cached`."""
@@ -184,18 +194,21 @@ class CachedRows:
         """Return True if `cache`, which holds `held` image rows, is the one that holds these rows."""
         return self.cache() is cache and self.rows.order.shape[1] == held
 
-    def changes(self, visibility: TextVisibility, at: Tensor) -> dict[str, Any]:
+    def changes(self, visibility: TextVisibility, at: Tensor, check: bool) -> dict[str, Any]:
         """Return the replaced arguments of the cross-attention layers in a decoding step.
 
         Args:
             visibility: the tiles that the step's text sees.
             at: int64 [R], the row of the prefill that each row of the batch continues.
+            check: False if it is known that the step sees what the last row of its prompt did.
 
         Raises:
             PruningError: the step sees tiles that were not stored.
         """
-        rows, tiles = self.rows.of_rows(at), self.tiles.index_select(0, at)[:, None]
-        attends_to_all = (visibility.real & ~visibility.sees)[..., None]
+        rows = self.rows.of_rows(at)
+        if not check:
+            return {"attention_mask": visibility.mask_of(rows)}
+        tiles, attends_to_all = self.tiles.index_select(0, at)[:, None], (visibility.real & ~visibility.sees)[..., None]
         if bool((visibility.of_text & ~tiles | attends_to_all & tiles).any()):
             raise PruningError(
                 "A decoding step sees other tiles than the last row of its prompt did, and those are not in the cache. "
@@ -204,7 +217,7 @@ class CachedRows:
         return {"attention_mask": visibility.mask_of(rows)}
 
 
-def _stored(rows: Tensor, keep: Tensor) -> KeptSequence:
-    """Return the sequence of the image rows `rows`, bool [R, T], of which text reads only `keep`, bool [R, T]."""
-    order = kept_sequence(rows, keep).order
-    return KeptSequence(order, keep.gather(1, order), keep)
+def _stored(rows: Tensor, keep: Tensor, device: torch.device) -> KeptSequence:
+    """Return the sequence of the image rows `rows`, bool [R, T], of which text reads only `keep`; both on the CPU."""
+    order = order_of(rows)
+    return KeptSequence(*(on_device(part, device) for part in (order, keep.gather(1, order), keep)))

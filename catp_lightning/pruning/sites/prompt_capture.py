@@ -14,6 +14,7 @@ from catp_lightning.prompt.call import CallTracker
 from catp_lightning.prompt.masks import two_dimensional
 from catp_lightning.prompt.prompt import DecoderPrompt
 from catp_lightning.utils.hooks import hooked
+from catp_lightning.utils.on_cpu import on_cpu, on_device, with_copy
 
 
 class PromptCapture:
@@ -72,12 +73,14 @@ class PromptCapture:
 
         A token that `generate` makes or drafts while it runs may be such an id, but has no image.
         """
-        if ids.shape[1] == 1 or not bool(self._visual(ids).any()):
+        if ids.shape[1] == 1:
             return False
         call = self.calls.user_call
         given = [value for name, value in self.calls.arguments.items() if name.startswith(("pixel_values", "mm_enc"))]
         given = [value for value in given if value is not None and len(value)]
-        return not call.begun or bool(given) or call.get("prefill_chunk_size") is not None
+        if call.begun and not given and call.get("prefill_chunk_size") is None:
+            return False
+        return bool(self._visual(on_cpu(ids)[0]).any())
 
     def refuse_images(self, kwargs: dict[str, Any]) -> None:
         """Raise PruningError if the call that continues a cache brings an image.
@@ -93,7 +96,8 @@ class PromptCapture:
             )
 
     def _visual(self, ids: Tensor) -> Tensor:
-        return torch.isin(ids, torch.tensor(self.family.placeholder_ids, device=ids.device, dtype=torch.int64))
+        """Return where ids on the CPU, int64 [B, L], are placeholders: bool [B, L]."""
+        return torch.isin(ids, torch.tensor(self.family.placeholder_ids, device="cpu", dtype=torch.int64))
 
     def mask(self, kwargs: dict[str, Any], rows: int, length: int, device: torch.device) -> Tensor:
         """Return the caller's attention mask of all columns read so far, int64 [R, L]; ones if there is none.
@@ -148,11 +152,17 @@ class PromptCapture:
                 f"{type(self.family.model).__name__} made position ids of {positions.shape[-1]} columns for the "
                 f"{length} that an image came with: they would be those of text. Pass position_ids of the new columns."
             )
-        positions, mask = positions.expand(*positions.shape[:-2], rows, length), mask[:, past:]
-        beams, visual = rows // len(ids), self._visual(ids)
-        self.family.check_images(visual, self.calls.user_call)
-        is_prompt = self._prompt_columns(mask[::beams] != 0)
-        prompt = DecoderPrompt.of(self.calls.user_call, beams, ids, visual, embeds, mask, positions, is_prompt)
+        positions = positions.expand(*positions.shape[:-2], rows, length)
+        beams, call, labels = rows // len(ids), self.calls.user_call, self.calls.outermost.get("labels")
+        own_ids, own_mask, *own_labels = call.read(ids, mask[:, past:], *([] if labels is None else [labels]))
+        for own in own_labels:
+            self.calls.outermost.know("labels", own)
+        ids, mask = with_copy(ids[:], own_ids), with_copy(mask[:, past:], own_mask)  # not the caller's own tensors
+        visual = self._visual(own_ids)
+        self.family.check_images(visual, call)
+        is_prompt = on_device(self._prompt_columns(own_mask[::beams] != 0), embeds.device)
+        visual = on_device(visual, embeds.device)
+        prompt = DecoderPrompt.of(call, beams, ids, visual, embeds, mask, positions, is_prompt)
         self.calls.taken()
         masks, deepstack = kwargs.get("attention_mask"), tuple(kwargs.get("deepstack_visual_embeds") or ())
         return replace(
@@ -181,11 +191,11 @@ class PromptCapture:
         """Return the columns of the prompt itself, bool [B, L], without an answer, generated or with labels.
 
         Args:
-            real: bool [B, L], columns that are no padding; changed in place.
+            real: bool [B, L], on the CPU, columns that are no padding; changed in place.
         """
         length, labels = self.calls.prompt_length(real.shape[1]), self.calls.outermost.get("labels")
         if length is not None:
             real[:, length:] = False
         if labels is not None and self.family.reads == "decoder":  # an encoder reads no answer
-            real[:, -labels.shape[1] :] &= (labels.to(real.device) != -100).cumsum(1) == 0
+            real[:, -labels.shape[1] :] &= (self.calls.outermost.on_cpu("labels") != -100).cumsum(1) == 0
         return real

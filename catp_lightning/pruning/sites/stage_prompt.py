@@ -11,6 +11,8 @@ from catp_lightning.prompt.attention import attention_map
 from catp_lightning.prompt.kept import KeptSequence, kept_sequence
 from catp_lightning.prompt.merging import merged
 from catp_lightning.prompt.prompt import DecoderPrompt, visual_tokens
+from catp_lightning.prompt.turns import all_of
+from catp_lightning.utils.on_cpu import of_known, on_cpu, on_device, read_once
 
 
 @dataclass(frozen=True)
@@ -31,7 +33,7 @@ class StagePrompt(DecoderPrompt):
 
     @property
     def counts(self) -> Tensor:
-        return self.visual.sum(1)
+        return of_known(lambda visual: visual.sum(1), self.visual)
 
     @property
     def attention(self) -> Tensor | None:
@@ -42,7 +44,8 @@ class StagePrompt(DecoderPrompt):
         """Return the signals that scorers see: of the tokens that are still there, as one image per sample."""
         layers = {Signal.LAST_TOKEN_ATTENTION: self.layer, Signal.TEXT_TO_IMAGE_ATTENTION: self.layer}
         seen = Observation(self.tokens, layers, self.values, text=self.text_columns()[1])
-        return seen.protecting(self.endings[self.tokens])
+        endings, tokens = on_cpu(self.endings, self.tokens)
+        return seen.protecting(endings[tokens])
 
 
 class DecoderPrefill:
@@ -60,7 +63,8 @@ class DecoderPrefill:
 
     def __init__(self, prompt: DecoderPrompt, needs: Needs, cap: float | None = None) -> None:
         self.prompt, self.needs, self.cap, self.tokens = prompt, needs, cap, prompt.tokens
-        self.rows = kept_sequence(torch.ones_like(prompt.mask, dtype=torch.bool), prompt.mask)
+        self.rows = all_of(prompt.mask)
+        self._at: Tensor | None = None  # places of visual tokens among all columns
         self.kept: list[KeptSequence] = []
         self.values: Values = {}
         if Signal.IMAGE_EMBEDS in needs:
@@ -88,16 +92,19 @@ class DecoderPrefill:
         Raises:
             PruningError: no row of a sample is left.
         """
-        self.tokens, before = keep & self.tokens, self.rows
-        stays = kept_sequence(self.prompt.columns(self.tokens).gather(1, before.order), before.short_mask)
-        emptied = before.short_mask.any(1) & ~stays.short_mask.any(1)
+        self.tokens, before = of_known(torch.logical_and, read_once(keep), self.tokens), self.rows
+        columns = of_known(lambda own, order: own.gather(1, order), self.prompt.columns(self.tokens), before.order)
+        stays = kept_sequence(columns, before.short_mask)
+        was, left = on_cpu(before.short_mask, stays.short_mask)
+        emptied = was.any(1) & ~left.any(1)
         if bool(emptied.any()):
             raise PruningError(
                 f"All tokens of sample {int(emptied.nonzero()[0]) // self.prompt.rows_per_sample} are visual and all "
                 "of them leave: no row is left to answer from. Give the sample a prompt with text, or choose a scorer "
                 "that keeps some."
             )
-        self.rows = KeptSequence(before.order.gather(1, stays.order), stays.valid, before.mask)
+        order = of_known(lambda old, new: old.gather(1, new), before.order, stays.order)
+        self.rows = KeptSequence(order, stays.valid, before.mask)
         self.kept.append(self.rows)
         return stays
 
@@ -166,6 +173,12 @@ class DecoderPrefill:
 
     def _visual(self, columns: Tensor) -> Tensor:
         """Select the values of visual tokens among those of the prompt's columns: [B, L, ...] -> [B, T, ...]."""
-        found = columns.new_zeros(*self.tokens.shape, *columns.shape[2:])
-        found[visual_tokens(self.prompt.visual)] = columns[self.prompt.visual]
-        return found
+        tokens, visual = visual_tokens(self.prompt.visual), self.prompt.visual
+        if self._at is None:
+            own, there = on_cpu(visual, tokens)
+            at = torch.zeros(there.shape, dtype=torch.int64, device="cpu")
+            at[there] = own.nonzero()[:, 1]
+            self._at = on_device(at, visual.device)
+        shape = (*tokens.shape, *columns.shape[2:])
+        at, there = (part.view(*tokens.shape, *[1] * (columns.dim() - 2)) for part in (self._at, tokens))
+        return columns.gather(1, at.expand(shape)).masked_fill(~there, 0)

@@ -1,0 +1,78 @@
+"""A pruned prefill waits for the GPU twice at most, and once more for each stage inside; a decoding step never does."""
+
+import pytest
+import torch
+
+from catp_lightning import PruningPolicy, prune
+from catp_lightning.utils.on_cpu import on_cpu
+from tests.support.families import BY_NAME
+from tests.support.latest_families import LATEST
+from tests.support.matrix import BEAMS, generate
+from tests.support.newer_families import NEWER
+from tests.support.picture_families import PICTURED
+from tests.support.rows import Row
+from tests.support.waiting import waiting
+
+PREFILL = 2  # what the caller gave is read, and which tokens stay
+MORE = {row.name: row for row in (*NEWER, *PICTURED, *LATEST)}
+FASTV = PruningPolicy("fastv", {"layer": 1}, keep=0.5)
+BEFORE = {  # a row for each way in which families lay out their images, and a method for each kind of signal
+    "Llava": ("fastervlm", "divprune", "stride", "random"),
+    "LlavaNext": ("fastervlm",),
+    "LlavaNextVideo": ("fastervlm",),
+    "LlavaOnevision": ("fastervlm",),
+    "Blip2-OPT": ("catp",),
+    "Blip2-T5": ("catp",),
+    "InstructBlip": ("catp",),
+    "Mllama": ("trimmed-llama", "l2-norm", "stride"),
+    "Mllama, last text that sees no image": ("l2-norm",),
+    "Qwen2.5-VL": ("fastervlm",),
+    "Qwen3-VL": ("fastervlm", "l2-norm"),
+    "InternVL": ("fastervlm",),
+    "Gemma3": ("fastervlm",),
+    "SmolVLM": ("fastervlm",),
+    "Mistral3": ("fastervlm",),
+}
+MORE_BEFORE = ("Fuyu", "Molmo2", "Granite-Docling", "Step-3.7", "Gemma4", "LFM2-VL", "VideoLLaMA3, compressed videos")
+INSIDE = {"Llava": FASTV, "Qwen2.5-VL": FASTV, "Gemma3": FASTV, "Blip2-T5": FASTV}
+CASES = [
+    *(
+        pytest.param(BY_NAME[name], PruningPolicy(of, keep=0.5), 0, id=f"{name}, {of}")
+        for name, methods in BEFORE.items()
+        for of in methods
+    ),
+    *(pytest.param(MORE[name], PruningPolicy("l2-norm", keep=0.5), 0, id=name) for name in MORE_BEFORE if name in MORE),
+    *(pytest.param(BY_NAME[name], policy, 1, id=f"{name}, inside") for name, policy in INSIDE.items()),
+]
+
+
+@pytest.mark.parametrize(("row", "policy", "stages"), CASES)
+def test_a_prefill_waits_twice_and_a_decoding_step_never(row: Row, policy: PruningPolicy, stages: int) -> None:
+    model, inputs = row.model(), row.inputs()
+    with prune(model, policy) as pruning:
+        with waiting() as prefill:
+            generate(row, model, inputs, 1)
+        with waiting() as steps:
+            generate(row, model, inputs, 4)
+    assert pruning.keep is not None and pruning.prefills == 2
+    assert prefill.lines, "nothing was counted"
+    assert len(prefill.lines) <= PREFILL + stages, "\n".join(prefill.lines)
+    assert len(steps.lines) <= PREFILL + stages, "\n".join(steps.lines)
+
+
+@pytest.mark.parametrize("name", ["Llava", "Mllama"])
+def test_beams_that_trade_places_do_not_wait(name: str) -> None:
+    row = BY_NAME[name]
+    model, inputs = row.model(), row.inputs()
+    with prune(model, PruningPolicy("l2-norm", keep=0.5)), waiting() as found:
+        generate(row, model, inputs, 4, **BEAMS)
+    assert len(found.lines) <= PREFILL, "\n".join(found.lines)
+
+
+def test_what_waits_is_counted_and_what_is_on_the_cpu_is_not() -> None:
+    given = torch.arange(6).view(2, 3)
+    with waiting() as found:
+        copies = on_cpu(given, given > 2)
+        assert copies[1].sum() == 3  # on the CPU
+    assert not found.lines, "a test's own call was counted"
+    assert torch.equal(copies[0], given)
