@@ -15,6 +15,7 @@ from catp_lightning.pricing.parts import Parts, PartTimer
 from catp_lightning.pruning.pruner import Pruner
 from catp_lightning.pruning.record import Prefill
 from catp_lightning.utils.hooks import hooked, replaced
+from catp_lightning.utils.markdown import markdown_table
 from catp_lightning.utils.messages import rank_zero_warn
 
 CALLS = 8
@@ -168,14 +169,18 @@ def _median(values: list[float]) -> float:
     return statistics.median(known) if known else float("nan")
 
 
-def profile_rows(figures: Mapping[str, float]) -> list[tuple[str, float, float]]:
-    """Return title, unpruned and pruned seconds of each part that was timed, of the figures of a `CallProfile`."""
-    found = []
+def profile_table(figures: Mapping[str, float]) -> str:
+    """Return the figures of a `CallProfile` as a Markdown table; empty if nothing was timed."""
+    rows = []
     for part, title in TITLES.items():
-        both = [figures.get(f"catp/{kind}seconds_{part}") for kind in ("unpruned_", "")]
-        if both[0] is not None and both[1] is not None:
-            found.append((title, both[0], both[1]))
-    return found
+        if f"catp/seconds_{part}" in figures:
+            plain, pruned = (1000 * figures[f"catp/{kind}seconds_{part}"] for kind in ("unpruned_", ""))
+            rows.append([title, f"{plain:.4g}", f"{pruned:.4g}", f"{plain / pruned:.2f}" if plain and pruned else ""])
+    if not rows:
+        return ""
+    plain, pruned = (figures[f"catp/{kind}samples_per_second"] for kind in ("unpruned_", ""))
+    rows.append(["samples per second", f"{plain:.4g}", f"{pruned:.4g}", f"{pruned / plain:.2f}"])
+    return markdown_table(["ms, medians", "unpruned", "pruned", "times as fast"], rows)
 
 
 def profile_line(figures: Mapping[str, float]) -> str:

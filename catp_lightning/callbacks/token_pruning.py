@@ -43,12 +43,12 @@ class TokenPruning(LoopContext):
     If the policy says what its calibration's images were like, `catp/outside` is the share of images far outside of
     that, and one warning a loop says in what, once they are more than 1%.
     With `profile=True` the first calls of the model with an image are made twice more, unpruned and pruned in turn, and
-    timed: one to warm up and eight that count. Logged are medians over calls, of processes their mean:
-    `catp/seconds_vision`, `_choosing`, `_prefill` (choosing included), `_step` (a decoding step, where there are any) and
-    `_call`, the same of the unpruned model as `catp/unpruned_seconds_…`, the medians of the calls' ratios
-    `catp/speedup_prefill`, `catp/speedup_step` and `catp/speedup` (of the call; answers may differ in length),
-    `catp/samples_per_second`, `catp/unpruned_samples_per_second` and `catp/profiled_calls`; a line on the console says
-    the same. CUDA events measure on one GPU.
+    timed: one to warm up and eight that count. Logged are medians over calls, of several processes their mean:
+    `catp/seconds_vision`, `_choosing`, `_prefill` (choosing included), `_step` (a decoding step, if there were any) and
+    `_call`; the same of the unpruned model as `catp/unpruned_seconds_…`; the ratios `catp/speedup_prefill`,
+    `catp/speedup_step` and `catp/speedup` (of whole calls, whose answers may differ in length);
+    `catp/samples_per_second`, `catp/unpruned_samples_per_second` and `catp/profiled_calls`. A line on the console says
+    the same. On one GPU, CUDA events measure.
     Checkpoints of a fit whose validation is pruned hold the policy, as plain JSON types under "catp_policy", and
     nothing else of the callback: they load without it.
 
