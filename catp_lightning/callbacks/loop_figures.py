@@ -5,12 +5,13 @@ from dataclasses import dataclass
 
 from torchmetrics import MeanMetric
 
+from catp_lightning.callbacks.call_profile import CallProfile, profile_line
 from catp_lightning.metrics import Agreement, TokensKept
 from catp_lightning.metrics.outside import OutsideCheck
 from catp_lightning.metrics.overlap import OverlapCheck
 from catp_lightning.pruning.answers import AnswerComparison
 from catp_lightning.pruning.record import Prefill
-from catp_lightning.utils.messages import rank_zero_warn
+from catp_lightning.utils.messages import rank_zero_info, rank_zero_warn
 
 
 @dataclass
@@ -30,6 +31,7 @@ class LoopFigures:
     overlap: OverlapCheck | None
     outside: OutsideCheck | None
     per_layer: MeanMetric
+    profile: CallProfile | None = None
 
     def read_batch(self) -> None:
         for prefill in self.prefills:
@@ -65,6 +67,9 @@ class LoopFigures:
                 figures["catp/tokens_per_layer"] = per_layer
         if self.comparison is not None:
             figures["catp/agreement"] = float(self.agreement.compute())
+        if self.profile is not None and (times := self.profile.figures()):
+            figures.update(times)
+            rank_zero_info(profile_line(times))
         if self.overlap is not None:
             self.overlap.warn()
         if self.outside is not None:

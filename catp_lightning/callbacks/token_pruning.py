@@ -10,6 +10,7 @@ from torch import nn
 from torchmetrics import MeanMetric
 
 from catp_lightning.callbacks.calibration import CrossAttentionCalibration
+from catp_lightning.callbacks.call_profile import CallProfile
 from catp_lightning.callbacks.context import LoopContext, Stage
 from catp_lightning.callbacks.loop_figures import LoopFigures
 from catp_lightning.callbacks.strategies import refuse_deepspeed, refuse_without_validation
@@ -17,6 +18,7 @@ from catp_lightning.errors import PolicyError, PruningError
 from catp_lightning.metrics import Agreement, TokensKept
 from catp_lightning.metrics.outside import outside_check
 from catp_lightning.metrics.overlap import overlap_check
+from catp_lightning.models import find_family
 from catp_lightning.policy import Budget, PruningPolicy, check_keep, check_price
 from catp_lightning.policy.checkpoints import POLICY_KEY, missing_policy, stored_policy, warn_where_another
 from catp_lightning.policy.images import decode_images, has_images
@@ -40,6 +42,13 @@ class TokenPruning(LoopContext):
     shares images with the one that the policy was calibrated on, a warning at the end of each epoch gives their number.
     If the policy says what its calibration's images were like, `catp/outside` is the share of images far outside of
     that, and one warning a loop says in what, once they are more than 1%.
+    With `profile=True` the first calls of the model with an image are made twice more, unpruned and pruned in turn, and
+    timed: one to warm up and eight that count. Logged are medians over calls, of several processes their mean:
+    `catp/seconds_vision`, `_choosing`, `_prefill` (choosing included), `_step` (a decoding step, if there were any) and
+    `_call`; the same of the unpruned model as `catp/unpruned_seconds_…`; the ratios `catp/speedup_prefill`,
+    `catp/speedup_step` and `catp/speedup` (of whole calls, whose answers may differ in length);
+    `catp/samples_per_second`, `catp/unpruned_samples_per_second` and `catp/profiled_calls`. A line on the console says
+    the same. On one GPU, CUDA events measure.
     Checkpoints of a fit whose validation is pruned hold the policy, as plain JSON types under "catp_policy", and
     nothing else of the callback: they load without it.
 
@@ -53,6 +62,7 @@ class TokenPruning(LoopContext):
             in `PruningPolicy.load`.
         stages: the loops to prune in; "validate" includes validation inside fit.
         compare: run the unpruned model on each batch as well and log `catp/agreement`, the share of equal answers.
+        profile: True to measure how much faster the first batches run than unpruned.
         sanity_check: True to prune in the sanity check before fit as well.
         model: the name of the submodule to prune, where the module holds several supported models.
         guide: the smaller model that the scorer `sgl` reads, as in `prune`; it stays on its device.
@@ -64,7 +74,7 @@ class TokenPruning(LoopContext):
         figures: the figures logged at the end of the last epoch, by name.
 
     Raises:
-        ValueError: a stage is unknown.
+        ValueError: a stage is unknown, or `compare` and `profile` are both asked for.
         PolicyError: `keep` or `fallback` is not allowed; at setup: the policy cannot be read, or there is a `fallback`
             and the policy does not say what its calibration's images were like; at the start of the loop: it was made
             for another model, or none was given and no checkpoint with one was loaded.
@@ -85,18 +95,24 @@ class TokenPruning(LoopContext):
         budget: Mapping[str, float] | None = None,
         stages: tuple[Stage, ...] = ("validate", "test", "predict"),
         compare: bool = False,
+        profile: bool = False,
         sanity_check: bool = False,
         model: str | None = None,
         guide: nn.Module | None = None,
         fallback: Fallback | None = None,
     ) -> None:
         super().__init__(stages, sanity_check)
+        if compare and profile:
+            raise ValueError(
+                "compare=True and profile=True both make the model's calls again, and times would be those of several. "
+                "Measure agreement in one run and times in another."
+            )
         if keep is not None:
             check_keep(keep)
         if budget is not None:
             check_price(budget)
         self.policy, self.keep, self.budget = policy_or_path(policy), keep, budget
-        self.compare, self.model, self.guide = compare, model, guide
+        self.compare, self.profile, self.model, self.guide = compare, profile, model, guide
         self.fallback = build_fallback(fallback)
         self.figures: dict[str, float] = {}
         self._loaded: PruningPolicy | None = None
@@ -152,14 +168,21 @@ class TokenPruning(LoopContext):
         prefills: list[Prefill] = []
         device = trainer.strategy.root_device  # a metric outside the module is not moved by Lightning
         with ExitStack() as stack:
+            profile = CallProfile(find_family(pl_module, self.model), device) if self.profile else None
+            if profile is not None:
+                stack.enter_context(profile.outside())
             pruner = stack.enter_context(
                 applied(pl_module, policy, model=self.model, guide=self.guide, on_prefill=prefills.append, guard=guard)
             )
             comparison = stack.enter_context(compare_with_unpruned(pruner)) if self.compare else None
+            if profile is not None:
+                stack.enter_context(profile.inside(pruner))
             tokens, agreement = TokensKept().to(device), Agreement().to(device)
             inside, overlap, per_layer = bool(pruner.leave_at), overlap_check(policy, device), MeanMetric().to(device)
             outside = outside_check(guard, device)
-            self._loop = LoopFigures(prefills, inside, tokens, comparison, agreement, overlap, outside, per_layer)
+            self._loop = LoopFigures(
+                prefills, inside, tokens, comparison, agreement, overlap, outside, per_layer, profile
+            )
             try:
                 yield
             finally:

@@ -16,6 +16,7 @@ from catp_lightning.calibration.report.report import report_folder
 from catp_lightning.calibration.search.promise import Over
 from catp_lightning.callbacks.answer_writer import AnswerWriter
 from catp_lightning.callbacks.calibration import CrossAttentionCalibration
+from catp_lightning.callbacks.call_profile import CALLS, profile_table
 from catp_lightning.callbacks.context import Stage
 from catp_lightning.callbacks.token_pruning import TokenPruning, load_policy
 from catp_lightning.callbacks.watch import Watch
@@ -114,6 +115,10 @@ class Validate(Command):
         parser.add_argument("--keep", type=Budget | None, help=help_)
         help_ = "The price to pay at most, '{cache_bytes: 0.3}': the best policy of a folder calibrated at prices."
         parser.add_argument("--budget", type=dict[str, float] | None, help=help_)
+        self.add_figures(parser)
+
+    def add_figures(self, parser: LightningArgumentParser) -> None:
+        """Add the options that say what is measured beside the loop's own metrics."""
         help_ = "Run the unpruned model as well and log the share of equal answers, catp/agreement."
         parser.add_argument("--compare", type=bool, default=False, help=help_)
 
@@ -126,15 +131,18 @@ class Validate(Command):
         if config.budget is not None and config.policy is None:
             raise ArgumentError(None, "--budget chooses among the policies of a folder: give it as --policy.")
         if config.policy is not None:
-            policy = load_policy(config.policy, config.keep, config.budget)
-            return [TokenPruning(policy, compare=config.compare)]
+            return [self.pruning(load_policy(config.policy, config.keep, config.budget))]
         if config.scorer is not None:
             keep = 0.5 if config.keep is None else config.keep
             rule = PruningPolicy(config.scorer, config.scorer_args or {}, config.selector, keep=keep)
-            return [TokenPruning(rule, compare=config.compare)]
-        if config.keep is not None or config.compare:
+            return [self.pruning(rule)]
+        if config.keep is not None or config.get("compare"):
             raise ArgumentError(None, "--keep and --compare say how to prune: give --policy or --scorer as well.")
         return []
+
+    def pruning(self, policy: PruningPolicy) -> TokenPruning:
+        """Return the callback that prunes by a policy."""
+        return TokenPruning(policy, compare=self.config.compare)
 
 
 class Test(Validate):
@@ -162,6 +170,31 @@ class Predict(Validate):
         return [*super().callbacks(), AnswerWriter(output)]
 
 
+class Profile(Validate):
+    stage: ClassVar[Stage] = "predict"
+
+    def add_core_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        super().add_core_arguments_to_parser(parser)
+        parser.set_defaults({"trainer.limit_predict_batches": CALLS + 1})  # no more are timed
+
+    def add_figures(self, parser: LightningArgumentParser) -> None:
+        pass  # times are all that is measured
+
+    def callbacks(self) -> list[Callback]:
+        if not (found := super().callbacks()):
+            raise ArgumentError(None, "What is to be faster? Give --policy or --scorer.")
+        return found
+
+    def pruning(self, policy: PruningPolicy) -> TokenPruning:
+        self.pruned = TokenPruning(policy, profile=True)
+        return self.pruned
+
+    def run(self) -> None:
+        super().run()
+        if self.trainer.is_global_zero and (table := profile_table(self.pruned.figures)):
+            print(table, end="")
+
+
 def _add_method(parser: LightningArgumentParser, help_: str) -> None:
     """Add the options that name a method; `help_` says what --scorer is for."""
     parser.add_argument("--scorer", type=str | None, help=help_)
@@ -170,7 +203,13 @@ def _add_method(parser: LightningArgumentParser, help_: str) -> None:
     parser.add_argument("--selector", type=str | None, help="Its selector, instead of its own.")
 
 
-COMMANDS: dict[str, type[Command]] = {"calibrate": Calibrate, "validate": Validate, "test": Test, "predict": Predict}
+COMMANDS: dict[str, type[Command]] = {
+    "calibrate": Calibrate,
+    "validate": Validate,
+    "test": Test,
+    "predict": Predict,
+    "profile": Profile,
+}
 
 
 def run_trainer(name: str, args: list[str], summary: str, preparation: Preparation) -> None:

@@ -240,3 +240,13 @@ def test_a_process_of_its_own_prints_metrics_and_no_advertisement(made):
     assert done.returncode == 0, done.stderr
     assert set(printed(done.stdout)) == {"val/vqa_accuracy"}
     assert not re.search("Tip|Warning|many workers|LeafSpec|deprecated", done.stderr + done.stdout)
+
+
+def test_a_profile_is_a_table_of_parts_unpruned_and_pruned(made, capsys):
+    catp(made, "profile", *STRIDE, "--keep", "1")
+    table = capsys.readouterr().out
+    assert "| ms, medians | unpruned | pruned | times as fast |" in table
+    assert all(f"\n| {part} | " in table for part in ("vision", "prefill", "a decoding step", "samples per second"))
+    assert re.search(r"\| the whole call \| [\d.]+ \| [\d.]+ \| [\d.]+ \|", table)
+    code, message = fails(capsys, "profile", "--config", made / "tiny.yaml")
+    assert code == 2 and "Give --policy or --scorer" in message

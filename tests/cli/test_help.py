@@ -18,6 +18,7 @@ from tests.support.commands import CONFIGS
         "validate": "--config --policy --scorer --scorer_args --selector --keep --compare --model --trainer.precision",
         "test": "--config --policy --keep --compare --data --ckpt_path",
         "predict": "--config --policy --keep --compare --output",
+        "profile": "--config --policy --scorer --keep --model",
         "scenes": "--output --questions --calibration_questions --seed",
         "demo": "--output --questions --calibration_questions --seed",
     }.items(),
