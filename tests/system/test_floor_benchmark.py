@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.bench.__main__ import main
@@ -25,7 +26,7 @@ def test_a_floor_run_does_the_work_of_the_pruned_one_and_no_more(policy: Pruning
     runs = Runs(model, prompt(model, 144, 2))
     read = runs.layers(policy)
     floor = Floor(runs.family, runs.timer, (read.amax(0) + runs.text).tolist(), runs.batch)
-    with FlopCounterMode(display=False) as counted:
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counted:  # products that the counter sees
         floor()
     sizes = Prompts.of(torch.full((2,), runs.text), torch.full((2,), runs.tokens))
     assert counted.get_total_flops() == Prices.of(runs.family).price("prefill_flops", sizes, read).sum()
@@ -44,5 +45,5 @@ def test_the_benchmark_writes_rows_and_the_machine(tmp_path: Path) -> None:
         *(("stride", 0.25), ("fastv", 0.25)),
         *(("stride", 0.1), ("fastv", 0.1)),
     ]
-    assert all(0 < row["choosing_share"][0] and row["floor_s"] > 0 for row in found["rows"])
+    assert all(row["choosing_share"][0] > 0 and row["floor_s"] > 0 for row in found["rows"])
     assert found["machine"]["torch"] == torch.__version__ and "| fastv |" in (tmp_path / "floor.md").read_text()
