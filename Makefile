@@ -4,6 +4,7 @@
 # make test-oldest  the fast tests with the oldest versions pyproject.toml allows, in .venv-oldest
 # make test-quantised  the tests of quantised models, in .venv-quantised: torchao and bitsandbytes are large and talkative
 # make lint         ruff, mypy, and which package may import which; make format repairs what ruff can
+# make bench        pruned prefills against plain decoders on inputs already that short; writes runs/bench (13 minutes)
 # make build        wheel and source archive in dist/
 # make clean        removes what tools left behind; results in runs/ and the environments stay
 #
@@ -27,7 +28,7 @@ trap 'kill $$telling 2>/dev/null' EXIT; trap 'exit 130' INT; trap 'exit 143' TER
 $(1)
 endef
 
-.PHONY: help venv demo test test-all test-oldest test-quantised lint format build clean
+.PHONY: help venv demo bench test test-all test-oldest test-quantised lint format build clean
 
 help:
 	@sed -n '/^# /s/^# //p;/^$$/q' Makefile
@@ -36,6 +37,9 @@ venv: .venv/.installed
 
 demo: .venv/.installed
 	PYTHONUNBUFFERED=1 .venv/bin/catp demo
+
+bench: .venv/.installed
+	OMP_NUM_THREADS=1 .venv/bin/python -m benchmarks.bench
 
 test: .venv/.installed
 	$(call PYTEST,.venv)

@@ -12,7 +12,7 @@ from catp_lightning.callbacks.call_profile import CALLS, profile_table
 from catp_lightning.models import find_family
 from tests.support.footprints import footprint
 from tests.support.models import random_blip2
-from tests.support.modules import Answering, Forwarding, Generating
+from tests.support.modules import Answering, Forwarding, Generating, two_images
 from tests.support.policies import HALF
 from tests.support.trainers import loading, trainer
 
@@ -48,14 +48,15 @@ def test_steps_of_a_generation_are_timed_each() -> None:
 
 
 def test_sampled_answers_and_counts_are_those_of_a_run_without_a_profile() -> None:
-    settings = {"max_new_tokens": 4, "do_sample": True}
+    settings = {"max_new_tokens": 2, "do_sample": True}
+    inputs = random_blip2()[1]
+    batches = [inputs] * (CALLS + 1) + [two_images(inputs)] * 3  # twice the tokens, in batches that are not timed
     found: list[Any] = []
     for profile in (False, True):
         module, callback = Generating(settings=settings), TokenPruning(HALF, profile=profile)
         torch.manual_seed(3)
-        inputs = random_blip2()[1]
         before = footprint(module)
-        answers = trainer(callback).predict(module, loading([inputs, {k: v[:1] for k, v in inputs.items()}] * 2))
+        answers = trainer(callback).predict(module, loading(batches))
         assert footprint(module) == before
         found.append((answers, callback.figures["catp/tokens_kept"]))
     assert all(map(torch.equal, found[0][0], found[1][0])) and found[0][1] == found[1][1]
