@@ -18,12 +18,19 @@ def mix(state: Tensor) -> Tensor:
     return state
 
 
+MOST = 2**15
+"""Most values of an image that its checksum reads; of all 338,688 values of a 336 x 336 image one would take 8 ms."""
+
+
 def fingerprint(pixels: Tensor) -> Tensor:
     """Return a 64-bit checksum of each image: pixels [I, ...] of any float dtype -> int64 [I].
 
-    It depends on the image alone, not on its place in the batch, the device or the order of summation.
+    It depends on the image alone, not on its place in the batch, the device or the order of summation. Of an image of
+    more than `MOST` values every second, third, ... value is read, so that at most `MOST` are.
     """
-    bits = pixels.detach().float().contiguous().flatten(1).view(torch.int32).long()
+    values = pixels.detach().flatten(1)
+    values = values[:, :: max(1, -(-values.shape[1] // MOST))]
+    bits = values.float().contiguous().view(torch.int32).long()
     place = mix(torch.arange(bits.shape[1], device=bits.device))
     return mix((mix(bits ^ place)).sum(1))
 

@@ -191,6 +191,16 @@ def test_the_controls_are_their_definitions() -> None:
     assert sorted(order[:4]) == [0, 2, 4, 6] and sorted(order[:2]) == [0, 4] and sorted(order) == list(range(8))
 
 
+def test_a_checksum_reads_part_of_a_large_image_and_all_of_a_small_one() -> None:
+    assert fingerprint(torch.ones(1, 3, 96, 96)).tolist() == [2957913452127585907], "calibrations draw from it"
+    large = torch.randn(2, 3, 336, 336)
+    changed = large.clone()
+    changed[0, :, 100:104, 100:104] += 1  # a small part of one image
+    before, after = fingerprint(large), fingerprint(changed)
+    assert before[0] != after[0] and before[1] == after[1]
+    assert torch.equal(fingerprint(large[1:]), before[1:])
+
+
 def test_random_is_drawn_from_seed_and_image_alone() -> None:
     pixels = torch.randn(6, 3, 8, 8)
     images = fingerprint(pixels)
