@@ -68,8 +68,7 @@ class SparseVLM(AttentionScorer):
 
     def stage_counts(self, keep: int | float, tokens: Tensor, stage: int, stages: int, seen: Observation) -> Tensor:
         if self.schedule == "budget":
-            sizes = on_cpu(tokens)[0].tolist()
-            counts = [_scheduled(keep, count, (stage + 1) / stages) for count in sizes]
+            counts = [_scheduled(keep, count, (stage + 1) / stages) for count in on_cpu(tokens)[0].tolist()]
             return on_device(torch.tensor(counts, device="cpu", dtype=torch.int64), tokens.device)
         sizes, valid = on_cpu(tokens, seen.valid)
         left = valid.sum(1).tolist()
