@@ -7,7 +7,7 @@ from torch import Tensor
 from catp_lightning.methods.selectors import SELECTORS
 from catp_lightning.methods.selectors.determinant import exact_similarity, greedy_ranks
 from catp_lightning.methods.selectors.dpp import DPP
-from catp_lightning.methods.selectors.lazy import AT_ONCE
+from catp_lightning.methods.selectors.lazy import AT_ONCE, grow
 from tests.support.slow_determinant import shortfall, slow_greedy_ranks
 
 pytestmark = pytest.mark.usefixtures("no_grad")
@@ -80,3 +80,45 @@ def test_ranks_of_a_kernel_are_bit_equal_to_the_slow_ones(steps: int) -> None:
         kernel = exact_similarity(vectors) * 3
         visual = torch.rand(5, 40, generator=generator) < torch.tensor([[1.0], [0.9], [0.5], [0.2], [0.0]])
         assert torch.equal(greedy_ranks(kernel, visual, steps), slow_greedy_ranks(kernel, visual, steps))
+
+
+class Coverage:
+    """Tokens that each cover some items, for `grow`: a token gains the number of items that it alone covers."""
+
+    def __init__(self, covers: Tensor, steps: int) -> None:
+        self.covers, self.steps = covers, steps  # bool [n, items]
+        self.bound = covers.sum(1).double()
+        self.known = torch.zeros(len(covers), dtype=torch.int64)
+        self.covered, self.count = torch.zeros_like(covers[0]), 0
+
+    def refresh(self, tokens: Tensor) -> None:
+        self.bound[tokens] = (self.covers[tokens] & ~self.covered).sum(1).double()
+        self.known[tokens] = self.count
+
+    def ahead(self, tokens: Tensor, steps: int) -> tuple[Tensor, Tensor]:
+        order, gains = plain_coverage(self.covers[tokens], self.covered, steps)
+        return tokens[order], gains
+
+    def add(self, tokens: Tensor) -> None:
+        self.covered = self.covered | self.covers[tokens].any(0)
+        self.bound[tokens] = -torch.inf
+        self.count += len(tokens)
+
+
+def plain_coverage(covers: Tensor, covered: Tensor, steps: int) -> tuple[Tensor, Tensor]:
+    """Every token's gain at every step: the tokens chosen, int64 [steps], and their gains."""
+    closed, order, gains = torch.zeros(len(covers), dtype=torch.bool), [], []
+    for _ in range(steps):
+        gain = (covers & ~covered).sum(1).double().masked_fill(closed, -torch.inf)
+        order.append(int(gain.argmax()))
+        gains.append(float(gain[order[-1]]))
+        closed[order[-1]], covered = True, covered | covers[order[-1]]
+    return torch.tensor(order), torch.tensor(gains, dtype=torch.float64)
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_only_tokens_that_may_be_next_are_looked_at_and_ties_are_settled_as_if_all_were(seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    covers = torch.rand(600, 600, generator=generator) < 0.02
+    order, _ = plain_coverage(covers, torch.zeros_like(covers[0]), 100)
+    assert torch.equal(grow(Coverage(covers, 100)), order)
