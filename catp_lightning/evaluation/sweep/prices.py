@@ -1,7 +1,7 @@
 """Prices at which a sweep compares methods: what a policy pays, and the budget of tokens with which it pays a price."""
 
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -149,27 +149,35 @@ class Solver:
         read = tokens_read(policy.steps(), prompts.tokens, self.prices.depth)
         return self.prices.share(unit, prompts, read, times)
 
-    def solve(self, policy: PruningPolicy, price: Price) -> PruningPolicy | None:
-        """Return a policy of one stage with the largest share of tokens that does not exceed a price.
+    def solve(
+        self, policy: PruningPolicy, price: Price, schedule: Callable[[float], PruningPolicy] | None = None
+    ) -> PruningPolicy | None:
+        """Return a policy with the largest budget that does not exceed a price; None: it exceeds it with one token.
 
         Of a policy whose tokens all leave at one layer it is that layer which is found, the last that does not exceed
-        it. None: the policy exceeds it even with one token.
+        it.
+
+        Args:
+            policy: a policy of one stage, unless `schedule` is given.
+            price: the price.
+            schedule: returns the policy of several stages for a budget; None: `policy.with_keep`.
         """
         if policy.scorer == "visual-exit":
             exits = (replace(policy, scorer_args={"layer": at}) for at in range(self.prices.depth - 1, 0, -1))
             return next((one for one in exits if self.share(price.unit, one) <= price.share), None)
         inside = any(place.layer for place in places(policy.steps(), self.prices.depth))
-        key = (price, (policy.scorer, repr(policy.scorer_args)) if inside else None)  # at the entry all pay the same
+        same = (policy.scorer, repr(policy.scorer_args)) if inside else None  # at the entry all pay the same
+        key, at = (price, schedule or same), schedule or policy.with_keep
         if key not in self._found:
-            self._found[key] = largest(lambda keep: self.share(price.unit, policy.with_keep(keep)), price.share)
+            self._found[key] = largest(lambda keep: self.share(price.unit, at(keep)), price.share)
         keep = self._found[key]
-        return None if keep is None else policy.with_keep(keep)
+        return None if keep is None else at(keep)
 
     def why_not(self, *policies: PruningPolicy, price: Price) -> str:
         """Return why none of some policies can pay a price: what they pay with one token, or with the first layer."""
         exit_ = any(policy.scorer == "visual-exit" for policy in policies)
         least = min(
-            self.share(price.unit, replace(one, scorer_args={"layer": 1}) if exit_ else one.with_keep(1))
+            self.share(price.unit, replace(one, scorer_args={"layer": 1}) if exit_ else replace(one, keep=1))
             for one in policies
         )
         how = "where all tokens leave at layer 1" if exit_ else "with one token"
