@@ -28,7 +28,7 @@ from catp_lightning.evaluation.sweep.priced_table import PricedTable
 from catp_lightning.evaluation.sweep.prices import prices_asked
 from catp_lightning.evaluation.sweep.reading import Reading
 from catp_lightning.evaluation.sweep.table import ModelTable, combined
-from catp_lightning.policy import Budget
+from catp_lightning.policy import SCHEDULES, Budget
 from catp_lightning.pricing import COUNTED
 from catp_lightning.safe_text import rich_text
 from catp_lightning.utils.files import require_writable, write_bytes, write_json, write_text
@@ -74,6 +74,7 @@ class Sweep(Command):
         help_ += "leave it out beside --config, which names a model and data of your own."
         parser.add_argument("--models", type=list[str] | str | None, help=help_)
         help_ = "Methods by name, '[fastervlm, fastv, random]'; `calibrated` is one, measured on the calibration split."
+        help_ += f" With --budget also those of several stages: {', '.join(SCHEDULES)}."
         parser.add_argument("--scorers", type=list[str] | str, default="all", help=help_)
         help_ = f"Budgets, '[0.5, 0.25]': 0.5 or 1.0 is a share, 16 or 1 a number of tokens; by default {list(KEEP)}."
         parser.add_argument("--keep", type=Budget | list[Budget] | None, help=help_)

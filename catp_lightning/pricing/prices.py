@@ -103,14 +103,16 @@ class Prices:
             found = found + (per_reading * blind + per_key * rows + per_pair * blind * rows) * (blind > 0)
         return found.sum(1)
 
-    def share(self, unit: Unit, prompts: Prompts, visual: Tensor) -> float:
+    def share(self, unit: Unit, prompts: Prompts, visual: Tensor, times: Tensor | int = 1) -> float:
         """Return what the prompts cost together, as a share of what they cost unpruned; 1.0 if that is nothing.
+
+        `times`, [N], says how many there are of each.
 
         Raises:
             PruningError: the unit is not known for this model.
         """
-        full = self.price(unit, prompts).sum().item()
-        return self.price(unit, prompts, visual).sum().item() / full if full else 1.0
+        full = (self.price(unit, prompts) * times).sum().item()
+        return (self.price(unit, prompts, visual) * times).sum().item() / full if full else 1.0
 
     @staticmethod
     def _each(layers: Sequence[Any], name: str, like: Tensor) -> Tensor:

@@ -1,8 +1,9 @@
 """Methods that a sweep compares on a model, and the reasons why others make no sense there."""
 
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, fields, replace
+from functools import partial
 from typing import Any
 
 from catp_lightning.errors import PolicyError, PruningError, did_you_mean
@@ -10,7 +11,7 @@ from catp_lightning.evaluation.sweep.prices import Price
 from catp_lightning.methods.observation import BY_LAYER, Signal
 from catp_lightning.methods.scorers import SCORERS, AttentionScorer
 from catp_lightning.models import Family
-from catp_lightning.policy import PruningPolicy
+from catp_lightning.policy import SCHEDULES, PruningPolicy
 from catp_lightning.pruning.guide import refuse_without_rows
 from catp_lightning.pruning.pruner import Pruner
 
@@ -45,6 +46,7 @@ class Job:
         control: True if the method is a control that a real method must beat.
         guided: True if it reads the attention of a guide, another model; in a sweep that is a copy of the model itself.
         price: price that it is to pay; None: `policy.keep` is the budget.
+        schedule: returns the policy for a budget, of a method of `SCHEDULES`; None: `policy.with_keep`.
     """
 
     title: str
@@ -53,6 +55,7 @@ class Job:
     control: bool = False
     guided: bool = False
     price: Price | None = None
+    schedule: Callable[[float], PruningPolicy] | None = None
 
     def at(self, keep: int | float) -> "Job":
         """Return the job of the same method at another budget."""
@@ -65,9 +68,15 @@ class Job:
 
 def check_names(names: Sequence[str], priced: bool = False) -> None:
     """Raise PolicyError if a name is not a method's, or if there is no name; `priced`: methods are to pay a price."""
-    shown = ", ".join(sorted([*SCORERS, CALIBRATED, *([ENTRY] if priced else []), ALL]))
-    known = [*SCORERS, CALIBRATED, *(f"{CALIBRATED} {name}" for name in SCORERS), *([ENTRY] if priced else []), ALL]
+    only_priced = [*SCHEDULES, ENTRY] if priced else []
+    shown = ", ".join(sorted([*SCORERS, CALIBRATED, *only_priced, ALL]))
+    known = [*SCORERS, CALIBRATED, *(f"{CALIBRATED} {name}" for name in SCORERS), *only_priced, ALL]
     for name in names:
+        if name in SCHEDULES and name not in known:
+            raise PolicyError(
+                f"{name} has several stages, and its budget is what layers of the decoder read, no number of tokens "
+                "that stay: compare it at prices, --budget '{\"tokens_per_layer\": 0.25}' in place of --keep."
+            )
         if name not in known:
             raise PolicyError(f"There is no scorer {name!r}; known are {shown}.{did_you_mean(name, known)}")
     if not names:
@@ -77,7 +86,7 @@ def check_names(names: Sequence[str], priced: bool = False) -> None:
 def named(names: Sequence[str], priced: bool = False) -> list[str]:
     """Return the names of methods, each once, with `ALL` expanded; `priced`: methods are to pay a price."""
     of_one = [f"{CALIBRATED} {name}" for name in IMPROVED]
-    every = [*SCORERS, CALIBRATED, *([ENTRY] if priced else []), *of_one]
+    every = [*SCORERS, *(SCHEDULES if priced else []), CALIBRATED, *([ENTRY] if priced else []), *of_one]
     spelled = [own for name in names for own in (every if name == ALL else [name])]
     return list(dict.fromkeys(spelled))
 
@@ -96,12 +105,12 @@ def fixed_methods(names: Sequence[str], family: Family, layers: bool) -> tuple[l
     """Return jobs of the named scorers that make sense on a model, and by title the reason why others do not.
 
     Args:
-        names: names of scorers, in `SCORERS`.
+        names: names of scorers, in `SCORERS`, or of schedules, in `SCHEDULES`.
         family: family of the model.
         layers: add a job for each single layer of every attention scorer.
 
     Returns:
-        One job a method, at half of the tokens: `Job.at` gives other budgets.
+        One job a method, at half of the tokens: `Job.at` gives other budgets, `Job.schedule` those of a schedule.
     """
     found: list[Job] = []
     refused: dict[str, tuple[str, str]] = {}
@@ -121,6 +130,10 @@ def fixed_methods(names: Sequence[str], family: Family, layers: bool) -> tuple[l
 
 
 def _of_scorer(name: str, family: Family, layers: bool) -> Iterator[Job]:
+    if name in SCHEDULES:
+        schedule = partial(PruningPolicy.schedule, name, depth=family.depth)
+        yield Job(name, name, schedule(0.5), schedule=schedule)
+        return
     scorer = SCORERS[name]
     if name == "random":
         title = f"random ({len(RANDOM_SEEDS)} seeds)"

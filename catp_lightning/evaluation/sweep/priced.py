@@ -62,7 +62,7 @@ def sweep_prices(
 
     Args:
         reading, reference, lines, preparation, draws: as in `sweep_model`.
-        names: as in `sweep_model`; also `ENTRY`.
+        names: as in `sweep_model`; also `ENTRY`, and methods of `SCHEDULES`.
         prices: prices at which each method is compared.
         layers: compare with each single layer as well, also methods that drop tokens there.
         output: folder in which one named as the model gets `prices.md`, `prices.json`, `prices.png`, `priced-jobs` and
@@ -165,7 +165,7 @@ def _paying(found: Sequence[Job], prices: Sequence[Price], solver: Solver, notes
             continue  # the price says at which layer
         for price in prices:
             try:
-                policy = solver.solve(job.policy, price)
+                policy = solver.solve(job.policy, price, job.schedule)
                 if policy is not None:
                     jobs.append(replace(job, policy=policy, price=price, name=_solved_name(job, policy)))
                     continue
@@ -177,8 +177,9 @@ def _paying(found: Sequence[Job], prices: Sequence[Price], solver: Solver, notes
 
 
 def _solved_name(job: Job, policy: PruningPolicy) -> str:
-    layer = policy.scorer_args.get("layer")
-    return f"{job.name} at layer {layer}" if policy.scorer == "visual-exit" else job.name
+    if policy.scorer == "visual-exit":
+        return f"{job.name} at layer {policy.scorer_args['layer']}"
+    return " then ".join([job.name, *(repr(stage.keep) for stage in policy.then)])
 
 
 def _calibrated(

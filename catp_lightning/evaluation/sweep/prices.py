@@ -1,7 +1,7 @@
 """Prices at which a sweep compares methods: what a policy pays, and the budget of tokens with which it pays a price."""
 
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -9,11 +9,11 @@ import torch
 from torch import Tensor
 
 from catp_lightning.errors import PolicyError
-from catp_lightning.methods.schedule import places, visits
+from catp_lightning.methods.schedule import places
 from catp_lightning.policy import PruningPolicy
 from catp_lightning.policy.budgets import check_price
 from catp_lightning.policy.stages import Stage
-from catp_lightning.pricing import COUNTED, Prices, Prompts, Unit, largest
+from catp_lightning.pricing import COUNTED, Prices, Prompts, Unit, largest, tokens_read
 from catp_lightning.pruning.record import Prefill
 
 UNIT_NAMES: dict[str, str] = {
@@ -100,12 +100,10 @@ class Sizes:
     def paid(self, prices: Prices) -> dict[str, float]:
         """Return what was paid, as a share of what the unpruned model pays, in each unit that is known."""
         text, tokens, layers = zip(*self.counts, strict=True)
+        prompts, times = _prompts(text, tokens, list(self.counts.values()))
         read = torch.tensor(layers, dtype=torch.int64, device="cpu")
-        return {
-            unit: _mean_share(prices, unit, _prompts(text, tokens), read, list(self.counts.values()))
-            for unit in COUNTED
-            if unit not in prices.unknown
-        }
+        known = [unit for unit in COUNTED if unit not in prices.unknown]
+        return {unit: prices.share(unit, prompts, read, times) for unit in known}
 
     def to_json(self) -> list[list[int]]:
         """Return [rows of text, visual tokens, number of prompts], for each pair of the first two."""
@@ -115,15 +113,10 @@ class Sizes:
         return [[*size, number] for size, number in sorted(found.items())]
 
 
-def _prompts(text: Sequence[int], tokens: Sequence[int]) -> Prompts:
-    return Prompts.of(*(torch.tensor(values, dtype=torch.int64, device="cpu") for values in (text, tokens)))
-
-
-def _mean_share(prices: Prices, unit: Unit, prompts: Prompts, read: Tensor, numbers: Sequence[int]) -> float:
-    """Return what prompts cost together, each `numbers` times, as a share of what they cost unpruned."""
-    times = torch.tensor(numbers, dtype=torch.float64, device="cpu")
-    full = (prices.price(unit, prompts) * times).sum().item()
-    return float((prices.price(unit, prompts, read) * times).sum().item() / full) if full else 1.0
+def _prompts(text: Sequence[int], tokens: Sequence[int], numbers: Sequence[int]) -> tuple[Prompts, Tensor]:
+    """Return prompts, and the numbers of them: float64 [N], because FLOPs of very many exceed int64."""
+    sizes = (torch.tensor(values, dtype=torch.int64, device="cpu") for values in (text, tokens))
+    return Prompts.of(*sizes), torch.tensor(numbers, dtype=torch.float64, device="cpu")
 
 
 @dataclass(frozen=True)
@@ -152,40 +145,43 @@ class Solver:
             PolicyError: the number of tokens it keeps depends on the prompt.
             PruningError: the unit is not known for this model.
         """
-        text, tokens, numbers = zip(*self.sizes, strict=True)
-        steps = policy.steps()
-        by_count = {count: visits(steps, count, self.prices.depth) for count in set(tokens)}
-        read = torch.tensor([by_count[count] for count in tokens], dtype=torch.int64, device="cpu")
-        return _mean_share(self.prices, unit, _prompts(text, tokens), read, numbers)
+        prompts, times = _prompts(*zip(*self.sizes, strict=True))
+        read = tokens_read(policy.steps(), prompts.tokens, self.prices.depth)
+        return self.prices.share(unit, prompts, read, times)
 
-    def solve(self, policy: PruningPolicy, price: Price) -> PruningPolicy | None:
-        """Return a policy of one stage with the largest share of tokens that does not exceed a price.
+    def solve(
+        self, policy: PruningPolicy, price: Price, schedule: Callable[[float], PruningPolicy] | None = None
+    ) -> PruningPolicy | None:
+        """Return a policy with the largest budget that does not exceed a price; None: it exceeds it with one token.
 
         Of a policy whose tokens all leave at one layer it is that layer which is found, the last that does not exceed
-        it. None: the policy exceeds it even with one token.
+        it.
+
+        Args:
+            policy: a policy of one stage, unless `schedule` is given.
+            price: the price.
+            schedule: returns the policy of several stages for a budget; None: `policy.with_keep`.
         """
         if policy.scorer == "visual-exit":
             exits = (replace(policy, scorer_args={"layer": at}) for at in range(self.prices.depth - 1, 0, -1))
             return next((one for one in exits if self.share(price.unit, one) <= price.share), None)
         inside = any(place.layer for place in places(policy.steps(), self.prices.depth))
-        key = (price, (policy.scorer, repr(policy.scorer_args)) if inside else None)  # at the entry all pay the same
+        same = (policy.scorer, repr(policy.scorer_args)) if inside else None  # at the entry all pay the same
+        key, at = (price, schedule or same), schedule or policy.with_keep
         if key not in self._found:
-            self._found[key] = self._keep(policy, price)
+            self._found[key] = largest(lambda keep: self.share(price.unit, at(keep)), price.share)
         keep = self._found[key]
-        return None if keep is None else policy.with_keep(keep)
+        return None if keep is None else at(keep)
 
     def why_not(self, *policies: PruningPolicy, price: Price) -> str:
         """Return why none of some policies can pay a price: what they pay with one token, or with the first layer."""
         exit_ = any(policy.scorer == "visual-exit" for policy in policies)
         least = min(
-            self.share(price.unit, replace(one, scorer_args={"layer": 1}) if exit_ else one.with_keep(1))
+            self.share(price.unit, replace(one, scorer_args={"layer": 1}) if exit_ else replace(one, keep=1))
             for one in policies
         )
         how = "where all tokens leave at layer 1" if exit_ else "with one token"
         return f"{how} it pays {least:.3g} of {price.unit} already."
-
-    def _keep(self, policy: PruningPolicy, price: Price) -> float | None:
-        return largest(lambda keep: self.share(price.unit, policy.with_keep(keep)), price.share)
 
 
 def schedule_text(policy: PruningPolicy, depth: int, named: bool) -> str:
