@@ -61,8 +61,8 @@ class TextVisibility:
         """Return the same visibility with copies on the CPU, and copies there of `more`, of integers or bool."""
         real, sees, tiles, *others = on_cpu(self.real, self.sees, self.tiles, *more)
         # Of new tensor objects: the caller's own may be changed later.
-        parts = zip((self.real, self.sees, self.tiles), (real, sees, tiles), strict=True)
-        return TextVisibility(*(with_copy(part[:], copy) for part, copy in parts), self.mask), others
+        parts = with_copy(self.real[:], real), with_copy(self.sees[:], sees), with_copy(self.tiles[:], tiles)
+        return TextVisibility(*parts, self.mask), others
 
     @property
     def of_text(self) -> Tensor:

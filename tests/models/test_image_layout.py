@@ -13,10 +13,11 @@ from catp_lightning import PruningPolicy, prune
 from catp_lightning.models import find_family
 from catp_lightning.models.layout import Layout
 from catp_lightning.models.placeholder import Placeholder
+from catp_lightning.prompt.call import ModelCall
 from catp_lightning.prompt.prompt import DecoderPrompt
 from tests.support.families import ROWS
 from tests.support.matrix import MORE
-from tests.support.oracles import IMAGE, VIDEO, Inputs, visual_columns
+from tests.support.oracles import IMAGE, VIDEO, visual_columns
 from tests.support.picture_families import PICTURED
 from tests.support.rows import Row
 from tests.support.samples import Image
@@ -31,7 +32,7 @@ PIXELS = {"pixel_values", "pixel_values_videos", "small"}
 class Prompt:
     """What a family reads of a prompt."""
 
-    arguments: Inputs
+    arguments: ModelCall
     ids: Tensor
 
 
@@ -92,7 +93,7 @@ def test_images_and_frames_are_those_of_a_slow_loop(row: Row) -> None:
     family = find_family(row.model())
     assert isinstance(family, Placeholder)
     inputs = row.inputs(range(len(row.samples())))
-    prompt = cast(DecoderPrompt, Prompt(inputs, inputs["input_ids"]))
+    prompt = cast(DecoderPrompt, Prompt(ModelCall(inputs), inputs["input_ids"]))
     counts = {token: int((inputs["input_ids"] == token).sum()) for token in (IMAGE, VIDEO)}
     visual, expected = visual_columns(inputs), list(by_hand(row))
     layout = Layout.of(family.images(prompt, counts), inputs["input_ids"])

@@ -14,9 +14,9 @@ RIDGE = 1e-4
 def determinant_ranks(vectors: Tensor, quality: Tensor, visual: Tensor, max_tokens: int) -> Tensor:
     """Ranks of `greedy_ranks` for the kernel diag(q) S diag(q), S the cosine similarity of the tokens.
 
-    Up to `AT_ONCE` tokens the kernel is computed, and all rows are worked on together. Of longer rows only similarities
-    to tokens that are chosen, or nearly, are computed; the choice is the same but for rounding, where two gains are as
-    good as equal.
+    Up to `AT_ONCE` tokens, and on other devices than the CPU, the kernel is computed, and all rows are worked on
+    together. Of longer rows only similarities to tokens that are chosen, or nearly, are computed on the CPU; the choice
+    is the same but for rounding, where two gains are as good as equal. A GPU would be waited for at each of its blocks.
 
     Args:
         vectors: float [R, T, F].
@@ -27,7 +27,7 @@ def determinant_ranks(vectors: Tensor, quality: Tensor, visual: Tensor, max_toke
     Returns:
         int64 [R, T], as `greedy_ranks`.
     """
-    if vectors.shape[1] <= AT_ONCE:
+    if vectors.shape[1] <= AT_ONCE or vectors.device.type != "cpu":
         kernel = weighted(exact_similarity(vectors), quality)
         return greedy_ranks(kernel, visual, max_tokens)
     ranks = torch.full(visual.shape, max_tokens, device=visual.device, dtype=torch.int64)

@@ -220,4 +220,5 @@ class CachedRows:
 def _stored(rows: Tensor, keep: Tensor, device: torch.device) -> KeptSequence:
     """Return the sequence of the image rows `rows`, bool [R, T], of which text reads only `keep`; both on the CPU."""
     order = order_of(rows)
-    return KeptSequence(*(on_device(part, device) for part in (order, keep.gather(1, order), keep)))
+    valid = keep.gather(1, order)
+    return KeptSequence(on_device(order, device), on_device(valid, device), on_device(keep, device))
