@@ -8,6 +8,7 @@ from catp_lightning.methods.selectors import SELECTORS
 from catp_lightning.methods.selectors.determinant import exact_similarity, greedy_ranks
 from catp_lightning.methods.selectors.dpp import DPP
 from catp_lightning.methods.selectors.lazy import AT_ONCE, grow
+from catp_lightning.methods.selectors.similarity import most_similar, rounded_similarity
 from tests.support.slow_determinant import shortfall, slow_greedy_ranks
 
 pytestmark = pytest.mark.usefixtures("no_grad")
@@ -80,6 +81,14 @@ def test_ranks_of_a_kernel_are_bit_equal_to_the_slow_ones(steps: int) -> None:
         kernel = exact_similarity(vectors) * 3
         visual = torch.rand(5, 40, generator=generator) < torch.tensor([[1.0], [0.9], [0.5], [0.2], [0.0]])
         assert torch.equal(greedy_ranks(kernel, visual, steps), slow_greedy_ranks(kernel, visual, steps))
+
+
+@pytest.mark.parametrize("kind", ["any", "twins", "nan", "bf16"])
+def test_the_most_similar_target_of_a_long_row_is_that_among_all_pairs(kind: str) -> None:
+    vectors = vectors_of(kind)
+    target = torch.arange(TOKENS) % 20 < torch.tensor([[3], [1], [0]])
+    expected = rounded_similarity(vectors).masked_fill(~target[:, None], -torch.inf).argmax(2)
+    assert torch.equal(most_similar(vectors, target), expected)
 
 
 class Coverage:

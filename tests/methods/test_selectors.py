@@ -9,8 +9,9 @@ from torch import Tensor
 from catp_lightning.methods.budget import keep_count
 from catp_lightning.methods.observation import Observation, Signal
 from catp_lightning.methods.selectors import SELECTORS
-from catp_lightning.methods.selectors.determinant import cosine_similarity, greedy_ranks
+from catp_lightning.methods.selectors.determinant import greedy_ranks
 from catp_lightning.methods.selectors.dpp import DPP
+from catp_lightning.methods.selectors.similarity import cosine_similarity
 from catp_lightning.methods.selectors.top_k import TopK
 
 

@@ -2,10 +2,10 @@
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from catp_lightning.methods.precision import without_autocast
-from catp_lightning.methods.selectors.lazy import AT_ONCE, grow
+from catp_lightning.methods.selectors.lazy import AT_ONCE, at_once, grow
+from catp_lightning.methods.selectors.similarity import cosine_similarity, unit_vectors
 
 RIDGE = 1e-4
 """Added to the kernel's diagonal, so that a choice of more tokens than the kernel's rank is still defined."""
@@ -14,9 +14,8 @@ RIDGE = 1e-4
 def determinant_ranks(vectors: Tensor, quality: Tensor, visual: Tensor, max_tokens: int) -> Tensor:
     """Ranks of `greedy_ranks` for the kernel diag(q) S diag(q), S the cosine similarity of the tokens.
 
-    Up to `AT_ONCE` tokens, and on other devices than the CPU, the kernel is computed, and all rows are worked on
-    together. Of longer rows only similarities to tokens that are chosen, or nearly, are computed on the CPU; the choice
-    is the same but for rounding, where two gains are as good as equal. A GPU would be waited for at each of its blocks.
+    Where all rows are compared at once the kernel is computed. Of longer rows only similarities to tokens that are
+    chosen, or nearly, are; the choice is the same but for rounding, where two gains are as good as equal.
 
     Args:
         vectors: float [R, T, F].
@@ -27,7 +26,7 @@ def determinant_ranks(vectors: Tensor, quality: Tensor, visual: Tensor, max_toke
     Returns:
         int64 [R, T], as `greedy_ranks`.
     """
-    if vectors.shape[1] <= AT_ONCE or vectors.device.type != "cpu":
+    if at_once(vectors):
         kernel = weighted(exact_similarity(vectors), quality)
         return greedy_ranks(kernel, visual, max_tokens)
     ranks = torch.full(visual.shape, max_tokens, device=visual.device, dtype=torch.int64)
@@ -68,15 +67,6 @@ def exact_dtype(like: Tensor) -> torch.dtype:
     return torch.float32 if like.device.type == "mps" else torch.float64
 
 
-def cosine_similarity(vectors: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
-    """Cosine similarity of all pairs of tokens, in `dtype` at least: [R, T, F] -> [R, T, T]; NaN becomes 0."""
-    vectors = F.normalize(vectors.to(torch.promote_types(vectors.dtype, dtype)), dim=-1)
-    with without_autocast(vectors):
-        similarity = (vectors @ vectors.transpose(1, 2)).nan_to_num_()
-    similarity.diagonal(dim1=1, dim2=2).fill_(1)  # exactly 1: rounding, which differs by batch, would break ties
-    return similarity
-
-
 def greedy_ranks(kernel: Tensor, visual: Tensor, max_tokens: int) -> Tensor:
     """Greedy maximum a posteriori (MAP) set of a k-DPP: each step adds the token with the largest log-determinant gain.
 
@@ -104,6 +94,8 @@ def greedy_ranks(kernel: Tensor, visual: Tensor, max_tokens: int) -> Tensor:
 def _steps(kernel: Tensor, gain: Tensor, closed: Tensor, steps: int) -> tuple[Tensor, Tensor, Tensor]:
     """Choose tokens one by one: the algorithm of 1709.05135, a Cholesky factor that grows by one column a step.
 
+    It is called without autocast.
+
     In exact arithmetic no gain falls below the ridge, and no entry of a column takes more from a gain than its excess
     over the ridge. Both bounds are enforced here: beyond the kernel's rank rounding errors would otherwise grow with
     each step until values are NaN.
@@ -128,8 +120,7 @@ def _steps(kernel: Tensor, gain: Tensor, closed: Tensor, steps: int) -> tuple[Te
         chosen[:, step : step + 1], gains[:, step : step + 1] = best, value
         closed.scatter_(1, best, True)
         pivot, column, best = gain.gather(1, best).sqrt_(), kernel[rows, best[:, 0]], best[:, 0]
-        with without_autocast(kernel):
-            column -= (factors[rows, :step, best][:, None] @ factors[:, :step])[:, 0]
+        column -= (factors[rows, :step, best][:, None] @ factors[:, :step])[:, 0]
         most_taken = (gain - RIDGE).clamp_(min=0).sqrt_()
         column = torch.clamp(column.div_(pivot), -most_taken, most_taken, out=factors[:, step])
         gain.sub_(column.square()).clamp_(min=RIDGE)
@@ -145,8 +136,7 @@ class _Volume:
     """
 
     def __init__(self, vectors: Tensor, quality: Tensor, steps: int) -> None:
-        dtype = exact_dtype(vectors)
-        unit = F.normalize(vectors.to(torch.promote_types(vectors.dtype, dtype)), dim=-1)
+        unit = unit_vectors(vectors, exact_dtype(vectors))
         self.unit = unit.masked_fill(~unit.isfinite().all(-1, keepdim=True), 0)  # similar to no other token
         self.quality, self.rest = quality, torch.ones_like(quality)
         self.bound = quality.square() + RIDGE

@@ -9,6 +9,14 @@ AT_ONCE = 1024
 """Rows of at most so many tokens are compared all with all, in one matrix; of longer rows a part at a time."""
 
 
+def at_once(vectors: Tensor) -> bool:
+    """True if rows of tokens, [R, T, F], are compared all with all, and all rows together.
+
+    Elsewhere than on the CPU they always are: parts depend on values, for which a GPU would be waited.
+    """
+    return vectors.shape[1] <= AT_ONCE or vectors.device.type != "cpu"
+
+
 class Growing(Protocol):
     """A set that grows, of n tokens, by the token that gains most; a gain never rises while the set grows.
 

@@ -5,7 +5,21 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from catp_lightning.methods.precision import without_autocast
-from catp_lightning.methods.selectors.determinant import cosine_similarity
+from catp_lightning.methods.selectors.lazy import at_once
+
+
+def unit_vectors(vectors: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+    """Return vectors of length 1, in `dtype` at least: [..., F] -> [..., F]; a vector of zeros stays one."""
+    return F.normalize(vectors.to(torch.promote_types(vectors.dtype, dtype)), dim=-1)
+
+
+def cosine_similarity(vectors: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+    """Cosine similarity of all pairs of tokens, in `dtype` at least: [R, T, F] -> [R, T, T]; NaN becomes 0."""
+    vectors = unit_vectors(vectors, dtype)
+    with without_autocast(vectors):
+        similarity = (vectors @ vectors.transpose(1, 2)).nan_to_num_()
+    similarity.diagonal(dim1=1, dim2=2).fill_(1)  # exactly 1: rounding, which differs by batch, would break ties
+    return similarity
 
 
 def rounded_similarity(vectors: Tensor) -> Tensor:
@@ -21,7 +35,7 @@ def rounded_similarity(vectors: Tensor) -> Tensor:
 def most_similar(vectors: Tensor, target: Tensor) -> Tensor:
     """Index of the token of `target` that each token is most similar to, of equal ones the lowest.
 
-    Similarities are those of `rounded_similarity`, of tokens to targets alone.
+    Similarities are those of `rounded_similarity`; of long rows, those of tokens to targets alone are computed.
 
     Args:
         vectors: float [R, T, F].
@@ -30,12 +44,15 @@ def most_similar(vectors: Tensor, target: Tensor) -> Tensor:
     Returns:
         int64 [R, T]; 0 in rows without a target.
     """
-    unit = F.normalize(vectors.to(torch.promote_types(vectors.dtype, torch.float32)), dim=-1)
+    if at_once(vectors):
+        return rounded_similarity(vectors).masked_fill(~target[:, None], -torch.inf).argmax(2)
+    unit = unit_vectors(vectors)
     found = torch.zeros_like(target, dtype=torch.int64)
     for row, own in enumerate(target):
         tokens = own.nonzero()[:, 0]
         if len(tokens):
             with without_autocast(unit):
                 similarity = (unit[row] @ unit[row, tokens].T).nan_to_num_().round_(decimals=5)
+            similarity[tokens, torch.arange(len(tokens), device=tokens.device)] = 1  # as in `cosine_similarity`
             found[row] = tokens[similarity.argmax(1)]
     return found
