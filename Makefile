@@ -4,7 +4,7 @@
 # make test-oldest  the fast tests with the oldest versions pyproject.toml allows, in .venv-oldest
 # make test-quantised  the tests of quantised models, in .venv-quantised: torchao and bitsandbytes are large and talkative
 # make lint         ruff, mypy, and which package may import which; make format repairs what ruff can
-# make bench        pruned prefills against plain decoders on inputs already that short; writes runs/bench (13 minutes)
+# make bench        pruned prefills against plain decoders on inputs already that short; writes runs/bench (two times six minutes)
 # make build        wheel and source archive in dist/
 # make clean        removes what tools left behind; results in runs/ and the environments stay
 #

@@ -18,7 +18,7 @@ import torch
 from benchmarks.bench.floor import Runs, against_floor, policies
 from benchmarks.bench.machine import machine
 from benchmarks.bench.shapes import GRIDS, SHAPES, llava, prompt
-from catp_lightning.utils.files import write_json
+from catp_lightning.utils.files import write_json, write_text
 from catp_lightning.utils.markdown import markdown_table
 
 HEADER = [
@@ -40,19 +40,18 @@ def page(found: dict[str, Any]) -> str:
     about = ", ".join(f"{name} {value}" for name, value in found["machine"].items())
     table = [
         [
-            *(row[name] for name in ("tokens", "batch", "keep", "method")),
+            *(str(row[name]) for name in ("tokens", "batch", "keep", "method")),
             f"{1000 * row['pruned_s']:.4g}",
             f"{row['over_plain'][0]:.3f}",
             "{:.3f} ({:.3f} to {:.3f})".format(*row["over_floor"]),
             f"{row['choosing_share'][0]:.2%}",
             f"{row['flops_share']:.3f}",
-            row["rounds"],
+            str(row["rounds"]),
         ]
         for row in found["rows"]
     ]
     left = "".join(f"- {name}: {why}\n" for name, why in found["left_out"].items())
-    cells = [[str(cell) for cell in row] for row in table]
-    return f"{found['shape']}: {about}\n\n{markdown_table(HEADER, cells)}\nNot measured:\n\n{left}"
+    return f"{found['shape']}: {about}\n\n{markdown_table(HEADER, table)}\nNot measured:\n\n{left}"
 
 
 def main(args: list[str] | None = None) -> None:
@@ -90,7 +89,7 @@ def main(args: list[str] | None = None) -> None:
                         methods = {name: methods[name] for name in chosen.methods}
                     found["rows"] += against_floor(runs, methods, chosen.seconds, chosen.rounds)
                     write_json(chosen.output / "floor.json", found)
-                    (chosen.output / "floor.md").write_text(page(found), encoding="utf-8")
+                    write_text(chosen.output / "floor.md", page(found))
     print(page(found))
 
 

@@ -7,10 +7,10 @@ from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
+from benchmarks.overhead import median_interval
 from catp_lightning import PolicyError, PruningError, PruningPolicy
 from catp_lightning.methods.scorers import SCORERS
 from catp_lightning.models import Family, find_family
@@ -20,7 +20,7 @@ from catp_lightning.pruning.pruner import Pruner, applied
 from catp_lightning.pruning.record import Prefill
 from catp_lightning.utils.hooks import hooked
 
-RESAMPLES, LEAST = 2000, 3
+LEAST = 3
 PLAIN = "unpruned"
 
 
@@ -146,7 +146,4 @@ def against_floor(runs: Runs, methods: dict[str, PruningPolicy], seconds: float,
 
 def ratio(values: Sequence[float], base: Sequence[float]) -> tuple[float, float, float]:
     """Return the median of paired ratios, and the 95% bootstrap interval of that median."""
-    each = np.array(values) / np.array(base)
-    draws = np.median(np.random.default_rng(0).choice(each, (RESAMPLES, len(each))), axis=1)
-    low, high = np.percentile(draws, [2.5, 97.5])
-    return float(np.median(each)), float(low), float(high)
+    return median_interval([value / other for value, other in zip(values, base, strict=True)])

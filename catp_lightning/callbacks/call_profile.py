@@ -169,12 +169,17 @@ def _median(values: list[float]) -> float:
     return statistics.median(known) if known else float("nan")
 
 
+def _milliseconds(figures: Mapping[str, float], part: str) -> tuple[float, float]:
+    """Return the milliseconds of a part of a call, unpruned and pruned."""
+    return 1000 * figures[f"catp/unpruned_seconds_{part}"], 1000 * figures[f"catp/seconds_{part}"]
+
+
 def profile_table(figures: Mapping[str, float]) -> str:
     """Return the figures of a `CallProfile` as a Markdown table; empty if nothing was timed."""
     rows = []
     for part, title in TITLES.items():
         if f"catp/seconds_{part}" in figures:
-            plain, pruned = (1000 * figures[f"catp/{kind}seconds_{part}"] for kind in ("unpruned_", ""))
+            plain, pruned = _milliseconds(figures, part)
             rows.append([title, f"{plain:.4g}", f"{pruned:.4g}", f"{plain / pruned:.2f}" if plain and pruned else ""])
     if not rows:
         return ""
@@ -189,7 +194,7 @@ def profile_line(figures: Mapping[str, float]) -> str:
     said = []
     for part, name in speedups.items():
         if f"catp/{name}" in figures:
-            plain, pruned = (1000 * figures[f"catp/{kind}seconds_{part}"] for kind in ("unpruned_", ""))
+            plain, pruned = _milliseconds(figures, part)
             said.append(f"{TITLES[part]} {figures[f'catp/{name}']:.2f} times as fast ({pruned:.4g} of {plain:.4g} ms)")
     rates = (figures[f"catp/{kind}samples_per_second"] for kind in ("", "unpruned_"))
     many = f"{next(rates):.4g} samples/s, unpruned {next(rates):.4g}"

@@ -2,10 +2,9 @@
 
 import math
 
-import torch
 from torch import Tensor
 
-from catp_lightning.utils.on_cpu import on_cpu, on_device
+from catp_lightning.utils.on_cpu import on_cpu, on_device_of
 
 
 def keep_count(keep: int | float, tokens: int) -> int:
@@ -26,6 +25,7 @@ def multiplied(counts: Tensor, factors: Tensor, tokens: Tensor) -> Tensor:
         factors: float [R], what each is multiplied by.
         tokens: int64 [R], number of tokens that there are.
 
+    >>> import torch
     >>> multiplied(torch.tensor([8, 8, 8]), torch.tensor([0.25, 1.4, 9.0]), torch.tensor([32, 32, 32]))
     tensor([ 2, 11, 32])
     """
@@ -38,10 +38,11 @@ def even_counts(keep: int | float, tokens: Tensor, part: float) -> Tensor:
 
     Every stage drops as large a share.
 
+    >>> import torch
     >>> even_counts(0.125, torch.tensor([64]), 1 / 3), even_counts(8, torch.tensor([64]), 1.0)
     (tensor([32]), tensor([8]))
     """
     sizes = on_cpu(tokens)[0].tolist()
     last = [keep_count(keep, count) / max(1, count) for count in sizes]
     counts = [keep_count(share**part, count) for share, count in zip(last, sizes, strict=True)]
-    return on_device(torch.tensor(counts, device="cpu", dtype=torch.int64), tokens.device)
+    return on_device_of(tokens, counts)

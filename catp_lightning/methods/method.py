@@ -14,7 +14,7 @@ from catp_lightning.methods.precision import without_autocast
 from catp_lightning.methods.scorers import SCORERS, Compressor, Scorer
 from catp_lightning.methods.selection import Selection, images_to_samples, own_destination, sample_of_images
 from catp_lightning.methods.selectors import SELECTORS, Selector
-from catp_lightning.utils.on_cpu import of_known, on_cpu, on_device
+from catp_lightning.utils.on_cpu import of_known, on_cpu, on_device_of
 
 
 @dataclass(frozen=True)
@@ -212,8 +212,7 @@ def _counts(images: Tensor) -> str:
 def _budget(keep: int | float, visual: Tensor, factors: Tensor | None) -> Tensor:
     """Return how many of each row's tokens stay: bool [R, T], and multiples of the budget or None -> int64 [R]."""
     sizes = on_cpu(visual)[0].sum(1).tolist()
-    counts = torch.tensor([keep_count(keep, size) for size in sizes], device="cpu", dtype=torch.int64)
-    counts = on_device(counts, visual.device)
+    counts = on_device_of(visual, [keep_count(keep, size) for size in sizes])
     return counts if factors is None else multiplied(counts, factors, visual.sum(1))
 
 

@@ -10,7 +10,7 @@ from catp_lightning.models.images import Image, Images
 from catp_lightning.models.placeholder import Placeholder
 from catp_lightning.models.towers import Tower, Towered, in_squares, known_tower, of_pictures
 from catp_lightning.prompt.prompt import DecoderPrompt
-from catp_lightning.utils.on_cpu import on_cpu, on_device
+from catp_lightning.utils.on_cpu import on_cpu, taken
 
 
 class Gemma(Towered):
@@ -79,7 +79,7 @@ class Gemma4(Placeholder):
             found[int(getattr(config, f"{kind}_token_id"))] = [
                 Image(
                     int(real.sum()) // side**2,
-                    patches[on_device(real.nonzero()[:, 0], patches.device)],
+                    taken(patches, real),
                     shape=((int(own[:, 1].max()) + 1) // side, (int(own[:, 0].max()) + 1) // side),
                 )
                 for patches, own in zip(pixels.flatten(0, -3), on_cpu(places)[0].flatten(0, -3), strict=True)

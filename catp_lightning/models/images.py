@@ -10,7 +10,7 @@ from torch import Tensor
 
 from catp_lightning.errors import PruningError
 from catp_lightning.prompt.prompt import DecoderPrompt
-from catp_lightning.utils.on_cpu import on_cpu, on_device
+from catp_lightning.utils.on_cpu import on_cpu, taken
 
 
 @dataclass(frozen=True)
@@ -100,7 +100,7 @@ def equal_images(model: Any, prompt: DecoderPrompt, counts: Mapping[int, int]) -
     if pixels.dim() == 5:  # pictures of each sample, padded with pictures of zeros
         filled = prompt.arguments.pictures
         filled = on_cpu(pixels.flatten(2).any(2))[0] if filled is None else filled
-        pixels = pixels.flatten(0, 1)[on_device(filled.flatten().nonzero()[:, 0], pixels.device)]
+        pixels = taken(pixels, filled)
     each, rest = divmod(counts[token], len(pixels))
     if rest:
         raise PruningError(

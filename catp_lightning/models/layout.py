@@ -10,7 +10,7 @@ from torch import Tensor
 from catp_lightning.errors import PruningError
 from catp_lightning.models.images import Image
 from catp_lightning.utils.hashing import fingerprint
-from catp_lightning.utils.on_cpu import on_cpu, on_device
+from catp_lightning.utils.on_cpu import on_cpu, on_device, places
 
 
 @dataclass(frozen=True)
@@ -72,9 +72,8 @@ class Layout:
 
     def padded(self, flat: Tensor) -> Tensor:
         """Regroup values of all visual tokens, in the order of placeholders, by image: [N, ...] -> [I, T, ...]."""
-        (valid,) = on_cpu(self.valid)
-        at = on_device(valid.flatten().nonzero()[:, 0], flat.device)
-        return flat.new_zeros(valid.numel(), *flat.shape[1:]).index_copy(0, at, flat).unflatten(0, valid.shape)
+        found = flat.new_zeros(self.valid.numel(), *flat.shape[1:])
+        return found.index_copy(0, places(self.valid, flat), flat).unflatten(0, self.valid.shape)
 
     def samples(self, visual: Tensor) -> Tensor:
         """Return the sample that each image belongs to, int64 [I], given the placeholders `visual`, bool [B, L]."""

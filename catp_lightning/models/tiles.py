@@ -8,7 +8,7 @@ from torch import Tensor
 from catp_lightning.models.images import Image, Images
 from catp_lightning.models.placeholder import Placeholder
 from catp_lightning.prompt.prompt import DecoderPrompt
-from catp_lightning.utils.on_cpu import on_cpu, on_device
+from catp_lightning.utils.on_cpu import on_cpu, taken
 
 
 class GraniteDocling(Placeholder):
@@ -22,7 +22,7 @@ class GraniteDocling(Placeholder):
         token, given = int(self.model.config.image_token_id), prompt.arguments
         if given.get("pixel_values") is None:
             return {}
-        tiles = _where(given["pixel_values"], given["pixel_attention_mask"])
+        tiles = taken(given["pixel_values"], given["pixel_attention_mask"])
         return {token: [Image(counts[token] // max(1, len(tiles)), tile) for tile in tiles]}
 
 
@@ -54,9 +54,3 @@ class Step(Placeholder):
 
 def _take(tiles: Iterator[Tensor], count: int) -> list[Tensor]:
     return [next(tiles) for _ in range(count)]
-
-
-def _where(values: Tensor, there: Tensor) -> Tensor:
-    """Return the rows of `values`, [..., D...], where `there`, bool [...], is True, one after the other."""
-    at = on_cpu(there)[0].flatten().nonzero()[:, 0]
-    return values.flatten(0, there.dim() - 1)[on_device(at, values.device)]

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from catp_lightning.prompt.prompt import visual_tokens
-from catp_lightning.utils.on_cpu import of_known, on_cpu, on_device
+from catp_lightning.utils.on_cpu import of_known, places, taken
 
 
 def merged(rows: Tensor, visual: Tensor, destination: Tensor) -> Tensor:
@@ -17,7 +17,7 @@ def merged(rows: Tensor, visual: Tensor, destination: Tensor) -> Tensor:
     """
     beams = len(rows) // len(visual)
     visual, destination = _of_beams(visual, beams), destination.repeat_interleave(beams, 0)
-    at = _places(visual)
+    at = places(visual, rows)
     flat = rows.flatten(0, 1)
     return flat.index_copy(0, at, merged_features(flat[at], visual_tokens(visual), destination)).view_as(rows)
 
@@ -33,17 +33,12 @@ def written(rows: Tensor, visual: Tensor, values: Tensor) -> Tensor:
     beams = len(rows) // len(visual)
     visual, values = _of_beams(visual, beams), values.repeat_interleave(beams, 0)
     tokens = visual_tokens(visual)
-    own = values[:, : tokens.shape[1]].flatten(0, 1)[_places(tokens)].to(rows.dtype)
-    return rows.flatten(0, 1).index_copy(0, _places(visual), own).view_as(rows)
+    own = taken(values[:, : tokens.shape[1]], tokens).to(rows.dtype)
+    return rows.flatten(0, 1).index_copy(0, places(visual, rows), own).view_as(rows)
 
 
 def _of_beams(values: Tensor, beams: int) -> Tensor:
     return of_known(lambda part: part.repeat_interleave(beams, 0), values)
-
-
-def _places(there: Tensor) -> Tensor:
-    """Return the places, counted row by row, where `there`, bool [R, T], is True: int64 [N]."""
-    return on_device(on_cpu(there)[0].flatten().nonzero()[:, 0], there.device)
 
 
 def merged_features(flat: Tensor, tokens: Tensor, destination: Tensor) -> Tensor:
@@ -54,7 +49,7 @@ def merged_features(flat: Tensor, tokens: Tensor, destination: Tensor) -> Tensor
         tokens: bool [R, T], the visual tokens that each row has.
         destination: int64 [R, T], for each visual token the one that it is merged into; -1: none.
     """
-    at = _places(tokens)
+    at = places(tokens, flat)
     values = flat.new_zeros(tokens.numel(), flat.shape[-1]).index_copy(0, at, flat).view(*tokens.shape, -1)
     merged_values = merge_groups(values, destination[:, : tokens.shape[1]].masked_fill(~tokens, -1))
     return merged_values.flatten(0, 1)[at]

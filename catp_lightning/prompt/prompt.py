@@ -11,7 +11,7 @@ from catp_lightning.errors import PruningError
 from catp_lightning.methods.observation import Observation
 from catp_lightning.prompt.call import ModelCall
 from catp_lightning.prompt.masks import Masks
-from catp_lightning.utils.on_cpu import of_known, on_cpu, on_device
+from catp_lightning.utils.on_cpu import of_known, on_cpu, on_device, taken
 
 
 @dataclass(frozen=True)
@@ -99,7 +99,7 @@ class DecoderPrompt(Prompt):
     def endings(self) -> Tensor:
         """True for a visual token that is the last row of its prompt and predicts the answer: bool [B, T]."""
         visual, tokens, is_prompt = on_cpu(self.visual, visual_tokens(self.visual), self.is_prompt)
-        columns = torch.zeros_like(visual).scatter(1, _last(is_prompt), is_prompt.any(1, keepdim=True))
+        columns = torch.zeros_like(visual).scatter(1, last_rows(is_prompt), is_prompt.any(1, keepdim=True))
         found = torch.zeros(self.tokens.shape, dtype=torch.bool, device="cpu")
         found[tokens] = columns[visual]
         return on_device(found, self.visual.device)
@@ -111,7 +111,7 @@ class DecoderPrompt(Prompt):
             columns: bool [B, L], the columns that stay.
         """
         own, is_prompt = on_cpu(columns, self.is_prompt)
-        gone = ~own.gather(1, _last(is_prompt))[:, 0] & is_prompt.any(1)
+        gone = ~own.gather(1, last_rows(is_prompt))[:, 0] & is_prompt.any(1)
         if bool(gone.any()):
             raise PruningError(
                 f"The prompt of sample {int(gone.nonzero()[0])} ends in an image whose last token is dropped: "
@@ -143,8 +143,7 @@ class DecoderPrompt(Prompt):
 
     def of_tokens(self, values: Tensor) -> Tensor:
         """Select the values of all visual tokens, one after the other: [B, L, ...] -> [N, ...]."""
-        (visual,) = on_cpu(self.visual)
-        return values.flatten(0, 1)[on_device(visual.flatten().nonzero()[:, 0], values.device)]
+        return taken(values, self.visual)
 
     def question(self) -> Tensor:
         """Return the mean of the text rows that `text` gives: float [B, D], in float32 at least; 0 without text."""
@@ -171,7 +170,7 @@ class DecoderPrompt(Prompt):
         return on_device(columns, self.mask.device)
 
 
-def _last(is_prompt: Tensor) -> Tensor:
+def last_rows(is_prompt: Tensor) -> Tensor:
     """Return the column of the last row of each prompt, bool [B, L] -> int64 [B, 1]; the last one where none is."""
     return is_prompt.shape[1] - 1 - is_prompt.flip(1).long().argmax(1, keepdim=True)
 

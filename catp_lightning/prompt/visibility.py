@@ -11,6 +11,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from catp_lightning.errors import PruningError
 from catp_lightning.prompt.attention import attention_map
 from catp_lightning.prompt.kept import KeptSequence
+from catp_lightning.prompt.prompt import last_rows
 from catp_lightning.utils.on_cpu import of_known, on_cpu, with_copy
 
 TEXT_ROWS = 64  # text rows at a time: their attention to 6,404 image rows of one sample then takes 50 MB for 32 heads
@@ -81,8 +82,7 @@ class TextVisibility:
 
 
 def _of_last_row(tiles: Tensor, real: Tensor) -> Tensor:
-    last = real.shape[1] - 1 - real.flip(1).long().argmax(1)
-    return tiles.gather(1, last[:, None, None].expand(-1, 1, tiles.shape[2]))[:, 0]
+    return tiles.gather(1, last_rows(real)[..., None].expand(-1, 1, tiles.shape[2]))[:, 0]
 
 
 def attention_of(module: Any, hidden: Tensor, states: Tensor, mask: Tensor) -> Tensor:

@@ -51,12 +51,10 @@ def refuse_unprunable(module: nn.Module, family: Family) -> None:
         raise _occupied(family)
     own = parts_of(family.model)
     parts = own | (parts_of(module) if module is not family.model else {})
-    kinds = {kind: _compiled_class(kind) for kind in {type(part) for part in parts}}
+    kinds = {kind: _compiled_among(_calls(kind, {})) for kind in {type(part) for part in parts}}
     for part, path in parts.items():
         # A part beside the model, a loss for example, may be compiled: nothing is pruned there.
-        if (how := _compiled(part) or kinds[type(part)]) is not None and (
-            part in own or family.model in part.modules()
-        ):
+        if (how := _compiled(part, kinds[type(part)])) is not None and (part in own or family.model in part.modules()):
             raise PruningError(
                 f"{type(part).__name__}{path and f' {path!r}'} was compiled before pruning ({how}), and compiled code "
                 "may run past what is pruned. Hand over the module itself, not what torch.compile made of it, enter "
@@ -71,28 +69,27 @@ def refuse_unprunable(module: nn.Module, family: Family) -> None:
 _CALLED = ("forward", "generate", "validation_step", "test_step", "predict_step")
 
 
-def _compiled(part: nn.Module) -> str | None:
-    """Return how a module was compiled; None if it was not.
+def _compiled(part: nn.Module, of_class: str | None) -> str | None:
+    """Return how a module or a step of it was compiled; None if it was not.
 
-    Training steps may be compiled: they run outside of every context.
+    Training steps may be compiled: they run outside of every context. `of_class` says how methods of its class were,
+    which count where the module has none of its own.
     """
-    if "_orig_mod" in part._modules or "_orig_mod" in part.__dict__:
+    own = vars(part)
+    if "_orig_mod" in part._modules or "_orig_mod" in own:
         return "torch.compile(module)"
     if getattr(part, "_compiled_call_impl", None) is not None:
         return "module.compile()"
-    own = vars(part)
-    return None if own.keys().isdisjoint(_CALLED) else _compiled_among({name: own.get(name) for name in _CALLED})
+    return of_class if own.keys().isdisjoint(_CALLED) else _compiled_among(_calls(type(part), own))
 
 
-def _compiled_class(kind: type) -> str | None:
-    """Return how the methods of a class were compiled; None if they were not."""
-    return _compiled_among({name: getattr(kind, name, None) for name in _CALLED})
+def _calls(kind: type, own: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what runs when a method that pruning reaches is called, of a module with the attributes `own`."""
+    return {name: own.get(name) or getattr(kind, name, None) for name in _CALLED}
 
 
 def _compiled_among(calls: Mapping[str, Any]) -> str | None:
     for name, call in calls.items():
-        if call is None:
-            continue
         if hasattr(call, "_torchdynamo_orig_callable") and not hasattr(call, "_torchdynamo_disable"):
             return f"torch.compile(module.{name})"
     return None

@@ -1,6 +1,6 @@
 """Tensors of which a copy is kept on the CPU, so that what depends on their values need not wait for a GPU."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -44,6 +44,21 @@ def on_cpu(*tensors: Tensor) -> list[Tensor]:
         for place, part in zip(own, parts, strict=True):
             found[place] = part.view(tensors[place].shape).to(tensors[place].dtype)
     return [copy for copy in found if copy is not None]
+
+
+def on_device_of(like: Tensor, values: Sequence[int]) -> Tensor:
+    """Return whole numbers that Python knows on the device of `like`, int64 [N], without waiting."""
+    return on_device(torch.tensor(values, device="cpu", dtype=torch.int64), like.device)
+
+
+def places(there: Tensor, like: Tensor) -> Tensor:
+    """Return the places, counted row by row, where `there`, bool [...], is True: int64 [N], on the device of `like`."""
+    return on_device(on_cpu(there)[0].flatten().nonzero()[:, 0], like.device)
+
+
+def taken(values: Tensor, there: Tensor) -> Tensor:
+    """Return `values[there]` of values [*S, ...] where `there`, bool [*S], is True: [N, ...]."""
+    return values.flatten(0, there.dim() - 1)[places(there, values)]
 
 
 def read_once(tensor: Tensor) -> Tensor:

@@ -11,7 +11,7 @@ from torch import Tensor
 from catp_lightning.methods.budget import keep_count
 from catp_lightning.methods.observation import Needs, Observation, Signal
 from catp_lightning.methods.scorers.base import AttentionScorer
-from catp_lightning.utils.on_cpu import on_cpu, on_device
+from catp_lightning.utils.on_cpu import on_cpu, on_device_of
 
 DEPTH, LAYERS = 32, (2, 6, 15)
 TOKENS, LISTS = 576, ((66, 30, 17), (303, 110, 36), (300, 200, 110))
@@ -69,14 +69,14 @@ class SparseVLM(AttentionScorer):
     def stage_counts(self, keep: int | float, tokens: Tensor, stage: int, stages: int, seen: Observation) -> Tensor:
         if self.schedule == "budget":
             counts = [_scheduled(keep, count, (stage + 1) / stages) for count in on_cpu(tokens)[0].tolist()]
-            return on_device(torch.tensor(counts, device="cpu", dtype=torch.int64), tokens.device)
+            return on_device_of(tokens, counts)
         sizes, valid = on_cpu(tokens, seen.valid)
         left = valid.sum(1).tolist()
         ranks = self._ranks(seen).tolist()
         dropped = [math.floor(min(self.scale * (own - n) + 1e-9, own)) for n, own in zip(ranks, left, strict=True)]
         least = [keep_count(keep, count) for count in sizes.tolist()]
         counts = [max(own - n, few) for own, n, few in zip(left, dropped, least, strict=True)]
-        return on_device(torch.tensor(counts, device="cpu", dtype=torch.int64), tokens.device)
+        return on_device_of(tokens, counts)
 
     def head_scores(self, seen: Observation) -> Tensor:
         paid, count = self._rated(seen)

@@ -38,7 +38,7 @@ from catp_lightning.prompt.visibility import TextVisibility, attention_of
 from catp_lightning.pruning.sites.base import PLAIN, Decide, PruningSite, Report, SiteSettings, ignored
 from catp_lightning.pruning.sites.image_rows import CachedRows, CrossAttentionPrefill, SharedImages
 from catp_lightning.utils.hooks import hooked
-from catp_lightning.utils.on_cpu import of_known, on_cpu, on_device, read_once
+from catp_lightning.utils.on_cpu import of_known, on_cpu, on_device, places, read_once
 
 
 class PruneCrossAttention(PruningSite):
@@ -210,7 +210,7 @@ class PruneCrossAttention(PruningSite):
                 attention_of(module, hidden[row, at], states[row], mask[row, 0, at])
                 for row, own in enumerate(on_cpu(is_prompt)[0])
                 if row % beams == 0
-                for at in [on_device(own.nonzero()[:, 0], hidden.device)]
+                for at in [places(own, hidden)]
             ]
         )
         order = prefill.rows.order[::beams, None].expand_as(paid)

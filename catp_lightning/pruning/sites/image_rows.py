@@ -123,7 +123,7 @@ class CrossAttentionPrefill:
                 "Nothing was kept of the image that the end of a prompt reads, so its answer could see nothing. "
                 'Keep at least one row of every image: a budget per="image" does.'
             )
-        lasting = last.repeat_interleave(self.tile_rows, 1) | whole
+        lasting = self._rows(last) | whole
         self.rows = self.cached = _stored(keep | whole, keep, device)
         if bool((keep & ~lasting).any()):
             self.cached = _stored(keep & lasting | whole, keep & lasting, device)
