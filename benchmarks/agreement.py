@@ -14,7 +14,7 @@ greedy run as far as agreement goes. One policy is predicted for real as well, a
 
 import argparse
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
@@ -23,12 +23,12 @@ from typing import Any
 import numpy as np
 import torch
 from lightning.pytorch import Trainer
-from matplotlib.figure import Figure
 from rich.console import Console
 from rich.markdown import Markdown
 from rich.progress import track
-from scipy.stats import t as student
 
+from benchmarks.agreement_spread import SIZES, spread, spread_figure
+from benchmarks.agreement_verdicts import BEST, BUDGETS, CONTROLS, SHOWN, met, verdicts
 from benchmarks.answers import QUIET, predict, scenes_split
 from catp_lightning import CrossAttentionCalibration, PruningPolicy, VQAModule
 from catp_lightning.calibration.plan import Plan
@@ -47,42 +47,14 @@ from catp_lightning.methods.observation import join
 from catp_lightning.models import find_family
 from catp_lightning.policy.images import decode_images
 from catp_lightning.policy.locations import budget_file_name
-from catp_lightning.safe_text import Markdown as MarkdownText
 from catp_lightning.utils.files import write_bytes, write_json, write_text
-from catp_lightning.utils.markdown import markdown_table
 from catp_lightning.utils.messages import quiet
 from catp_lightning.utils.plots import png
 
-BUDGETS = (0.5, 0.25, 0.125, 0.0625)
 BATCH = 64
 CALIBRATION_QUESTIONS, TEST_QUESTIONS = 512, 4000
 TABLE_DRAWS = 5
-DRAWS, SIZES, STABILITY_QUESTIONS = 10, (64, 256, 512), 2000
-
-SHOWN = {
-    "stride": "stride",
-    "l2-norm": "L2 norm",
-    "self-attention": "self-attention",
-    "catp": "CATP, all layers",
-    "catp weighted by image token": "CATP, image-token weights",
-    "cross-attention": "mean log attention",
-    "diversity of outputs": "diversity of outputs (plain DPP)",
-    "diversity of cross-attention": "diversity of cross-attention (plain DPP)",
-    "position": "position",
-    "region-attention": "region attention",
-}
-"""Fixed rules of the table: names of candidates, and the names that the table shows."""
-CONTROLS = ("random (3 seeds)", "stride", "L2 norm", "position", *(title for title in SHOWN.values() if "DPP" in title))
-BEST = "CATP, best layer on calibration data"
-
-# Requirements on the calibrated policy.
-BEATEN = ("CATP, all layers", BEST, "self-attention", "L2 norm")
-NOT_WORSE = ("random (3 seeds)", SHOWN["diversity of outputs"], SHOWN["diversity of cross-attention"])
-CEILING = 0.99  # a rival this good need not be beaten
-TOLERANCE = 0.005
-BETTER_FROM = 0.125  # at this budget and below, rivals in NOT_WORSE have to be beaten
-AIMS = dict(zip(BUDGETS, (0.995, 0.985, 0.95, 0.85), strict=True))
-CLOSE = 0.01  # how far 256 calibration questions may stay behind 512
+DRAWS, STABILITY_QUESTIONS = 10, 2000
 
 
 @dataclass(frozen=True)
@@ -219,39 +191,6 @@ def best_layers(layers: Sequence[tuple[str, float]], agreement: Sequence[float])
     return {keep: name for keep, (name, _) in best.items()}
 
 
-def met(row: Mapping[str, Any]) -> bool:
-    """True if calibration is as far ahead of a rival as is required, by the lower end of the paired interval."""
-    low: float = row["reference_ahead_interval"][0]
-    if row["method"] in NOT_WORSE and row["keep"] > BETTER_FROM:
-        return low >= -TOLERANCE
-    return low > 0 or (row["method"] not in NOT_WORSE and bool(row["agreement"] >= CEILING))
-
-
-def verdicts(rows: Sequence[Mapping[str, Any]]) -> str:
-    """Return as Markdown the aims, and for each rival and budget whether calibration is ahead as is required."""
-    ours = {row["keep"]: row for row in rows if row["method"] == CALIBRATED}
-    reached = [
-        [f"{keep}", f"{aim}", _with_interval(ours[keep]), _yes(ours[keep]["agreement"] >= aim)]
-        for keep, aim in AIMS.items()
-    ]
-    rivals: dict[str, dict[float, str]] = {}
-    for row in rows:
-        if row["method"] != CALIBRATED:
-            verdict = MarkdownText(f"{_yes(met(row))} ({row['reference_ahead_interval'][0]:+.3f})")
-            rivals.setdefault(row["method"], {})[row["keep"]] = verdict
-    asked = {**dict.fromkeys(BEATEN, "ahead"), **dict.fromkeys(NOT_WORSE, "not worse")}
-    order = [*asked, *(name for name in rivals if name not in asked)]
-    lines = [[name, asked.get(name, "-"), *(rivals[name][keep] for keep in BUDGETS)] for name in order]
-    return (
-        "Aims:\n\n"
-        + markdown_table(["keep", "aim", "calibrated, agreement (95%)", "reached"], reached)
-        + f"\nIs *{CALIBRATED}* ahead? The lower end of the paired interval is in brackets. *ahead*: it is above "
-        f"0, or the rival reaches {CEILING}. *not worse*: at least -{TOLERANCE}, and above 0 from keep {BETTER_FROM} "
-        "down. Of the others nothing is asked; *yes* is then as for *ahead*.\n\n"
-        + markdown_table(["rival", "asked", *(f"keep {keep}" for keep in BUDGETS)], lines)
-    )
-
-
 def _save_table(comparison: Comparison, best: dict[float, str], policies: list[PruningPolicy], folder: Path) -> str:
     about = f"{TEST_QUESTIONS:,} questions about {len(set(comparison.images)):,} images."
     shown = ModelTable.of("The shipped BLIP-2", about, comparison, dict.fromkeys(CONTROLS, False), {})
@@ -314,58 +253,6 @@ def _check_disjoint(policies: Sequence[PruningPolicy]) -> None:
     together = torch.cat(largest)
     if len(together.unique()) < len(together):
         raise RuntimeError("Two calibration draws share an image: they are no independent draws.")
-
-
-def spread(agreement: np.ndarray) -> str:
-    """Return tables of agreement [draws, sizes, budgets]: spread over draws, and lag of 256 questions behind 512."""
-    head = [f"keep {keep}" for keep in BUDGETS]
-    lines = []
-    for number, size in enumerate(SIZES):
-        values = agreement[:, number]
-        figures = zip(values.mean(0), values.std(0, ddof=1), values.min(0), values.max(0), strict=True)
-        lines.append([str(size), *(f"{m:.3f}, {s:.3f} ({low:.3f} to {high:.3f})" for m, s, low, high in figures)])
-    behind = agreement[:, SIZES.index(512)] - agreement[:, SIZES.index(256)]
-    low, high = paired_interval(behind)
-    means = behind.mean(0)
-    cells = [f"{m:+.4f} ({a:+.4f} to {b:+.4f})" for m, a, b in zip(means, low, high, strict=True)]
-    close = [["mean", *map(_yes, means <= CLOSE)], ["upper end", *map(_yes, high <= CLOSE)]]
-    return (
-        "Mean over draws, standard deviation (lowest to highest):\n\n"
-        + markdown_table(["calibration questions", *head], lines)
-        + "\nHow far 256 questions stay behind 512 of the same draw, 95% t interval over draws, and whether that is at "
-        f"most {CLOSE}:\n\n" + markdown_table(["", *head], [["512 - 256", *cells], *close])
-    )
-
-
-def paired_interval(differences: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Return the 95% Student interval of the mean over the first axis: [draws, ...] -> lower and upper end, [...]."""
-    count = len(differences)
-    half = student.ppf(0.975, count - 1) * differences.std(0, ddof=1) / count**0.5
-    return differences.mean(0) - half, differences.mean(0) + half
-
-
-def spread_figure(agreement: np.ndarray) -> Figure:
-    """Plot agreement [draws, sizes, budgets] over calibration questions: a line of means a budget, a point a draw."""
-    drawing = Figure(figsize=(7, 5), layout="constrained")
-    axes = drawing.subplots()
-    for number, keep in enumerate(BUDGETS):
-        (line,) = axes.plot(SIZES, agreement[:, :, number].mean(0), marker="o", label=f"keep {keep}")
-        for values in agreement[:, :, number]:
-            axes.scatter(SIZES, values, s=12, alpha=0.5, color=line.get_color())
-    axes.set_xscale("log", base=2)
-    axes.set_xticks(SIZES, [str(size) for size in SIZES])
-    axes.set(xlabel="calibration questions, on a logarithmic scale", ylabel="agreement with the unpruned model")
-    axes.legend()
-    return drawing
-
-
-def _with_interval(row: Mapping[str, Any]) -> str:
-    low, high = row["agreement_interval"]
-    return f"{row['agreement']:.4f} ({low:.4f} to {high:.4f})"
-
-
-def _yes(value: Any) -> str:
-    return "yes" if value else MarkdownText("**no**")
 
 
 def main() -> None:

@@ -8,7 +8,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from benchmarks.agreement import BEST, BUDGETS, met, paired_interval, replayed, spread, verdicts
+from benchmarks.agreement import replayed
+from benchmarks.agreement_spread import paired_interval, spread
+from benchmarks.agreement_verdicts import BEST, BUDGETS, met, verdicts
 from benchmarks.answers import predict, scenes_split
 from catp_lightning import PruningPolicy, VQAModule
 from catp_lightning.data import shipped
