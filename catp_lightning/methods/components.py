@@ -12,6 +12,7 @@ from torch.nn import functional as F
 
 from catp_lightning.methods.observation import Observation, Signal
 from catp_lightning.utils.hashing import mix
+from catp_lightning.utils.on_cpu import on_device_as
 
 HASHED = 256
 """Dimensions to which longer embeddings are hashed (feature hashing, 0902.2206) before components are computed."""
@@ -71,8 +72,8 @@ class Components:
                 f"the components are of {rows.shape[1]} dimensions; this model's embeddings give {read.shape[-1]}. "
                 "Calibrate on this model."
             )
-        basis = torch.from_numpy(rows.astype(np.float64)).to(read)
-        return read @ basis.T + torch.tensor(self.offset, dtype=read.dtype, device=read.device)
+        basis = on_device_as(read, torch.tensor(rows, device="cpu"))
+        return read @ basis.T + on_device_as(read, torch.tensor(self.offset, dtype=torch.float64, device="cpu"))
 
 
 class Question(Components):

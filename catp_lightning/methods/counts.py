@@ -10,6 +10,7 @@ from catp_lightning.methods.components import Question
 from catp_lightning.methods.method import Method
 from catp_lightning.methods.observation import Needs, Observation, Signal, join
 from catp_lightning.methods.selection import Selection
+from catp_lightning.utils.on_cpu import on_device_as
 
 MOST = 4.0
 """Largest multiple of the budget that a question gets, one over the smallest: what a calibration measures."""
@@ -42,7 +43,7 @@ class Counts:
     def factors(self, seen: Observation) -> Tensor:
         """Return the multiple of the budget that each image keeps: float [I]."""
         components = self.question.components(seen)
-        weights = torch.tensor(self.weights, dtype=components.dtype, device=components.device)
+        weights = on_device_as(components, torch.tensor(self.weights, dtype=torch.float64, device="cpu"))
         logarithms = components @ weights[:-1] + weights[-1]
         return logarithms.clamp(-math.log(MOST), math.log(MOST)).exp()
 

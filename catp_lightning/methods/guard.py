@@ -11,6 +11,7 @@ from catp_lightning.methods.observation import Needs, Observation, Signal, join
 from catp_lightning.methods.routing import select_each
 from catp_lightning.methods.selection import Selection, sample_of_images
 from catp_lightning.methods.summary import Ranges, summary
+from catp_lightning.utils.on_cpu import on_cpu, on_device
 
 
 @dataclass(frozen=True)
@@ -61,8 +62,10 @@ class Guard:
             keep: the budget of either.
             visual: bool [B, T], the visual tokens that each sample has.
         """
-        far = found.outside.any(1)
-        if self.fallback is None or not bool(far.any()):
+        if self.fallback is None:
+            return method.select(seen, keep, visual)
+        far = on_cpu(found.outside.any(1))[0]
+        if not bool(far.any()):
             return method.select(seen, keep, visual)
         return select_each(self._taken(method, self.fallback, far, seen, visual), keep, visual)
 
@@ -70,9 +73,9 @@ class Guard:
     def _taken(
         method: Method, fallback: Method, far: Tensor, seen: Observation, visual: Tensor
     ) -> Iterator[tuple[Method, Tensor, Observation]]:
-        samples = sample_of_images(seen.valid, visual)
-        falls = torch.zeros(len(visual), dtype=torch.bool, device=visual.device)
+        samples, own = on_cpu(sample_of_images(seen.valid, visual), visual)
+        falls = torch.zeros(len(own), dtype=torch.bool, device="cpu")
         falls[samples[far]] = True
         for rule, here in ((method, ~falls), (fallback, falls)):
-            if visual[here].any():
-                yield rule, here, seen.of_images(here[samples])
+            if own[here].any():
+                yield rule, on_device(here, visual.device), seen.of_images(on_device(here[samples], visual.device))

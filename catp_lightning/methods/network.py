@@ -14,6 +14,7 @@ from torch.nn import functional as F
 
 from catp_lightning.methods.components import Features, Question
 from catp_lightning.methods.observation import Observation
+from catp_lightning.utils.on_cpu import on_device_as
 
 Weights = Mapping[str, Tensor]
 """Weights by name, in the shapes of `SHAPES`."""
@@ -63,7 +64,7 @@ class Network:
             ValueError: it was trained for another model.
         """
         features = self.features.components(seen)
-        weights = {name: value.to(features) for name, value in self._decoded.items()}
+        weights = {name: on_device_as(features, value) for name, value in self._decoded.items()}
         return worth(weights, features, self.question.components(seen).to(features))
 
     @cached_property

@@ -7,7 +7,7 @@ from enum import Enum
 import torch
 from torch import Tensor
 
-from catp_lightning.utils.on_cpu import of_known, on_cpu, on_device
+from catp_lightning.utils.on_cpu import of_known, on_cpu, on_device, taken
 
 
 class Signal(Enum):
@@ -164,7 +164,7 @@ class Observation:
 
     def of_images(self, index: Tensor) -> "Observation":
         """Return the same signals of the images where `index`, bool [I], is True."""
-        return self.each(lambda part: part[index])
+        return self.each(lambda part: taken(part, index))
 
     def each(self, change: Callable[[Tensor], Tensor]) -> "Observation":
         """Return the observation with `change` applied to every tensor; each has a row for each image."""

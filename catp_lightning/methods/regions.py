@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from catp_lightning.methods.observation import Observation, Signal
+from catp_lightning.utils.on_cpu import of_known, on_cpu, on_device
 
 SIDE = 3
 """Cells along each side of a region."""
@@ -37,7 +38,7 @@ class Regions:
 
 def compressed(seen: Observation, tokens: int) -> Tensor:
     """Return which images have more than `tokens` tokens that may be dropped: bool [I]."""
-    return seen.droppable.sum(1) > tokens
+    return of_known(lambda own: own.sum(1) > tokens, seen.droppable)
 
 
 def regions(seen: Observation, count: int, further: int, on_grid: bool) -> Regions:
@@ -53,26 +54,30 @@ def regions(seen: Observation, count: int, further: int, on_grid: bool) -> Regio
         further: number of rows that are written beside those of the regions.
         on_grid: True if tokens may be patches of a grid.
     """
-    counts = seen.droppable.sum(1).tolist()
-    shapes = _shapes(seen) if on_grid else [(1, number) for number in counts]
-    device, size = seen.valid.device, seen.valid.shape
-    region, cell = (torch.zeros(size, dtype=torch.int64, device=device) for _ in range(2))
-    place = torch.zeros(*size, 2, dtype=torch.float64, device=device)
-    at = torch.zeros(len(counts), count + further, dtype=torch.int64, device=device)
-    centre = torch.zeros(len(counts), count, 2, dtype=torch.float64, device=device)
+    own = on_cpu(seen.droppable)[0]
+    counts = own.sum(1).tolist()
+    shapes = _shapes(own, seen[Signal.PATCH_POSITION]) if on_grid else [(1, number) for number in counts]
+    region, cell = (torch.zeros(own.shape, dtype=torch.int64, device="cpu") for _ in range(2))
+    place = torch.zeros(*own.shape, 2, dtype=torch.float64, device="cpu")
+    at = torch.zeros(len(counts), count + further, dtype=torch.int64, device="cpu")
+    centre = torch.zeros(len(counts), count, 2, dtype=torch.float64, device="cpu")
     for image, (high, wide) in enumerate(shapes):
-        columns = seen.droppable[image].nonzero()[:, 0]
-        of_token, middles, chosen = (part.to(device) for part in _table(high, wide, count, further))
+        columns = own[image].nonzero()[:, 0]
+        of_token, middles, chosen = _table(high, wide, count, further)
         region[image, columns], cell[image, columns] = of_token[:, 0].long(), of_token[:, 1].long()
         place[image, columns], centre[image], at[image] = of_token[:, 2:], middles, columns[chosen]
-    return Regions(seen.droppable, region, cell, place, centre, at)
+    return Regions(seen.droppable, *(on_device(part, seen.valid.device) for part in (region, cell, place, centre, at)))
 
 
-def _shapes(seen: Observation) -> list[tuple[int, int]]:
-    """Return lines and columns of each image's tokens; one line where they are not all patches of one grid in order."""
-    own, places = seen.droppable, seen[Signal.PATCH_POSITION]
+def _shapes(own: Tensor, places: Tensor) -> list[tuple[int, int]]:
+    """Return lines and columns of each image's tokens; one line where they are not all patches of one grid in order.
+
+    Args:
+        own: bool [I, T] on the CPU, tokens that may be dropped.
+        places: int64 [I, T, 3], as `Signal.PATCH_POSITION`.
+    """
     count = own.sum(1)
-    part, line, column = places.masked_fill(~own[..., None], 0).unbind(-1)
+    part, line, column = on_cpu(places)[0].masked_fill(~own[..., None], 0).unbind(-1)
     high, wide = line.amax(1) + 1, column.amax(1) + 1
     in_order = (line * wide[:, None] + column == own.cumsum(1) - 1) | ~own
     one_part = (part == part.amax(1, keepdim=True)) | ~own

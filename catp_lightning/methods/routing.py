@@ -10,6 +10,7 @@ from catp_lightning.methods.components import Question
 from catp_lightning.methods.method import Method
 from catp_lightning.methods.observation import Needs, Observation, Signal, join
 from catp_lightning.methods.selection import Selection, sample_of_images
+from catp_lightning.utils.on_cpu import on_cpu, on_device, on_device_as, places, taken
 
 
 @dataclass(frozen=True)
@@ -34,7 +35,7 @@ class Router:
     def routes(self, seen: Observation) -> Tensor:
         """Return the index of the method with the least expected divergence for each image: int64 [I]."""
         components = self.question.components(seen)
-        weights = torch.tensor(self.divergence, dtype=components.dtype, device=components.device)
+        weights = on_device_as(components, torch.tensor(self.divergence, dtype=torch.float64, device="cpu"))
         return (components @ weights[:, :-1].T + weights[:, -1]).argmin(1)
 
 
@@ -68,32 +69,33 @@ class Routed(Method):
 
         All images of a sample come with the same question. A sample without images takes none.
         """
-        routes, samples = self.router.routes(seen), sample_of_images(seen.valid, visual)
-        of_samples = torch.full((len(visual),), -1, dtype=torch.int64, device=visual.device)
+        routes, samples = on_cpu(self.router.routes(seen), sample_of_images(seen.valid, visual))
+        of_samples = torch.full((len(visual),), -1, dtype=torch.int64, device="cpu")
         of_samples[samples] = routes
         for number in routes.unique().tolist():
             here = of_samples == number
-            yield self.rules[number], here, seen.of_images(here[samples])
+            own = seen.of_images(on_device(here[samples], visual.device))
+            yield self.rules[number], on_device(here, visual.device), own
 
     def select(self, seen: Observation, keep: int | float, visual: Tensor) -> Selection:
         return select_each(self.taken(seen, visual), keep, visual)
 
 
-def select_each(taken: Iterable[tuple[Method, Tensor, Observation]], keep: int | float, visual: Tensor) -> Selection:
+def select_each(parts: Iterable[tuple[Method, Tensor, Observation]], keep: int | float, visual: Tensor) -> Selection:
     """Return the visual tokens that stay where samples take different methods, none of which merges tokens.
 
     Args:
-        taken: each method, the samples that take it, bool [B], and the signals of their images.
+        parts: each method, the samples that take it, bool [B], and the signals of their images.
         keep: the budget.
         visual: bool [B, T], the visual tokens that each sample has.
     """
     kept = torch.zeros_like(visual)
     scores: Tensor | None = None
-    for rule, here, own in taken:
-        found = rule.select(own, keep, visual[here])
-        kept[here] = found.keep
+    for rule, here, own in parts:
+        found, rows = rule.select(own, keep, taken(visual, here)), places(here, visual)
+        kept[rows] = found.keep
         if found.scores is not None:
             own_scores = found.scores.float()  # of one type, whatever rules the batch takes
             scores = own_scores.new_full(visual.shape, -torch.inf) if scores is None else scores
-            scores[here] = own_scores
+            scores[rows] = own_scores
     return Selection(kept, scores=scores)

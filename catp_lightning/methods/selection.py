@@ -76,8 +76,11 @@ def images_to_samples(values: Tensor, valid: Tensor, visual: Tensor, fill: float
 
 def sample_of_images(valid: Tensor, visual: Tensor) -> Tensor:
     """Return the index of the sample that each image belongs to: bool [I, T'], bool [B, T] -> int64 [I]."""
-    ends = visual.sum(1).cumsum(0)
-    return torch.bucketize(valid.sum(1).cumsum(0) - 1, ends, right=True)
+
+    def found(valid: Tensor, visual: Tensor) -> Tensor:
+        return torch.bucketize(valid.sum(1).cumsum(0) - 1, visual.sum(1).cumsum(0), right=True)
+
+    return of_known(found, valid, visual)
 
 
 def protected_tokens(seen: Observation, visual: Tensor) -> Tensor:

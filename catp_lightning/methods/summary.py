@@ -10,6 +10,7 @@ from torch import Tensor
 from catp_lightning.methods.components import hashed
 from catp_lightning.methods.observation import Observation, Signal
 from catp_lightning.methods.precision import without_autocast
+from catp_lightning.utils.on_cpu import on_device_as
 
 SUMMARY: Mapping[str, str] = {
     "norm": "mean log L2 norm of the tokens",
@@ -116,7 +117,7 @@ class Ranges:
         """
         ranges = [self.features[name] for name in SUMMARY]
         rows = [[of.mean, of.slope, of.std, of.low, of.high] for of in ranges]
-        mean, slope, std, low, high = torch.tensor(rows, dtype=numbers.dtype, device=numbers.device).T
+        mean, slope, std, low, high = on_device_as(numbers, torch.tensor(rows, dtype=torch.float64, device="cpu").T)
         sizes = tokens.clamp(min=1).to(numbers.dtype).log() - math.log(self.tokens)
         usual = mean + sizes[:, None] * slope
         inside = (numbers >= low.minimum(usual - DEVIATIONS * std)) & (

@@ -147,7 +147,7 @@ class Mllama(Family):
         Args:
             tile: int64 [T], the tile that each row is of.
         """
-        patch = torch.arange(len(tile), dtype=torch.int64, device=tile.device) % self.rows_per_tile - 1
+        patch = torch.arange(len(tile), dtype=torch.int64, device="cpu") % self.rows_per_tile - 1
         side = math.isqrt(self.rows_per_tile - 1)
         row = torch.where(patch < 0, -1, patch // side)
         return torch.stack([tile, row, torch.where(patch < 0, -1, patch % side)], 1)

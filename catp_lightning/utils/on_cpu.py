@@ -56,8 +56,15 @@ def places(there: Tensor, like: Tensor) -> Tensor:
     return on_device(on_cpu(there)[0].flatten().nonzero()[:, 0], like.device)
 
 
+def on_device_as(like: Tensor, values: Tensor) -> Tensor:
+    """Return numbers of the CPU in the dtype and on the device of `like`, without waiting."""
+    return values.to(like.dtype).to(like.device, non_blocking=True)
+
+
 def taken(values: Tensor, there: Tensor) -> Tensor:
-    """Return `values[there]` of values [*S, ...] where `there`, bool [*S], is True: [N, ...]."""
+    """Return `values[there]` of values [*S, ...], `there` bool [*S]: [N, ...], with a copy where `values` have one."""
+    if known(values):
+        return on_device(on_cpu(values)[0][on_cpu(there)[0]], values.device)
     return values.flatten(0, there.dim() - 1)[places(there, values)]
 
 

@@ -4,10 +4,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from catp_lightning.methods.selectors import SELECTORS
+from catp_lightning.methods.selectors import SELECTORS, prune_similar
 from catp_lightning.methods.selectors.determinant import exact_similarity, greedy_ranks
 from catp_lightning.methods.selectors.dpp import DPP
 from catp_lightning.methods.selectors.lazy import AT_ONCE, grow
+from catp_lightning.methods.selectors.nearest import AllPairs, Neighbours
+from catp_lightning.methods.selectors.prune_similar import PruneSimilar
 from catp_lightning.methods.selectors.similarity import most_similar, rounded_similarity
 from tests.support.slow_determinant import shortfall, slow_greedy_ranks
 
@@ -89,6 +91,32 @@ def test_the_most_similar_target_of_a_long_row_is_that_among_all_pairs(kind: str
     target = torch.arange(TOKENS) % 20 < torch.tensor([[3], [1], [0]])
     expected = rounded_similarity(vectors).masked_fill(~target[:, None], -torch.inf).argmax(2)
     assert torch.equal(most_similar(vectors, target), expected)
+
+
+@pytest.mark.parametrize(
+    ("kind", "share"), [("any", 0.0), ("twins", 0.5), ("low rank", 0.5), ("nan", 0.5), ("bf16", 0.5)]
+)
+def test_of_a_long_row_the_unlike_stay_that_stay_when_all_pairs_are_compared(
+    kind: str, share: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    vectors, scores = vectors_of(kind).float(), torch.rand(3, TOKENS, generator=torch.Generator().manual_seed(6))
+    visual = torch.arange(TOKENS) < torch.tensor([[TOKENS], [AT_ONCE + 1], [700]])
+    counts = torch.tensor([TOKENS // 2, 600, 690])
+    found = PruneSimilar(important=share).select(scores, visual, counts, vectors).keep
+    monkeypatch.setattr(prune_similar, "at_once", lambda vectors: True)
+    assert torch.equal(found, PruneSimilar(important=share).select(scores, visual, counts, vectors).keep)
+    assert torch.equal(found.sum(1), counts) and not (found & ~visual).any()
+
+
+def test_tokens_without_a_listed_neighbour_among_the_others_are_compared_with_all(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(Neighbours, "LISTED", 1)
+    vectors = vectors_of("any")
+    tokens, others = torch.arange(0, TOKENS, 3)[None], torch.arange(1, TOKENS, 3)[None]
+    there = torch.arange(others.shape[1])[None] < 300
+    nearest = AllPairs(vectors[:1])(tokens, others, there)
+    assert torch.equal(Neighbours(vectors[0])(tokens, others, there), nearest)
 
 
 class Coverage:

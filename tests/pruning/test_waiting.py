@@ -1,16 +1,27 @@
-"""A pruned prefill waits for the GPU twice at most, and once more for each stage inside; a decoding step never does."""
+"""A pruned prefill waits for the GPU twice at most, and once more for each stage inside; a decoding step never does.
+
+Once more if the question, a guard or a matrix rank decides which rule, or how many tokens, a sample gets.
+"""
+
+from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
 
 from catp_lightning import PruningPolicy, prune
+from catp_lightning.methods.guard import Guard
+from catp_lightning.methods.summary import SUMMARY, Range, Ranges
+from catp_lightning.pruning.pruner import applied
 from catp_lightning.utils.on_cpu import on_cpu
 from tests.support.families import BY_NAME
 from tests.support.latest_families import LATEST
 from tests.support.matrix import BEAMS, generate
 from tests.support.newer_families import NEWER
 from tests.support.picture_families import PICTURED
+from tests.support.questions import counted
 from tests.support.rows import Row
+from tests.support.rules import OUTPUTS, RULES
 from tests.support.waiting import waiting
 
 PREFILL = 2  # what the caller gave is read, and which tokens stay
@@ -67,6 +78,49 @@ def test_beams_that_trade_places_do_not_wait(name: str) -> None:
     with prune(model, PruningPolicy("l2-norm", keep=0.5)), waiting() as found:
         generate(row, model, inputs, 4, **BEAMS)
     assert len(found.lines) <= PREFILL, "\n".join(found.lines)
+
+
+def by_rule() -> list[Any]:
+    """Every rule, on the first model that tests try it on; on all others, which takes minutes, among the slow tests."""
+    rules = [*RULES, *((name, counted(rule)) for name in ("Llava", "Mllama") for rule in OUTPUTS)]
+    seen: list[dict[str, Any]] = []
+    found = []
+    for name, rule in rules:
+        marks = pytest.mark.slow if rule in seen else ()
+        short = "-".join(
+            map(str, (name, rule["scorer"], rule.get("selector", ""), *rule.keys() & {"routes", "counts"}))
+        )
+        found.append(pytest.param(name, rule, marks=marks, id=short))
+        seen.append(rule)
+    return found
+
+
+@pytest.mark.parametrize(("name", "rule"), by_rule())
+def test_whatever_the_rule_a_prefill_waits_no_more_often(name: str, rule: dict[str, Any]) -> None:
+    row = BY_NAME[name]
+    model, inputs = row.model(), row.inputs()
+    with prune(model, PruningPolicy(**{"keep": 0.4, **rule})) as pruning, waiting() as found:
+        generate(row, model, inputs, 1)
+    scorer = pruning.policy.build_scorer()
+    inside = len(scorer.stages(pruning.last.per_layer.shape[1]))
+    asks = inside if scorer.adaptive else int("routes" in rule or "counts" in rule)
+    assert found.lines, "nothing was counted"
+    assert len(found.lines) <= PREFILL + inside + asks, "\n".join(found.lines)
+
+
+@pytest.mark.parametrize("far", [True, False])
+@pytest.mark.parametrize("name", ["Llava", "Mllama"])
+def test_a_guard_waits_once_more_to_see_which_images_are_far_outside(name: str, far: bool) -> None:
+    row, policy = BY_NAME[name], PruningPolicy("l2-norm", keep=0.5)
+    model, inputs = row.model(), row.inputs()
+    wide = Range(mean=0.0, slope=0.0, std=1.0, low=-1e9, high=1e9)
+    of = replace(wide, mean=1e3, low=900.0) if far else wide
+    guard = Guard(Ranges(8.0, dict.fromkeys(SUMMARY, of)), PruningPolicy("divprune").method())
+    with applied(model, policy, guard=guard) as pruner, waiting() as found:
+        generate(row, model, inputs, 1)
+    assert pruner.record.last is not None and pruner.record.last.summaries is not None
+    assert bool(pruner.record.last.summaries.outside.any()) == far
+    assert len(found.lines) <= PREFILL + 1, "\n".join(found.lines)
 
 
 def test_what_waits_is_counted_and_what_is_on_the_cpu_is_not() -> None:

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from catp_lightning.methods.budget import even_counts
 from catp_lightning.methods.observation import Needs, Observation
+from catp_lightning.utils.on_cpu import on_device
 
 
 @dataclass(frozen=True)
@@ -164,7 +165,7 @@ def slot_scores(weights: Sequence[float], like: Tensor) -> Tensor:
     """
     if len(weights) != like.shape[1]:
         raise ValueError(f"there are {len(weights)} slot weights; an image of this model has {like.shape[1]} tokens.")
-    return torch.tensor(weights, device=like.device, dtype=like.dtype).expand_as(like)
+    return on_device(torch.tensor(weights, device="cpu", dtype=like.dtype), like.device).expand_as(like)
 
 
 def weigh(head_scores: Tensor, head_weights: Tensor | None = None) -> Tensor:

@@ -98,9 +98,10 @@ class SparseVLM(AttentionScorer):
         paid, count = self._rated(seen)
         if not paid.shape[3]:  # prompts without text
             return torch.zeros(len(count), dtype=torch.int64, device="cpu")
-        rated = paid.mean((1, 2)).nan_to_num().cpu().double()  # few numbers, and not every device has double
-        values = torch.linalg.svdvals(rated)  # padding with zeros adds singular values of zero
-        larger = count.cpu().maximum(on_cpu(seen.valid)[0].sum(1))
+        rated = paid.mean((1, 2)).nan_to_num().to(torch.promote_types(paid.dtype, torch.float32))
+        read = torch.cat([rated.flatten(1), count[:, None].to(rated)], 1).cpu().double()  # not every device has double
+        values = torch.linalg.svdvals(read[:, :-1].view(rated.shape))  # padding adds singular values of zero
+        larger = read[:, -1].maximum(on_cpu(seen.valid)[0].sum(1).double())
         least = values.amax(1) * larger * torch.finfo(paid.dtype).eps
         return (values > least[:, None]).sum(1)
 

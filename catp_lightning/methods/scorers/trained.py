@@ -14,6 +14,7 @@ from catp_lightning.methods.observation import Needs, Observation, Signal
 from catp_lightning.methods.regions import Regions, compressed, regions
 from catp_lightning.methods.scorers.base import Scorer
 from catp_lightning.methods.weights import Shapes, Weights, decoded, encoded, sizes_of
+from catp_lightning.utils.on_cpu import of_known, on_device_as, places, taken
 
 HEADS = 4
 """Heads of every attention in these networks."""
@@ -54,7 +55,7 @@ class Trained(Scorer):
         Raises:
             ValueError: there are none.
         """
-        return {name: weight.to(values) for name, weight in self._decoded.items()}
+        return {name: on_device_as(values, weight) for name, weight in self._decoded.items()}
 
     @cached_property
     def sizes(self) -> dict[str, int]:
@@ -165,7 +166,8 @@ class Compressor(Trained):
         few = compressed(seen, self._tokens)
         found = seen.valid.clone()
         parts = self._regions(seen.of_images(few), sizes)
-        found[few] = (seen.valid & ~seen.droppable)[few].scatter(1, parts.at, True)
+        protected = of_known(lambda valid, free: valid & ~free, seen.valid, seen.droppable)
+        found[places(few, found)] = taken(protected, few).scatter(1, parts.at, True)
         return found
 
     def written(self, seen: Observation, weights: Weights | None = None) -> Tensor:
@@ -188,11 +190,11 @@ class Compressor(Trained):
             )
         few = compressed(seen, self._tokens)
         own = seen.of_images(few)
-        parts, values = self._regions(own, sizes), embeds[few]
+        parts, values = self._regions(own, sizes), taken(embeds, few)
         with torch.autocast(embeds.device.type, enabled=False):
             rows = self._rows(weights, values, own, parts)
         found = embeds.clone()
-        found[few] = values.scatter(1, parts.at[..., None].expand_as(rows), rows)
+        found[places(few, found)] = values.scatter(1, parts.at[..., None].expand_as(rows), rows)
         return found
 
     def _rows(self, weights: Weights, values: Tensor, seen: Observation, parts: Regions) -> Tensor:

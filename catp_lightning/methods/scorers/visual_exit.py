@@ -7,6 +7,7 @@ from torch import Tensor
 
 from catp_lightning.methods.observation import Needs, Observation, Signal
 from catp_lightning.methods.scorers.base import EqualScores
+from catp_lightning.utils.on_cpu import of_known
 
 
 @dataclass(frozen=True)
@@ -38,4 +39,4 @@ class VisualExit(EqualScores):
 
     def stage_counts(self, keep: int | float, tokens: Tensor, stage: int, stages: int, seen: Observation) -> Tensor:
         """Return int64 [B] zeros, whatever `keep` is: no visual token stays."""
-        return torch.zeros_like(tokens)
+        return of_known(torch.zeros_like, tokens)

@@ -11,6 +11,7 @@ from catp_lightning.methods.observation import Needs, Observation, Signal
 from catp_lightning.methods.selection import Selection
 from catp_lightning.methods.selectors.base import Selector, ranked
 from catp_lightning.methods.selectors.similarity import most_similar
+from catp_lightning.utils.on_cpu import on_cpu, on_device_of
 
 
 @dataclass(frozen=True)
@@ -55,9 +56,7 @@ class ContextMerge(Selector):
 
     def _parts(self, scores: Tensor, visual: Tensor, counts: Tensor) -> tuple[Tensor, Tensor]:
         """Masks of the dominant tokens, and of the context tokens into which others are merged: bool [R, T] each."""
-        context = torch.tensor(
-            [self._context(count) for count in counts.tolist()], device=counts.device, dtype=torch.int64
-        )
+        context = on_device_of(counts, [self._context(count) for count in on_cpu(counts)[0].tolist()])
         dominant = (ranked(scores, visual) < (counts - context)[:, None]) & visual
         left = visual & ~dominant
         step = (left.sum(1) // context.clamp(min=1)).clamp(min=1)[:, None]

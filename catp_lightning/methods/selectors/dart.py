@@ -9,6 +9,7 @@ from torch import Tensor
 from catp_lightning.methods.observation import Signal
 from catp_lightning.methods.selection import Selection
 from catp_lightning.methods.selectors.base import FeatureSelector, ranked
+from catp_lightning.utils.on_cpu import on_cpu
 
 
 @dataclass(frozen=True)
@@ -42,7 +43,7 @@ class DART(FeatureSelector):
         share, more = (counts - pivots) // pivots.clamp(min=1), (counts - pivots) % pivots.clamp(min=1)
         keep = (order < pivots[:, None]) & visual
         directions = torch.nn.functional.normalize(vectors, dim=-1)
-        for turn in range(int(pivots.max())):
+        for turn in range(min(self.pivots, int(on_cpu(counts)[0].max()))):
             pivot = directions[torch.arange(len(order), device=order.device), (order == turn).int().argmax(1)]
             likeness = (directions * pivot[:, None]).sum(-1)  # not a product of matrices: equal rows must stay equal
             takes = (share + (turn < more)).where(turn < pivots, 0)

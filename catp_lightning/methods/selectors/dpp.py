@@ -11,6 +11,7 @@ from catp_lightning.methods.observation import Needs, Observation, Signal
 from catp_lightning.methods.scorers.cross_attention import standardise
 from catp_lightning.methods.selectors.base import Selector
 from catp_lightning.methods.selectors.determinant import determinant_ranks, exact_dtype, most_in_a_kernel, weighted
+from catp_lightning.utils.on_cpu import on_cpu, on_device, places
 
 
 @dataclass(frozen=True)
@@ -65,9 +66,11 @@ class DPP(Selector):
         largest = most_in_a_kernel(dtype)  # squares of larger values would not be finite
         scores = scores / (scores.abs().amax(1, keepdim=True) / largest).clamp(min=1)
         relevance = torch.zeros_like(scores)
-        for count in visual.sum(1).unique().tolist():  # a row's own tokens are standardised among themselves
-            own = visual & (visual.sum(1) == count)[:, None]
-            relevance[own] = standardise(scores[own].view(-1, max(count, 1))).flatten()
+        there = on_cpu(visual)[0]
+        for count in there.sum(1).unique().tolist():  # a row's own tokens are standardised among themselves
+            own = places(on_device(there & (there.sum(1) == count)[:, None], scores.device), scores)
+            standard = standardise(scores.flatten()[own].view(-1, max(count, 1))).flatten()
+            relevance = relevance.flatten().scatter(0, own, standard).view_as(scores)
         strength = max(-1e30, min(1e30, self.relevance))
         logarithm = strength * relevance / 2
         beyond = (logarithm.amax(1, keepdim=True) - math.log(largest)).clamp(min=0)

@@ -12,6 +12,7 @@ from torch import Tensor
 from catp_lightning.methods.observation import Needs, Observation, Signal
 from catp_lightning.methods.selection import Selection
 from catp_lightning.methods.selectors.base import Selector
+from catp_lightning.utils.on_cpu import on_cpu, on_device
 
 
 @dataclass(frozen=True)
@@ -40,9 +41,10 @@ class Grid(Selector):
 
     def select(self, scores: Tensor, visual: Tensor, counts: Tensor, vectors: Tensor | None) -> Selection:
         assert vectors is not None  # `vectors` above always gives some
-        places = vectors[..., :2].tolist()  # part and row
+        patches_of, own, asked = on_cpu(vectors, visual, counts)
+        places = patches_of[..., :2].tolist()  # part and row
         keep = torch.zeros(visual.shape, dtype=torch.bool, device="cpu")
-        for image, (there, count) in enumerate(zip(visual.tolist(), counts.tolist(), strict=True)):
+        for image, (there, count) in enumerate(zip(own.tolist(), asked.tolist(), strict=True)):
             tokens = [token for token, valid in enumerate(there) if valid]
             patches = [token for token in tokens if places[image][token][1] >= 0]
             others = [token for token in tokens if not places[image][token][1] >= 0]  # NaN too
@@ -50,7 +52,7 @@ class Grid(Selector):
             widths = tuple(tuple(width for _, width in own) for _, own in groupby(lines, key=lambda line: line[0]))
             chosen = spread(widths, min(count, len(patches)))
             keep[image, [patches[place] for place in chosen] + others[: count - len(chosen)]] = True
-        return Selection(keep.to(visual.device))
+        return Selection(on_device(keep, visual.device))
 
 
 @lru_cache(maxsize=1024)

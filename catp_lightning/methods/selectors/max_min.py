@@ -20,16 +20,16 @@ class MaxMin(FeatureSelector):
     def ranks(self, scores: Tensor, visual: Tensor, max_tokens: int, vectors: Tensor | None) -> Tensor:
         assert vectors is not None  # `vectors` above always gives some
         finite = visual & ~vectors.isnan().any(-1)
-        distance = 1 - rounded_similarity(vectors)
-        others = finite[:, None] & ~torch.eye(visual.shape[1], dtype=torch.bool, device=visual.device)
-        nearest = distance.masked_fill(~others, torch.inf).amin(2)
+        similarity = rounded_similarity(vectors).masked_fill_(~finite[:, None], -torch.inf)
+        similarity.diagonal(dim1=1, dim2=2).fill_(-torch.inf)
+        nearest = similarity.amax(2)  # the largest similarity is that of the nearest token
         ranks = torch.full(visual.shape, max_tokens, device=visual.device, dtype=torch.int64)
         rows = torch.arange(len(visual), device=visual.device)
         for step in range(max_tokens):
-            open_ = nearest.masked_fill(~finite, -1).masked_fill(~visual | (ranks < max_tokens), -torch.inf)
-            best = open_.argmax(1)
-            there = open_[rows, best] > -torch.inf
+            open_ = nearest.masked_fill(~finite, 2).masked_fill(~visual | (ranks < max_tokens), torch.inf)
+            best = open_.argmin(1)
+            there = open_[rows, best] < torch.inf
             ranks[rows, best] = torch.where(there, step, ranks[rows, best])
-            reach = distance[rows, best]
-            nearest = reach if step == 0 else nearest.minimum(reach)
+            reach = similarity[rows, best]
+            nearest = reach if step == 0 else nearest.maximum(reach)
         return ranks

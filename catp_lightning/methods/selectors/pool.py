@@ -12,6 +12,7 @@ from catp_lightning.errors import PruningError
 from catp_lightning.methods.observation import Observation
 from catp_lightning.methods.selection import Selection
 from catp_lightning.methods.selectors.base import Selector
+from catp_lightning.utils.on_cpu import on_cpu, on_device
 
 
 @dataclass(frozen=True)
@@ -40,15 +41,16 @@ class Pool(Selector):
         Raises:
             PruningError: tokens are not known to be the patches of one square image, line by line.
         """
-        if seen.crops is not None or not bool((seen.droppable == seen.valid).all()):
+        valid, droppable = on_cpu(seen.valid, seen.droppable)
+        if seen.crops is not None or not bool((droppable == valid).all()):
             raise _refused("they are of several crops, or have line ends or a [CLS] among them")
-        counts = seen.valid.sum(1)
+        counts = valid.sum(1)
         sides = counts.float().sqrt().round().long()
         if not bool((sides**2 == counts).all()):
             raise _refused(f"an image has {int(counts[sides**2 != counts][0])} of them, which is not a square number")
-        place = seen.valid.cumsum(1) - 1
+        place = valid.cumsum(1) - 1
         lines = torch.stack([place // sides[:, None].clamp(min=1), place % sides[:, None].clamp(min=1)], -1)
-        return (lines * seen.valid[..., None]).float()
+        return on_device((lines * valid[..., None]).float(), seen.valid.device)
 
     def select(self, scores: Tensor, visual: Tensor, counts: Tensor, vectors: Tensor | None) -> Selection:
         destination = _destinations(visual, counts, vectors)
@@ -71,14 +73,15 @@ def _destinations(visual: Tensor, counts: Tensor, vectors: Tensor | None) -> Ten
         vectors: float [R, T, 2], line and column of each token.
     """
     assert vectors is not None  # `vectors` above always gives some
-    found = torch.full(visual.shape, -1, device=visual.device, dtype=torch.int64)
-    for row, (own, count) in enumerate(zip(visual.sum(1).tolist(), counts.tolist(), strict=True)):
+    there, asked, lines = on_cpu(visual, counts, vectors)
+    found = torch.full(there.shape, -1, device="cpu", dtype=torch.int64)
+    for row, (own, count) in enumerate(zip(there.sum(1).tolist(), asked.tolist(), strict=True)):
         if own:
-            table = torch.tensor(_table(math.isqrt(own), count), device=visual.device, dtype=torch.int64)
-            columns = visual[row].nonzero()[:, 0]
-            line, column = vectors[row, columns].long().unbind(1)
+            table = torch.tensor(_table(math.isqrt(own), count), device="cpu", dtype=torch.int64)
+            columns = there[row].nonzero()[:, 0]
+            line, column = lines[row, columns].long().unbind(1)
             found[row, columns] = columns[table[line, column]]
-    return found
+    return on_device(found, visual.device)
 
 
 @cache

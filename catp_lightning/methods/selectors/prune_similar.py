@@ -8,7 +8,9 @@ from torch import Tensor
 
 from catp_lightning.methods.selection import Selection
 from catp_lightning.methods.selectors.base import FeatureSelector, ranked
-from catp_lightning.methods.selectors.similarity import rounded_similarity
+from catp_lightning.methods.selectors.lazy import at_once
+from catp_lightning.methods.selectors.nearest import AllPairs, Nearest, Neighbours
+from catp_lightning.utils.on_cpu import on_cpu, on_device
 
 AT_A_TIME = 8
 """Number of tokens that a round drops at most, as in the authors' code."""
@@ -43,27 +45,67 @@ class PruneSimilar(FeatureSelector):
         finite = visual & ~vectors.isnan().any(-1)
         last = (~finite).long() + (~visual).long()
         order = (ranked(scores, visual) + last * visual.shape[1]).argsort(1)
-        keep = torch.zeros_like(visual)
-        sizes = torch.stack([finite.sum(1).maximum(counts), counts], 1)
-        for size in sizes.unique(dim=0):  # rows of equal sizes are worked on together
-            rows = (sizes == size).all(1).nonzero()[:, 0]
-            tokens, count = (int(number) for number in size)
-            chosen = self._chosen(order[rows, :tokens], count, vectors[rows])
-            keep[rows[:, None], chosen] = True
+        own, asked = on_cpu(visual, counts)
+        important = torch.tensor([self._important(count) for count in asked.tolist()], device="cpu", dtype=torch.int64)
+        others = asked - important
+        most = (own.sum(1) - important).where(others > 0, 0)
+        top, target = on_device(important, visual.device), on_device(others, visual.device)
+        dealt = (finite.sum(1).maximum(counts) - top).where(target > 0, 0)
+        places = torch.arange(visual.shape[1], device=visual.device)
+        keep = torch.zeros_like(visual).scatter(1, order, places < top[:, None])
+        left = order.gather(1, (top[:, None] + places[: int(most.max())]).clamp(max=visual.shape[1] - 1))
+        if at_once(vectors):
+            left, number = _dealt(left, dealt, most, target, AllPairs(vectors))
+            return Selection(_with(keep, left, number))
+        for row in range(len(left)):
+            one = slice(row, row + 1)
+            mine = left[one, : int(most[row])]
+            found = _dealt(mine, dealt[one], most[one], on_device(others[one], visual.device), Neighbours(vectors[row]))
+            keep[one] = _with(keep[one], *found)
         return Selection(keep)
 
-    def _chosen(self, order: Tensor, count: int, vectors: Tensor) -> Tensor:
-        """Tokens kept in rows of n tokens each: indices int64 [R, n], highest score first -> int64 [R, count]."""
-        top = min(count, max(int(count * self.important), int(self.important > 0)))
-        important, left = order[:, :top], order[:, top:]
-        if top == count:
-            return important
-        similarity = rounded_similarity(vectors)
-        each = torch.arange(len(order), device=order.device)[:, None]
-        while left.shape[1] > count - top:
-            first, second = left[:, ::2], left[:, 1::2]
-            drop = min(AT_A_TIME, left.shape[1] - (count - top), left.shape[1] // 2)
-            nearest = similarity[each[..., None], first[..., None], second[:, None]].amax(2)
-            stays = nearest.argsort(dim=1, stable=True)[:, : first.shape[1] - drop].flip(1)
-            left = torch.cat([first.gather(1, stays), second], 1)
-        return torch.cat([important, left], 1)
+    def _important(self, count: int) -> int:
+        """Number of tokens with the highest scores in a budget of `count` tokens."""
+        return min(count, max(int(count * self.important), int(self.important > 0)))
+
+
+def _dealt(left: Tensor, number: Tensor, most: Tensor, target: Tensor, nearest: Nearest) -> tuple[Tensor, Tensor]:
+    """Deal tokens to two sides and drop those of the first that are like the second, until the target is met.
+
+    Args:
+        left: int64 [R, W], tokens of R rows in the order in which they are dealt.
+        number: int64 [R], how many there are in each row, at most W.
+        most: int64 [R] on the CPU, at least `number`, of which only the device knows.
+        target: int64 [R], how many shall be left, with a copy on the CPU.
+        nearest: similarity of tokens to the nearest of others.
+
+    Returns:
+        `left` and `number` at the end.
+    """
+    goal = on_cpu(target)[0]
+    while bool((most > goal).any()):
+        most = most - _drop(most, goal)  # at least what is left of `number`: neither falls behind the other
+        drop, size = _drop(number, target), int(most.max())
+        first, second = left[:, ::2], left[:, 1::2]
+        one, two = (torch.arange(side.shape[1], device=left.device) for side in (first, second))
+        there = two < (number // 2)[:, None]
+        stays = ((number + 1) // 2 - drop)[:, None]
+        likeness = nearest(first, second, there).masked_fill(one >= ((number + 1) // 2)[:, None], torch.inf)
+        order = likeness.argsort(dim=1, stable=True)
+        place = torch.cat([(stays - 1 - one).where(one < stays, size), (stays + two).where(there, size)], 1)
+        dealt = torch.cat([first.gather(1, order), second], 1)
+        left = left.new_zeros(len(left), size + 1).scatter(1, place, dealt)[:, :size]
+        number = number - drop
+    return left, number
+
+
+def _drop(number: Tensor, target: Tensor) -> Tensor:
+    """Number of tokens that a round drops."""
+    return (number - target).clamp(max=AT_A_TIME).minimum(number // 2)
+
+
+def _with(keep: Tensor, left: Tensor, number: Tensor) -> Tensor:
+    """Return bool [R, T] with the first `number`, int64 [R], of the tokens `left`, int64 [R, W], added."""
+    there = torch.arange(left.shape[1], device=left.device) < number[:, None]
+    tokens = left.where(there, keep.shape[1])
+    return torch.nn.functional.pad(keep, (0, 1)).scatter(1, tokens, True)[:, :-1]

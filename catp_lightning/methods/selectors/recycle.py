@@ -9,6 +9,7 @@ from torch import Tensor
 from catp_lightning.methods.observation import Signal
 from catp_lightning.methods.selection import Selection
 from catp_lightning.methods.selectors.base import FeatureSelector, ranked
+from catp_lightning.utils.on_cpu import on_cpu
 
 
 @dataclass(frozen=True)
@@ -34,7 +35,8 @@ class Recycle(FeatureSelector):
         assert vectors is not None
         destination = torch.full_like(visual, -1, dtype=torch.int64)
         order = ranked(scores, visual).argsort(1)
-        for row, (budget, tokens) in enumerate(zip(counts.tolist(), visual.sum(1).tolist(), strict=True)):
+        asked, own = on_cpu(counts, visual)
+        for row, (budget, tokens) in enumerate(zip(asked.tolist(), own.sum(1).tolist(), strict=True)):
             kept, recycled, clusters = split(budget, tokens)
             best, next_ones = order[row, :kept], order[row, kept : kept + recycled].sort().values
             destination[row, best] = best
@@ -85,6 +87,6 @@ def nearest_centres(vectors: Tensor, clusters: int) -> Tensor:
     denser = (density > density[:, None]) | ((density == density[:, None]) & (place < place[:, None]))
     distance = apart.masked_fill(~denser, torch.inf).amin(1)
     distance = distance.where(denser.any(1), apart.max())
-    is_centre = ranked((density + distance.log())[None], torch.ones_like(itself[:1]))[0] < clusters
-    centres = is_centre.nonzero()[:, 0]
-    return place.where(is_centre, centres[apart[:, centres].argmin(1)])
+    order = ranked((density + distance.log())[None], torch.ones_like(itself[:1]))[0]
+    centres = order.argsort()[:clusters].sort().values
+    return place.where(order < clusters, centres[apart[:, centres].argmin(1)])

@@ -29,7 +29,7 @@ def rounded_similarity(vectors: Tensor) -> Tensor:
     error, which differs by batch and device, would break the tie. A token that is 0 or NaN has similarity 0 to any
     other.
     """
-    return cosine_similarity(vectors).round(decimals=5)
+    return cosine_similarity(vectors).round_(decimals=5)
 
 
 def most_similar(vectors: Tensor, target: Tensor) -> Tensor:

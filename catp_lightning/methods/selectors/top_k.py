@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from catp_lightning.methods.selection import Selection
 from catp_lightning.methods.selectors.base import Selector, ranked
 
 
@@ -13,3 +14,6 @@ class TopK(Selector):
 
     def ranks(self, scores: Tensor, visual: Tensor, max_tokens: int, vectors: Tensor | None) -> Tensor:
         return ranked(scores, visual)
+
+    def select(self, scores: Tensor, visual: Tensor, counts: Tensor, vectors: Tensor | None) -> Selection:
+        return Selection(ranked(scores, visual) < counts[:, None])  # counts by question are known to the device alone
