@@ -3,7 +3,6 @@
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
-from pathlib import Path
 from typing import Any, Literal, Self, get_args
 
 from catp_lightning.errors import PolicyError
@@ -21,11 +20,10 @@ from catp_lightning.policy.building import (
     named,
 )
 from catp_lightning.policy.frozen import DEEPEST, LARGEST, check_size, frozen, too_large
-from catp_lightning.policy.locations import POLICY, find
 from catp_lightning.policy.schedules import stages_of
 from catp_lightning.policy.stages import OF_STAGES, Stage, with_first_stage
+from catp_lightning.policy.stored import Stored
 from catp_lightning.policy.text import SHORT, short_text
-from catp_lightning.utils.files import write_text
 from catp_lightning.utils.messages import warn
 
 FORMAT_VERSION = 2
@@ -34,7 +32,7 @@ Positions = Literal["original", "compact"]
 
 
 @dataclass(frozen=True)
-class PruningPolicy:
+class PruningPolicy(Stored):
     """Methods, budgets and settings by which visual tokens are pruned, with the evidence of a calibration.
 
     Tokens may leave at several places, one after the other: `scorer`, `selector` and `keep` are of the first stage, and
@@ -249,43 +247,3 @@ class PruningPolicy:
             )
         evidence = {name: found for name, found in self.evidence.items() if name != "prices"}
         return replace(self, keep=keep, budget=None, evidence=evidence)  # it costs something else
-
-    def save(self, path: str | Path) -> Path:
-        """Write the policy as JSON, atomically, and return the file's path.
-
-        Args:
-            path: a file; a path without a suffix is a folder, which gets `policy.json`.
-        """
-        path, values = Path(path), self.to_dict()
-        file = path if path.suffix else path / POLICY
-        text = json.dumps(values, indent=2, allow_nan=False)
-        if len(text) >= LARGEST:  # with indentation it would be too large to load
-            text = json.dumps(values, allow_nan=False)
-        return write_text(file, text + "\n")
-
-    @classmethod
-    def load(
-        cls, path: str | Path, keep: int | float | None = None, *, budget: Mapping[str, float] | None = None
-    ) -> Self:
-        """Load a policy from a file, a folder, Weights & Biases or the Hugging Face hub.
-
-        Args:
-            path: a file; a folder with `policy.json` or a file for each budget, as a calibration saves them;
-                "wandb://entity/project/name:alias" for an artifact; "hf://user/repo" for a repository of the hub,
-                "hf://user/repo@revision" for a branch, tag or commit of it.
-            keep: the budget to take from a folder that holds several; a single policy must be for this budget.
-            budget: the price to pay at most, a share of what the unpruned model pays, {"cache_bytes": 0.25}: of the
-                policies that a calibration at prices saved, the one that agreed most with the unpruned model, of those
-                that cost no more. The unit may be another than the one that it was calibrated for.
-
-        Raises:
-            PolicyError: there is no such file, it is damaged, not a regular file or larger than 4 MiB, or only other
-                budgets are there, or several are there and none is named.
-        """
-        if keep is not None:
-            check_keep(keep)
-        file, values = find(path, keep, None if budget is None else check_price(budget))
-        try:
-            return cls.from_dict(values)
-        except PolicyError as error:
-            raise PolicyError(f"{file}: {error}") from error
