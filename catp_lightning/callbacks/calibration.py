@@ -161,7 +161,7 @@ class CrossAttentionCalibration(LoopContext):
     @contextmanager
     def loop_context(self, trainer: Trainer, pl_module: LightningModule, stage: Stage) -> Iterator[None]:
         family = find_family(pl_module, self.model)
-        refuse_unprunable(pl_module, family)
+        parts = refuse_unprunable(pl_module, family)
         amount = refuse_unordered(trainer)
         if self.profile is not None:
             self.profile.check(family)
@@ -187,7 +187,7 @@ class CrossAttentionCalibration(LoopContext):
                 with (
                     nullcontext() if is_hidden(trainer) else run.lines,
                     occupied(family),
-                    compiled_inside(pl_module, family.model),
+                    compiled_inside(parts, pl_module, family.model),
                     recorder.recording(),
                     recorded_steps(trainer.strategy, recorder) as run.step,
                 ):

@@ -5,6 +5,7 @@ import types
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import MISSING, fields, is_dataclass
+from functools import cache
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from catp_lightning.errors import PolicyError
@@ -32,7 +33,7 @@ def build(cls: type[T], values: Mapping[str, Any], what: str) -> T:
             class.
     """
     assert is_dataclass(cls)
-    hints = get_type_hints(cls)
+    hints = _hints(cls)
     known = [f.name for f in fields(cls) if f.init]
     for name in values:
         if name not in known:
@@ -45,6 +46,11 @@ def build(cls: type[T], values: Mapping[str, Any], what: str) -> T:
         return cls(**converted)
     except ValueError as error:
         raise PolicyError(f"{what}: {error}") from error
+
+
+@cache
+def _hints(cls: type) -> dict[str, Any]:
+    return get_type_hints(cls)
 
 
 def _convert(value: Any, hint: Any, what: str) -> Any:

@@ -1,6 +1,5 @@
 """Arguments of a model's running calls, captured before the model's own code turns them into something else."""
 
-import inspect
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
@@ -13,6 +12,7 @@ from transformers import PreTrainedModel
 from catp_lightning.errors import PruningError
 from catp_lightning.utils.hooks import Seen, hooked, replaced
 from catp_lightning.utils.on_cpu import on_cpu
+from catp_lightning.utils.signatures import parameters_of
 
 LARGE = ("input_ids", "inputs", "attention_mask", "position_ids", "labels", "cache_position")
 SMALL = 2**16
@@ -111,9 +111,9 @@ class CallTracker:
         self.in_decoder = False
         self._inside, self._lock = False, threading.Lock()
         self._thread, self._depth = 0, 0  # the calling thread; number of nested calls
-        self._names = {module: list(inspect.signature(module.forward).parameters) for module in self._calls}
+        self._names = {module: parameters_of(module.forward) for module in self._calls}
         kind: Any = type(model)
-        self._generates = list(inspect.signature(kind.generate).parameters)[1:]
+        self._generates = parameters_of(kind.generate)[1:]
 
     @contextmanager
     def watching(self) -> Iterator[None]:

@@ -267,12 +267,12 @@ def applied(
     """
     family = find_family(module, model)
     check_model(policy, family)
-    refuse_unprunable(module, family)
+    parts = refuse_unprunable(module, family)
     try:
         pruner = Pruner(family, policy, choose, guide, on_prefill, guard)
     except PruningError as error:
         raise PruningError(f"{error}{instead_of(policy, family)}") from error
-    with occupied(family), compiled_inside(module, family.model), pruner.installed():
+    with occupied(family), compiled_inside(parts, *{module, family.model}), pruner.installed():
         yield pruner
 
 

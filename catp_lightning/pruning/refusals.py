@@ -1,6 +1,6 @@
 """Checks before anything is pruned, which refuse a policy for another model, or a rule that makes no sense here."""
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -45,8 +45,12 @@ def _described(model: Mapping[str, Any]) -> str:
     return f"{model.get('type', 'a model')} with {', '.join(shape)}" if shape else str(model.get("type", "unknown"))
 
 
-def refuse_unprunable(module: nn.Module, family: Family) -> None:
-    """Raise PruningError if a model is being pruned already, or if it, or a step that calls it, was compiled before."""
+def refuse_unprunable(module: nn.Module, family: Family) -> Collection[nn.Module]:
+    """Raise PruningError if a model is being pruned already, or if it, or a step that calls it, was compiled before.
+
+    Returns:
+        All parts of the module and of the model.
+    """
     if MARK in family.model.__dict__:
         raise _occupied(family)
     own = parts_of(family.model)
@@ -64,6 +68,7 @@ def refuse_unprunable(module: nn.Module, family: Family) -> None:
                 "validate pruned, compile the training step alone: "
                 "module.training_step = torch.compile(module.training_step)."
             )
+    return parts
 
 
 _CALLED = ("forward", "generate", "validation_step", "test_step", "predict_step")
@@ -96,21 +101,22 @@ def _compiled_among(calls: Mapping[str, Any]) -> str | None:
 
 
 @contextmanager
-def compiled_inside(*modules: nn.Module) -> Iterator[None]:
-    """Undo, when the context is left, the in-place compilation of parts of these modules that was done inside."""
-    before = _compiled_in_place(modules)
+def compiled_inside(parts: Collection[nn.Module], *modules: nn.Module) -> Iterator[None]:
+    """Undo, when the context is left, the in-place compilation of parts of modules that was done inside.
+
+    Args:
+        parts: all parts of the modules.
+        modules: the modules, which may have other parts in the end.
+    """
+    before = _compiled_in_place(parts)
     try:
         yield
     finally:
-        for part in _compiled_in_place(modules) - before:
+        for part in {part for module in modules for part in _compiled_in_place(parts_of(module))} - before:
             del part.__dict__["_compiled_call_impl"]
 
 
-def _compiled_in_place(modules: Iterable[nn.Module]) -> set[nn.Module]:
-    """Return all parts of some modules that are compiled in place."""
-    parts: dict[nn.Module, str] = {}
-    for module in modules:
-        parts |= {} if module in parts else parts_of(module)
+def _compiled_in_place(parts: Iterable[nn.Module]) -> set[nn.Module]:
     return {part for part in parts if part.__dict__.get("_compiled_call_impl") is not None}
 
 

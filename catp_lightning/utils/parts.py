@@ -12,6 +12,7 @@ def parts_of(module: nn.Module) -> dict[nn.Module, str]:
         if part in found:
             continue
         found[part] = path
-        inside = [(name, child) for name, child in part._modules.items() if child is not None]
-        left += [(f"{path}.{name}" if path else name, child) for name, child in reversed(inside)]
+        if part._modules:
+            before = f"{path}." if path else ""
+            left += [(before + name, child) for name, child in reversed(part._modules.items()) if child is not None]
     return found

@@ -4,7 +4,6 @@ Outer code (labels, `logits[:, -1]`, generate, beams) never notices. Position id
 cached decoding the mask is rebuilt from the original column of every cached key.
 """
 
-import inspect
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -26,6 +25,7 @@ from catp_lightning.prompt.turns import Turn
 from catp_lightning.pruning.sites.base import PLAIN, Decide, PruningSite, Report, SiteSettings, ignored
 from catp_lightning.pruning.sites.prompt_capture import PromptCapture
 from catp_lightning.utils.hooks import hooked
+from catp_lightning.utils.signatures import parameters_of
 
 
 class PruneAtDecoderInput(PruningSite):
@@ -38,7 +38,7 @@ class PruneAtDecoderInput(PruningSite):
     ) -> None:
         super().__init__(family, decide, settings, report)
         self.compact = self.settings.compact
-        self.parameters = list(inspect.signature(family.decoder.forward).parameters)
+        self.parameters = parameters_of(family.decoder.forward)
         self._prompts, self._labels = PromptCapture(family, self.calls), Labels(self.calls, report)
         self._prompt: KeptSequence | None = None  # what the last prefill kept, for its decoding steps
         self._now: KeptSequence | None = None  # the same for the running call

@@ -10,7 +10,6 @@ entry of layer 0, when the decoder has made masks and positions of all columns. 
 decoding steps masks are made of the columns that each holds.
 """
 
-import inspect
 import weakref
 from bisect import bisect_left, bisect_right
 from collections.abc import Iterator
@@ -37,6 +36,7 @@ from catp_lightning.pruning.sites.prompt_capture import PromptCapture
 from catp_lightning.pruning.sites.stage_limits import layers_looked_at, refuse_stages
 from catp_lightning.pruning.sites.stage_prompt import DecoderPrefill
 from catp_lightning.utils.hooks import hooked
+from catp_lightning.utils.signatures import parameters_of
 
 
 class PruneAtDecoderLayers(PruningSite):
@@ -56,7 +56,7 @@ class PruneAtDecoderLayers(PruningSite):
         refuse_stages(family, settings)
         self.stages, self.needs = settings.stages, settings.needs
         self.layers: list[Any] = list(family.decoder.get_submodule("layers").children())
-        self.parameters = list(inspect.signature(family.decoder.forward).parameters)
+        self.parameters = parameters_of(family.decoder.forward)
         types = getattr(family.decoder_config, "layer_types", None) or [""] * len(self.layers)
         self._kinds = dict(enumerate(types))  # layers of one kind are called with the same mask and positions
         self._prompts, self._labels = PromptCapture(family, self.calls), Labels(self.calls, report)
@@ -86,7 +86,7 @@ class PruneAtDecoderLayers(PruningSite):
             undo.enter_context(observe_attention(decoder, observed))
             undo.enter_context(hooked(decoder, self._enter, self._leave, always=True))
             for at, layer in enumerate(self.layers[self.stages[0] :], self.stages[0]):
-                before = partial(self._before, at, list(inspect.signature(layer.forward).parameters))
+                before = partial(self._before, at, parameters_of(layer.forward))
                 undo.enter_context(hooked(layer, before))
             yield
 

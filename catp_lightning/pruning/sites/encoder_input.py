@@ -4,7 +4,6 @@ T5 has no position ids; it adds a bias by relative position to its attention. Bl
 blocks, here from the rows' original positions. The decoder's cross-attention sees the rows that stayed.
 """
 
-import inspect
 import weakref
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -23,6 +22,7 @@ from catp_lightning.pruning.sites.base import PLAIN, Decide, PruningSite, Report
 from catp_lightning.pruning.sites.encoder_states import NOT_OF_THIS_PROMPT, PrunedStates
 from catp_lightning.pruning.sites.prompt_capture import PromptCapture
 from catp_lightning.utils.hooks import hooked
+from catp_lightning.utils.signatures import parameters_of
 
 
 class PruneAtEncoderInput(PruningSite):
@@ -46,7 +46,7 @@ class PruneAtEncoderInput(PruningSite):
         self._rows: Tensor | None = None  # row of the prompt for each row of the decoder's batch; None: nothing dropped
         language_model: Any = family.language_model
         self.encoder, self.text_decoder = language_model.encoder, language_model.decoder
-        self._block_names = list(inspect.signature(self.encoder.block[0].forward).parameters)
+        self._block_names = parameters_of(self.encoder.block[0].forward)
 
     @contextmanager
     def installed(self) -> Iterator[None]:
