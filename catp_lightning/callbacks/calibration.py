@@ -253,6 +253,11 @@ class CrossAttentionCalibration(LoopContext):
             on_first(trainer, lambda: self._save(trainer, run, plain))
         run.partial.delete()  # after all is written: if writing fails, the next run has nothing left to measure
 
+    @property
+    def doing(self) -> str:
+        """The stage that a running calibration has come to, and how far it is; empty where none is running."""
+        return "" if self._run is None else self._run.lines.now
+
     def save_what_was_done(self, trainer: Trainer, error: BaseException) -> None:
         if self._run is not None:
             self._run.save(error, trainer.is_global_zero)

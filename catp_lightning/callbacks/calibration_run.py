@@ -24,7 +24,7 @@ from catp_lightning.callbacks.signals import end_if_told, ended_by, tell
 from catp_lightning.callbacks.steps import StepFunction, batches_again
 from catp_lightning.errors import PolicyError, PruningError
 from catp_lightning.methods.observation import Signal
-from catp_lightning.utils.progress import Lines, batch_of, shows_bars
+from catp_lightning.utils.progress import Lines, Pace, batch_of, shows_bars
 
 
 @dataclass
@@ -41,6 +41,7 @@ class CalibrationRun:
         promised: share of the images that a promise is tested on.
         lines: progress lines.
         memory: the batches read so far, if they fit.
+        pace: how long the pass will still take.
         step: the strategy's `predict_step`, recorded by `recorder`.
         groups: groups of the current batch's samples; None if the promise names no field for them.
         batches: number of batches of the loop so far.
@@ -58,6 +59,7 @@ class CalibrationRun:
     promised: float
     lines: Lines
     memory: Memory
+    pace: Pace = field(default_factory=Pace, kw_only=True)
     step: StepFunction = field(init=False)
     groups: Groups | None = None
     batches: int = 0
@@ -106,7 +108,8 @@ class CalibrationRun:
     @contextmanager
     def _measuring(self, trainer: Trainer, number: int) -> Iterator[None]:
         """Context in which a batch is measured: without gradients, under the precision of the user's step."""
-        self.lines.now = f"{self.now.title}, {batch_of(number + 1, trainer.num_predict_batches)}"
+        title, counts = self.now.title, trainer.num_predict_batches
+        self.lines.now = f"{title}, {batch_of(number + 1, counts)}{self.pace.left(title, number, counts)}"
         with torch.no_grad(), trainer.precision_plugin.predict_step_context():
             yield
 

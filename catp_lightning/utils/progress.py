@@ -1,12 +1,13 @@
 """Progress lines where there is no terminal to draw a bar on: from time to time a line says how far the work is."""
 
+import math
 import os
 import sys
 import threading
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from types import TracebackType
-from typing import Self, TextIO
+from typing import Self, TextIO, cast
 
 from catp_lightning.safe_text import one_line
 
@@ -36,6 +37,42 @@ def batch_of(number: int, counts: Iterable[int | float]) -> str:
     return f"batch {number}" if total == float("inf") else f"batch {number} of {total}"
 
 
+class Pace:
+    """How long a stage of equal pieces of work will still take, as text for a progress line."""
+
+    def __init__(self) -> None:
+        self._stage, self._first, self._started = "", 0, 0.0
+
+    def left(self, stage: str, done: int, counts: Iterable[int | float]) -> str:
+        """Return ", about 3 min left", or nothing while that is not known.
+
+        Args:
+            stage: name of the stage; the time begins with its first call.
+            done: number of pieces that are done.
+            counts: numbers of pieces, whose sum is that of all; infinite where it is not known.
+        """
+        now, total = time.monotonic(), sum(counts)
+        if stage != self._stage:
+            self._stage, self._first, self._started = stage, done, now
+        own = done - self._first
+        if own <= 0 or total == float("inf"):
+            return ""
+        return f", about {duration((now - self._started) / own * (total - done))} left"
+
+
+def duration(seconds: float) -> str:
+    """Return a time in words, to two digits or so.
+
+    >>> duration(3.2), duration(95), duration(1800), duration(8000)
+    ('4 s', '95 s', '30 min', '2 h 14 min')
+    """
+    whole = math.ceil(seconds)
+    if whole < 120:
+        return f"{whole} s"
+    minutes = math.ceil(whole / 60)
+    return f"{minutes} min" if minutes < 120 else f"{minutes // 60} h {minutes % 60} min"
+
+
 class Lines:
     """Context that writes what is being done as a line every `EVERY` seconds; nothing where a bar can be drawn.
 
@@ -48,10 +85,11 @@ class Lines:
 
     Attributes:
         now: what is being done; the code that does the work sets it anew.
+        more: function that says more about it, such as the stage that it has come to; None: there is no more to say.
     """
 
     def __init__(self, now: str, stream: TextIO | None = None) -> None:
-        self.now = now
+        self.now, self.more = now, cast(Callable[[], str] | None, None)
         self._stream = sys.stderr if stream is None else stream  # None again where a process has none
         self._ended = threading.Event()
         self._thread: threading.Thread | None = None
@@ -60,7 +98,8 @@ class Lines:
         started = time.monotonic()
         while not self._ended.wait(EVERY):
             try:
-                line = one_line(f"catp: {self.now}, {time.monotonic() - started:.0f} s")
+                said = ": ".join(part for part in (self.now, self.more and self.more()) if part)
+                line = one_line(f"catp: {said}, {time.monotonic() - started:.0f} s")
                 print(line, file=self._stream, flush=True)
             except (OSError, ValueError):  # nobody reads any more, which is no reason to end the work
                 return

@@ -17,6 +17,7 @@ from catp_lightning.policy import PruningPolicy
 from catp_lightning.policy.locations import budget_file_name
 from catp_lightning.safe_text import rich_text
 from catp_lightning.utils.files import read_bytes, write_json
+from catp_lightning.utils.progress import Lines
 
 
 def calibrated(
@@ -27,11 +28,12 @@ def calibrated(
     settings: Mapping[str, Any],
     folder: Path,
     console: Console,
+    lines: Lines,
 ) -> list[PruningPolicy] | str:
     """Return a policy for each budget, an earlier run's if nothing has changed; or the reason why there is none.
 
     `loader` gives the calibration data; `scorer` is the one method that is calibrated, or "": all candidates compete.
-    `asked` are budgets of tokens, or prices in one unit, {"prefill_flops": [0.5, 0.25]}.
+    `asked` are budgets of tokens, or prices in one unit, {"prefill_flops": [0.5, 0.25]}. `lines` tell its stages.
     """
     priced = dict(asked) if isinstance(asked, Mapping) else None
     budgets = [] if isinstance(asked, Mapping) else list(asked)
@@ -48,9 +50,12 @@ def calibrated(
     wanted: dict[str, Any] = {"keep": budgets} if priced is None else {"budget": priced}
     try:
         calibration = CrossAttentionCalibration(folder, **wanted, scorer=scorer or None, selector=selector)
+        lines.more = lambda: calibration.doing
         reading.predict(loader, calibration)
     except (PruningError, PolicyError) as error:
         return refuse(folder, now, str(error))
+    finally:
+        lines.more = None
     return _saved(folder, budgets, priced)
 
 

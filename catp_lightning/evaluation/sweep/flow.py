@@ -77,7 +77,7 @@ def sweep_model(
             name_of_draw = title if number == 1 else f"{title} draw {number}"
             place = folder / "policies" / name_of_draw.replace(" ", "-")
             lines.now = f"{name}: {name_of_draw}, calibrating"
-            policies = calibrated(reading, loader, title.partition(" ")[2], budgets, settings, place, console)
+            policies = calibrated(reading, loader, title.partition(" ")[2], budgets, settings, place, console, lines)
             if isinstance(policies, str):
                 notes[title] = policies
             else:

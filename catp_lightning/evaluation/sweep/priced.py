@@ -118,7 +118,10 @@ def sweep_prices(
         for number, loader in reversed(list(enumerate(loaders, 1))):
             lines.now = f"{name}: {title} draw {number}, calibrating"
             place = folder / "priced-policies"
-            jobs = _calibrated(title, number, prices, solver, reading, loader, settings, place, notes, console) + jobs
+            jobs = (
+                _calibrated(title, number, prices, solver, reading, loader, settings, place, notes, console, lines)
+                + jobs
+            )
     outcomes = dict(outcomes_of(jobs, runner, notes, f"{name}:", console, lines))
     lines.now = f"{name}: writing tables"
     if not outcomes:
@@ -193,6 +196,7 @@ def _calibrated(
     folder: Path,
     notes: dict[str, str],
     console: Console,
+    lines: Lines,
 ) -> list[Job]:
     """Return the jobs of one calibration, at each price that it can pay; reasons why it cannot become notes.
 
@@ -217,7 +221,7 @@ def _calibrated(
         asked.append((list(payable), list(dict.fromkeys(one.keep for one in payable.values())), place))
     jobs = []
     for own, what, where in asked:
-        policies = calibrated(reading, loader, scorer, what, settings, where, console)
+        policies = calibrated(reading, loader, scorer, what, settings, where, console, lines)
         if isinstance(policies, str):
             notes[f"{shown} at {', '.join(map(str, own))}"] = policies
             continue

@@ -15,7 +15,7 @@ from catp_lightning.evaluation.sweep.methods import CALIBRATED, Job
 from catp_lightning.evaluation.sweep.prices import schedule_text
 from catp_lightning.metrics import vqa_score
 from catp_lightning.safe_text import one_line, rich_text
-from catp_lightning.utils.progress import Lines, shows_bars
+from catp_lightning.utils.progress import Lines, Pace, shows_bars
 
 FULL = "no pruning"
 
@@ -27,10 +27,12 @@ def outcomes_of(
     done = {job: outcome for job in jobs if (outcome := runner.finished(job)) is not None}
     if done:
         console.print(rich_text(f"{name} {len(done)} of {len(jobs)} jobs were finished by an earlier run."))
+    pace, begun, todo = Pace(), 0, len(jobs) - len(done)
     with tqdm(total=len(jobs), initial=len(done), desc=one_line(name), disable=not shows_bars()) as bar:
         for number, job in enumerate(jobs, 1):
             if job not in done:
-                lines.now = f"{name} {number} of {len(jobs)} jobs: {job.name}, keep {job.policy.keep}"
+                left, begun = pace.left(name, begun, [todo]), begun + 1
+                lines.now = f"{name} {number} of {len(jobs)} jobs{left}: {job.name}, keep {job.policy.keep}"
                 bar.set_postfix_str(one_line(f"{job.name}, keep {job.policy.keep}"))
                 try:  # another job of this run may have had the same policy
                     done[job] = runner.finished(job) or runner.run(job)
