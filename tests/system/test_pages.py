@@ -58,3 +58,14 @@ def test_the_package_runs_as_a_program(monkeypatch: pytest.MonkeyPatch, capsys: 
     with pytest.raises(SystemExit) as stopped:
         runpy.run_module("catp_lightning", run_name="__main__")
     assert not stopped.value.code and capsys.readouterr().out.startswith("catp-lightning ")
+
+
+@pytest.mark.slow
+def test_the_blocks_of_the_first_page_run_in_its_order(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "docs/start.md").read_text(encoding="utf-8"), flags=re.DOTALL)
+    names: dict[str, object] = {"__name__": "start"}
+    for block in blocks:
+        exec(compile(block, "docs/start.md", "exec"), names)
+    written = {"policy.json", "policy-report/report.md", "policies/keep-0.5.json", "llava-catp-25/README.md"}
+    assert {name for name in written if (tmp_path / name).is_file()} == written
