@@ -1,0 +1,9 @@
+"""Readers for the official files of evaluation data sets, and the LightningDataModule that uses them."""
+
+from catp_lightning.data.benchmarks.dataset import BenchmarkDataset
+from catp_lightning.data.benchmarks.gqa import GQA
+from catp_lightning.data.benchmarks.module import BenchmarkDataModule
+from catp_lightning.data.benchmarks.pope import POPE
+from catp_lightning.data.benchmarks.reader import Reader, Record
+
+__all__ = ["GQA", "POPE", "BenchmarkDataModule", "BenchmarkDataset", "Reader", "Record"]

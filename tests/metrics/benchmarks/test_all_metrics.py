@@ -1,0 +1,62 @@
+"""What holds for the metrics of all data sets: processes, resets and precisions do not change a figure."""
+
+from typing import Any
+
+import pytest
+import torch
+from torchmetrics import Metric
+
+from catp_lightning.metrics.benchmarks import BENCHMARKS
+
+UPDATES: dict[str, tuple[list[str], list[Any]]] = {
+    "pope": (["yes", "no", "yes", "No."], ["yes", "yes", "no", "no"]),
+    "gqa": (["Yes.", "a dog", "red", "no"], ["yes", "dog", "red", "no"]),
+}
+VALUES: dict[str, dict[str, float]] = {
+    "pope": {"accuracy": 0.5, "precision": 0.5, "recall": 0.5, "f1": 0.5, "yes_ratio": 0.5},
+    "gqa": {"accuracy": 0.75},
+}
+every_metric = pytest.mark.parametrize("name", BENCHMARKS)
+
+
+def updated(metric: Metric, name: str, *rows: int) -> Metric:
+    predictions, references = UPDATES[name]
+    metric.update([predictions[row] for row in rows], [references[row] for row in rows])
+    return metric
+
+
+def figures(metric: Metric) -> dict[str, float]:
+    computed = metric.compute()
+    assert all(value.dtype == torch.float32 for value in computed.values())
+    return {name: value.item() for name, value in computed.items()}
+
+
+@every_metric
+def test_two_processes_count_as_one(name: str) -> None:
+    first, second = updated(BENCHMARKS[name](), name, 0, 1, 2), updated(BENCHMARKS[name](), name, 3)
+    first.merge_state(second)
+    assert figures(first) == pytest.approx(VALUES[name], abs=1e-6)
+
+
+@every_metric
+def test_state_reset_in_inference_mode_counts_outside_it(name: str) -> None:
+    metric = BENCHMARKS[name]()
+    with torch.inference_mode():
+        updated(metric, name, 0, 1)
+        metric.reset()
+    assert figures(updated(updated(metric, name, 0, 1, 2), name, 3)) == pytest.approx(VALUES[name], abs=1e-6)
+
+
+@every_metric
+def test_counts_stay_exact_under_half_precision(name: str) -> None:
+    metric = torch.nn.ModuleList([BENCHMARKS[name]()]).to(torch.bfloat16)[0]
+    for _ in range(300):  # bfloat16 counts to 256
+        updated(metric, name, 0, 1, 2, 3)
+    found = figures(metric)
+    assert found == pytest.approx({key: found[key] if value > 1 else value for key, value in VALUES[name].items()})
+
+
+@every_metric
+def test_as_many_references_as_predictions_are_needed(name: str) -> None:
+    with pytest.raises(ValueError, match="shorter"):
+        BENCHMARKS[name]().update(UPDATES[name][0], UPDATES[name][1][:1])
