@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from catp_lightning.data.benchmarks import GQA, POPE, Reader
+from catp_lightning.data.benchmarks import GQA, POPE, Reader, TextVQA, VizWiz
 
 
 def write_images(folder: Path, names: Iterable[str]) -> str:
@@ -75,5 +75,48 @@ def gqa(folder: Path, **change: Any) -> GQA:
     return GQA(write_json(folder / "testdev_balanced_questions.json", content), images)
 
 
-DATA_SETS: Mapping[str, Callable[..., Reader]] = {"pope": pope, "gqa": gqa}
+def textvqa(folder: Path, **change: Any) -> TextVQA:
+    """Three questions about two images; `change` replaces fields of the second."""
+    answers = [["nokia"] * 10, ["copenhagen"] * 6 + ["tuborg", "tubor", "Copenhagen.", "unknown"], ["7"] * 10]
+    records: list[dict[str, Any]] = [
+        {
+            "question": question,
+            "image_id": ("003a8ae2ef43b901", "02685c6f63b1bd66")[number // 2],
+            "image_classes": ["Cassette deck", "Printer"],
+            "flickr_original_url": "https://farm2.staticflickr.com/4/o.jpg",
+            "flickr_300k_url": "https://c6.staticflickr.com/4/z.jpg",
+            "image_width": 1024,
+            "image_height": 664,
+            "answers": answers[number],
+            "question_tokens": question.lower().rstrip("?").split(),
+            "question_id": 34602 + number,
+            "set_name": "val",
+        }
+        for number, question in enumerate(["what is the brand?", "what beer is it?", "what number is there?"])
+    ]
+    images = write_images(folder / "train_images", [f"{records[0]['image_id']}.jpg", f"{records[2]['image_id']}.jpg"])
+    records[1].update(change)
+    content = {"dataset_type": "val", "dataset_name": "textvqa", "dataset_version": "0.5.1", "data": records}
+    return TextVQA(write_json(folder / "TextVQA_0.5.1_val.json", content), images)
+
+
+def vizwiz(folder: Path, **change: Any) -> VizWiz:
+    """Three questions about an image each; `change` replaces fields of the second."""
+    answers = [["grey"] * 5 + ["gray"] * 5, ["unanswerable"] * 8 + ["no", "yes"], ["soup"] * 10]
+    records: list[dict[str, Any]] = [
+        {
+            "image": f"VizWiz_val_{number:08d}.jpg",
+            "question": question,
+            "answers": [{"answer_confidence": "maybe", "answer": answer} for answer in answers[number]],
+            "answer_type": "other",
+            "answerable": 1,
+        }
+        for number, question in enumerate(["What color is it?", "Is it on?", "What is in the can?"])
+    ]
+    images = write_images(folder / "val", [record["image"] for record in records])
+    records[1].update(change)
+    return VizWiz(write_json(folder / "val.json", records), images)
+
+
+DATA_SETS: Mapping[str, Callable[..., Reader]] = {"pope": pope, "gqa": gqa, "textvqa": textvqa, "vizwiz": vizwiz}
 """A function that writes each data set and returns its reader, by the name of its metric."""

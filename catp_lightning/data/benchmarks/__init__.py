@@ -5,5 +5,7 @@ from catp_lightning.data.benchmarks.gqa import GQA
 from catp_lightning.data.benchmarks.module import BenchmarkDataModule
 from catp_lightning.data.benchmarks.pope import POPE
 from catp_lightning.data.benchmarks.reader import Reader, Record
+from catp_lightning.data.benchmarks.textvqa import TextVQA
+from catp_lightning.data.benchmarks.vizwiz import VizWiz
 
-__all__ = ["GQA", "POPE", "BenchmarkDataModule", "BenchmarkDataset", "Reader", "Record"]
+__all__ = ["GQA", "POPE", "BenchmarkDataModule", "BenchmarkDataset", "Reader", "Record", "TextVQA", "VizWiz"]

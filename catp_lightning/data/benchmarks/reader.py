@@ -8,6 +8,7 @@ from typing import Any, ClassVar, NamedTuple
 from PIL import Image
 
 from catp_lightning.data.image_folder import ImageFolder
+from catp_lightning.data.vqa_dataset import ANSWERS
 from catp_lightning.errors import DataError
 
 
@@ -87,6 +88,16 @@ def file_name(name: str, where: str) -> str:
             "'documents/1.png': not empty, not absolute, without '..'. Correct it, or get the file anew."
         )
     return name
+
+
+def ten(answers: Sequence[Any], where: str) -> list[str]:
+    """Return the answers of ten people, if they are that."""
+    if len(answers) != ANSWERS or not all(isinstance(answer, str) for answer in answers):
+        raise DataError(
+            f"{where}: 'answers' must be {ANSWERS} texts, for which the accuracy is defined, got {len(answers)}: "
+            f"{answers!r:.200}."
+        )
+    return list(answers)
 
 
 def with_options(question: str, options: Sequence[str], hint: str = "") -> str:

@@ -11,10 +11,14 @@ from catp_lightning.metrics.benchmarks import BENCHMARKS
 UPDATES: dict[str, tuple[list[str], list[Any]]] = {
     "pope": (["yes", "no", "yes", "No."], ["yes", "yes", "no", "no"]),
     "gqa": (["Yes.", "a dog", "red", "no"], ["yes", "dog", "red", "no"]),
+    "textvqa": (["Nokia", "2", "x", "y"], [["nokia"] * 10, ["two"] * 2 + ["3"] * 8, ["z"] * 10, ["y"] * 10]),
+    "vizwiz": (["Grey.", "2", "x", "y"], [["grey"] * 10, ["2"] * 2 + ["3"] * 8, ["z"] * 10, ["y"] * 10]),
 }
 VALUES: dict[str, dict[str, float]] = {
     "pope": {"accuracy": 0.5, "precision": 0.5, "recall": 0.5, "f1": 0.5, "yes_ratio": 0.5},
     "gqa": {"accuracy": 0.75},
+    "textvqa": {"accuracy": 0.65},
+    "vizwiz": {"accuracy": 0.65},
 }
 every_metric = pytest.mark.parametrize("name", BENCHMARKS)
 
