@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from catp_lightning.data.benchmarks import GQA, POPE, Reader, TextVQA, VizWiz
+from catp_lightning.data.benchmarks import GQA, POPE, DocVQA, OCRBench, Reader, ScienceQA, TextVQA, VizWiz
 
 
 def write_images(folder: Path, names: Iterable[str]) -> str:
@@ -118,5 +118,83 @@ def vizwiz(folder: Path, **change: Any) -> VizWiz:
     return VizWiz(write_json(folder / "val.json", records), images)
 
 
-DATA_SETS: Mapping[str, Callable[..., Reader]] = {"pope": pope, "gqa": gqa, "textvqa": textvqa, "vizwiz": vizwiz}
+def scienceqa(folder: Path, **change: Any) -> ScienceQA:
+    """Five problems, of which three are in the test split and have images; `change` replaces fields of the second."""
+    problems: dict[str, dict[str, Any]] = {
+        str(number + 1): {
+            "question": f"Which is number {number}?",
+            "choices": ["zero", "one", "two", "three"][: 2 + number % 3],
+            "answer": number % 2,
+            "hint": "" if number else "Count.",
+            "image": None if number == 3 else "image.png",
+            "task": "closed choice",
+            "grade": "grade2",
+            "subject": "natural science",
+            "topic": "physics",
+            "category": "Materials",
+            "skill": "Compare",
+            "lecture": "",
+            "solution": "",
+            "split": "train" if number == 4 else "test",
+        }
+        for number in range(5)
+    }
+    write_images(folder / "images", [f"test/{number}/image.png" for number in (1, 2, 3)])
+    problems["2"].update(change)
+    write_json(folder / "pid_splits.json", {"train": ["5"], "val": ["4"], "test": ["3", "1", "4", "2"]})
+    write_json(folder / "problems.json", problems)
+    return ScienceQA(str(folder))
+
+
+def docvqa(folder: Path, **change: Any) -> DocVQA:
+    """Three questions about two pages; `change` replaces fields of the second."""
+    answers = [["1/8/93"], ["ITC Limited", "itc limited"], ["0.28"]]
+    records: list[dict[str, Any]] = [
+        {
+            "questionId": 49153 + number,
+            "question": question,
+            "question_types": ["form"],
+            "image": f"documents/pybv0228_{81 + number // 2}.png",
+            "docId": 14465,
+            "ucsf_document_id": "pybv0228",
+            "ucsf_document_page_no": str(81 + number // 2),
+            "answers": answers[number],
+            "data_split": "val",
+        }
+        for number, question in enumerate(["What is the date?", "Which company is it?", "What is the value?"])
+    ]
+    images = write_images(folder / "spdocvqa_images", ["pybv0228_81.png", "pybv0228_82.png"])
+    records[1].update(change)
+    content = {"dataset_name": "SP-DocVQA", "dataset_version": "1.0", "dataset_split": "val", "data": records}
+    return DocVQA(write_json(folder / "val_v1.0_withQT.json", content), images)
+
+
+def ocrbench(folder: Path, **change: Any) -> OCRBench:
+    """Four questions of four kinds, two of which have one id; `change` replaces fields of the second."""
+    rows = [
+        ("IIIT5K", "IIIT5K/test/1.png", "what is written in the image?", ["CENTRE"], "Regular Text Recognition"),
+        ("STVQA", "STVQA/VisualGenome/2/7.jpg", "What airline is this?", ["Airfrance", "Air france"],
+         "Scene Text-centric VQA"),
+        ("docVQA", "docVQA/val/documents/7.png", "What is the date?", "1/8/93", "Doc-oriented VQA"),
+        ("HME100k", "HME100K/test/1.jpg", "Please write out the formula.", "x _ { 1 } = 0\n",
+         "Handwritten Mathematical Expression Recognition"),
+    ]  # fmt: skip
+    records: list[dict[str, Any]] = [
+        {"dataset_name": name, "id": 7, "image_path": path, "question": question, "answers": answers, "type": kind}
+        for name, path, question, answers, kind in rows
+    ]
+    images = write_images(folder / "OCRBench_Images", [record["image_path"] for record in records])
+    records[1].update(change)
+    return OCRBench(write_json(folder / "OCRBench.json", records), images)
+
+
+DATA_SETS: Mapping[str, Callable[..., Reader]] = {
+    "docvqa": docvqa,
+    "gqa": gqa,
+    "ocrbench": ocrbench,
+    "pope": pope,
+    "scienceqa": scienceqa,
+    "textvqa": textvqa,
+    "vizwiz": vizwiz,
+}
 """A function that writes each data set and returns its reader, by the name of its metric."""

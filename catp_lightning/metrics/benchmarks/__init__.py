@@ -2,18 +2,34 @@
 
 from torchmetrics import Metric
 
+from catp_lightning.metrics.benchmarks.docvqa import ANLS
 from catp_lightning.metrics.benchmarks.gqa import GQAAccuracy
 from catp_lightning.metrics.benchmarks.mean_score import MeanScore
+from catp_lightning.metrics.benchmarks.ocrbench import OCRBenchScore
 from catp_lightning.metrics.benchmarks.pope import POPEScores
+from catp_lightning.metrics.benchmarks.scienceqa import ScienceQAAccuracy
 from catp_lightning.metrics.benchmarks.ten_answers import TextVQAAccuracy, VizWizAccuracy
 
 BENCHMARKS: dict[str, type[Metric]] = {
+    "docvqa": ANLS,
     "gqa": GQAAccuracy,
+    "ocrbench": OCRBenchScore,
     "pope": POPEScores,
+    "scienceqa": ScienceQAAccuracy,
     "textvqa": TextVQAAccuracy,
     "vizwiz": VizWizAccuracy,
 }
 """Metric of each data set, by the name in `metric` of its batches. Each has `update(predictions, references)`, with the
 batch's references, and `compute()`, which returns figures by name."""
 
-__all__ = ["BENCHMARKS", "GQAAccuracy", "MeanScore", "POPEScores", "TextVQAAccuracy", "VizWizAccuracy"]
+__all__ = [
+    "ANLS",
+    "BENCHMARKS",
+    "GQAAccuracy",
+    "MeanScore",
+    "OCRBenchScore",
+    "POPEScores",
+    "ScienceQAAccuracy",
+    "TextVQAAccuracy",
+    "VizWizAccuracy",
+]
