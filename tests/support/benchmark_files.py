@@ -1,5 +1,7 @@
 """Small data sets in the layouts of the official files, and their readers."""
 
+import base64
+import csv
 import json
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
@@ -8,7 +10,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from catp_lightning.data.benchmarks import GQA, POPE, DocVQA, OCRBench, Reader, ScienceQA, TextVQA, VizWiz
+from catp_lightning.data.benchmarks import GQA, MME, POPE, DocVQA, MMBench, OCRBench, Reader, ScienceQA, TextVQA, VizWiz
 
 
 def write_images(folder: Path, names: Iterable[str]) -> str:
@@ -188,9 +190,77 @@ def ocrbench(folder: Path, **change: Any) -> OCRBench:
     return OCRBench(write_json(folder / "OCRBench.json", records), images)
 
 
+COLUMNS = (
+    "index",
+    "question",
+    "hint",
+    "A",
+    "B",
+    "C",
+    "D",
+    "answer",
+    "category",
+    "image",
+    "source",
+    "l2-category",
+    "split",
+)
+
+
+def mmbench(folder: Path, **change: Any) -> MMBench:
+    """A question with three options in each order, and one with two in one order; `change` replaces cells of the first.
+
+    The first question's hint has a line break, a tab and quotes; rotations refer to its image.
+    """
+    names = write_images(folder, ["1.png", "2.png"])
+    first, second = (base64.b64encode(Path(names, name).read_bytes()).decode() for name in ("1.png", "2.png"))
+    options = ["sky", "grass", "sea"]
+    rows = [
+        dict(zip("ABC", options[turn:] + options[:turn], strict=True))
+        | {
+            "index": 241 + turn * 10**6,
+            "question": "Which is blue?",
+            "hint": 'Look "up".\nAnd\tdown.',
+            "D": "",
+            "answer": "ACB"[turn],
+            "image": "241" if turn else first,
+        }
+        for turn in range(3)
+    ]
+    rows.append(
+        {"index": 7, "question": "Is it?", "hint": "nan", "A": "yes", "B": "no", "answer": "B", "image": second}
+    )
+    rows[0].update(change)
+    path = folder / "MMBench_DEV_EN.tsv"
+    with path.open("w", encoding="utf-8", newline="") as file:
+        table = csv.DictWriter(file, COLUMNS, restval="", delimiter="\t", lineterminator="\n")
+        table.writeheader()
+        table.writerows(rows)
+    return MMBench(str(path))
+
+
+def mme(folder: Path) -> MME:
+    """Two images of "existence", whose texts stand beside them, and one of "artwork", whose texts stand apart."""
+    texts = {
+        "existence/000000006040.txt": "Is there a bus? Please answer yes or no.\tYes\nIs there a cat?\tNo\n",
+        "existence/000000007816.txt": "Is there a car?\tYes\nIs there a cup?\tNo\n\n",
+        "artwork/questions_answers_YN/10002.txt": "Is it a painting?\tYes\nIs it glassware?\tNo",
+        "eval_tool/Your_Results/existence.txt": "no question\n",
+    }
+    images = ["existence/000000006040.jpg", "existence/000000007816.png", "artwork/images/10002.jpg"]
+    place = folder / "MME_Benchmark_release_version"
+    write_images(place, images)
+    for name, text in texts.items():
+        (place / name).parent.mkdir(parents=True, exist_ok=True)
+        (place / name).write_text(text, encoding="utf-8")
+    return MME(str(place))
+
+
 DATA_SETS: Mapping[str, Callable[..., Reader]] = {
     "docvqa": docvqa,
     "gqa": gqa,
+    "mmbench": mmbench,
+    "mme": mme,
     "ocrbench": ocrbench,
     "pope": pope,
     "scienceqa": scienceqa,

@@ -3,6 +3,8 @@
 from catp_lightning.data.benchmarks.dataset import BenchmarkDataset
 from catp_lightning.data.benchmarks.docvqa import DocVQA
 from catp_lightning.data.benchmarks.gqa import GQA
+from catp_lightning.data.benchmarks.mmbench import MMBench
+from catp_lightning.data.benchmarks.mme import MME
 from catp_lightning.data.benchmarks.module import BenchmarkDataModule
 from catp_lightning.data.benchmarks.ocrbench import OCRBench
 from catp_lightning.data.benchmarks.pope import POPE
@@ -13,10 +15,12 @@ from catp_lightning.data.benchmarks.vizwiz import VizWiz
 
 __all__ = [
     "GQA",
+    "MME",
     "POPE",
     "BenchmarkDataModule",
     "BenchmarkDataset",
     "DocVQA",
+    "MMBench",
     "OCRBench",
     "Reader",
     "Record",

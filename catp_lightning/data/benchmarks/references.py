@@ -15,6 +15,40 @@ class Choice(NamedTuple):
     answer: str
 
 
+class Rotation(NamedTuple):
+    """A question of MMBench, with its options in one of their orders.
+
+    Attributes:
+        question_id: the question's own id.
+        group: id of the question whose options are rotated; in their first order, the same as `question_id`.
+        rotations: number of questions of the group.
+        options: texts of the options, the first of which is A.
+        answer: letter of the right one.
+    """
+
+    question_id: int
+    group: int
+    rotations: int
+    options: tuple[str, ...]
+    answer: str
+
+
+class Judgement(NamedTuple):
+    """One of the two questions about an image of MME.
+
+    Attributes:
+        question_id: the question's number.
+        image: number of the image.
+        subtask: a name in `mme.SUBTASKS`.
+        answer: "yes" or "no".
+    """
+
+    question_id: int
+    image: int
+    subtask: str
+    answer: str
+
+
 class Reading(NamedTuple):
     """Text that is to be read, in OCRBench.
 

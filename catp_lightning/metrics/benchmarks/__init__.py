@@ -5,6 +5,8 @@ from torchmetrics import Metric
 from catp_lightning.metrics.benchmarks.docvqa import ANLS
 from catp_lightning.metrics.benchmarks.gqa import GQAAccuracy
 from catp_lightning.metrics.benchmarks.mean_score import MeanScore
+from catp_lightning.metrics.benchmarks.mmbench import MMBenchAccuracy
+from catp_lightning.metrics.benchmarks.mme import MMEScores
 from catp_lightning.metrics.benchmarks.ocrbench import OCRBenchScore
 from catp_lightning.metrics.benchmarks.pope import POPEScores
 from catp_lightning.metrics.benchmarks.scienceqa import ScienceQAAccuracy
@@ -13,6 +15,8 @@ from catp_lightning.metrics.benchmarks.ten_answers import TextVQAAccuracy, VizWi
 BENCHMARKS: dict[str, type[Metric]] = {
     "docvqa": ANLS,
     "gqa": GQAAccuracy,
+    "mmbench": MMBenchAccuracy,
+    "mme": MMEScores,
     "ocrbench": OCRBenchScore,
     "pope": POPEScores,
     "scienceqa": ScienceQAAccuracy,
@@ -26,6 +30,8 @@ __all__ = [
     "ANLS",
     "BENCHMARKS",
     "GQAAccuracy",
+    "MMBenchAccuracy",
+    "MMEScores",
     "MeanScore",
     "OCRBenchScore",
     "POPEScores",

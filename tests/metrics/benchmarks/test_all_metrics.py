@@ -6,7 +6,7 @@ import pytest
 import torch
 from torchmetrics import Metric
 
-from catp_lightning.data.benchmarks.references import Choice, Reading
+from catp_lightning.data.benchmarks.references import Choice, Judgement, Reading, Rotation
 from catp_lightning.metrics.benchmarks import BENCHMARKS
 
 CHOICE = Choice(("sky", "grass", "sea"), "B")
@@ -25,6 +25,19 @@ UPDATES: dict[str, tuple[list[str], list[Any]]] = {
             Reading(FORMULA, ("Y",), True),
         ],
     ),
+    "mmbench": (
+        ["A", "grass", "B", "It is a sea of no colour, A"],
+        [
+            Rotation(7, 7, 2, ("sky", "grass"), "A"),
+            Rotation(1000007, 7, 2, ("grass", "sky"), "B"),
+            Rotation(8, 8, 2, ("sky", "sea"), "B"),
+            Rotation(1000008, 8, 2, ("sea", "sky"), "A"),
+        ],
+    ),
+    "mme": (
+        ["Yes", "yes.", "Yes", "No"],
+        [Judgement(number, number // 2, "color", "yes" if number % 2 == 0 else "no") for number in range(4)],
+    ),
     "textvqa": (["Nokia", "2", "x", "y"], [["nokia"] * 10, ["two"] * 2 + ["3"] * 8, ["z"] * 10, ["y"] * 10]),
     "vizwiz": (["Grey.", "2", "x", "y"], [["grey"] * 10, ["2"] * 2 + ["3"] * 8, ["z"] * 10, ["y"] * 10]),
 }
@@ -42,6 +55,8 @@ VALUES: dict[str, dict[str, float]] = {
         "key_information": 0,
         "formulas": 1,
     },
+    "mmbench": {"accuracy": 1.0, "circular_accuracy": 0.5},
+    "mme": {"color_accuracy": 0.75, "color_accuracy_plus": 0.5},
     "textvqa": {"accuracy": 0.65},
     "vizwiz": {"accuracy": 0.65},
 }
