@@ -1,38 +1,12 @@
 """Small data sets in the layouts of the official files, and their readers."""
 
-import base64
-import csv
-import json
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-from PIL import Image
-
-from catp_lightning.data.benchmarks import GQA, MME, POPE, DocVQA, MMBench, OCRBench, Reader, ScienceQA, TextVQA, VizWiz
-
-
-def write_images(folder: Path, names: Iterable[str]) -> str:
-    """An image of its own for each name; the folder is returned."""
-    for number, name in enumerate(names):
-        place = folder / name
-        place.parent.mkdir(parents=True, exist_ok=True)
-        pixels = np.random.default_rng(number).integers(0, 256, (24, 32, 3), dtype=np.uint8)
-        Image.fromarray(pixels).save(place, "PNG")
-    return str(folder)
-
-
-def write_json(path: Path, content: Any) -> str:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(content), encoding="utf-8")
-    return str(path)
-
-
-def write_lines(path: Path, records: Iterable[Any]) -> str:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text("".join(json.dumps(record) + "\n" for record in records), encoding="utf-8")
-    return str(path)
+from catp_lightning.data.benchmarks import GQA, POPE, DocVQA, OCRBench, Reader, TextVQA, VizWiz
+from tests.support.benchmark_tasks import mmbench, mme, refcoco, scienceqa
+from tests.support.benchmark_writing import write_images, write_json, write_lines
 
 
 def pope(folder: Path, **change: Any) -> POPE:
@@ -120,34 +94,6 @@ def vizwiz(folder: Path, **change: Any) -> VizWiz:
     return VizWiz(write_json(folder / "val.json", records), images)
 
 
-def scienceqa(folder: Path, **change: Any) -> ScienceQA:
-    """Five problems, of which three are in the test split and have images; `change` replaces fields of the second."""
-    problems: dict[str, dict[str, Any]] = {
-        str(number + 1): {
-            "question": f"Which is number {number}?",
-            "choices": ["zero", "one", "two", "three"][: 2 + number % 3],
-            "answer": number % 2,
-            "hint": "" if number else "Count.",
-            "image": None if number == 3 else "image.png",
-            "task": "closed choice",
-            "grade": "grade2",
-            "subject": "natural science",
-            "topic": "physics",
-            "category": "Materials",
-            "skill": "Compare",
-            "lecture": "",
-            "solution": "",
-            "split": "train" if number == 4 else "test",
-        }
-        for number in range(5)
-    }
-    write_images(folder / "images", [f"test/{number}/image.png" for number in (1, 2, 3)])
-    problems["2"].update(change)
-    write_json(folder / "pid_splits.json", {"train": ["5"], "val": ["4"], "test": ["3", "1", "4", "2"]})
-    write_json(folder / "problems.json", problems)
-    return ScienceQA(str(folder))
-
-
 def docvqa(folder: Path, **change: Any) -> DocVQA:
     """Three questions about two pages; `change` replaces fields of the second."""
     answers = [["1/8/93"], ["ITC Limited", "itc limited"], ["0.28"]]
@@ -190,72 +136,6 @@ def ocrbench(folder: Path, **change: Any) -> OCRBench:
     return OCRBench(write_json(folder / "OCRBench.json", records), images)
 
 
-COLUMNS = (
-    "index",
-    "question",
-    "hint",
-    "A",
-    "B",
-    "C",
-    "D",
-    "answer",
-    "category",
-    "image",
-    "source",
-    "l2-category",
-    "split",
-)
-
-
-def mmbench(folder: Path, **change: Any) -> MMBench:
-    """A question with three options in each order, and one with two in one order; `change` replaces cells of the first.
-
-    The first question's hint has a line break, a tab and quotes; rotations refer to its image.
-    """
-    names = write_images(folder, ["1.png", "2.png"])
-    first, second = (base64.b64encode(Path(names, name).read_bytes()).decode() for name in ("1.png", "2.png"))
-    options = ["sky", "grass", "sea"]
-    rows = [
-        dict(zip("ABC", options[turn:] + options[:turn], strict=True))
-        | {
-            "index": 241 + turn * 10**6,
-            "question": "Which is blue?",
-            "hint": 'Look "up".\nAnd\tdown.',
-            "D": "",
-            "answer": "ACB"[turn],
-            "image": "241" if turn else first,
-        }
-        for turn in range(3)
-    ]
-    rows.append(
-        {"index": 7, "question": "Is it?", "hint": "nan", "A": "yes", "B": "no", "answer": "B", "image": second}
-    )
-    rows[0].update(change)
-    path = folder / "MMBench_DEV_EN.tsv"
-    with path.open("w", encoding="utf-8", newline="") as file:
-        table = csv.DictWriter(file, COLUMNS, restval="", delimiter="\t", lineterminator="\n")
-        table.writeheader()
-        table.writerows(rows)
-    return MMBench(str(path))
-
-
-def mme(folder: Path) -> MME:
-    """Two images of "existence", whose texts stand beside them, and one of "artwork", whose texts stand apart."""
-    texts = {
-        "existence/000000006040.txt": "Is there a bus? Please answer yes or no.\tYes\nIs there a cat?\tNo\n",
-        "existence/000000007816.txt": "Is there a car?\tYes\nIs there a cup?\tNo\n\n",
-        "artwork/questions_answers_YN/10002.txt": "Is it a painting?\tYes\nIs it glassware?\tNo",
-        "eval_tool/Your_Results/existence.txt": "no question\n",
-    }
-    images = ["existence/000000006040.jpg", "existence/000000007816.png", "artwork/images/10002.jpg"]
-    place = folder / "MME_Benchmark_release_version"
-    write_images(place, images)
-    for name, text in texts.items():
-        (place / name).parent.mkdir(parents=True, exist_ok=True)
-        (place / name).write_text(text, encoding="utf-8")
-    return MME(str(place))
-
-
 DATA_SETS: Mapping[str, Callable[..., Reader]] = {
     "docvqa": docvqa,
     "gqa": gqa,
@@ -263,6 +143,7 @@ DATA_SETS: Mapping[str, Callable[..., Reader]] = {
     "mme": mme,
     "ocrbench": ocrbench,
     "pope": pope,
+    "refcoco": refcoco,
     "scienceqa": scienceqa,
     "textvqa": textvqa,
     "vizwiz": vizwiz,

@@ -9,6 +9,7 @@ from catp_lightning.data.benchmarks.module import BenchmarkDataModule
 from catp_lightning.data.benchmarks.ocrbench import OCRBench
 from catp_lightning.data.benchmarks.pope import POPE
 from catp_lightning.data.benchmarks.reader import Reader, Record
+from catp_lightning.data.benchmarks.refcoco import RefCOCO
 from catp_lightning.data.benchmarks.scienceqa import ScienceQA
 from catp_lightning.data.benchmarks.textvqa import TextVQA
 from catp_lightning.data.benchmarks.vizwiz import VizWiz
@@ -24,6 +25,7 @@ __all__ = [
     "OCRBench",
     "Reader",
     "Record",
+    "RefCOCO",
     "ScienceQA",
     "TextVQA",
     "VizWiz",

@@ -49,6 +49,26 @@ class Judgement(NamedTuple):
     answer: str
 
 
+class Box(NamedTuple):
+    """A box in an image, in pixels.
+
+    Attributes:
+        left: pixels from the left of the image to the box's left.
+        top: from the top to the box's top.
+        right: from the left to the box's right.
+        bottom: from the top to the box's bottom.
+        x_unit: pixels that a unit across is in the model's answers.
+        y_unit: pixels that a unit down is in the model's answers.
+    """
+
+    left: float
+    top: float
+    right: float
+    bottom: float
+    x_unit: float
+    y_unit: float
+
+
 class Reading(NamedTuple):
     """Text that is to be read, in OCRBench.
 

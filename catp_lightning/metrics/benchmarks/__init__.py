@@ -9,6 +9,7 @@ from catp_lightning.metrics.benchmarks.mmbench import MMBenchAccuracy
 from catp_lightning.metrics.benchmarks.mme import MMEScores
 from catp_lightning.metrics.benchmarks.ocrbench import OCRBenchScore
 from catp_lightning.metrics.benchmarks.pope import POPEScores
+from catp_lightning.metrics.benchmarks.refcoco import RefCOCOAccuracy
 from catp_lightning.metrics.benchmarks.scienceqa import ScienceQAAccuracy
 from catp_lightning.metrics.benchmarks.ten_answers import TextVQAAccuracy, VizWizAccuracy
 
@@ -19,6 +20,7 @@ BENCHMARKS: dict[str, type[Metric]] = {
     "mme": MMEScores,
     "ocrbench": OCRBenchScore,
     "pope": POPEScores,
+    "refcoco": RefCOCOAccuracy,
     "scienceqa": ScienceQAAccuracy,
     "textvqa": TextVQAAccuracy,
     "vizwiz": VizWizAccuracy,
@@ -35,6 +37,7 @@ __all__ = [
     "MeanScore",
     "OCRBenchScore",
     "POPEScores",
+    "RefCOCOAccuracy",
     "ScienceQAAccuracy",
     "TextVQAAccuracy",
     "VizWizAccuracy",

@@ -9,7 +9,8 @@ import pytest
 from catp_lightning.data.benchmarks import MME, POPE, BenchmarkDataModule, BenchmarkDataset, Reader
 from catp_lightning.errors import DataError
 from catp_lightning.metrics.benchmarks import BENCHMARKS
-from tests.support.benchmark_files import DATA_SETS, pope, write_lines
+from tests.support.benchmark_files import DATA_SETS, pope
+from tests.support.benchmark_writing import write_lines
 
 every_data_set = pytest.mark.parametrize("name", DATA_SETS)
 

@@ -10,7 +10,7 @@ from PIL import Image
 from catp_lightning.data.benchmarks import BenchmarkDataset, MMBench
 from catp_lightning.data.benchmarks.tsv import read_tsv
 from catp_lightning.errors import DataError
-from tests.support.benchmark_files import mmbench
+from tests.support.benchmark_tasks import mmbench
 
 
 def test_rotations_are_questions_of_a_group_and_share_its_image(tmp_path: Path) -> None:

@@ -6,7 +6,7 @@ import pytest
 
 from catp_lightning.data.benchmarks import MME, BenchmarkDataset
 from catp_lightning.errors import DataError
-from tests.support.benchmark_files import mme
+from tests.support.benchmark_tasks import mme
 
 
 def test_two_questions_are_read_about_each_image(tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ import pytest
 
 from catp_lightning.data.benchmarks import BenchmarkDataset, ScienceQA
 from catp_lightning.errors import DataError
-from tests.support.benchmark_files import scienceqa
+from tests.support.benchmark_tasks import scienceqa
 
 
 def test_problems_with_an_image_are_asked_with_their_choices_in_the_order_of_the_split(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Options are found in answers by VLMEvalKit's rules, and a question is right if it is in every order of its options."""
+"""Options are found by VLMEvalKit's rules, and a question is right if it is in every order of its options."""
 
 from itertools import product
 
