@@ -162,7 +162,8 @@ class VQAModule(LightningModule):
 
     def _log_benchmarks(self, stage: str) -> None:
         """Log the figures of metrics that were updated in this epoch; every process has batches, and takes part."""
-        for key, metric in self.benchmarks.items():
-            if key.startswith(f"{stage}/") and cast(Metric, metric).update_called:
+        for key, module in self.benchmarks.items():
+            metric = cast(Metric, module)
+            if key.startswith(f"{stage}/") and metric.update_called:
                 self.log_dict({f"{key}_{name}": value for name, value in metric.compute().items()}, sync_dist=True)
                 metric.reset()
