@@ -5,7 +5,7 @@ import mmap
 import os
 import re
 import struct
-from contextlib import nullcontext, suppress
+from contextlib import suppress
 from io import BytesIO
 from pathlib import Path
 from typing import BinaryIO
@@ -101,17 +101,20 @@ def _check_scans(file: BinaryIO) -> None:
     file.seek(0)
     if head != b"\xff\xd8\xff":
         return
-    with (
-        nullcontext(file.getvalue())
-        if isinstance(file, BytesIO)
-        else mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-    ) as content:
-        place, scans = 2, 0
-        while (found := _MARKER.search(content, place)) and (marker := found[0][-1]) != 0xD9:  # the image's end
-            scans += marker == 0xDA
-            if scans > MAX_SCANS:
-                raise OSError(f"it is a JPEG of more than {MAX_SCANS} scans")
-            place = found.end() + int.from_bytes(content[found.end() : found.end() + 2])
+    if isinstance(file, BytesIO):
+        _count_scans(file.getvalue())
+    else:
+        with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
+            _count_scans(content)
+
+
+def _count_scans(content: bytes | mmap.mmap) -> None:
+    place, scans = 2, 0
+    while (found := _MARKER.search(content, place)) and (marker := found[0][-1]) != 0xD9:  # the image's end
+        scans += marker == 0xDA
+        if scans > MAX_SCANS:
+            raise OSError(f"it is a JPEG of more than {MAX_SCANS} scans")
+        place = found.end() + int.from_bytes(content[found.end() : found.end() + 2])
 
 
 _TIFF = (b"II*\0", b"II\0*", b"MM\0*", b"MM*\0", b"II+\0", b"MM\0+")  # two are malformed, but Pillow reads them

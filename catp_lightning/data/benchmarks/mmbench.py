@@ -67,7 +67,8 @@ class MMBench(Reader):
         if len(options) < 2:
             raise DataError(f"{where}: there are {len(options)} options; a question has two at least, in 'A' and 'B'.")
         hint = "" if row.get("hint", "").lower() in _MISSING else row["hint"]
-        reference, letters = None, [chr(ord("A") + number) for number in range(len(options))]
+        letters = [chr(ord("A") + number) for number in range(len(options))]
+        reference: Rotation | None = None
         if "answer" in row:
             if row["answer"] not in letters:
                 raise DataError(f"{where}: 'answer' is {row['answer']!r:.80}; it is one of {', '.join(letters)}.")

@@ -40,7 +40,8 @@ def read_tsv(path: str, holds: str) -> list[tuple[str, dict[str, str]]]:
 
 def _rows(text: str) -> Iterator[tuple[int, list[str]]]:
     """Yield the line where each row begins, from 1, and its cells."""
-    place, line, cells, start = 0, 1, [], 1
+    cells: list[str] = []
+    place, line, start = 0, 1, 1
     while place <= len(text):
         match = _CELL.match(text, place)
         assert match is not None  # the second form matches everywhere
