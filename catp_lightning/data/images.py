@@ -6,6 +6,7 @@ import os
 import re
 import struct
 from contextlib import suppress
+from io import BytesIO
 from pathlib import Path
 from typing import BinaryIO
 
@@ -53,17 +54,26 @@ def read_image(path: Path, max_pixels: int = MAX_PIXELS) -> Image.Image:
     if not path.is_file():  # opening a pipe would wait for ever
         raise OSError("it is not a file")
     with open(path, "rb") as file:
-        if (size := os.fstat(file.fileno()).st_size) > MAX_BYTES:
-            raise OSError(f"it has {size:,} bytes, more than {MAX_BYTES:,}")
-        _check_scans(file)
-        _check_pieces(file)
-        try:
-            image = Image.open(file, formats=FORMATS)
-        except Image.UnidentifiedImageError as error:
-            raise OSError(f"its format is not one of {', '.join(FORMATS)}") from error
-        with image:
-            _check_size(image, max_pixels)
-            return _rgb(image)
+        return _decoded(file, os.fstat(file.fileno()).st_size, max_pixels)
+
+
+def image_from(content: bytes, max_pixels: int = MAX_PIXELS) -> Image.Image:
+    """Return the image in the bytes of a file, with the same limits and errors as `read_image`."""
+    return _decoded(BytesIO(content), len(content), max_pixels)
+
+
+def _decoded(file: BinaryIO, size: int, max_pixels: int) -> Image.Image:
+    if size > MAX_BYTES:
+        raise OSError(f"it has {size:,} bytes, more than {MAX_BYTES:,}")
+    _check_scans(file)
+    _check_pieces(file)
+    try:
+        image = Image.open(file, formats=FORMATS)
+    except Image.UnidentifiedImageError as error:
+        raise OSError(f"its format is not one of {', '.join(FORMATS)}") from error
+    with image:
+        _check_size(image, max_pixels)
+        return _rgb(image)
 
 
 def _check_size(image: Image.Image, max_pixels: int) -> None:
@@ -91,13 +101,20 @@ def _check_scans(file: BinaryIO) -> None:
     file.seek(0)
     if head != b"\xff\xd8\xff":
         return
-    with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
-        place, scans = 2, 0
-        while (found := _MARKER.search(content, place)) and (marker := found[0][-1]) != 0xD9:  # the image's end
-            scans += marker == 0xDA
-            if scans > MAX_SCANS:
-                raise OSError(f"it is a JPEG of more than {MAX_SCANS} scans")
-            place = found.end() + int.from_bytes(content[found.end() : found.end() + 2])
+    if isinstance(file, BytesIO):
+        _count_scans(file.getvalue())
+    else:
+        with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
+            _count_scans(content)
+
+
+def _count_scans(content: bytes | mmap.mmap) -> None:
+    place, scans = 2, 0
+    while (found := _MARKER.search(content, place)) and (marker := found[0][-1]) != 0xD9:  # the image's end
+        scans += marker == 0xDA
+        if scans > MAX_SCANS:
+            raise OSError(f"it is a JPEG of more than {MAX_SCANS} scans")
+        place = found.end() + int.from_bytes(content[found.end() : found.end() + 2])
 
 
 _TIFF = (b"II*\0", b"II\0*", b"MM\0*", b"MM*\0", b"II+\0", b"MM\0+")  # two are malformed, but Pillow reads them

@@ -2,12 +2,12 @@
 
 from collections.abc import Sequence
 from functools import cached_property, partial
-from typing import Any, NotRequired, TypedDict
+from typing import Any, ClassVar, NotRequired, TypedDict
 
 import torch
 from lightning.pytorch import LightningDataModule
 from torch import Tensor
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Dataset
 from transformers import AutoProcessor
 
 from catp_lightning.data.marks import image_token_id, marks_in
@@ -29,7 +29,8 @@ class VQABatch(TypedDict):
     `inputs` holds what the processor returns for the model: `pixel_values`, and `input_ids` and `attention_mask` int64
     [B, T], left padded to T columns. `question_ids` and `image_ids` are int64 [B]; `answers`, ten a question, are
     absent where the split has no annotations. `question_types` ("how many") and `answer_types` ("number"), one text a
-    question, are absent where not every annotation has one.
+    question, are absent where not every annotation has one. Batches of `BenchmarkDataModule` have `metric`, the name of
+    the data set's metric, and `references`, what it compares each answer with, in the place of `answers`.
     """
 
     inputs: dict[str, Tensor]
@@ -38,6 +39,8 @@ class VQABatch(TypedDict):
     answers: NotRequired[list[list[str]]]
     question_types: NotRequired[list[str]]
     answer_types: NotRequired[list[str]]
+    metric: NotRequired[str]
+    references: NotRequired[list[Any]]
 
 
 def collate(examples: Sequence[VQAExample], processor: Any, prompt: str) -> VQABatch:
@@ -79,6 +82,10 @@ def collate(examples: Sequence[VQAExample], processor: Any, prompt: str) -> VQAB
         batch["question_types"] = [example["question_type"] for example in examples]
     if "answer_type" in examples[0]:
         batch["answer_types"] = [example["answer_type"] for example in examples]
+    if "metric" in examples[0]:
+        batch["metric"] = examples[0]["metric"]
+    if "reference" in examples[0]:
+        batch["references"] = [example["reference"] for example in examples]
     return batch
 
 
@@ -146,6 +153,9 @@ class VQADataModule(LightningDataModule):
         trainer.validate(VQAModule("path/of/a/model"), data)
     """
 
+    example: ClassVar[str] = "VQASplit(...)"
+    """How a split is given, for messages."""
+
     def __init__(
         self,
         processor: str,
@@ -164,10 +174,11 @@ class VQADataModule(LightningDataModule):
             raise DataError(f"prompt={prompt!r} must hold '{{}}' once, where the question goes.")
         check_fraction(fraction)
         self.processor = processor
-        self.splits = {"calibration": calibration, "val": val, "test": test, "predict": predict or test or val}
+        self.splits: dict[str, Any] = {"calibration": calibration, "val": val, "test": test}
+        self.splits["predict"] = predict or test or val
         self.prompt, self.batch_size, self.num_workers = prompt, batch_size, num_workers
         self.fraction, self.seed = fraction, seed
-        self._datasets: dict[str, VQADataset] = {}
+        self._datasets: dict[str, Dataset[VQAExample]] = {}
 
     def setup(self, stage: str | None = None) -> None:
         """Read the stage's files at once, so that errors in them are raised before anything runs."""
@@ -201,12 +212,16 @@ class VQADataModule(LightningDataModule):
         processor.tokenizer.padding_side = "left"  # answers are generated after the last column
         return processor
 
-    def _dataset(self, name: str) -> VQADataset:
+    def read(self, split: Any) -> Dataset[VQAExample]:
+        """Return the questions of a split with their images."""
+        return VQADataset(split, self.fraction, self.seed)
+
+    def _dataset(self, name: str) -> Dataset[VQAExample]:
         if name not in self._datasets:
             split = self.splits[name]
             if split is None:
-                raise DataError(f"There is no {name} split: give VQADataModule({name}=VQASplit(...)).")
-            self._datasets[name] = VQADataset(split, self.fraction, self.seed)
+                raise DataError(f"There is no {name} split: give {type(self).__name__}({name}={self.example}).")
+            self._datasets[name] = self.read(split)
         return self._datasets[name]
 
     def _loader(self, name: str) -> DataLoader[VQAExample]:

@@ -4,10 +4,8 @@ A split is a questions file, a folder of images and, where accuracy is measured,
 question: https://visualqa.org/download.html. Digit scenes (`catp_lightning.data.scenes`) come in the same layout.
 """
 
-import json
-import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from string import Formatter
@@ -17,9 +15,10 @@ import numpy as np
 from PIL import Image
 from torch.utils.data import Dataset
 
-from catp_lightning.data.images import MAX_PIXELS, read_image
+from catp_lightning.data.image_folder import ImageFolder
+from catp_lightning.data.images import MAX_PIXELS
+from catp_lightning.data.records import field, read_json
 from catp_lightning.errors import DataError
-from catp_lightning.utils.files import read_bytes
 
 ANSWERS = 10  # people asked about each question; the official accuracy is defined for ten
 
@@ -75,7 +74,8 @@ _NAME_HELP = "Use the field image_id, as in 'COCO_val2014_{image_id:012d}.jpg' o
 class VQAExample(TypedDict):
     """One question with its image, RGB and upright; `answers` only where the split has annotations.
 
-    `question_type` ("how many") and `answer_type` ("number") are there where every question's annotation has one.
+    `question_type` ("how many") and `answer_type` ("number") are there where every question's annotation has one;
+    `metric` and `reference` are those of `BenchmarkDataset`.
     """
 
     image: Image.Image
@@ -85,6 +85,8 @@ class VQAExample(TypedDict):
     answers: NotRequired[list[str]]
     question_type: NotRequired[str]
     answer_type: NotRequired[str]
+    metric: NotRequired[str]
+    reference: NotRequired[Any]
 
 
 class _Question(NamedTuple):
@@ -134,7 +136,7 @@ class VQADataset(Dataset[VQAExample]):
 
     def __getitem__(self, index: int) -> VQAExample:
         question_id, image_id, text = self.questions[index]
-        image = self._read_image(question_id, image_id)
+        image = self._folder.read(self._image_path(image_id), question_id)
         example = VQAExample(image=image, question=text, question_id=question_id, image_id=image_id)
         if self.answers is not None:
             example["answers"] = self.answers[index]
@@ -147,69 +149,17 @@ class VQADataset(Dataset[VQAExample]):
     def _image_path(self, image_id: int) -> Path:
         return Path(self.split.images) / self.split.image_name.format(image_id=image_id)
 
-    def _inside(self, path: Path) -> bool:
-        """True if a file may be read: it lies in the folder of images, links followed, or `allow_outside` is set.
-
-        A path that cannot be followed counts as inside: reading it raises the error.
-        """
-        if self.split.allow_outside:
-            return True
-        try:
-            return path.resolve().is_relative_to(Path(self.split.images).resolve())
-        except (OSError, RuntimeError, ValueError):  # such as a loop of links
-            return True
+    @property
+    def _folder(self) -> ImageFolder:
+        return ImageFolder(self.split.images, self.split.allow_outside, self.split.max_pixels)
 
     def _require_images(self) -> None:
-        needed = {self._image_path(question.image_id): question.question_id for question in self.questions}
-        inside, there = {}, {}
-        for folder in {path.parent for path in needed}:  # listed once: asking for 40,000 files singly is slow
-            inside[folder] = self._inside(folder)
-            there[folder] = _links_of(folder) if inside[folder] else {}
-        outside = [
-            path for path in needed
-            if not inside[path.parent] or (there[path.parent].get(path.name) and not self._inside(path))
-        ]  # fmt: skip
-        if outside:
-            raise DataError(
-                f"{len(outside)} of {len(needed)} image files of {self.split.questions} lie outside "
-                f"images={self.split.images!r}, where a link or image_name={self.split.image_name!r} leads: "
-                f"{self._first(outside, needed)}. Where that is meant, give the split allow_outside=True."
-            )
-        missing = [path for path in needed if path.name not in there[path.parent]]
-        if missing:
-            raise DataError(
-                f"{len(missing)} of {len(needed)} image files of {self.split.questions} are missing: "
-                f"{self._first(missing, needed)}. Check images={self.split.images!r} and "
-                f"image_name={self.split.image_name!r}, or complete the folder."
-            )
-
-    @staticmethod
-    def _first(paths: Sequence[Path], needed: Mapping[Path, int]) -> str:
-        first = ", ".join(f"{path} (question {needed[path]})" for path in paths[:3])
-        return f"{first}{', …' if len(paths) > 3 else ''}"
-
-    def _read_image(self, question_id: int, image_id: int) -> Image.Image:
-        path = self._image_path(image_id)
-        try:
-            if not self._inside(path):
-                raise OSError("it lies outside the folder of images, and the split has allow_outside=False")
-            return read_image(path.resolve(strict=True), self.split.max_pixels)
-        except Exception as error:  # damaged files make Pillow's decoders raise OSError, SyntaxError, zlib.error, ...
-            raise DataError(
-                f"{path}, the image of question {question_id}, cannot be read: {error}. "
-                "Replace the file, or leave its questions out of the questions file."
-            ) from error
-
-
-def _links_of(folder: Path) -> dict[str, bool]:
-    """Return the names in a folder, each with True if it is a link; {} if there is no such folder."""
-    try:
-        if not folder.is_dir():
-            return {}
-        with os.scandir(folder) as entries:
-            return {entry.name: entry.is_symlink() for entry in entries}
-    except OSError as error:  # no permission, or a name that is too long
-        raise DataError(f"The folder of images {str(folder)!r:.200} cannot be read: {error!s:.200}.") from error
+        self._folder.require(
+            {self._image_path(question.image_id): question.question_id for question in self.questions},
+            source=self.split.questions,
+            named=f"image_name={self.split.image_name!r}",
+            outside="Where that is meant, give the split allow_outside=True.",
+        )
 
 
 def check_fraction(fraction: float) -> None:
@@ -219,14 +169,7 @@ def check_fraction(fraction: float) -> None:
 
 def _read_records(path: str, key: str) -> list[Any]:
     """Return the list under `key` of the JSON object in a file; raise DataError if it holds none."""
-    try:
-        content = json.loads(read_bytes(path))
-    except FileNotFoundError as error:
-        raise DataError(f"{path}: there is no such file. It should hold the {key} in VQAv2's JSON layout.") from error
-    except OSError as error:
-        raise DataError(f"{path} cannot be read: {error.strerror}. It should be a file of {key}.") from error
-    except (ValueError, RecursionError) as error:
-        raise DataError(f"{path} is not valid JSON: {error}. Was it copied or unpacked completely?") from error
+    content = read_json(path, f"the {key} in VQAv2's JSON layout")
     records = content.get(key) if isinstance(content, dict) else None
     if not isinstance(records, list) or not records:
         raise DataError(
@@ -236,14 +179,7 @@ def _read_records(path: str, key: str) -> list[Any]:
 
 
 def _field(record: Any, name: str, kind: type, where: str) -> Any:
-    value = record.get(name) if isinstance(record, dict) else None
-    if not isinstance(value, kind) or isinstance(value, bool):
-        raise DataError(f"{where} is not in VQAv2's layout: {name!r} must be {kind.__name__}, got {value!r:.80}.")
-    if isinstance(value, int) and not -(2**63) <= value < 2**63:
-        raise DataError(f"{where}: {name!r} is {value!r:.80}; an id is a whole number of 64 bits.")
-    if isinstance(value, str) and any("\ud800" <= sign <= "\udfff" for sign in value):
-        raise DataError(f"{where}: {name!r} is {value!r:.80}, which is not text: half a character is missing.")
-    return value
+    return field(record, name, kind, where, "VQAv2's")
 
 
 def _read_questions(path: str) -> list[_Question]:

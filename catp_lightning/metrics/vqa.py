@@ -82,7 +82,15 @@ def vqa_score(prediction: str, answers: Sequence[str]) -> int:
     prediction, answers = _plain(prediction), [_plain(answer) for answer in answers]
     if len(set(answers)) > 1:
         prediction, answers = normalise_answer(prediction), [normalise_answer(answer) for answer in answers]
-    equal = answers.count(prediction)
+    return thirtieths(answers.count(prediction))
+
+
+def thirtieths(equal: int) -> int:
+    """Accuracy of a prediction that equals `equal` of ten answers, in thirtieths: the mean over leaving each out.
+
+    >>> [thirtieths(equal) for equal in range(6)]
+    [0, 9, 18, 27, 30, 30]
+    """
     return (10 - equal) * min(3, equal) + equal * min(3, equal - 1)
 
 

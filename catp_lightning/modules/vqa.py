@@ -1,14 +1,17 @@
 """A ready LightningModule that answers questions about images with a Hugging Face vision-language model."""
 
-from typing import Any, TypedDict
+from typing import Any, TypedDict, cast
 
 from lightning.pytorch import LightningModule
 from torch import Tensor
+from torch.nn import ModuleDict
+from torchmetrics import Metric
 from transformers import AutoModelForImageTextToText, AutoProcessor, PreTrainedModel
 
 from catp_lightning.data.vqa import VQABatch
 from catp_lightning.errors import DataError
 from catp_lightning.metrics import VQAAccuracy
+from catp_lightning.metrics.benchmarks import BENCHMARKS
 
 
 class VQAAnswer(TypedDict):
@@ -21,8 +24,9 @@ class VQAAnswer(TypedDict):
 class VQAModule(LightningModule):
     """Validates, tests and predicts with a vision-language model on batches of `VQADataModule`; it cannot be trained.
 
-    Validation and test log `val/vqa_accuracy` and `test/vqa_accuracy`, in [0, 1]; prediction returns a list of
-    `VQAAnswer` for each batch.
+    Validation and test log `val/vqa_accuracy` and `test/vqa_accuracy`, in [0, 1]. On batches of `BenchmarkDataModule`
+    they log the figures of the data set's metric, `test/pope_f1` and its like. Prediction returns a list of `VQAAnswer`
+    for each batch.
 
     Args:
         model: folder or name for `AutoModelForImageTextToText.from_pretrained`, or a model; put in evaluation mode.
@@ -62,6 +66,7 @@ class VQAModule(LightningModule):
         self.generation = {"max_new_tokens": 10, "do_sample": False, **(generation or {})}
         self.val_accuracy = VQAAccuracy()
         self.test_accuracy = VQAAccuracy()
+        self.benchmarks = ModuleDict()  # metrics of evaluation data sets, by stage and name
 
     def forward(self, **inputs: Any) -> Any:
         """Call the model with `inputs` and return its output."""
@@ -123,6 +128,12 @@ class VQAModule(LightningModule):
     def test_step(self, batch: VQABatch, batch_idx: int) -> None:
         self._score("test", self.test_accuracy, batch)
 
+    def on_validation_epoch_end(self) -> None:
+        self._log_benchmarks("val")
+
+    def on_test_epoch_end(self) -> None:
+        self._log_benchmarks("test")
+
     def predict_step(self, batch: VQABatch, batch_idx: int) -> list[VQAAnswer]:
         ids = batch["question_ids"].tolist()
         return [
@@ -131,10 +142,28 @@ class VQAModule(LightningModule):
         ]
 
     def _score(self, stage: str, accuracy: VQAAccuracy, batch: VQABatch) -> None:
-        if "answers" not in batch:
+        if "metric" in batch and "references" in batch:
+            self._benchmark(stage, batch["metric"]).update(self.answer(batch), batch["references"])
+        elif "answers" in batch:
+            accuracy.update(self.answer(batch), batch["answers"])
+            self.log(f"{stage}/vqa_accuracy", accuracy, on_step=False, on_epoch=True, batch_size=len(batch["answers"]))
+        else:
+            wanted = "a file with answers" if "metric" in batch else "its VQASplit the annotations file"
             raise DataError(
-                f"The {stage} split has no answers, so accuracy cannot be measured: give its VQASplit the annotations "
-                "file, or run trainer.predict."
+                f"The {stage} split has no answers, so accuracy cannot be measured: give {wanted}, or run "
+                "trainer.predict."
             )
-        accuracy.update(self.answer(batch), batch["answers"])
-        self.log(f"{stage}/vqa_accuracy", accuracy, on_step=False, on_epoch=True, batch_size=len(batch["answers"]))
+
+    def _benchmark(self, stage: str, name: str) -> Metric:
+        key = f"{stage}/{name}"
+        if key not in self.benchmarks:
+            self.benchmarks[key] = BENCHMARKS[name]().to(self.device)
+        return cast(Metric, self.benchmarks[key])
+
+    def _log_benchmarks(self, stage: str) -> None:
+        """Log the figures of metrics that were updated in this epoch; every process has batches, and takes part."""
+        for key, module in self.benchmarks.items():
+            metric = cast(Metric, module)
+            if key.startswith(f"{stage}/") and metric.update_called:
+                self.log_dict({f"{key}_{name}": value for name, value in metric.compute().items()}, sync_dist=True)
+                metric.reset()

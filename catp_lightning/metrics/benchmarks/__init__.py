@@ -1,0 +1,44 @@
+"""Metrics of evaluation data sets, as their authors' scorers compute them, by the names that readers give."""
+
+from torchmetrics import Metric
+
+from catp_lightning.metrics.benchmarks.docvqa import ANLS
+from catp_lightning.metrics.benchmarks.gqa import GQAAccuracy
+from catp_lightning.metrics.benchmarks.mean_score import MeanScore
+from catp_lightning.metrics.benchmarks.mmbench import MMBenchAccuracy
+from catp_lightning.metrics.benchmarks.mme import MMEScores
+from catp_lightning.metrics.benchmarks.ocrbench import OCRBenchScore
+from catp_lightning.metrics.benchmarks.pope import POPEScores
+from catp_lightning.metrics.benchmarks.refcoco import RefCOCOAccuracy
+from catp_lightning.metrics.benchmarks.scienceqa import ScienceQAAccuracy
+from catp_lightning.metrics.benchmarks.ten_answers import TextVQAAccuracy, VizWizAccuracy
+
+BENCHMARKS: dict[str, type[Metric]] = {
+    "docvqa": ANLS,
+    "gqa": GQAAccuracy,
+    "mmbench": MMBenchAccuracy,
+    "mme": MMEScores,
+    "ocrbench": OCRBenchScore,
+    "pope": POPEScores,
+    "refcoco": RefCOCOAccuracy,
+    "scienceqa": ScienceQAAccuracy,
+    "textvqa": TextVQAAccuracy,
+    "vizwiz": VizWizAccuracy,
+}
+"""Metric of each data set, by the name in `metric` of its batches. Each has `update(predictions, references)`, with the
+batch's references, and `compute()`, which returns figures by name."""
+
+__all__ = [
+    "ANLS",
+    "BENCHMARKS",
+    "GQAAccuracy",
+    "MMBenchAccuracy",
+    "MMEScores",
+    "MeanScore",
+    "OCRBenchScore",
+    "POPEScores",
+    "RefCOCOAccuracy",
+    "ScienceQAAccuracy",
+    "TextVQAAccuracy",
+    "VizWizAccuracy",
+]
