@@ -75,11 +75,12 @@ def decoding_masks(
         config: config of the decoder.
         dtype: dtype of an additive mask.
     """
-    columns, valid = _with_later(prompt, mask)
+    valid = _valid(prompt, mask)
     if not _window_binds(config, mask.shape[1]):
         return valid
     # A sliding layer's cache holds the last rows only; they are at least those its window reaches.
     held, offset = cache.get_mask_sizes(new, sliding_layer(config))
+    columns = _columns(prompt, mask)
     return own_masks(columns[:, -new:], columns, valid.bool(), config, dtype, slice(offset, offset + held))
 
 
@@ -97,23 +98,22 @@ def step_mask(
         config: config of the decoder.
         dtype: dtype of an additive mask.
     """
-    columns, valid = _with_later(prompt, mask)
     # A sliding layer's cache holds the last rows only; they are at least those its window reaches.
     held, offset = cache.get_mask_sizes(new, layer)
+    columns, valid = _columns(prompt, mask), _valid(prompt, mask)
     masks = own_masks(columns[:, -new:], columns, valid.bool(), config, dtype, slice(offset, offset + held))
     return masks[config.layer_types[layer]] if isinstance(masks, dict) else masks
 
 
-def _with_later(prompt: KeptSequence, mask: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the original columns of a prompt's kept rows and of all after it, and which of them are real: [R, n + m].
+def _columns(prompt: KeptSequence, mask: Tensor) -> Tensor:
+    """Return the original columns of a prompt's kept rows and of all after it: int64 [R, n + m], `mask` [R, L + m]."""
+    later = torch.arange(prompt.mask.shape[1], mask.shape[1], device=mask.device).expand(len(mask), -1)
+    return torch.cat([prompt.order, later], 1)
 
-    Args:
-        prompt: the kept rows.
-        mask: int64 [R, full length], the caller's.
-    """
-    length = prompt.mask.shape[1]
-    later = torch.arange(length, mask.shape[1], device=mask.device).expand(len(mask), -1)
-    return torch.cat([prompt.order, later], 1), torch.cat([prompt.short_mask, mask[:, length:]], 1)
+
+def _valid(prompt: KeptSequence, mask: Tensor) -> Tensor:
+    """Return the caller's mask, int64 [R, L + m], of a prompt's kept rows and of all after it: int64 [R, n + m]."""
+    return torch.cat([prompt.short_mask, mask[:, prompt.mask.shape[1] :]], 1)
 
 
 def _window_binds(config: PreTrainedConfig, length: int) -> bool:
