@@ -8,7 +8,9 @@ Example::
 """
 
 from catp_lightning.plots.kept import kept_tokens
+from catp_lightning.plots.merged import merged_tokens
 from catp_lightning.plots.picture import Picture
 from catp_lightning.plots.scores import score_map
+from catp_lightning.plots.side_by_side import by_budget, by_layer
 
-__all__ = ["Picture", "kept_tokens", "score_map"]
+__all__ = ["Picture", "by_budget", "by_layer", "kept_tokens", "merged_tokens", "score_map"]

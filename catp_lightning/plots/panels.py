@@ -109,8 +109,9 @@ def blocks_of(shown: Shown) -> list[Block]:
 
 
 def size_of(blocks: Sequence[Block], height: float) -> tuple[float, float]:
-    """Return width and height in inches of the blocks of a sample, each about `height` inches high."""
+    """Return width and height in inches of the blocks of a sample: one is `height` inches high, several are smaller."""
     across = min(ACROSS, len(blocks))
+    height *= 1.0 if len(blocks) == 1 else 0.6
     widest = max(sum(block.shares) / block.rows for block in blocks)
     return across * min(9.0, height * widest), ceil(len(blocks) / across) * height
 
@@ -155,14 +156,15 @@ def colours(part: Part, scale: tuple[float, float], grey: bool) -> np.ndarray:
     Args:
         part: the part.
         scale: value of the darkest and of the lightest pixel, as from `range_of`.
-        grey: True for the mean of the colours.
+        grey: True for greys that are neither dark nor light.
     """
     if part.picture is None:
         return np.full((1, 1, 3), PLAIN)
     low, top = scale
     image = (part.picture.numpy().transpose(1, 2, 0) - low) / ((top - low) or 1.0)
     image = np.nan_to_num(image).clip(0, 1)
-    return np.broadcast_to(image.mean(2, keepdims=True) if grey else image, (*image.shape[:2], 3))
+    image = 0.25 + 0.6 * image.mean(2, keepdims=True) if grey else image  # black or white would change what is over it
+    return np.broadcast_to(image, (*image.shape[:2], 3))
 
 
 def range_of(parts: Sequence[Part]) -> tuple[float, float]:

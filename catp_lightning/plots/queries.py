@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from math import ceil
+from typing import Any
 
 import numpy as np
 from matplotlib.figure import Figure, SubFigure
@@ -17,6 +18,9 @@ MOST = 32
 
 SIDE = 1.1
 """Height and width of a panel in inches."""
+
+HEAT: dict[str, Any] = {"cmap": "inferno", "alpha": 0.65}
+"""Look of attention over a picture."""
 
 GAP, TITLE = 0.08, 0.42
 """Space between panels and above each, in heights of a panel."""
@@ -57,8 +61,7 @@ def draw_queries(
         title = "image"
         if token >= 0:
             brightest = float(np.nanmax(attention[token])) or 1.0
-            style = {"cmap": "inferno", "alpha": 0.65, "interpolation": "nearest"}
-            axes.imshow(attention[token], extent=extent, vmin=0, vmax=brightest, **style)
+            axes.imshow(attention[token], extent=extent, vmin=0, vmax=brightest, interpolation="nearest", **HEAT)
             title = f"query {token}" if titles is None else titles[token]
         axes.text(left + 0.5, top - 0.04, title, ha="center", va="bottom", fontsize=8)
     rows, columns = ceil(len(drawn) / ACROSS), min(ACROSS, len(drawn))

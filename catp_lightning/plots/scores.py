@@ -47,14 +47,16 @@ def score_map(shown: Shown) -> Picture:
         return Picture(figure)
     blocks = blocks_of(shown)
     wide, high = size_of(blocks, 3.2)
-    figure.set_size_inches(max(wide, 3.4) + 1, high + 0.5)
-    panels = panels_of(figure, shown, blocks, grey=True)
-    low, top = _range(scores)
-    for panel in panels:
+    figure.set_size_inches(max(wide, 3.4) + 0.9, high + 0.5)
+    left, right = figure.subfigures(1, 2, width_ratios=(max(wide, 3.4), 0.9))
+    on_patch = scores[shown.places[:, 1].numpy() >= 0]
+    low, top = _range(on_patch)
+    for panel in panels_of(left, shown, blocks, grey=True):
         drawn = panel.overlay(panel.spread(scores, np.nan), cmap="viridis", vmin=low, vmax=top, alpha=0.65)
         panel.outline(panel.spread(keep, False))
-    clipped = np.nanmax(scores, initial=top) > top
-    figure.colorbar(drawn, ax=[panel.axes for panel in panels], label="score", extend="max" if clipped else "neither")
+    clipped = np.nanmax(on_patch, initial=top) > top
+    bar = right.add_axes((0.08, 0.06, 0.2, 0.88))
+    figure.colorbar(drawn, cax=bar, label="score", extend="max" if clipped else "neither")
     figure.suptitle(f"scores of {len(keep):,} visual tokens; {int(keep.sum()):,} kept", fontsize=11)
     return Picture(figure)
 

@@ -1,0 +1,104 @@
+"""`catp show`: the pictures it writes, of any module and data."""
+
+import json
+from io import BytesIO
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from catp_lightning import PruningPolicy, Stage, TokenPruning, VQAModule, plots
+from catp_lightning.data.vqa import VQADataModule, VQASplit
+from tests.support.commands import answers, catp, fails, split
+from tests.support.trainers import trainer
+
+
+def names(folder: str) -> set[str]:
+    return {path.name for path in Path(folder).iterdir()}
+
+
+def pixels(content: bytes) -> np.ndarray:
+    return np.asarray(Image.open(BytesIO(content)).convert("RGB"))
+
+
+def test_the_first_samples_of_the_first_batch_are_drawn_as_the_plots_draw_them(made, capsys):
+    catp(made, "show", "--scorer", "catp", "--keep", 2, "--output", "pictures")
+    assert "pictures of 4 samples in pictures" in capsys.readouterr().out
+    assert names("pictures") == {f"0{number}-{kind}.png" for number in range(4) for kind in ("kept", "scores")}
+    module, callback = VQAModule(str(made / "model")), TokenPruning(PruningPolicy("catp", keep=2), log_images=4)
+    data = VQADataModule(str(made / "model"), test=VQASplit(**split(made / "test")), batch_size=4)
+    trainer(callback, limit_predict_batches=1).predict(module, data)
+    for number, shown in enumerate(callback.shown):
+        assert int(shown.last.keep.sum()) == 2
+        expected = pixels(plots.kept_tokens(shown).png())
+        assert np.array_equal(pixels(Path(f"pictures/0{number}-kept.png").read_bytes()), expected), number
+
+
+def test_several_budgets_are_side_by_side_with_the_answers_that_predict_gives(made, monkeypatch):
+    drawn = []
+
+    def by_budget(samples):
+        drawn.append(samples)
+        return original(samples)
+
+    original = plots.by_budget
+    monkeypatch.setattr(plots, "by_budget", by_budget)
+    rule = ["--scorer", "l2-norm"]
+    catp(made, "show", *rule, "--keep", "[0.5, 1]", "--output", "pictures", "--trainer.limit_predict_batches", 3)
+    kinds = ["budgets", *(f"{kind}-{keep}" for kind in ("kept", "scores") for keep in ("0.5", "1"))]
+    assert names("pictures") == {f"0{number}-{kind}.png" for number in range(8) for kind in kinds}
+    for column, options in enumerate([[], [*rule, "--keep", 0.5], [*rule, "--keep", 1]]):
+        catp(made, "predict", *options, "--output", f"{column}.jsonl")
+        given = [samples[column][1] for samples in drawn]
+        assert given == list(answers(f"{column}.jsonl").values())[:8], options
+        assert {int(samples[column][0].last.keep.sum()) for samples in drawn} == {(4, 2, 1)[column]}
+    assert len({tuple(answer for _, answer in samples) for samples in drawn}) > 1, "or the order proves nothing"
+
+
+def test_stages_and_merging_are_drawn_where_a_policy_has_them(made):
+    PruningPolicy("l2-norm", keep=0.75, then=[Stage("fastv", {"layer": 1}, keep=0.5)]).save("schedule.json")
+    catp(made, "show", "--policy", "schedule.json", "--output", "a")
+    assert {name[3:] for name in names("a")} == {"kept.png", "scores.png", "layers.png"}
+    catp(made, "show", "--scorer", "l2-norm", "--selector", "merge-nearest", "--output", "b")
+    assert {name[3:] for name in names("b")} == {"kept.png", "scores.png", "merged.png"}
+
+
+@pytest.mark.parametrize(
+    ("args", "said"),
+    [
+        ([], "Give --policy or --scorer"),
+        (["--scorer", "stride", "--keep", "[]"], "--keep is an empty list"),
+        (["--scorer", "stride", "--keep", "[0.5, 2.5]"], "keep is 2.5"),
+        (["--scorer", "stride", "--output", "file"], "a folder is to be written"),
+        (["--scorer", "fastervlm"], "does not show"),
+    ],
+)
+def test_what_cannot_be_drawn_is_refused_before_the_work_begins(made, capsys, args, said):
+    Path("file").write_text("mine\n")
+    status, message = fails(capsys, "show", "--config", made / "tiny.yaml", *args)
+    assert status == 2
+    assert said in message
+
+
+def test_other_samples_each_time_are_refused_at_several_budgets(made, capsys):
+    data = {"class_path": "tests.cli.test_show_command.Shuffled", "init_args": json.loads(_data(made))}
+    args = ["show", "--config", made / "tiny.yaml", "--data", json.dumps(data), "--scorer", "l2-norm"]
+    status, message = fails(capsys, *args, "--keep", "[0.5, 0.25]", "--output", "pictures")
+    assert status == 1
+    assert "a loader that does not shuffle" in message
+
+
+class Shuffled(VQADataModule):
+    """Gives the samples in another order each time."""
+
+    turn = 0
+
+    def predict_dataloader(self):
+        loader = super().predict_dataloader()
+        Shuffled.turn += 1
+        return [batch for batch in loader][:: -1 if Shuffled.turn % 2 else 1]
+
+
+def _data(made: Path) -> str:
+    return json.dumps({"processor": str(made / "model"), "batch_size": 4, "test": split(made / "test")})
