@@ -40,7 +40,7 @@ class CutImage(Image):
             return [pixels[0]]
         high, wide = get_anyres_image_grid_shape(self.size, self.pinpoints, self.pixels.shape[-1])
         whole = pixels[1:].unflatten(0, (high, wide)).permute(2, 0, 3, 1, 4).flatten(3, 4).flatten(1, 2)
-        patches = torch.arange(high * wide * side**2, device="cpu").view(1, high * side, wide * side)
+        patches = torch.arange(high * wide * side**2, dtype=torch.int64, device="cpu").view(1, high * side, wide * side)
         inside = unpad_image(patches, self.size)[0]
         top, left = divmod(int(inside[0, 0]), wide * side)
         bottom, right = (self.patch * (place + 1) for place in divmod(int(inside[-1, -1]), wide * side))

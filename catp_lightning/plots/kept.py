@@ -4,7 +4,7 @@ import numpy as np
 from matplotlib.figure import Figure, SubFigure
 
 from catp_lightning.errors import PruningError
-from catp_lightning.plots.panels import blocks_of, panels_of, size_of
+from catp_lightning.plots.panels import MOST, blocks_of, panels_of, size_of
 from catp_lightning.plots.picture import Picture
 from catp_lightning.plots.queries import draw_queries, size_of_queries
 from catp_lightning.pruning.shown import Shown
@@ -59,6 +59,8 @@ def kept_title(shown: Shown, keep: np.ndarray) -> str:
     title = f"{int(keep.sum()):,} of {len(keep):,} visual tokens kept"
     if shown.attention is not None:
         return f"{title}\nbright: patches that a query token attends to, dark: those that it does not"
+    if len(shown.images) > MOST:
+        title += f"\n(the first {MOST} of {len(shown.images):,} images are drawn)"
     beside = shown.places[:, 1].numpy() < 0
     if beside.any():
         title += f"\n({int(keep[beside].sum()):,} of {int(beside.sum()):,} that stand for no patch)"

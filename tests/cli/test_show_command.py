@@ -11,14 +11,18 @@ from PIL import Image
 from catp_lightning import PruningPolicy, TokenPruning, VQAModule, plots
 from catp_lightning.cli import show
 from catp_lightning.data.vqa import VQADataModule, VQASplit
-from tests.support.commands import answers, catp, fails, split
-from tests.support.trainers import trainer
+from tests.support.commands import catp, fails, split
+from tests.support.trainers import loading, trainer
 
 TWO = ["--data.batch_size", "2"]  # samples
 
 
 def names(folder: str) -> set[str]:
     return {path.name for path in Path(folder).iterdir()}
+
+
+def data(made: Path) -> VQADataModule:
+    return VQADataModule(str(made / "model"), test=VQASplit(**split(made / "test")), batch_size=2)
 
 
 def pixels(content: bytes) -> np.ndarray:
@@ -30,35 +34,30 @@ def test_the_first_samples_of_the_first_batch_are_drawn_as_the_plots_draw_them(m
     assert "pictures of 2 samples in pictures" in capsys.readouterr().out
     assert names("pictures") == {f"0{number}-{kind}.png" for number in range(2) for kind in ("kept", "scores")}
     module, callback = VQAModule(str(made / "model")), TokenPruning(PruningPolicy("catp", keep=2), log_images=2)
-    data = VQADataModule(str(made / "model"), test=VQASplit(**split(made / "test")), batch_size=2)
-    trainer(callback, limit_predict_batches=1).predict(module, data)
+    trainer(callback, limit_predict_batches=1).predict(module, data(made))
     for number, shown in enumerate(callback.shown):
         assert int(shown.last.keep.sum()) == 2
         expected = pixels(plots.kept_tokens(shown).png())
         assert np.array_equal(pixels(Path(f"pictures/0{number}-kept.png").read_bytes()), expected), number
 
 
-def test_several_budgets_are_side_by_side_with_the_answers_that_predict_gives(made, monkeypatch):
-    drawn = []
-
-    def by_budget(samples):
-        drawn.append(samples)
-        return original(samples)
-
-    original = plots.by_budget
-    monkeypatch.setattr(plots, "by_budget", by_budget)
-    rule = ["--scorer", "l2-norm"]
-    monkeypatch.setattr(show, "SAMPLES", 3)
-    more = ["--trainer.limit_predict_batches", 3, "--output", "pictures"]
-    catp(made, "show", *TWO, *rule, "--keep", "[0.5, 1]", *more)
+def test_several_budgets_are_side_by_side_with_the_answers_that_were_given(made, monkeypatch):
+    monkeypatch.setattr(show, "SAMPLES", 3)  # of two batches
+    more = ["--trainer.limit_predict_batches", 2, "--output", "pictures"]
+    catp(made, "show", *TWO, "--scorer", "l2-norm", "--keep", "[0.5, 1]", *more)
     kinds = ["budgets", *(f"{kind}-{keep}" for kind in ("kept", "scores") for keep in ("0.5", "1"))]
     assert names("pictures") == {f"0{number}-{kind}.png" for number in range(3) for kind in kinds}
-    for column, options in enumerate([[], [*rule, "--keep", 0.5], [*rule, "--keep", 1]]):
-        catp(made, "predict", *options, "--output", f"{column}.jsonl")
-        given = [samples[column][1] for samples in drawn]
-        assert given == list(answers(f"{column}.jsonl").values())[:3], options
-        assert {int(samples[column][0].last.keep.sum()) for samples in drawn} == {(4, 2, 1)[column]}
-    assert len({answer for samples in drawn for _, answer in samples}) > 1, "or the order proves nothing"
+    module = VQAModule(str(made / "model"), generation={"max_new_tokens": 4})
+    columns = []
+    for policy in (PruningPolicy(keep=1.0), PruningPolicy("l2-norm", keep=0.5), PruningPolicy("l2-norm", keep=1)):
+        callback = TokenPruning(policy, log_images=3)
+        answers = trainer(callback, limit_predict_batches=2).predict(module, data(made))
+        texts = [answer["answer"] for batch in answers for answer in batch]
+        columns.append(list(zip(callback.shown, texts, strict=False)))
+    assert len({answer for column in columns for _, answer in column}) > 1, "or their order proves nothing"
+    for number, same in enumerate(zip(*columns, strict=True)):
+        expected = pixels(plots.by_budget(same).png())
+        assert np.array_equal(pixels(Path(f"pictures/0{number}-budgets.png").read_bytes()), expected), number
 
 
 def test_layers_and_merging_are_drawn_where_a_policy_has_them(made):
@@ -85,7 +84,8 @@ def test_what_cannot_be_drawn_is_refused_before_the_work_begins(made, capsys, ar
 
 
 def test_other_samples_each_time_are_refused_at_several_budgets(made, capsys):
-    data = {"class_path": "tests.cli.test_show_command.Shuffled", "init_args": json.loads(_data(made))}
+    given = {"processor": str(made / "model"), "batch_size": 2, "test": split(made / "test")}
+    data = {"class_path": "tests.cli.test_show_command.Shuffled", "init_args": given}
     args = ["show", "--config", made / "tiny.yaml", "--data", json.dumps(data), "--scorer", "l2-norm"]
     status, message = fails(capsys, *args, "--keep", "[0.5, 0.25]", "--output", "pictures")
     assert status == 1
@@ -100,8 +100,4 @@ class Shuffled(VQADataModule):
     def predict_dataloader(self):
         loader = super().predict_dataloader()
         Shuffled.turn += 1
-        return list(loader)[:: -1 if Shuffled.turn % 2 else 1]
-
-
-def _data(made: Path) -> str:
-    return json.dumps({"processor": str(made / "model"), "batch_size": 4, "test": split(made / "test")})
+        return loading(list(loader)[:: -1 if Shuffled.turn % 2 else 1])
