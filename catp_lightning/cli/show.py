@@ -99,14 +99,16 @@ class Show(Validate):
                 f"The {self.config.trainer.limit_predict_batches} batches that were read have no image, so there is "
                 "nothing to draw. Give data with images, or read more batches: --trainer.limit_predict_batches 4."
             )
+        rows = list(zip(full, *found, strict=True)) if several else []
+        for same in rows:
+            _refuse_others([shown for shown, _ in same])
         folder = Path(self.config.output)
         for policy, samples in zip(self.policies, found, strict=True):
             for number, (shown, _) in enumerate(samples):
                 for name, picture in pictures_of(shown).items():
                     budget = f"-{policy.keep}" if several else ""
                     picture.save(folder / f"{number:02d}-{name}{budget}.png")
-        for number, same in enumerate(zip(full, *found, strict=True) if several else ()):
-            _refuse_others([shown for shown, _ in same])
+        for number, same in enumerate(rows):
             plots.by_budget(same).save(folder / f"{number:02d}-budgets.png")
         print(one_line(f"pictures of {len(found[0])} samples in {folder}"), flush=True)
 

@@ -48,7 +48,7 @@ def score_map(shown: Shown) -> Picture:
     blocks = blocks_of(shown)
     wide, high = size_of(blocks, 3.2)
     figure.set_size_inches(max(wide, 3.4) + 0.9, high + 0.5)
-    left, right = figure.subfigures(1, 2, width_ratios=(max(wide, 3.4), 0.9))
+    left, right = figure.subfigures(1, 2, squeeze=False, width_ratios=(max(wide, 3.4), 0.9))[0]
     on_patch = scores[shown.places[:, 1].numpy() >= 0]
     low, top = _range(on_patch)
     for panel in panels_of(left, shown, blocks, grey=True):
