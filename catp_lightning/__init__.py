@@ -28,7 +28,18 @@ else:
         "VQAModule": "modules.vqa",
     }
 
-    _ROOMS = ("callbacks", "calibration", "data", "methods", "metrics", "models", "modules", "policy", "pruning")
+    _ROOMS = (
+        "callbacks",
+        "calibration",
+        "data",
+        "methods",
+        "metrics",
+        "models",
+        "modules",
+        "plots",
+        "policy",
+        "pruning",
+    )
 
     def __getattr__(name: str) -> object:
         from importlib import import_module

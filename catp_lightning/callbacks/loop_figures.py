@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from torchmetrics import MeanMetric
 
 from catp_lightning.callbacks.call_profile import CallProfile, profile_line
+from catp_lightning.callbacks.loop_pictures import LoopPictures
 from catp_lightning.metrics import Agreement, TokensKept
 from catp_lightning.metrics.outside import OutsideCheck
 from catp_lightning.metrics.overlap import OverlapCheck
@@ -32,6 +33,7 @@ class LoopFigures:
     outside: OutsideCheck | None
     per_layer: MeanMetric
     profile: CallProfile | None = None
+    pictures: LoopPictures | None = None
 
     def read_batch(self) -> None:
         for prefill in self.prefills:
@@ -43,6 +45,8 @@ class LoopFigures:
             self.outside.warn_early()
         if self.overlap is not None:
             self.overlap.see(prefill.images for prefill in self.prefills if prefill.images is not None)
+        if self.pictures is not None:
+            self.pictures.read(self.prefills)
         self.prefills.clear()
         if self.comparison is not None:
             for same in self.comparison.same:

@@ -5,7 +5,7 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
-from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch import LightningModule, Trainer
 from torch import nn
 from torchmetrics import MeanMetric
 
@@ -13,6 +13,8 @@ from catp_lightning.callbacks.calibration import CrossAttentionCalibration
 from catp_lightning.callbacks.call_profile import CallProfile
 from catp_lightning.callbacks.context import LoopContext, Stage
 from catp_lightning.callbacks.loop_figures import LoopFigures
+from catp_lightning.callbacks.loop_pictures import LoopPictures, log_pictures
+from catp_lightning.callbacks.monitored import callbacks_of, warn_where_monitored
 from catp_lightning.callbacks.strategies import refuse_deepspeed, refuse_without_validation
 from catp_lightning.errors import PolicyError, PruningError
 from catp_lightning.metrics import Agreement, TokensKept
@@ -27,9 +29,9 @@ from catp_lightning.policy.sources import Source, policy_or_path
 from catp_lightning.pruning.answers import compare_with_unpruned
 from catp_lightning.pruning.pruner import applied
 from catp_lightning.pruning.record import Prefill
-from catp_lightning.utils.compat import is_lightning_instance
+from catp_lightning.pruning.shown import Shown
 from catp_lightning.utils.loggers import log_safely
-from catp_lightning.utils.messages import rank_zero_info, rank_zero_warn
+from catp_lightning.utils.messages import rank_zero_info
 
 
 class TokenPruning(LoopContext):
@@ -63,6 +65,10 @@ class TokenPruning(LoopContext):
         stages: the loops to prune in; "validate" includes validation inside fit.
         compare: run the unpruned model on each batch as well and log `catp/agreement`, the share of equal answers.
         profile: True to measure how much faster the first batches run than unpruned.
+        log_images: number of samples, the first of each loop that have an image, of which `catp/kept_tokens` is logged
+            at the end of the epoch: a picture of the kept tokens over the image, as `catp_lightning.plots.kept_tokens`
+            draws it. W&B and TensorBoard take pictures; other loggers are skipped. Of several processes the first one
+            draws its own.
         sanity_check: True to prune in the sanity check before fit as well.
         model: the name of the submodule to prune, where the module holds several supported models.
         guide: the smaller model that the scorer `sgl` reads, as in `prune`; it stays on its device.
@@ -72,9 +78,10 @@ class TokenPruning(LoopContext):
 
     Attributes:
         figures: the figures logged at the end of the last epoch, by name.
+        shown: what the last loop kept of its first `log_images` samples, for the functions of `catp_lightning.plots`.
 
     Raises:
-        ValueError: a stage is unknown, or `compare` and `profile` are both asked for.
+        ValueError: a stage is unknown, `log_images` is below 0, or `compare` and `profile` are both asked for.
         PolicyError: `keep` or `fallback` is not allowed; at setup: the policy cannot be read, or there is a `fallback`
             and the policy does not say what its calibration's images were like; at the start of the loop: it was made
             for another model, or none was given and no checkpoint with one was loaded.
@@ -96,6 +103,7 @@ class TokenPruning(LoopContext):
         stages: tuple[Stage, ...] = ("validate", "test", "predict"),
         compare: bool = False,
         profile: bool = False,
+        log_images: int = 0,
         sanity_check: bool = False,
         model: str | None = None,
         guide: nn.Module | None = None,
@@ -107,6 +115,8 @@ class TokenPruning(LoopContext):
                 "compare=True and profile=True both make the model's calls again, and times would be those of several. "
                 "Measure agreement in one run and times in another."
             )
+        if log_images < 0:
+            raise ValueError(f"log_images is {log_images}; it is a number of samples, 0 or more.")
         if keep is not None:
             check_keep(keep)
         if budget is not None:
@@ -114,6 +124,7 @@ class TokenPruning(LoopContext):
         self.policy, self.keep, self.budget = policy_or_path(policy), keep, budget
         self.compare, self.profile, self.model, self.guide = compare, profile, model, guide
         self.fallback = build_fallback(fallback)
+        self.log_images, self.shown = log_images, list[Shown]()
         self.figures: dict[str, float] = {}
         self._loaded: PruningPolicy | None = None
         self._loop: LoopFigures | None = None
@@ -172,8 +183,18 @@ class TokenPruning(LoopContext):
             if profile is not None:
                 stack.enter_context(profile.outside())
             pruner = stack.enter_context(
-                applied(pl_module, policy, model=self.model, guide=self.guide, on_prefill=prefills.append, guard=guard)
+                applied(
+                    pl_module,
+                    policy,
+                    model=self.model,
+                    guide=self.guide,
+                    on_prefill=prefills.append,
+                    guard=guard,
+                    show=self.log_images > 0 and trainer.is_global_zero,
+                )
             )
+            pictures = None if pruner.viewer is None else LoopPictures(self.log_images, pruner.viewer)
+            self.shown = [] if pictures is None else pictures.shown
             comparison = stack.enter_context(compare_with_unpruned(pruner)) if self.compare else None
             if profile is not None:
                 stack.enter_context(profile.inside(pruner))
@@ -181,7 +202,7 @@ class TokenPruning(LoopContext):
             inside, overlap, per_layer = bool(pruner.leave_at), overlap_check(policy, device), MeanMetric().to(device)
             outside = outside_check(guard, device)
             self._loop = LoopFigures(
-                prefills, inside, tokens, comparison, agreement, overlap, outside, per_layer, profile
+                prefills, inside, tokens, comparison, agreement, overlap, outside, per_layer, profile, pictures
             )
             try:
                 yield
@@ -202,13 +223,14 @@ class TokenPruning(LoopContext):
             self._loop.read_batch()
 
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._log(pl_module)
+        self._log(trainer, pl_module)
 
     def on_test_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._log(pl_module)
+        self._log(trainer, pl_module)
 
-    def _log(self, pl_module: LightningModule) -> None:
+    def _log(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self._loop is not None:
+            log_pictures(trainer, self.shown)
             self.figures = self._loop.figures()
             # The figures are equal on all processes: sync_dist keeps Lightning from warning, and rank_zero_only from
             # waiting for processes that have no batch.
@@ -219,6 +241,7 @@ class TokenPruning(LoopContext):
             self.figures = self._loop.figures()
             said = ", ".join(f"{name} {value:.4g}" for name, value in self.figures.items())
             log_safely(trainer.loggers, said, lambda logger: logger.log_metrics(self.figures, step=trainer.global_step))
+            log_pictures(trainer, self.shown)
             if not trainer.loggers:  # otherwise nobody would see the figures
                 rank_zero_info(said)
 
@@ -251,30 +274,10 @@ def load_policy(
     return policy if keep is None else policy.with_keep(keep)
 
 
-def warn_where_monitored(trainer: Trainer, name: str) -> None:
-    """Warn if a callback monitors metrics of validation inside fit, which runs pruned; `name` is what prunes it."""
-    watched = {
-        f"{type(callback).__name__} (monitor={monitor!r})"
-        for callback in _callbacks(trainer)
-        if is_lightning_instance(callback, "EarlyStopping", "Checkpoint")
-        and (monitor := getattr(callback, "monitor", None))
-    }
-    if watched:
-        rank_zero_warn(
-            f"{name} prunes validation inside fit, so the validation metrics watched by {', '.join(sorted(watched))} "
-            "are those of the pruned model. To watch the unpruned model, fit without it, or with "
-            'TokenPruning(..., stages=("test", "predict")).'
-        )
-
-
 def _refuse_beside_calibration(trainer: Trainer) -> None:
-    if any(isinstance(callback, CrossAttentionCalibration) for callback in _callbacks(trainer)):
+    if any(isinstance(callback, CrossAttentionCalibration) for callback in callbacks_of(trainer)):
         raise PruningError(
             "TokenPruning and CrossAttentionCalibration would both act in predict, but calibration needs the unpruned "
             "model. Calibrate with one Trainer and predict with another, or leave predict out: "
             'TokenPruning(..., stages=("validate", "test")).'
         )
-
-
-def _callbacks(trainer: Trainer) -> list[Callback]:
-    return trainer.callbacks  # type: ignore[attr-defined]  # Lightning sets it without declaring it

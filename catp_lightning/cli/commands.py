@@ -1,8 +1,5 @@
 """Subcommands of `catp` that run a Trainer: each a LightningCLI with a few options of its own."""
 
-import re
-from collections.abc import Iterator
-from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar, cast
@@ -21,11 +18,8 @@ from catp_lightning.callbacks.context import Stage
 from catp_lightning.callbacks.token_pruning import TokenPruning, load_policy
 from catp_lightning.callbacks.watch import Watch
 from catp_lightning.cli.command import Command
-from catp_lightning.errors import DataError
 from catp_lightning.policy import UNITS, Budget, PruningPolicy
 from catp_lightning.utils.files import require_writable
-from catp_lightning.utils.progress import Preparation
-from catp_lightning.utils.threads import at_most, processors
 
 CONFIDENCE = 0.95
 """Default confidence of a promise (--max_disagreement)."""
@@ -99,6 +93,7 @@ class Calibrate(Command):
 
 class Validate(Command):
     stage: ClassVar[Stage] = "validate"
+    budgets: ClassVar[Any] = Budget | None  # type of --keep
 
     def add_own_arguments(self, parser: LightningArgumentParser) -> None:
         help_ = (
@@ -112,7 +107,7 @@ class Validate(Command):
             "The budget: 0.5 or 1.0 is a share, 16 or 1 a number of tokens. Of a --scorer, by default 0.5; or which of "
             "a folder of policies that holds several."
         )
-        parser.add_argument("--keep", type=Budget | None, help=help_)
+        parser.add_argument("--keep", type=self.budgets, help=help_)
         help_ = "The price to pay at most, '{cache_bytes: 0.3}': the best policy of a folder calibrated at prices."
         parser.add_argument("--budget", type=dict[str, float] | None, help=help_)
         self.add_figures(parser)
@@ -130,15 +125,20 @@ class Validate(Command):
             raise ArgumentError(None, "--scorer_args and --selector are those of a --scorer: give it as well.")
         if config.budget is not None and config.policy is None:
             raise ArgumentError(None, "--budget chooses among the policies of a folder: give it as --policy.")
-        if config.policy is not None:
-            return [self.pruning(load_policy(config.policy, config.keep, config.budget))]
-        if config.scorer is not None:
-            keep = 0.5 if config.keep is None else config.keep
-            rule = PruningPolicy(config.scorer, config.scorer_args or {}, config.selector, keep=keep)
-            return [self.pruning(rule)]
+        if config.policy is not None or config.scorer is not None:
+            return [self.pruning(self.policy_at(config.keep))]
         if config.keep is not None or config.get("compare"):
             raise ArgumentError(None, "--keep and --compare say how to prune: give --policy or --scorer as well.")
         return []
+
+    def policy_at(self, keep: int | float | None) -> PruningPolicy:
+        """Return the policy of --policy, or of --scorer and its like, at a budget; None: its own."""
+        config = self.config
+        if config.policy is not None:
+            return load_policy(config.policy, keep, config.budget)
+        return PruningPolicy(
+            config.scorer, config.scorer_args or {}, config.selector, keep=0.5 if keep is None else keep
+        )
 
     def pruning(self, policy: PruningPolicy) -> TokenPruning:
         """Return the callback that prunes by a policy."""
@@ -201,35 +201,6 @@ def _add_method(parser: LightningArgumentParser, help_: str) -> None:
     of_arguments = "Its arguments: '{layer: 2}' is where fastv drops."
     parser.add_argument("--scorer_args", type=dict[str, Any] | None, help=of_arguments)
     parser.add_argument("--selector", type=str | None, help="Its selector, instead of its own.")
-
-
-COMMANDS: dict[str, type[Command]] = {
-    "calibrate": Calibrate,
-    "validate": Validate,
-    "test": Test,
-    "predict": Predict,
-    "profile": Profile,
-}
-
-
-def run_trainer(name: str, args: list[str], summary: str, preparation: Preparation) -> None:
-    """Run a command of `COMMANDS`; `args` are the arguments after its name."""
-    with at_most(processors()), telling_of_scenes():
-        COMMANDS[name](args, summary, preparation).run()
-
-
-@contextmanager
-def telling_of_scenes() -> Iterator[None]:
-    """Context that adds `catp scenes` to the error for a missing scenes file that a shipped configuration reads."""
-    try:
-        yield
-    except DataError as error:
-        missing = re.match(r"data/(digits\w*)/.*no such file", str(error))
-        if missing is None:
-            raise
-        own = missing[1] != "digits"  # the folder of the first shipped model, and the default of `catp scenes`
-        options = f" --model {missing[1]} --output data/{missing[1]}" if own else ""
-        raise DataError(f"{error} `catp scenes{options}` writes it.") from error
 
 
 def _predict_calibration(datamodule: Any) -> None:

@@ -20,6 +20,7 @@ SUMMARIES = {
     "test": "Print the metrics of the test split, pruned by a policy or not at all.",
     "predict": "Write the answers to the prediction split as JSON Lines, pruned by a policy or not at all.",
     "profile": "Print how long vision, prefill and decoding take, unpruned and pruned, on a few batches.",
+    "show": "Draw which visual tokens are kept of the first samples, over their images: PNG files in a folder.",
     "sweep": "Compare any list of methods on the shipped models or on yours: one table and one plot.",
     "scenes": "Write digit scenes with questions, the data of a shipped model: folders calibration/ and test/.",
     "demo": "Calibrate the shipped model on digit scenes and compare every method at three budgets.",
@@ -34,6 +35,7 @@ examples:
   catp validate --config digits_blip2.yaml --scorer stride --keep 0.25
   catp predict --config digits_blip2.yaml --policy policies --keep 0.25 --output answers.jsonl
   catp profile --config digits_llava.yaml --scorer fastervlm --keep 0.25
+  catp show --config digits_llava.yaml --scorer fastervlm --keep '[0.5, 0.25]' --output pictures
   catp validate --config mine.yaml --model my_package.MyModule --data my_package.MyDataModule
   catp sweep --scorers '[fastervlm, fastv, stride, random]' --keep '[0.5, 0.25]' --output runs/sweep
 
@@ -133,7 +135,7 @@ def _run(name: str, args: list[str], preparation: Preparation) -> None:
 
         sweep(args, SUMMARIES[name], preparation)
     else:
-        from catp_lightning.cli.commands import run_trainer
+        from catp_lightning.cli.trainer_commands import run_trainer
 
         run_trainer(name, args, SUMMARIES[name], preparation)
 

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel
 
 from catp_lightning.methods.observation import Observation, Signal
+from catp_lightning.models.images import Part
 from catp_lightning.prompt.attention import Reduction
 from catp_lightning.prompt.kept import KeptSequence
 from catp_lightning.prompt.prompt import Prompt
@@ -228,6 +229,17 @@ class Family(ABC):
         Args:
             values: signals observed on the way to the language model.
             wanted: signals to read from the prompt itself.
+            prompt: the prompt as it reaches the language model.
+        """
+
+    @abstractmethod
+    def parts(self, prompt: Prompt) -> Sequence[Sequence[Part]]:
+        """Return the parts of each image of a prompt, with their pixels; images as in `observation`.
+
+        Parts are numbered as in `Signal.PATCH_POSITION`. A model with query tokens has one part for each image: the
+        patches that its query tokens attend to.
+
+        Args:
             prompt: the prompt as it reaches the language model.
         """
 

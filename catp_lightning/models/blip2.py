@@ -16,6 +16,7 @@ from transformers import (
 from catp_lightning.errors import PruningError
 from catp_lightning.methods.observation import Observation, Signal, Values
 from catp_lightning.models.base import AttentionSite, Family, OutputSite, Runs
+from catp_lightning.models.images import Part
 from catp_lightning.prompt.attention import attention_map, attention_received
 from catp_lightning.prompt.prompt import DecoderPrompt, Prompt
 from catp_lightning.utils.hashing import fingerprint
@@ -169,6 +170,14 @@ class Blip2(Family):
         images = next((len(value) for value in found.values()), len(sample))
         seen = Observation.of_equal(images, self.tokens_per_image, self.layers(), found)
         return replace(seen, text=text)
+
+    def parts(self, prompt: Prompt) -> list[list[Part]]:
+        config: Any = self.model.config.vision_config
+        side, pixels = config.image_size // config.patch_size, prompt.arguments.get("pixel_values")
+        if pixels is None:
+            images = int(on_cpu(prompt.tokens)[0].sum()) // self.tokens_per_image
+            return [[Part(side, side, None, (0, 0))]] * images
+        return [[Part(side, side, picture, (0, 0))] for picture in pixels.flatten(0, -4)]
 
     def _cross_attention(self) -> list[nn.Module]:
         return [

@@ -16,3 +16,4 @@ class Cosmos(Gridded):
     types = ("cosmos3_edge", "cosmos3_omni")
     classes = ("Cosmos3EdgeForConditionalGeneration", "Cosmos3OmniForConditionalGeneration")
     tower = "visual"
+    channels_first = False

@@ -1,6 +1,7 @@
 """Base class of models whose processor counts patches in a grid of time, height and width for each image."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
@@ -11,6 +12,30 @@ from catp_lightning.models.images import Image, Images
 from catp_lightning.models.towers import Tower, Towered, of_first_beams
 from catp_lightning.prompt.prompt import DecoderPrompt
 from catp_lightning.utils.on_cpu import on_cpu, on_device
+
+
+@dataclass(frozen=True)
+class PatchedImage(Image):
+    """Image whose pixels are a row for each patch: [patches, 3 * S * P * P], S steps of time, P pixels a side.
+
+    The patches of a token follow one another, line by line, and tokens do so as well.
+
+    Attributes:
+        side: patches a side of the square that makes a token.
+        patch: pixels a side of a patch; None: it is not known how the pixels of a patch lie in its row.
+    """
+
+    side: int = 1
+    patch: int | None = None
+
+    def pictures(self) -> list[Tensor]:
+        rows, columns = self.shape or (0, 0)
+        if self.patch is None or self.pixels.dim() != 2 or self.pixels.shape[1] % (3 * self.patch**2):
+            return []
+        first = self.pixels[: rows * columns * self.side**2]  # of several steps of time
+        squares = first.view(rows, columns, self.side, self.side, 3, -1, self.patch, self.patch)[:, :, :, :, :, 0]
+        wide = squares.permute(4, 0, 2, 5, 1, 3, 6)  # channel, row of token, of patch, of pixel, and columns alike
+        return [wide.flatten(4, 6).flatten(1, 3)]
 
 
 class Gridded(Towered):
@@ -27,11 +52,13 @@ class Gridded(Towered):
         frames_as_images: True if prompts mark frames of videos like images: by the image token between a start and an
             end token.
         frames_joined: number of steps of a video's time axis whose patches make the tokens of one frame.
+        channels_first: True if a patch's row of pixels is by channel, step of time, row and column, as Qwen-VL's.
     """
 
     tower: ClassVar[str] = ""
     frames_as_images: ClassVar[bool] = False
     frames_joined: ClassVar[int] = 1
+    channels_first: ClassVar[bool] = True
 
     def images(self, prompt: DecoderPrompt, counts: Mapping[int, int]) -> Images:
         """Return images and frames by placeholder id, in the order of their features.
@@ -47,16 +74,25 @@ class Gridded(Towered):
                 continue
             token = self.kinds(given)[kind]
             joins = self.frames_joined if kind == "video" else 1
-            shapes = [
-                (height // side, width // side)
+            frames = [
+                (height // side, width // side, side)
                 for (time, height, width), side in zip(grids.tolist(), self.sides(kind, given, len(grids)), strict=True)
                 for _ in range(time // joins)
             ]
+            shapes = [(rows, columns) for rows, columns, _ in frames]
             areas = [joins * height * width for time, height, width in grids.tolist() for _ in range(time // joins)]
-            images = [
-                Image(rows * columns if own is None else len(own), part, shape=(rows, columns), patches=own)
-                for (rows, columns), own, part in zip(
-                    shapes, self.patches(kind, given, shapes), pixels.split(areas), strict=True
+            patch = getattr(self.model.config.vision_config, "patch_size", None) if self.channels_first else None
+            images: list[Image] = [
+                PatchedImage(
+                    rows * columns if own is None else len(own),
+                    part,
+                    shape=(rows, columns),
+                    patches=own,
+                    side=side,
+                    patch=patch,
+                )
+                for (rows, columns, side), own, part in zip(
+                    frames, self.patches(kind, given, shapes), pixels.split(areas), strict=True
                 )
             ]
             # A frame that resembles the one before may have no token left.

@@ -14,6 +14,23 @@ from catp_lightning.utils.on_cpu import on_cpu, taken
 
 
 @dataclass(frozen=True)
+class Part:
+    """Part of an image that has a grid of its own: all of it, a crop or a tile.
+
+    Attributes:
+        rows, columns: size of its grid of patches; 0 if none of its tokens stands for a patch.
+        picture: float [C, H, W], C is 1 or 3: the pixels under that grid, as the vision part reads them; None: how they
+            lie is not known.
+        at: row and column of the part among the parts of its image, where these are laid out side by side.
+    """
+
+    rows: int
+    columns: int
+    picture: Tensor | None
+    at: tuple[int, int]
+
+
+@dataclass(frozen=True)
 class Image:
     """Image, or frame of a video, and the visual tokens that a model makes of it.
 
@@ -57,6 +74,23 @@ class Image:
                 row, column = place // columns, place % columns
             found[own, 1], found[own, 2] = row, column
         return found
+
+    def parts(self) -> list[Part]:
+        """Return the parts that `places` numbers, side by side, with their pixels."""
+        places, pictures = self.places(), self.pictures()
+        found = []
+        for number in range(int(places[:, 0].max()) + 1 if self.tokens else 0):
+            own = places[places[:, 0] == number, 1:]
+            rows, columns = (own.amax(0) + 1).tolist() if len(own) else (0, 0)
+            if self.shape is not None and rows:
+                rows, columns = self.shape  # the last lines may have lost all their tokens
+            found.append(Part(rows, columns, pictures[number] if number < len(pictures) else None, (0, number)))
+        return found
+
+    def pictures(self) -> list[Tensor]:
+        """Return the pixels of each part, float [C, H, W]; empty where it is not known how they lie."""
+        pixels = self.pixels if self.crops is not None else self.pixels[None]
+        return list(pixels) if pixels.dim() == 4 and pixels.shape[1] in (1, 3) else []
 
 
 def _square(patches: int) -> tuple[int, int]:

@@ -21,6 +21,7 @@ class Muse(Gridded):
 
     types = ("muse_glimmer", "muse_spark")
     classes = ("MuseGlimmerForConditionalGeneration", "MuseSparkForConditionalGeneration")
+    channels_first = False
 
     def sides(self, kind: str, arguments: Mapping[str, Any], count: int) -> list[int]:
         return [self.model.config.vision_config.merge_size] * count

@@ -1,17 +1,50 @@
 """LLaVA-NeXT and LLaVA-NeXT-Video: an image is cut into crops, whose tokens are packed with line ends."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
-from transformers.models.llava_next.modeling_llava_next import image_size_to_num_patches
+from transformers.models.llava_next.modeling_llava_next import (
+    get_anyres_image_grid_shape,
+    image_size_to_num_patches,
+    unpad_image,
+)
 
 from catp_lightning.models.images import Image, Images, pictures, video_frames
 from catp_lightning.models.llava import Llava
 from catp_lightning.models.towers import in_squares, of_first_beams
 from catp_lightning.prompt.prompt import DecoderPrompt
+
+
+@dataclass(frozen=True)
+class CutImage(Image):
+    """Image whose pixels, [crops, C, S, S], are a picture of the whole and crops that make one picture together.
+
+    Attributes:
+        size: height and width of the image before it was resized and padded.
+        pinpoints: heights and widths that it may be resized to.
+        patch: pixels a side of a patch.
+    """
+
+    size: Sequence[int] = ()
+    pinpoints: Sequence[Sequence[int]] = ()
+    patch: int = 1
+
+    def pictures(self) -> list[Tensor]:
+        side = self.pixels.shape[-1] // self.patch  # what is left over at the ends of rows and columns is in no patch
+        pixels = self.pixels[..., : side * self.patch, : side * self.patch]
+        if len(pixels) == 1:
+            return [pixels[0]]
+        high, wide = get_anyres_image_grid_shape(self.size, self.pinpoints, self.pixels.shape[-1])
+        whole = pixels[1:].unflatten(0, (high, wide)).permute(2, 0, 3, 1, 4).flatten(3, 4).flatten(1, 2)
+        patches = torch.arange(high * wide * side**2, dtype=torch.int64, device="cpu").view(1, high * side, wide * side)
+        inside = unpad_image(patches, self.size)[0]
+        top, left = divmod(int(inside[0, 0]), wide * side)
+        bottom, right = (self.patch * (place + 1) for place in divmod(int(inside[-1, -1]), wide * side))
+        return [pixels[0], whole[:, self.patch * top : bottom, self.patch * left : right]]
 
 
 class LlavaNext(Llava):
@@ -46,9 +79,18 @@ class LlavaNext(Llava):
         places = [torch.eye(count, max(crops), dtype=torch.float32, device="cpu") for count in crops]
         of_crop = [place[:, None].expand(-1, self._patches(), -1) for place in places]
         # A resampled token is of the crop with the largest share.
+        sizes, config = prompt.arguments["image_sizes"], self.model.config
         return [
-            Image(len(share), image, protected=share.sum(1) < 0.5, crops=share.argmax(1))
-            for share, image in zip(self._packed(of_crop, prompt.arguments), own, strict=True)
+            CutImage(
+                len(share),
+                image,
+                protected=share.sum(1) < 0.5,
+                crops=share.argmax(1),
+                size=size.tolist() if isinstance(size, Tensor) else size,
+                pinpoints=config.image_grid_pinpoints,
+                patch=config.vision_config.patch_size,
+            )
+            for share, image, size in zip(self._packed(of_crop, prompt.arguments), own, sizes, strict=True)
         ]
 
     def _crop_counts(self, arguments: Mapping[str, Any]) -> list[int]:

@@ -11,6 +11,7 @@ from transformers import MllamaForConditionalGeneration, PreTrainedModel
 from catp_lightning.errors import PruningError
 from catp_lightning.methods.observation import Observation, Signal, Values
 from catp_lightning.models.base import AttentionSite, Family, OutputSite, Reads, Runs
+from catp_lightning.models.images import Part
 from catp_lightning.prompt.attention import PREFIX
 from catp_lightning.prompt.prompt import CrossAttended, Prompt
 from catp_lightning.utils.hashing import fingerprint
@@ -105,7 +106,7 @@ class Mllama(Family):
         prompt = cast(CrossAttended, prompt)
         by_image = (-1, self.tiles * self.rows_per_tile)
         device, (tokens,) = prompt.tokens.device, on_cpu(prompt.tokens)
-        valid = tokens.unflatten(1, by_image).flatten(0, 1)
+        valid = self._by_image(tokens)
         seen = valid.any(1).nonzero()[:, 0]  # an image that no text sees does not count
         images = on_device(seen, device)
         found: Values = {}
@@ -132,6 +133,28 @@ class Mllama(Family):
             found[Signal.PATCH_POSITION] = on_device(self._places(tile).expand(len(seen), -1, -1), device)
         crops = on_device(tile.expand(len(seen), -1), device)
         return Observation(on_device(valid[seen], device), self.layers(), found, crops=crops)
+
+    def _by_image(self, tokens: Tensor) -> Tensor:
+        """Regroup what is of each sample's rows by image: [B, T] -> [I, tiles * rows of a tile]."""
+        return tokens.unflatten(1, (-1, self.tiles * self.rows_per_tile)).flatten(0, 1)
+
+    def parts(self, prompt: Prompt) -> list[list[Part]]:
+        seen, side = self._by_image(on_cpu(prompt.tokens)[0]).any(1), math.isqrt(self.rows_per_tile - 1)
+        given, step, config = prompt.arguments, prompt.rows_per_sample, cast(Any, self.model.config).vision_config
+        pixels, ratios = given.get("pixel_values"), given.get("aspect_ratio_ids")
+        shapes = [(1, self.tiles)] * len(seen)  # high and wide, in tiles
+        if ratios is not None:  # 0 for an image that a sample does not have
+            known = [(1, 1), *config.supported_aspect_ratios]
+            shapes = [known[number] for number in ratios[::step].flatten().tolist()]
+        pictures = [None] * len(seen) if pixels is None else pixels[::step].flatten(0, 1)
+        return [
+            [
+                Part(side, side, None if tiles is None else tiles[tile], divmod(tile, wide))
+                for tile in range(high * wide)
+            ]
+            for sees, tiles, (high, wide) in zip(seen.tolist(), pictures, shapes, strict=True)
+            if sees
+        ]
 
     def _question(self, prompt: CrossAttended) -> Tensor:
         """Return the mean of the embeddings of a prompt's text that sees an image: float [B, D], float32 at least."""

@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 from catp_lightning.errors import PruningError
 from catp_lightning.methods.observation import Observation, Signal, Values
 from catp_lightning.models.base import AttentionSite, Family, OutputSite, Runs
-from catp_lightning.models.images import Image, equal_images
+from catp_lightning.models.images import Image, Part, equal_images
 from catp_lightning.models.layout import Layout
 from catp_lightning.models.missing import lacks
 from catp_lightning.prompt.kept import KeptSequence
@@ -246,18 +246,7 @@ class Placeholder(Family):
 
     def observation(self, values: Runs, wanted: frozenset[Signal], prompt: Prompt) -> Observation:
         prompt = cast(DecoderPrompt, prompt)
-        (ids,) = on_cpu(prompt.ids)
-        counts = {token: int((ids == token).sum()) for token in self.placeholder_ids}
-        if not any(name.startswith(PIXELS) for name, value in prompt.arguments.items() if value is not None):
-            raise PruningError(
-                "The prompt has image tokens, but the call brought no pixel_values, so it is not known which token is "
-                "of which image. Pass pixel_values, not precomputed image features, and call the model's own generate "
-                "or forward inside the context, not a copy of the method that was taken before; or use keep=1.0."
-            )
-        images: dict[int, list[Image]] = {token: [] for token, count in counts.items() if count} | self.images(
-            prompt, counts
-        )
-        layout = Layout.of(images, prompt.ids)
+        layout = self._layout(prompt)
         found: Values = {key: layout.tokens(value) for key, value in self.on_tokens(values, prompt).items()}
         for signal in wanted & {
             Signal.IMAGE_FEATURES,
@@ -276,6 +265,24 @@ class Placeholder(Family):
         if Signal.PATCH_POSITION in wanted:
             found[Signal.PATCH_POSITION] = layout.places()
         return Observation(layout.valid, self.layers(), found, layout.protected, layout.crops, text)
+
+    def _layout(self, prompt: DecoderPrompt) -> Layout:
+        """Return which placeholder is of which image; the call must have brought pixels."""
+        (ids,) = on_cpu(prompt.ids)
+        counts = {token: int((ids == token).sum()) for token in self.placeholder_ids}
+        if not any(name.startswith(PIXELS) for name, value in prompt.arguments.items() if value is not None):
+            raise PruningError(
+                "The prompt has image tokens, but the call brought no pixel_values, so it is not known which token is "
+                "of which image. Pass pixel_values, not precomputed image features, and call the model's own generate "
+                "or forward inside the context, not a copy of the method that was taken before; or use keep=1.0."
+            )
+        images: dict[int, list[Image]] = {token: [] for token, count in counts.items() if count} | self.images(
+            prompt, counts
+        )
+        return Layout.of(images, prompt.ids)
+
+    def parts(self, prompt: Prompt) -> list[list[Part]]:
+        return [image.parts() for image in self._layout(cast(DecoderPrompt, prompt)).images]
 
     def on_tokens(self, values: Runs, prompt: DecoderPrompt) -> dict[Any, dict[int, list[Tensor]]]:
         """Return, for each signal that was observed by patch, its values for the tokens of each image: [..., tokens].

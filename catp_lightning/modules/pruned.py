@@ -11,8 +11,9 @@ from lightning.pytorch.core.hooks import CheckpointHooks, DataHooks, ModelHooks
 from lightning.pytorch.core.mixins.hparams_mixin import HyperparametersMixin
 from torch import nn
 
+from catp_lightning.callbacks.monitored import warn_where_monitored
 from catp_lightning.callbacks.strategies import loop_was_skipped, refuse_sharded
-from catp_lightning.callbacks.token_pruning import load_policy, warn_where_monitored
+from catp_lightning.callbacks.token_pruning import load_policy
 from catp_lightning.errors import PolicyError
 from catp_lightning.metrics.overlap import OverlapCheck, overlap_check
 from catp_lightning.policy import PruningPolicy

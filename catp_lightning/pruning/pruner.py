@@ -22,6 +22,7 @@ from catp_lightning.policy import PruningPolicy
 from catp_lightning.policy.images import has_images
 from catp_lightning.prompt.prompt import Prompt
 from catp_lightning.pruning.beside import observed, reading
+from catp_lightning.pruning.budget_check import BudgetCheck
 from catp_lightning.pruning.guide import Guide
 from catp_lightning.pruning.observer import Observer
 from catp_lightning.pruning.record import OnPrefill, Prefill, Pruning
@@ -32,9 +33,9 @@ from catp_lightning.pruning.refusals import (
     refuse_methods,
     refuse_unprunable,
 )
+from catp_lightning.pruning.shown import Viewer
 from catp_lightning.pruning.sites import SiteSettings, site_of
 from catp_lightning.pruning.text_tower import TextTower
-from catp_lightning.utils.messages import warn
 from catp_lightning.utils.on_cpu import of_known, on_cpu, read_once
 
 Choose = Callable[[Tensor], Tensor]
@@ -51,9 +52,11 @@ class Pruner:
         guide: a smaller model, or a module that holds one, for a scorer that reads its attention.
         on_prefill: called with what each prefill kept.
         guard: watches over the images; None: nothing does.
+        show: True to note where the tokens of each prefill lie in their images.
 
     Attributes:
         record: what users see.
+        viewer: notes where tokens lie; None without `show`.
         places: where each stage of the policy drops tokens, in order; empty: nothing is dropped.
         leave_at: decoder layers at whose entry tokens are dropped, 0 for the decoder's input; empty: only there.
         site: place where tokens leave.
@@ -71,6 +74,7 @@ class Pruner:
         guide: nn.Module | None = None,
         on_prefill: OnPrefill | None = None,
         guard: Guard | None = None,
+        show: bool = False,
     ) -> None:
         self.family, self.policy, self.on_prefill = family, policy, on_prefill
         self.record = Pruning(type(family.model).__name__, policy)
@@ -80,7 +84,7 @@ class Pruner:
         self.places = places(steps, family.depth)
         layers = tuple(place.layer for place in self.places)
         self.leave_at = layers if any(layers) else ()
-        self._checked, self._read = False, torch.zeros(0, dtype=torch.int64, device="cpu")
+        self._budget, self._read = BudgetCheck(), torch.zeros(0, dtype=torch.int64, device="cpu")
         self._images: Tensor | None = None
         self._summaries: Summaries | None = None
         scored = choose is None and not self._everything
@@ -91,8 +95,9 @@ class Pruner:
             first = join([first, by_stage[0]]) if scored else {}
         if scored:
             refuse_methods(policy, family, None if self._guard is None else self._guard.fallback)
-        if scored or choose is not None:
-            by_image = scored and bool(first or not self.leave_at)
+        self.viewer = Viewer(family) if show else None
+        if scored or choose is not None or show:
+            by_image = show or (scored and bool(first or not self.leave_at))
             family.check_use(by_image, tuple(at for at in self.leave_at if at), policy.positions == "compact")
         self._beside: Sequence[Guide | TextTower] = ()
         if layers[:1] == (0,):
@@ -103,7 +108,8 @@ class Pruner:
         # No reference cycle: the model's memory is freed with its last reference.
         own, record = weakref.proxy(self), self.record
         self.site = site_of(family, partial(Pruner._decide, own), settings, partial(setattr, record, "labels_left_out"))
-        self._observer = Observer(family, observed(first), self.site.calls)
+        watched = observed(first) if self.viewer is None else join([observed(first), self.viewer.needs])
+        self._observer = Observer(family, watched, self.site.calls)
 
     @contextmanager
     def suspended(self) -> Iterator[None]:
@@ -145,6 +151,9 @@ class Pruner:
         selection = replace(selection, keep=read_once(selection.keep))  # all that follows depends on it
         record = self.record
         record.keep, record.scores, record.destination = selection.keep, selection.scores, selection.destination
+        if self.viewer is not None and self.viewer.active:
+            layer = self.places[prompt.stage].layer if self.places else 0
+            self.viewer.see(prompt, selection, layer, self._observer.take)
         self._note(prompt, selection.keep, images)
         return selection
 
@@ -155,28 +164,11 @@ class Pruner:
             self._read, self._images = counts[:, None].repeat(1, depth), images
         self._read[:, stages[stage] :] = keep.sum(1, keepdim=True)
         if stage + 1 == len(stages):
-            last = Prefill(keep, counts, self._read, self._images, self._summaries, prompt.text_rows)
+            shown = () if self.viewer is None else self.viewer.taken()
+            last = Prefill(keep, counts, self._read, self._images, self._summaries, prompt.text_rows, shown)
             self.record.last, self.record.prefills = last, self.record.prefills + 1
             if self.on_prefill is not None:
                 self.on_prefill(last)
-
-    def _check_budget(self, tokens: Tensor) -> None:
-        """Warn, at the first prefill, if the first stage's budget is more tokens than any image has.
-
-        Args:
-            tokens: int64 [I], number of tokens of each image.
-        """
-        keep, first = self.places[0].step.keep, not self._checked
-        self._checked = True
-        if not first or not isinstance(keep, int) or not len(tokens):
-            return
-        most = int(on_cpu(tokens)[0].max())
-        if keep > most:
-            warn(
-                f"keep is {keep} tokens and the largest of these images has {most}: nothing is pruned. "
-                "Give a smaller number, or a share, a float in (0, 1].",
-                stacklevel=2,
-            )
 
     def _select(self, prompt: Prompt) -> tuple[Selection, Tensor | None]:
         """Return the selection of a prompt by the method of its stage, and fingerprints of its images."""
@@ -190,12 +182,12 @@ class Pruner:
         if inside is None:
             for model in self._beside:
                 seen = model.add(seen, prompt)
-            self._check_budget(of_known(lambda part: part.sum(1), seen.droppable))
+            self._budget.check(self.places[0].step.keep, of_known(lambda part: part.sum(1), seen.droppable))
             if self._guard is not None and self._summaries is not None:
                 return self._guard.select(method, self._summaries, seen, keep, visual), images
             return method.select(seen, keep, visual), images
         if prompt.stage == 0:
-            self._check_budget(prompt.counts)
+            self._budget.check(self.places[0].step.keep, prompt.counts)
         scores = images_to_samples(score_tokens(method.scorer, inside, visual), inside.valid, visual, -torch.inf)
         stay = protected_tokens(inside, visual)
         counts = place.counts(prompt.counts, inside)
@@ -214,6 +206,7 @@ def prune(
     model: str | None = None,
     choose: Choose | None = None,
     guide: nn.Module | None = None,
+    show: bool = False,
 ) -> Iterator[Pruning]:
     """Prune a model while inside: it reads only the visual tokens that the policy keeps; afterwards it is what it was.
 
@@ -225,6 +218,8 @@ def prune(
             that stay, bool [B, T].
         guide: a smaller model of the same kind, tokeniser and grid of visual tokens, or a module that holds one. Only
             the scorer `sgl` asks for it: it is run on every prompt, unpruned, on the device it is on.
+        show: True to record in `.shown` where each token lies in its image, with a copy of the images' pixels on the
+            CPU, for the pictures of `catp_lightning.plots`.
 
     Yields:
         A record of what is kept: `.keep` and `.scores` of the last prefill.
@@ -239,7 +234,7 @@ def prune(
             model.generate(**batch)
         pruning.keep.sum(1)  # 16 of 32 query tokens, for each sample
     """
-    with applied(module, policy, model=model, choose=choose, guide=guide) as pruner:
+    with applied(module, policy, model=model, choose=choose, guide=guide, show=show) as pruner:
         yield pruner.record
 
 
@@ -253,11 +248,12 @@ def applied(
     guide: nn.Module | None = None,
     on_prefill: OnPrefill | None = None,
     guard: Guard | None = None,
+    show: bool = False,
 ) -> Iterator[Pruner]:
     """Prune a model while inside, as `prune`, for callers who count prefills or suspend the pruning.
 
     Args:
-        module, policy, model, choose, guide: as in `prune`.
+        module, policy, model, choose, guide, show: as in `prune`.
         on_prefill: called with what each prefill kept.
         guard: watches over the images, and may have another method for some; None: nothing does.
 
@@ -269,7 +265,7 @@ def applied(
     check_model(policy, family)
     parts = refuse_unprunable(module, family)
     try:
-        pruner = Pruner(family, policy, choose, guide, on_prefill, guard)
+        pruner = Pruner(family, policy, choose, guide, on_prefill, guard, show)
     except PruningError as error:
         raise PruningError(f"{error}{instead_of(policy, family)}") from error
     with occupied(family), compiled_inside(parts, *{module, family.model}), pruner.installed():

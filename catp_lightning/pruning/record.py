@@ -8,6 +8,7 @@ from torch import Tensor
 
 from catp_lightning.methods.guard import Summaries
 from catp_lightning.policy import PruningPolicy
+from catp_lightning.pruning.shown import Shown
 
 
 @dataclass(frozen=True)
@@ -23,6 +24,8 @@ class Prefill:
         summaries: summaries of its images, if these are watched and something is scored; else None.
         text: int64 [B], rows that each sample has beside visual tokens, without padding; None where cross-attention
             reads the image.
+        shown: what was kept of each of the B samples, and where it lies in its images, if that was asked for; else
+            empty.
     """
 
     keep: Tensor
@@ -31,6 +34,7 @@ class Prefill:
     images: Tensor | None = None
     summaries: Summaries | None = None
     text: Tensor | None = None
+    shown: tuple[Shown, ...] = ()
 
     @property
     def tokens_per_layer(self) -> Tensor:
@@ -72,6 +76,14 @@ class Pruning:
     last: Prefill | None = None
     prefills: int = 0
     labels_left_out: int = 0
+
+    @property
+    def shown(self) -> tuple[Shown, ...]:
+        """What the last prefill kept of each sample and where it lies in its images, for `catp_lightning.plots`.
+
+        Empty before the first prefill, and without `prune(..., show=True)`.
+        """
+        return () if self.last is None else self.last.shown
 
     def __repr__(self) -> str:
         """Return a short description: the model, what the policy keeps, and how much the last prefill kept."""

@@ -1,9 +1,6 @@
 """A calibration under W&B, offline: what the run file itself holds, read back with wandb's own protobufs."""
 
 import json
-import struct
-import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,41 +13,9 @@ from catp_lightning.callbacks import CrossAttentionCalibration
 from tests.support.calibrations import data
 from tests.support.models import faint_blip2, greedily
 from tests.support.modules import Generating
+from tests.support.run_files import complete, history_of
 from tests.support.small_calibrations import QUICKEST
 from tests.support.trainers import loading, trainer
-
-BLOCK, HEADER = 32768, 7
-
-
-def records(file: Path) -> Iterator[Any]:
-    """The records of a run file: LevelDB's log format, chunks of at most a block."""
-    from wandb.proto import wandb_internal_pb2
-
-    content, offset, whole = file.read_bytes(), 7, b""
-    while offset + HEADER <= len(content):
-        if BLOCK - offset % BLOCK < HEADER:
-            offset += BLOCK - offset % BLOCK
-            continue
-        _, length, kind = struct.unpack("<IHB", content[offset : offset + HEADER])
-        if offset + HEADER + length > len(content):
-            return  # not written yet
-        whole += content[offset + HEADER : offset + HEADER + length]
-        offset += HEADER + length
-        if kind in (1, 4):  # the only or the last chunk of a record
-            record = wandb_internal_pb2.Record()
-            record.ParseFromString(whole)
-            whole = b""
-            yield record
-
-
-def complete(file: Path) -> list[Any]:
-    """All records: `wandb.finish` may return before its service has written the last of them."""
-    for _ in range(100):
-        found = list(records(file))
-        if any(record.WhichOneof("record_type") == "exit" for record in found):
-            return found
-        time.sleep(0.1)
-    raise AssertionError(f"{file} never ends")
 
 
 @pytest.fixture
@@ -70,20 +35,13 @@ def test_the_run_holds_configuration_tables_figures_and_the_policy(
 ) -> None:
     found, policies, folder = run
     config = {}
-    history: dict[str, Any] = {}
+    history = {name: value for step in history_of(found) for name, value in step.items()}
     artifacts = []
     for record in found:
         kind = record.WhichOneof("record_type")
         if kind in ("config", "run"):  # older versions keep it with the run
             source = record.config if kind == "config" else record.run.config
             config |= {update.key or update.nested_key[0]: json.loads(update.value_json) for update in source.update}
-        elif kind == "history":
-            for item in record.history.item:
-                *outer, last = item.nested_key or [item.key]
-                place = history
-                for key in outer:
-                    place = place.setdefault(key, {})
-                place[last] = json.loads(item.value_json)
         elif kind == "artifact":
             artifacts.append(record.artifact)
     assert config["catp"]["budgets"] == [0.5, 2] and config["catp"]["model"]["type"] == "blip-2"

@@ -19,6 +19,7 @@ from tests.support.commands import CONFIGS
         "test": "--config --policy --keep --compare --data --ckpt_path",
         "predict": "--config --policy --keep --compare --output",
         "profile": "--config --policy --scorer --keep --model",
+        "show": "--config --policy --scorer --keep --output --model",
         "scenes": "--output --questions --calibration_questions --seed",
         "demo": "--output --questions --calibration_questions --seed",
     }.items(),
