@@ -67,5 +67,11 @@ def test_the_blocks_of_the_first_page_run_in_its_order(tmp_path: Path, monkeypat
     names: dict[str, object] = {"__name__": "start"}
     for block in blocks:
         exec(compile(block, "docs/start.md", "exec"), names)
-    written = {"policy.json", "policy-report/report.md", "policies/keep-0.5.json", "llava-catp-25/README.md"}
+    written = {
+        "policy.json",
+        "policy-report/report.md",
+        "policies/keep-0.5.json",
+        "llava-catp-25/README.md",
+        "kept.png",
+    }
     assert {name for name in written if (tmp_path / name).is_file()} == written
