@@ -177,8 +177,7 @@ class CrossAttentionCalibration(LoopContext):
             run = CalibrationRun(
                 passes, first, recorder, partial, amount, self.promise, self.settings.promised, lines, memory
             )
-            done = run.begin()
-            again = f" {done} batches of an interrupted calibration are taken over." if done else ""
+            again = f" {done} batches of an interrupted calibration are taken over." if (done := run.begin()) else ""
             rank_zero_info(f"catp: {first.title}, at {self.budgets.listed(budgets)}.{again}")
             if names := ", ".join(self.perturbations):
                 times = len(self.perturbations) + 1
@@ -282,10 +281,9 @@ class CrossAttentionCalibration(LoopContext):
         self.summary = report(self.policies, files, folder, trainer.loggers, seconds, plain, step, modules)
         rank_zero_info(f"catp: saved to {self.path}, with a report in {folder}.")
         if (self.budgets.several or not self.path.suffix) and (left := policies_beside(files)):
-            names = ", ".join(sorted(file.name for file in left))
             rank_zero_warn(
-                f"{self.path} held {names:.200} before, which this calibration did not measure; what is loaded from "
-                "there warns. Delete what is out of date, or give each calibration a folder of its own."
+                f"{self.path} held {', '.join(sorted(file.name for file in left)):.200} before, which this "
+                "calibration did not measure; what is loaded from there warns. Delete what is out of date, or give each calibration a folder of its own."
             )
 
     def _refuse_unwritable(self) -> None:

@@ -72,7 +72,7 @@ class Components:
                 f"the components are of {rows.shape[1]} dimensions; this model's embeddings give {read.shape[-1]}. "
                 "Calibrate on this model."
             )
-        basis = on_device_as(read, torch.tensor(rows, device="cpu"))
+        basis = on_device_as(read, torch.tensor(rows, dtype=torch.float32, device="cpu"))
         return read @ basis.T + on_device_as(read, torch.tensor(self.offset, dtype=torch.float64, device="cpu"))
 
 

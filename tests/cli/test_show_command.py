@@ -12,7 +12,7 @@ from catp_lightning import PruningPolicy, TokenPruning, VQAModule, plots
 from catp_lightning.cli import show
 from catp_lightning.data.vqa import VQADataModule, VQASplit
 from tests.support.commands import catp, fails, split
-from tests.support.trainers import loading, trainer
+from tests.support.trainers import trainer
 
 TWO = ["--data.batch_size", "2"]  # samples
 
@@ -85,19 +85,8 @@ def test_what_cannot_be_drawn_is_refused_before_the_work_begins(made, capsys, ar
 
 def test_other_samples_each_time_are_refused_at_several_budgets(made, capsys):
     given = {"processor": str(made / "model"), "batch_size": 2, "test": split(made / "test")}
-    data = {"class_path": "tests.cli.test_show_command.Shuffled", "init_args": given}
+    data = {"class_path": "tests.support.shuffled.Shuffled", "init_args": given}
     args = ["show", "--config", made / "tiny.yaml", "--data", json.dumps(data), "--scorer", "l2-norm"]
     status, message = fails(capsys, *args, "--keep", "[0.5, 0.25]", "--output", "pictures")
     assert status == 1
     assert "a loader that does not shuffle" in message
-
-
-class Shuffled(VQADataModule):
-    """Gives the samples in another order each time."""
-
-    turn = 0
-
-    def predict_dataloader(self):
-        loader = super().predict_dataloader()
-        Shuffled.turn += 1
-        return loading(list(loader)[:: -1 if Shuffled.turn % 2 else 1])

@@ -9,9 +9,9 @@ import numpy as np
 from PIL import Image
 
 
-def write_images(folder: Path, names: Iterable[str]) -> str:
-    """An image of its own for each name; the folder is returned."""
-    for number, name in enumerate(names):
+def write_images(folder: Path, names: Iterable[str], first: int = 0) -> str:
+    """An image of its own for each name, those of the seeds from `first` on; the folder is returned."""
+    for number, name in enumerate(names, first):
         place = folder / name
         place.parent.mkdir(parents=True, exist_ok=True)
         pixels = np.random.default_rng(number).integers(0, 256, (24, 32, 3), dtype=np.uint8)
