@@ -282,8 +282,8 @@ class CrossAttentionCalibration(LoopContext):
         rank_zero_info(f"catp: saved to {self.path}, with a report in {folder}.")
         if (self.budgets.several or not self.path.suffix) and (left := policies_beside(files)):
             rank_zero_warn(
-                f"{self.path} held {', '.join(sorted(file.name for file in left)):.200} before, which this "
-                "calibration did not measure; what is loaded from there warns. Delete what is out of date, or give each calibration a folder of its own."
+                f"{self.path} held {', '.join(sorted(file.name for file in left)):.200} before, which this calibration "
+                "did not measure: loading them warns. Delete what is out of date, or use a folder for each calibration."
             )
 
     def _refuse_unwritable(self) -> None:
