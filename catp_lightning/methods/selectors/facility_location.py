@@ -10,6 +10,12 @@ from torch.nn import functional as F
 from catp_lightning.methods.precision import without_autocast
 from catp_lightning.methods.selectors.base import FeatureSelector
 
+STEPS = 1e6
+"""Steps in which distances are measured, in their mean."""
+
+TOGETHER = 64
+"""Rows of at most so many tokens are worked on together; of longer ones on the CPU each is, which takes less."""
+
 
 @dataclass(frozen=True)
 class FacilityLocation(FeatureSelector):
@@ -32,21 +38,16 @@ class FacilityLocation(FeatureSelector):
         distance = self._distances(vectors.masked_fill(~finite[..., None], 0))
         farthest = distance.masked_fill(~(finite[:, None] & finite[..., None]), 0).amax((1, 2))
         nearest = farthest[:, None].expand_as(scores).masked_fill(~finite, 0)
-        ranks = torch.full(visual.shape, max_tokens, device=visual.device, dtype=torch.int64)
-        rows = torch.arange(len(visual), dtype=torch.int64, device=visual.device)
-        for step in range(max_tokens):
-            gain = (nearest[:, None] - distance).clamp(min=0).sum(2)
-            open_ = gain.masked_fill(~finite, -1).masked_fill(~visual | (ranks < max_tokens), -torch.inf)
-            best = open_.argmax(1)
-            there = open_[rows, best] > -torch.inf
-            ranks[rows, best] = torch.where(there, step, ranks[rows, best])
-            nearest = nearest.minimum(distance[rows, best])
-        return ranks
+        if vectors.device.type != "cpu" or visual.shape[1] <= TOGETHER:
+            return _together(distance, nearest, finite, visual, max_tokens)
+        found = [_alone(*row, max_tokens) for row in zip(distance, nearest, finite, visual, strict=True)]
+        return torch.stack(found) if found else torch.zeros_like(visual, dtype=torch.int64)
 
     def _distances(self, vectors: Tensor) -> Tensor:
-        """Return the distance of all pairs as a share of their mean, in steps of 1e-6: float [R, T, F] -> [R, T, T].
+        """Return the distance of all pairs in steps of a millionth of their mean: float [R, T, F] -> [R, T, T].
 
-        In steps, since rounding errors, which differ by batch and device, would break ties between equal tokens.
+        Numbers of steps are whole, since rounding errors, which differ by batch and device, would break ties between
+        equal tokens; in float64 their sums are exact. They are the same in both directions.
         """
         wide = torch.float32 if vectors.device.type == "mps" else torch.float64
         vectors = vectors.to(wide)
@@ -55,6 +56,50 @@ class FacilityLocation(FeatureSelector):
         with without_autocast(vectors):
             products = vectors @ vectors.transpose(1, 2)
         squares = products.diagonal(dim1=1, dim2=2)
-        found = (squares[:, None] + squares[..., None] - 2 * products).clamp(min=0)
+        found = (squares[:, None] + squares[..., None] - products - products.transpose(1, 2)).clamp(min=0)
         found = found.sqrt() if self.distance == "euclidean" else found
-        return (found / found.mean((1, 2), keepdim=True).clamp(min=1e-30)).round(decimals=6)
+        return (found * (STEPS / found.mean((1, 2), keepdim=True).clamp(min=1e-30))).round()
+
+
+def _together(distance: Tensor, nearest: Tensor, finite: Tensor, visual: Tensor, max_tokens: int) -> Tensor:
+    """Return the ranks of all rows, int64 [R, T]: at each step the gain of every token is computed.
+
+    Args:
+        distance: float [R, T, T].
+        nearest: float [R, T], distance of each token to the nearest one kept, at the beginning the largest of all; 0
+            for tokens that do not count.
+        finite: bool [R, T], tokens whose distances are known.
+        visual: bool [R, T], tokens that may be chosen.
+        max_tokens: number of tokens of each row to rank.
+    """
+    ranks = torch.full(visual.shape, max_tokens, device=visual.device, dtype=torch.int64)
+    rows = torch.arange(len(visual), dtype=torch.int64, device=visual.device)
+    for step in range(max_tokens):
+        gain = (nearest[:, None] - distance).clamp(min=0).sum(2)
+        open_ = gain.masked_fill(~finite, -1).masked_fill(~visual | (ranks < max_tokens), -torch.inf)
+        best = open_.argmax(1)
+        there = open_[rows, best] > -torch.inf
+        ranks[rows, best] = torch.where(there, step, ranks[rows, best])
+        nearest = nearest.minimum(distance[rows, best])
+    return ranks
+
+
+def _alone(distance: Tensor, nearest: Tensor, finite: Tensor, visual: Tensor, max_tokens: int) -> Tensor:
+    """Return the ranks of one row, int64 [T], as `_together`: at each step gains change by what came nearer alone.
+
+    The arguments are those of `_together` without the first dimension. A step's share of the work is that of the tokens
+    that the last choice stands for, so that all steps together take about as much as log(max_tokens) of those there.
+    """
+    ranks = torch.full(visual.shape, max_tokens, dtype=torch.int64, device=visual.device)
+    gain = (nearest - distance).clamp(min=0).sum(1).masked_fill(~finite, -1).masked_fill(~visual, -torch.inf)
+    for step in range(min(max_tokens, int(visual.sum()))):
+        best = int(gain.argmax())
+        ranks[best], gain[best] = step, -torch.inf
+        changed = (distance[best] < nearest).nonzero()[:, 0]
+        if len(changed):
+            before, pairs = nearest[changed, None], distance[changed]
+            after = distance[best, changed, None]
+            lost = (before - pairs).clamp_(min=0) - (after - pairs).clamp_(min=0)
+            gain -= lost.sum(0).masked_fill_(~finite, 0)
+            nearest = nearest.minimum(distance[best])
+    return ranks
