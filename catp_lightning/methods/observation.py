@@ -163,8 +163,8 @@ class Observation:
         return replace(self, protected=protected)
 
     def of_images(self, index: Tensor) -> "Observation":
-        """Return the same signals of the images where `index`, bool [I], is True."""
-        return self.each(lambda part: taken(part, index))
+        """Return the same signals of the images where `index`, bool [I], is True, or with these numbers, int64."""
+        return self.each(lambda part: taken(part, index) if index.dtype == torch.bool else part[index])
 
     def each(self, change: Callable[[Tensor], Tensor]) -> "Observation":
         """Return the observation with `change` applied to every tensor; each has a row for each image."""

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from catp_lightning import PruningPolicy, prune
+from catp_lightning.methods import regions
 from catp_lightning.methods.guard import Guard
 from catp_lightning.methods.summary import SUMMARY, Range, Ranges
 from catp_lightning.pruning.pruner import applied
@@ -78,6 +79,12 @@ def test_beams_that_trade_places_do_not_wait(name: str) -> None:
     with prune(model, PruningPolicy("l2-norm", keep=0.5)), waiting() as found:
         generate(row, model, inputs, 4, **BEAMS)
     assert len(found.lines) <= PREFILL, "\n".join(found.lines)
+
+
+@pytest.fixture(autouse=True)
+def unknown_regions() -> None:
+    """What an earlier test has computed on the CPU is not known to be there."""
+    regions._table.cache_clear()
 
 
 def by_rule() -> list[Any]:

@@ -16,4 +16,5 @@ class TopK(Selector):
         return ranked(scores, visual)
 
     def select(self, scores: Tensor, visual: Tensor, counts: Tensor, vectors: Tensor | None) -> Selection:
-        return Selection(ranked(scores, visual) < counts[:, None])  # counts by question are known to the device alone
+        # Counts by question are known to the device alone, so nothing is read here.
+        return Selection(self.ranks(scores, visual, scores.shape[1], vectors) < counts[:, None])
