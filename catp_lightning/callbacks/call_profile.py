@@ -1,6 +1,5 @@
 """Times of a loop's first model calls, pruned and unpruned side by side, for `TokenPruning(profile=True)`."""
 
-import inspect
 import math
 import statistics
 from collections.abc import Callable, Iterator, Mapping
@@ -17,6 +16,7 @@ from catp_lightning.pruning.record import Prefill
 from catp_lightning.utils.hooks import hooked, replaced
 from catp_lightning.utils.markdown import markdown_table
 from catp_lightning.utils.messages import rank_zero_warn
+from catp_lightning.utils.signatures import parameters_of
 
 CALLS = 8
 """Number of calls that are timed, after one that warms up."""
@@ -54,9 +54,7 @@ class CallProfile:
     def __init__(self, family: Family, device: torch.device) -> None:
         self.family, self.timer = family, PartTimer(family)
         model: Any = family.model
-        self._names = {
-            name: list(inspect.signature(getattr(model, name)).parameters) for name in ("generate", "forward")
-        }
+        self._names = {name: parameters_of(getattr(model, name)) for name in ("generate", "forward")}
         self._pruner: Pruner | None = None
         self._pairs: list[tuple[Parts, Parts]] = []  # of each call, unpruned and pruned
         self._samples: list[int] = []

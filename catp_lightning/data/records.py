@@ -62,6 +62,21 @@ def numbered(records: Any, path: str, holds: str) -> list[tuple[str, Any]]:
     return [(f"{path}, record number {number}", record) for number, record in enumerate(records)]
 
 
+def data_of(path: str, layout: str) -> list[tuple[str, Any]]:
+    """Return the records in the list "data" of a JSON object, and where each stands, as `numbered` does.
+
+    Args:
+        path: path of the file.
+        layout: whose layout it should have, "TextVQA's" for example.
+
+    Raises:
+        DataError: the file cannot be read, is not JSON, or has no such list, or an empty one.
+    """
+    content = read_json(path, f"{layout} questions")
+    listed = content.get("data") if isinstance(content, dict) else None
+    return numbered(listed, path, f"an object with a list 'data' of {layout} questions")
+
+
 def field(record: Any, name: str, kind: type, where: str, layout: str) -> Any:
     """Return a value of a record.
 

@@ -1,6 +1,5 @@
 """Family of any model whose text decoder reads visual tokens in the place of placeholder ids."""
 
-import inspect
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, ClassVar, cast
 
@@ -20,6 +19,7 @@ from catp_lightning.prompt.merging import merged_features
 from catp_lightning.prompt.prompt import DecoderPrompt, Prompt, visual_tokens
 from catp_lightning.utils.messages import warn
 from catp_lightning.utils.on_cpu import of_known, on_cpu, on_device
+from catp_lightning.utils.signatures import parameters_of
 
 PER_LAYER = "per_layer_inputs"
 BY_COLUMN = (PER_LAYER, "moe_mm_token_type_ids")  # inputs of a decoder that have a row for each column
@@ -66,7 +66,7 @@ class Placeholder(Family):
                 f"The config of this {type(self.model).__name__} has image_token_id None, so its visual tokens cannot "
                 "be found. Load a checkpoint saved by a recent transformers, or set model.config.image_token_id."
             )
-        unknown = sorted(inspect.signature(self.decoder.forward).parameters.keys() - KNOWN_INPUTS)
+        unknown = sorted(set(parameters_of(self.decoder.forward)) - KNOWN_INPUTS)
         if unknown:
             raise PruningError(
                 f"{type(self.decoder).__name__} also takes {', '.join(unknown)}, which may have a row for each column "
@@ -127,7 +127,7 @@ class Placeholder(Family):
 
     def _against_stages(self) -> str:
         """Return why tokens cannot leave inside the decoder, as the end of a sentence; empty if they can."""
-        config, inputs = self.decoder_config, inspect.signature(self.decoder.forward).parameters
+        config, inputs = self.decoder_config, parameters_of(self.decoder.forward)
         if own := [name for name in BY_COLUMN if name in inputs]:
             return f"hands {', '.join(own)} to each layer, with a row for each column"
         if shared := getattr(config, "num_kv_shared_layers", 0):
@@ -138,7 +138,7 @@ class Placeholder(Family):
         """Return inputs that may say how many tokens each image has, of an untested model type; empty if none."""
         if self.types:
             return ""
-        return ", ".join(sorted(inspect.signature(self.outer.forward).parameters.keys() - KNOWN_INPUTS - PICTURES))
+        return ", ".join(sorted(set(parameters_of(self.outer.forward)) - KNOWN_INPUTS - PICTURES))
 
     def shape(self) -> Mapping[str, int]:
         config = self.decoder_config

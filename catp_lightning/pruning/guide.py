@@ -1,6 +1,5 @@
 """Guide: a small model run on the prompts of a large one, to see what text and answer attend to in the images."""
 
-import inspect
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
@@ -19,6 +18,7 @@ from catp_lightning.models import Family, find_family
 from catp_lightning.prompt.attention import attention_map, observe_attention
 from catp_lightning.prompt.prompt import DecoderPrompt, Prompt, visual_tokens
 from catp_lightning.pruning.refusals import occupied
+from catp_lightning.utils.signatures import parameters_of
 
 TYPES = ("token_type_ids", "mm_token_type_ids")  # inputs with a number for each column of the prompt
 NOT_IMAGES = {
@@ -112,7 +112,7 @@ class Guide:
 
     def _images(self, prompt: DecoderPrompt) -> Mapping[str, Any]:
         """Return the arguments of the large model's call, beside its text, that the guide takes too."""
-        taken = inspect.signature(self.family.model.forward).parameters.keys() - NOT_IMAGES
+        taken = set(parameters_of(self.family.model.forward)) - NOT_IMAGES
         return {name: value for name, value in prompt.arguments.items() if name in taken and value is not None}
 
     def _moved(self, value: Any) -> Any:

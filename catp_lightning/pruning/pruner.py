@@ -268,7 +268,7 @@ def applied(
         pruner = Pruner(family, policy, choose, guide, on_prefill, guard, show)
     except PruningError as error:
         raise PruningError(f"{error}{instead_of(policy, family)}") from error
-    with occupied(family), compiled_inside(parts, *{module, family.model}), pruner.installed():
+    with occupied(family), compiled_inside(parts, module, family.model), pruner.installed():
         yield pruner
 
 

@@ -112,7 +112,10 @@ def compiled_inside(parts: Collection[nn.Module], *modules: nn.Module) -> Iterat
     try:
         yield
     finally:
-        for part in {part for module in modules for part in _compiled_in_place(parts_of(module))} - before:
+        after: dict[nn.Module, str] = {}
+        for module in modules:
+            after |= {} if module in after else parts_of(module)
+        for part in _compiled_in_place(after) - before:
             del part.__dict__["_compiled_call_impl"]
 
 

@@ -3,7 +3,7 @@
 from typing import ClassVar
 
 from catp_lightning.data.benchmarks.reader import Reader, Record, file_name
-from catp_lightning.data.records import field, numbered, read_json
+from catp_lightning.data.records import data_of, field
 from catp_lightning.errors import DataError
 
 
@@ -22,10 +22,7 @@ class DocVQA(Reader):
     metric: ClassVar[str] = "docvqa"
 
     def records(self) -> list[Record]:
-        content = read_json(self.questions, "DocVQA's questions")
-        listed = content.get("data") if isinstance(content, dict) else None
-        holds = "an object with a list 'data' of DocVQA's questions"
-        return [_record(record, where) for where, record in numbered(listed, self.questions, holds)]
+        return [_record(record, where) for where, record in data_of(self.questions, "DocVQA's")]
 
 
 def _record(record: object, where: str) -> Record:

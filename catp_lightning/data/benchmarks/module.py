@@ -1,6 +1,6 @@
 """Evaluation data sets in their official files, as a LightningDataModule."""
 
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from torch.utils.data import Dataset
 
@@ -53,10 +53,14 @@ class BenchmarkDataModule(VQADataModule):
         fraction: float = 1.0,
         seed: int = 42,
     ) -> None:
-        super().__init__(
-            processor, prompt=prompt, batch_size=batch_size, num_workers=num_workers, fraction=fraction, seed=seed
-        )
-        self.splits = {"calibration": calibration, "val": val, "test": test, "predict": predict or test or val}
+        readers: dict[str, Any] = {"calibration": calibration, "val": val, "test": test, "predict": predict}
+        more: dict[str, Any] = {
+            "batch_size": batch_size,
+            "num_workers": num_workers,
+            "fraction": fraction,
+            "seed": seed,
+        }
+        super().__init__(processor, prompt=prompt, **readers, **more)  # `read` takes readers in the place of files
 
     def read(self, split: Reader) -> Dataset[VQAExample]:
         """Return the questions that a reader reads, with their images."""

@@ -3,7 +3,7 @@
 from typing import ClassVar
 
 from catp_lightning.data.benchmarks.reader import Reader, Record, file_name, ten
-from catp_lightning.data.records import field, numbered, read_json
+from catp_lightning.data.records import data_of, field
 
 
 class TextVQA(Reader):
@@ -20,10 +20,7 @@ class TextVQA(Reader):
     metric: ClassVar[str] = "textvqa"
 
     def records(self) -> list[Record]:
-        content = read_json(self.questions, "TextVQA's questions")
-        listed = content.get("data") if isinstance(content, dict) else None
-        holds = "an object with a list 'data' of TextVQA's questions"
-        return [_record(record, where) for where, record in numbered(listed, self.questions, holds)]
+        return [_record(record, where) for where, record in data_of(self.questions, "TextVQA's")]
 
 
 def _record(record: object, where: str) -> Record:

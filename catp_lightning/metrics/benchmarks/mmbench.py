@@ -2,12 +2,10 @@
 
 from collections.abc import Sequence
 
-import torch
 from torch import Tensor
-from torchmetrics import Metric
-from torchmetrics.utilities import dim_zero_cat
 
 from catp_lightning.data.benchmarks.references import Rotation
+from catp_lightning.metrics.benchmarks.question_rows import QuestionRows
 
 _MARKS = str.maketrans(dict.fromkeys(".()[],:;!*#{}", " "))
 
@@ -32,7 +30,7 @@ def chosen_option(answer: str, options: Sequence[str]) -> str | None:
     return told[0] if len(told) == 1 else None
 
 
-class MMBenchAccuracy(Metric):
+class MMBenchAccuracy(QuestionRows):
     """Shares of questions that are answered right, in [0, 1], as VLMEvalKit computes them with exact matching.
 
     `accuracy` is over the questions with their options in the first order. `circular_accuracy`, which is there where
@@ -47,30 +45,12 @@ class MMBenchAccuracy(Metric):
     {'accuracy': tensor(1.), 'circular_accuracy': tensor(0.)}
     """
 
-    higher_is_better = True
-    is_differentiable = False
-    full_state_update = False
-    rows: list[Tensor]
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.add_state("rows", [], dist_reduce_fx="cat")
-
-    def update(self, predictions: Sequence[str], references: Sequence[Rotation]) -> None:
-        """Add B answers and their questions. A question that is added again counts once.
-
-        Raises:
-            ValueError: there are not as many references as answers.
-        """
-        rows = [
-            (of.question_id, of.group, of.rotations, chosen_option(answer, of.options) == of.answer)
-            for answer, of in zip(predictions, references, strict=True)
-        ]
-        self.rows.append(torch.tensor(rows, dtype=torch.int64, device=self.device))
+    def row(self, answer: str, of: Rotation) -> tuple[int, ...]:
+        return of.question_id, of.group, of.rotations, int(chosen_option(answer, of.options) == of.answer)
 
     def compute(self) -> dict[str, Tensor]:
         """Return `accuracy` and, where there are rotations, `circular_accuracy`, each float32; NaN of no question."""
-        found = {row[0]: row[1:] for row in reversed(dim_zero_cat(self.rows).tolist())}
+        found = self.found()
         first = [right for question_id, (group, _, right) in found.items() if question_id == group]
         by_group: dict[int, list[int]] = {}
         for group, _, right in found.values():
@@ -80,7 +60,4 @@ class MMBenchAccuracy(Metric):
         figures = {"accuracy": first}
         if max(rotations.values()) > 1:
             figures["circular_accuracy"] = [int(right) for right in whole]
-        return {name: self._mean(values) for name, values in figures.items()}
-
-    def _mean(self, values: Sequence[int]) -> Tensor:
-        return torch.tensor(values, dtype=torch.float32, device=self.device).mean()
+        return {name: self.mean(values) for name, values in figures.items()}
