@@ -20,6 +20,10 @@ PYTEST = OMP_NUM_THREADS=1 $(1)/bin/python -m pytest -q -n $(WORKERS) --dist wor
 
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
+# What .venv holds is compiled once, whatever the environment says: tests start many processes, and each that compiled
+# torch and transformers anew would take 15 seconds more.
+unexport PYTHONDONTWRITEBYTECODE
+
 # A command, and where there is no terminal a line every few seconds: pip says nothing while it unpacks large packages.
 EVERY = 10
 define TELLING

@@ -47,6 +47,7 @@ def test_the_one_slot_that_matters_is_found_and_always_kept(tmp_path: Path) -> N
         assert best["divergence"] < worst_control / 10 and best["agreement"] > 0.7
 
 
+@pytest.mark.slow
 def test_where_a_control_is_truly_best_it_is_the_policy_and_the_evidence_says_so(tmp_path: Path) -> None:
     module = Planted(highest_norm)
     policy = calibrate(module, data(64, 32, torch.float64), tmp_path / "p.json", keep=1, calibration=QUICK).policies[0]
@@ -57,6 +58,7 @@ def test_where_a_control_is_truly_best_it_is_the_policy_and_the_evidence_says_so
     assert first["choose"]["divergence"] < second["choose"]["divergence"] / 4
 
 
+@pytest.mark.slow
 def test_each_image_is_answered_by_the_candidates_of_its_fold() -> None:
     module, batches = Planted(slot_3), data(24, 8, torch.float64)
     orders = [torch.randperm(8, generator=torch.Generator().manual_seed(fold)).tolist() for fold in range(FOLDS)]
@@ -96,6 +98,7 @@ def network_of(candidates: Sequence[Candidate]) -> Network:
     return network
 
 
+@pytest.mark.slow
 def test_a_calibration_cross_fits_and_saves_what_was_fitted_on_all_folds(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(learning, "GATE", -100.0)  # networks compete, however little they explain
     calibrator = finished(Planted(slot_3), data(64, 32, torch.float64), [2])
@@ -118,6 +121,7 @@ def test_a_calibration_cross_fits_and_saves_what_was_fitted_on_all_folds(monkeyp
     assert policy.evidence["fitted"]["slots"] == fitted.slots
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("count", "enough"), [(1, False), (2, True), (4, False), (6, True)])
 def test_a_handful_of_images_is_enough_or_refused(count: int, enough: bool) -> None:
     module, batches = Generating(faint_blip2(dtype=torch.float64)), data(count, count, torch.float64)
@@ -131,6 +135,7 @@ def test_a_handful_of_images_is_enough_or_refused(count: int, enough: bool) -> N
         assert agrees(module, policy, batches).shape == (count,) and policy.keep == 4
 
 
+@pytest.mark.slow
 def test_nothing_is_decided_on_the_checking_part() -> None:
     """Other questions about its images change its own figures alone."""
     batches = data(40, 20, torch.float64)
@@ -152,6 +157,7 @@ def test_nothing_is_decided_on_the_checking_part() -> None:
         assert any(a["check"] != b["check"] for a, b in pairs), "the check did change"
 
 
+@pytest.mark.slow
 def test_what_is_observed_serves_every_candidate_that_can_be_fitted() -> None:
     calibrator = finished(Planted(slot_3), data(32, 16, torch.float64), [2], settings=QUICK)
     rules = [candidate.policy(1.0) for candidate in calibrator.result.candidates]

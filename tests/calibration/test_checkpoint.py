@@ -67,6 +67,7 @@ REFUSED: dict[str, tuple[Callable[[], dict[str, Any]], str]] = {
 SPENT = 5000.0
 
 
+@pytest.mark.slow
 def test_the_cost_is_that_of_all_runs_whatever_the_clock_does(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     file = path.parent / PARTIAL
     metadata, tensors = read(file)
@@ -92,6 +93,7 @@ def test_a_partial_file_that_was_worked_on_for_no_possible_time_is_damaged(path:
         calibrate(path)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", REFUSED)
 def test_a_partial_file_of_another_calibration_is_refused_by_name(path: Path, name: str) -> None:
     what, message = REFUSED[name]
@@ -111,6 +113,7 @@ def test_fewer_batches_of_a_loader_without_a_length_are_refused(tmp_path: Path) 
     assert (tmp_path / PARTIAL).read_bytes() == before
 
 
+@pytest.mark.slow
 def test_data_that_changes_between_two_readings_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(memory, "LIMIT", 0)
 

@@ -20,6 +20,7 @@ def drawn_from(questions: np.ndarray, disagreed: np.ndarray, rng: np.random.Gene
     return (rng.random(len(questions)) * questions < disagreed).astype(int), rng.random(len(questions))
 
 
+@pytest.mark.slow
 @given(st.integers(1, 300), st.floats(0, 1), st.floats(0.5, 0.99))
 def test_with_one_question_about_each_image_it_is_the_binomial_bound(images: int, share: float, level: float) -> None:
     ones, disagreed = np.ones(images, dtype=int), (np.arange(images) < round(share * images)).astype(int)
@@ -27,6 +28,7 @@ def test_with_one_question_about_each_image_it_is_the_binomial_bound(images: int
     assert cluster_bound(ones, disagreed, disagreed, places, 1, level) == upper_bound(disagreed.sum(), images, level)
 
 
+@pytest.mark.slow
 @given(st.integers(0, 2**31), st.integers(2, 9))
 def test_the_bet_is_worth_the_inverse_of_the_risk_at_its_bound(seed: int, most: int) -> None:
     rng = RNG(seed)
@@ -40,6 +42,7 @@ def test_the_bet_is_worth_the_inverse_of_the_risk_at_its_bound(seed: int, most: 
     assert betting_bound(questions[order], disagreed[order], most, 0.95) == pytest.approx(bound, abs=1e-12)
 
 
+@pytest.mark.slow
 @given(st.integers(0, 2**31))
 def test_each_disagreement_loosens_the_bound(seed: int) -> None:
     rng = RNG(seed)

@@ -11,6 +11,7 @@ from catp_lightning.calibration.replay.base import _distinct
 from tests.support.recorded_answers import Explicit, ModelCall, beams, forward, greedy, mixed, model, record
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("call", [greedy, beams, forward])
 def test_candidates_are_compared_as_if_each_were_run_by_itself(call: ModelCall) -> None:
     net, batch = model(), mixed([2, 1, 0, 1, 2])

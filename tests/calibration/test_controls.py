@@ -117,6 +117,7 @@ def test_what_stands_beside_a_choice_in_words() -> None:
     assert against({**point, "best_control": None}) == ""
 
 
+@pytest.mark.slow
 def test_a_calibration_on_a_few_images_warns_and_still_saves(tmp_path: Path) -> None:
     callback = CrossAttentionCalibration(tmp_path / "policies", keep=[2, 1], settings=QUICK)
     with pytest.warns(UserWarning, match="Calibration evidence is thin: agreement was checked on"):

@@ -115,6 +115,7 @@ def asked() -> tuple[AskedPlanted, list[Batch], Finished]:
     return module, fresh, finished(module, batches, [3], settings=CalibrationSettings(probes=2, counts=True))
 
 
+@pytest.mark.slow
 def test_a_calibration_spends_tokens_on_the_questions_that_need_them(
     asked: tuple[AskedPlanted, list[Batch], Finished],
 ) -> None:

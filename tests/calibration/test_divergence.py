@@ -17,6 +17,7 @@ from tests.support.modules import Generating
 from tests.support.planted import agrees
 
 
+@pytest.mark.slow
 def test_the_figures_are_what_running_each_candidate_pruned_gives(tmp_path: Path) -> None:
     """Agreement comes from teacher-forced replays; generating again under the policy must say the same."""
     module, batches = Generating(faint_blip2(dtype=torch.float64)), data(48, 24, torch.float64)
@@ -45,6 +46,7 @@ def test_the_figures_are_what_running_each_candidate_pruned_gives(tmp_path: Path
     assert policy.evidence["samples"] == {"learn": int((part == 0).sum()), "check": int((part == 1).sum())}
 
 
+@pytest.mark.slow
 def test_divergence_is_the_mean_kl_from_the_unpruned_model_along_its_answer(tmp_path: Path) -> None:
     module, batches = Generating(faint_blip2(dtype=torch.float64)), data(16, 16, torch.float64)
     policy = calibrate(module, batches, tmp_path / "p.json", keep=3, calibration=QUICK).policies[0]

@@ -156,6 +156,7 @@ def test_fitted_weights_weigh_the_head_scores_that_were_fitted(
     assert not torch.allclose(head_scores, paid, atol=0.1), "on the scale of the fit"
 
 
+@pytest.mark.slow
 def test_a_guide_is_asked_while_its_layers_and_heads_are_calibrated(tmp_path: Path) -> None:
     row = BY_NAME["Llava"]
     guide = deepcopy(row.model())
@@ -185,6 +186,7 @@ class WithClip(Row):
         return self.own
 
 
+@pytest.mark.slow
 def test_a_text_encoder_is_asked_while_the_method_that_reads_it_is_measured(tmp_path: Path) -> None:
     llava, clip = BY_NAME["Llava"], pair("Llava", tmp_path)
     row = WithClip("Llava with a CLIP", llava.make, llava.samples, llava.oracle, own=clip.model)

@@ -15,6 +15,7 @@ from catp_lightning.calibration.statistics.rank_correlation import RankCorrelati
 from tests.support.reports import lines_of, with_heads
 
 
+@pytest.mark.slow
 def test_the_retention_curve_goes_through_what_was_measured(policies):
     (axes,) = retention_figure(policies).axes
     drawn = lines_of(axes)

@@ -5,6 +5,7 @@ from dataclasses import replace
 from typing import Any
 
 import numpy as np
+import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -42,6 +43,7 @@ def changed(sums: FoldSums, fold: int = CHANGED) -> FoldSums:
     return copy
 
 
+@pytest.mark.slow
 def test_the_rules_for_a_fold_never_saw_it_and_the_final_ones_saw_all(family: Family, planted: Any) -> None:
     sums, pairs, *_ = planted
     fitted = fit(sums, pairs, COLUMNS, TIES)
@@ -123,6 +125,7 @@ def test_the_fixed_set_is_the_greedy_set_of_the_planted_quadratic() -> None:
     assert {1, 5} <= set(order_of(fitted.slots)[:3]), "each slot by itself: both of the redundant two"
 
 
+@pytest.mark.slow
 @settings(max_examples=15)
 @given(st.integers(0, 10**6))
 def test_the_fixed_set_is_nearly_as_good_as_the_best_greedy_one_of_any_quadratic(seed: int) -> None:

@@ -46,6 +46,7 @@ def test_exactly_the_planted_heads_are_found_with_their_signs(planted, slots):
     assert all((fit.stability[fit.weights == 0] == 0).all() for fit in fits)
 
 
+@pytest.mark.slow
 def test_pure_noise_selects_nothing():
     draws = [draw(seed, {}).sums for seed in range(30)]
     fits = [fit_heads(sums, range(HEADS)) for sums in draws]
@@ -55,6 +56,7 @@ def test_pure_noise_selects_nothing():
     assert nothing.strength == 1 and nothing.explained == 0 and not nothing.weights.any()
 
 
+@pytest.mark.slow
 def test_noise_around_slots_that_matter_selects_no_head():
     draws = [draw(seed, {}, slot_worth=SLOT_WORTH).sums for seed in range(20)]
     assert sum(fit_heads(sums, range(HEADS), SLOT_COLUMNS).selected for sums in draws) <= 2

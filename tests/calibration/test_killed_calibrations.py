@@ -12,6 +12,7 @@ from tests.support.killed_calibrations import first, killed_and_started_again, p
 pytestmark = pytest.mark.usefixtures("small_calibrations")
 
 
+@pytest.mark.slow
 def test_a_killed_calibration_ends_in_the_same_policy_and_repeats_nothing(
     undisturbed: tuple[Path, list[str]], tmp_path: Path
 ) -> None:
@@ -46,6 +47,7 @@ def two(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[list[str]]
     return folder, run(folder, None, None)
 
 
+@pytest.mark.slow
 def test_two_processes_killed_in_a_round_each_go_on_where_they_were(
     two: tuple[Path, list[list[str]]], tmp_path: Path
 ) -> None:

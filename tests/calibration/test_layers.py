@@ -22,6 +22,7 @@ from tests.support.planted_heads import (
 FOLDS = DEFAULTS.folds
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("planted", "layers", "slots"), [(SAME_LAYER, {1}, ()), (OTHER_LAYER, {1, 2}, SLOT_COLUMNS)])
 def test_exactly_the_layers_of_the_planted_heads_are_chosen(planted, layers, slots):
     exact = 0
@@ -51,6 +52,7 @@ def test_a_layers_step_is_the_share_that_fits_on_the_rows_explain():
     assert 0 < GATE * error < share
 
 
+@pytest.mark.slow
 def test_a_layers_stability_is_how_often_the_others_choose_it_without_one_fold():
     seen = set()
     for seed in range(8):

@@ -48,6 +48,7 @@ def asked_for(features: Tensor, question: Tensor) -> Tensor:
     return 1.5 * features[..., 0] * question[:, :1].sign() + (torch.arange(features.shape[1]) % SLOTS == 3)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("images", [1, 2])
 def test_a_worth_that_depends_on_the_question_is_learned(images: int) -> None:
     networks = learn(recorded(asked_for, samples=160, images=images), COMPONENTS, FOLDS, SLOTS)
@@ -64,6 +65,7 @@ def test_a_worth_that_depends_on_the_question_is_learned(images: int) -> None:
     assert plain is not None and len(plain.whole._decoded["slots"]) == 1, "places that mean nothing are not learned"
 
 
+@pytest.mark.slow
 def test_a_network_does_not_know_the_fold_that_it_is_measured_on() -> None:
     samples = recorded(asked_for)
     first = learn(samples, COMPONENTS, FOLDS, SLOTS)
@@ -74,6 +76,7 @@ def test_a_network_does_not_know_the_fold_that_it_is_measured_on() -> None:
     assert same == [fold == 2 for fold in range(FOLDS)] and first.whole != other.whole
 
 
+@pytest.mark.slow
 def test_noise_teaches_nothing_nor_does_a_single_fold() -> None:
     nothing = [
         learn(recorded(lambda x, q: 0 * x[..., 0], 40, seed=seed), COMPONENTS, FOLDS, SLOTS) for seed in range(8)
@@ -85,6 +88,7 @@ def test_noise_teaches_nothing_nor_does_a_single_fold() -> None:
     assert learn(samples.at(torch.arange(0)), COMPONENTS, FOLDS, SLOTS) is None
 
 
+@pytest.mark.slow
 def test_learning_ignores_global_settings_and_leaves_them_alone() -> None:
     samples = recorded(asked_for)
     state = torch.get_rng_state()

@@ -151,6 +151,7 @@ def of_each(race: Race, samples: Samples) -> list[tuple[Tensor, Tensor]]:
     return race._answers(samples.where(race.belongs(samples)), 0)
 
 
+@pytest.mark.slow
 def test_in_a_race_the_mean_of_a_sample_and_its_copies_counts_and_answers_are_those_of_the_sample(some: Any) -> None:
     plan, batches = some
     together = race(plan)
@@ -172,6 +173,7 @@ def test_in_a_race_the_mean_of_a_sample_and_its_copies_counts_and_answers_are_th
             assert found["count"][budget, number] == mean.shape[1], "a copy is no further sample"
 
 
+@pytest.mark.slow
 def test_a_check_counts_copies_apart_and_samples_as_without_them(some: Any) -> None:
     plan, batches = some
     plain, together = race(replace(plan, perturbations={}), Check), race(plan, Check)

@@ -34,6 +34,7 @@ def check(module: AskedPlanted, keep: int, count: int, more: float, least: float
     assert own > best + more and own > least, (own, best)
 
 
+@pytest.mark.slow
 def test_a_network_that_knows_the_question_is_trained_and_beats_every_rule_that_does_not_know_it() -> None:
     check(AskedPlanted(slot_3, slot_5), 1, 72, 0.1, 0.8)
 

@@ -55,6 +55,7 @@ def slow_rows(samples: Samples, keep: Tensor) -> Tensor:
     return rows
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("call", "right"),
     [(greedy, False), (beams, False), (forward, False), (forward, True)],

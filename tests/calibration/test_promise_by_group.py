@@ -88,6 +88,7 @@ def calibrate(path: Path, module: Generating | None = None, batches: Any = None,
     return policy
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("over", ["images", "questions"])
 def test_every_group_is_tested_on_its_own_answers(tmp_path: Path, over: Over) -> None:
     policy = calibrate(tmp_path / "p.json", over=over)
@@ -146,6 +147,7 @@ def test_the_order_of_batches_and_the_number_of_processes_do_not_matter(tmp_path
         assert found == alone
 
 
+@pytest.mark.slow
 def test_an_interrupted_calibration_by_groups_ends_in_the_same_policy(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -169,6 +171,7 @@ def test_a_small_group_is_refused_before_the_race(tmp_path: Path, monkeypatch: p
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.slow
 def test_several_calls_of_a_step_take_their_groups_in_order_and_other_numbers_are_refused(tmp_path: Path) -> None:
     whole, halves = calibrate(tmp_path / "p.json"), calibrate(tmp_path / "h.json", Halves())
     assert whole.evidence["promise"] == halves.evidence["promise"]
@@ -207,6 +210,7 @@ def test_groups_and_questions_are_those_of_a_promise(tmp_path: Path, settings: d
         CrossAttentionCalibration(tmp_path / "p.json", keep=0.5, **settings)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("over", ["images", "questions"])
 def test_the_report_says_what_is_promised_of_which_groups(tmp_path: Path, over: Over) -> None:
     policy = calibrate(tmp_path / "p.json", over=over)
@@ -235,6 +239,7 @@ def test_the_report_says_what_is_promised_of_which_groups(tmp_path: Path, over: 
     assert "No budget was found to change at most 0.2 of the answers in each group with confidence 0.1" in page
 
 
+@pytest.mark.slow
 def test_over_questions_without_groups_all_questions_count(tmp_path: Path) -> None:
     policy = calibrate(tmp_path / "p.json", batches=questions(), over="questions", group_by=None)
     shown = policy.evidence["promise"]

@@ -16,6 +16,7 @@ from tests.support.planted import Planted, agrees, finished, slot_3, two_questio
 from tests.support.trainers import loading, trainer
 
 
+@pytest.mark.slow
 def test_a_promise_is_tested_on_one_question_of_each_image_of_the_checking_part() -> None:
     module, batches = Planted(slot_3), two_questions(70, 70)
     promise = Promise(0.35, 0.9)
@@ -38,6 +39,7 @@ def test_a_promise_is_tested_on_one_question_of_each_image_of_the_checking_part(
     assert policy.evidence["chosen"] == policy.evidence["candidates"][0]["name"]
 
 
+@pytest.mark.slow
 def test_budgets_of_a_promise_are_walked_from_the_largest(tmp_path: Path) -> None:
     callback = CrossAttentionCalibration(
         tmp_path / "p.json", keep=[1, 6, 2, 0.75], max_disagreement=0.6, confidence=0.5, settings=QUICK

@@ -38,6 +38,7 @@ def test_each_question_of_an_image_is_as_likely_as_the_others_to_be_the_one_that
     assert np.abs(by_text / 3000 - 0.25).max() > 0.1, "or the draw by text would have done"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("images", [150, 400, 800])
 def test_a_promise_over_questions_of_unequal_kinds_is_kept(images: int) -> None:
     answered = unequal()

@@ -160,6 +160,7 @@ class Late:
             return "fine"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("modules", [(), (object(),), (Failing(),), (Late(),)])
 def test_without_a_tokenizer_that_works_the_report_shows_ids(
     modules: tuple[object, ...], policies: list[PruningPolicy], tmp_path: Path
@@ -179,6 +180,7 @@ def calibrated(path: Path, module: Generating, batches: list[dict[str, Tensor]])
     return callback.policies[0]
 
 
+@pytest.mark.slow
 def test_a_calibration_says_what_questions_it_told_apart(tmp_path: Path) -> None:
     module, batches = Generating(faint_blip2(0.2), greedily(1)), data(48, 24)
     module.tokenizer = Words()
@@ -200,6 +202,7 @@ def test_a_calibration_says_what_questions_it_told_apart(tmp_path: Path) -> None
     assert f'"{Words().decode(components[0]["high"][0], True)}"' in rows[0][3]
 
 
+@pytest.mark.slow
 def test_where_all_questions_are_alike_there_is_no_section(tmp_path: Path) -> None:
     batches = data(48, 24)
     for batch in batches:

@@ -26,6 +26,7 @@ SOON = replace(QUICK, first_round=4)
 """Rounds begin with few samples: small data have several."""
 
 
+@pytest.mark.slow
 def test_losers_leave_early_and_controls_are_checked_all_the_same(tmp_path: Path) -> None:
     policy = calibrate(Generating(), data(64, 16), tmp_path / "p.json", calibration=SOON).policies[0]
     rows = policy.evidence["candidates"]
@@ -63,6 +64,7 @@ def plainest(candidates: Sequence[Candidate], each: np.ndarray, ranking: Sequenc
     return min(level, key=lambda n: (candidates[n].fitted, ranking.index(n)))
 
 
+@pytest.mark.slow
 def test_in_each_round_the_best_quarter_by_all_divergence_so_far_goes_on() -> None:
     module, batches = Generating(faint_blip2(dtype=torch.float64)), data(60, 30, torch.float64)
     budgets: list[int | float] = [4, 1, 1.0]
@@ -105,6 +107,7 @@ def test_in_each_round_the_best_quarter_by_all_divergence_so_far_goes_on() -> No
     assert everything.evidence["chosen"] == min(plain), "where all are equal, the name of a plain rule decides"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("empty", [0, 2])
 def test_a_round_without_an_image_decides_nothing(empty: int) -> None:
     """Rounds are drawn by image: with few images and many questions one can be empty."""

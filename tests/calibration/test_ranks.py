@@ -42,6 +42,7 @@ def signals(images: int, seed: int, levels: int | None, dtype: torch.dtype) -> O
     return replace(seen, text=torch.ones(images, 3, dtype=torch.bool))
 
 
+@pytest.mark.slow
 @settings(max_examples=4)
 @given(
     st.lists(st.integers(0, 2), min_size=1, max_size=4),
@@ -96,6 +97,7 @@ def test_autocast_changes_no_rank(candidates: list[Candidate]) -> None:
 PRUNED = Candidate("", "catp", {"image_weight": "received"}, "dpp", {"similarity": "regions", "relevance": 1.5})
 
 
+@pytest.mark.slow
 def test_a_routing_ranks_each_image_as_the_rule_that_its_question_takes(candidates: list[Candidate]) -> None:
     """At every budget; the images of a sample share its question."""
     images = torch.tensor([2, 0, 1, 1, 2, 1, 1])

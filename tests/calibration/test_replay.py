@@ -92,6 +92,7 @@ def test_a_replay_is_the_pruned_run_of_the_same_answer(row: Row) -> None:
     close(replay.of_samples(some).log_probabilities(keep[some]), expected[some], rounding)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "layer"),
     [
@@ -112,6 +113,7 @@ def test_a_replay_at_a_layer_is_the_pruned_run_whose_tokens_leave_there(name: st
     assert (expected - replay.log_probabilities(replay.tokens)).abs().max() > 1e-3, "dropping matters"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("scorer", [name for name in SCORERS if early(name)])
 def test_a_method_that_chooses_inside_the_decoder_is_replayed_as_it_prunes(scorer: str) -> None:
     row = BY_NAME["Llava"]

@@ -94,6 +94,7 @@ def test_the_page_has_every_budget_and_the_best_candidates_with_all_controls(pol
     assert shown[SHOWN:] == [row["name"] for row in last if row["control"]], "controls are shown even at the end"
 
 
+@pytest.mark.slow
 def test_agreement_on_perturbed_images_is_a_table_for_each_budget_and_the_worst_is_said(tmp_path):
     policies = calibrated(tmp_path / "policies", keep=[0.5, 2], augment={"dim": lambda pixels: pixels / 3, "b*w": abs})
     lines, page = write(policies, tmp_path)
@@ -121,6 +122,7 @@ def test_a_page_without_perturbations_says_nothing_of_them(policies, tmp_path):
     assert "erturbed" not in page + lines[1] and not any("perturbed" in name for name in writing._metrics(policies))
 
 
+@pytest.mark.slow
 def test_figures_are_valid_files_beside_the_page_and_stale_ones_go(policies, tmp_path, monkeypatch):
     monkeypatch.setattr(writing, "png", png)
     _, page = write([with_heads(policy) for policy in policies], tmp_path / "new" / "report")
@@ -189,6 +191,7 @@ def test_a_promise_that_holds_is_said_with_its_steps(promised, tmp_path):
     assert agreed[0] == next(r["check"]["agreement"] for r in policy.evidence["candidates"] if r["name"] == "stride")
 
 
+@pytest.mark.slow
 def test_a_promise_that_no_budget_keeps_is_reported_without_candidates(refused, tmp_path):
     (policy,) = refused
     assert policy.keep == 1.0 and policy.evidence["chosen"] == "no pruning"

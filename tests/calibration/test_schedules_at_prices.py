@@ -34,6 +34,7 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[PruningP
     return place, callback.policies
 
 
+@pytest.mark.slow
 def test_what_is_measured_of_a_schedule_is_what_pruning_does(found: tuple[Path, list[PruningPolicy]]) -> None:
     _, policies = found
     for policy in policies:
@@ -111,6 +112,7 @@ def test_the_report_draws_the_front_and_names_all_prices(found: tuple[Path, list
     assert "## Candidates at tokens_per_layer 0.4" in page
 
 
+@pytest.mark.slow
 def test_a_promise_is_kept_at_the_least_price(tmp_path: Path) -> None:
     callback = CrossAttentionCalibration(
         tmp_path / "policy.json",
@@ -206,6 +208,7 @@ def test_what_cannot_be_priced_or_does_not_go_together_is_refused() -> None:
         trainer(callback).predict(Generating(LLAMA.model(), SETTINGS), loading(data(LLAMA)[:1]))
 
 
+@pytest.mark.slow
 def test_a_method_inside_the_decoder_is_calibrated_at_prices_and_at_all_tokens(tmp_path: Path) -> None:
     budget = {"tokens_per_layer": [1.0, 0.7]}
     callback = CrossAttentionCalibration(

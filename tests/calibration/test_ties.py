@@ -36,6 +36,7 @@ def test_a_chain_of_close_values_is_not_one_tie() -> None:
     assert FLOAT32.order(chain[::-1], 0.0) == [4, 5, 2, 3, 0, 1], "two at a time, each led by its smallest"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("dtype", "by_name"), [(torch.float32, True), (torch.float64, False)])
 def test_candidates_that_diverge_equally_within_rounding_go_by_name(dtype: torch.dtype, by_name: bool) -> None:
     calibrator = finished(Generating(faint_blip2(dtype=dtype)), data(12, 12, dtype), [4], settings=QUICK)

@@ -121,6 +121,7 @@ def killed(ids: list[int]) -> list[dict]:
     return named(ids)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("make", "message"), [(failing, "question 5 has no answer"), (killed, "SIGKILL")])
 def test_nothing_is_joined_where_one_process_fails_and_nothing_of_it_later(
     tmp_path: Path, make: Callable[[list[int]], list[dict]], message: str

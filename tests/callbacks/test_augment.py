@@ -32,7 +32,7 @@ from tests.support.modules import Generating
 from tests.support.small_calibrations import QUICKEST
 from tests.support.trainers import loading, trainer
 
-pytestmark = pytest.mark.usefixtures("no_report")
+pytestmark = [pytest.mark.usefixtures("no_report"), pytest.mark.slow]
 
 Batches = list[dict[str, Tensor]]
 SETTINGS = {"max_new_tokens": 2, "do_sample": False}
@@ -148,7 +148,6 @@ def test_perturbations_that_change_nothing_change_no_figure(tmp_path: Path) -> N
     assert same.evidence["retention"] == plain.evidence["retention"], "a copy is no further question, image or control"
 
 
-@pytest.mark.slow
 def test_batches_and_order_do_not_matter_under_perturbations(tmp_path: Path) -> None:
     module, options = Generating(faint_blip2(dtype=torch.float64)), {"augment": ["noise", "crop"]}
     one = calibrate(module, data(24, 24, torch.float64), tmp_path / "a.json", **options)
@@ -191,7 +190,6 @@ class Stopping(Generating):
         return super().predict_step(batch, batch_idx)
 
 
-@pytest.mark.slow
 def test_a_calibration_that_ends_among_the_copies_of_a_batch_goes_on_from_the_batch_before(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

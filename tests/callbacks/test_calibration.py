@@ -40,6 +40,7 @@ def test_predictions_stay_the_usual_ones_and_the_model_what_it_was(tmp_path: Pat
     assert pruning.keep.sum(1).tolist() == [4] * 8
 
 
+@pytest.mark.slow
 def test_the_policy_is_the_candidate_with_the_least_divergence_and_says_if_it_is_a_control(tmp_path: Path) -> None:
     callback = calibrate(Generating(), data(32, 32), tmp_path, keep=[0.5, 0.25, 2], calibration=QUICKEST)
     assert [policy.keep for policy in callback.policies] == [0.5, 0.25, 2]
@@ -64,6 +65,7 @@ def test_the_policy_is_the_candidate_with_the_least_divergence_and_says_if_it_is
     assert not list(tmp_path.parent.glob("*.safetensors")), "nothing is left to resume"
 
 
+@pytest.mark.slow
 def test_batches_and_order_do_not_matter(tmp_path: Path) -> None:
     module = Generating(faint_blip2(dtype=torch.float64))
     one = calibrate(module, data(24, 24, torch.float64), tmp_path / "a.json", calibration=QUICKEST).policies[0]
@@ -77,6 +79,7 @@ def test_batches_and_order_do_not_matter(tmp_path: Path) -> None:
     assert one.evidence["fitted"] == many.evidence["fitted"] and one.scorer_args == many.scorer_args
 
 
+@pytest.mark.slow
 def test_a_step_that_only_calls_forward_is_calibrated_by_its_next_token(tmp_path: Path) -> None:
     module, batches = Forwarding(faint_blip2(dtype=torch.float64)), data(24, 8, torch.float64)
     policy = calibrate(module, batches, tmp_path / "p.json", calibration=replace(QUICKEST, first_round=32)).policies[0]
@@ -91,6 +94,7 @@ def test_a_step_that_only_calls_forward_is_calibrated_by_its_next_token(tmp_path
     assert figures(policy, "l2-norm")["choose"]["agreement"] == pytest.approx(expected)
 
 
+@pytest.mark.slow
 def test_what_cannot_be_calibrated_is_refused_and_no_file_is_written(tmp_path: Path) -> None:
     with pytest.raises(PolicyError, match=r"samples in every part of its split, got \{'learn': "):
         calibrate(Generating(), data(1, 1), tmp_path / "p.json")
@@ -135,6 +139,7 @@ def test_an_interrupted_calibration_leaves_the_model_and_the_old_policy(tmp_path
     assert footprint(module.net) == before and (tmp_path / "p.json").read_text() == old
 
 
+@pytest.mark.slow
 def test_bfloat16_calibrates_with_finite_figures(tmp_path: Path) -> None:
     module, batches = Generating(), data(16, 16)
     policy = calibrate(module, batches, tmp_path / "p.json", calibration=QUICKEST, precision="bf16-mixed").policies[0]
@@ -159,6 +164,7 @@ def test_samples_whose_answer_is_no_number_are_left_out_of_a_calibration_and_cou
         calibrate(Forwarding(), batches, tmp_path / "q.json", calibration=QUICKEST)
 
 
+@pytest.mark.slow
 def test_a_folder_that_is_calibrated_anew_for_fewer_budgets_says_what_is_left_of_before(tmp_path: Path) -> None:
     module, folder = Generating(), tmp_path / "policies"
     with warnings.catch_warnings():

@@ -67,6 +67,7 @@ class Asks(Callback):
         self.count += 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("first", [True, False], ids=["after it", "before it"])
 def test_what_other_callbacks_ask_the_model_is_not_calibrated_on(
     plain: dict[str, Any], tmp_path: Path, first: bool
@@ -117,6 +118,7 @@ def test_a_module_may_bring_it_itself(plain: dict[str, Any], tmp_path: Path) -> 
     assert PruningPolicy.load(tmp_path / "policy.json").to_dict() == plain
 
 
+@pytest.mark.slow
 def test_a_limit_of_batches_is_kept_and_a_split_without_a_batch_writes_nothing(tmp_path: Path) -> None:
     policy = calibrated(tmp_path / "two" / "policy.json", limit_predict_batches=2)
     assert sum(policy["evidence"]["samples"].values()) == 16

@@ -24,6 +24,7 @@ def slow(module: torch.nn.Module) -> None:
     module.register_forward_pre_hook(lambda *_: time.sleep(SLEEP))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("part", ["vision", "prefill"])
 def test_what_takes_long_is_what_is_said_to_take_long(part: str) -> None:
     module, callback = Forwarding(), TokenPruning(HALF, profile=True)
@@ -38,6 +39,7 @@ def test_what_takes_long_is_what_is_said_to_take_long(part: str) -> None:
     assert "catp/seconds_step" not in callback.figures, "a forward has no decoding step"
 
 
+@pytest.mark.slow
 def test_steps_of_a_generation_are_timed_each() -> None:
     settings = {"max_new_tokens": 4, "min_new_tokens": 4, "do_sample": False}
     module, callback = Generating(settings=settings), TokenPruning(HALF, profile=True)
@@ -47,6 +49,7 @@ def test_steps_of_a_generation_are_timed_each() -> None:
     assert callback.figures["catp/seconds_call"] >= 4 * SLEEP
 
 
+@pytest.mark.slow
 def test_sampled_answers_and_counts_are_those_of_a_run_without_a_profile() -> None:
     settings = {"max_new_tokens": 2, "do_sample": True}
     inputs = random_blip2()[1]
@@ -62,6 +65,7 @@ def test_sampled_answers_and_counts_are_those_of_a_run_without_a_profile() -> No
     assert all(map(torch.equal, found[0][0], found[1][0])) and found[0][1] == found[1][1]
 
 
+@pytest.mark.slow
 def test_times_reach_loggers_and_are_not_more_than_eight_calls(tmp_path: Any) -> None:
     module, callback = Answering(), TokenPruning(HALF, profile=True)
     run = trainer(callback, logger=CSVLogger(tmp_path))

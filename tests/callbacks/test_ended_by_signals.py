@@ -214,6 +214,7 @@ class Second(Callback):
             assert "elete" not in ended.said.rpartition("PolicyError")[2]
 
 
+@pytest.mark.slow
 def test_a_second_calibration_is_told_that_one_is_running(tmp_path: Path, undisturbed: bytes) -> None:
     path = tmp_path / "p.json"
     trainer(Second(path), quick(path), devices=1).predict(Generating(), loading(sorted_batches()))

@@ -77,6 +77,7 @@ def ran(policy: PruningPolicy, batches: list[Batch], **settings: Any) -> tuple[d
     return callback.figures, [str(warning.message) for warning in caught if UNLIKE in str(warning.message)]
 
 
+@pytest.mark.slow
 def test_a_policy_says_what_its_images_were_like(policy: PruningPolicy) -> None:
     seen = policy.evidence["seen"]
     assert (seen["images"], seen["tokens"], list(seen["features"])) == (32, 9.0, list(SUMMARY))
@@ -129,6 +130,7 @@ def by_rule(rule: PruningPolicy, batch: Batch) -> Tensor:
     return pruning.keep
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings(f"ignore:.*{UNLIKE}")
 @pytest.mark.parametrize("fallback", ["position", {"scorer": "l2-norm", "selector": "top-k"}], ids=["name", "fields"])
 @pytest.mark.parametrize(("images", "samples"), [((0,), [0]), ((2,), [1]), ((1, 3), [1, 2]), ((0, 1, 2, 3), [0, 1, 2])])
@@ -205,6 +207,7 @@ def test_ranges_that_are_damaged_are_refused(policy: PruningPolicy) -> None:
     assert "catp/outside" not in ran(replace(policy, evidence={"seen": other}), data())[0]
 
 
+@pytest.mark.slow
 def test_perturbed_copies_widen_the_range(policy: PruningPolicy, tmp_path: Path) -> None:
     wide = calibrated(tmp_path / "p.json", augment={"flat": flat})
     assert wide.evidence["seen"]["images"] == 64

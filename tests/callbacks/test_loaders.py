@@ -78,6 +78,7 @@ def test_a_promise_that_the_split_is_too_small_for_is_refused_before_anything_is
     assert f"at most {70 if whole else 35} samples" in said and "takes at least 149 there" in said
 
 
+@pytest.mark.slow
 def test_a_split_in_one_order_is_not_disturbed_by_looking_at_it(tmp_path: Path, undisturbed: bytes) -> None:
     samples = sorted_samples()
     loader = DataLoader(samples, batch_size=5)  # type: ignore[arg-type]
@@ -103,6 +104,7 @@ def test_a_loader_that_cannot_be_read_twice_is_refused(tmp_path: Path, monkeypat
     assert not (tmp_path / "p.json").exists()
 
 
+@pytest.mark.slow
 def test_every_pass_sees_the_batches_of_the_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Limits, several loaders and a module's own transfer hooks apply to all passes."""
 

@@ -24,6 +24,7 @@ def pixels(content: bytes) -> np.ndarray:
     return np.asarray(Image.open(BytesIO(content)).convert("RGB"))
 
 
+@pytest.mark.slow
 def test_the_first_samples_are_in_the_files_of_a_wandb_run_and_a_logger_without_pictures_is_skipped(
     tmp_path: Path,
 ) -> None:

@@ -44,6 +44,7 @@ def calibrated(path: Path, **settings: Any) -> tuple[bytes, int]:
     return b"".join(file.read_bytes() for file in sorted(path.glob("*.json"))), module.steps
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_step_runs_once_on_each_batch_and_the_policy_is_that_of_running_it_for_every_pass(
     kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

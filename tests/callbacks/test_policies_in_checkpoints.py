@@ -63,6 +63,7 @@ def answers(module: Answering, run: Trainer, root: Any, stage: str, **options: A
     return returned if stage == "predict" else module.seen
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("written", "by", "stage"),
     [
@@ -102,6 +103,7 @@ def test_a_checkpoint_without_a_policy_takes_away_that_of_the_one_before(
         tester.test(root, ckpt_path=str(tmp_path / "plain.ckpt"), weights_only=True)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("by", "name"), [("TokenPruning", "best"), ("PrunedModule", "last")])
 def test_a_trainer_that_has_trained_finds_its_best_and_its_last(by: str, name: str, tmp_path: Path) -> None:
     fit, _ = saved(tmp_path, by)
@@ -147,6 +149,7 @@ def test_a_budget_of_ones_own_is_taken_of_the_policy_in_the_checkpoint(
     assert same(found, by_hand(module, HALF.with_keep(3)))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("by", GETS)
 @pytest.mark.parametrize("stage", ["fit", *STAGES])
 def test_without_a_policy_of_either_kind_it_says_what_to_do(by: str, stage: str, tmp_path: Path) -> None:
@@ -174,6 +177,7 @@ DAMAGES: dict[str, Callable[[dict[str, Any]], Any]] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("by", "damage"), [*(("TokenPruning", damage) for damage in DAMAGES), ("PrunedModule", "nothing")]
 )
@@ -223,6 +227,7 @@ class Saves(Callback):
         trainer.save_checkpoint(self.file)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("first", [True, False], ids=["saved first", "saved last"])
 def test_nothing_of_an_open_context_is_in_a_checkpoint_of_the_middle_of_validation(tmp_path: Path, first: bool) -> None:
     contents = []
@@ -242,6 +247,7 @@ def test_nothing_of_an_open_context_is_in_a_checkpoint_of_the_middle_of_validati
     assert same(module.seen, by_hand(module, HALF))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("by", GETS)
 def test_a_run_that_resumes_ends_where_one_without_a_stop_does(by: str, checkpoint: Callable[..., Path]) -> None:
     torch.manual_seed(0)
@@ -256,6 +262,7 @@ def test_a_run_that_resumes_ends_where_one_without_a_stop_does(by: str, checkpoi
     assert same(module.seen[-2:], by_hand(module))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "averaging", [lambda: EMAWeightAveraging(decay=0.5), lambda: StochasticWeightAveraging(0.1, 1)]
 )

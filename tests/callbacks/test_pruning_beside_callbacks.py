@@ -115,6 +115,7 @@ class Asks(Callback):
             self.heard.append(self.module.model(**self.module.inputs).logits)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stage", STAGES)
 def test_what_other_callbacks_ask_the_model_while_the_loop_runs_is_pruned_too_and_changes_nothing(stage: str) -> None:
     module = Answering()
@@ -142,6 +143,7 @@ def test_early_stopping_watches_the_pruned_model() -> None:
     assert run.current_epoch == 3  # one that sets the score and two that do not better it
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stage", STAGES)
 def test_callbacks_that_the_module_brings_itself_are_as_good(stage: str) -> None:
     class Brings(Answering):

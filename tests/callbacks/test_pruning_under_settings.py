@@ -40,6 +40,7 @@ SETTINGS: dict[str, tuple[dict[str, Any], int]] = {
 }  # fmt: skip
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", SETTINGS)
 @pytest.mark.filterwarnings("ignore::UserWarning")
 def test_under_every_setting_of_the_trainer_training_is_plain_and_validation_pruned(name: str) -> None:
@@ -95,6 +96,7 @@ def test_figures_are_means_over_all_loaders(stage: str, tmp_path: Path) -> None:
     assert {name: float(value) for name, value in logged.items() if name.startswith("catp/")} == figures
 
 
+@pytest.mark.slow
 def test_every_logger_is_told_of_a_prediction_and_the_console_where_there_is_none(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -132,6 +134,7 @@ def deterministic() -> Iterator[Callable[[], None]]:
     torch.use_deterministic_algorithms(False)
 
 
+@pytest.mark.slow
 def test_deterministic_algorithms_suffice_for_every_method_and_nothing_reads_memory_it_did_not_write(
     deterministic: Callable[[], None],
 ) -> None:

@@ -67,6 +67,7 @@ def test_a_fit_is_pruned_where_it_validates_and_its_watchers_are_named(tmp_path:
     assert same(fresh.seen, module.seen)
 
 
+@pytest.mark.slow
 def test_the_policy_is_the_one_of_a_trainer_of_lightning(tmp_path: Path) -> None:
     found, module = [], Answering()
     before = footprint(module)

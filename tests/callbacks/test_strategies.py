@@ -100,6 +100,7 @@ def shared_out(rank: int, kind: str) -> DataLoader[Sample]:
     return DataLoader(data, batch_size=1 if kind == "uneven" else 2)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["uneven", "none", "empty stream"])
 def test_processes_with_other_numbers_of_batches_do_not_wait_for_ever(
     tmp_path: Path, alone: dict[str, Found], kind: str
@@ -135,6 +136,7 @@ def test_fit_is_refused_in_all_processes_where_some_have_nothing_to_validate(tmp
     check(in_fork(*ranks(work, 2)))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("stage", "failing"), [("validate", 0), ("predict", 1)])
 def test_one_process_that_raises_ends_all(tmp_path: Path, stage: str, failing: int) -> None:
     def work(rank: int) -> None:
@@ -185,6 +187,7 @@ def same_decision(one: PruningPolicy, other: PruningPolicy) -> bool:
     )  # fmt: skip
 
 
+@pytest.mark.slow
 def test_several_machines_calibrate_together_and_write_one_policy(
     tmp_path: Path, calibrated: PruningPolicy, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -209,6 +212,7 @@ def test_several_machines_calibrate_together_and_write_one_policy(
     assert not list(tmp_path.glob("*.partial*"))
 
 
+@pytest.mark.slow
 def test_a_process_without_a_batch_takes_part_in_a_calibration(tmp_path: Path, calibrated: PruningPolicy) -> None:
     def work(rank: int) -> None:
         mine = samples(24) if rank else []

@@ -43,6 +43,7 @@ def configured(made: Path, tmp_path: Path) -> Path:
     return tmp_path
 
 
+@pytest.mark.slow
 def test_a_policy_is_calibrated_on_one_data_set_and_tested_on_others(
     configured: Path, capsys: pytest.CaptureFixture[str], no_report: None
 ) -> None:

@@ -23,6 +23,7 @@ def test_a_policy_for_another_architecture_is_refused_by_both_names(made, capsys
     assert f"this model is blip-2 with {QUERIES} visual tokens" in message
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("command", ["predict", "calibrate"])
 def test_a_corrupt_image_ends_a_run_and_leaves_an_old_file_as_it_was(made, tmp_path, capsys, command):
     shutil.copytree(made / "calibration", "scenes")
@@ -140,6 +141,7 @@ def test_the_traceback_is_shown_where_the_environment_asks_for_it(made, monkeypa
         catp(made, "test", "--nothing", "1")
 
 
+@pytest.mark.slow
 def test_a_corrupt_image_read_by_a_worker_process_is_one_message(made, tmp_path, capsys):
     shutil.copytree(made / "test", "scenes")
     first = min(Path("scenes/images").iterdir())

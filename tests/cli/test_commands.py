@@ -94,6 +94,7 @@ def test_calibration_ends_with_what_was_chosen_what_it_keeps_and_what_it_cost(ma
     assert f"- **Chosen**: {chosen.removeprefix('catp: chosen: ')}\n" in Path("policies/report/report.md").read_text()
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("no_report")
 def test_a_promise_writes_one_policy_whatever_the_budgets(made):
     promise = ["--max_disagreement", 0.9, "--confidence", 0.2, *STRIDE]
@@ -107,6 +108,7 @@ def test_a_promise_writes_one_policy_whatever_the_budgets(made):
     assert {path.name for path in Path("promised").iterdir()} == {"policy.json"}
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("no_report")
 def test_a_promise_is_made_for_each_type_of_answer_over_questions(made):
     promise = ["--max_disagreement", 0.9, "--confidence", 0.1, "--over", "questions", "--group_by", "answer_types"]
@@ -118,6 +120,7 @@ def test_a_promise_is_made_for_each_type_of_answer_over_questions(made):
     assert sum(group["questions"] for group in found["groups"]) == found["questions"]
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("no_report")
 def test_several_budgets_go_to_a_folder_where_keep_chooses(made, capsys):
     catp(made, "calibrate", *STRIDE, "--output", "policies", "--keep", "[0.5, 1]")
@@ -127,6 +130,7 @@ def test_several_budgets_go_to_a_folder_where_keep_chooses(made, capsys):
     assert printed(capsys.readouterr().out)["catp/tokens_kept"] == 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("keep", "tokens"), [("1", 1), ("1.0", QUERIES), ("5e-1", 2)])
 def test_keep_is_tokens_without_a_point_and_a_share_with_one(made, capsys, keep, tokens):
     for budget in (1, 1.0, 0.5):
@@ -135,6 +139,7 @@ def test_keep_is_tokens_without_a_point_and_a_share_with_one(made, capsys, keep,
     assert printed(capsys.readouterr().out)["catp/tokens_kept"] == tokens
 
 
+@pytest.mark.slow
 def test_a_policy_or_a_rule_changes_answers_and_neither_is_the_unpruned_model(made, capsys):
     policies = {"all": ("stride", 1.0), "one": ("stride", 1), "drawn": ("random", 1)}
     for name, (scorer, keep) in policies.items():
@@ -155,6 +160,7 @@ def test_a_policy_or_a_rule_changes_answers_and_neither_is_the_unpruned_model(ma
     assert 0 <= metrics["catp/agreement"] <= 1
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("no_report")
 def test_own_classes_and_callbacks_are_named_in_yaml(made, capsys):
     for budget in (1, 1.0):
@@ -178,6 +184,7 @@ def dim(pixels: Tensor) -> Tensor:
     return pixels / 2
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("no_report")
 def test_perturbations_are_named_by_an_option_or_in_yaml(made, capsys):
     catp(made, "calibrate", *STRIDE, "--augment", "[noise, blur]", "--output", "p.json")
@@ -204,6 +211,7 @@ def test_a_datamodule_without_calibration_split_is_calibrated_on_its_prediction_
     assert sum(PruningPolicy.load("policy.json").evidence["samples"].values()) == 16
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("no_report")
 @pytest.mark.parametrize(
     ("command", "options", "said"),
@@ -242,6 +250,7 @@ def test_a_process_of_its_own_prints_metrics_and_no_advertisement(made):
     assert not re.search("Tip|Warning|many workers|LeafSpec|deprecated", done.stderr + done.stdout)
 
 
+@pytest.mark.slow
 def test_a_profile_is_a_table_of_parts_unpruned_and_pruned(made, capsys):
     catp(made, "profile", *STRIDE, "--keep", "1")
     table = capsys.readouterr().out

@@ -13,6 +13,7 @@ from tests.support.commands import CONFIGS, fails, printed
 from tests.support.paths import ROOT
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", CONFIGS)
 def test_every_configuration_is_read_and_printed_whole(capsys, name):
     with pytest.raises(SystemExit) as stopped:
@@ -24,6 +25,7 @@ def test_every_configuration_is_read_and_printed_whole(capsys, name):
         assert given["data"][split_name].items() <= config["data"]["init_args"][split_name].items()
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("no_report")
 def test_the_vqav2_configuration_runs_on_data_in_its_places(made, capsys):
     for split_name, image_split in (("calibration", "train2014"), ("test", "val2014")):
@@ -40,6 +42,7 @@ def test_the_vqav2_configuration_runs_on_data_in_its_places(made, capsys):
     assert printed(capsys.readouterr().out)["catp/keep_share"] == 0.5
 
 
+@pytest.mark.slow
 def test_the_digits_configuration_runs_by_its_name_on_the_shipped_model(monkeypatch, capsys):
     # As in an installed wheel, where configs/ is catp_lightning.configs.
     monkeypatch.setattr(catp_lightning, "__path__", [*catp_lightning.__path__, str(ROOT)])
@@ -49,6 +52,7 @@ def test_the_digits_configuration_runs_by_its_name_on_the_shipped_model(monkeypa
     assert len(json.loads(Path("data/digits/calibration/questions.json").read_text())["questions"]) == 64
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("config", "scenes"),
     [

@@ -29,6 +29,7 @@ def pixels(content: bytes) -> np.ndarray:
     return np.asarray(Image.open(BytesIO(content)).convert("RGB"))
 
 
+@pytest.mark.slow
 def test_the_first_samples_of_the_first_batch_are_drawn_as_the_plots_draw_them(made, capsys):
     catp(made, "show", *TWO, "--scorer", "catp", "--keep", 2, "--output", "pictures")
     assert "pictures of 2 samples in pictures" in capsys.readouterr().out
@@ -41,6 +42,7 @@ def test_the_first_samples_of_the_first_batch_are_drawn_as_the_plots_draw_them(m
         assert np.array_equal(pixels(Path(f"pictures/0{number}-kept.png").read_bytes()), expected), number
 
 
+@pytest.mark.slow
 def test_several_budgets_are_side_by_side_with_the_answers_that_were_given(made, monkeypatch):
     monkeypatch.setattr(show, "SAMPLES", 3)  # of two batches
     more = ["--trainer.limit_predict_batches", 2, "--output", "pictures"]
@@ -60,12 +62,14 @@ def test_several_budgets_are_side_by_side_with_the_answers_that_were_given(made,
         assert np.array_equal(pixels(Path(f"pictures/0{number}-budgets.png").read_bytes()), expected), number
 
 
+@pytest.mark.slow
 def test_layers_and_merging_are_drawn_where_a_policy_has_them(made):
     method = ["--scorer", "fastv", "--scorer_args", "{layer: 1}", "--selector", "recycle"]
     catp(made, "show", "--data.batch_size", 1, *method, "--output", "pictures")
     assert names("pictures") == {f"00-{kind}.png" for kind in ("kept", "scores", "merged", "layers")}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("args", "said"),
     [
@@ -83,6 +87,7 @@ def test_what_cannot_be_drawn_is_refused_before_the_work_begins(made, capsys, ar
     assert said in message
 
 
+@pytest.mark.slow
 def test_other_samples_each_time_are_refused_at_several_budgets(made, capsys):
     given = {"processor": str(made / "model"), "batch_size": 2, "test": split(made / "test")}
     data = {"class_path": "tests.support.shuffled.Shuffled", "init_args": given}

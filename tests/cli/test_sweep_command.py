@@ -49,6 +49,7 @@ class OwnData(LightningDataModule):
         return batch
 
 
+@pytest.mark.slow
 def test_a_model_and_data_of_ones_own(tmp_path: Path) -> None:
     write_scenes(tmp_path / "data", "test", 16)
     config = {
@@ -67,6 +68,7 @@ def test_a_model_and_data_of_ones_own(tmp_path: Path) -> None:
     assert "16 questions about 16 images" in text and "- calibrated: The data has no calibration split." in text
 
 
+@pytest.mark.slow
 def test_a_checkpoint_gives_its_weights_and_an_accuracy_of_0_has_no_share(tmp_path: Path) -> None:
     module = VQAModule(str(shipped("digits_blip2")))
     with torch.no_grad():
@@ -95,6 +97,7 @@ def refused(capsys: pytest.CaptureFixture[str], *args: object) -> str:
     return " ".join(capsys.readouterr().err.partition("catp: error: ")[2].split())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("args", "message"),
     [
@@ -120,6 +123,7 @@ def test_wrong_arguments_are_named_before_anything_is_written(
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.slow
 def test_a_reference_that_is_not_compared_is_refused_with_what_is(tmp_path: Path, capsys) -> None:
     options = ["--questions", 8, "--calibration_questions", 8, "--output", tmp_path, "--scorers", "stride,random"]
     found = refused(capsys, "--models", "digits_blip2", *options, "--reference", "catp")

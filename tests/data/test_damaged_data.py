@@ -65,6 +65,7 @@ def fuzz_images(count: int, place: Path, canary: Path) -> None:
         assert 0.01 * count < many(count, each) < 0.99 * count
 
 
+@pytest.mark.slow
 def test_damaged_data_sets_and_images_are_read_or_refused(tmp_path: Path, canary: Path) -> None:
     fuzz_data(200, tmp_path / "data", canary)
     fuzz_images(200, tmp_path / "images", canary)

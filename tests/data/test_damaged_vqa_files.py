@@ -108,6 +108,7 @@ def test_damaged_image_is_named_when_it_is_read(tmp_path, processor, damage, wor
         next(batches)
 
 
+@pytest.mark.slow
 def test_json_nested_without_end_is_said_not_crashed_on(tmp_path):
     (tmp_path / "questions.json").write_text("[" * 100_000)
     with pytest.raises(DataError, match="is not valid JSON"):

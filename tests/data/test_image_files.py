@@ -43,6 +43,7 @@ def test_a_named_format_is_read_by_its_content(tmp_path: Path, kind: str) -> Non
     assert read(tmp_path, encoded(noise(9, 7), kind)).size == (9, 7)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["PPM", "ICO", "TGA", "JPEG2000", "PCX", "ICNS", "DDS", "PDF", "SGI", "AVIF"])
 def test_another_format_is_refused_whatever_its_name(tmp_path: Path, kind: str) -> None:
     try:

@@ -18,6 +18,7 @@ from catp_lightning.modules.vqa import VQAModule
 from tests.support.image_files import GREY16, ODD, animated, answers, encoded, noise, split_of
 
 
+@pytest.mark.slow
 def test_odd_images_are_answered_pruned_in_one_batch_and_alone(tmp_path: Path, model: str) -> None:
     images = {name: make() for name, make in ODD.items()}
     module = VQAModule(model, generation={"max_new_tokens": 2})
@@ -39,6 +40,7 @@ def test_odd_images_are_answered_pruned_in_one_batch_and_alone(tmp_path: Path, m
     assert np.array_equal(np.asarray(by_name["animated GIF"]), np.asarray(first))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["digits_llava", "digits_mllama"])
 def test_odd_images_are_answered_by_the_shipped_models_too(tmp_path: Path, name: str) -> None:
     odd = ("one pixel", "three rows", "three columns", "16 bits, PNG", "palette with transparency")
@@ -63,6 +65,7 @@ def test_a_damaged_exif_turns_nothing_and_spoils_nothing(tmp_path: Path) -> None
         assert np.array_equal(np.asarray(image), np.asarray(Image.open(BytesIO(content)).convert("RGB")))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["PNG", "JPEG", "GIF", "TIFF", "BMP"])
 def test_an_image_cut_off_anywhere_is_refused_by_name_or_whole(tmp_path: Path, kind: str) -> None:
     content = encoded(noise(40, 40).convert("P") if kind == "GIF" else noise(40, 40), kind)

@@ -30,6 +30,7 @@ QUESTIONS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "name", ["digits_blip2", "digits_llava", pytest.param("digits_qwen2_5_vl", marks=needs_processors_of_qwen)]
 )
@@ -97,6 +98,7 @@ def test_a_prompt_without_the_image_token_is_refused_where_the_model_wants_one(t
             next(iter(loader.predict_dataloader()))
 
 
+@pytest.mark.slow
 def test_a_question_longer_than_the_models_positions_is_refused_before_the_model_runs(tmp_path: Path) -> None:
     folder = str(shipped("digits_blip2"))
     module = VQAModule(folder, generation={"max_new_tokens": 5})

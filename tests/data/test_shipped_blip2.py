@@ -23,6 +23,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> VQADataModule:
     return VQADataModule(model, calibration=split("calibration", 256), test=split("test", 200), batch_size=64)
 
 
+@pytest.mark.slow
 def test_it_is_a_real_blip2_with_32_queries_in_at_most_8_megabytes() -> None:
     folder = shipped("digits_blip2")
     assert sum(file.stat().st_size for file in folder.iterdir()) <= 8_000_000

@@ -1,6 +1,7 @@
 """The LLaVA that comes with the package is what its log says, and like the real one where pruning looks."""
 
 import numpy as np
+import pytest
 import torch
 from transformers import AutoModelForImageTextToText, AutoProcessor, LlavaForConditionalGeneration
 
@@ -32,6 +33,7 @@ def test_it_is_a_real_llava_with_144_tokens_and_a_cls_in_at_most_8_megabytes() -
     assert model.model.vision_tower(inputs.pixel_values).last_hidden_state.shape[1] == 145  # [CLS] comes first
 
 
+@pytest.mark.slow
 def test_generate_is_greedy_and_stops_after_one_word_without_being_told_to() -> None:
     folder = shipped("digits_llava")
     model, processor = AutoModelForImageTextToText.from_pretrained(folder), AutoProcessor.from_pretrained(folder)
@@ -45,6 +47,7 @@ def test_generate_is_greedy_and_stops_after_one_word_without_being_told_to() -> 
     )
 
 
+@pytest.mark.slow
 def test_the_cls_whose_features_are_used_looks_at_the_digits() -> None:
     model = AutoModelForImageTextToText.from_pretrained(shipped("digits_llava"), attn_implementation="eager")
     drawn = scenes(40)

@@ -35,6 +35,7 @@ def test_it_is_a_real_mllama_with_4_cross_attention_layers_in_at_most_8_megabyte
     assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("grid", TILES)
 def test_a_scene_becomes_exactly_its_tiles(grid: tuple[int, int]) -> None:
     high, wide = TILES[grid]
@@ -54,6 +55,7 @@ def test_a_scene_becomes_exactly_its_tiles(grid: tuple[int, int]) -> None:
         torch.testing.assert_close(inputs["pixel_values"][0, 0, tile, 0], expected, atol=1e-6, rtol=0)
 
 
+@pytest.mark.slow
 def test_it_was_trained_on_what_processor_and_model_make_of_a_question(
     model: MllamaForConditionalGeneration, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -81,6 +83,7 @@ def test_it_was_trained_on_what_processor_and_model_make_of_a_question(
                 torch.testing.assert_close(model(**inputs).logits[0, -1], question, atol=1e-3, rtol=0)
 
 
+@pytest.mark.slow
 def test_at_keep_1_it_stores_the_tiles_an_image_has_and_answers_as_before(
     model: MllamaForConditionalGeneration,
 ) -> None:

@@ -28,6 +28,7 @@ def test_its_log_says_at_least_90_percent_on_2000_unseen_questions(name: str) ->
     assert name != "digits_blip2" or lines[-1]["seconds"] < 45 * 60
 
 
+@pytest.mark.slow
 @every_model
 def test_it_answers_at_least_nine_in_ten_questions_about_digits_it_never_saw(name: str, tmp_path: Path) -> None:
     questions = 48 if name == "digits_qwen2_5_vl" else 120  # of up to 400 visual tokens each, through twelve layers

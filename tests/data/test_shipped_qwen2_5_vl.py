@@ -74,6 +74,7 @@ def test_scenes_keep_their_size_and_get_a_token_for_every_8_by_8_pixels_at_its_r
     assert int(positions[0, 0, image.nonzero()[-1] + 1]) == int(positions[0, 0, image][0]) + max(high, wide)
 
 
+@pytest.mark.slow
 def test_generate_is_greedy_and_stops_after_one_word_without_being_told_to(model, processor) -> None:
     drawn = [*scenes(4, 3, 6), *scenes(4, 6, 4)]
     inputs = inputs_of(processor, drawn, ["How many digits are there?"] * 8)
@@ -84,6 +85,7 @@ def test_generate_is_greedy_and_stops_after_one_word_without_being_told_to(model
     )
 
 
+@pytest.mark.slow
 def test_answers_need_the_image_in_the_middle_layers_and_not_in_the_last_as_in_large_models(model, processor) -> None:
     drawn, rng = scenes(40, 3, 6), np.random.default_rng(5)
     asked = [ASK[KINDS[number % len(KINDS)]](rng, scene.grid) for number, scene in enumerate(drawn)]

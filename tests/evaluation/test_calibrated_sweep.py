@@ -63,6 +63,7 @@ def test_calibrated_is_measured_once_and_is_the_reference(tmp_path: Path, capsys
     assert (tmp_path / "digits_blip2/policies/calibrated/keep-0.125.json").stat().st_mtime_ns > written
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("undrawn")
 def test_a_calibration_that_is_refused_is_a_note(tmp_path: Path) -> None:
     args = ["--models", "digits_blip2", "--scorers", "calibrated,stride", "--keep", "4"]

@@ -96,6 +96,7 @@ def test_models_that_cannot_run_a_schedule_have_the_reason() -> None:
     assert not found and "cross-attention" in why["divprune+fastv"]
 
 
+@pytest.mark.slow
 def test_schedules_are_rows_with_files_of_their_own_and_notes(tmp_path: Path) -> None:
     args = ["--models", "digits_blip2", "--scorers", "stride,vscan,divprune+fastv", "--questions", 8]
     args += ["--budget", '{"tokens_per_layer": [0.9, 0.8, 0.25, 0.01]}']

@@ -101,6 +101,7 @@ def test_the_same_command_again_runs_nothing_and_ends_in_the_same_bytes(swept: P
     assert {path: path.read_bytes() for path in files} == files
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("undrawn")
 def test_only_what_has_changed_is_run_again(tmp_path: Path) -> None:
     args = ["--models", "digits_blip2", "--questions", 8, "--scorers", "stride,l2-norm", "--keep"]
@@ -136,6 +137,7 @@ def test_a_killed_sweep_ends_in_the_same_table_and_repeats_no_finished_job(swept
         assert (tmp_path / "digits_blip2" / name).read_bytes() == (swept / "digits_blip2" / name).read_bytes()
 
 
+@pytest.mark.slow
 def test_several_models_make_one_table_and_one_plot_more(tmp_path: Path) -> None:
     args = ["--scorers", "trimmed-llama,sgl,downsample,stride", "--keep", "0.25", "--reference", "stride"]
     sweep(tmp_path, "--models", "[digits_llava, digits_mllama]", *args, "--questions", 12)

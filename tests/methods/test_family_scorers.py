@@ -24,9 +24,14 @@ from tests.support.samples import Sample, pictures, prompts, with_counts
 from tests.support.small_configs import GATED, TOWER, clip
 
 pytestmark = pytest.mark.usefixtures("no_grad")
+QUICK = {"Llava", "Mllama", "Blip2-T5", "Gemma3"}
+"""One model of each kind, whose tests run by default."""
 
 
-@pytest.mark.parametrize(("name", "rule"), RULES)
+@pytest.mark.parametrize(
+    ("name", "rule"),
+    [pytest.param(name, rule, marks=() if name in QUICK else pytest.mark.slow) for name, rule in RULES],
+)
 def test_a_choice_belongs_to_the_sample_and_to_the_prompt(name: str, rule: dict[str, Any]) -> None:
     row = BY_NAME[name]
     model, inputs = row.model(), row.inputs(range(len(row.samples())))
@@ -213,6 +218,7 @@ def test_nothing_of_a_call_is_held_after_it() -> None:
         assert held() is None
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "short"), [("Blip2-T5", False), ("Llava", False), ("Llava", True), ("Mllama", False)])
 def test_answers_of_a_forward_step_are_compared_with_the_unpruned_models(name: str, short: bool) -> None:
     row = BY_NAME[name]

@@ -47,6 +47,7 @@ def fails(scores: Tensor) -> Tensor:
     raise ZeroDivisionError("by hand")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("returned", "says"),
     [
@@ -74,6 +75,7 @@ def test_what_are_no_scores_is_refused_by_the_scorers_name(
     assert kept("stride").sum() == 9, "the model is what it was, and other scorers go on"
 
 
+@pytest.mark.slow
 def test_gradients_half_precision_and_what_is_no_number_are_no_fault(foreign: type[Foreign]) -> None:
     expected = kept("stride")
     for returned in (Tensor.requires_grad_, Tensor.half, Tensor.double):
@@ -92,6 +94,7 @@ def test_out_of_memory_is_told_as_such(foreign: type[Foreign]) -> None:
         kept("foreign")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("returned", "says"),
     [

@@ -22,6 +22,7 @@ from tests.support.families import BY_NAME, ROWS
 pytestmark = pytest.mark.usefixtures("no_grad")
 
 
+@pytest.mark.slow
 @given(
     widths=st.lists(st.lists(st.integers(1, 9), min_size=1, max_size=9), min_size=1, max_size=4), share=st.floats(0, 1)
 )

@@ -15,6 +15,7 @@ from tests.support.slow_determinant import shortfall, slow_greedy_ranks
 
 pytestmark = pytest.mark.usefixtures("no_grad")
 TOKENS, STEPS = AT_ONCE + 76, 150
+QUICK = {("twins", 1.0), ("low rank", 0.0), ("nan", -1.5)}
 
 
 def vectors_of(kind: str) -> Tensor:
@@ -30,8 +31,14 @@ def vectors_of(kind: str) -> Tensor:
     return found.bfloat16() if kind == "bf16" else found
 
 
-@pytest.mark.parametrize("relevance", [0.0, 1.0, -1.5])
-@pytest.mark.parametrize("kind", ["any", "twins", "low rank", "nan", "bf16"])
+@pytest.mark.parametrize(
+    ("kind", "relevance"),
+    [
+        pytest.param(kind, relevance, marks=() if (kind, relevance) in QUICK else pytest.mark.slow)
+        for kind in ("any", "twins", "low rank", "nan", "bf16")
+        for relevance in (0.0, 1.0, -1.5)
+    ],
+)
 def test_every_step_takes_a_token_of_the_largest_gain(kind: str, relevance: float) -> None:
     vectors, scores = vectors_of(kind), torch.randn(3, TOKENS, generator=torch.Generator().manual_seed(5))
     visual = torch.arange(TOKENS) % 50 < torch.tensor([[50], [49], [48]])
@@ -48,6 +55,7 @@ def test_every_step_takes_a_token_of_the_largest_gain(kind: str, relevance: floa
         assert torch.equal(ranks, slow_greedy_ranks(kernel, visual, STEPS))
 
 
+@pytest.mark.slow
 def test_a_long_row_is_chosen_from_alone_whatever_stands_beside_it_and_after_it() -> None:
     vectors, scores = vectors_of("twins"), torch.rand(3, TOKENS, generator=torch.Generator().manual_seed(6))
     visual = torch.arange(TOKENS) < torch.tensor([[TOKENS], [AT_ONCE + 1], [700]])
@@ -67,6 +75,7 @@ def test_of_equal_gains_the_lowest_index_wins_and_a_row_may_have_fewer_tokens_th
     assert torch.equal(ranks[1, :90], torch.arange(90)) and (ranks[1, 90:] == STEPS).all()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("relevance", [1e308, 200.0, -200.0])
 def test_beyond_what_a_kernel_can_hold_the_number_of_tokens_is_still_right(relevance: float) -> None:
     scores = torch.randn(3, TOKENS, generator=torch.Generator().manual_seed(5))
@@ -85,6 +94,7 @@ def test_ranks_of_a_kernel_are_bit_equal_to_the_slow_ones(steps: int) -> None:
         assert torch.equal(greedy_ranks(kernel, visual, steps), slow_greedy_ranks(kernel, visual, steps))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["any", "twins", "nan", "bf16"])
 def test_the_most_similar_target_of_a_long_row_is_that_among_all_pairs(kind: str) -> None:
     vectors = vectors_of(kind)
@@ -93,6 +103,7 @@ def test_the_most_similar_target_of_a_long_row_is_that_among_all_pairs(kind: str
     assert torch.equal(most_similar(vectors, target), expected)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("kind", "share"), [("any", 0.0), ("twins", 0.5), ("low rank", 0.5), ("nan", 0.5), ("bf16", 0.5)]
 )
@@ -153,6 +164,7 @@ def plain_coverage(covers: Tensor, covered: Tensor, steps: int) -> tuple[Tensor,
     return torch.tensor(order), torch.tensor(gains, dtype=torch.float64)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("seed", range(8))
 def test_only_tokens_that_may_be_next_are_looked_at_and_ties_are_settled_as_if_all_were(seed: int) -> None:
     generator = torch.Generator().manual_seed(seed)

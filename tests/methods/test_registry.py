@@ -206,6 +206,7 @@ def test_an_unknown_name_is_answered_with_the_nearest_of_other_packages_too(
         PruningPolicy(scorer="brandnew")
 
 
+@pytest.mark.slow
 def test_what_contributing_says_about_a_package_outside_works_word_for_word(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -33,6 +33,7 @@ def test_features_without_pixels_are_refused_with_what_to_do() -> None:
         model(**inputs, mm_encoder_outputs={"image": features})
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "scorer", "says"),
     [

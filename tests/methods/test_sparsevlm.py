@@ -133,6 +133,7 @@ def rank_by_hand(rows: list[list[Fraction]]) -> int:
     return rank
 
 
+@pytest.mark.slow
 @seeds
 def test_the_rank_schedule_drops_a_share_of_the_tokens_beyond_the_rank(seed: int) -> None:
     seen, before = attended(seed), torch.tensor([7, 5, 7])

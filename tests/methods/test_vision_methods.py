@@ -30,6 +30,7 @@ COMPARED = ("prune-similar", "context-merge", "max-min", "conditional-dpp")
 SIZES = st.lists(st.tuples(st.integers(1, 30), st.floats(0.01, 1.0)), min_size=1, max_size=4)
 
 
+@pytest.mark.slow
 @given(SIZES, st.integers(0, 1000), st.booleans(), st.sampled_from([0.0, 0.3, 0.5, 1.0]))
 def test_vispruner_drops_of_pairs_the_one_most_similar_to_its_counterpart(
     sizes: list[tuple[int, float]], seed: int, tie: bool, share: float
@@ -60,6 +61,7 @@ def test_visionzip_merges_the_rest_into_the_evenly_spaced_most_similar(
         assert keep[row].sum() == counts[row]
 
 
+@pytest.mark.slow
 @given(SIZES, st.integers(0, 1000), st.booleans())
 def test_divprune_adds_the_token_farthest_from_its_nearest(
     sizes: list[tuple[int, float]], seed: int, tie: bool

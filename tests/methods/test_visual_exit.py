@@ -25,6 +25,7 @@ def test_half_of_any_depth_is_where_tokens_exit() -> None:
     assert VisualExit(layer=5).stages(32) == (5,)
 
 
+@pytest.mark.slow
 @every_model
 @pytest.mark.parametrize(("layer", "attention"), [(None, "sdpa"), (1, "sdpa"), (3, "sdpa"), (None, "eager")])
 def test_visual_exit_equals_hiding_all_visual_tokens_from_a_layer_on(

@@ -52,6 +52,7 @@ def told(run: Callable[[], Any]) -> list[str]:
     return [match[1] for match in found if match]
 
 
+@pytest.mark.slow
 @BOTH
 @pytest.mark.parametrize("stage", ["validate", "predict"])
 def test_the_images_of_every_batch_that_calibration_read_are_counted(evaluate: Any, stage: str) -> None:
@@ -79,6 +80,7 @@ def test_every_image_of_a_sample_is_seen_not_its_first_alone(evaluate: Any) -> N
     assert told(lambda: evaluate(calibrated_on(known), "predict", [second], Answering())) == ["1 of the 1"]
 
 
+@pytest.mark.slow
 @BOTH
 def test_new_images_or_a_policy_without_evidence_are_not_warned_of(evaluate: Any) -> None:
     data = batches()
@@ -112,6 +114,7 @@ class Turns(IterableDataset[Batch]):
         return iter(next(self.turns))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("wrapped", [False, True], ids=["callback", "wrapper"])
 def test_each_epoch_counts_anew_with_and_without_inference_mode(wrapped: bool) -> None:
     data, module = batches(), Answering()

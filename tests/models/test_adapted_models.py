@@ -31,6 +31,7 @@ OFFLOADED = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("device_map", ["cpu", {"": "cpu"}, OFFLOADED], ids=["cpu", "everything", "offloaded"])
 def test_a_model_loaded_with_a_device_map_gives_the_pruned_answers_of_the_plain_one(
     device_map: Any, tmp_path: Path
@@ -67,6 +68,7 @@ PLACES = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", PLACES)
 @pytest.mark.parametrize("when", ["before", "inside"])
 def test_parts_dispatched_to_disk_before_or_inside_the_context_change_no_answer(
@@ -120,6 +122,7 @@ def lora(**settings: Any) -> tuple[Any, dict[str, Tensor]]:
     return peft.get_peft_model(model, config).eval(), inputs
 
 
+@pytest.mark.slow
 def test_an_adapted_model_is_pruned_as_the_model_it_merges_to(adapted: Any) -> None:
     model, inputs = adapted
     base, _ = random_blip2()
@@ -134,6 +137,7 @@ def test_an_adapted_model_is_pruned_as_the_model_it_merges_to(adapted: Any) -> N
     check_dropping_equals_masking(merged, inputs)
 
 
+@pytest.mark.slow
 def test_adapters_switched_off_and_on_inside_the_context_are_off_and_on(adapted: Any) -> None:
     model, inputs = adapted
     base, _ = random_blip2()
@@ -154,10 +158,12 @@ def test_a_policy_of_the_base_model_is_accepted_by_the_adapted_one_and_refused_b
         pass
 
 
+@pytest.mark.slow
 def test_an_adapted_model_is_calibrated(adapted: Any, tmp_path: Path) -> None:
     check_calibrates(adapted[0], tmp_path)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "settings", [{}, {"modules_to_save": ["language_projection"]}], ids=["lora", "modules_to_save"]
 )

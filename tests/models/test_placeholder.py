@@ -160,6 +160,7 @@ def test_layers_before_the_last_that_features_are_added_to_are_refused_at_entry(
             pytest.fail("entered")
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(OLDEST, reason="transformers 5.13 has the thinker in another form")
 def test_in_a_whole_qwen_omni_the_thinker_is_found() -> None:
     whole = hf.Qwen2_5OmniForConditionalGeneration

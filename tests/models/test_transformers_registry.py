@@ -27,6 +27,7 @@ def in_matrix() -> set[str]:
         return {str(row.make().config.model_type) for row in (*ROWS, *MORE)}
 
 
+@pytest.mark.slow
 def test_each_type_in_transformers_registry_is_in_the_matrix_or_refused_with_its_reason() -> None:
     exact = in_matrix()
     assert exact.isdisjoint(REFUSED)
@@ -59,6 +60,7 @@ NO_DEFAULT = {
 """Types whose default config makes no model, or none without the library timm."""
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", sorted(REFUSED.keys() & REGISTRY.keys() - NO_DEFAULT))
 def test_a_refused_type_is_refused_with_its_reason(name: str) -> None:
     with pytest.raises(PruningError, match=re.escape(f"{REGISTRY[name]} cannot be pruned: it {REFUSED[name]}.")):

@@ -26,6 +26,7 @@ def module(folder: str) -> VQAModule:
     return VQAModule(folder, generation={"max_new_tokens": 3})
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", DATA_SETS)
 def test_figures_are_those_of_the_metric_on_the_predictions(
     name: str, module: VQAModule, folder: str, tmp_path: Path

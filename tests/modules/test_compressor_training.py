@@ -63,6 +63,7 @@ class Losses(Callback):
         return [sum(losses) / len(losses) for losses in self.each]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "tokens"), ALL)
 def test_the_loss_falls_and_the_model_stays_what_it_is_to_the_last_bit(
     name: str, tokens: int | None, folder: str, data: VQADataModule
@@ -97,6 +98,7 @@ def test_what_is_trained_is_what_the_policy_does(name: str, folder: str, data: V
     assert found["val/agreement"] == pytest.approx(same) and found["val/loss"] > 0
 
 
+@pytest.mark.slow
 def test_a_checkpoint_holds_the_compressors_weights_alone_and_gives_the_policy_again(
     folder: str, data: VQADataModule, tmp_path: Path
 ) -> None:
@@ -113,6 +115,7 @@ def test_a_checkpoint_holds_the_compressors_weights_alone_and_gives_the_policy_a
         training(folder, "quecc", 2, width=12).load_state_dict(saved["state_dict"])
 
 
+@pytest.mark.slow
 def test_a_training_is_the_same_twice_and_another_seed_gives_other_weights(folder: str, data: VQADataModule) -> None:
     found = []
     for seed in (0, 0, 1):
@@ -122,6 +125,7 @@ def test_a_training_is_the_same_twice_and_another_seed_gives_other_weights(folde
     assert found[0] == found[1] != found[2]
 
 
+@pytest.mark.slow
 def test_a_share_of_the_tokens_sets_the_threshold_at_which_they_leave(folder: str, data: VQADataModule) -> None:
     learner = training(folder, "dyvte", None)
     with pytest.raises(PolicyError, match="of which there are 0"):

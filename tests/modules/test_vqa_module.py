@@ -43,6 +43,7 @@ def answer_half_as(split: VQASplit, answers: list[str]) -> None:
     path.write_text(json.dumps(content))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("workers", [0, 1])
 def test_predictions_are_the_models_own_answers(tmp_path, folder, workers):
     module = VQAModule(folder, generation=SHORT)
@@ -57,6 +58,7 @@ def test_predictions_are_the_models_own_answers(tmp_path, folder, workers):
     ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stage", ["validate", "test"])
 def test_accuracy_is_logged_over_questions_not_batches(tmp_path, folder, stage):
     module, split = VQAModule(folder, generation=SHORT), scenes(tmp_path, 10)

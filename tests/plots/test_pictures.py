@@ -43,6 +43,7 @@ def drawn(figure: Figure) -> list[np.ndarray]:
     return [np.ma.getdata(axes.images[1].get_array()) for axes in figure.axes if len(axes.images) > 1]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", LAYOUTS.values(), ids=LAYOUTS)
 def test_exactly_the_patches_of_kept_tokens_are_left_uncovered(name: str) -> None:
     pruning, samples = shown_by(name, PruningPolicy("l2-norm", keep=0.5))
@@ -173,6 +174,7 @@ def test_query_tokens_are_shown_by_the_patches_that_they_attend_to(scenes: Scene
         assert len(axes.texts) == 33 and sum("kept" in text.get_text() for text in axes.texts) == 5
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "scorer"), [("Llava", "fastervlm"), ("Blip2-OPT", "l2-norm"), ("Llava", "fastv")])
 def test_what_is_kept_is_the_same_whether_it_is_shown_or_not(name: str, scorer: str) -> None:
     row, policy = BY_NAME[name], PruningPolicy(scorer, keep=0.5)

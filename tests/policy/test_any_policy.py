@@ -14,6 +14,7 @@ from catp_lightning.policy.frozen import DEEPEST
 from tests.support.policy_strategies import JUNK, KEEP, MODEL, ON_BLIP2, PLAIN, TEXT, exact, rules
 
 
+@pytest.mark.slow
 @given(rule=rules(junk=False), keep=KEEP, evidence=st.dictionaries(TEXT, PLAIN))
 def test_a_policy_of_any_method_and_any_typed_arguments_is_read_back_to_the_last_bit(
     folder: Path, rule: dict[str, Any], keep: float, evidence: dict[str, Any]
@@ -30,6 +31,7 @@ def test_a_policy_of_any_method_and_any_typed_arguments_is_read_back_to_the_last
         assert other.build_scorer() == policy.build_scorer() and other.build_selector() == policy.build_selector()
 
 
+@pytest.mark.slow
 @given(rule=rules(junk=True), more=st.dictionaries(st.sampled_from(["keep", "positions", "model", "evidence"]), JUNK))
 def test_arguments_of_any_kind_make_a_policy_or_a_policy_error(rule: dict[str, Any], more: dict[str, Any]) -> None:
     try:
@@ -39,6 +41,7 @@ def test_arguments_of_any_kind_make_a_policy_or_a_policy_error(rule: dict[str, A
     assert exact(PruningPolicy.from_dict(policy.to_dict())) == exact(policy)
 
 
+@pytest.mark.slow
 @settings(max_examples=60)
 @given(
     rule=rules(junk=False, scorers=ON_BLIP2), keep=st.floats(0.01, 1) | st.integers(1, 9) | st.integers(1, 2**63 - 1)

@@ -136,6 +136,7 @@ def fuzz_partials(count: int, place: Path, canary: Path) -> None:
     assert many(count, each) < 0.9 * count
 
 
+@pytest.mark.slow
 def test_damaged_policies_partial_files_and_checkpoints_are_read_or_refused(
     documents: list[Any], tmp_path: Path, canary: Path
 ) -> None:

@@ -120,6 +120,7 @@ def test_policies_of_equal_content_are_one_in_a_set_and_others_are_not() -> None
     assert Candidate("x", "catp", POLICY.scorer_args).policy(1.0).scorer_args == POLICY.scorer_args
 
 
+@pytest.mark.slow
 def test_a_policy_goes_to_a_process_that_is_started_anew() -> None:
     with multiprocessing.get_context("spawn").Pool(1) as pool:
         assert pool.apply(copy.copy, (POLICY,)) == POLICY

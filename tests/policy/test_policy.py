@@ -150,6 +150,7 @@ JSON = st.recursive(
 FIELD = st.sampled_from([*DPP.to_dict(), "unheard"])
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:The policy has ")
 @given(st.dictionaries(FIELD, JSON, max_size=4))
 def test_whatever_a_file_holds_it_is_a_policy_or_a_policy_error(changes: dict[str, Any]) -> None:

@@ -87,6 +87,7 @@ def test_a_printed_configuration_is_read_as_the_one_it_was_printed_from(tmp_path
             assert type(getattr(policy, "keep", None)) is type(getattr(same, "keep", None))
 
 
+@pytest.mark.slow
 def test_the_configuration_that_is_saved_of_a_run_runs_again(tmp_path: Path) -> None:
     file = tmp_path / "first.yaml"
     for run in ("one", "two"):

@@ -16,7 +16,7 @@ from catp_lightning.policy import Stage
 from catp_lightning.pricing import COUNTED, Prices, Prompts
 from catp_lightning.pruning.sites import SiteSettings, site_of
 from tests.support.families import BY_NAME
-from tests.support.matrix import EVERYTHING, cases, uneven
+from tests.support.matrix import EVERYTHING, MORE, ROWS, cases, uneven
 from tests.support.prices import known, paid, prompts_of
 from tests.support.rows import Row
 from tests.support.stages import MODELS, deep
@@ -31,7 +31,14 @@ def model_of(row: Row, attention: str = "eager") -> Any:
     return row.model(torch.float32, attention)
 
 
-@pytest.mark.parametrize("row", cases(lambda row: row.name not in RECURRENT | TWO_ROUTERS))
+@pytest.mark.parametrize(
+    "row",
+    [
+        pytest.param(row, id=row.name, marks=() if row.name in QUICK else pytest.mark.slow)
+        for row in (*ROWS, *MORE)
+        if row.name not in RECURRENT | TWO_ROUTERS
+    ],
+)
 def test_flops_and_bytes_are_torchs_count_where_tokens_leave_before_all_layers(row: Row) -> None:
     model = model_of(row)
     prices = Prices.of(find_family(model))
@@ -80,6 +87,7 @@ INSIDE = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("row", "stages", "choose"), INSIDE)
 def test_flops_and_bytes_are_torchs_count_where_tokens_leave_inside(
     row: Row, stages: tuple[int, ...], choose: Callable[[], Halves]
@@ -119,6 +127,7 @@ def test_merged_tokens_cost_what_the_rows_that_stay_cost(name: str) -> None:
     assert known(prices, prompts_of(row, inputs), pruning.last.per_layer) == found
 
 
+@pytest.mark.slow
 def test_scaled_dot_product_attention_costs_the_same() -> None:
     for row in (BY_NAME["Llava"], BY_NAME["Mllama"]):
         inputs = row.inputs([0], dtype=torch.float32)

@@ -93,6 +93,7 @@ def test_the_vision_part_counts_only_where_it_is_observed() -> None:
     assert all(cost == int(cost) != 0 for _, cost in profile.costs["fastervlm with top-k"])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["Blip2-T5", "Mllama", "Qwen2.5-VL"])
 def test_every_way_of_reading_images_is_measured(name: str) -> None:
     row = BY_NAME[name]

@@ -96,6 +96,7 @@ class CompilesWhenLoopsStart(Answering):
         self._compile()
 
 
+@pytest.mark.slow
 def test_a_loop_compiled_as_the_message_says_is_pruned_and_nothing_is_compiled_afterwards() -> None:
     module, plain = CompilesWhenLoopsStart(), Answering(random_blip2(shape=ONE_LAYER))
     module.loss = nn.Linear(2, 2)
@@ -164,6 +165,7 @@ def test_generate_with_a_compile_config_is_pruned_as_without() -> None:
     assert pruning.keep is not None
 
 
+@pytest.mark.slow
 def test_what_is_compiled_in_a_step_of_pruned_module_is_pruned() -> None:
     class Compiling(Answering):
         def predict_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:

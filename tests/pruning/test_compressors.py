@@ -86,6 +86,7 @@ def test_it_equals_the_run_with_its_rows_in_place_and_the_rest_masked(
     assert torch.equal(tokens, expected_tokens)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("row", "name"), CASES)
 def test_what_it_writes_does_not_depend_on_the_batch_or_padding(row: Row, name: str) -> None:
     everyone = list(range(len(row.samples())))

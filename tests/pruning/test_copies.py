@@ -50,6 +50,7 @@ def dump(part: nn.Module) -> Any:
     return pickle.loads(pickle.dumps(part))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "policy", "copied"),
     [*((*place, copy.deepcopy) for place in PLACES), *((*place, dump) for place in PLACES[:2])],

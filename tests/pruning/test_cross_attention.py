@@ -129,6 +129,7 @@ def test_sampled_sequences_equal_those_of_the_masked_run() -> None:
     assert output.shape == (9, LENGTH + 4) and prompts[0].rows_per_sample == 3
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", CASES)
 def test_generating_without_a_cache_equals_generating_with_one(case: str) -> None:
     model, inputs = model_of(torch.float64), inputs_of(CASES[case])

@@ -76,6 +76,7 @@ CASES = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "assisted"), CASES)
 def test_drafted_answers_equal_those_of_the_masked_model(name: str, assisted: bool) -> None:
     row = BY_NAME[name]

@@ -32,6 +32,7 @@ def normed(rows: Tensor) -> Tensor:
     return F.layer_norm(rows, rows.shape[-1:])
 
 
+@pytest.mark.slow
 @every_model
 def test_dropping_equals_hiding_from_the_layer_on_where_each_sample_leaves(row: Row) -> None:
     model, inputs = model_of(row), row.inputs()

@@ -51,6 +51,7 @@ def test_dropping_equals_hiding_in_prefill_and_decoding(
     assert torch.equal(tokens, oracle_tokens)
 
 
+@pytest.mark.slow
 @every_model
 @every_stage
 def test_a_carried_mean_equals_the_mean_written_into_the_full_run(row: Row, stages: tuple[int, ...]) -> None:
@@ -156,6 +157,7 @@ def test_what_is_observed_is_what_an_eager_run_pays(row: Row, attention: str, st
             exact(hidden[stay], states[stay], atol=2e-5 * scale(states))
 
 
+@pytest.mark.slow
 @every_model
 @pytest.mark.parametrize("stages", [STAGES, THREE], ids=str)
 def test_a_sample_does_not_depend_on_its_batch_or_padding_and_beams_choose_alike(

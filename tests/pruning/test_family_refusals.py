@@ -28,6 +28,7 @@ pytestmark = pytest.mark.usefixtures("no_grad", "what_a_family_lacks")
 COMPACT = PruningPolicy(positions="compact")
 
 
+@pytest.mark.slow
 @rows_where(lambda row: not row.coordinates)
 def test_compact_positions_equal_a_prompt_physically_shortened(row: Row) -> None:
     model, inputs = row.model(), row.inputs()

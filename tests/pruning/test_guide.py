@@ -16,6 +16,7 @@ pytestmark = pytest.mark.usefixtures("no_grad")
 GREEDY = {"max_new_tokens": 3, "do_sample": False, "suppress_tokens": [IMAGE, VIDEO]}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "ended"),
     [
@@ -46,6 +47,7 @@ def test_scores_are_the_sum_over_layers_heads_and_rows_of_text_until_the_answer_
     assert not ended or len(lengths) > 1, "an answer that ends early stands beside one that does not"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["Llava", "Qwen2.5-VL", "Blip2-OPT"])
 def test_a_choice_belongs_to_the_sample_and_to_the_prompt(name: str) -> None:
     row, runs = BY_NAME[name], []

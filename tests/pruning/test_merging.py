@@ -65,6 +65,7 @@ def test_uncached_beams_find_what_the_oracle_finds(row: Row) -> None:
     exact(steps, expected_steps, atol=row.tolerance() * scale(expected_steps))
 
 
+@pytest.mark.slow
 @every_decoder
 def test_what_is_merged_does_not_depend_on_the_batch_or_padding(row: Row) -> None:
     everyone = list(range(len(row.samples())))
@@ -168,6 +169,7 @@ def test_crops_merge_within_themselves() -> None:
     assert {crop_of[lead] for lead in leads} == {0, 1, 2, -1, -2}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["Llava", "LlavaNext", "Blip2-OPT", "Qwen2.5-VL", "Gemma3", "Mistral3"])
 def test_bfloat16_is_finite_and_a_group_of_one_is_bit_identical(name: str) -> None:
     row, alone = BY_NAME[name], 0

@@ -60,6 +60,7 @@ def test_the_question_is_the_mean_of_the_texts_embeddings(name: str, dtype: torc
     assert (means[0] - means[-1]).abs().max() > 0.01
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", NAMES)
 def test_batch_padding_beams_and_generated_text_do_not_change_the_question(name: str) -> None:
     row = BY_NAME[name]

@@ -129,6 +129,7 @@ def test_tiles_of_one_run_are_values_of_one_image() -> None:
         exact(value[0], torch.cat([*apart_.values[key]], -1), atol=1e-12)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["SmolVLM", "Idefics3"])
 def test_padding_of_a_picture_neither_pays_nor_receives_attention(name: str) -> None:
     row = BY_NAME[name]

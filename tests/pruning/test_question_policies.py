@@ -53,6 +53,7 @@ def kept(row: Row, rule: dict[str, Any], rows: list[int], keep: float | int = 0.
     return pruning.keep, pruning.scores
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["Llava", "LlavaNext", "Qwen2.5-VL", "Mllama", "Blip2-OPT", "Blip2-T5"])
 def test_each_sample_keeps_what_the_rule_that_its_question_takes_keeps_alone(name: str) -> None:
     """Samples of several images, of one, and of none."""

@@ -47,6 +47,7 @@ def test_text_turns_equal_the_same_chat_under_a_mask(row: Row, stages: tuple[int
     assert scale(found[2].logits - full[2].logits) > 0.01 * scale(full[2].logits), "dropping must move the last turn"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("row", [LLAMA, QWEN, WINDOWED[0]], ids=repr)
 def test_a_longest_sample_that_loses_nothing_at_the_input_leaves_layer_0_as_long_as_the_prompt(row: Row) -> None:
     model, inputs = model_of(row), row.inputs()

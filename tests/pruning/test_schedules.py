@@ -19,6 +19,7 @@ THREE = PruningPolicy(
 every_model = pytest.mark.parametrize("row", [LLAMA, OPT, QWEN], ids=repr)
 
 
+@pytest.mark.slow
 @every_model
 def test_a_schedule_keeps_what_its_methods_choose_and_equals_hiding_it(row: Any) -> None:
     model, inputs, keeps = model_of(row), row.inputs(), []

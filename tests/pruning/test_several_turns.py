@@ -60,6 +60,7 @@ def replies(count: int) -> list[Inputs]:
     return [said([4, 2, 3, 1][:count], 3), said([1, 5, 2, 4][:count], 4)]
 
 
+@pytest.mark.slow
 @lacking
 @rows_where(lambda row: not isinstance(row.oracle, EncoderDecoder | Recurrent))  # test_hybrids has those
 def test_text_turns_equal_the_same_chat_under_a_mask(row: Row) -> None:

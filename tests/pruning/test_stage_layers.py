@@ -108,6 +108,7 @@ def test_text_alone_runs_unpruned() -> None:
     assert torch.equal(steps, plain)
 
 
+@pytest.mark.slow
 @every_model
 def test_the_model_is_what_it_was_after_return_and_after_exceptions(row: Row) -> None:
     model, inputs = model_of(row), row.inputs()
@@ -187,6 +188,7 @@ def deepstack() -> PreTrainedModel:
     return hf.Qwen3VLForConditionalGeneration(config)
 
 
+@pytest.mark.slow
 def test_where_features_are_added_after_early_layers_tokens_leave_only_after_the_last_of_them() -> None:
     row = replace(BY_NAME["Qwen3-VL"], make=deepstack)
     model, inputs = model_of(row), row.inputs()

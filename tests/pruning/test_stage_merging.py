@@ -23,6 +23,7 @@ pytestmark = pytest.mark.usefixtures("no_grad")
 every_model = pytest.mark.parametrize("row", [LLAMA, QWEN], ids=repr)
 
 
+@pytest.mark.slow
 @every_model
 @pytest.mark.parametrize(
     ("stages", "attention"),

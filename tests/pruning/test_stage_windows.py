@@ -29,6 +29,7 @@ def generated(row: Row, attention: str | None = None, **settings: Any) -> Any:
     return model.generate(**inputs, **length, **settings, return_dict_in_generate=True, output_logits=True)
 
 
+@pytest.mark.slow
 @every_window
 @every_stage
 @pytest.mark.parametrize("sliding", [True, False], ids=["window", "whole"])
@@ -51,6 +52,7 @@ def test_answers_longer_than_a_window_are_those_of_the_masked_model_whatever_the
     assert torch.equal(found.sequences, expected.sequences)
 
 
+@pytest.mark.slow
 @every_window
 @every_stage
 def test_attention_maps_of_every_step_are_those_of_the_masked_model(row: Row, stages: tuple[int, ...]) -> None:

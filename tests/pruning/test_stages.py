@@ -100,6 +100,7 @@ def test_hidden_states_come_back_at_full_length_with_zeros_for_rows_that_are_gon
         exact(ours[rows], theirs[rows], atol=row.tolerance() * scale(theirs))
 
 
+@pytest.mark.slow
 @every_schedule
 def test_beams_and_sampling_find_what_the_masked_model_finds(row: Row, stages: tuple[int, ...]) -> None:
     model, inputs = model_of(row), row.inputs()
@@ -115,6 +116,7 @@ def test_beams_and_sampling_find_what_the_masked_model_finds(row: Row, stages: t
     exact(steps, masked_steps, atol=row.tolerance() * scale(steps))
 
 
+@pytest.mark.slow
 @every_schedule
 @pytest.mark.usefixtures("what_a_family_lacks")
 def test_attention_decides_the_same_for_beams_and_without_a_cache(row: Row, stages: tuple[int, ...]) -> None:
@@ -181,6 +183,7 @@ def test_a_cache_expanded_after_the_prefill_decodes_each_copy_alike(row: Row) ->
     exact(logits[1], of_rows(logits[0], 2 * len(token)), atol=row.tolerance() * scale(logits[0]))
 
 
+@pytest.mark.slow
 @every_schedule
 def test_a_sample_does_not_depend_on_its_batch_or_padding(row: Row, stages: tuple[int, ...]) -> None:
     model, inputs = model_of(row), row.inputs()

@@ -115,6 +115,7 @@ def test_whatever_the_rule_a_prefill_waits_no_more_often(name: str, rule: dict[s
     assert len(found.lines) <= PREFILL + inside + asks, "\n".join(found.lines)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("far", [True, False])
 @pytest.mark.parametrize("name", ["Llava", "Mllama"])
 def test_a_guard_waits_once_more_to_see_which_images_are_far_outside(name: str, far: bool) -> None:

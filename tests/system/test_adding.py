@@ -250,6 +250,7 @@ class PromptLength(Statistic):
         return figure
 
 
+@pytest.mark.slow
 def test_a_statistic_that_is_added_is_in_evidence_and_report(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(statistics, "STATISTICS", (*statistics.STATISTICS, PromptLength))
     monkeypatch.setattr("catp_lightning.calibration.report.report.FIGURES", {})  # only those of statistics

@@ -104,6 +104,7 @@ def test_the_paired_interval_is_students() -> None:
     assert (low[0], high[0]) == pytest.approx((3 - half, 3 + half))
 
 
+@pytest.mark.slow
 def test_replayed_answers_are_those_of_predict(tmp_path: Path) -> None:
     model = str(shipped("digits_blip2"))
     data = VQADataModule(model, test=scenes_split(tmp_path, "test", 32, 3), batch_size=16)

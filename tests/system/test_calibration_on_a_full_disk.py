@@ -66,6 +66,7 @@ def _never(*args: Any) -> None:
     raise AssertionError("this was measured before")
 
 
+@pytest.mark.slow
 def test_a_calibration_that_cannot_save_its_part_warns_once_and_goes_on(policy: PruningPolicy, tmp_path: Path) -> None:
     with pytest.warns(UserWarning, match="could not be saved") as told:
         found = calibrate(tmp_path / "p.json", Disk(freed=True)).policies
@@ -75,6 +76,7 @@ def test_a_calibration_that_cannot_save_its_part_warns_once_and_goes_on(policy: 
     assert sorted(file.name for file in tmp_path.iterdir()) == ["p-report", "p.json"]
 
 
+@pytest.mark.slow
 def test_an_older_part_is_gone_on_with_after_a_run_that_could_save_none(
     policy: PruningPolicy, tmp_path: Path, probed: list[int]
 ) -> None:
@@ -93,6 +95,7 @@ def test_an_older_part_is_gone_on_with_after_a_run_that_could_save_none(
     assert 0 < len(probed) < every, "two batches were not probed again"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["p.json", "p-report/report.md"])
 def test_what_cannot_be_written_at_the_end_is_written_by_the_next_run_without_measuring_again(
     policy: PruningPolicy, tmp_path: Path, probed: list[int], name: str, monkeypatch: pytest.MonkeyPatch
@@ -110,6 +113,7 @@ def test_what_cannot_be_written_at_the_end_is_written_by_the_next_run_without_me
     assert (tmp_path / "p-report/report.md").is_file()
 
 
+@pytest.mark.slow
 def test_two_processes_both_fail_where_the_first_cannot_write(tmp_path: Path) -> None:
     port = free_port()
 

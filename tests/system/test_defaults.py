@@ -87,6 +87,7 @@ def usual(name: str, scorer: str) -> list[Tensor] | None:
     return kept_by(name, scorer, None)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "default"), MODELS)
 def test_every_scorer_and_selector_decides_alike(name: str, default: torch.dtype | str) -> None:
     ran = 0

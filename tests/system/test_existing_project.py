@@ -162,6 +162,7 @@ def test_one_line_prunes_the_validation_of_its_training_and_nothing_of_the_train
     assert pruned_figures["catp/tokens_kept"] == 4
 
 
+@pytest.mark.slow
 def test_one_line_calibrates_on_its_own_data_and_its_predictions_stay_the_usual_ones(trained_project: Path) -> None:
     logits, words, figures = written("plain")
     insert("evaluate", CALIBRATED, after="            logits,\n")
@@ -189,6 +190,7 @@ trainer:
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "arguments",
     [
@@ -208,6 +210,7 @@ def test_a_command_line_of_its_own_takes_token_pruning(project: Path, arguments:
     assert command.trainer.callback_metrics["catp/tokens_kept"] == 4
 
 
+@pytest.mark.slow
 def test_a_command_line_of_its_own_takes_calibration(project: Path) -> None:
     forget()
     command = importlib.import_module("reading.cli").main(

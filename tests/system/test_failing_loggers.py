@@ -63,6 +63,7 @@ def wandb_anew(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     wandb.teardown()
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("wandb_anew")
 def test_under_a_disabled_run_of_wandb_a_calibration_is_what_it_is_without(
     policy: PruningPolicy, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -80,6 +81,7 @@ def test_under_a_disabled_run_of_wandb_a_calibration_is_what_it_is_without(
     assert not list(place.glob("**/*.json")), "nothing is left in a folder that nobody looks into"
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("wandb_anew")
 def test_where_the_folder_of_a_wandb_run_cannot_be_written_the_policy_is_saved_all_the_same(
     policy: PruningPolicy, tmp_path: Path

@@ -84,6 +84,7 @@ def entered(model: nn.Module, number: int | None = None) -> list[tuple[str, int]
     return tracing.lines
 
 
+@pytest.mark.slow
 def test_an_interrupt_at_any_line_of_entering_leaves_the_model_as_it_was() -> None:
     """A person's comes when it comes; each line is tried the last time that it runs."""
     model, inputs = random_blip2(shape=TINY)

@@ -22,6 +22,7 @@ from tests.support.trainers import loading, trainer
 pytestmark = pytest.mark.usefixtures("frozen", "undrawn")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_a_model_is_freed_with_its_last_reference(case: Case) -> None:
     """Whoever deletes a model of many gigabytes to load the next cannot wait for the collector of cycles."""
@@ -37,6 +38,7 @@ def test_a_model_is_freed_with_its_last_reference(case: Case) -> None:
         assert gone() is None and kept is not None
 
 
+@pytest.mark.slow
 def test_after_loops_wrapper_and_calibration_a_model_is_freed(tmp_path: Path) -> None:
     module = Answering()
     callback = TokenPruning(HALF)

@@ -61,11 +61,13 @@ def on_a_disk_that_fills_up(write: Callable[[Path, int], object], folder: Path) 
     assert {name: content for name, content in contents(disk).items() if name in new} == new
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", WRITERS)
 def test_on_a_full_disk_every_file_is_the_old_one_or_the_new_one(name: str, tmp_path: Path) -> None:
     on_a_disk_that_fills_up(WRITERS[name], tmp_path)
 
 
+@pytest.mark.slow
 def test_on_a_full_disk_a_report_is_the_old_one_or_the_new_one(policy: PruningPolicy, tmp_path: Path) -> None:
     on_a_disk_that_fills_up(partial(_report, policy), tmp_path)
 

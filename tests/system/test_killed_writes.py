@@ -65,6 +65,7 @@ def test_killed_while_it_is_written_a_file_is_the_old_one(name: str, moment: str
             PruningPolicy.load(tmp_path)
 
 
+@pytest.mark.slow
 def test_killed_at_any_moment_a_file_is_the_old_one_or_the_new_one(tmp_path: Path) -> None:
     """A process writes two policies in turn, as fast as it can."""
     two = [PruningPolicy(evidence={"long": [n] * 9999}) for n in range(2)]

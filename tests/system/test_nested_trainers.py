@@ -83,6 +83,7 @@ def test_one_callback_in_a_trainer_inside_anothers_loop_is_refused_and_the_outer
     assert same(trainer(pruning).validate(inner, inner.loader()) and inner.seen, by_hand(inner)), "then it serves"
 
 
+@pytest.mark.slow
 def test_a_model_that_is_calibrated_cannot_be_pruned_meanwhile_and_the_policy_is_that_of_a_calibration_alone(
     tmp_path: Path,
 ) -> None:

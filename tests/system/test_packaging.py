@@ -61,6 +61,7 @@ def wheel(source: Path, tmp_path_factory: pytest.TempPathFactory) -> zipfile.Zip
     return zipfile.ZipFile(next(folder.glob("*.whl")))
 
 
+@pytest.mark.slow
 def test_the_wheel_holds_every_module_configuration_and_asset_and_nothing_else(
     source: Path, wheel: zipfile.ZipFile
 ) -> None:
@@ -109,6 +110,7 @@ def test_an_editable_install_finds_configurations_where_they_are_edited(source: 
     assert later.name in found.split()
 
 
+@pytest.mark.slow
 def test_importing_the_package_changes_nothing_global() -> None:
     """In a process of its own, in which the package was not imported yet, and nobody else set what it could set."""
     (ended,) = in_fork(lambda: print(json.dumps(changed_by_importing())))

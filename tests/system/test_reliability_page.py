@@ -20,9 +20,15 @@ def rows() -> list[re.Match[str]]:
 @cache
 def there_in(file: Path) -> dict[str, bool]:
     """Names of the tests in a file, and whether each is slow as a whole."""
-    functions = [node for node in ast.parse(file.read_text(encoding="utf-8")).body if isinstance(node, ast.FunctionDef)]
+    body = ast.parse(file.read_text(encoding="utf-8")).body
+    whole = [
+        ast.unparse(node.value) for node in body if isinstance(node, ast.Assign) and "pytestmark" in ast.unparse(node)
+    ]
+    slow = any("pytest.mark.slow" in marks for marks in whole)
     return {
-        node.name: any(ast.unparse(mark) == "pytest.mark.slow" for mark in node.decorator_list) for node in functions
+        node.name: slow or any(ast.unparse(mark) == "pytest.mark.slow" for mark in node.decorator_list)
+        for node in body
+        if isinstance(node, ast.FunctionDef)
     }
 
 

@@ -46,6 +46,7 @@ def assert_cycles_leave_nothing(case: Case, cycles: int) -> None:
         assert memory() - held < LITTLE
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_contexts_leave_a_model_and_the_process_as_they_were(case: Case) -> None:
     assert_cycles_leave_nothing(case, 18 if case.scorer == "sgl" else 36)

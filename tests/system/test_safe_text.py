@@ -199,6 +199,7 @@ def other_names(value: Any, text: str, named: int = 0) -> Any:
     return [other_names(item, text) for item in value] if isinstance(value, list) else value
 
 
+@pytest.mark.slow
 def test_a_calibrations_page_holds_names_as_they_are(policies: list[PruningPolicy]) -> None:
     for text in HOSTILE.values():
         hostile = [PruningPolicy.from_dict(other_names(policies[0].to_dict(), text))]
@@ -224,6 +225,7 @@ def test_a_promises_groups_are_called_by_their_names_as_they_are(policies: list[
         assert not acts(promise_kept(policy.evidence["promise"]) + promise_broken(policy.evidence["promise"]))
 
 
+@pytest.mark.slow
 def test_a_calibrations_report_is_drawn_and_logged_whatever_names_are(
     policies: list[PruningPolicy], tmp_path: Path
 ) -> None:
@@ -275,11 +277,8 @@ def test_every_line_and_warning_of_ours_goes_through_the_place_that_makes_it_saf
             continue
         if name in ("warnings.warn", "rank_zero.rank_zero_warn", "rank_zero.rank_zero_info"):
             unsafe.append(f"{place}: {name}; use catp_lightning.utils.messages")
-        if (
-            name in ("tqdm", "set_postfix_str")
-            and "one_line(" not in ast.unparse(call)
-            and "desc='catp'" not in (ast.unparse(call))
-        ):
+        shown = ast.unparse(call)
+        if name in ("tqdm", "set_postfix_str") and "one_line(" not in shown and "desc='catp'" not in shown:
             unsafe.append(f"{place}: {name} shows a name as it is")
         if name == "print" or name.endswith((".print", ".add_row")):
             for argument in call.args:

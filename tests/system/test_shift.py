@@ -60,6 +60,7 @@ def test_the_other_mix_counts_in_seven_of_ten_questions_and_never_asks_an_image_
     assert len(batch["image_ids"].unique()) == 20
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("model", ["digits_llava", "digits_mllama"])
 def test_replayed_answers_are_predicted_answers_also_of_rules_without_a_ranking(model: str, tmp_path: Path) -> None:
     split = scenes(tmp_path, model, "test", 16, 0, Setting())  # mllama: images of one to four tiles

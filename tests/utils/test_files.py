@@ -134,6 +134,7 @@ def test_a_hundred_megabytes_of_small_objects_are_not_parsed(tmp_path: Path, mon
         PruningPolicy.load(file)
 
 
+@pytest.mark.slow
 def test_the_largest_policy_that_can_be_made_can_be_saved_and_loaded(tmp_path: Path) -> None:
     policy = PruningPolicy(evidence={"text": "x" * (LARGEST - 2048), "deep": [[[0]] * 100]})
     wide = PruningPolicy(evidence={"deep": [[[[0.125] * 10] * 100] * 100]})

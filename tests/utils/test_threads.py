@@ -56,6 +56,7 @@ def test_threads_are_lowered_for_a_while_unless_the_user_names_a_number(monkeypa
         torch.set_num_threads(before)
 
 
+@pytest.mark.slow
 def test_threads_of_the_command_sleep_while_they_wait_for_each_other() -> None:
     code = "import os; from catp_lightning.cli.main import main\ntry: main()\nexcept SystemExit: pass\n"
     code += "print(os.environ['OMP_WAIT_POLICY'], 'torch' in __import__('sys').modules)"
