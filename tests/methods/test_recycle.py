@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from catp_lightning.methods.selectors.dart import DART
 from catp_lightning.methods.selectors.recycle import Recycle, split
+from catp_lightning.methods.selectors.similarity import exact_distances
 from tests.support.plain_numbers import Rows, best_first, numbers, some
 
 pytestmark = pytest.mark.usefixtures("no_grad")
@@ -91,3 +92,18 @@ def test_rows_that_are_nan_or_all_alike_are_chosen_from_all_the_same(selector: A
     if selector.merges:
         carrier = selector.select(scores, there, keep.sum(1), vectors).destination
         assert all(keep[row, own] for row in (0, 1) for own in carrier[row].tolist() if own >= 0)
+
+
+def test_distances_are_exact_and_equal_pairs_equally_far_apart_wherever_they_stand() -> None:
+    vectors = torch.randn(200, 300, generator=torch.Generator().manual_seed(2))
+    vectors[:, 7] *= 100
+    vectors[150:] = vectors[:50]
+    vectors[3, 5], vectors[4, 5] = math.nan, math.inf
+    apart = exact_distances(vectors)
+    known = [place for place in range(200) if place not in (3, 4, 153, 154)]
+    direct = (vectors[known, None].double() - vectors[known].double()).norm(dim=-1)
+    torch.testing.assert_close(apart[known][:, known], direct, rtol=3e-5, atol=0)
+    assert apart[[3, 4]].isinf().all() and apart[:, [3, 4]].isinf().all()
+    assert torch.equal(apart[5:50, :150], apart[155:, :150]) and not apart[range(5, 50), range(155, 200)].any()
+    order = torch.randperm(200, generator=torch.Generator().manual_seed(0))
+    assert torch.equal(exact_distances(vectors[order]), apart[order][:, order])

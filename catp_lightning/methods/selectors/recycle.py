@@ -9,6 +9,7 @@ from torch import Tensor
 from catp_lightning.methods.observation import Signal
 from catp_lightning.methods.selection import Selection
 from catp_lightning.methods.selectors.base import FeatureSelector, ranked
+from catp_lightning.methods.selectors.similarity import exact_distances
 from catp_lightning.utils.on_cpu import on_cpu
 
 
@@ -77,16 +78,13 @@ def nearest_centres(vectors: Tensor, clusters: int) -> Tensor:
         int64 [n], indices from 0 to n - 1; a centre belongs to itself.
     """
     count, size = vectors.shape
-    # Distances computed by a matrix product would differ between equal rows.
-    apart = torch.cdist(vectors, vectors, compute_mode="donot_use_mm_for_euclid_dist") / size**0.5
-    apart = apart.masked_fill(apart.isnan(), torch.inf)
+    apart = exact_distances(vectors) / size**0.5
     place = torch.arange(count, device=vectors.device)
-    itself = place[:, None] == place
-    neighbours = apart.masked_fill(itself, torch.inf).sort(1).values[:, : min(clusters, max(1, count - 1))]
-    density = -neighbours.square().mean(1)  # log density: exp would round that of far tokens to 0
+    nearest = apart.clone().fill_diagonal_(torch.inf).topk(min(clusters, max(1, count - 1)), largest=False).values
+    density = -nearest.square().mean(1)  # log density: exp would round that of far tokens to 0
     denser = (density > density[:, None]) | ((density == density[:, None]) & (place < place[:, None]))
     distance = apart.masked_fill(~denser, torch.inf).amin(1)
     distance = distance.where(denser.any(1), apart.max())
-    order = ranked((density + distance.log())[None], torch.ones_like(itself[:1]))[0]
+    order = ranked((density + distance.log())[None], torch.ones_like(denser[:1]))[0]
     centres = order.argsort()[:clusters].sort().values
     return place.where(order < clusters, centres[apart[:, centres].argmin(1)])

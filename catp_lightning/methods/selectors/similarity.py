@@ -1,5 +1,7 @@
 """Similarity of tokens, for selectors that compare similarities with each other."""
 
+import math
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -56,3 +58,23 @@ def most_similar(vectors: Tensor, target: Tensor) -> Tensor:
             similarity[tokens, torch.arange(len(tokens), device=tokens.device)] = 1  # as in `cosine_similarity`
             found[row] = tokens[similarity.argmax(1)]
     return found
+
+
+def exact_distances(vectors: Tensor) -> Tensor:
+    """Euclidean distance of all pairs of tokens: float [N, F] -> float64 [N, N]; infinite where a value is not finite.
+
+    Coordinates are rounded to whole multiples of a step, the largest coordinate divided by 2^20 where F is 4,096, so
+    that sums of their products are exact in float64: equal pairs are equally far apart, wherever they stand, which a
+    product of matrices would otherwise not give, and it is many times faster than sums of differences.
+    """
+    finite = vectors.isfinite().all(1)
+    wide = (vectors.cpu() if vectors.device.type == "mps" else vectors).double().masked_fill(~finite[:, None], 0)
+    bits = (52 - math.ceil(math.log2(max(2, wide.shape[1])))) // 2
+    _, exponent = torch.frexp(wide.abs().amax())
+    step = torch.pow(2.0, (exponent - bits).clamp(min=-900).double())
+    whole = (wide / step).round_()
+    with without_autocast(wide):
+        products = whole @ whole.T
+    squares = products.diagonal()
+    apart = (squares[:, None] + squares - 2 * products).sqrt_().mul_(step)
+    return apart.masked_fill_(~(finite[:, None] & finite), torch.inf).to(vectors.device)

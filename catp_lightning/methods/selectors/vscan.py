@@ -70,10 +70,27 @@ class VScan(Selector):
         """Mask of the tokens that the local scan keeps: bool [R, T]."""
         part, line, column = vectors[..., 1], vectors[..., 2], vectors[..., -1 if vectors.shape[2] < 4 else 3]
         there = visual & (line >= 0)  # others stand for no patch
-        own = torch.stack([part, line // self.window, column // self.window], -1)
-        together = (own[:, :, None] == own[:, None]).all(-1) & there[:, None]
-        order = ranked(vectors[..., 0], there)
-        place = (together & (order[:, None] < order[:, :, None])).sum(2)  # in its window
+        own = torch.stack([part, line // self.window, column // self.window], -1).masked_fill(~there[..., None], -1)
+        place = _place_in_group(own, ranked(vectors[..., 0], there))
         windows = (there & (place == 0)).sum(1)
         each = counts // 2 // windows.clamp(min=1)
         return there & (place < each[:, None])
+
+
+def _place_in_group(group: Tensor, order: Tensor) -> Tensor:
+    """Return how many tokens of a token's own group come before it.
+
+    Args:
+        group: float [R, T, G], what is equal for tokens of one group.
+        order: int64 [R, T], the order of a row's tokens, all different.
+
+    Returns:
+        int64 [R, T].
+    """
+    at = order.argsort(1)
+    for part in reversed(group.unbind(-1)):
+        at = at.gather(1, part.gather(1, at).argsort(dim=1, stable=True))
+    sorted_ = group.gather(1, at[..., None].expand_as(group))
+    begins = torch.nn.functional.pad((sorted_[:, 1:] != sorted_[:, :-1]).any(-1), (1, 0), value=True)
+    places = torch.arange(order.shape[1], device=order.device).expand_as(order)
+    return torch.empty_like(order).scatter_(1, at, places - places.where(begins, 0).cummax(1).values)
