@@ -1,12 +1,22 @@
 """The plug-in against vLLM as it is installed: names, interfaces, and what its parts compute, without an engine."""
 
 import inspect
+import json
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+import transformers as hf
+from PIL import Image
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import WhitespaceSplit
 
+import catp_lightning.data
 from catp_lightning import PruningPolicy, prune
+from catp_lightning.serving import kept_count
 from catp_lightning.serving.vllm_plugin import ARCHITECTURES, register
 from tests.support.families import BY_NAME
 from tests.support.oracles import IMAGE
@@ -113,3 +123,54 @@ def bare(kind: Any, config: Any, policy: PruningPolicy) -> Any:
     torch.nn.Module.__init__(model)
     model._take(config, policy)
     return model
+
+
+def saved_qwen(folder: Path) -> Path:
+    """Write a small Qwen2.5-VL with a processor, as vLLM reads it, but without weights."""
+    marks = ["<|im_end|>", "<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>"]
+    words = {word: number for number, word in enumerate(["<unk>", *marks, *"abcdef"])}
+    tokenizer = Tokenizer(WordLevel(words, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = WhitespaceSplit()
+    hf.PreTrainedTokenizerFast(tokenizer_object=tokenizer, extra_special_tokens=marks).save_pretrained(folder)
+    pixels = {"patch_size": 4, "merge_size": 2, "size": {"shortest_edge": 64, "longest_edge": 100000}}
+    kinds = {"preprocessor": "image_processor", "video_preprocessor": "video_processor"}
+    for file, kind in kinds.items():
+        own = {f"{kind}_type": f"Qwen2VL{'Image' if kind[0] == 'i' else 'Video'}Processor", **pixels}
+        (folder / f"{file}_config.json").write_text(json.dumps(own))
+    config = BY_NAME["Qwen2.5-VL"].make().config
+    config.update({"image_token_id": 4, "video_token_id": 5, "vision_start_token_id": 2, "vision_end_token_id": 3})
+    config.save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["qwen2_5_vl", "llava"])
+def test_vllm_finds_the_architecture_by_its_overrides_and_its_processor_makes_room(tmp_path: Path, kind: str) -> None:
+    from vllm.config import ModelConfig
+    from vllm.multimodal import MULTIMODAL_REGISTRY
+    from vllm.multimodal.processing import ProcessorInputs, TimingContext
+
+    register()
+    qwen = kind == "qwen2_5_vl"
+    name, positions = (ARCHITECTURES[1], "original") if qwen else (ARCHITECTURES[0], "compact")
+    folder = saved_qwen(tmp_path) if qwen else Path(catp_lightning.data.__file__).parent / "digits_llava"
+    policy = PruningPolicy("divprune", keep=0.25, positions=positions)
+    policy.save(tmp_path / "policy.json")
+    overrides = {"architectures": [name], "catp_policy": str(tmp_path / "policy.json")}
+    config = ModelConfig(str(folder), dtype="float32", hf_overrides=overrides, video_pruning_rate=0.5 if qwen else None)
+    assert config.architecture == name
+    processor = MULTIMODAL_REGISTRY.create_processor(config)
+    assert processor.info.supported_mm_limits == {"image": None}
+    image = Image.fromarray(np.zeros((48, 96, 3), dtype=np.uint8))
+    items = processor.info.parse_mm_data({"image": [image, image.resize((32, 32))]})
+    token = config.hf_config.image_token_id
+    prompt = [6, token, 7, 8, token, 9]
+    made = processor.apply(ProcessorInputs(prompt, mm_data_items=items), TimingContext(enabled=False))
+    if qwen:
+        whole = [int(item["image_grid_thw"].data.prod()) // 4 for item in made["mm_kwargs"]["image"]]
+        assert whole[0] > whole[1]
+    else:
+        whole = [(config.hf_config.vision_config.image_size // config.hf_config.vision_config.patch_size) ** 2] * 2
+    stay = [kept_count(policy, tokens) for tokens in whole]
+    assert [where.length for where in made["mm_placeholders"]["image"]] == stay
+    assert made["prompt_token_ids"] == [6, *[token] * stay[0], 7, 8, *[token] * stay[1], 9]
