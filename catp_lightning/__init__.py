@@ -39,6 +39,7 @@ else:
         "plots",
         "policy",
         "pruning",
+        "serving",
     )
 
     def __getattr__(name: str) -> object:

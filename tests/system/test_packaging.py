@@ -68,12 +68,17 @@ def test_the_wheel_holds_every_module_configuration_and_asset_and_nothing_else(
     assert {name for name in wheel.namelist() if ".dist-info/" not in name} == shipped(source)
 
 
-def test_the_wheel_names_its_license_its_python_and_the_catp_command(wheel: zipfile.ZipFile) -> None:
+def test_the_wheel_names_its_license_its_python_and_its_entry_points(
+    wheel: zipfile.ZipFile,
+) -> None:
     files = {Path(name).name: wheel.read(name).decode() for name in wheel.namelist() if ".dist-info/" in name}
     assert "License-Expression: Apache-2.0\n" in files["METADATA"]
     assert "Requires-Python: >=3.11\n" in files["METADATA"]
     assert files["LICENSE"] == (ROOT / "LICENSE").read_text()
-    assert files["entry_points.txt"].split() == ["[console_scripts]", "catp", "=", "catp_lightning.cli.main:main"]
+    assert files["entry_points.txt"].split() == [
+        *("[console_scripts]", "catp", "=", "catp_lightning.cli.main:main"),
+        *("[vllm.general_plugins]", "catp_lightning", "=", "catp_lightning.serving.vllm_plugin:register"),
+    ]
 
 
 @pytest.mark.slow
