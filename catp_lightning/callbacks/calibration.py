@@ -19,10 +19,11 @@ from catp_lightning.calibration.plan import Plan, check_exit
 from catp_lightning.calibration.replay.memory import Memory
 from catp_lightning.calibration.replay.recorder import Recorder
 from catp_lightning.calibration.report.controls import doubts
-from catp_lightning.calibration.report.report import PAGE, report, report_folder
+from catp_lightning.calibration.report.report import HTML, PAGE, report, report_folder
 from catp_lightning.calibration.search.promise import Over, Promise
 from catp_lightning.calibration.settings import DEFAULTS, CalibrationSettings
 from catp_lightning.callbacks.budgets import Budgets
+from catp_lightning.callbacks.calibration_examples import examples_of
 from catp_lightning.callbacks.calibration_run import CalibrationRun, is_hidden
 from catp_lightning.callbacks.context import LoopContext, Stage
 from catp_lightning.callbacks.loaders import refuse_unordered
@@ -30,6 +31,7 @@ from catp_lightning.callbacks.steps import recorded_steps
 from catp_lightning.callbacks.strategies import on_first, refuse_sharded
 from catp_lightning.errors import PolicyError
 from catp_lightning.models import Family, find_family
+from catp_lightning.pages import Example
 from catp_lightning.policy import Budget, PruningPolicy
 from catp_lightning.policy.locations import POLICY, budget_file_name, policies_beside
 from catp_lightning.pricing import PrefillProfile
@@ -88,6 +90,9 @@ class CrossAttentionCalibration(LoopContext):
         profile: seconds of the model's prefill, for a budget in "prefill_time": catp_lightning.pricing.measure(module,
             batch, policies) finds them on the device, with the methods that may be chosen among `policies`.
         settings: settings that trade time for precision: probes, folds, shares of the split, rounds.
+        examples: number of questions of the checking part whose answer each policy keeps, and of those whose answer it
+            changes, that the report shows with their images; for these the step runs again on up to four batches for
+            each policy. 0: the report shows no image, for images that nobody else may see.
         augment: perturbations of the calibration images, for a choice that survives them: "default" (noise, blur,
             contrast, crop, resize), names of these, functions of pixels float [N, C, H, W] -> the same (deterministic;
             N pictures of one size, as the processor made them), or a dictionary of functions by name. Candidates are
@@ -131,10 +136,11 @@ class CrossAttentionCalibration(LoopContext):
         profile: PrefillProfile | None = None,
         settings: CalibrationSettings = DEFAULTS,
         augment: Augment | None = None,
+        examples: int = 4,
     ) -> None:
         super().__init__(("predict",))
         self.path, self.model, self.settings = Path(path), model, settings
-        self.perturbations = perturbations(augment)
+        self.perturbations, self.examples = perturbations(augment), examples
         self.promise = Promise.asked(max_disagreement, confidence, over, group_by)
         self.budgets = Budgets.of(keep, budget, self.promise is not None)
         self.budgets.check_beside(self.path, profile is not None, settings.counts, scorer)
@@ -188,7 +194,7 @@ class CrossAttentionCalibration(LoopContext):
                     occupied(family),
                     compiled_inside(parts, pl_module, family.model),
                     recorder.recording(),
-                    recorded_steps(trainer.strategy, recorder) as run.step,
+                    recorded_steps(trainer.strategy, recorder) as (run.step, run.unrecorded),
                 ):
                     self._run = run
                     yield
@@ -278,7 +284,8 @@ class CrossAttentionCalibration(LoopContext):
         files = [policy.save(self._file(policy)) for policy in self.policies]
         folder, seconds, step = report_folder(self.path), run.partial.seconds, trainer.global_step
         modules = (trainer.lightning_module, run.recorder.plan.family.model)  # either may have a tokenizer
-        self.summary = report(self.policies, files, folder, trainer.loggers, seconds, plain, step, modules)
+        examples = self._examples(trainer, run)
+        self.summary = report(self.policies, files, folder, trainer.loggers, seconds, plain, step, modules, examples)
         rank_zero_info(f"catp: saved to {self.path}, with a report in {folder}.")
         if (self.budgets.several or not self.path.suffix) and (left := policies_beside(files)):
             rank_zero_warn(
@@ -286,9 +293,21 @@ class CrossAttentionCalibration(LoopContext):
                 "did not measure: loading them warns. Delete what is out of date, or use a folder for each calibration."
             )
 
+    def _examples(self, trainer: Trainer, run: CalibrationRun) -> list[Example]:
+        """Return examples for the report; none, with a warning, if they cannot be made: all is measured by now."""
+        if not self.examples:
+            return []
+        run.lines.now = "asking a few questions again, for the report"
+        try:
+            return examples_of(trainer, run, self.policies, self.examples, self.guide)
+        except Exception as error:  # of any type: the user's step and data run again
+            rank_zero_warn(f"The report shows no examples, for they failed ({type(error).__name__}: {error!s:.200}).")
+            return []
+
     def _refuse_unwritable(self) -> None:
         """Raise OSError if a policy or the report could not be written."""
-        for file in (*self.budgets.files(self.path), report_folder(self.path) / PAGE):
+        folder = report_folder(self.path)
+        for file in (*self.budgets.files(self.path), folder / PAGE, folder / HTML):
             check_writable(file)
 
     def _file(self, policy: PruningPolicy) -> Path:
