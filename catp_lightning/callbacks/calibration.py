@@ -31,9 +31,8 @@ from catp_lightning.callbacks.steps import recorded_steps
 from catp_lightning.callbacks.strategies import on_first, refuse_sharded
 from catp_lightning.errors import PolicyError
 from catp_lightning.models import Family, find_family
-from catp_lightning.pages import Example
 from catp_lightning.policy import Budget, PruningPolicy
-from catp_lightning.policy.locations import POLICY, budget_file_name, policies_beside
+from catp_lightning.policy.locations import policies_beside
 from catp_lightning.pricing import PrefillProfile
 from catp_lightning.pruning.refusals import compiled_inside, occupied, refuse_unprunable
 from catp_lightning.utils.files import check_writable
@@ -90,9 +89,8 @@ class CrossAttentionCalibration(LoopContext):
         profile: seconds of the model's prefill, for a budget in "prefill_time": catp_lightning.pricing.measure(module,
             batch, policies) finds them on the device, with the methods that may be chosen among `policies`.
         settings: settings that trade time for precision: probes, folds, shares of the split, rounds.
-        examples: number of questions of the checking part whose answer each policy keeps, and of those whose answer it
-            changes, that the report shows with their images; for these the step runs again on up to four batches for
-            each policy. 0: the report shows no image, for images that nobody else may see.
+        examples: number of checked questions whose answer a policy keeps, and of those whose answer it changes, that
+            the report shows with images; the step runs again on up to four batches a policy. 0: it shows no image.
         augment: perturbations of the calibration images, for a choice that survives them: "default" (noise, blur,
             contrast, crop, resize), names of these, functions of pixels float [N, C, H, W] -> the same (deterministic;
             N pictures of one size, as the processor made them), or a dictionary of functions by name. Candidates are
@@ -281,10 +279,10 @@ class CrossAttentionCalibration(LoopContext):
     def _save(self, trainer: Trainer, run: CalibrationRun, plain: float | None) -> None:
         """Write the policies and their report."""
         run.lines.now = "writing policies and their report"
-        files = [policy.save(self._file(policy)) for policy in self.policies]
+        files = [policy.save(self.budgets.file(self.path, policy)) for policy in self.policies]
         folder, seconds, step = report_folder(self.path), run.partial.seconds, trainer.global_step
         modules = (trainer.lightning_module, run.recorder.plan.family.model)  # either may have a tokenizer
-        examples = self._examples(trainer, run)
+        examples = examples_of(trainer, run, self.policies, self.examples, self.guide)
         self.summary = report(self.policies, files, folder, trainer.loggers, seconds, plain, step, modules, examples)
         rank_zero_info(f"catp: saved to {self.path}, with a report in {folder}.")
         if (self.budgets.several or not self.path.suffix) and (left := policies_beside(files)):
@@ -293,27 +291,10 @@ class CrossAttentionCalibration(LoopContext):
                 "did not measure: loading them warns. Delete what is out of date, or use a folder for each calibration."
             )
 
-    def _examples(self, trainer: Trainer, run: CalibrationRun) -> list[Example]:
-        """Return examples for the report; none, with a warning, if they cannot be made: all is measured by now."""
-        if not self.examples:
-            return []
-        run.lines.now = "asking a few questions again, for the report"
-        try:
-            return examples_of(trainer, run, self.policies, self.examples, self.guide)
-        except Exception as error:  # of any type: the user's step and data run again
-            rank_zero_warn(f"The report shows no examples, for they failed ({type(error).__name__}: {error!s:.200}).")
-            return []
-
     def _refuse_unwritable(self) -> None:
         """Raise OSError if a policy or the report could not be written."""
-        folder = report_folder(self.path)
-        for file in (*self.budgets.files(self.path), folder / PAGE, folder / HTML):
+        for file in (*self.budgets.files(self.path), *(report_folder(self.path) / name for name in (PAGE, HTML))):
             check_writable(file)
-
-    def _file(self, policy: PruningPolicy) -> Path:
-        if self.budgets.several:
-            return self.path / budget_file_name(policy.keep, policy.budget)
-        return self.path if self.path.suffix else self.path / POLICY
 
     def __getstate__(self) -> dict[str, Any]:
         return {**super().__getstate__(), "_run": None}

@@ -23,6 +23,7 @@ from catp_lightning.pruning.answers import Answer, listening
 from catp_lightning.pruning.pruner import Pruner
 from catp_lightning.pruning.record import Prefill
 from catp_lightning.pruning.shown import Shown
+from catp_lightning.utils.messages import rank_zero_warn
 
 BATCHES = 4
 """Number of batches that are answered again for one policy, once without pruning and once under it."""
@@ -35,13 +36,11 @@ Wanted = dict[int, set[int]]
 
 
 def examples_of(
-    trainer: Trainer,
-    run: CalibrationRun,
-    policies: Sequence[PruningPolicy],
-    most: int,
-    guide: nn.Module | None = None,
+    trainer: Trainer, run: CalibrationRun, policies: Sequence[PruningPolicy], most: int, guide: nn.Module | None = None
 ) -> list[Example]:
     """Ask samples of this process's checking part again, and return what each policy kept and answered.
+
+    If that fails there is a warning and no example: all is measured by now, and policies are saved.
 
     The user's step runs again on a few batches, found by what the checking part measured. Pictures are drawn while
     their batch is there: none is held longer, and nothing was held for them before.
@@ -51,11 +50,23 @@ def examples_of(
         run: the calibration, after its last pass.
         policies: its policies.
         most: number of samples of each policy whose answer it keeps, and of those whose answer it changes; fewer where
-            there are none, or where all policies together would have more than `MOST`.
+            there are none, or where all policies together would have more than `MOST`. 0: no step runs.
         guide: the model that the scorer `sgl` reads.
     """
+    if most <= 0:
+        return []
+    run.lines.now = "asking a few questions again, for the report"
+    try:
+        return _asked_again(trainer, run, policies, min(most, max(1, MOST // (2 * len(policies)))), guide)
+    except Exception as error:  # of any type: the user's step and data run again
+        rank_zero_warn(f"The report shows no examples, for they failed ({type(error).__name__}: {error!s:.200}).")
+        return []
+
+
+def _asked_again(
+    trainer: Trainer, run: CalibrationRun, policies: Sequence[PruningPolicy], most: int, guide: nn.Module | None
+) -> list[Example]:
     assert run.found is not None
-    most = min(most, max(1, MOST // (2 * len(policies))))
     wanted = [wanted_samples(run.keys, *run.found.checked_answers(policy), most) for policy in policies]
     numbers = {number for own in wanted for number in own}
     found: list[list[Example]] = [[] for _ in policies]
