@@ -103,27 +103,20 @@ def wanted_samples(batches: Sequence[Tensor], keys: np.ndarray, agreed: np.ndarr
     return found
 
 
-Call = tuple[Answer, Sequence[Shown]]
-"""Answers to the prompts with images of one call, and what was kept of each sample."""
-
-
-def _unpruned(run: CalibrationRun, arguments: Sequence[Any]) -> list[tuple[Samples, Answer]]:
-    """Run the user's step on a batch unpruned; return the samples and the answers of each call of the model."""
+def _unpruned(run: CalibrationRun, arguments: Sequence[Any]) -> tuple[list[Samples], list[Answer]]:
+    """Run the user's step on a batch unpruned; return samples of each call with images, and answers of every call."""
     answers: list[Answer] = []
     with listening(run.recorder.plan.family, answers.append):
         run.step(*unshared(tuple(arguments)))
     run.recorder.again = None
     with run.recorder.recorded() as found:
-        samples = [Samples.of(*one) for one in found]
-    if len(samples) != len(answers):
-        raise ValueError(f"{len(answers)} calls of the model in a step, of which {len(samples)} had images")
-    return list(zip(samples, answers, strict=True))
+        return [Samples.of(*one) for one in found], answers
 
 
 def _pruned(
     run: CalibrationRun, policy: PruningPolicy, guide: nn.Module | None, arguments: Sequence[Any]
-) -> list[Call]:
-    """Run the user's step on a batch under a policy."""
+) -> list[tuple[Answer, Sequence[Shown]]]:
+    """Run the user's step on a batch under a policy; return the answers of every call, and what is kept in it."""
     family, answers, prefills = run.recorder.plan.family, list[Answer](), list[Prefill]()
     pruner = Pruner(family, policy, guide=guide, on_prefill=prefills.append, show=True)
     with pruner.installed(), listening(family, answers.append):
@@ -136,13 +129,15 @@ def _examples(
     run: CalibrationRun,
     policy: PruningPolicy,
     keys: set[int],
-    unpruned: Sequence[tuple[Samples, Answer]],
-    pruned: Sequence[Call],
+    unpruned: tuple[Sequence[Samples], Sequence[Answer]],
+    pruned: Sequence[tuple[Answer, Sequence[Shown]]],
 ) -> Iterator[Example]:
     """Yield the examples of one batch, samples whose checksum is among `keys`, each once."""
     decode = partial(_text, (trainer.lightning_module, run.recorder.plan.family.model))
+    batch, answers = unpruned
+    with_images = [(full, answer, shown) for full, (answer, shown) in zip(answers, pruned, strict=True) if shown]
     left = set(keys)
-    for (samples, full), (answer, shown) in zip(unpruned, pruned, strict=True):
+    for samples, (full, answer, shown) in zip(batch, with_images, strict=True):
         for row, key in enumerate(samples.keys.tolist()):
             if key not in left or not shown[row].drawable:
                 continue

@@ -94,7 +94,8 @@ class CalibrationRun:
             batch = [Samples.of(*one) for one in found]
             batch_hashes = batch_fingerprints(batch)
             if number == len(self.keys):
-                self.keys.append(torch.cat([torch.empty(0, dtype=torch.int64), *(one.keys.cpu() for one in batch)]))
+                none = torch.empty(0, dtype=torch.int64, device="cpu")
+                self.keys.append(torch.cat([none, *(one.keys.cpu() for one in batch)]))
             if self.partial.has(number, batch_hashes):
                 return
             if number == 0 and self.promise is not None:

@@ -101,9 +101,11 @@ def _lines(axes: Axes) -> Iterator[dict[str, Any]]:
 def _drawn_intervals(axes: Axes, line: Line2D) -> np.ndarray | None:
     """Return low and high ends, [N, 2], that vertical lines of a line's colour through its points show; or None."""
     for drawn in axes.collections:
-        if isinstance(drawn, LineCollection) and to_hex(drawn.get_color()[0]) == to_hex(line.get_color()):
+        if isinstance(drawn, LineCollection) and _hex(drawn.get_color()[0]) == _hex(line.get_color()):
             segments = np.array(drawn.get_segments())
-            if segments.shape == (len(line.get_xdata()), 2, 2) and np.array_equal(segments[:, 0, 0], line.get_xdata()):
+            if segments.shape == (len(np.ravel(line.get_xdata())), 2, 2) and np.array_equal(
+                segments[:, 0, 0], line.get_xdata()
+            ):
                 return segments[:, :, 1]
     return None
 
@@ -125,18 +127,18 @@ def _points(axes: Axes, line: Line2D, label: str, intervals: np.ndarray | None) 
 def _look(line: Line2D, label: str) -> dict[str, Any]:
     dash = DASHES.get(str(line.get_linestyle()), "")
     width = float(line.get_linewidth())
-    return {"name": _name(label), "color": to_hex(line.get_color()), "dash": dash, "width": width}
+    return {"name": _name(label), "color": _hex(line.get_color()), "dash": dash, "width": width}
 
 
 def _heatmaps(axes: Axes) -> Iterator[dict[str, Any]]:
     for image in axes.images:
         values = np.asarray(image.get_array())
-        colours = image.to_rgba(image.get_array())
+        colours = image.to_rgba(values)
         named = "" if image.colorbar is None else f"{image.colorbar.ax.get_ylabel()} "
         yield {
             "name": "",
             "cells": [
-                [float(column), float(row), 1.0, 1.0, to_hex(colours[row, column])]
+                [float(column), float(row), 1.0, 1.0, _hex(colours[row, column])]
                 for row, column in np.ndindex(values.shape)
             ],
             "texts": [
@@ -157,7 +159,7 @@ def _bars(axes: Axes) -> Iterator[dict[str, Any]]:
             yield {
                 "name": "",
                 "cells": [
-                    [float(x), float(height) / 2, float(width), abs(float(height)), to_hex(patch.get_facecolor())]
+                    [float(x), float(height) / 2, float(width), abs(float(height)), _hex(patch.get_facecolor())]
                     for (x, height, width), patch in zip(boxes, container.patches, strict=True)
                 ],
                 "texts": [f"{_at(axes, x)}: {height:.3g}" for x, height, _ in boxes],
@@ -181,6 +183,10 @@ def _at(axes: Axes, place: float, beside: bool = False) -> str:
 
 def _number(value: float) -> str:
     return f"{value:.4g}"
+
+
+def _hex(color: Any) -> str:
+    return str(to_hex(color))
 
 
 def _name(label: str) -> str:

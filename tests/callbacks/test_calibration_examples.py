@@ -17,6 +17,7 @@ from catp_lightning.callbacks import calibration, calibration_examples
 from catp_lightning.callbacks.calibration_examples import BATCHES, wanted_samples
 from catp_lightning.pages import Example
 from tests.support.calibrations import QUICK, data, images_of
+from tests.support.footprints import footprint
 from tests.support.models import faint_blip2, greedily
 from tests.support.modules import Generating
 from tests.support.trainers import loading, trainer
@@ -108,6 +109,22 @@ def test_where_examples_fail_the_report_is_written_without_them(
         calibrated(tmp_path / "p.json")
     assert PruningPolicy.load(tmp_path / "p.json").keep == 0.5
     assert "#examples" not in (tmp_path / "p-report/report.html").read_text()
+
+
+def test_a_step_that_fails_under_a_policy_costs_the_examples_alone_and_leaves_the_model_as_it_was(
+    tmp_path: Path,
+) -> None:
+    class Failing(Counting):
+        def predict_step(self, batch: Any, batch_idx: int = 0) -> Any:
+            if self.steps == 7:  # the loop's six, and one without pruning
+                raise RuntimeError("planted")
+            return super().predict_step(batch, batch_idx)
+
+    module = Failing(faint_blip2(0.2), greedily(2))
+    before = footprint(module)
+    with pytest.warns(UserWarning, match=r"no examples, for they failed \(RuntimeError: planted\)"):
+        trainer(CrossAttentionCalibration(tmp_path, settings=QUICK)).predict(module, loading(data(48, 8)))
+    assert footprint(module) == before and (tmp_path / "report/report.html").is_file()
 
 
 def test_samples_that_disagree_choose_the_batches_and_those_that_agree_lie_beside_them() -> None:
