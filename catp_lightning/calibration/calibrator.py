@@ -131,6 +131,7 @@ def calibrate(
         choosing=final.sums,
         checking=check.sums.compute(),
         asked=check.asked.compute(),
+        answered=check.answers.first(),
         alive=checked,
         by_image=check.by_image.compute(),
         perturbed={name: sums.compute() for name, sums in check.perturbed.items()},

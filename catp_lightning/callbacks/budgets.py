@@ -8,7 +8,7 @@ from typing import Any
 from catp_lightning.calibration.search.promise import GRID, descending
 from catp_lightning.errors import PolicyError
 from catp_lightning.models import Family
-from catp_lightning.policy import check_keep, check_price
+from catp_lightning.policy import PruningPolicy, check_keep, check_price
 from catp_lightning.policy.locations import POLICY, budget_file_name
 from catp_lightning.utils.messages import rank_zero_warn
 
@@ -105,6 +105,12 @@ class Budgets:
     def listed(self, amounts: Sequence[int | float]) -> str:
         """Return budgets in words."""
         return ", ".join(f"{self.unit or 'keep'} {amount}" for amount in amounts)
+
+    def file(self, path: Path, policy: PruningPolicy) -> Path:
+        """Return the file that a policy is saved to."""
+        if self.several:
+            return path / budget_file_name(policy.keep, policy.budget)
+        return path if path.suffix else path / POLICY
 
     def files(self, path: Path) -> list[Path]:
         """Return the files that policies may be saved to."""

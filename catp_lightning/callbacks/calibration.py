@@ -19,10 +19,11 @@ from catp_lightning.calibration.plan import Plan, check_exit
 from catp_lightning.calibration.replay.memory import Memory
 from catp_lightning.calibration.replay.recorder import Recorder
 from catp_lightning.calibration.report.controls import doubts
-from catp_lightning.calibration.report.report import PAGE, report, report_folder
+from catp_lightning.calibration.report.report import HTML, PAGE, report, report_folder
 from catp_lightning.calibration.search.promise import Over, Promise
 from catp_lightning.calibration.settings import DEFAULTS, CalibrationSettings
 from catp_lightning.callbacks.budgets import Budgets
+from catp_lightning.callbacks.calibration_examples import examples_of
 from catp_lightning.callbacks.calibration_run import CalibrationRun, is_hidden
 from catp_lightning.callbacks.context import LoopContext, Stage
 from catp_lightning.callbacks.loaders import refuse_unordered
@@ -31,7 +32,7 @@ from catp_lightning.callbacks.strategies import on_first, refuse_sharded
 from catp_lightning.errors import PolicyError
 from catp_lightning.models import Family, find_family
 from catp_lightning.policy import Budget, PruningPolicy
-from catp_lightning.policy.locations import POLICY, budget_file_name, policies_beside
+from catp_lightning.policy.locations import policies_beside
 from catp_lightning.pricing import PrefillProfile
 from catp_lightning.pruning.refusals import compiled_inside, occupied, refuse_unprunable
 from catp_lightning.utils.files import check_writable
@@ -88,6 +89,8 @@ class CrossAttentionCalibration(LoopContext):
         profile: seconds of the model's prefill, for a budget in "prefill_time": catp_lightning.pricing.measure(module,
             batch, policies) finds them on the device, with the methods that may be chosen among `policies`.
         settings: settings that trade time for precision: probes, folds, shares of the split, rounds.
+        examples: number of checked questions whose answer a policy keeps, and of those whose answer it changes, that
+            the report shows with images; the step runs again on up to four batches a policy. 0: it shows no image.
         augment: perturbations of the calibration images, for a choice that survives them: "default" (noise, blur,
             contrast, crop, resize), names of these, functions of pixels float [N, C, H, W] -> the same (deterministic;
             N pictures of one size, as the processor made them), or a dictionary of functions by name. Candidates are
@@ -131,10 +134,11 @@ class CrossAttentionCalibration(LoopContext):
         profile: PrefillProfile | None = None,
         settings: CalibrationSettings = DEFAULTS,
         augment: Augment | None = None,
+        examples: int = 4,
     ) -> None:
         super().__init__(("predict",))
         self.path, self.model, self.settings = Path(path), model, settings
-        self.perturbations = perturbations(augment)
+        self.perturbations, self.examples = perturbations(augment), examples
         self.promise = Promise.asked(max_disagreement, confidence, over, group_by)
         self.budgets = Budgets.of(keep, budget, self.promise is not None)
         self.budgets.check_beside(self.path, profile is not None, settings.counts, scorer)
@@ -188,7 +192,7 @@ class CrossAttentionCalibration(LoopContext):
                     occupied(family),
                     compiled_inside(parts, pl_module, family.model),
                     recorder.recording(),
-                    recorded_steps(trainer.strategy, recorder) as run.step,
+                    recorded_steps(trainer.strategy, recorder) as (run.step, run.unrecorded),
                 ):
                     self._run = run
                     yield
@@ -275,10 +279,11 @@ class CrossAttentionCalibration(LoopContext):
     def _save(self, trainer: Trainer, run: CalibrationRun, plain: float | None) -> None:
         """Write the policies and their report."""
         run.lines.now = "writing policies and their report"
-        files = [policy.save(self._file(policy)) for policy in self.policies]
+        files = [policy.save(self.budgets.file(self.path, policy)) for policy in self.policies]
         folder, seconds, step = report_folder(self.path), run.partial.seconds, trainer.global_step
         modules = (trainer.lightning_module, run.recorder.plan.family.model)  # either may have a tokenizer
-        self.summary = report(self.policies, files, folder, trainer.loggers, seconds, plain, step, modules)
+        examples = examples_of(trainer, run, self.policies, self.examples, self.guide)
+        self.summary = report(self.policies, files, folder, trainer.loggers, seconds, plain, step, modules, examples)
         rank_zero_info(f"catp: saved to {self.path}, with a report in {folder}.")
         if (self.budgets.several or not self.path.suffix) and (left := policies_beside(files)):
             rank_zero_warn(
@@ -288,13 +293,8 @@ class CrossAttentionCalibration(LoopContext):
 
     def _refuse_unwritable(self) -> None:
         """Raise OSError if a policy or the report could not be written."""
-        for file in (*self.budgets.files(self.path), report_folder(self.path) / PAGE):
+        for file in (*self.budgets.files(self.path), *(report_folder(self.path) / name for name in (PAGE, HTML))):
             check_writable(file)
-
-    def _file(self, policy: PruningPolicy) -> Path:
-        if self.budgets.several:
-            return self.path / budget_file_name(policy.keep, policy.budget)
-        return self.path if self.path.suffix else self.path / POLICY
 
     def __getstate__(self) -> dict[str, Any]:
         return {**super().__getstate__(), "_run": None}

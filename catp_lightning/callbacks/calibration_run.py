@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from lightning.pytorch import Trainer
+from torch import Tensor
 from tqdm import tqdm
 
 from catp_lightning.calibration.checkpoint import CalibrationCheckpoint
@@ -43,6 +44,8 @@ class CalibrationRun:
         memory: the batches read so far, if they fit.
         pace: how long the pass will still take.
         step: the strategy's `predict_step`, recorded by `recorder`.
+        unrecorded: the same, recorded by nobody.
+        keys: checksums of the samples of each batch, int64 [B], in the order of the loop.
         groups: groups of the current batch's samples; None if the promise names no field for them.
         batches: number of batches of the loop so far.
         replaying: seconds spent on measuring during the loop, beside the user's own prediction.
@@ -61,6 +64,8 @@ class CalibrationRun:
     memory: Memory
     pace: Pace = field(default_factory=Pace, kw_only=True)
     step: StepFunction = field(init=False)
+    unrecorded: StepFunction = field(init=False)
+    keys: list[Tensor] = field(default_factory=list, kw_only=True)
     groups: Groups | None = None
     batches: int = 0
     replaying: float = 0.0  # seconds
@@ -88,6 +93,9 @@ class CalibrationRun:
         with self._measuring(trainer, number), self.recorder.recorded(self.groups) as found:
             batch = [Samples.of(*one) for one in found]
             batch_hashes = batch_fingerprints(batch)
+            if number == len(self.keys):
+                none = torch.empty(0, dtype=torch.int64, device="cpu")
+                self.keys.append(torch.cat([none, *(one.keys.cpu() for one in batch)]))
             if self.partial.has(number, batch_hashes):
                 return
             if number == 0 and self.promise is not None:

@@ -32,11 +32,11 @@ class _Steps:
 
 
 @contextmanager
-def recorded_steps(strategy: Strategy, recorder: Recorder) -> Iterator[StepFunction]:
+def recorded_steps(strategy: Strategy, recorder: Recorder) -> Iterator[tuple[StepFunction, StepFunction]]:
     """Context in which `recorder` records the model calls of the user's steps, and not those of other callbacks.
 
     Yields:
-        The strategy's `predict_step`, recorded by this recorder alone: for a batch that is read again.
+        The strategy's `predict_step` for a batch that is read again: recorded by this recorder alone, and by none.
     """
     steps = own = strategy.__dict__.get("predict_step")
     if not isinstance(steps, _Steps):
@@ -44,7 +44,7 @@ def recorded_steps(strategy: Strategy, recorder: Recorder) -> Iterator[StepFunct
     recorder.active = False
     steps.recorders.append(recorder)
     try:
-        yield _heard([recorder], steps.step)
+        yield _heard([recorder], steps.step), steps.step
     finally:
         steps.recorders.remove(recorder)
         if not steps.recorders:

@@ -72,7 +72,7 @@ def run_demo(output: str, questions: int, calibration_questions: int, seed: int,
         Text.assemble(
             f"\nDone in {time.monotonic() - start:.0f} s. Results are in ",
             rich_text(folder / MODEL, "bold"),
-            ": table.md, table.json, accuracy.png, policies/; an offline Weights & Biases run is in ",
+            ": table.md, table.json, table.html, accuracy.png, policies/; an offline Weights & Biases run is in ",
             rich_text(folder / "wandb", "bold"),
             ".",
         )

@@ -22,6 +22,7 @@ from catp_lightning.data.scenes import Split, write_scenes
 from catp_lightning.evaluation.sweep.figure import figure
 from catp_lightning.evaluation.sweep.flow import sweep_model
 from catp_lightning.evaluation.sweep.methods import check_names, named
+from catp_lightning.evaluation.sweep.page import sweep_page
 from catp_lightning.evaluation.sweep.priced import sweep_prices
 from catp_lightning.evaluation.sweep.priced_figure import priced_figure
 from catp_lightning.evaluation.sweep.priced_table import PricedTable
@@ -219,15 +220,18 @@ def _write_scenes(config: Any, model: str) -> None:
 
 
 def save_all(tables: Sequence[ModelTable], folder: Path) -> None:
-    """Write one table and one plot of several models: `table.md`, `table.json` and `accuracy.png`.
+    """Write one table and one plot of several models: `table.md`, `.json` and `.html`, and `accuracy.png`.
 
-    At prices they are `prices.md`, `prices.json` and `prices.png`.
+    At prices they are `prices.md`, `.json`, `.html` and `.png`.
     """
     priced = [table for table in tables if isinstance(table, PricedTable)]
-    names = ("prices.md", "prices.json", "prices.png") if priced else ("table.md", "table.json", "accuracy.png")
+    kind, plot = ("prices", "prices") if priced else ("table", "accuracy")
+    names = (f"{kind}.md", f"{kind}.json", f"{kind}.html", f"{plot}.png")
     drawn = priced_figure(priced) if priced else figure(tables)
-    write_text(folder / names[0], combined(tables))
+    text, image = combined(tables), png(drawn, dpi=120)
+    write_text(folder / names[0], text)
     write_json(folder / names[1], [table.to_json() for table in tables], indent=2)
-    write_bytes(folder / names[2], png(drawn, dpi=120))
+    write_text(folder / names[2], sweep_page(text, plot, drawn, image))
+    write_bytes(folder / names[3], image)
     where = rich_text(folder, "bold")
     Console().print(Text.assemble("All models: ", where, f": {', '.join(names)}"))

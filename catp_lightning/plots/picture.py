@@ -1,9 +1,11 @@
 """`Picture`: a drawn figure, shown by notebooks and saved as a PNG file."""
 
 from dataclasses import dataclass
+from io import BytesIO
 from pathlib import Path
 
 from matplotlib.figure import Figure
+from PIL import Image
 
 from catp_lightning.utils.files import write_bytes
 from catp_lightning.utils.plots import png
@@ -22,6 +24,15 @@ class Picture:
     def png(self) -> bytes:
         """Return the picture as the bytes of a PNG file, on a white ground."""
         return png(self.figure)
+
+    def jpeg(self, width: int = 720, height: int = 540, quality: int = 75) -> bytes:
+        """Return the picture as the bytes of a small JPEG file, of at most `width` by `height` pixels."""
+        with Image.open(BytesIO(self.png())) as whole:
+            image = whole.convert("RGB")
+        image.thumbnail((width, height))
+        buffer = BytesIO()
+        image.save(buffer, "JPEG", quality=quality)
+        return buffer.getvalue()
 
     def save(self, path: str | Path) -> Path:
         """Write the picture to a PNG file, whole or not at all.

@@ -12,6 +12,9 @@ from catp_lightning.utils.messages import without_warnings
 
 LOGARITHMIC = "on a logarithmic scale"
 
+BESIDE = "beside"
+"""Identifier (gid) of lines whose points are drawn beside the tick they belong to, so as not to hide each other."""
+
 
 def png(figure: Figure, dpi: int = 110) -> bytes:
     """Render a figure as PNG; TeX is not used, and "$" starts a formula in tick labels only."""

@@ -14,6 +14,7 @@ from catp_lightning.calibration.plan import Plan
 from catp_lightning.calibration.report import report
 from catp_lightning.calibration.search.candidate import Candidate
 from catp_lightning.calibration.search.candidates import default_candidates, fitted_candidates
+from catp_lightning.callbacks import calibration
 from catp_lightning.models import Family, find_family
 from tests.support.interrupted_calibrations import PARTIAL, Breaking, calibrate, small
 from tests.support.killed_calibrations import run
@@ -24,9 +25,10 @@ from tests.support.reports import calibrated
 
 @pytest.fixture(scope="package", autouse=True)
 def _undrawn() -> Iterator[None]:
-    """Reports have figures, but these are not rendered, which costs as much as a small calibration."""
+    """Reports have no examples, and figures are not rendered: each costs as much as a small calibration."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(report, "png", lambda figure: b"")
+        patch.setattr(calibration, "examples_of", lambda *_: [])
         yield
 
 

@@ -136,7 +136,11 @@ def test_figures_are_valid_files_beside_the_page_and_stale_ones_go(policies, tmp
         with Image.open(folder / f"{name}.png") as image:
             image.load()
             assert image.format == "PNG" and min(image.size) > 100
-    assert {file.name for file in folder.iterdir()} == {"report.md", *(f"{name}.png" for name in captions)}
+    assert {file.name for file in folder.iterdir()} == {
+        "report.md",
+        "report.html",
+        *(f"{name}.png" for name in captions),
+    }
     _, page = write(policies, folder)  # nothing was selected here
     assert "heads.png" not in page and not (folder / "heads.png").exists()
 

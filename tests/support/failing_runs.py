@@ -157,7 +157,8 @@ class Runs:
         if kind == "wrapper":
             self.root = PrunedModule(self.module, HALF)
         elif calibrates:
-            self.ours = [CrossAttentionCalibration(self.policies, keep=0.5, scorer="l2-norm", settings=QUICKEST)]
+            own = {"scorer": "l2-norm", "settings": QUICKEST, "examples": 0}  # where examples fail nothing is raised
+            self.ours = [CrossAttentionCalibration(self.policies, keep=0.5, **own)]
         else:
             self.ours = [TokenPruning(HALF, sanity_check=True, compare=True)]
         self.before, self.expected = footprint(self.module.model), self.module.outputs()
@@ -204,7 +205,7 @@ class Runs:
         assert torch.equal(self.module.outputs(), self.expected), place
         files = {file.name for file in self.policies.rglob("*")}
         if self.kind == "calibration":
-            partial, whole = "policy.partial-0.safetensors", {"policy.json", "report", "report.md", "retention.png"}
+            partial, whole = "policy.partial-0.safetensors", {"policy.json", "report", *REPORT}
             assert files in (set(), {partial}, whole, whole | {partial}), place
             assert files or not self.policies.exists()
             shutil.rmtree(self.policies, ignore_errors=True)  # or the next run would do less
@@ -217,6 +218,9 @@ class Runs:
 def _fail(*args: Any) -> None:
     raise RuntimeError("and once more")
 
+
+REPORT = ("report.md", "report.html", "retention.png")
+"""Files of a report in this calibration."""
 
 FAULTS: list[tuple[type[BaseException], bool]] = [
     (RuntimeError, False), (KeyboardInterrupt, False), (SystemExit, False), (RuntimeError, True)

@@ -16,8 +16,8 @@ from tests.support.trainers import loading, trainer
 
 
 def quick(path: Path) -> CrossAttentionCalibration:
-    """A calibration in several rounds at little cost."""
-    return CrossAttentionCalibration(path, keep=0.5, scorer="catp", settings=QUICKEST)
+    """A calibration in several rounds at little cost, which asks nothing again for its report."""
+    return CrossAttentionCalibration(path, keep=0.5, scorer="catp", settings=QUICKEST, examples=0)
 
 
 def calibrate(path: Path, **settings: Any) -> None:

@@ -34,6 +34,7 @@ def python(code: str, *arguments: object, cwd: Path) -> str:
 def shipped(folder: Path) -> set[str]:
     """What the sources say a wheel must hold, by its path in the wheel."""
     package = [*folder.glob("catp_lightning/**/*.py"), *folder.glob("catp_lightning/data/digits_*/*")]
+    package += folder.glob("catp_lightning/pages/page.*")
     configs = [*folder.glob("configs/*.py"), *folder.glob("configs/*.yaml")]
     names = {path.relative_to(folder).as_posix() for path in package}
     return names | {f"catp_lightning/configs/{path.name}" for path in configs} | {"catp_lightning/py.typed"}

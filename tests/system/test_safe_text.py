@@ -31,29 +31,9 @@ from catp_lightning.safe_text import LONGEST, figure_text, markdown_text, one_li
 from catp_lightning.utils.markdown import markdown_table
 from catp_lightning.utils.messages import rank_zero_info, rank_zero_warn, warn
 from catp_lightning.utils.plots import png
+from tests.support.hostile import HOSTILE, other_names
 from tests.support.reports import calibrated
 
-HOSTILE = {
-    "clears the screen": "\x1b[2J\x1b]0;owned\x07",
-    "one byte escape": "\x9b2Ja\x85b",
-    "overwrites the line": "fine\rcatp: saved",
-    "writes a line of its own": "x\ncatp: error: all is well\u2028y\u2029z",
-    "right to left": "\u202egnp.exe\u2066\u200f\u200b\ufeff\U000e0041",
-    "half a character": "\ud800 and \udfff",
-    "Rich's end tag": "mine [/]",
-    "Rich's link": "[link=https://evil.example]x[/link][blink]\\[bold]",
-    "emoji code": "a:skull:b",
-    "table": "a|b\\|c||",
-    "html": '<img src=https://evil.example/x.png onerror="alert(1)"></td><script>x</script>&lt;&#60;',
-    "image": "![x](https://evil.example/x.png) [y](javascript:x) [z]: <https://evil.example>",
-    "emphasis": "**b** *i* _u_ __v__ ~~s~~ `c` ``d`` a_b_c snake_case",
-    "address": "https://evil.example www.evil.example me@evil.example",
-    "formula": r"$\frac{$ $x$ \$ $$",
-    "TeX": r"\input{/etc/passwd} 100% #1 ^_",
-    "hidden from a legend": "_nolegend_",
-    "no glyph": "猫 👩\u200d👧",
-    "long": "x" * 5000,
-}
 ACTING = ("Cc", "Cf", "Cs", "Co", "Zl", "Zp")
 
 
@@ -185,18 +165,6 @@ def test_tables_of_comparisons_and_sweeps_hold_a_name_as_it_is(name: str) -> Non
     for written in (table.markdown(), combined([table, table])):
         words, tags = rendered(written)
         assert tags <= PLAIN and one_line(text).strip() in words and not acts(written, "\n")
-
-
-def other_names(value: Any, text: str, named: int = 0) -> Any:
-    """Evidence in which names, and the keys of the `named` outermost dictionaries, hold `text`."""
-    if isinstance(value, dict):
-        return {
-            f"{key} {text}" if named or (isinstance(inner, dict) and "layer_steps" in inner) else key:
-            f"{inner} {text}" if key in ("name", "chosen", "type")
-            else other_names(inner, text, 2 if key == "perturbed" else max(0, named - 1))
-            for key, inner in value.items()
-        }  # fmt: skip
-    return [other_names(item, text) for item in value] if isinstance(value, list) else value
 
 
 @pytest.mark.slow

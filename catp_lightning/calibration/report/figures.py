@@ -14,7 +14,7 @@ from catp_lightning.calibration.report.evidence import budget_name, checked, evi
 from catp_lightning.methods.budget import keep_count
 from catp_lightning.policy import PruningPolicy
 from catp_lightning.safe_text import figure_text
-from catp_lightning.utils.plots import LOGARITHMIC, WRITTEN, heatmap
+from catp_lightning.utils.plots import BESIDE, LOGARITHMIC, WRITTEN, heatmap
 
 CONTROLS = {"random": "s", "stride": "^", "grid": "P", "l2-norm": "v", "diversity of outputs": "D"}
 """Controls that the retention figure shows, and their markers."""
@@ -78,7 +78,8 @@ def layer_figure(policies: Sequence[PruningPolicy]) -> Figure | None:
     for number, ((policy, found), shade) in enumerate(zip(alone, shades, strict=True)):
         aside = 0.08 * (number - (len(alone) - 1) / 2)  # so that intervals do not hide each other
         shifted = {layer + aside: figures for layer, figures in found.items()}
-        draw_intervals(axes, sorted(shifted), shifted, color=shade, marker="o", label=budget_name(policy))
+        look: dict[str, Any] = {"color": shade, "marker": "o", "label": budget_name(policy), "gid": BESIDE}
+        draw_intervals(axes, sorted(shifted), shifted, **look)
         chosen = checked(policy, evidence_of(policy)["chosen"])[0]
         label = "chosen policy" if number + 1 == len(alone) else None  # once in the legend
         axes.axhline(chosen, color=shade, linestyle="--", linewidth=1, label=label)

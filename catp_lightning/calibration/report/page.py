@@ -47,6 +47,7 @@ def page(
     lines: Mapping[str, str],
     figures: Sequence[str],
     modules: Sequence[object] = (),
+    everyone: bool = False,
 ) -> str:
     """Return the report of a calibration as Markdown.
 
@@ -55,6 +56,7 @@ def page(
         lines: what was chosen, what it keeps and what it cost, in a sentence each.
         figures: names of the figures that exist, as in `CAPTIONS`; their files lie beside the page.
         modules: the user's module and model, in which a tokenizer is looked for that decodes questions.
+        everyone: True to show every candidate, not only the best and the controls.
     """
     evidence = evidence_of(policies[0])
     parts = ", ".join(f"{count} samples to {part}" for part, count in evidence["samples"].items())
@@ -76,7 +78,7 @@ def page(
         *(
             section
             for policy in policies
-            for section in (_candidates(policy), _perturbed(policy))
+            for section in (_candidates(policy, everyone), _perturbed(policy))
             if evidence_of(policy)["candidates"] and section
         ),
     ]
@@ -149,9 +151,9 @@ def _explained(share: float, error: float) -> str:
     return f"{share:.2%} ± {error:.2%}"
 
 
-def _candidates(policy: PruningPolicy) -> str:
+def _candidates(policy: PruningPolicy, every: bool) -> str:
     everyone = evidence_of(policy)["candidates"]
-    shown = [row for place, row in enumerate(everyone) if place < SHOWN or row["control"]]
+    shown = [row for place, row in enumerate(everyone) if every or place < SHOWN or row["control"]]
     rows = [
         [
             row["name"],

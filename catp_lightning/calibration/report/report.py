@@ -16,6 +16,7 @@ from catp_lightning.calibration.report.front import front_figure
 from catp_lightning.calibration.report.page import interval, page, percent, worst_perturbed
 from catp_lightning.calibration.report.promise import promise_broken, promise_kept
 from catp_lightning.calibration.statistics.base import Statistic
+from catp_lightning.pages import Example, html_page
 from catp_lightning.policy import PruningPolicy
 from catp_lightning.safe_text import one_line
 from catp_lightning.utils.compat import is_lightning_instance
@@ -54,7 +55,7 @@ FIGURES: dict[str, Draw] = {
 }
 """Functions that draw the figures of a report, by file name without suffix; statistics draw their own."""
 
-PAGE = "report.md"
+PAGE, HTML = "report.md", "report.html"
 
 
 def report(
@@ -66,8 +67,11 @@ def report(
     plain_seconds: float | None = None,
     step: int = 0,
     modules: Sequence[object] = (),
+    examples: Sequence[Example] = (),
 ) -> list[str]:
-    """Write `report.md` and its figures into `folder`, and log the same wherever the trainer logs.
+    """Write `report.md`, its figures and `report.html` into `folder`, and log it wherever the trainer logs.
+
+    The page of HTML has every candidate, and examples with images of the data, so that it is not logged.
 
     Args:
         policies: policies of one calibration.
@@ -78,6 +82,7 @@ def report(
         plain_seconds: time that the prediction alone took, if known.
         step: step of the trainer; custom loggers may need it.
         modules: the user's module and model, in which a tokenizer is looked for that decodes questions.
+        examples: questions with images, for the page of HTML.
 
     Returns:
         Three lines for the terminal: what was chosen, what it keeps, what it cost.
@@ -88,6 +93,9 @@ def report(
     images = {name: png(figure) for name, figure in drawn.items()}
     text = page(policies, lines, list(images), modules)
     _write(folder, text, images)
+    whole = page(policies, lines, list(images), modules, everyone=True)
+    title = f"Calibration of {(policies[0].model or {})['type']}"
+    write_text(folder / HTML, html_page(title, whole, drawn, images, examples))
 
     def log(logger: Logger) -> None:
         if is_lightning_instance(logger, "WandbLogger"):

@@ -16,6 +16,7 @@ from catp_lightning.calibration.report.evidence import (
     Figures,
     PromiseEvidence,
     RetentionPoint,
+    amount,
 )
 from catp_lightning.calibration.search.candidate import Candidate
 from catp_lightning.calibration.search.payments import Payments
@@ -44,6 +45,8 @@ class CalibrationResult:
         choosing: sums over the rounds: `divergence`, `squares`, `agreed` and `count`, each [K, C].
         checking: the same sums over the checking part, on which nothing was decided.
         asked: questions about the images of the checking part, and the answers of each budget's choice to them.
+        answered: of this process's samples of the checking part, checksums of image and question, int64 [N], and where
+            each budget's choice gave the unpruned answer, bool [N, K].
         alive: for each budget, indices of the candidates that were checked, the chosen one first.
         by_image: for the checking part, number of questions about each image [I], and number of them to which each
             checked candidate gave the unpruned answer [I, K, R].
@@ -66,6 +69,7 @@ class CalibrationResult:
     choosing: Mapping[str, np.ndarray]
     checking: Mapping[str, np.ndarray]
     asked: AskedImages
+    answered: tuple[np.ndarray, np.ndarray]
     alive: Sequence[Sequence[int]]
     by_image: tuple[np.ndarray, np.ndarray]
     perturbed: Mapping[str, Mapping[str, np.ndarray]]
@@ -90,6 +94,17 @@ class CalibrationResult:
         evidence = {"chosen": "no pruning", "control": False, **common, **shown, "candidates": []}
         whole = None if self.payments is None else {self.payments.unit: 1.0}
         return [PruningPolicy("position", keep=1.0, model=self.model, evidence=evidence, budget=whole)]
+
+    def checked_answers(self, policy: PruningPolicy) -> tuple[np.ndarray, np.ndarray]:
+        """Return checksums of this process's samples of the checking part, int64 [N], and where a policy agreed [N].
+
+        Empty for a policy that keeps all tokens because no budget keeps a promise.
+        """
+        keys, agreed = self.answered
+        asked = [repr(one) for one in (self.paid if self.payments else self.budgets)]
+        if not policy.evidence["candidates"]:
+            return keys[:0], agreed[:0, 0]
+        return keys, agreed[:, asked.index(repr(amount(policy)))]
 
     def _policy(self, budget: int, common: Mapping[str, Any]) -> PruningPolicy:
         chosen = self.candidates[self.chosen[budget]]

@@ -109,6 +109,15 @@ class CandidateAnswers(Sums):
         found = [part.double().T for answer in answers for part in answer]
         self.values.append(torch.cat([questions.double(), *found], 1))
 
+    def first(self) -> tuple[np.ndarray, np.ndarray]:
+        """Return, of this process, checksums of samples, int64 [N], and where the first candidate agrees, bool [N, K].
+
+        K is the number of budgets. It is asked before `compute`, which may join the answers of several processes.
+        """
+        ids, values = (torch.cat(part).cpu().numpy() for part in (self.ids, self.values))
+        starts = self.components + np.cumsum([0, *(2 * count for count in self.alive[:-1])])
+        return ids[:, 0], values[:, [start + count for start, count in zip(starts, self.alive, strict=True)]] > 0
+
     def compute(self) -> list[Rows]:
         """Return the answers of all processes for each budget, sorted by the samples' checksums."""
         parts = (torch.cat(part) if isinstance(part, list) else part for part in (self.ids, self.values))

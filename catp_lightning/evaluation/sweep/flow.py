@@ -15,6 +15,7 @@ from catp_lightning.evaluation.sweep.calibrations import calibrated
 from catp_lightning.evaluation.sweep.figure import figure
 from catp_lightning.evaluation.sweep.jobs import Jobs, data_fingerprint, versions
 from catp_lightning.evaluation.sweep.methods import Job, controls_among, fixed_methods, is_calibrated
+from catp_lightning.evaluation.sweep.page import sweep_page
 from catp_lightning.evaluation.sweep.reading import Reading, calibration_draws, guide_of, name_of
 from catp_lightning.evaluation.sweep.reference import check_reference, reference_of
 from catp_lightning.evaluation.sweep.results import about, comparison_of, outcomes_of
@@ -46,8 +47,8 @@ def sweep_model(
         layers: compare attention scorers with each single layer as well.
         reference: the method that others are compared with; None: `CALIBRATED`, or the first.
         draws: number of parts of the calibration split to calibrate on, each by itself.
-        output: folder in which one named as the model gets `table.md`, `table.json`, `accuracy.png`, `jobs` and
-            `policies`.
+        output: folder in which one named as the model gets `table.md`, `table.json`, `table.html`, `accuracy.png`,
+            `jobs` and `policies`.
         lines: progress lines, told what is being done.
         preparation: set to be over before the first question is read.
 
@@ -92,7 +93,10 @@ def sweep_model(
     table = ModelTable.of(name, about(comparison), comparison, controls_among(outcomes), notes)
     write_text(folder / "table.md", table.markdown())
     write_json(folder / "table.json", table.to_json(), indent=2)
-    write_bytes(folder / "accuracy.png", png(figure([table]), dpi=120))
+    drawn = figure([table])
+    image = png(drawn, dpi=120)
+    write_bytes(folder / "accuracy.png", image)
+    write_text(folder / "table.html", sweep_page(table.markdown(), "accuracy", drawn, image))
     where = rich_text(folder, "bold")
-    console.print(Text.assemble(rich_text(f"{name}: "), where, ": table.md, table.json, accuracy.png"))
+    console.print(Text.assemble(rich_text(f"{name}: "), where, ": table.md, table.json, table.html, accuracy.png"))
     return table

@@ -23,6 +23,7 @@ from catp_lightning.evaluation.sweep.methods import (
     fixed_methods,
     is_calibrated,
 )
+from catp_lightning.evaluation.sweep.page import sweep_page
 from catp_lightning.evaluation.sweep.priced_figure import priced_figure
 from catp_lightning.evaluation.sweep.priced_table import PricedTable
 from catp_lightning.evaluation.sweep.prices import Price, Solver
@@ -65,8 +66,8 @@ def sweep_prices(
         names: as in `sweep_model`; also `ENTRY`, and methods of `SCHEDULES`.
         prices: prices at which each method is compared.
         layers: compare with each single layer as well, also methods that drop tokens there.
-        output: folder in which one named as the model gets `prices.md`, `prices.json`, `prices.png`, `priced-jobs` and
-            `priced-policies`.
+        output: folder in which one named as the model gets `prices.md`, `prices.json`, `prices.html`, `prices.png`,
+            `priced-jobs` and `priced-policies`.
 
     Raises:
         PolicyError: the reference is not among the methods, none of them can pay one of the prices, or prices of the
@@ -132,14 +133,17 @@ def sweep_prices(
     table = PricedTable.of(name, about(comparison), comparison, controls_among(outcomes), notes)
     _write(table, folder)
     where = rich_text(folder, "bold")
-    console.print(Text.assemble(rich_text(f"{name}: "), where, ": prices.md, prices.json, prices.png"))
+    console.print(Text.assemble(rich_text(f"{name}: "), where, ": prices.md, prices.json, prices.html, prices.png"))
     return table
 
 
 def _write(table: PricedTable, folder: Path) -> None:
     write_text(folder / "prices.md", table.markdown())
     write_json(folder / "prices.json", table.to_json(), indent=2)
-    write_bytes(folder / "prices.png", png(priced_figure([table]), dpi=120))
+    drawn = priced_figure([table])
+    image = png(drawn, dpi=120)
+    write_bytes(folder / "prices.png", image)
+    write_text(folder / "prices.html", sweep_page(table.markdown(), "prices", drawn, image))
 
 
 def _known(family: Family, prices: Sequence[Price]) -> Prices:

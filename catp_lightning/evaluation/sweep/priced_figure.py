@@ -15,7 +15,7 @@ from catp_lightning.evaluation.sweep.priced_table import PricedTable
 from catp_lightning.evaluation.sweep.prices import UNIT_NAMES
 from catp_lightning.evaluation.sweep.table import Row
 from catp_lightning.safe_text import figure_text
-from catp_lightning.utils.plots import LOGARITHMIC
+from catp_lightning.utils.plots import BESIDE, LOGARITHMIC
 
 SPREAD = 0.34  # octaves to each side of a price in which methods that pay the same stand side by side
 LINEAR = 0.02  # disagreement below which the axis is linear, as 0 has no place on a logarithmic one
@@ -68,7 +68,7 @@ def _panel(axes: Axes, table: PricedTable, unit: str, looks: Mapping[str, Mappin
             look |= {"color": "crimson", "linewidth": 2.5, "linestyle": "-", "markersize": 7, "zorder": 4}
             look |= {"marker": "o", "markerfacecolor": "crimson"}
         bars = np.clip([value - low, high - value], 0, None)
-        axes.errorbar(price, value, bars, label=figure_text(title), elinewidth=0.8, **look)
+        axes.errorbar(price, value, bars, label=figure_text(title), elinewidth=0.8, gid=BESIDE, **look)
     for share in shares:
         axes.axvspan(
             share * 2 ** -(SPREAD + 0.05), share * 2 ** (SPREAD + 0.05), color="black", alpha=0.04, linewidth=0
