@@ -14,6 +14,7 @@ import yaml
 from website.generated import api_pages, family_pages, scorer_pages, selector_pages
 from website.notebook import page_of
 from website.sources import RENAMED, ROOT, for_site, place, source_page
+from website.tables import linked
 
 NAV: list[Any] = [
     {"Home": ["index.md", "start.md", "tour.md", "how-it-works.md", "budget.md", "faq.md"]},
@@ -52,8 +53,7 @@ def write(work: Path, site: Path, with_pictures: bool) -> None:
         from website.pictures import draw
 
         pictures = draw(pages / "pictures")
-    linked = _copy(pages)
-    for source in sorted(linked):
+    for source in sorted(_copy(pages)):
         _write(pages / place(source), source_page(source))
     scorers, selectors = _all(pages, scorer_pages(pictures)), _all(pages, selector_pages(pictures))
     families, api = _all(pages, family_pages(pictures)), _all(pages, api_pages())
@@ -72,7 +72,7 @@ def write(work: Path, site: Path, with_pictures: bool) -> None:
 
 def _copy(pages: Path) -> set[Path]:
     """Write the written pages and their pictures; return the files outside of them that they link to."""
-    linked: set[Path] = set()
+    files: set[Path] = set()
     for file in [*(ROOT / name for name in RENAMED), *sorted((ROOT / "docs").rglob("*"))]:
         path = file.relative_to(ROOT)
         if file.suffix in (".md", ".ipynb"):
@@ -80,12 +80,14 @@ def _copy(pages: Path) -> set[Path]:
             text, more = for_site(written, path)
             for name, picture in pictures.items():
                 (pages / name).write_bytes(picture)
-            linked |= more
+            files |= more
+            if file.name == "methods.md":
+                text = linked(linked(text, "name", "scorers"), "selector", "selectors")
             _write(pages / place(path), text)
         elif file.is_file():
             (pages / place(path)).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy(file, pages / place(path))
-    return linked
+    return files
 
 
 def _all(pages: Path, written: Iterable[tuple[Path, str]]) -> list[str]:

@@ -108,7 +108,7 @@ def _method(
     for file in picture:
         text += "## On one picture\n\nWhat stays of a scene when a quarter of the tokens is asked for:\n\n"
         text += f"![Kept visual tokens over a scene of digits](../pictures/{file}.png)\n\n"
-    return text + _source(cls)
+    return text + _source(cls, "Formula and code")
 
 
 def _family(family: type[Family], types: tuple[str, ...], pictures: set[str]) -> str:
@@ -119,7 +119,7 @@ def _family(family: type[Family], types: tuple[str, ...], pictures: set[str]) ->
         ("Model types", ", ".join(f"`{kind}`" for kind in types) or "any other with an image token and a text decoder"),
         ("Classes", ", ".join(f"`{one}`" for one in family.classes) or "-"),
         ("Tokens leave at", READS[family.reads]),
-        ("What was tested, and what it cannot do", f"[families](../families.md#{anchor})"),
+        ("What was tested, and what it cannot do", f"[its section in Families](../families.md#{anchor})"),
     ]
     text = f"# {name}\n\n{(family.__doc__ or '').strip().splitlines()[0]}\n\n{_facts(facts)}\n"
     if first:
@@ -136,11 +136,11 @@ def _family(family: type[Family], types: tuple[str, ...], pictures: set[str]) ->
     return text + _source(family)
 
 
-def _source(cls: type) -> str:
+def _source(cls: type, title: str = "Code") -> str:
     options = "    options:\n      members: false\n      heading_level: 3\n"
     return (
         f"## The class\n\n::: {cls.__module__}.{cls.__qualname__}\n{options}\n"
-        f"## Formula and code\n\n`{cls.__module__}`\n\n~~~~~~python\n{inspect.getsource(cls)}~~~~~~\n"
+        f"## {title}\n\n`{cls.__module__}`\n\n~~~~~~python\n{inspect.getsource(cls)}~~~~~~\n"
     )
 
 

@@ -28,6 +28,8 @@ def place(path: Path) -> Path:
         return Path(RENAMED[str(path)])
     if path.is_relative_to("docs"):
         return path.relative_to("docs")
+    if path.parent == Path("examples") and path.suffix == ".png":  # shown by a notebook
+        return Path(path.name)
     return Path("source", f"{path}.md")
 
 

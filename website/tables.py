@@ -17,9 +17,20 @@ def rows(page: str, first: str) -> dict[str, dict[str, str]]:
         page: file name of a page of docs/.
         first: name of the table's first column; the first table with it is taken.
     """
-    table = re.findall(rf"^\| {first} \|.*\n(?:\|.*\n)+", read(page), flags=re.MULTILINE)[0]
-    head, _, *lines = [_cells(line) for line in table.splitlines()]
+    head, _, *lines = [_cells(line) for line in _table(read(page), first).splitlines()]
     return {cells[0].strip("`"): dict(zip(head, cells, strict=True)) for cells in lines}
+
+
+def linked(text: str, first: str, folder: str) -> str:
+    """Return a page with the names in the first column of a table as links to their own pages.
+
+    Args:
+        text: the page.
+        first: as in `rows`.
+        folder: where the pages of the names are.
+    """
+    table = _table(text, first)
+    return text.replace(table, re.sub(r"^\| `([^`]+)` ", rf"| [`\1`]({folder}/\1.md) ", table, flags=re.MULTILINE))
 
 
 def arxiv(text: str) -> str:
@@ -45,6 +56,10 @@ def about(words: set[str]) -> str:
             link = re.match(r"\| \[[^]]*\]\(#([^)]+)\)", line)
             return link[1] if link else section
     raise LookupError(f"docs/families.md tells of none of {', '.join(sorted(words))}.")
+
+
+def _table(text: str, first: str) -> str:
+    return re.findall(rf"^\| {first} \|.*\n(?:\|.*\n)+", text, flags=re.MULTILINE)[0]
 
 
 def _cells(line: str) -> list[str]:

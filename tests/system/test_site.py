@@ -12,6 +12,7 @@ import pytest
 
 from catp_lightning.methods import SCORERS, SELECTORS
 from catp_lightning.models import FAMILIES
+from tests.support.paths import ROOT
 from website.__main__ import write
 from website.sources import for_site
 
@@ -40,7 +41,7 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("site")
     write(folder / "work", folder / "site", with_pictures=False)
     command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet", "-f", str(folder / "work/mkdocs.yml")]
-    run = subprocess.run(command, check=False, capture_output=True, text=True, timeout=900)
+    run = subprocess.run(command, check=False, capture_output=True, text=True, timeout=900, cwd=ROOT)
     assert run.returncode == 0, run.stderr[-3000:]
     return folder
 
