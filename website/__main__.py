@@ -31,9 +31,7 @@ def main() -> None:
     parser.add_argument("--no-pictures", action="store_true", help="leave out pictures of what each method keeps")
     given = parser.parse_args()
     write(given.work, given.output.resolve(), not given.no_pictures)
-    command = ["mkdocs", "build", "--strict", "--quiet", "--config-file", str(given.work / "mkdocs.yml")]
-    quiet = {**os.environ, "NO_MKDOCS_2_WARNING": "1"}  # the theme's news; pyproject.toml says what follows from them
-    sys.exit(subprocess.run([sys.executable, "-m", *command], check=False, cwd=ROOT, env=quiet).returncode)
+    sys.exit(build(given.work))
 
 
 def write(work: Path, site: Path, with_pictures: bool) -> None:
@@ -68,6 +66,14 @@ def write(work: Path, site: Path, with_pictures: bool) -> None:
     # A file by its whole path: the folder of the pages may be anywhere.
     settings = {"INHERIT": str(ROOT / "website/mkdocs.yml"), "docs_dir": "docs", "site_dir": str(site), "nav": nav}
     _write(work / "mkdocs.yml", yaml.safe_dump(settings, sort_keys=False))
+
+
+def build(work: Path) -> int:
+    """Build the site of pages that were written to a folder; return 0, or 1 after any warning."""
+    # Not --quiet: warnings would be neither shown nor counted. The variable is for news of the theme.
+    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--config-file", str(work / "mkdocs.yml")]
+    environment = {**os.environ, "NO_MKDOCS_2_WARNING": "1"}
+    return subprocess.run(command, check=False, cwd=ROOT, env=environment).returncode
 
 
 def _copy(pages: Path) -> set[Path]:

@@ -37,11 +37,13 @@ def test_the_blocks_on_budgets_run_in_their_order() -> None:
 @pytest.mark.slow
 def test_the_block_of_the_readme_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    folder = write_scenes(tmp_path / "scenes", "test", 48, grids=GRIDS["digits_llava"])
-    files = folder / "questions.json", folder / "images", folder / "annotations.json"
-    split = VQASplit(*files, image_name="{image_id:012d}.png")
-    model, prompt = str(shipped("digits_llava")), PROMPTS["digits_llava"]
-    data = VQADataModule(model, calibration=split, test=split, prompt=prompt, batch_size=16)
+    splits = {}
+    for name in ("calibration", "test"):
+        folder = write_scenes(tmp_path / name, name, 48, grids=GRIDS["digits_llava"])
+        files = folder / "questions.json", folder / "images", folder / "annotations.json"
+        splits[name] = VQASplit(*files, image_name="{image_id:012d}.png")
+    model = str(shipped("digits_llava"))
+    data = VQADataModule(model, **splits, prompt=PROMPTS["digits_llava"], batch_size=16)
     data.setup()
     names = {"module": VQAModule(model), "loader": data.test_dataloader()}
     (block,) = blocks(ROOT / "README.md")
