@@ -5,6 +5,7 @@
 # make test-quantised  the tests of quantised models, in .venv-quantised: torchao and bitsandbytes are large and talkative
 # make lint         ruff, mypy, and which package may import which; make format repairs what ruff can
 # make bench        pruned prefills against plain decoders on inputs already that short; writes runs/bench (two times six minutes)
+# make docs         the documentation as a site, warnings as errors, in site/; python3 -m http.server -d site shows it
 # make build        wheel and source archive in dist/
 # make clean        removes what tools left behind; results in runs/ and the environments stay
 #
@@ -32,7 +33,7 @@ trap 'kill $$telling 2>/dev/null' EXIT; trap 'exit 130' INT; trap 'exit 143' TER
 $(1)
 endef
 
-.PHONY: help venv demo bench test test-all test-oldest test-quantised lint format build clean
+.PHONY: help venv demo bench test test-all test-oldest test-quantised lint format docs build clean
 
 help:
 	@sed -n '/^# /s/^# //p;/^$$/q' Makefile
@@ -67,13 +68,16 @@ format: .venv/.installed
 	.venv/bin/ruff check --fix .
 	.venv/bin/ruff format .
 
+docs: .venv/.installed
+	OMP_NUM_THREADS=1 .venv/bin/python -m website
+
 # build/ of an earlier run would be packed again, deleted modules included.
 build: .venv/.installed
 	rm -rf build dist
 	.venv/bin/python -m build --no-isolation
 
 clean:
-	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf build dist site *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find . -path "./.venv*" -prune -o -name __pycache__ -prune -exec rm -rf {} +
 
 # An environment that works is kept, with its Python: one made over another by a different Python would be broken.

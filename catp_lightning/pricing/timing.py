@@ -169,9 +169,11 @@ def measure(
     programs take from the device is mostly left out.
 
     Args:
-        module, model, guide: as in `prune`.
+        module: as in `prune`.
         batch: arguments of the model's `generate`: as many samples as batches will have, of usual and equal sizes.
         policies: the methods of their stages are measured, each alone, at several budgets.
+        model: as in `prune`.
+        guide: as in `prune`.
         seconds: about how long to measure; three rounds are run however long they take.
         call: runs the family's model on the batch in another way; None: `generate`, for one token.
         clock: returns seconds.
