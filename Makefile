@@ -3,6 +3,7 @@
 # make test-all     the slow tests too
 # make test-oldest  the fast tests with the oldest versions pyproject.toml allows, in .venv-oldest
 # make test-quantised  the tests of quantised models, in .venv-quantised: torchao and bitsandbytes are large and talkative
+# make test-lmms    the plug-in of lmms-eval, its own command, in .venv-lmms: its pins are not ours, and it is large
 # make lint         ruff, mypy, and which package may import which; make format repairs what ruff can
 # make bench        pruned prefills against plain decoders on inputs already that short; writes runs/bench (two times six minutes)
 # make docs         the documentation as a site, warnings as errors, in site/; python3 -m http.server -d site shows it
@@ -33,7 +34,7 @@ trap 'kill $$telling 2>/dev/null' EXIT; trap 'exit 130' INT; trap 'exit 143' TER
 $(1)
 endef
 
-.PHONY: help venv demo bench test test-all test-oldest test-quantised lint format docs build clean
+.PHONY: help venv demo bench test test-all test-oldest test-quantised test-lmms lint format docs build clean
 
 help:
 	@sed -n '/^# /s/^# //p;/^$$/q' Makefile
@@ -57,6 +58,9 @@ test-oldest: .venv-oldest/.installed
 
 test-quantised: .venv-quantised/.installed
 	OMP_NUM_THREADS=1 .venv-quantised/bin/python -m pytest -q -m '' tests/models/test_quantised.py
+
+test-lmms: .venv-lmms/.installed
+	OMP_NUM_THREADS=1 .venv-lmms/bin/python -m pytest -q -m '' tests/integrations/test_lmms_eval.py
 
 lint: .venv/.installed
 	.venv/bin/ruff check .
@@ -99,9 +103,12 @@ endef
 # torch first and alone: a pinned version without local tag takes a CPU build where one is offered.
 .venv-oldest/.installed: CONSTRAINTS = constraints-oldest.txt
 .venv-quantised/.installed: EXTRAS = dev,quantised
+.venv-lmms/.installed: CONSTRAINTS = constraints-lmms.txt
+.venv-lmms/.installed: EXTRAS = dev,lmms
 .venv/.installed .venv-quantised/.installed: constraints.txt
 .venv-oldest/.installed: constraints-oldest.txt
-.venv/.installed .venv-oldest/.installed .venv-quantised/.installed: pyproject.toml setup.py
+.venv-lmms/.installed: constraints-lmms.txt
+.venv/.installed .venv-oldest/.installed .venv-quantised/.installed .venv-lmms/.installed: pyproject.toml setup.py
 	@$(call TELLING,$(@D)/bin/python -m pip --version >/dev/null 2>&1 || { $(CREATE); },making $(@D))
 	@echo "Installing torch."
 	@$(call TELLING,$(@D)/bin/python -m pip install --no-compile -c $(CONSTRAINTS) "$$(grep '^torch==' $(CONSTRAINTS))",torch)

@@ -6,7 +6,7 @@ from typing import Any, ClassVar, cast
 
 from jsonargparse import ArgumentError
 from lightning.pytorch import Callback
-from lightning.pytorch.cli import LightningArgumentParser
+from lightning.pytorch.cli import ArgsType, LightningArgumentParser
 
 from catp_lightning.calibration.perturbations import PERTURBATIONS
 from catp_lightning.calibration.report.report import report_folder
@@ -18,6 +18,7 @@ from catp_lightning.callbacks.context import Stage
 from catp_lightning.callbacks.token_pruning import TokenPruning, load_policy
 from catp_lightning.callbacks.watch import Watch
 from catp_lightning.cli.command import Command
+from catp_lightning.cli.options import with_lmms_task
 from catp_lightning.policy import UNITS, Budget, PruningPolicy
 from catp_lightning.utils.files import require_writable
 
@@ -56,8 +57,16 @@ class Calibrate(Command):
             f"{', '.join(PERTURBATIONS)} as '[noise, blur]'. Takes as many times longer."
         )
         parser.add_argument("--augment", type=str | list[str] | None, help=help_)
+        help_ = (
+            "A task of lmms-eval whose training split is calibrated on, through lmms-eval's own model: then --model "
+            "and --data are its, --model.pretrained names the model, --data.split a split. See docs/evaluation.md."
+        )
+        parser.add_argument("--lmms_task", type=str | None, help=help_)
         help_ = "Where the policy goes: a file, or a folder, which several budgets need. The report goes beside it."
         parser.add_argument("--output", type=str, default="policy", help=help_)
+
+    def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
+        super().parse_arguments(parser, with_lmms_task(cast(list[str], args)))
 
     def callbacks(self) -> list[Callback]:
         config = self.config

@@ -20,8 +20,8 @@ class _MatchedHashes(Metric):
     full_state_update = False
     met: Tensor
 
-    def __init__(self, images: int) -> None:
-        super().__init__()
+    def __init__(self, images: int, alone: bool) -> None:
+        super().__init__(sync_on_compute=not alone)
         self.add_state("met", torch.zeros(images, dtype=torch.uint8, device="cpu"), dist_reduce_fx="max")
 
     def update(self, index: Tensor, found: Tensor) -> None:
@@ -47,15 +47,16 @@ class OverlapCheck:
     Args:
         policy: a policy with images in its evidence.
         device: device of the fingerprints; nothing is copied from it before `warn`.
+        alone: True to count the images of this process alone, and wait for no other.
 
     Raises:
         PolicyError: the images in the policy's evidence are damaged.
     """
 
-    def __init__(self, policy: PruningPolicy, device: torch.device) -> None:
+    def __init__(self, policy: PruningPolicy, device: torch.device, alone: bool = False) -> None:
         hashes, self.count = decode_images(policy.evidence["images"])
         self.hashes = hashes.to(device)
-        self._met = _MatchedHashes(len(hashes)).to(device)
+        self._met = _MatchedHashes(len(hashes), alone).to(device)
 
     def see(self, images: Iterable[Tensor]) -> None:
         """Add the fingerprints of a batch: any number of tensors int64 [I]."""
@@ -63,22 +64,32 @@ class OverlapCheck:
         index = torch.searchsorted(self.hashes, seen).clamp(max=len(self.hashes) - 1)
         self._met.update(index, self.hashes[index] == seen)
 
-    def warn(self) -> None:
-        """Warn of the number of calibration images met by all processes, if any.
+    def met(self) -> int:
+        """Return the number of calibration images met; a policy may know a sample of them, and then it is estimated.
 
-        Every process must call this at the end of the epoch.
+        Every process must call this, unless each counts alone.
         """
-        met = int(self._met.compute())
-        if not met:
-            return
-        sample = self.count > len(self.hashes)
-        number = f"about {met * self.count // len(self.hashes):,}" if sample else f"{met:,}"
-        rank_zero_warn(
+        return int(self._met.compute()) * self.count // len(self.hashes)
+
+    def message(self) -> str | None:
+        """Return a warning of the calibration images met, None if there are none; called as `met`."""
+        if not (met := self.met()):
+            return None
+        number = f"about {met:,}" if self.count > len(self.hashes) else f"{met:,}"
+        return (
             f"This split contains {number} of the {self.count:,} images that the policy was calibrated on: its figures "
             "here are likely better than on new images. Evaluate on images that calibration did not read."
         )
 
+    def warn(self) -> None:
+        """Warn of the calibration images met by all processes, if any.
 
-def overlap_check(policy: PruningPolicy, device: torch.device) -> OverlapCheck | None:
+        Every process must call this at the end of the epoch.
+        """
+        if (told := self.message()) is not None:
+            rank_zero_warn(told)
+
+
+def overlap_check(policy: PruningPolicy, device: torch.device, alone: bool = False) -> OverlapCheck | None:
     """Return an `OverlapCheck` for one loop; None if the policy's evidence holds no images."""
-    return OverlapCheck(policy, device) if has_images(policy) else None
+    return OverlapCheck(policy, device, alone) if has_images(policy) else None

@@ -1,5 +1,6 @@
 """What a policy is saved to and loaded from: files, folders, Weights & Biases, the Hugging Face hub."""
 
+import hashlib
 import json
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
@@ -32,12 +33,20 @@ class Stored(ABC):
         Args:
             path: a file; a path without a suffix is a folder, which gets `policy.json`.
         """
-        path, values = Path(path), self.to_dict()
-        file = path if path.suffix else path / POLICY
+        path = Path(path)
+        return write_text(path if path.suffix else path / POLICY, self._text())
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 of the file that `save` writes, as 64 hex digits: `sha256sum policy.json` prints it."""
+        return hashlib.sha256(self._text().encode()).hexdigest()
+
+    def _text(self) -> str:
+        values = self.to_dict()
         text = json.dumps(values, indent=2, allow_nan=False)
         if len(text) >= LARGEST:  # with indentation it would be too large to load
             text = json.dumps(values, allow_nan=False)
-        return write_text(file, text + "\n")
+        return text + "\n"
 
     @classmethod
     def load(

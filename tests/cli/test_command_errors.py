@@ -3,6 +3,7 @@
 import json
 import re
 import shutil
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -52,6 +53,8 @@ def test_a_corrupt_image_ends_a_run_and_leaves_an_old_file_as_it_was(made, tmp_p
         (["calibrate", "--budget", "{flops: 0.5}"], 2, "budget is in 'flops'"),
         (["calibrate", "--budget", "{tokens: [0.5, 0.25]}", "--output", "policy.json"], 2, "give a folder"),
         (["calibrate", "--budget", "{tokens: 0.5}", "--keep", "0.5"], 2, "one calibration has one of them"),
+        (["calibrate", "--lmms_task"], 2, "needs the name of a task"),
+        (["calibrate", "--lmms-task="], 2, "needs the name of a task"),
         (["test", "--scorer", "strid"], 2, "Did you mean 'stride'?"),
         (["test", "--scorer", "stride", "--scorer_args", "{layer: 2}"], 2, "no argument 'layer'"),
         (["test", "--scorer", "stride", "--selector", "best"], 2, "no selector 'best'"),
@@ -159,3 +162,11 @@ def test_a_process_of_its_own_that_fails_ends_with_its_status_and_the_message():
     assert done.returncode == 2
     assert re.search(said, done.stderr)
     assert not Path("new").exists()
+
+
+@pytest.mark.skipif(find_spec("lmms_eval") is not None, reason="lmms-eval is installed: tests/integrations run it")
+@pytest.mark.parametrize("option", [["--lmms_task", "pope"], ["--lmms-task=pope"]])
+def test_a_task_of_lmms_eval_needs_lmms_eval(option, capsys):
+    status, message = fails(capsys, "calibrate", *option)
+    assert status == 2
+    assert "pip install 'catp-lightning[lmms]'" in message

@@ -1,5 +1,6 @@
 """A policy is saved whole, loads as it was, and refuses with the value and what is allowed."""
 
+import hashlib
 import json
 import os
 from pathlib import Path
@@ -159,3 +160,10 @@ def test_whatever_a_file_holds_it_is_a_policy_or_a_policy_error(changes: dict[st
     except PolicyError:
         return
     assert PruningPolicy.from_dict(policy.to_dict()) == policy
+
+
+@pytest.mark.parametrize("evidence", [{}, {"text": "x" * 3 * 2**20, "many": [0] * 2**17}])
+def test_the_digest_is_that_of_the_file_that_is_saved(evidence: dict[str, Any], tmp_path: Path) -> None:
+    policy = PruningPolicy("catp", keep=0.5, evidence=evidence)
+    assert policy.digest == hashlib.sha256(policy.save(tmp_path / "policy.json").read_bytes()).hexdigest()
+    assert policy.digest != policy.with_keep(0.25).digest
