@@ -20,7 +20,7 @@ NAV: list[Any] = [
     {"Home": ["index.md", "start.md", "tour.md", "how-it-works.md", "budget.md", "faq.md"]},
     {"Guides": ["calibration.md", "evaluation.md", "performance.md", "reliability.md"]},
     {"Results": ["results.md", "calibrated.md"]},
-    {"About": ["design.md", "contributing.md", "versioning.md", "changelog.md"]},
+    {"About": ["design.md", "contributing.md", "versioning.md", "changelog.md", "security.md"]},
 ]
 
 

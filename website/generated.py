@@ -52,7 +52,7 @@ def scorer_pages(pictures: set[str]) -> Pages:
             ("Runs on", ", ".join(model for model, cell in runs[name].items() if cell == "yes")),
         ]
         if scorer.control:
-            facts.append(("Control", "takes part in every calibration: what is chosen must be ahead of it"))
+            facts.append(("Control", "takes part in every calibration, whose policy says where it is level or ahead"))
         use = f'TokenPruning(PruningPolicy("{name}", keep=0.25))'
         yield (
             Path("scorers", f"{name}.md"),
@@ -89,7 +89,7 @@ def api_pages() -> Pages:
     seen: dict[str, str] = {}
     for package, chosen in API.items():
         module = import_module(package)
-        text = f"# `{package}`\n\n{(module.__doc__ or '').strip()}\n"
+        text = f"# `{package}`\n\n{(module.__doc__ or '').strip().replace('Example::', '**Example**')}\n"
         for name in sorted(chosen or module.__all__, key=str.lower):
             value = getattr(module, name)
             defined = isinstance(value, type | FunctionType) and value.__module__.startswith("catp_lightning")
@@ -140,7 +140,7 @@ def _source(cls: type, title: str = "Code") -> str:
     options = "    options:\n      members: false\n      heading_level: 3\n"
     return (
         f"## The class\n\n::: {cls.__module__}.{cls.__qualname__}\n{options}\n"
-        f"## {title}\n\n`{cls.__module__}`\n\n~~~~~~python\n{inspect.getsource(cls)}~~~~~~\n"
+        f"## {title}\n\n`{cls.__module__}`\n\n~~~~~~python\n{inspect.getsource(import_module(cls.__module__))}~~~~~~\n"
     )
 
 

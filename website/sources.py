@@ -10,6 +10,7 @@ RENAMED = {
     "README.md": "index.md",
     "CHANGELOG.md": "changelog.md",
     "CONTRIBUTING.md": "contributing.md",
+    "SECURITY.md": "security.md",
     "examples/tour.ipynb": "tour.md",
 }
 """Pages outside of docs/ that are pages of the site, and their names there."""
