@@ -71,6 +71,12 @@ def test_a_page_asks_nothing_of_a_network_and_stays_small() -> None:
     ]
 
 
+def test_tags_in_the_text_are_shown_and_not_obeyed() -> None:
+    found = Read(html_page("t", '# t\n\na <b onclick="x">c</b>\n\n<iframe src="https://d.example"></iframe>\n', {}, {}))
+    assert not {"b", "iframe"} & {tag for tag, _ in found.tags}
+    assert '<iframe src="https://d.example">' in "".join(found.texts)
+
+
 def test_a_figure_without_anything_to_hover_over_is_a_picture() -> None:
     empty = Figure()
     empty.subplots().text(0.5, 0.5, "words")
