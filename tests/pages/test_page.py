@@ -58,12 +58,12 @@ def test_a_name_is_shown_as_it_is_wherever_data_stand(name: str) -> None:
 
 
 def test_a_page_asks_nothing_of_a_network_and_stays_small() -> None:
-    pictures = [Example("keep 0.5", False, "q", "a", "b", bytes(90_000)) for _ in range(9)]
+    pictures = [Example("keep 0.5", kind, "q", "a", "b", bytes(90_000)) for kind in (False, True) for _ in range(9)]
     page = html_page("t", "# t\n\n![plot](plot.png)\n", {"plot": drawn("a")}, {}, pictures)
     assert "default-src 'none'" in page and len(page) < 2_000_000
     found = Read(page)
     assert [tag for tag, own in found.tags if tag == "img"] == ["img"] * 3, "of pictures those that fit are shown"
-    assert "keep 0.5: other answer (3)" in "".join(found.texts)
+    assert all(f"keep 0.5: {kind}" in "".join(found.texts) for kind in ("other answer (2)", "same answer (1)"))
     assert not [
         tag
         for tag, own in found.tags
