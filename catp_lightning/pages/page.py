@@ -65,7 +65,7 @@ def html_page(
             called as one of the figures, "heads.png", becomes that figure.
         figures: figures by the names of their files without suffix.
         images: PNG files of the same figures, for one that has nothing to hover over.
-        examples: examples; of those that together exceed `PICTURES` the last are left out.
+        examples: examples; where they together exceed `PICTURES`, the last of each kind are left out.
     """
     plots = {name: panels(figure) for name, figure in figures.items()}
     shown = [example.cells() for example in _that_fit(examples)]
@@ -85,12 +85,18 @@ def html_page(
 
 
 def _that_fit(examples: Sequence[Example]) -> list[Example]:
-    shown, size = [], 0
-    for example in examples:
-        size += len(example.picture)
+    """Return examples whose pictures together are small enough: the first of each kind, then the second ones."""
+    before: Counter[tuple[str, bool]] = Counter()
+    ranks = []
+    for place, example in enumerate(examples):
+        ranks.append((before[example.at, example.agrees], place))
+        before[example.at, example.agrees] += 1
+    fitting, size = [], 0
+    for _, place in sorted(ranks):
+        size += len(examples[place].picture)
         if size <= PICTURES:
-            shown.append(example)
-    return shown
+            fitting.append(place)
+    return [examples[place] for place in sorted(fitting)]
 
 
 def _rendered(markdown: str, plots: Mapping[str, Sequence[Panel]], images: Mapping[str, bytes]) -> str:

@@ -25,7 +25,7 @@ class Picture:
         """Return the picture as the bytes of a PNG file, on a white ground."""
         return png(self.figure)
 
-    def jpeg(self, width: int = 720, height: int = 540, quality: int = 75) -> bytes:
+    def jpeg(self, width: int = 640, height: int = 400, quality: int = 60) -> bytes:
         """Return the picture as the bytes of a small JPEG file, of at most `width` by `height` pixels."""
         with Image.open(BytesIO(self.png())) as whole:
             image = whole.convert("RGB")

@@ -89,7 +89,7 @@ def test_their_pictures_are_small_and_all_of_them_are_in_the_page(
     assert [base64.b64decode(one) for one in inlined] == [example.picture for example in examples]
     for example in examples:
         with Image.open(BytesIO(example.picture)) as image:
-            assert image.format == "JPEG" and 100 < image.width <= 720 and image.height <= 540
+            assert image.format == "JPEG" and 100 < image.width <= 640 and image.height <= 400
 
 
 def test_no_batch_is_answered_again_where_no_example_is_asked_for(tmp_path: Path) -> None:

@@ -58,17 +58,23 @@ def test_a_name_is_shown_as_it_is_wherever_data_stand(name: str) -> None:
 
 
 def test_a_page_asks_nothing_of_a_network_and_stays_small() -> None:
-    pictures = [Example("keep 0.5", False, "q", "a", "b", bytes(90_000)) for _ in range(9)]
+    pictures = [Example("keep 0.5", kind, "q", "a", "b", bytes(90_000)) for kind in (False, True) for _ in range(9)]
     page = html_page("t", "# t\n\n![plot](plot.png)\n", {"plot": drawn("a")}, {}, pictures)
     assert "default-src 'none'" in page and len(page) < 2_000_000
     found = Read(page)
     assert [tag for tag, own in found.tags if tag == "img"] == ["img"] * 3, "of pictures those that fit are shown"
-    assert "keep 0.5: other answer (3)" in "".join(found.texts)
+    assert all(f"keep 0.5: {kind}" in "".join(found.texts) for kind in ("other answer (2)", "same answer (1)"))
     assert not [
         tag
         for tag, own in found.tags
         if tag in ("script", "link", "img") and re.match("https?:|//", str(own.get("src") or own.get("href") or ""))
     ]
+
+
+def test_tags_in_the_text_are_shown_and_not_obeyed() -> None:
+    found = Read(html_page("t", '# t\n\na <b onclick="x">c</b>\n\n<iframe src="https://d.example"></iframe>\n', {}, {}))
+    assert not {"b", "iframe"} & {tag for tag, _ in found.tags}
+    assert '<iframe src="https://d.example">' in "".join(found.texts)
 
 
 def test_a_figure_without_anything_to_hover_over_is_a_picture() -> None:
