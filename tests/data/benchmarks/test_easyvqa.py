@@ -48,7 +48,7 @@ def test_a_file_without_questions_is_refused(content: str, tmp_path: Path) -> No
 def test_the_package_itself_is_read(split: str, questions: int, images: int) -> None:
     found = importlib.util.find_spec("easy_vqa")
     if found is None or found.origin is None:
-        pytest.skip("easy-vqa is not installed: pip install --no-deps easy-vqa")
+        pytest.skip("easy-vqa is not installed: pip install easy-vqa")
     dataset = BenchmarkDataset(EasyVQA(str(Path(found.origin).parent / "data" / split)))
     assert (len(dataset), len(set(dataset.image_ids))) == (questions, images)
     assert len({record.reference for record in dataset.records}) == 13
