@@ -140,7 +140,7 @@ class AnswerTraining(Training):
     def loss(self, batch: dict[str, Any]) -> Tensor:
         output = self.model(**batch["inputs"], labels=batch["labels"])
         words = batch["labels"][:, 1:]
-        asked = (words != -100) & (words != self.model.config.text_config.eos_token_id)
+        asked = (words != -100) & (words != self.model.config.get_text_config().eos_token_id)
         self.log("loss", output.loss.detach())
         self.log("right", (output.logits[:, :-1].argmax(-1) == words)[asked].float().mean())
         loss: Tensor = output.loss
