@@ -66,6 +66,7 @@ lint: .venv/.installed
 	.venv/bin/ruff check .
 	.venv/bin/ruff format --check .
 	.venv/bin/mypy
+	.venv/bin/mypy examples/easy_vqa
 	.venv/bin/lint-imports --no-cache
 
 format: .venv/.installed

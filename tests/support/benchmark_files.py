@@ -4,7 +4,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from catp_lightning.data.benchmarks import GQA, POPE, DocVQA, OCRBench, Reader, TextVQA, VizWiz
+from catp_lightning.data.benchmarks import GQA, POPE, DocVQA, EasyVQA, OCRBench, Reader, TextVQA, VizWiz
 from tests.support.benchmark_tasks import mmbench, mme, refcoco, scienceqa
 from tests.support.benchmark_writing import write_images, write_json, write_lines
 
@@ -49,6 +49,21 @@ def gqa(folder: Path, **change: Any) -> GQA:
     images = write_images(folder / "images", ["n0.jpg", "n1.jpg"])
     content["020132"].update(change)
     return GQA(write_json(folder / "testdev_balanced_questions.json", content), images)
+
+
+def easyvqa(folder: Path, second: Any = None) -> EasyVQA:
+    """Four questions about two images; `second` stands in the place of the second question."""
+    content: list[Any] = [
+        ["what is the red shape?", "triangle", 0],
+        ["is there not a black shape in the image?", "yes", 0],
+        ["what color is the rectangle?", "teal", 1],
+        ["does the image contain a circle?", "no", 1],
+    ]
+    write_images(folder / "images", ["0.png", "1.png"])
+    if second is not None:
+        content[1] = second
+    write_json(folder / "questions.json", content)
+    return EasyVQA(str(folder))
 
 
 def textvqa(folder: Path, **change: Any) -> TextVQA:
@@ -138,6 +153,7 @@ def ocrbench(folder: Path, **change: Any) -> OCRBench:
 
 DATA_SETS: Mapping[str, Callable[..., Reader]] = {
     "docvqa": docvqa,
+    "easyvqa": easyvqa,
     "gqa": gqa,
     "mmbench": mmbench,
     "mme": mme,

@@ -10,7 +10,7 @@ import pytest
 import yaml
 
 ROOT = Path(__file__).parents[2]
-PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md"), *ROOT.glob(".github/**/*.md")])
+PAGES = sorted(page for place in ("", "docs/**/", "examples/**/", ".github/**/") for page in ROOT.glob(f"{place}*.md"))
 
 
 def prose(page: Path) -> str:

@@ -2,6 +2,7 @@
 
 from catp_lightning.data.benchmarks.dataset import BenchmarkDataset
 from catp_lightning.data.benchmarks.docvqa import DocVQA
+from catp_lightning.data.benchmarks.easyvqa import EasyVQA
 from catp_lightning.data.benchmarks.gqa import GQA
 from catp_lightning.data.benchmarks.mmbench import MMBench
 from catp_lightning.data.benchmarks.mme import MME
@@ -21,6 +22,7 @@ __all__ = [
     "BenchmarkDataModule",
     "BenchmarkDataset",
     "DocVQA",
+    "EasyVQA",
     "MMBench",
     "OCRBench",
     "Reader",

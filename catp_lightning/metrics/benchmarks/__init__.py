@@ -3,6 +3,7 @@
 from torchmetrics import Metric
 
 from catp_lightning.metrics.benchmarks.docvqa import ANLS
+from catp_lightning.metrics.benchmarks.easyvqa import EasyVQAAccuracy
 from catp_lightning.metrics.benchmarks.gqa import GQAAccuracy
 from catp_lightning.metrics.benchmarks.mean_score import MeanScore
 from catp_lightning.metrics.benchmarks.mmbench import MMBenchAccuracy
@@ -15,6 +16,7 @@ from catp_lightning.metrics.benchmarks.ten_answers import TextVQAAccuracy, VizWi
 
 BENCHMARKS: dict[str, type[Metric]] = {
     "docvqa": ANLS,
+    "easyvqa": EasyVQAAccuracy,
     "gqa": GQAAccuracy,
     "mmbench": MMBenchAccuracy,
     "mme": MMEScores,
@@ -31,6 +33,7 @@ batch's references, and `compute()`, which returns figures by name."""
 __all__ = [
     "ANLS",
     "BENCHMARKS",
+    "EasyVQAAccuracy",
     "GQAAccuracy",
     "MMBenchAccuracy",
     "MMEScores",

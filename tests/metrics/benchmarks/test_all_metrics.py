@@ -13,6 +13,7 @@ CHOICE = Choice(("sky", "grass", "sea"), "B")
 VQA, FORMULA = "Doc-oriented VQA", "Handwritten Mathematical Expression Recognition"
 UPDATES: dict[str, tuple[list[str], list[Any]]] = {
     "pope": (["yes", "no", "yes", "No."], ["yes", "yes", "no", "no"]),
+    "easyvqa": (["Yes.", "dark red", "Teal", "no"], ["yes", "red", "teal", "yes"]),
     "gqa": (["Yes.", "a dog", "red", "no"], ["yes", "dog", "red", "no"]),
     "scienceqa": (["B", "B. grass", "C", "grass"], [CHOICE] * 4),
     "docvqa": (["ab", "Hello", "hallo", "x"], [["ab"], ["hello", "x"], ["hello"], ["abc"]]),
@@ -44,6 +45,7 @@ UPDATES: dict[str, tuple[list[str], list[Any]]] = {
 }
 VALUES: dict[str, dict[str, float]] = {
     "pope": {"accuracy": 0.5, "precision": 0.5, "recall": 0.5, "f1": 0.5, "yes_ratio": 0.5},
+    "easyvqa": {"accuracy": 0.5},
     "gqa": {"accuracy": 0.75},
     "scienceqa": {"accuracy": 0.5},
     "docvqa": {"anls": 0.7},
