@@ -78,6 +78,7 @@ def test_the_wheel_names_its_license_its_python_and_its_entry_points(
     assert files["LICENSE"] == (ROOT / "LICENSE").read_text()
     assert files["entry_points.txt"].split() == [
         *("[console_scripts]", "catp", "=", "catp_lightning.cli.main:main"),
+        *("[lmms_eval.models]", "catp", "=", "catp_lightning.integrations.lmms_eval:manifest"),
         *("[vllm.general_plugins]", "catp_lightning", "=", "catp_lightning.serving.vllm_plugin:register"),
     ]
 
