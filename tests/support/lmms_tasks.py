@@ -92,6 +92,8 @@ def with_template(folder: Path, model: str) -> Path:
     copy = folder / model
     shutil.copytree(shipped(model), copy)
     before, after = PROMPTS[model].split("{}")
+    if model == "digits_mllama":  # the processor and its tokenizer each begin a text; lmms-eval lets neither do it
+        before = before.replace("<|image|>", "<|begin_of_text|><|image|><|begin_of_text|>")
     text = "{% for part in messages[-1]['content'] if part['type'] == 'text' %}{{ part['text'] }}{% endfor %}"
     (copy / "chat_template.jinja").write_text(f"{{{{ {before!r} }}}}{text}{{{{ {after!r} }}}}")
     return copy
@@ -99,10 +101,10 @@ def with_template(folder: Path, model: str) -> Path:
 
 @dataclass(frozen=True)
 class Evaluated:
-    """What one run of lmms-eval wrote: results, and answers by question id."""
+    """What one run of lmms-eval wrote: results, and answers in the order of the task's records."""
 
     results: dict[str, Any]
-    answers: dict[int, str]
+    answers: list[str]
 
 
 def lmms_eval(folder: Path, tasks: Path, runs: Mapping[str, Mapping[str, object]]) -> tuple[dict[str, Evaluated], str]:
@@ -131,6 +133,6 @@ def _written(folder: Path) -> Evaluated:
     (results,) = folder.rglob("*_results.json")
     (samples,) = folder.rglob("*_samples_*.jsonl")
     lines = [json.loads(line) for line in samples.read_text().splitlines()]
-    answers = {line["doc"]["question_id"]: line["filtered_resps"][0].strip() for line in lines}
+    answers = {line["doc_id"]: line["filtered_resps"].strip() for line in lines}
     assert len(answers) == len(lines)  # no question twice
-    return Evaluated(json.loads(results.read_text()), answers)
+    return Evaluated(json.loads(results.read_text()), [answers[number] for number in range(len(answers))])
