@@ -23,7 +23,7 @@ from catp_lightning.calibration.report.report import HTML, PAGE, report, report_
 from catp_lightning.calibration.search.promise import Over, Promise
 from catp_lightning.calibration.settings import DEFAULTS, CalibrationSettings
 from catp_lightning.callbacks.budgets import Budgets
-from catp_lightning.callbacks.calibration_examples import examples_of
+from catp_lightning.callbacks.calibration_examples import checked_number, examples_of
 from catp_lightning.callbacks.calibration_run import CalibrationRun, is_hidden
 from catp_lightning.callbacks.context import LoopContext, Stage
 from catp_lightning.callbacks.loaders import refuse_unordered
@@ -138,7 +138,7 @@ class CrossAttentionCalibration(LoopContext):
     ) -> None:
         super().__init__(("predict",))
         self.path, self.model, self.settings = Path(path), model, settings
-        self.perturbations, self.examples = perturbations(augment), examples
+        self.perturbations, self.examples = perturbations(augment), checked_number(examples)
         self.promise = Promise.asked(max_disagreement, confidence, over, group_by)
         self.budgets = Budgets.of(keep, budget, self.promise is not None)
         self.budgets.check_beside(self.path, profile is not None, settings.counts, scorer)

@@ -16,6 +16,7 @@ from catp_lightning.calibration.report.evidence import budget_name
 from catp_lightning.calibration.report.questions import decoded
 from catp_lightning.callbacks.calibration_run import CalibrationRun
 from catp_lightning.callbacks.steps import batches_again, unshared
+from catp_lightning.errors import PolicyError
 from catp_lightning.pages import Example
 from catp_lightning.plots import kept_tokens
 from catp_lightning.policy import PruningPolicy
@@ -33,6 +34,17 @@ MOST = 32
 
 Wanted = dict[int, set[int]]
 """Checksums of samples (image and question) by the number of their batch."""
+
+
+def checked_number(examples: int) -> int:
+    """Return a number of examples.
+
+    Raises:
+        PolicyError: it is no whole number from 0 on.
+    """
+    if isinstance(examples, bool) or not isinstance(examples, int) or examples < 0:
+        raise PolicyError(f"examples is {examples!r:.200}; it is a whole number of questions of each kind, 0 for none.")
+    return examples
 
 
 def examples_of(
@@ -53,7 +65,7 @@ def examples_of(
             there are none, or where all policies together would have more than `MOST`. 0: no step runs.
         guide: the model that the scorer `sgl` reads.
     """
-    if most <= 0:
+    if not most:
         return []
     run.lines.now = "asking a few questions again, for the report"
     try:

@@ -11,7 +11,7 @@ import pytest
 import torch
 from PIL import Image
 
-from catp_lightning import CrossAttentionCalibration, PruningPolicy, prune
+from catp_lightning import CrossAttentionCalibration, PolicyError, PruningPolicy, prune
 from catp_lightning.calibration.split import part_of
 from catp_lightning.callbacks import calibration, calibration_examples
 from catp_lightning.callbacks.calibration_examples import BATCHES, wanted_samples
@@ -137,3 +137,9 @@ def test_samples_that_disagree_choose_the_batches_and_those_that_agree_lie_besid
     assert wanted_samples(batches, keys, np.ones(80, dtype=bool), 2) == {0: {0, 1}}
     assert wanted_samples(batches, keys[:0], agreed[:0], 2) == {}
     assert wanted_samples(batches[:3], keys, agreed, 4) == {0: {3, 0, 1, 2, 4}}, "of this process's batches alone"
+
+
+@pytest.mark.parametrize("wrong", [-1, 1.5, True, "four"])
+def test_what_is_no_number_of_examples_is_refused_before_anything_runs(wrong: Any) -> None:
+    with pytest.raises(PolicyError, match=f"examples is {wrong!r}; it is a whole number"):
+        CrossAttentionCalibration(examples=wrong)
