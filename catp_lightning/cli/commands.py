@@ -62,6 +62,8 @@ class Calibrate(Command):
             "and --data are its, --model.pretrained names the model, --data.split a split. See docs/evaluation.md."
         )
         parser.add_argument("--lmms_task", type=str | None, help=help_)
+        help_ = "How many questions answered alike, and how many answered otherwise, report.html shows with images."
+        parser.add_argument("--examples", type=int, default=4, help=help_)
         help_ = "Where the policy goes: a file, or a folder, which several budgets need. The report goes beside it."
         parser.add_argument("--output", type=str, default="policy", help=help_)
 
@@ -84,6 +86,7 @@ class Calibrate(Command):
             scorer_args=config.scorer_args,
             selector=config.selector,
             augment=config.augment,
+            examples=config.examples,
         )
         path = self.calibration.path
         require_writable(path, self.calibration.budgets.several or not path.suffix)

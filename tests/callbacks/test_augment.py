@@ -42,7 +42,7 @@ NAMES = ("Blip2-OPT", "Llava", "Mllama")
 
 def calibrate(module: Generating, batches: Batches, path: Path, keep: Any = 0.5, **options: Any) -> PruningPolicy:
     """With as few probes as can be, all images in one round, and every other image to check on."""
-    callback = CrossAttentionCalibration(path, keep=keep, **{"settings": QUICKEST, **options})
+    callback = CrossAttentionCalibration(path, keep=keep, **{"settings": QUICKEST, "examples": 0, **options})
     trainer(callback, devices=1).predict(module, loading(batches))
     return callback.policies[0]
 
@@ -194,6 +194,7 @@ def test_a_calibration_that_ends_among_the_copies_of_a_batch_goes_on_from_the_ba
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("catp_lightning.calibration.checkpoint.EVERY", 1)
+    monkeypatch.setattr("catp_lightning.calibration.replay.memory.LIMIT", 0)  # every pass reads the split again
     options: dict[str, Any] = {"augment": ["blur", "noise"], "scorer": "catp"}
     batches, undisturbed = data(32, 8), Stopping()
     expected = calibrate(undisturbed, batches, tmp_path / "undisturbed.json", **options)

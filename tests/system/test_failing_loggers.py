@@ -136,4 +136,4 @@ def test_where_the_service_of_wandb_is_killed_policy_report_and_predictions_are_
     assert "killed" in ended.said and "4 predictions" in ended.said, ended.said
     assert ended.said.count("could not be logged") == 2, "the calibration told of it, and the prediction"
     assert (tmp_path / "p-report/report.md").is_file() and PruningPolicy.load(tmp_path / "p.json").keep == 0.5
-    assert json.loads((tmp_path / "p.json").read_text())["keep"] == {"share": 0.5}
+    assert json.loads((tmp_path / "p.json").read_text())["stages"][0]["keep"] == {"share": 0.5}
