@@ -31,6 +31,4 @@ def data(folder: Path, calibration: int, test: int, a_scene: int = 2) -> VQAData
 
 
 def _split(folder: Path, name: Split, questions: int, a_scene: int) -> VQASplit:
-    write_scenes(folder, name, questions, questions_per_image=a_scene, grids=GRIDS[NAME])
-    files = folder / "questions.json", folder / "images", folder / "annotations.json"
-    return VQASplit(*files, image_name="{image_id:012d}.png")
+    return VQASplit.of_scenes(write_scenes(folder, name, questions, questions_per_image=a_scene, grids=GRIDS[NAME]))

@@ -63,10 +63,7 @@ def _scene(name: str) -> tuple[VQAModule, dict[str, Any]]:
     """Return a shipped model in a module, and a batch of one question about a scene of digits."""
     model = str(shipped(name))
     with tempfile.TemporaryDirectory() as folder:
-        files = write_scenes(folder, "test", 1, grids=GRIDS[name][-1:])
-        split = VQASplit(
-            files / "questions.json", files / "images", files / "annotations.json", image_name="{image_id:012d}.png"
-        )
+        split = VQASplit.of_scenes(write_scenes(folder, "test", 1, grids=GRIDS[name][-1:]))
         data = VQADataModule(model, test=split, prompt=PROMPTS[name], batch_size=1)
         data.setup("test")
         batch = next(iter(data.test_dataloader()))

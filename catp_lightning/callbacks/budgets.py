@@ -9,7 +9,7 @@ from catp_lightning.calibration.search.promise import GRID, descending
 from catp_lightning.errors import PolicyError
 from catp_lightning.models import Family
 from catp_lightning.policy import PruningPolicy, check_keep, check_price
-from catp_lightning.policy.locations import POLICY, budget_file_name
+from catp_lightning.policy.locations import budget_file_name, policy_file
 from catp_lightning.utils.messages import rank_zero_warn
 
 ASSUMED_TOKENS = 2**20
@@ -110,11 +110,11 @@ class Budgets:
         """Return the file that a policy is saved to."""
         if self.several:
             return path / budget_file_name(policy.keep, policy.budget)
-        return path if path.suffix else path / POLICY
+        return policy_file(path)
 
     def files(self, path: Path) -> list[Path]:
         """Return the files that policies may be saved to."""
         if not self.several:
-            return [path if path.suffix else path / POLICY]
+            return [policy_file(path)]
         priced = [None if self.unit is None else {self.unit: float(amount)} for amount in self.amounts]
         return [path / budget_file_name(amount, price) for amount, price in zip(self.amounts, priced, strict=True)]

@@ -135,6 +135,7 @@ def _heatmaps(axes: Axes) -> Iterator[dict[str, Any]]:
         values = np.asarray(image.get_array())
         colours = image.to_rgba(values)
         named = "" if image.colorbar is None else f"{image.colorbar.ax.get_ylabel()} "
+        rows, columns = (_ticks(*one) for one in zip((axes.yaxis, axes.xaxis), values.shape[:2], strict=True))
         yield {
             "name": "",
             "cells": [
@@ -142,7 +143,7 @@ def _heatmaps(axes: Axes) -> Iterator[dict[str, Any]]:
                 for row, column in np.ndindex(values.shape)
             ],
             "texts": [
-                f"{axes.get_ylabel()} {_tick(axes.yaxis, row)}, {axes.get_xlabel()} {_tick(axes.xaxis, column)}: "
+                f"{axes.get_ylabel()} {rows[row]}, {axes.get_xlabel()} {columns[column]}: "
                 f"{named}{values[row, column]:.3g}"
                 for row, column in np.ndindex(values.shape)
             ],
@@ -166,10 +167,10 @@ def _bars(axes: Axes) -> Iterator[dict[str, Any]]:
             }
 
 
-def _tick(axis: Axis, place: float) -> str:
-    """Return the text of the tick at a place, or the place itself where there is none."""
+def _ticks(axis: Axis, count: int) -> list[str]:
+    """Return the texts of the ticks at 0 to `count` - 1, or the place itself where there is none."""
     ticks = dict(_axis(axis)["ticks"])
-    return ticks.get(float(place), f"{place:g}")
+    return [ticks.get(float(place), f"{place:g}") for place in range(count)]
 
 
 def _at(axes: Axes, place: float, beside: bool = False) -> str:

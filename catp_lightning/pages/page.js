@@ -75,6 +75,8 @@ function column(points, place) {
   return points.map((point) => point[place]);
 }
 
+const f = (field) => ({ field });
+
 // Returns the renderers of one series, and among them those that are hovered over.
 function draw(plot, series, x) {
   const { name, color, dash, width } = series;
@@ -82,19 +84,17 @@ function draw(plot, series, x) {
     const line = { x: x.range, y: [series.at, series.at], text: [series.text, series.text], name: [name, name] };
     const source = new Bokeh.ColumnDataSource({ data: line });
     const look = { source, line_color: color, line_dash: dash, line_width: width };
-    return { all: [plot.line({ field: "x" }, { field: "y" }, look)], hovered: [] };
+    return { all: [plot.line(f("x"), f("y"), look)], hovered: [] };
   }
   const names = series.texts.map(() => name);
   if (series.cells !== undefined) {
     const [xs, ys, w, h, c] = [0, 1, 2, 3, 4].map((place) => column(series.cells, place));
     const source = new Bokeh.ColumnDataSource({ data: { x: xs, y: ys, w, h, c, text: series.texts, name: names } });
-    const f = (field) => ({ field });
     const cells = plot.rect(f("x"), f("y"), f("w"), f("h"), { source, fill_color: f("c"), line_color: f("c") });
     return { all: [cells], hovered: [cells] };
   }
   const [xs, ys, low, high] = [0, 1, 2, 3].map((place) => column(series.points, place));
   const source = new Bokeh.ColumnDataSource({ data: { x: xs, y: ys, low, high, text: series.texts, name: names } });
-  const f = (field) => ({ field });
   const all = [plot.segment(f("x"), f("low"), f("x"), f("high"), { source, line_color: color, line_width: 1.2 })];
   if (dash) all.push(plot.line(f("x"), f("y"), { source, line_color: color, line_dash: dash, line_width: width }));
   const look = { source, marker: series.marker || "circle", size: series.marker ? 9 : 4, color };

@@ -62,6 +62,11 @@ def find(path: str | Path, keep: int | float | None, price: tuple[str, float] | 
     return str(place), values
 
 
+def policy_file(path: Path) -> Path:
+    """Return the file of one policy: `path` itself, or `policy.json` in it where it has no suffix and is a folder."""
+    return path if path.suffix else path / POLICY
+
+
 def budget_file_name(keep: int | float, price: Mapping[str, float] | None = None) -> str:
     """File name of a budget in a folder of several.
 

@@ -11,7 +11,7 @@ from catp_lightning.errors import PolicyError
 from catp_lightning.policy.budgets import check_keep, check_price
 from catp_lightning.policy.frozen import LARGEST
 from catp_lightning.policy.hub import push, save_card
-from catp_lightning.policy.locations import HUB, POLICY, find
+from catp_lightning.policy.locations import HUB, POLICY, find, policy_file
 from catp_lightning.utils.files import write_text
 
 
@@ -33,8 +33,7 @@ class Stored(ABC):
         Args:
             path: a file; a path without a suffix is a folder, which gets `policy.json`.
         """
-        path = Path(path)
-        return write_text(path if path.suffix else path / POLICY, self._text())
+        return write_text(policy_file(Path(path)), self._text())
 
     @property
     def digest(self) -> str:

@@ -39,9 +39,7 @@ def test_the_block_of_the_readme_runs(tmp_path: Path, monkeypatch: pytest.Monkey
     monkeypatch.chdir(tmp_path)
     splits = {}
     for name in ("calibration", "test"):
-        folder = write_scenes(tmp_path / name, name, 48, grids=GRIDS["digits_llava"])
-        files = folder / "questions.json", folder / "images", folder / "annotations.json"
-        splits[name] = VQASplit(*files, image_name="{image_id:012d}.png")
+        splits[name] = VQASplit.of_scenes(write_scenes(tmp_path / name, name, 48, grids=GRIDS["digits_llava"]))
     model = str(shipped("digits_llava"))
     data = VQADataModule(model, **splits, prompt=PROMPTS["digits_llava"], batch_size=16)
     data.setup()
