@@ -78,3 +78,8 @@ def of_known(change: Callable[..., Tensor], *tensors: Tensor) -> Tensor:
     if all(known(tensor) for tensor in tensors):
         return on_device(change(*on_cpu(*tensors)), tensors[0].device)
     return change(*tensors)
+
+
+def for_numpy(like: Tensor) -> bool:
+    """Return True if `like` is on the CPU, where many small operations in turn take a fraction of the time in NumPy."""
+    return like.device.type == "cpu"

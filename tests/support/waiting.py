@@ -8,9 +8,10 @@ tensors on the GPU.
 
 import sys
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from torch import Tensor
@@ -19,6 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import catp_lightning
+from catp_lightning.methods.selectors import determinant, max_min, prune_similar
 
 OURS, TORCH = Path(catp_lightning.__file__).parent, str(Path(torch.__file__).parent)
 PLUMBING = (TORCH, str(Path(__file__)), str(OURS / "utils" / "on_cpu.py"))
@@ -57,8 +59,17 @@ def calling_line() -> str | None:
 def waiting() -> Iterator[Waiting]:
     """Count calls that wait while inside."""
     found = Waiting()
-    with _Functions(found) as functions, _Kernels(found, functions):
+    with _Functions(found) as functions, _Kernels(found, functions), as_on_gpu():
         yield found
+
+
+@contextmanager
+def as_on_gpu() -> Iterator[None]:
+    """Inside, selectors choose as they do on a GPU: by operations of torch, all rows together."""
+    with ExitStack() as patches:
+        for module in (determinant, max_min, prune_similar):
+            patches.enter_context(patch.object(module, "for_numpy", lambda like: False))
+        yield
 
 
 class _Functions(TorchFunctionMode):

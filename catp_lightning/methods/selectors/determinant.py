@@ -1,11 +1,15 @@
 """The most probable set of a determinantal point process (DPP), found greedily, from a kernel or from vectors."""
 
+from dataclasses import dataclass
+
+import numpy as np
 import torch
 from torch import Tensor
 
 from catp_lightning.methods.precision import without_autocast
 from catp_lightning.methods.selectors.lazy import AT_ONCE, at_once, grow
 from catp_lightning.methods.selectors.similarity import cosine_similarity, unit_vectors
+from catp_lightning.utils.on_cpu import for_numpy
 
 RIDGE = 1e-4
 """Added to the kernel's diagonal, so that a choice of more tokens than the kernel's rank is still defined."""
@@ -35,9 +39,10 @@ def determinant_ranks(vectors: Tensor, quality: Tensor, visual: Tensor, max_toke
         if 0 < len(tokens) <= AT_ONCE:
             own_vectors, own_quality = vectors[row, tokens][None], quality[row, tokens][None]
             ranks[row, tokens] = determinant_ranks(own_vectors, own_quality, own[tokens][None], max_tokens)[0]
-        elif len(tokens):
+        elif len(tokens) and max_tokens:
             with without_autocast(vectors):
-                order = grow(_Volume(vectors[row, tokens], quality[row, tokens], min(max_tokens, len(tokens))))
+                steps = min(max_tokens, len(tokens))
+                order = grow(_Volume.of(vectors[row, tokens], quality[row, tokens], steps), steps)
             ranks[row, tokens[order]] = torch.arange(len(order), device=ranks.device)
     return ranks
 
@@ -110,12 +115,18 @@ def _steps(kernel: Tensor, gain: Tensor, closed: Tensor, steps: int) -> tuple[Te
         The tokens chosen, int64 [R, steps]; their gains, float [R, steps], -inf where none was left to choose; and the
         columns of the factor, float [R, steps, m].
     """
-    rows = torch.arange(len(kernel), device=kernel.device)
     factors = kernel.new_empty(len(kernel), steps, kernel.shape[1])
     chosen, gains = gain.new_empty(len(gain), steps, dtype=torch.int64), gain.new_empty(len(gain), steps)
-    if not kernel.shape[1]:
-        return chosen, gains, factors
-    for step in range(steps):
+    if kernel.shape[1]:
+        choose = _choose_in_numpy if for_numpy(kernel) else _choose
+        choose(kernel, gain, closed, chosen, gains, factors)
+    return chosen, gains, factors
+
+
+def _choose(kernel: Tensor, gain: Tensor, closed: Tensor, chosen: Tensor, gains: Tensor, factors: Tensor) -> None:
+    """Fill in what `_steps` returns."""
+    rows = torch.arange(len(kernel), device=kernel.device)
+    for step in range(chosen.shape[1]):
         value, best = gain.masked_fill(closed, -torch.inf).max(1, keepdim=True)
         chosen[:, step : step + 1], gains[:, step : step + 1] = best, value
         closed.scatter_(1, best, True)
@@ -124,57 +135,88 @@ def _steps(kernel: Tensor, gain: Tensor, closed: Tensor, steps: int) -> tuple[Te
         most_taken = (gain - RIDGE).clamp_(min=0).sqrt_()
         column = torch.clamp(column.div_(pivot), -most_taken, most_taken, out=factors[:, step])
         gain.sub_(column.square()).clamp_(min=RIDGE)
-    return chosen, gains, factors
 
 
+def _choose_in_numpy(
+    kernel: Tensor, gain: Tensor, closed: Tensor, chosen: Tensor, gains: Tensor, factors: Tensor
+) -> None:
+    """`_choose`, bit by bit, by operations of NumPy, which take a fraction of the time where there is little to do.
+
+    Products of matrices stay torch's: in NumPy's the columns of equal tokens can differ by rounding.
+    """
+    rows = np.arange(len(kernel))
+    kernels, left, shut, columns = (value.detach().numpy() for value in (kernel, gain, closed, factors))
+    tokens, values = chosen.numpy(), gains.numpy()
+    for step in range(chosen.shape[1]):
+        open_ = np.where(shut, -np.inf, left)
+        best = tokens[:, step] = open_.argmax(1)
+        values[:, step] = open_[rows, best]
+        shut[rows, best] = True
+        before = torch.from_numpy(columns[rows, :step, best][:, None]) @ factors[:, :step]
+        column = (kernels[rows, best] - before.numpy()[:, 0]) / np.sqrt(left[rows, best])[:, None]
+        most_taken = np.sqrt(np.maximum(left - RIDGE, 0))
+        np.clip(column, -most_taken, most_taken, out=columns[:, step])
+        left -= np.square(columns[:, step])
+        np.maximum(left, RIDGE, out=left)
+
+
+@dataclass(eq=False)
 class _Volume:
     """Gains of one row's tokens, for `grow`: a `Growing` of n tokens whose kernel is diag(q) U U^T diag(q).
 
     Token j has the gain q_j^2 rest_j + ridge, with rest_j = 1 - sum over the tokens chosen of (u_j . direction)^2. A
     chosen token's direction is what is left of its vector beyond those chosen before it, so that no similarity of two
     tokens is needed of which neither comes near to being chosen.
+
+    Attributes:
+        unit: float [n, F], the vectors u.
+        quality: float [n], q.
+        directions: float [steps, F], of which the first `count` are known.
+        along: float [steps, n], u_j . direction.
+        rest: float [n].
+        gain: float [n], -inf for tokens that are chosen.
+        count: number of tokens that are chosen.
     """
 
-    def __init__(self, vectors: Tensor, quality: Tensor, steps: int) -> None:
-        unit = unit_vectors(vectors, exact_dtype(vectors))
-        self.unit = unit.masked_fill(~unit.isfinite().all(-1, keepdim=True), 0)  # similar to no other token
-        self.quality, self.rest = quality, torch.ones_like(quality)
-        self.bound = quality.square() + RIDGE
-        self.steps = steps
-        self.known = torch.zeros_like(quality, dtype=torch.int64)
-        self.directions = unit.new_empty(steps, unit.shape[1])
-        self.along = unit.new_empty(len(unit), steps)  # rows of tokens that are never looked at take no memory
-        self.count = 0
+    unit: Tensor
+    quality: Tensor
+    directions: Tensor
+    along: Tensor
+    rest: Tensor
+    gain: Tensor
+    count: int = 0
 
-    def refresh(self, tokens: Tensor) -> None:
-        """Compute the gains of `tokens`, int64 [m]."""
-        known = self.known[tokens]
-        for first in known.unique().tolist():
-            own = tokens[known == first]
-            along = self.directions[first : self.count] @ self.unit[own].T  # [steps, tokens]
-            self.along[own, first : self.count] = along.T
-            self.rest[own] = (self.rest[own] - along.square_().sum(0)).clamp_(min=0)
-        self.known[tokens] = self.count
-        self.bound[tokens] = self.quality[tokens].square() * self.rest[tokens] + RIDGE
+    @classmethod
+    def of(cls, vectors: Tensor, quality: Tensor, steps: int) -> "_Volume":
+        """Return the gains of n tokens from vectors [n, F] before any is chosen."""
+        unit = unit_vectors(vectors, exact_dtype(vectors))
+        unit = unit.masked_fill(~unit.isfinite().all(-1, keepdim=True), 0)  # similar to no other token
+        directions, along = (unit.new_empty(steps, width) for width in unit.shape[::-1])
+        return cls(unit, quality, directions, along, torch.ones_like(quality), quality.square() + RIDGE)
 
     def ahead(self, tokens: Tensor, steps: int) -> tuple[Tensor, Tensor]:
-        """Choose as if there were only `tokens`."""
-        unit, along, quality = self.unit[tokens], self.along[tokens, : self.count], self.quality[tokens]
-        kernel = weighted((unit @ unit.T).addmm_(along, along.T, alpha=-1)[None], quality[None])
-        closed = torch.zeros_like(quality, dtype=torch.bool)
-        chosen, gains, factors = _steps(kernel, self.bound[tokens][None], closed[None], steps)
-        self._factors = factors[0].index_select(1, chosen[0]).T.tril_(-1)
-        self._factors.diagonal().copy_(gains[0].sqrt())
-        return tokens[chosen[0]], gains[0]
+        """Choose as if there were only `tokens`, and write down the directions of those that are chosen."""
+        unit, along, quality = self.unit[tokens], self.along[: self.count, tokens], self.quality[tokens]
+        kernel = weighted((unit @ unit.T).addmm_(along.T, along, alpha=-1)[None], quality[None])
+        closed = torch.zeros_like(tokens, dtype=torch.bool)
+        found, several, factors = _steps(kernel, self.gain[tokens][None], closed[None], steps)
+        chosen, gains = found[0], several[0]
+        triangle = factors[0].index_select(1, chosen).T.tril_(-1)
+        triangle.diagonal().copy_(gains.sqrt())
+        left = unit[chosen].addmm_(along[:, chosen].T, self.directions[: self.count], alpha=-1)
+        left *= quality[chosen, None]
+        directions = torch.linalg.solve_triangular(triangle, left, upper=False).nan_to_num_(0.0, 0.0, 0.0)
+        # At most 1 but for rounding, which beyond the rank of a kernel without a ridge is all that there is.
+        directions /= directions.norm(dim=-1, keepdim=True).clamp_(min=1)
+        self.directions[self.count : self.count + steps] = directions
+        return tokens[chosen], gains
 
     def add(self, tokens: Tensor) -> None:
-        """Choose `tokens`, the first of those that `ahead` gave last."""
-        after = self.count + len(tokens)
-        left = self.unit[tokens].addmm_(self.along[tokens, : self.count], self.directions[: self.count], alpha=-1)
-        left *= self.quality[tokens, None]
-        factors = self._factors[: len(tokens), : len(tokens)]
-        found = torch.linalg.solve_triangular(factors, left, upper=False).nan_to_num_(0.0, 0.0, 0.0)
-        # At most 1 but for rounding, which beyond the rank of a kernel without a ridge is all that there is.
-        self.directions[self.count : after] = found / found.norm(dim=-1, keepdim=True).clamp_(min=1)
-        self.bound[tokens] = -torch.inf
-        self.count = after
+        """Choose `tokens`, the first of those that `ahead` gave last, and compute all gains anew."""
+        new = slice(self.count, self.count + len(tokens))
+        along = torch.mm(self.directions[new], self.unit.T, out=self.along[new])
+        self.rest = (self.rest - along.square().sum(0)).clamp_(min=0)
+        closed = self.gain == -torch.inf
+        self.gain = (self.quality.square() * self.rest + RIDGE).masked_fill_(closed, -torch.inf)
+        self.gain[tokens] = -torch.inf
+        self.count += len(tokens)

@@ -21,47 +21,36 @@ class Growing(Protocol):
     """A set that grows, of n tokens, by the token that gains most; a gain never rises while the set grows.
 
     Attributes:
-        bound: float [n], a token's gain when it was last computed; -inf for tokens that are chosen.
-        known: int64 [n], number of tokens that had been chosen then.
-        steps: number of tokens to choose, at most n.
+        gain: float [n], each token's gain; -inf for tokens that are chosen.
     """
 
-    bound: Tensor
-    known: Tensor
-    steps: int
-
-    def refresh(self, tokens: Tensor) -> None:
-        """Compute the gains of `tokens`, int64 [m]: `bound` and `known`."""
+    gain: Tensor
 
     def ahead(self, tokens: Tensor, steps: int) -> tuple[Tensor, Tensor]:
         """Choose as if there were only `tokens`, int64 [m] ascending: tokens and gains when chosen, [steps] each."""
 
     def add(self, tokens: Tensor) -> None:
-        """Choose `tokens`, int64 [m], the first of those that `ahead` gave last; their bound becomes -inf."""
+        """Choose `tokens`, int64 [m], the first of those that `ahead` gave last, and compute all gains anew."""
 
 
-def grow(growing: Growing) -> Tensor:
-    """Tokens in the order in which they are chosen: int64 [steps]. Where gains are equal the lowest index wins.
+def grow(growing: Growing, steps: int) -> Tensor:
+    """Return the first `steps` tokens, from 1 to n, in the order in which they are chosen: int64 [steps].
 
-    The tokens with the largest bounds are chosen from as if there were no others, for as long as what they gain exceeds
-    the largest bound of the others, which is at least what these would gain.
+    The tokens that gain most are chosen from as if there were no others, for as long as what they gain exceeds the
+    largest gain of the others, which only falls. Where gains are equal the lowest index wins.
     """
     order: list[Tensor] = []
-    count, ahead = 0, 8
-    while count < growing.steps:
-        tokens, beyond, first = _largest(growing.bound, 6 * ahead)
-        if bool((growing.known[tokens] < count).any()):
-            several, _, _ = _largest(growing.bound, max(512, 12 * ahead))
-            growing.refresh(several[growing.known[several] < count])
-            continue
-        chosen, gains = growing.ahead(tokens, min(ahead, growing.steps - count, len(tokens)))
+    count, ahead = 0, 16
+    while count < steps:
+        tokens, beyond, first = _largest(growing.gain, max(128, 4 * ahead))
+        chosen, gains = growing.ahead(tokens, min(ahead, steps - count, len(tokens)))
         sure = (gains > beyond) | ((gains == beyond) & (chosen < first))
         found = chosen[: int(sure.long().cumprod(0).sum())]  # at least one
         growing.add(found)
         order.append(found)
         count += len(found)
-        ahead = min(32, 2 * ahead) if len(found) == len(chosen) else max(8, len(found) + len(found) // 4)
-    return torch.cat(order) if order else growing.known[:0]
+        ahead = min(64, 2 * ahead) if len(found) == len(chosen) else max(8, len(found) + len(found) // 4)
+    return torch.cat(order)
 
 
 def _largest(bound: Tensor, count: int) -> tuple[Tensor, Tensor, Tensor]:

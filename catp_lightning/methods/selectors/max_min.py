@@ -2,11 +2,13 @@
 
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from catp_lightning.methods.selectors.base import FeatureSelector
 from catp_lightning.methods.selectors.similarity import rounded_similarity
+from catp_lightning.utils.on_cpu import for_numpy
 
 
 @dataclass(frozen=True)
@@ -22,14 +24,43 @@ class MaxMin(FeatureSelector):
         finite = visual & ~vectors.isnan().any(-1)
         similarity = rounded_similarity(vectors).masked_fill_(~finite[:, None], -torch.inf)
         similarity.diagonal(dim1=1, dim2=2).fill_(-torch.inf)
-        nearest = similarity.amax(2)  # the largest similarity is that of the nearest token
-        ranks = torch.full(visual.shape, max_tokens, device=visual.device, dtype=torch.int64)
-        rows = torch.arange(len(visual), device=visual.device)
-        for step in range(max_tokens):
-            open_ = nearest.masked_fill(~finite, 2).masked_fill(~visual | (ranks < max_tokens), torch.inf)
-            best = open_.argmin(1)
-            there = open_[rows, best] < torch.inf
-            ranks[rows, best] = torch.where(there, step, ranks[rows, best])
-            reach = similarity[rows, best]
-            nearest = reach if step == 0 else nearest.maximum(reach)
-        return ranks
+        choose = _choose_in_numpy if for_numpy(vectors) else _choose
+        return choose(similarity, finite, visual, max_tokens)
+
+
+def _choose(similarity: Tensor, finite: Tensor, visual: Tensor, max_tokens: int) -> Tensor:
+    """Return the ranks of rows that are worked on together: int64 [R, T].
+
+    Args:
+        similarity: float [R, T, T], -inf on the diagonal and in the columns of tokens that are not `finite`.
+        finite: bool [R, T], tokens that can be compared.
+        visual: bool [R, T], tokens that may be chosen.
+        max_tokens: number of tokens of each row to rank.
+    """
+    nearest = similarity.amax(2)  # the largest similarity is that of the nearest token
+    ranks = torch.full(visual.shape, max_tokens, device=visual.device, dtype=torch.int64)
+    rows = torch.arange(len(visual), device=visual.device)
+    for step in range(max_tokens):
+        open_ = nearest.masked_fill(~finite, 2).masked_fill(~visual | (ranks < max_tokens), torch.inf)
+        best = open_.argmin(1)
+        there = open_[rows, best] < torch.inf
+        ranks[rows, best] = torch.where(there, step, ranks[rows, best])
+        reach = similarity[rows, best]
+        nearest = reach if step == 0 else nearest.maximum(reach)
+    return ranks
+
+
+def _choose_in_numpy(similarity: Tensor, finite: Tensor, visual: Tensor, max_tokens: int) -> Tensor:
+    """`_choose` by operations of NumPy, which take a fraction of the time where there is little to do."""
+    pairs, known, open_ = (value.detach().numpy() for value in (similarity, finite, visual.clone()))
+    ranks, rows = np.full(visual.shape, max_tokens), np.arange(len(visual))
+    if not pairs.size:
+        return torch.from_numpy(ranks)
+    nearest = pairs.max(2)
+    for step in range(max_tokens):
+        best = np.where(open_, np.where(known, nearest, 2), np.inf).argmin(1)
+        ranks[rows, best] = np.where(open_[rows, best], step, ranks[rows, best])
+        open_[rows, best] = False
+        reach = pairs[rows, best]
+        nearest = np.maximum(nearest, reach) if step else reach
+    return torch.from_numpy(ranks)

@@ -3,14 +3,16 @@
 from dataclasses import dataclass
 from typing import ClassVar
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from catp_lightning.methods.selection import Selection
 from catp_lightning.methods.selectors.base import FeatureSelector, ranked
 from catp_lightning.methods.selectors.lazy import at_once
-from catp_lightning.methods.selectors.nearest import AllPairs, Nearest, Neighbours
-from catp_lightning.utils.on_cpu import on_cpu, on_device
+from catp_lightning.methods.selectors.nearest import AllPairs, Array, Nearest, Neighbours
+from catp_lightning.methods.selectors.similarity import rounded_similarity
+from catp_lightning.utils.on_cpu import for_numpy, on_cpu, on_device
 
 AT_A_TIME = 8
 """Number of tokens that a round drops at most, as in the authors' code."""
@@ -54,14 +56,11 @@ class PruneSimilar(FeatureSelector):
         places = torch.arange(visual.shape[1], device=visual.device)
         keep = torch.zeros_like(visual).scatter(1, order, places < top[:, None])
         left = order.gather(1, (top[:, None] + places[: int(most.max())]).clamp(max=visual.shape[1] - 1))
-        if at_once(vectors):
-            left, number = _dealt(left, dealt, most, target, AllPairs(vectors))
-            return Selection(_with(keep, left, number))
-        for row in range(len(left)):
-            one = slice(row, row + 1)
-            mine = left[one, : int(most[row])]
-            found = _dealt(mine, dealt[one], most[one], on_device(others[one], visual.device), Neighbours(vectors[row]))
-            keep[one] = _with(keep[one], *found)
+        if not for_numpy(vectors):
+            return Selection(_with(keep, *_dealt(left, dealt, most, target, rounded_similarity(vectors))))
+        for row, target_ in enumerate(others.tolist()):
+            nearest = AllPairs(vectors[row]) if at_once(vectors) else Neighbours(vectors[row])
+            keep[row, torch.from_numpy(_dealt_alone(left[row, : int(dealt[row])].numpy(), target_, nearest))] = True
         return Selection(keep)
 
     def _important(self, count: int) -> int:
@@ -69,19 +68,39 @@ class PruneSimilar(FeatureSelector):
         return min(count, max(int(count * self.important), int(self.important > 0)))
 
 
-def _dealt(left: Tensor, number: Tensor, most: Tensor, target: Tensor, nearest: Nearest) -> tuple[Tensor, Tensor]:
-    """Deal tokens to two sides and drop those of the first that are like the second, until the target is met.
+def _dealt_alone(left: Array, target: int, nearest: Nearest) -> Array:
+    """Deal the tokens of a row to two sides and drop those of the first that are like the second, until few are left.
+
+    Args:
+        left: int64 [N], tokens in the order in which they are dealt.
+        target: number of tokens that shall be left, at most N.
+        nearest: similarity of tokens to the nearest of others.
+
+    Returns:
+        The tokens that are left, int64 [target].
+    """
+    while len(left) > target:
+        first, second = left[::2], left[1::2]
+        stay = len(first) - min(AT_A_TIME, len(left) - target, len(second))
+        order = nearest(first, second).argsort(kind="stable")
+        left = np.concatenate([first[order[:stay]][::-1], second])
+    return left
+
+
+def _dealt(left: Tensor, number: Tensor, most: Tensor, target: Tensor, similarity: Tensor) -> tuple[Tensor, Tensor]:
+    """`_dealt_alone` of R rows together, for which no one waits for a GPU.
 
     Args:
         left: int64 [R, W], tokens of R rows in the order in which they are dealt.
         number: int64 [R], how many there are in each row, at most W.
         most: int64 [R] on the CPU, at least `number`, of which only the device knows.
         target: int64 [R], how many shall be left, with a copy on the CPU.
-        nearest: similarity of tokens to the nearest of others.
+        similarity: float [R, T, T], of all pairs.
 
     Returns:
         `left` and `number` at the end.
     """
+    rows = torch.arange(len(left), device=left.device)[:, None, None]
     goal = on_cpu(target)[0]
     while bool((most > goal).any()):
         most = most - _drop(most, goal)  # at least what is left of `number`: neither falls behind the other
@@ -90,7 +109,8 @@ def _dealt(left: Tensor, number: Tensor, most: Tensor, target: Tensor, nearest: 
         one, two = (torch.arange(side.shape[1], device=left.device) for side in (first, second))
         there = two < (number // 2)[:, None]
         stays = ((number + 1) // 2 - drop)[:, None]
-        likeness = nearest(first, second, there).masked_fill(one >= ((number + 1) // 2)[:, None], torch.inf)
+        pairs = similarity[rows, first[..., None], second[:, None]].masked_fill(~there[:, None], -torch.inf)
+        likeness = pairs.amax(2).masked_fill(one >= ((number + 1) // 2)[:, None], torch.inf)
         order = likeness.argsort(dim=1, stable=True)
         place = torch.cat([(stays - 1 - one).where(one < stays, size), (stays + two).where(there, size)], 1)
         dealt = torch.cat([first.gather(1, order), second], 1)
