@@ -12,6 +12,7 @@ from transformers.utils import ModelOutput
 
 from catp_lightning.errors import PruningError
 from catp_lightning.utils.on_cpu import of_known, on_cpu, on_device
+from catp_lightning.utils.rows import put_rows, take_rows
 
 
 @dataclass
@@ -39,8 +40,7 @@ class KeptSequence:
 
     def gather(self, full: Tensor) -> Tensor:
         """Select the kept columns: [R, L, ...] -> [R, n, ...]."""
-        index = self.order.view(*self.order.shape, *[1] * (full.dim() - 2))
-        return full.gather(1, index.expand(-1, -1, *full.shape[2:]))
+        return take_rows(full, self.order)
 
     def gather_positions(self, positions: Tensor, compact: bool) -> Tensor:
         """Select position ids [..., R, L] -> [..., R, n]; `compact` closes the gaps that dropped columns leave."""
@@ -52,9 +52,8 @@ class KeptSequence:
 
     def scatter(self, short: Tensor) -> Tensor:
         """Put values of kept columns back in their places: [R, n, D] -> [R, L, D], zeros where a row was dropped."""
-        full = short.new_zeros(len(short), self.mask.shape[1], short.shape[-1])
-        index = self.order[..., None].expand_as(short)
-        return full.scatter(1, index, short.masked_fill(~self.valid[..., None], 0))  # a filler's may be NaN
+        own = short.masked_fill(~self.valid[..., None], 0)  # a filler's may be NaN
+        return put_rows(own, self.order, self.mask.shape[1])
 
     def scatter_keys(self, short: Tensor, later: int | None = None) -> Tensor:
         """Put attention to kept columns back in its places over all columns: [R, H, q, n + m] -> [R, H, q, L + m].

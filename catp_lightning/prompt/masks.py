@@ -181,6 +181,8 @@ def _as_attention_takes_it(mask: Tensor, eager: bool, dtype: torch.dtype) -> Ten
 
 def of_columns(values: Tensor, rows: KeptSequence) -> Tensor:
     """Select the kept columns: [..., 1 or R, L, D] -> [..., R, n, D]."""
+    if len(rows.order) == 1:
+        return values.index_select(-2, rows.order[0])
     values = values.expand(*values.shape[:-3], len(rows.order), *values.shape[-2:])
     return values.gather(-2, rows.order[..., None].expand(*values.shape[:-2], -1, values.shape[-1]))
 

@@ -5,6 +5,7 @@ from torch import Tensor
 
 from catp_lightning.prompt.prompt import visual_tokens
 from catp_lightning.utils.on_cpu import of_known, places, taken
+from catp_lightning.utils.rows import add_rows
 
 
 def merged(rows: Tensor, visual: Tensor, destination: Tensor) -> Tensor:
@@ -66,10 +67,8 @@ def merge_groups(values: Tensor, destination: Tensor) -> Tensor:
     tensor([2., 4., 3., 9.])
     """
     wide = values.to(torch.promote_types(values.dtype, torch.float32))
-    joins = (destination >= 0).to(wide.dtype)
-    index = destination.clamp(min=0)
+    joins, index = (destination >= 0).to(wide.dtype), destination.clamp(min=0)
     joining = wide.masked_fill(destination[..., None] < 0, 0)  # a product with 0 would keep NaN and infinities
-    total = torch.zeros_like(wide).scatter_add(1, index[..., None].expand_as(wide), joining)
-    count = torch.zeros_like(joins).scatter_add(1, index, joins)
+    total, count = add_rows(joining, index), add_rows(joins, index)
     leads = (destination == torch.arange(destination.shape[1], device=destination.device)) & (count > 1)
     return torch.where(leads[..., None], total / count.clamp(min=1)[..., None], wide).to(values.dtype)

@@ -12,6 +12,7 @@ from catp_lightning.methods.observation import Observation
 from catp_lightning.prompt.call import ModelCall
 from catp_lightning.prompt.masks import Masks
 from catp_lightning.utils.on_cpu import of_known, on_cpu, on_device, taken
+from catp_lightning.utils.rows import take_rows
 
 
 @dataclass(frozen=True)
@@ -139,7 +140,7 @@ class DecoderPrompt(Prompt):
         """
         columns, valid = self.text_columns()
         embeds = self.embeds[:: self.rows_per_sample].detach()
-        return embeds.gather(1, columns[..., None].expand(-1, -1, embeds.shape[-1])) * valid[..., None], valid
+        return take_rows(embeds, columns) * valid[..., None], valid
 
     def of_tokens(self, values: Tensor) -> Tensor:
         """Select the values of all visual tokens, one after the other: [B, L, ...] -> [N, ...]."""

@@ -9,10 +9,11 @@ from catp_lightning.errors import PruningError
 from catp_lightning.methods.observation import Needs, Observation, Signal, Values
 from catp_lightning.prompt.attention import attention_map
 from catp_lightning.prompt.kept import KeptSequence, kept_sequence
-from catp_lightning.prompt.merging import merged
+from catp_lightning.prompt.merging import merge_groups
 from catp_lightning.prompt.prompt import DecoderPrompt, visual_tokens
 from catp_lightning.prompt.turns import all_of
 from catp_lightning.utils.on_cpu import of_known, on_cpu, on_device, read_once
+from catp_lightning.utils.rows import take_rows
 
 
 @dataclass(frozen=True)
@@ -64,26 +65,23 @@ class DecoderPrefill:
     def __init__(self, prompt: DecoderPrompt, needs: Needs, cap: float | None = None) -> None:
         self.prompt, self.needs, self.cap, self.tokens = prompt, needs, cap, prompt.tokens
         self.rows = all_of(prompt.mask)
-        self._at: Tensor | None = None  # places of visual tokens among all columns
+        self._at: Tensor | None = None  # columns of visual tokens
         self.kept: list[KeptSequence] = []
         self.values: Values = {}
         if Signal.IMAGE_EMBEDS in needs:
-            self.values[Signal.IMAGE_EMBEDS] = self._visual(prompt.embeds[:: prompt.rows_per_sample].detach())
+            self.values[Signal.IMAGE_EMBEDS] = self._visual(prompt.embeds)
         if Signal.TEXT_EMBEDS in needs:
             self.values[Signal.TEXT_EMBEDS] = prompt.text()[0]
 
     def at(self, stage: int, layer: int, hidden: Tensor) -> StagePrompt:
         """Return the prompt at a stage, whose rows `hidden`, [R, n, D], are about to enter layer `layer`."""
         values = dict(self.values)
-        if not self.needs.keys().isdisjoint({Signal.HIDDEN_STATES, Signal.TEXT_STATES}):
-            columns = self.rows.scatter(hidden.detach())[:: self.prompt.rows_per_sample]
         if Signal.HIDDEN_STATES in self.needs:
-            values[Signal.HIDDEN_STATES] = self._visual(columns)
+            values[Signal.HIDDEN_STATES] = self._visual(hidden)
         if Signal.TEXT_STATES in self.needs:
-            at, valid = self.prompt.text_columns()
-            values[Signal.TEXT_STATES] = (
-                columns.gather(1, at[..., None].expand(-1, -1, columns.shape[-1])) * valid[..., None]
-            )
+            columns, valid = self.prompt.text_columns()
+            text = take_rows(hidden[:: self.prompt.rows_per_sample].detach(), self._places(columns))
+            values[Signal.TEXT_STATES] = text * valid[..., None]
         return StagePrompt(**{**vars(self.prompt), "tokens": self.tokens, "stage": stage}, layer=layer, values=values)
 
     def narrow(self, keep: Tensor) -> KeptSequence:
@@ -115,7 +113,12 @@ class DecoderPrefill:
             hidden: float [R, n, D], the rows.
             destination: int64 [B, T], for each visual token the one that it is merged into; -1: none.
         """
-        return self.rows.gather(merged(self.rows.scatter(hidden), self.prompt.visual, destination))
+        beams, tokens = self.prompt.rows_per_sample, visual_tokens(self.prompt.visual)
+        to = self._places(self._columns()).gather(1, destination.clamp(min=0)).masked_fill(destination < 0, -1)
+        length = self.prompt.mask.shape[1]
+        every = to.new_full((len(to), length + 1), -1)  # of all columns, and one that stands for tokens there are not
+        every = every.scatter(1, self._columns().where(tokens, length), to)
+        return merge_groups(hidden, every.gather(1, self.rows.order[::beams]).repeat_interleave(beams, 0))
 
     def look(self, layer: int, query: Tensor, key: Tensor, mask: Tensor | None, scaling: float) -> Tensor:
         """Record the attention from the requested query rows of a layer to the visual tokens.
@@ -126,9 +129,7 @@ class DecoderPrefill:
             self.values[Signal.LAST_TOKEN_ATTENTION, layer] = self.last_row(query, key, mask, scaling)
         if (Signal.TEXT_TO_IMAGE_ATTENTION, layer) not in self.values and Signal.TEXT_TO_IMAGE_ATTENTION in self.needs:
             columns, valid = self.prompt.text_columns()
-            order = self.rows.order[:: self.prompt.rows_per_sample]
-            place = torch.arange(order.shape[1], device=order.device).expand_as(order)
-            at = torch.zeros_like(self.prompt.ids).scatter(1, order, place).gather(1, columns)
+            at = self._places(columns)
             self.values[Signal.TEXT_TO_IMAGE_ATTENTION, layer] = self._paid(at, valid, query, key, mask, scaling)
         return query.new_empty(0)
 
@@ -166,19 +167,26 @@ class DecoderPrefill:
             .unflatten(2, (shared.shape[2], few))
             .flatten(1, 2)
         )
-        columns = paid.new_zeros(*paid.shape[:3], self.prompt.mask.shape[1])
-        columns = columns.scatter(3, order[:, None, None].expand_as(paid), paid)
-        columns = columns.masked_fill(~valid[:, None, :, None], 0.0)  # a row of padding sees nothing: it is NaN
-        return self._visual(columns.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
+        columns = self._places(self._columns())[:, None, None].expand(*paid.shape[:3], -1)
+        there = valid[:, None, :, None] & self.tokens[:, None, None]
+        return paid.gather(3, columns).masked_fill(~there, 0.0)  # a row of padding sees nothing: it is NaN
 
-    def _visual(self, columns: Tensor) -> Tensor:
-        """Select the values of visual tokens among those of the prompt's columns: [B, L, ...] -> [B, T, ...]."""
-        tokens, visual = visual_tokens(self.prompt.visual), self.prompt.visual
+    def _visual(self, rows: Tensor) -> Tensor:
+        """Select visual tokens among the rows that are left, 0 for tokens that are not: [R, n, D] -> [B, T, D]."""
+        found = take_rows(rows[:: self.prompt.rows_per_sample].detach(), self._places(self._columns()))
+        return found.masked_fill(~self.tokens[..., None], 0)
+
+    def _places(self, columns: Tensor) -> Tensor:
+        """Return the places of columns among the rows that are left, 0 for columns that are not: int64 [B, k]."""
+        order = self.rows.order[:: self.prompt.rows_per_sample]
+        place = torch.arange(order.shape[1], dtype=torch.int64, device=order.device).expand_as(order)
+        return torch.zeros_like(self.prompt.ids).scatter(1, order, place).gather(1, columns)
+
+    def _columns(self) -> Tensor:
+        """Return the columns of visual tokens, 0 for tokens that a sample does not have: int64 [B, T]."""
         if self._at is None:
-            own, there = on_cpu(visual, tokens)
+            own, there = on_cpu(self.prompt.visual, visual_tokens(self.prompt.visual))
             at = torch.zeros(there.shape, dtype=torch.int64, device="cpu")
             at[there] = own.nonzero()[:, 1]
-            self._at = on_device(at, visual.device)
-        shape = (*tokens.shape, *columns.shape[2:])
-        at, there = (part.view(*tokens.shape, *[1] * (columns.dim() - 2)) for part in (self._at, tokens))
-        return columns.gather(1, at.expand(shape)).masked_fill(~there, 0)
+            self._at = on_device(at, self.prompt.visual.device)
+        return self._at
