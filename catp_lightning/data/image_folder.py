@@ -55,7 +55,7 @@ class ImageFolder:
         inside, there = {}, {}
         for folder in {path.parent for path in needed}:  # listed once: asking for 40,000 files singly is slow
             inside[folder] = self.inside(folder)
-            there[folder] = _links_of(folder) if inside[folder] else {}
+            there[folder] = _links_of(folder, self.holds) if inside[folder] else {}
         strays = [
             path for path in needed
             if not inside[path.parent] or (there[path.parent].get(path.name) and not self.inside(path))
@@ -96,7 +96,7 @@ def _first(paths: Sequence[Path], needed: Mapping[Path, int]) -> str:
     return f"{first}{', …' if len(paths) > 3 else ''}"
 
 
-def _links_of(folder: Path) -> dict[str, bool]:
+def _links_of(folder: Path, holds: str) -> dict[str, bool]:
     """Return the names in a folder, each with True if it is a link; {} if there is no such folder."""
     try:
         if not folder.is_dir():
@@ -104,4 +104,4 @@ def _links_of(folder: Path) -> dict[str, bool]:
         with os.scandir(folder) as entries:
             return {entry.name: entry.is_symlink() for entry in entries}
     except OSError as error:  # no permission, or a name that is too long
-        raise DataError(f"The folder {str(folder)!r:.200} cannot be read: {error!s:.200}.") from error
+        raise DataError(f"The folder of {holds}s {str(folder)!r:.200} cannot be read: {error!s:.200}.") from error

@@ -64,6 +64,7 @@ class MVBench(VideoReader):
     def __init__(self, folder: str, frames: int = 16) -> None:
         super().__init__(str(Path(folder, "json")), str(Path(folder, "video")), frames)
         self.folder = folder
+        self._parts: dict[int, tuple[float, float]] = {}
 
     def records(self) -> list[Record]:
         there = [task for task in TASKS if os.path.lexists(Path(self.questions, f"{task}.json"))]
@@ -88,6 +89,8 @@ class MVBench(VideoReader):
             raise DataError(f"{where}: 'candidates' must be 2 to 26 texts, got {candidates!r:.200}.")
         if answer not in candidates:
             raise DataError(f"{where}: 'answer' is {answer!r:.200}; it is one of {candidates!r:.200}.")
+        if task in _IN_PART:
+            self._parts[number] = _part(record, where)
         letters = [chr(ord("A") + place) for place in range(len(candidates))]
         options = [f"({letter}) {candidate}" for letter, candidate in zip(letters, candidates, strict=True)]
         # Of equal candidates the authors' evaluation takes the last.
@@ -98,8 +101,10 @@ class MVBench(VideoReader):
             "\n".join([f"Question: {question}", "Options:", *options]),
             GroupedChoice(task, right),
             number,
-            _part(record, where) if task in _IN_PART else None,
         )
+
+    def part(self, record: Record) -> tuple[float, float] | None:
+        return self._parts.get(record.question_id)
 
     def _place(self, task: str, video: str) -> str:
         """Return where a video is in the folder of videos; where there is none, the first that was sought."""

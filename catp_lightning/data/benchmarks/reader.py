@@ -19,7 +19,6 @@ class Record(NamedTuple):
         text: the question, with its options where it has some.
         reference: what the data set's metric compares an answer with; None where the file has no answers.
         group: number of the questions that are judged together, such as the two about an image of MME.
-        part: seconds where the part of a video that is asked about begins and ends; None: all of it, or an image.
     """
 
     question_id: int
@@ -27,7 +26,6 @@ class Record(NamedTuple):
     text: str
     reference: Any
     group: int
-    part: tuple[float, float] | None = None
 
 
 class Reader(ABC):

@@ -60,6 +60,10 @@ class VideoReader(Reader):
         if not all(path.is_dir() for path in needed):
             require_av()
 
+    def part(self, record: Record) -> tuple[float, float] | None:
+        """Return the seconds where the part that a record asks about begins and ends; None: it asks about all."""
+        return None
+
     def visual(self, record: Record) -> Visual:
         """Return the frames of a record's video; DataError if they cannot be read."""
         return Visual(
@@ -68,11 +72,11 @@ class VideoReader(Reader):
 
     def _read(self, record: Record, path: Path) -> Clip:
         if not path.is_dir():
-            return read_video(path, self.frames, record.part)
+            return read_video(path, self.frames, self.part(record))
         names = sorted((name for name in os.listdir(path) if name.lower().endswith(_SUFFIXES)), key=_in_order)
         if not names:
             raise OSError(f"there is no frame in that folder, a file that ends in {', '.join(_SUFFIXES)}")
-        numbers, first, last = numbers_in(self.frames, len(names), self.frame_rate, record.part, start=1)
+        numbers, first, last = numbers_in(self.frames, len(names), self.frame_rate, self.part(record), start=1)
         # Frames are looked for from the folder of all videos on, so that a link in a folder of frames may not leave it.
         folder = ImageFolder(str(Path(self.images).resolve()))
         read = {number: bounded(folder.read(path / names[number], record.question_id)) for number in set(numbers)}
