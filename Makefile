@@ -3,7 +3,8 @@
 # make test-all     the slow tests too
 # make test-oldest  the fast tests with the oldest versions pyproject.toml allows, in .venv-oldest
 # make test-quantised  the tests of quantised models, in .venv-quantised: torchao and bitsandbytes are large and talkative
-# make test-lmms    the plug-in of lmms-eval, its own command, in .venv-lmms: its pins are not ours, and it is large
+# make test-lmms    the plug-in of lmms-eval, its own command, in .venv-lmms: its pins are not ours, and it is large;
+#                   and videos as such: processors need torchvision for them, which is there
 # make lint         ruff, mypy, and which package may import which; make format repairs what ruff can
 # make bench        pruned prefills against plain decoders on inputs already that short; writes runs/bench (two times six minutes)
 # make docs         the documentation as a site, warnings as errors, in site/; python3 -m http.server -d site shows it
@@ -60,7 +61,8 @@ test-quantised: .venv-quantised/.installed
 	OMP_NUM_THREADS=1 .venv-quantised/bin/python -m pytest -q -m '' tests/models/test_quantised.py
 
 test-lmms: .venv-lmms/.installed
-	OMP_NUM_THREADS=1 .venv-lmms/bin/python -m pytest -q -m '' tests/integrations/test_lmms_eval.py
+	OMP_NUM_THREADS=1 .venv-lmms/bin/python -m pytest -q -m '' tests/integrations/test_lmms_eval.py \
+	    tests/data/test_video_models.py
 
 lint: .venv/.installed
 	.venv/bin/ruff check .

@@ -76,10 +76,8 @@ def _decoded(file: BinaryIO, size: int, max_pixels: int) -> Image.Image:
         return _rgb(image)
 
 
-def _check_size(image: Image.Image, max_pixels: int) -> None:
-    """Raise OSError if an image, which is not decoded yet, has too many pixels, too thin a shape or too large tiles."""
-    width, height = image.size
-    most = min(max_pixels, Image.MAX_IMAGE_PIXELS or max_pixels)  # Pillow itself refuses only twice as many
+def check_shape(width: int, height: int, most: int) -> None:
+    """Raise OSError if an image of that size has more than `most` pixels, or is too thin."""
     if width * height > most:
         raise OSError(
             f"it has {width * height:,} pixels, more than {most:,}, the lower of max_pixels and "
@@ -87,6 +85,12 @@ def _check_size(image: Image.Image, max_pixels: int) -> None:
         )
     if max(width, height) > MAX_RATIO * min(width, height):
         raise OSError(f"it is {width} x {height} pixels; one side may be {MAX_RATIO} times the other at most")
+
+
+def _check_size(image: Image.Image, max_pixels: int) -> None:
+    """Raise OSError if an image, which is not decoded yet, has too many pixels, too thin a shape or too large tiles."""
+    most = min(max_pixels, Image.MAX_IMAGE_PIXELS or max_pixels)  # Pillow itself refuses only twice as many
+    check_shape(*image.size, most)
     tile = [getattr(image, "tag_v2", {}).get(tag, 1) for tag in (322, 323)]  # a TIFF's, each decoded whole
     if not all(isinstance(side, int) for side in tile) or math.prod(tile) > most:
         raise OSError(f"its tiles are of {' x '.join(map(str, tile))} pixels, more than {most:,}")

@@ -11,6 +11,7 @@ from torch.utils.data import DataLoader, Dataset
 from transformers import AutoProcessor
 
 from catp_lightning.data.marks import image_token_id, marks_in
+from catp_lightning.data.visual_inputs import described, visual_inputs
 from catp_lightning.data.vqa_dataset import VQADataset, VQAExample, VQASplit, check_fraction
 from catp_lightning.errors import DataError
 
@@ -26,11 +27,12 @@ SETTINGS = {
 class VQABatch(TypedDict):
     """A batch of B questions, on one device.
 
-    `inputs` holds what the processor returns for the model: `pixel_values`, and `input_ids` and `attention_mask` int64
-    [B, T], left padded to T columns. `question_ids` and `image_ids` are int64 [B]; `answers`, ten a question, are
-    absent where the split has no annotations. `question_types` ("how many") and `answer_types` ("number"), one text a
-    question, are absent where not every annotation has one. Batches of `BenchmarkDataModule` have `metric`, the name of
-    the data set's metric, and `references`, what it compares each answer with, in the place of `answers`.
+    `inputs` holds what the processor returns for the model: `pixel_values` or `pixel_values_videos`, and `input_ids`
+    and `attention_mask` int64 [B, T], left padded to T columns. `question_ids` and `image_ids`, of images or videos,
+    are int64 [B]; `answers`, ten a question, are absent where the split has no annotations. `question_types` ("how
+    many") and `answer_types` ("number"), one text a question, are absent where not every annotation has one. Batches of
+    `BenchmarkDataModule` have `metric`, the name of the data set's metric, and `references`, what it compares each
+    answer with, in the place of `answers`.
     """
 
     inputs: dict[str, Tensor]
@@ -44,13 +46,12 @@ class VQABatch(TypedDict):
 
 
 def collate(examples: Sequence[VQAExample], processor: Any, prompt: str) -> VQABatch:
-    """Collate examples into a batch; `prompt` holds `{}` where the question goes.
-
-    Every image is a list of its own, the one form that processors of one and of several images a sample both take.
+    """Collate examples into a batch; `prompt` holds `{}` where the question goes, and is completed by `visual_inputs`.
 
     Raises:
         DataError: a question holds text that the tokenizer does not read as text; the processor cannot take an image or
-            a question, or lacks a setting; the prompt lacks the image token that this model wants.
+            a question, or lacks a setting; the prompt lacks the image token that this model wants, or a place for
+            frames.
     """
     marks = marks_in([example["question"] for example in examples], prompt, processor)
     for example, found in zip(examples, marks, strict=True):
@@ -62,10 +63,12 @@ def collate(examples: Sequence[VQAExample], processor: Any, prompt: str) -> VQAB
             )
     try:
         inputs = _processed(examples, processor, prompt)
+    except DataError:
+        raise
     except Exception as error:  # every processor has its own types
         raise DataError(_incomplete(processor) or _refused(examples, processor, prompt, error)) from error
     token = image_token_id(processor)
-    if token is not None and bool((inputs["input_ids"] != token).all(1).any()):
+    if "pixel_values_videos" not in inputs and token is not None and bool((inputs["input_ids"] != token).all(1).any()):
         raise DataError(
             _incomplete(processor)
             or f"prompt={prompt!r} has no image token: this model reads images where {processor.image_token!s} stands. "
@@ -90,12 +93,7 @@ def collate(examples: Sequence[VQAExample], processor: Any, prompt: str) -> VQAB
 
 
 def _processed(examples: Sequence[VQAExample], processor: Any, prompt: str) -> Any:
-    return processor(
-        images=[[example["image"]] for example in examples],
-        text=[prompt.replace("{}", example["question"]) for example in examples],
-        padding=True,
-        return_tensors="pt",
-    )
+    return processor(**visual_inputs(examples, processor, prompt), padding=True, return_tensors="pt")
 
 
 def _incomplete(processor: Any) -> str | None:
@@ -120,8 +118,8 @@ def _refused(examples: Sequence[VQAExample], processor: Any, prompt: str, error:
         except Exception as own:
             return (
                 f"{type(processor).__name__} cannot take question {example['question_id']}, "
-                f"{example['question']!r:.200}, and image {example['image_id']}, of {example['image'].size} pixels, in "
-                f"prompt={prompt!r:.200}: {type(own).__name__}: {own!s:.500}. Repair prompt, question or image."
+                f"{example['question']!r:.200}, and {described(example)}, in prompt={prompt!r:.200}: "
+                f"{type(own).__name__}: {own!s:.500}. Repair prompt, question or image."
             )
     numbers = ", ".join(str(example["question_id"]) for example in examples)
     return f"{type(processor).__name__} takes questions {numbers} singly, but not together: {error!s:.500}."

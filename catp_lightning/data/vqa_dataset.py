@@ -18,6 +18,7 @@ from torch.utils.data import Dataset
 from catp_lightning.data.image_folder import ImageFolder
 from catp_lightning.data.images import MAX_PIXELS
 from catp_lightning.data.records import field, read_json
+from catp_lightning.data.videos import Clip
 from catp_lightning.errors import DataError
 
 ANSWERS = 10  # people asked about each question; the official accuracy is defined for ten
@@ -71,14 +72,20 @@ class VQASplit:
 _NAME_HELP = "Use the field image_id, as in 'COCO_val2014_{image_id:012d}.jpg' or '{image_id:012d}.png'."
 
 
-class VQAExample(TypedDict):
-    """One question with its image, RGB and upright; `answers` only where the split has annotations.
+class Visual(TypedDict, total=False):
+    """What a question is about: an `image`, RGB and upright, or in its place a `clip`, frames of a video."""
+
+    image: Image.Image
+    clip: Clip
+
+
+class VQAExample(Visual):
+    """One question with its image, or frames of its video; `answers` only where the split has annotations.
 
     `question_type` ("how many") and `answer_type` ("number") are there where every question's annotation has one;
     `metric` and `reference` are those of `BenchmarkDataset`.
     """
 
-    image: Image.Image
     question: str
     question_id: int
     image_id: int

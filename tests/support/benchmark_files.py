@@ -6,6 +6,7 @@ from typing import Any
 
 from catp_lightning.data.benchmarks import GQA, POPE, DocVQA, EasyVQA, OCRBench, Reader, TextVQA, VizWiz
 from tests.support.benchmark_tasks import mmbench, mme, refcoco, scienceqa
+from tests.support.benchmark_videos import mvbench, videomme
 from tests.support.benchmark_writing import write_images, write_json, write_lines
 
 
@@ -157,11 +158,13 @@ DATA_SETS: Mapping[str, Callable[..., Reader]] = {
     "gqa": gqa,
     "mmbench": mmbench,
     "mme": mme,
+    "mvbench": mvbench,
     "ocrbench": ocrbench,
     "pope": pope,
     "refcoco": refcoco,
     "scienceqa": scienceqa,
     "textvqa": textvqa,
+    "videomme": videomme,
     "vizwiz": vizwiz,
 }
 """A function that writes each data set and returns its reader, by the name of its metric."""

@@ -7,12 +7,15 @@ from catp_lightning.data.benchmarks.gqa import GQA
 from catp_lightning.data.benchmarks.mmbench import MMBench
 from catp_lightning.data.benchmarks.mme import MME
 from catp_lightning.data.benchmarks.module import BenchmarkDataModule
+from catp_lightning.data.benchmarks.mvbench import MVBench
 from catp_lightning.data.benchmarks.ocrbench import OCRBench
 from catp_lightning.data.benchmarks.pope import POPE
 from catp_lightning.data.benchmarks.reader import Reader, Record
 from catp_lightning.data.benchmarks.refcoco import RefCOCO
 from catp_lightning.data.benchmarks.scienceqa import ScienceQA
 from catp_lightning.data.benchmarks.textvqa import TextVQA
+from catp_lightning.data.benchmarks.video_reader import VideoReader
+from catp_lightning.data.benchmarks.videomme import VideoMME
 from catp_lightning.data.benchmarks.vizwiz import VizWiz
 
 __all__ = [
@@ -24,11 +27,14 @@ __all__ = [
     "DocVQA",
     "EasyVQA",
     "MMBench",
+    "MVBench",
     "OCRBench",
     "Reader",
     "Record",
     "RefCOCO",
     "ScienceQA",
     "TextVQA",
+    "VideoMME",
+    "VideoReader",
     "VizWiz",
 ]

@@ -1,4 +1,4 @@
-"""Questions that a reader read, with their images."""
+"""Questions that a reader read, with their images or frames of their videos."""
 
 from collections.abc import Sequence
 
@@ -11,10 +11,10 @@ from catp_lightning.errors import DataError
 
 
 class BenchmarkDataset(Dataset[VQAExample]):
-    """Questions of a split with their images, in the file's order; an image is read when its item is.
+    """Questions of a split with their images or videos, in the file's order; an image is read when its item is.
 
     Examples have `metric`, the name of the data set's metric, and `reference` where the files have answers; `image_id`
-    is the number of the image, in the order in which the file names them first.
+    is the number of the image or video, in the order in which the file names them first.
 
     Args:
         reader: the reader of the data set's files.
@@ -47,12 +47,16 @@ class BenchmarkDataset(Dataset[VQAExample]):
     def __getitem__(self, index: int) -> VQAExample:
         record = self.records[index]
         example = VQAExample(
-            image=self.reader.image(record),
             question=record.text,
             question_id=record.question_id,
             image_id=self.image_ids[index],
             metric=self.reader.metric,
         )
+        visual = self.reader.visual(record)
+        if "clip" in visual:
+            example["clip"] = visual["clip"]
+        else:
+            example["image"] = visual["image"]
         if record.reference is not None:
             example["reference"] = record.reference
         return example

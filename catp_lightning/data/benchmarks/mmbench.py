@@ -6,12 +6,11 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import ClassVar
 
-from PIL import Image
-
 from catp_lightning.data.benchmarks.reader import Reader, Record, with_options
 from catp_lightning.data.benchmarks.references import Rotation
 from catp_lightning.data.benchmarks.tsv import read_tsv
 from catp_lightning.data.images import image_from
+from catp_lightning.data.vqa_dataset import Visual
 from catp_lightning.errors import DataError
 
 ROTATION = 10**6
@@ -90,10 +89,10 @@ class MMBench(Reader):
     def check_images(self, records: Sequence[Record]) -> None:
         """Do nothing: images are in the table, and `records` has looked at them."""
 
-    def image(self, record: Record) -> Image.Image:
+    def visual(self, record: Record) -> Visual:
         """Return the image of a record, RGB and upright; DataError if it cannot be read."""
         try:
-            return image_from(base64.b64decode(self._encoded[record.image], validate=True))
+            return Visual(image=image_from(base64.b64decode(self._encoded[record.image], validate=True)))
         except Exception as error:  # damaged files make Pillow's decoders raise OSError, SyntaxError, zlib.error, ...
             raise DataError(
                 f"{self.questions}: the image of question {record.question_id}, in the row with index {record.image}, "

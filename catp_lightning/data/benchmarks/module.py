@@ -23,6 +23,7 @@ class BenchmarkDataModule(VQADataModule):
         test: reader of the split for testing.
         predict: reader of the split for prediction; where None, test is taken, and where that is None too, val.
         prompt: text around a question, with `{}` where the question goes, and the image token for models that want it.
+            For videos it has the video token, or `{frames:...}`, which repeats what follows the colon for each frame.
         batch_size: questions a batch.
         num_workers: processes that read images; 0 reads in the main process.
         fraction: share of every split's questions to keep, in (0, 1]; those that are judged together stay together.

@@ -5,10 +5,8 @@ from collections.abc import Sequence
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any, ClassVar, NamedTuple
 
-from PIL import Image
-
 from catp_lightning.data.image_folder import ImageFolder
-from catp_lightning.data.vqa_dataset import ANSWERS
+from catp_lightning.data.vqa_dataset import ANSWERS, Visual
 from catp_lightning.errors import DataError
 
 
@@ -17,7 +15,7 @@ class Record(NamedTuple):
 
     Attributes:
         question_id: the data set's own id where it has whole numbers, else the number of the question, from 0.
-        image: the image's name, which is its path in the folder of images where images are files.
+        image: name of the image or video, which is its path in the folder of images where images are files.
         text: the question, with its options where it has some.
         reference: what the data set's metric compares an answer with; None where the file has no answers.
         group: number of the questions that are judged together, such as the two about an image of MME.
@@ -65,17 +63,17 @@ class Reader(ABC):
             outside="Only files inside the folder are read: copy them into it.",
         )
 
-    def image(self, record: Record) -> Image.Image:
+    def visual(self, record: Record) -> Visual:
         """Return the image of a record, RGB and upright; DataError if it cannot be read."""
-        return ImageFolder(self.images).read(self.image_path(record), record.question_id)
+        return Visual(image=ImageFolder(self.images).read(self.image_path(record), record.question_id))
 
     def image_path(self, record: Record) -> Path:
         """Return where the image of a record is."""
         return Path(self.images, record.image)
 
 
-def file_name(name: str, where: str) -> str:
-    """Return a path from an annotation file, if it can be of a file in the folder of images.
+def file_name(name: str, where: str, holds: str = "image") -> str:
+    """Return a path from an annotation file, if it can be of a file in the folder of images (or what it `holds`).
 
     Raises:
         DataError: it is empty or absolute, or has `..` in it.
@@ -84,7 +82,7 @@ def file_name(name: str, where: str) -> str:
     parts = {*posix.parts, *windows.parts}
     if not parts or "\0" in name or posix.is_absolute() or windows.drive or windows.root or ".." in parts:
         raise DataError(
-            f"{where} names the image {name!r:.200}. An image is a path in the folder of images, as in "
+            f"{where} names the {holds} {name!r:.200}. That is a path in the folder of {holds}s, as in "
             "'documents/1.png': not empty, not absolute, without '..'. Correct it, or get the file anew."
         )
     return name

@@ -81,3 +81,15 @@ class Reading(NamedTuple):
     kind: str
     answers: tuple[str, ...]
     formula: bool
+
+
+class GroupedChoice(NamedTuple):
+    """A question with options, of a group whose accuracy is told by itself.
+
+    Attributes:
+        group: a task of MVBench, or a duration of Video-MME.
+        answer: letter of the right option.
+    """
+
+    group: str
+    answer: str

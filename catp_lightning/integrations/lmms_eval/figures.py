@@ -78,14 +78,14 @@ class Figures:
 
 
 @contextmanager
-def counted(module: Any, policy: PruningPolicy) -> Iterator[Figures]:
-    """Prune a model while inside, as `prune`, and count.
+def counted(module: Any, policy: PruningPolicy, figures: Figures | None = None) -> Iterator[Figures]:
+    """Prune a model while inside, as `prune`, and count; in `figures` of earlier times, where they are given.
 
     Raises:
         PolicyError, PruningError: as in `prune`; a call inside was refused, whatever became of that error.
     """
     family = find_family(module)
-    figures = Figures(family, policy)
+    figures = Figures(family, policy) if figures is None else figures
     with (
         hooked(family.decoder, before=figures.enter),
         applied(module, policy, on_prefill=figures.prefill),

@@ -8,11 +8,13 @@ from catp_lightning.metrics.benchmarks.gqa import GQAAccuracy
 from catp_lightning.metrics.benchmarks.mean_score import MeanScore
 from catp_lightning.metrics.benchmarks.mmbench import MMBenchAccuracy
 from catp_lightning.metrics.benchmarks.mme import MMEScores
+from catp_lightning.metrics.benchmarks.mvbench import MVBenchAccuracy
 from catp_lightning.metrics.benchmarks.ocrbench import OCRBenchScore
 from catp_lightning.metrics.benchmarks.pope import POPEScores
 from catp_lightning.metrics.benchmarks.refcoco import RefCOCOAccuracy
 from catp_lightning.metrics.benchmarks.scienceqa import ScienceQAAccuracy
 from catp_lightning.metrics.benchmarks.ten_answers import TextVQAAccuracy, VizWizAccuracy
+from catp_lightning.metrics.benchmarks.videomme import VideoMMEAccuracy
 
 BENCHMARKS: dict[str, type[Metric]] = {
     "docvqa": ANLS,
@@ -20,11 +22,13 @@ BENCHMARKS: dict[str, type[Metric]] = {
     "gqa": GQAAccuracy,
     "mmbench": MMBenchAccuracy,
     "mme": MMEScores,
+    "mvbench": MVBenchAccuracy,
     "ocrbench": OCRBenchScore,
     "pope": POPEScores,
     "refcoco": RefCOCOAccuracy,
     "scienceqa": ScienceQAAccuracy,
     "textvqa": TextVQAAccuracy,
+    "videomme": VideoMMEAccuracy,
     "vizwiz": VizWizAccuracy,
 }
 """Metric of each data set, by the name in `metric` of its batches. Each has `update(predictions, references)`, with the
@@ -37,11 +41,13 @@ __all__ = [
     "GQAAccuracy",
     "MMBenchAccuracy",
     "MMEScores",
+    "MVBenchAccuracy",
     "MeanScore",
     "OCRBenchScore",
     "POPEScores",
     "RefCOCOAccuracy",
     "ScienceQAAccuracy",
     "TextVQAAccuracy",
+    "VideoMMEAccuracy",
     "VizWizAccuracy",
 ]

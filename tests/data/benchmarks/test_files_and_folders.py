@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from catp_lightning.data.benchmarks import MME, POPE, BenchmarkDataModule, BenchmarkDataset, Reader
+from catp_lightning.data.benchmarks import MME, POPE, BenchmarkDataModule, BenchmarkDataset, MVBench, Reader
 from catp_lightning.errors import DataError
 from catp_lightning.metrics.benchmarks import BENCHMARKS
 from tests.support.benchmark_files import DATA_SETS, pope
@@ -17,7 +17,8 @@ every_data_set = pytest.mark.parametrize("name", DATA_SETS)
 
 def file_of(reader: Reader) -> Path:
     place = Path(reader.questions)
-    return place / "existence/000000006040.txt" if isinstance(reader, MME) else place
+    within = {MME: "existence/000000006040.txt", MVBench: "moving_count.json"}
+    return place / within.get(type(reader), "")
 
 
 @every_data_set
@@ -32,13 +33,14 @@ def test_images_are_read_when_their_item_is(name: str, tmp_path: Path) -> None:
     assert len(dataset) >= 3
     for number in range(len(dataset)):
         example = dataset[number]
-        assert example["image"].size == (32, 24) and example["image"].mode == "RGB"
+        image = example["clip"].frames[0] if "clip" in example else example["image"]
+        assert image.size == (32, 24) and image.mode == "RGB"
         assert example["question"] and "reference" in example
     numbers = [dataset[number]["image_id"] for number in range(len(dataset))]
     assert list(dict.fromkeys(numbers)) == list(range(max(numbers) + 1))
 
 
-@pytest.mark.parametrize("name", [name for name in DATA_SETS if name != "mme"])
+@pytest.mark.parametrize("name", [name for name in DATA_SETS if name not in ("mme", "mvbench")])
 def test_a_missing_file_is_named_at_setup(name: str, tmp_path: Path, processor: str) -> None:
     reader = DATA_SETS[name](tmp_path)
     place = file_of(reader)

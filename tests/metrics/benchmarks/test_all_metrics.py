@@ -6,7 +6,7 @@ import pytest
 import torch
 from torchmetrics import Metric
 
-from catp_lightning.data.benchmarks.references import Box, Choice, Judgement, Reading, Rotation
+from catp_lightning.data.benchmarks.references import Box, Choice, GroupedChoice, Judgement, Reading, Rotation
 from catp_lightning.metrics.benchmarks import BENCHMARKS
 
 CHOICE = Choice(("sky", "grass", "sea"), "B")
@@ -39,6 +39,17 @@ UPDATES: dict[str, tuple[list[str], list[Any]]] = {
         ["Yes", "yes.", "Yes", "No"],
         [Judgement(number, number // 2, "color", "yes" if number % 2 == 0 else "no") for number in range(4)],
     ),
+    "mvbench": (
+        ["A) sky", "(b)", "C. sea", "The sky"],
+        [
+            *(GroupedChoice(task, "A") for task in ("moving_count", "moving_count", "action_count")),
+            GroupedChoice("action_count", "C"),
+        ],
+    ),
+    "videomme": (
+        ["A", "The answer is B.", "C", "no idea"],
+        [GroupedChoice(*pair) for pair in (("short", "A"), ("long", "B"), ("short", "D"), ("long", "A"))],
+    ),
     "refcoco": (["(0,0),(8,8)", "(0,0),(8,3)", "[0, 0, 8, 4]", "no box"], [Box(0, 0, 8, 8, 1, 1)] * 4),
     "textvqa": (["Nokia", "2", "x", "y"], [["nokia"] * 10, ["two"] * 2 + ["3"] * 8, ["z"] * 10, ["y"] * 10]),
     "vizwiz": (["Grey.", "2", "x", "y"], [["grey"] * 10, ["2"] * 2 + ["3"] * 8, ["z"] * 10, ["y"] * 10]),
@@ -60,6 +71,8 @@ VALUES: dict[str, dict[str, float]] = {
     },
     "mmbench": {"accuracy": 1.0, "circular_accuracy": 0.5},
     "mme": {"color_accuracy": 0.75, "color_accuracy_plus": 0.5},
+    "mvbench": {"moving_count_accuracy": 0.5, "action_count_accuracy": 0.0, "accuracy": 0.25},
+    "videomme": {"short_accuracy": 0.5, "long_accuracy": 1.0, "accuracy": 2 / 3, "answered": 0.75},
     "refcoco": {"accuracy": 0.5},
     "textvqa": {"accuracy": 0.65},
     "vizwiz": {"accuracy": 0.65},
