@@ -2,6 +2,7 @@
 
 import argparse
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -152,18 +153,28 @@ def _dry_run(recipe: Recipe, tasks: Sequence[Task], folder: Path, model: str | N
     keep = budgets(options.keep) if options.keep else list(recipe.keep)
     total, count = 0.0, jobs(scorers, len(keep), options.calibration_draws)
     for task in tasks:
-        takes = seconds(recipe, task, size, count)
+        asked = _asked(task, options.fraction)
+        takes = seconds(recipe, asked, size, count)
         total += takes
-        print(f"task    {one_line(task.name)}: {task.questions:,} questions, at most {count} jobs, {duration(takes)}")
+        print(f"task    {one_line(task.name)}: {asked.questions:,} questions, at most {count} jobs, {duration(takes)}")
         for place in task.places(folder):
             print(f"        {'there  ' if place.exists() else 'MISSING'} {one_line(place)}")
     print(f"in all  about {duration(total)}\n{ASSUMED}")
 
 
+def _asked(task: Task, fraction: float | None) -> Task:
+    """Return a task with as many questions as another share of them are; None: its own."""
+    if fraction is None:
+        return task
+    whole = task.questions / task.data["init_args"].get("fraction", 1.0)
+    return replace(task, questions=max(1, round(whole * fraction)))
+
+
 def _sweep_options(more: Sequence[str]) -> Any:
-    """Return the options of a sweep that its number of jobs depends on."""
+    """Return the options of a sweep that its time depends on."""
     parser = Parser(add_help=False, allow_abbrev=False)
     parser.add_argument("--scorers")
     parser.add_argument("--keep")
     parser.add_argument("--calibration_draws", type=int, default=1)
+    parser.add_argument("--data.fraction", "--data.init_args.fraction", type=float, dest="fraction")
     return parser.parse_known_args(list(more))[0]

@@ -37,6 +37,7 @@ def test_a_recipe_runs_with_a_small_model_of_its_class(name: str, data: Path, tm
         assert all(0 <= row["accuracy"] <= 1 for row in rows.values()), "every data set has a rule"
 
 
+@pytest.mark.slow
 def test_a_task_runs_and_its_figures_stand_beside_the_published_ones(
     data: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -62,6 +63,8 @@ def test_a_dry_run_says_what_is_read_and_loads_nothing(data: Path, capsys: pytes
     told = capsys.readouterr().out
     assert "MISSING data/mme/MME_Benchmark_release_version" in told and "textvqa:" not in told
     assert "4,329 questions, at most 4 jobs" in told
+    main(["recipe", "run", "catp-blip2-opt-2.7b", "--dry-run", "--data.fraction", "0.2"])
+    assert "42,870 questions" in capsys.readouterr().out, "the recipe's own are a tenth"
     assert not Path("runs").exists()
 
 

@@ -113,6 +113,8 @@ def test_files_are_checked_before_anything_runs(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"1 files or folders that are not there: .*testdev_balanced_questions.json"):
         require_files(found, found.tasks, folder)
     require_files(found, [found.task("mme")], folder)
+    places = found.task("mme").places(Path("data"))
+    assert {Path("data/mme/MME_Benchmark_release_version"), Path("data/gqa/images")} <= set(places)
 
 
 def test_the_size_is_counted_from_a_config_without_weights() -> None:

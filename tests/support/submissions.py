@@ -2,7 +2,6 @@
 
 from datetime import date
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -14,7 +13,7 @@ from catp_lightning.policy import PruningPolicy
 SETTINGS = {"data": "0123456789abcdef", "weights": "fedcba", "versions": {"torch": "2.14", "transformers": "5.23"}}
 
 
-def table(method: str = "calibrated", **more: Any) -> ModelTable:
+def table(method: str = "calibrated") -> ModelTable:
     """The table of a method at two budgets, and of a control at one, on eight questions."""
     score = np.array([1.0, 0.0, 1.0, 1.0, 1.0, 1.0, 0.0, 1.0])
     results = [
@@ -25,9 +24,7 @@ def table(method: str = "calibrated", **more: Any) -> ModelTable:
     ]
     comparison = Comparison(range(8), method, results)
     notes = {"fastervlm": "There is no [CLS] token."}
-    return ModelTable.of(
-        "digits_blip2", "8 questions about 8 images.", comparison, {"stride": False}, notes, SETTINGS, **more
-    )
+    return ModelTable.of("digits_blip2", "8 questions about 8 images.", comparison, {"stride": False}, notes, SETTINGS)
 
 
 def submitted(folder: Path, results: Path, method: str = "calibrated") -> Path:

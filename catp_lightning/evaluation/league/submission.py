@@ -1,9 +1,9 @@
 """A submission: what methods reached with one model on one data set, as a folder that anybody can send and check."""
 
+import datetime
 import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from datetime import date
 from math import inf
 from typing import Any
 
@@ -126,12 +126,12 @@ class Submission:
         if not re.fullmatch(r"[0-9a-f]{16}", self.digest):
             raise ValueError(f"digest is {self.digest!r:.80}; allowed are 16 hex digits.")
         try:
-            date.fromisoformat(self.date)
+            datetime.date.fromisoformat(self.date)
         except ValueError as error:
             raise ValueError(f"date is {self.date!r:.80}; allowed is a day, as 2026-01-31.") from error
 
     @classmethod
-    def of(cls, table: ModelTable, recipe: str, task: str, machine: str, day: date) -> "Submission":
+    def of(cls, table: ModelTable, recipe: str, task: str, machine: str, day: datetime.date) -> "Submission":
         """Return the submission of a sweep's table."""
         versions = table.settings["versions"]
         return cls(

@@ -65,7 +65,7 @@ def _value(rows: Rows, published: Published, keep: int | float, measure: str) ->
 
 def lines(recipe: Recipe, found: Mapping[str, Rows]) -> list[tuple[str, ...]]:
     """Return a line for each published figure: task, method, budget, measure, published, yours, source."""
-    shown = []
+    shown: list[tuple[str, ...]] = []
     for one in recipe.published:
         for keep, value in zip(one.keep, one.values, strict=True):
             own = yours(recipe, one, keep, found)
