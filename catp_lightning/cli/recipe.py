@@ -119,17 +119,15 @@ def _list() -> None:
 
 def _show(recipe: Recipe, output: Path) -> None:
     for line in settings(recipe):
-        print(line)
+        print(one_line(line))
     found = results(recipe, output)
     told = lines(recipe, found)
     if told:
         print(_aligned([("task", "method", "keep", "measure", "published", "yours", "source"), *told]))
     for task in recipe.tasks:
         tables = sorted((output / task.name).glob("*/table.md"))
-        where = (
-            one_line(tables[0]) if tables else f"not run: catp recipe run {one_line(recipe.name)} --task {task.name}"
-        )
-        print(f"{one_line(task.name)}: {where}")
+        where = tables[0] if tables else f"not run: catp recipe run {recipe.name} --task {task.name}"
+        print(one_line(f"{task.name}: {where}"))
 
 
 def _aligned(rows: Sequence[Sequence[str]]) -> str:
@@ -145,9 +143,11 @@ def _dry_run(recipe: Recipe, tasks: Sequence[Task], folder: Path, model: str | N
     name = model or recipe.model["model"]
     size = size_of(recipe, name)
     source = "counted from its config" if size.counted else "as the recipe says: its config is not on this machine"
-    print(f"model   {one_line(name)}: {size.parameters:.4g} parameters, {source}")
     weights = f"{size.weights / 2**30:.2f} GiB of weights, {size.bytes_each} bytes each"
-    print(f"memory  {weights}; a batch's activations and cache come on top")
+    told = [
+        f"model   {name}: {size.parameters:.4g} parameters, {source}",
+        f"memory  {weights}; a batch's activations and cache come on top",
+    ]
     options = _sweep_options(more)
     scorers = listed(options.scorers) if options.scorers else list(recipe.scorers)
     keep = budgets(options.keep) if options.keep else list(recipe.keep)
@@ -156,10 +156,10 @@ def _dry_run(recipe: Recipe, tasks: Sequence[Task], folder: Path, model: str | N
         asked = _asked(task, options.fraction)
         takes = seconds(recipe, asked, size, count)
         total += takes
-        print(f"task    {one_line(task.name)}: {asked.questions:,} questions, at most {count} jobs, {duration(takes)}")
-        for place in task.places(folder):
-            print(f"        {'there  ' if place.exists() else 'MISSING'} {one_line(place)}")
-    print(f"in all  about {duration(total)}\n{ASSUMED}")
+        told.append(f"task    {task.name}: {asked.questions:,} questions, at most {count} jobs, {duration(takes)}")
+        told += [f"        {'there  ' if place.exists() else 'MISSING'} {place}" for place in task.places(folder)]
+    for line in [*told, f"in all  about {duration(total)}", *ASSUMED.splitlines()]:
+        print(one_line(line))
 
 
 def _asked(task: Task, fraction: float | None) -> Task:

@@ -9,7 +9,6 @@ import numpy as np
 
 from catp_lightning.errors import DataError
 from catp_lightning.evaluation.recipes.recipe import Published, Recipe
-from catp_lightning.safe_text import one_line
 from catp_lightning.utils.files import read_bytes
 
 Rows = Sequence[Mapping[str, Any]]
@@ -87,12 +86,10 @@ def settings(recipe: Recipe) -> list[str]:
         "budgets": ", ".join(map(repr, recipe.keep)),
         "methods": ", ".join(recipe.scorers) + (" and single layers" if recipe.layers else ""),
     }
-    found = [f"{name:8} {one_line(value)}" for name, value in told.items()]
+    found = [f"{name:8} {value}" for name, value in told.items()]
     for task in recipe.tasks:
         own = task.data["init_args"]
         share = f", a share of {own['fraction']} by seed {own.get('seed', 42)}" if "fraction" in own else ""
         asked = f"{task.questions:,} questions{share}, split {'test' if own.get('test') else 'val'}"
-        found.append(
-            f"task     {one_line(task.name)}: {asked}, prompt {own.get('prompt', 'Question: {} Short answer:')!r}"
-        )
-    return found + [f"note     {one_line(note)}" for note in recipe.notes]
+        found.append(f"task     {task.name}: {asked}, prompt {own.get('prompt', 'Question: {} Short answer:')!r}")
+    return found + [f"note     {note}" for note in recipe.notes]
