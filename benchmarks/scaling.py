@@ -108,7 +108,7 @@ def table(found: Sequence[dict[str, Any]]) -> str:
         received = sums * processes + records * samples if processes > 1 else 0.0
         took = [f"{one['cpu_seconds']:.1f}", f"{seconds:.1f}", f"{one['cpu_seconds'] / seconds:.2f}"]
         sent = [
-            f"{one['bytes'] / 1e6:.2f}",
+            f"{one.get('bytes', 0) / 1e6:.2f}",
             f"{received / 1e6:.2f}",
             str(sum(one.get(name, 0) for name in COLLECTIVES)),
         ]

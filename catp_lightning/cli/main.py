@@ -22,6 +22,8 @@ SUMMARIES = {
     "profile": "Print how long vision, prefill and decoding take, unpruned and pruned, on a few batches.",
     "show": "Draw which visual tokens are kept of the first samples, over their images: PNG files in a folder.",
     "sweep": "Compare any list of methods on the shipped models or on yours: one table and one plot.",
+    "recipe": "List published settings, show one with its figures, or run it: model, data sets, budgets and prompts.",
+    "league": "Run all methods over recipes, or write the page of all submissions, docs/league.md.",
     "scenes": "Write digit scenes with questions, the data of a shipped model: folders calibration/ and test/.",
     "demo": "Calibrate the shipped model on digit scenes and compare every method at three budgets.",
 }
@@ -38,6 +40,9 @@ examples:
   catp show --config digits_llava.yaml --scorer fastervlm --keep '[0.5, 0.25]' --output pictures
   catp validate --config mine.yaml --model my_package.MyModule --data my_package.MyDataModule
   catp sweep --scorers '[fastervlm, fastv, stride, random]' --keep '[0.5, 0.25]' --output runs/sweep
+  catp recipe list
+  catp recipe run fastervlm-llava-1.5-7b --dry-run
+  catp league --run '[digits-blip2]'
 
 `catp COMMAND --help` explains a command's options, `catp COMMAND --print_config` prints them as YAML for --config.
 A configuration file that is not found is looked for among those shipped: blip2_opt_vqav2.yaml,
@@ -51,7 +56,7 @@ EXPECTED = (*OURS, ValueError, TypeError, OSError, ImportError)
 
 NOISE = (".*does not have many workers", ".*LeafSpec.*is deprecated")  # Lightning's advice, and its own use of torch
 
-TO_STDOUT = ("demo", "sweep", "scenes")
+TO_STDOUT = ("demo", "sweep", "recipe", "league", "scenes")
 """Commands whose progress lines go to standard output; others, whose output programs may read, use standard error."""
 
 
@@ -134,6 +139,14 @@ def _run(name: str, args: list[str], preparation: Preparation) -> None:
         from catp_lightning.cli.sweep import sweep
 
         sweep(args, SUMMARIES[name], preparation)
+    elif name == "recipe":
+        from catp_lightning.cli.recipe import recipe
+
+        recipe(args, SUMMARIES[name], preparation)
+    elif name == "league":
+        from catp_lightning.cli.league import league
+
+        league(args, SUMMARIES[name], preparation)
     else:
         from catp_lightning.cli.trainer_commands import run_trainer
 

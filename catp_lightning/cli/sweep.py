@@ -150,8 +150,8 @@ class Sweep(Command):
             return trainer.predict(self.model, datamodule=self.datamodule, **options) or []
 
 
-def sweep(args: list[str], summary: str, preparation: Preparation) -> None:
-    """Run `catp sweep`; `args` are the arguments after `sweep`."""
+def sweep(args: list[str], summary: str, preparation: Preparation) -> list[ModelTable]:
+    """Run `catp sweep` and return the table of each model; `args` are the arguments after `sweep`."""
     ahead = ArgumentParser(add_help=False, allow_abbrev=False)
     ahead.add_argument("-c", "--config")
     ahead.add_argument("--models")
@@ -166,8 +166,7 @@ def sweep(args: list[str], summary: str, preparation: Preparation) -> None:
     preparation.lines.close()  # each model has lines of its own
     if own:
         with at_most(processors()), telling_of_scenes():
-            _run(args, summary, preparation)
-        return
+            return [_run(args, summary, preparation)]
     every = [model for model in SHIPPED if known.budget is None or model not in UNPRICED]
     models = listed(known.models) if known.models else every
     for model in models:
@@ -178,6 +177,7 @@ def sweep(args: list[str], summary: str, preparation: Preparation) -> None:
         ]
     if len(tables) > 1:
         save_all(tables, Path(known.output))
+    return tables
 
 
 def _run(args: list[str], summary: str, preparation: Preparation, model: str | None = None) -> ModelTable:

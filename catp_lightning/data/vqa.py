@@ -139,10 +139,11 @@ class VQADataModule(LightningDataModule):
         num_workers: processes that read images; 0 reads in the main process.
         fraction: share of every split's questions to keep, in (0, 1]; 0.1 with seed 42 is CATP's protocol on VQAv2 val.
         seed: seed of the choice of questions.
+        calibration_fraction: the share of the calibration split's, in (0, 1]; None: `fraction`.
 
     Raises:
         DataError: `prompt` has no `{}`, a split that is asked for was not given, or as `VQADataset`.
-        ValueError: `fraction` is outside (0, 1].
+        ValueError: a fraction is outside (0, 1].
 
     Example::
 
@@ -166,16 +167,19 @@ class VQADataModule(LightningDataModule):
         num_workers: int = 0,
         fraction: float = 1.0,
         seed: int = 42,
+        calibration_fraction: float | None = None,
     ) -> None:
         super().__init__()
         if prompt.count("{}") != 1:
             raise DataError(f"prompt={prompt!r} must hold '{{}}' once, where the question goes.")
-        check_fraction(fraction)
+        for share in (fraction, fraction if calibration_fraction is None else calibration_fraction):
+            check_fraction(share)
         self.processor = processor
         self.splits: dict[str, Any] = {"calibration": calibration, "val": val, "test": test}
         self.splits["predict"] = predict or test or val
         self.prompt, self.batch_size, self.num_workers = prompt, batch_size, num_workers
         self.fraction, self.seed = fraction, seed
+        self.calibration_fraction = fraction if calibration_fraction is None else calibration_fraction
         self._datasets: dict[str, Dataset[VQAExample]] = {}
 
     def setup(self, stage: str | None = None) -> None:
@@ -210,16 +214,17 @@ class VQADataModule(LightningDataModule):
         processor.tokenizer.padding_side = "left"  # answers are generated after the last column
         return processor
 
-    def read(self, split: Any) -> Dataset[VQAExample]:
-        """Return the questions of a split with their images."""
-        return VQADataset(split, self.fraction, self.seed)
+    def read(self, split: Any, fraction: float) -> Dataset[VQAExample]:
+        """Return a share of the questions of a split with their images."""
+        return VQADataset(split, fraction, self.seed)
 
     def _dataset(self, name: str) -> Dataset[VQAExample]:
         if name not in self._datasets:
             split = self.splits[name]
             if split is None:
                 raise DataError(f"There is no {name} split: give {type(self).__name__}({name}={self.example}).")
-            self._datasets[name] = self.read(split)
+            fraction = self.calibration_fraction if name == "calibration" else self.fraction
+            self._datasets[name] = self.read(split, fraction)
         return self._datasets[name]
 
     def _loader(self, name: str) -> DataLoader[VQAExample]:

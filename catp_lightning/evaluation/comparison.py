@@ -20,13 +20,16 @@ class Result:
         method: name of the method; several results of one name and budget are draws of one method (seeds, or
             calibrations on different data) and are averaged question by question.
         keep: the budget; None: unpruned.
-        score: float [N], VQA accuracy of each question, in [0, 1]; None where it was not measured.
+        score: float [N], accuracy of each question, in [0, 1], by the rule of its data set; None where it was not
+            measured.
         same: float [N], 1 where the answer is the unpruned model's, otherwise 0.
         tokens: mean number of visual tokens kept.
         tokens_per_layer: mean number of visual tokens that a layer of the decoder reads; None: as many as are kept.
         budget: the price at which it is compared, {"prefill_flops": 0.25}, in place of `keep`; None: `keep`.
         schedule: where tokens leave and how many stay, in a few words.
         prices: what the run paid, as shares of what the unpruned model pays, by unit; None: not counted.
+        figures: what the data set reports beside the mean of `score`, by name: "pope_f1".
+        seconds: how long answering all questions took; None: not measured.
     """
 
     method: str
@@ -38,11 +41,17 @@ class Result:
     budget: Mapping[str, float] | None = None
     schedule: str = ""
     prices: Mapping[str, float] | None = None
+    figures: Mapping[str, float] = field(default_factory=dict)
+    seconds: float | None = None
 
     @property
     def at(self) -> str:
         """What it is compared at, as text: 1 and 1.0 are two budgets."""
         return repr(self.keep if self.budget is None else dict(self.budget))
+
+    @property
+    def unpruned(self) -> bool:
+        return self.keep is None and self.budget is None
 
 
 @dataclass
@@ -63,7 +72,8 @@ class Comparison:
     def rows(self) -> list[dict[str, Any]]:
         """Return a row for each method and budget.
 
-        A row has means, 95% bootstrap intervals, and how far the reference is ahead in agreement, paired by question.
+        A row has means, 95% bootstrap intervals, how far the reference is ahead in agreement, and `accuracy_change`,
+        how far its accuracy is above that of the unpruned model, both paired by question.
         Where a method has several draws, intervals resample them as well as images, and `agreement_draws`
         (`accuracy_draws`) has the mean of each.
         """
@@ -87,6 +97,12 @@ class Comparison:
         per_layer = [result.tokens_per_layer for result in draws.results if result.tokens_per_layer is not None]
         if per_layer:
             row["tokens_per_layer"] = float(np.mean(per_layer))
+        if mean.figures:
+            every = [result.figures for result in draws.results]
+            row["figures"] = {name: float(np.mean([one[name] for one in every])) for name in mean.figures}
+        seconds = [result.seconds for result in draws.results if result.seconds is not None]
+        if seconds:
+            row["seconds"] = float(np.mean(seconds))
         for measure, means, resampled in (
             ("accuracy", draws.accuracy, draws.resampled_accuracy),
             ("agreement", draws.agreement, draws.resampled_agreement),
@@ -98,6 +114,12 @@ class Comparison:
         if reference is not None and mean.method != self.reference:
             row["reference_ahead"] = float(np.mean(reference.agreement) - np.mean(draws.agreement))
             row["reference_ahead_interval"] = _interval(reference.resampled_agreement - draws.resampled_agreement)
+        full = next((group for group in groups.values() if group.results[0].unpruned), None)
+        if full is not None and full is not draws and full.accuracy is not None and draws.accuracy is not None:
+            assert full.resampled_accuracy is not None
+            assert draws.resampled_accuracy is not None
+            row["accuracy_change"] = float(np.mean(draws.accuracy) - np.mean(full.accuracy))
+            row["accuracy_change_interval"] = _interval(draws.resampled_accuracy - full.resampled_accuracy)
         return row
 
     def _resamples(self) -> np.ndarray:

@@ -20,6 +20,8 @@ from tests.support.commands import CONFIGS
         "predict": "--config --policy --keep --compare --output",
         "profile": "--config --policy --scorer --keep --model",
         "show": "--config --policy --scorer --keep --output --model",
+        "recipe": "",
+        "league": "--run --folder --output --check --task --model --data --machine",
         "scenes": "--output --questions --calibration_questions --seed",
         "demo": "--output --questions --calibration_questions --seed",
     }.items(),

@@ -77,6 +77,18 @@ def test_fraction_keeps_a_seeded_share_in_file_order(tmp_path):
     assert [question.question_id for question in VQADataset(split).questions] == order
 
 
+def test_the_calibration_split_may_have_a_share_of_its_own(tmp_path, processor):
+    split = scenes(tmp_path, 40)
+    shares = {}
+    for share in (None, 0.5):
+        data = VQADataModule(processor, calibration=split, val=split, fraction=0.25, calibration_fraction=share)
+        loaders = (data.calibration_dataloader(), data.val_dataloader())
+        shares[share] = [len(loader.dataset) for loader in loaders]
+    assert shares == {None: [10, 10], 0.5: [20, 10]}
+    with pytest.raises(ValueError, match=r"fraction must be in \(0, 1\], got 2"):
+        VQADataModule("unused", calibration_fraction=2)
+
+
 def test_answers_stay_with_their_question_when_a_share_is_kept(tmp_path):
     split = scenes(tmp_path, 40)
     annotations = json.loads(Path(split.annotations).read_text())["annotations"]

@@ -37,7 +37,9 @@ def shipped(folder: Path) -> set[str]:
     package += folder.glob("catp_lightning/pages/page.*")
     configs = [*folder.glob("configs/*.py"), *folder.glob("configs/*.yaml")]
     names = {path.relative_to(folder).as_posix() for path in package}
-    return names | {f"catp_lightning/configs/{path.name}" for path in configs} | {"catp_lightning/py.typed"}
+    configs += folder.glob("configs/recipes/*.yaml")
+    names |= {f"catp_lightning/{path.relative_to(folder).as_posix()}" for path in configs}
+    return names | {"catp_lightning/py.typed"}
 
 
 @pytest.fixture(scope="module")

@@ -28,10 +28,11 @@ class BenchmarkDataModule(VQADataModule):
         num_workers: processes that read images; 0 reads in the main process.
         fraction: share of every split's questions to keep, in (0, 1]; those that are judged together stay together.
         seed: seed of the choice of questions.
+        calibration_fraction: the share of the calibration split's, in (0, 1]; None: `fraction`.
 
     Raises:
         DataError: `prompt` has no `{}`, a split that is asked for was not given, or as `BenchmarkDataset`.
-        ValueError: `fraction` is outside (0, 1].
+        ValueError: a fraction is outside (0, 1].
 
     Example::
 
@@ -53,6 +54,7 @@ class BenchmarkDataModule(VQADataModule):
         num_workers: int = 0,
         fraction: float = 1.0,
         seed: int = 42,
+        calibration_fraction: float | None = None,
     ) -> None:
         readers: dict[str, Any] = {"calibration": calibration, "val": val, "test": test, "predict": predict}
         more: dict[str, Any] = {
@@ -60,9 +62,10 @@ class BenchmarkDataModule(VQADataModule):
             "num_workers": num_workers,
             "fraction": fraction,
             "seed": seed,
+            "calibration_fraction": calibration_fraction,
         }
         super().__init__(processor, prompt=prompt, **readers, **more)  # `read` takes readers in the place of files
 
-    def read(self, split: Reader) -> Dataset[VQAExample]:
-        """Return the questions that a reader reads, with their images."""
-        return BenchmarkDataset(split, self.fraction, self.seed)
+    def read(self, split: Reader, fraction: float) -> Dataset[VQAExample]:
+        """Return a share of the questions that a reader reads, with their images."""
+        return BenchmarkDataset(split, fraction, self.seed)

@@ -16,6 +16,7 @@ from catp_lightning.evaluation.sweep.figure import figure
 from catp_lightning.evaluation.sweep.jobs import Jobs, data_fingerprint, versions
 from catp_lightning.evaluation.sweep.methods import Job, controls_among, fixed_methods, is_calibrated
 from catp_lightning.evaluation.sweep.page import sweep_page
+from catp_lightning.evaluation.sweep.prices import known_prices
 from catp_lightning.evaluation.sweep.reading import Reading, calibration_draws, guide_of, name_of
 from catp_lightning.evaluation.sweep.reference import check_reference, reference_of
 from catp_lightning.evaluation.sweep.results import about, comparison_of, outcomes_of
@@ -69,7 +70,8 @@ def sweep_model(
     settings = {**reading.settings, "versions": versions(), "weights": model_fingerprint(family.model)}
     loader: DataLoader[Any] = DataLoader(batches, batch_size=None)  # type: ignore[arg-type]  # a list is enough
     everything = {**settings, "data": data_fingerprint(batches)}
-    runner = Jobs(folder / "jobs", partial(reading.predict, loader), everything, guide_of(family, reading.device))
+    guide = guide_of(family, reading.device)
+    runner = Jobs(folder / "jobs", partial(reading.predict, loader), everything, guide, known_prices(family))
     lines.now = f"{name}: answering without pruning"
     full = runner.finished(None) or runner.run(None)
     jobs = [job.at(keep) for job in found for keep in budgets]
@@ -90,7 +92,7 @@ def sweep_model(
     if not outcomes:
         raise PolicyError(f"None of {', '.join(names)} makes sense on {name}: {next(iter(notes.values()))}")
     comparison = comparison_of(full, outcomes, batches, reference_of(reference, outcomes, notes))
-    table = ModelTable.of(name, about(comparison), comparison, controls_among(outcomes), notes)
+    table = ModelTable.of(name, about(comparison), comparison, controls_among(outcomes), notes, everything)
     write_text(folder / "table.md", table.markdown())
     write_json(folder / "table.json", table.to_json(), indent=2)
     drawn = figure([table])

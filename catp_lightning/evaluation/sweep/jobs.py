@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
@@ -42,6 +43,8 @@ class Outcome:
             was kept.
         prices: what the prefills paid, as shares of what the unpruned model pays, by unit; None: not counted.
         sizes: [rows of text, visual tokens, number of prompts], as `Sizes.to_json`; None: not counted.
+        seconds: how long the run took, from the first question to the last answer, by the clock; None: of a file that
+            an earlier version wrote.
     """
 
     question_ids: list[int]
@@ -51,6 +54,7 @@ class Outcome:
     visual_tokens: float | None = None
     prices: dict[str, float] | None = None
     sizes: list[list[int]] | None = None
+    seconds: float | None = None
 
 
 class Counted(TokenPruning):
@@ -112,6 +116,7 @@ class Jobs:
             DataError: the module's prediction step returns something else than answers.
         """
         guide = self._guide() if job is not None and job.guided else None
+        begun = time.perf_counter()
         if self._prices is None:
             pruning = None if job is None else TokenPruning(job.policy, guide=guide)
             outcome = _outcome(self._predict(pruning), {} if pruning is None else pruning.figures)
@@ -119,7 +124,9 @@ class Jobs:
             counted = Counted(EVERYTHING if job is None else job.policy, guide)
             outcome = _outcome(self._predict(counted), {} if job is None else counted.figures)
             sizes = counted.sizes
-            outcome = replace(outcome, prices=sizes.paid(self._prices), sizes=sizes.to_json() if job is None else None)
+            paid = sizes.paid(self._prices) if sizes.counts else None
+            outcome = replace(outcome, prices=paid, sizes=sizes.to_json() if job is None else None)
+        outcome = replace(outcome, seconds=round(time.perf_counter() - begun, 3))
         write_json(self._file(job), {"settings": self._of(job), "outcome": asdict(outcome)}, indent=1)
         return outcome
 

@@ -26,7 +26,7 @@ from catp_lightning.evaluation.sweep.methods import (
 from catp_lightning.evaluation.sweep.page import sweep_page
 from catp_lightning.evaluation.sweep.priced_figure import priced_figure
 from catp_lightning.evaluation.sweep.priced_table import PricedTable
-from catp_lightning.evaluation.sweep.prices import Price, Solver
+from catp_lightning.evaluation.sweep.prices import Price, Solver, known_prices
 from catp_lightning.evaluation.sweep.reading import Reading, calibration_draws, guide_of, name_of
 from catp_lightning.evaluation.sweep.reference import check_reference, reference_of
 from catp_lightning.evaluation.sweep.results import about, comparison_of, outcomes_of
@@ -130,10 +130,17 @@ def sweep_prices(
     _tell_of_excess(outcomes, notes)
     wanted = reference_of(TITLES.get(reference or "", reference), outcomes, notes)
     comparison = comparison_of(full, outcomes, batches, wanted, family.depth)
-    table = PricedTable.of(name, about(comparison), comparison, controls_among(outcomes), notes)
+    table = PricedTable.of(
+        name,
+        about(comparison),
+        comparison,
+        controls_among(outcomes),
+        notes,
+        {**settings, "data": data_fingerprint(batches)},
+    )
     _write(table, folder)
-    where = rich_text(folder, "bold")
-    console.print(Text.assemble(rich_text(f"{name}: "), where, ": prices.md, prices.json, prices.html, prices.png"))
+    written = ": prices.md, prices.json, prices.html, prices.png"
+    console.print(Text.assemble(rich_text(f"{name}: "), rich_text(folder, "bold"), written))
     return table
 
 
@@ -153,12 +160,12 @@ def _known(family: Family, prices: Sequence[Price]) -> Prices:
         PolicyError: the model reads the image by cross-attention.
         PruningError: a unit that is asked for is not known.
     """
-    if family.reads == "cross-attention":
+    known = known_prices(family)
+    if known is None:
         raise PolicyError(
             f"{type(family.model).__name__} reads the image by cross-attention, and a sweep knows prices only where "
             "visual tokens are rows of the prompt: compare at numbers of tokens, --keep."
         )
-    known = Prices.of(family)
     for price in prices:
         known.check(price.unit)
     return known

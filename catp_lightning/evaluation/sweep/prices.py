@@ -10,6 +10,7 @@ from torch import Tensor
 
 from catp_lightning.errors import PolicyError
 from catp_lightning.methods.schedule import places
+from catp_lightning.models import Family
 from catp_lightning.policy import PruningPolicy
 from catp_lightning.policy.budgets import check_price
 from catp_lightning.policy.stages import Stage
@@ -43,6 +44,11 @@ class Price:
 
     def __str__(self) -> str:
         return f"{self.share:g} of {self.unit}"
+
+
+def known_prices(family: Family) -> Prices | None:
+    """Return the prices of a model's prompts; None if it reads the image by cross-attention: they are not counted."""
+    return None if family.reads == "cross-attention" else Prices.of(family)
 
 
 def prices_asked(budget: Mapping[str, Any]) -> list[Price]:

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
+from math import isnan
 from typing import Any
 
 import numpy as np
@@ -14,6 +15,7 @@ from catp_lightning.evaluation.sweep.jobs import Jobs, Outcome
 from catp_lightning.evaluation.sweep.methods import CALIBRATED, Job
 from catp_lightning.evaluation.sweep.prices import schedule_text
 from catp_lightning.metrics import vqa_score
+from catp_lightning.metrics.benchmarks import BENCHMARKS, REPORTED
 from catp_lightning.safe_text import one_line, rich_text
 from catp_lightning.utils.progress import Lines, Pace, shows_bars
 
@@ -76,12 +78,36 @@ def about(comparison: Comparison) -> str:
 def _result(
     title: str, keep: int | float | None, outcome: Outcome, full: Outcome, tokens: float, batches: Sequence[Any]
 ) -> Result:
-    truth = _column(batches, "answers")
     same = [float(one == other) for one, other in zip(outcome.answers, full.answers, strict=True)]
-    score = None
-    if len(truth) == len(outcome.answers):
-        score = np.array([vqa_score(one, ten) / 30 for one, ten in zip(outcome.answers, truth, strict=True)])
-    return Result(title, keep, score, np.array(same), tokens, outcome.tokens_per_layer, prices=outcome.prices)
+    score, figures = scored(outcome.answers, batches)
+    more: dict[str, Any] = {"prices": outcome.prices, "figures": figures, "seconds": outcome.seconds}
+    return Result(title, keep, score, np.array(same), tokens, outcome.tokens_per_layer, **more)
+
+
+def scored(answers: Sequence[str], batches: Sequence[Any]) -> tuple[np.ndarray | None, dict[str, float]]:
+    """Return the accuracy of each answer by its data set's rule, float [N] in [0, 1], and the figures it reports.
+
+    Figures are those of `REPORTED`, under names such as "pope_f1"; those of no question, or that need questions which
+    are not there, are left out. The accuracy is None where some questions have no right answers.
+    """
+    truth = _column(batches, "answers")
+    if len(truth) == len(answers):
+        return np.array([vqa_score(one, ten) / 30 for one, ten in zip(answers, truth, strict=True)]), {}
+    references = _column(batches, "references")
+    if not answers or len(references) != len(answers):
+        return None, {}
+    names = [batch["metric"] for batch in batches for _ in batch["references"]]
+    scores, figures = np.zeros(len(answers)), dict[str, float]()
+    for name in dict.fromkeys(names):
+        metric: Any = BENCHMARKS[name]()
+        at = [place for place, one in enumerate(names) if one == name]
+        pairs = [(answers[place], references[place]) for place in at]
+        scores[at] = [metric.score(*pair) for pair in pairs]
+        metric.update(*zip(*pairs, strict=True))
+        found = metric.compute()
+        wanted = [figure for figure in REPORTED.get(name, ()) if figure in found]
+        figures |= {f"{name}_{figure}": value for figure in wanted if not isnan(value := found[figure].item())}
+    return scores, figures
 
 
 def _images(full: Outcome, batches: Sequence[Any]) -> list[int]:

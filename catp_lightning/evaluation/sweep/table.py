@@ -34,6 +34,7 @@ class ModelTable:
             a published rule as well) and, where accuracy was measured, `accuracy_share`, the accuracy as a share of
             the unpruned model's; None if that is 0.
         notes: by title, why a method is not in the table.
+        settings: settings that the answers depend on beside the policies: versions, checksums of weights and data.
     """
 
     name: str
@@ -41,6 +42,7 @@ class ModelTable:
     reference: str
     rows: Sequence[Row]
     notes: Mapping[str, str] = field(default_factory=dict)
+    settings: Mapping[str, Any] = field(default_factory=dict)
 
     @classmethod
     def of(
@@ -50,6 +52,7 @@ class ModelTable:
         comparison: Comparison,
         controls: Mapping[str, bool],
         notes: Mapping[str, str],
+        settings: Mapping[str, Any] | None = None,
     ) -> Self:
         """Return the table of a comparison whose first result is the unpruned model's.
 
@@ -61,7 +64,7 @@ class ModelTable:
         ]
         if (best := rows[0].get("accuracy")) is not None:
             rows = [{**row, "accuracy_share": row["accuracy"] / best if best else None} for row in rows]
-        return cls(name, about, comparison.reference, rows, notes)
+        return cls(name, about, comparison.reference, rows, notes, settings or {})
 
     @property
     def budgets(self) -> list[int | float]:
@@ -75,6 +78,11 @@ class ModelTable:
     def measured(self) -> bool:
         """True if the data has right answers, so that accuracy was measured."""
         return "accuracy" in self.rows[0]
+
+    @property
+    def figures(self) -> list[str]:
+        """Names of the figures that the data set reports beside accuracy, `pope_f1` and its like."""
+        return list(self.rows[0].get("figures", {}))
 
     def at(self, keep: int | float) -> list[Row]:
         """Return the rows of a budget, the best first, below the unpruned model's row."""
@@ -117,7 +125,8 @@ class ModelTable:
     def _of_budget(self, keep: int | float) -> str:
         rows = self.at(keep)
         inside = any("tokens_per_layer" in row for row in rows)
-        head = ["method", *(["accuracy (95%)", "% of unpruned"] if self.measured else []), "agreement (95%)", "tokens"]
+        head = ["method", *(["accuracy (95%)", "% of unpruned"] if self.measured else []), *self.figures]
+        head += ["agreement (95%)", "tokens"]
         head += ["tokens per layer"] if inside else []
         head += ["agreement over draws"] if any("agreement_draws" in row for row in self.rows) else []
         head.append("ahead (95%)")
@@ -128,7 +137,7 @@ class ModelTable:
         title = Markdown(f"**{title}**") if row["method"] == self.reference else title
         cells: list[str] = [Markdown(f"{title}{kind(row)}")]
         if self.measured:
-            cells += [interval(row, "accuracy"), share(row)]
+            cells += [interval(row, "accuracy"), share(row), *(figure_text(row, name) for name in self.figures)]
         cells += [interval(row, "agreement"), f"{row['tokens']:.1f}"]
         if inside:
             cells.append(f"{row.get('tokens_per_layer', row['tokens']):.1f}")
@@ -156,6 +165,7 @@ class ModelTable:
             "reference": self.reference,
             "rows": [dict(row) for row in self.rows],
             "notes": dict(self.notes),
+            "settings": dict(self.settings),
         }
 
 
@@ -193,6 +203,12 @@ def share(row: Row) -> str:
     """Return accuracy in percent of the unpruned model's, or agreement in percent; "-" if that accuracy is 0."""
     value = row.get("accuracy_share", row["agreement"])
     return "-" if value is None else f"{100 * value:.1f}"
+
+
+def figure_text(row: Row, name: str) -> str:
+    """Return a figure of the data set as text: those up to 1 with three digits behind the point, others with one."""
+    value = row["figures"].get(name)
+    return "-" if value is None else f"{value:.3f}" if value <= 1 else f"{value:,.1f}"
 
 
 def over_draws(row: Row, measure: Measure) -> str:

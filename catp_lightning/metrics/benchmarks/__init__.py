@@ -32,11 +32,21 @@ BENCHMARKS: dict[str, type[Metric]] = {
     "vizwiz": VizWizAccuracy,
 }
 """Metric of each data set, by the name in `metric` of its batches. Each has `update(predictions, references)`, with the
-batch's references, and `compute()`, which returns figures by name."""
+batch's references, and `compute()`, which returns figures by name; `score(prediction, reference)` is the share, in
+[0, 1], that one answer has of the mean score."""
+
+REPORTED: dict[str, tuple[str, ...]] = {
+    "mmbench": ("accuracy", "circular_accuracy"),
+    "mme": ("perception", "cognition"),
+    "ocrbench": ("score",),
+    "pope": ("f1",),
+}
+"""Figures that are reported for a data set, by its metric, where they are not the mean of `score` over questions."""
 
 __all__ = [
     "ANLS",
     "BENCHMARKS",
+    "REPORTED",
     "EasyVQAAccuracy",
     "GQAAccuracy",
     "MMBenchAccuracy",

@@ -34,6 +34,10 @@ class MeanScore(Metric):
     def points(self, prediction: str, reference: Any) -> int:
         """Return the score of one prediction, in points from 0 to `unit`."""
 
+    def score(self, prediction: str, reference: Any) -> float:
+        """Return the score of one prediction, in [0, 1]."""
+        return self.points(prediction, reference) / self.unit
+
     def update(self, predictions: Sequence[str], references: Sequence[Any]) -> None:
         """Add B predictions, and what each is compared with.
 

@@ -56,6 +56,10 @@ class OCRBenchScore(Metric):
         self.add_state("right", torch.zeros(len(PARTS), dtype=torch.int64, device="cpu"), dist_reduce_fx="sum")
         self.add_state("total", torch.tensor(0, dtype=torch.int64, device="cpu"), dist_reduce_fx="sum")
 
+    def score(self, prediction: str, reference: Reading) -> float:
+        """Return 1.0 if one answer is right, else 0.0."""
+        return float(is_read(prediction, reference))
+
     def update(self, predictions: Sequence[str], references: Sequence[Reading]) -> None:
         """Add B answers, and what each should read.
 

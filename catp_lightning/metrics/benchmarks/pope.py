@@ -40,6 +40,10 @@ class POPEScores(Metric):
         super().__init__()
         self.add_state("counts", torch.zeros(4, dtype=torch.int64, device="cpu"), dist_reduce_fx="sum")
 
+    def score(self, prediction: str, reference: str) -> float:
+        """Return 1.0 if one answer is right, else 0.0."""
+        return float(says_yes(prediction) == (reference == "yes"))
+
     def update(self, predictions: Sequence[str], references: Sequence[str]) -> None:
         """Add B answers, and B labels "yes" or "no".
 

@@ -13,7 +13,7 @@ from torchmetrics.utilities import dim_zero_cat
 class QuestionRows(Metric):
     """Metric that keeps a row of whole numbers for each question, the first of which is the question's id.
 
-    A subclass implements `row`, and computes its figures from `found`.
+    The last is 1 if the answer is right, else 0. A subclass implements `row`, and computes its figures from `found`.
     """
 
     higher_is_better = True
@@ -27,7 +27,11 @@ class QuestionRows(Metric):
 
     @abstractmethod
     def row(self, answer: str, of: Any) -> tuple[int, ...]:
-        """Return the row of a question, given the answer and what it is compared with."""
+        """Return the row of a question, given the answer and what it is compared with; 1 at its end if it is right."""
+
+    def score(self, prediction: str, reference: Any) -> float:
+        """Return 1.0 if one answer is right, else 0.0."""
+        return float(self.row(prediction, reference)[-1])
 
     def update(self, predictions: Sequence[str], references: Sequence[Any]) -> None:
         """Add B answers and their questions. A question that is added again counts once.
