@@ -9,9 +9,8 @@ from typing import Any, NoReturn
 import yaml
 from jsonargparse import ArgumentError
 
-from catp_lightning.cli.sweep_data import budgets, listed
+from catp_lightning.cli.options import budgets, listed
 from catp_lightning.evaluation.recipes import Recipe, Task, names, read
-from catp_lightning.evaluation.recipes.estimate import ASSUMED, duration, jobs, require_files, seconds, size_of
 from catp_lightning.evaluation.recipes.shown import lines, results, settings
 from catp_lightning.evaluation.sweep.table import ModelTable
 from catp_lightning.safe_text import one_line
@@ -98,6 +97,7 @@ def run_recipe(
         DataError: files are not there.
     """
     from catp_lightning.cli.sweep import sweep  # takes long, and the other actions need none of it
+    from catp_lightning.evaluation.recipes.estimate import require_files
 
     require_files(recipe, tasks, folder)
     require_writable(output, folder=True)
@@ -140,6 +140,8 @@ def _aligned(rows: Sequence[Sequence[str]]) -> str:
 
 
 def _dry_run(recipe: Recipe, tasks: Sequence[Task], folder: Path, model: str | None, more: Sequence[str]) -> None:
+    from catp_lightning.evaluation.recipes.estimate import ASSUMED, duration, jobs, seconds, size_of
+
     name = model or recipe.model["model"]
     size = size_of(recipe, name)
     source = "counted from its config" if size.counted else "as the recipe says: its config is not on this machine"

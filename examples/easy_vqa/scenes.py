@@ -14,6 +14,7 @@ import numpy as np
 from PIL import Image
 
 from catp_lightning.data.benchmarks import EasyVQA
+from catp_lightning.data.images import read_image
 
 SIDE = 3  # images a row of a scene, and rows
 CELL = 24  # pixels a side of an image in a scene
@@ -54,7 +55,7 @@ def read_pictures(folder: str) -> list[Picture]:
     """Read a split of easy-VQA, in the order of its file."""
     reader, found = EasyVQA(folder), dict[str, Picture]()
     for record in reader.records():
-        picture = found.get(record.image) or Picture(reader.image(record))
+        picture = found.get(record.image) or Picture(read_image(reader.image_path(record)))
         found[record.image] = picture
         (picture.yes_no if record.reference in ("yes", "no") else picture.open).append((record.text, record.reference))
     return list(found.values())
