@@ -3,6 +3,7 @@
 import argparse
 import os
 import re
+import select
 import sys
 import warnings
 from collections.abc import Iterator, Sequence
@@ -79,12 +80,24 @@ def main(args: Sequence[str] | None = None) -> None:
             with _without_advertisements():
                 _run(chosen.command, chosen.arguments, preparation)
         except Exception as error:
+            if isinstance(error, BrokenPipeError) and _nobody_reads():  # as in `catp recipe list | head -3`
+                raise SystemExit(1) from None
             if os.environ.get("CATP_TRACEBACK") == "1" or not _is_expected(error):
                 raise
             help_ = f"\n`catp {chosen.command} --help` lists the options." if _is_of_arguments(error) else ""
             told = printable(f"\ncatp: error: {_message(error)}{help_}")  # a progress bar leaves its line open
             print(told, file=sys.stderr)
             raise SystemExit(1 if preparation.over else 2) from None
+
+
+def _nobody_reads() -> bool:
+    """True if standard output is a pipe whose reader has ended; it is then replaced, or its flush at exit would fail."""
+    asked = select.poll()
+    asked.register(sys.stdout.fileno(), 0)
+    gone = any(event & select.POLLERR for _, event in asked.poll(0))
+    if gone:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return gone
 
 
 def _parse(arguments: list[str]) -> argparse.Namespace:

@@ -1,6 +1,8 @@
 """`catp recipe`: every recipe runs with a small model of its class, on small files in the layout of its data sets."""
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -91,3 +93,11 @@ def test_the_list_names_every_recipe(capsys: pytest.CaptureFixture[str]) -> None
     main(["recipe", "list"])
     told = capsys.readouterr().out
     assert all(name in told for name in names())
+
+
+@pytest.mark.slow  # a process that imports torch
+def test_a_reader_that_has_seen_enough_is_no_error() -> None:
+    command = f"{sys.executable} -m catp_lightning recipe list | true; exit ${{PIPESTATUS[0]}}"
+    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    assert "rror" not in done.stderr, done.stderr
