@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from jsonargparse import ArgumentError
 
-from catp_lightning.cli.options import listed
+from catp_lightning.cli.lists import listed
 from catp_lightning.cli.recipe import DATA, Parser, add_run_options, run_recipe, tasks_of
 from catp_lightning.evaluation.league import Submission, league_json, league_page, read_all, written
 from catp_lightning.evaluation.recipes import Recipe, names, read

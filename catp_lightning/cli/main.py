@@ -91,7 +91,7 @@ def main(args: Sequence[str] | None = None) -> None:
 
 
 def _nobody_reads() -> bool:
-    """True if standard output is a pipe whose reader has ended; it is replaced then, or its flush at exit would fail."""
+    """True if standard output is a pipe whose reader has ended; it is replaced then, as its flush would fail."""
     asked = select.poll()
     asked.register(sys.stdout.fileno(), 0)
     gone = any(event & select.POLLERR for _, event in asked.poll(0))

@@ -1,15 +1,11 @@
-"""Parsing of the command line: a misspelt option is told the one that was meant; lists of names and of numbers."""
+"""Parsing of the command line: the error for a misspelt option names the option that was meant."""
 
 import difflib
 import re
-from contextlib import suppress
 from importlib.util import find_spec
 from typing import Any, cast
 
 from jsonargparse import ArgumentError, ArgumentParser
-
-from catp_lightning.errors import PolicyError
-from catp_lightning.policy import check_keep
 
 
 def parsed(parser: ArgumentParser, args: list[str]) -> Any:
@@ -25,34 +21,6 @@ def parsed(parser: ArgumentParser, args: list[str]) -> Any:
         unknown = re.search(r"unrecognized arguments:.*?(--[^\s=]+)", str(error), re.IGNORECASE)
         near = difflib.get_close_matches(unknown[1], known, n=1) if unknown else []
         raise ArgumentError(None, f"{error}. Did you mean {near[0]}?" if near else str(error)) from error
-
-
-def listed(value: Any) -> list[str]:
-    """Return names from a list, or from text with commas between them, in brackets or without."""
-    several = value if isinstance(value, list) else str(value).strip("[] ").split(",")
-    return [name for one in several if (name := str(one).strip("\"' "))]
-
-
-def budgets(value: Any) -> list[int | float]:
-    """Return budgets from one, from a list, or from text with commas between them: 1 is a token, 1.0 is everything.
-
-    Raises:
-        PolicyError: a budget is not allowed or named twice, or none is named.
-    """
-    several = value if isinstance(value, list) else [_number(one) for one in listed(value)]
-    for keep in several:
-        check_keep(keep)
-    if len({(type(keep), keep) for keep in several}) < len(several) or not several:
-        raise PolicyError(f"keep is {several}; give one budget or several different ones.")
-    return several
-
-
-def _number(text: str) -> Any:
-    """Return a text as int or else as float; unchanged if it is not a number, for `check_keep` to refuse."""
-    for kind in (int, float):
-        with suppress(ValueError):
-            return kind(text)
-    return text
 
 
 LMMS_TASK = re.compile(r"--lmms[-_]task(?:=(.*))?", re.DOTALL)

@@ -9,7 +9,7 @@ from typing import Any, NoReturn
 import yaml
 from jsonargparse import ArgumentError
 
-from catp_lightning.cli.options import budgets, listed
+from catp_lightning.cli.lists import budgets, listed
 from catp_lightning.evaluation.recipes import Recipe, Task, names, read
 from catp_lightning.evaluation.recipes.shown import lines, results, settings
 from catp_lightning.evaluation.sweep.table import ModelTable

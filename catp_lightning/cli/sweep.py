@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader
 
 from catp_lightning.callbacks.context import Stage
 from catp_lightning.cli.command import Command
-from catp_lightning.cli.options import budgets, listed
+from catp_lightning.cli.lists import budgets, listed
 from catp_lightning.cli.sweep_data import loaders, reads
 from catp_lightning.cli.trainer_commands import telling_of_scenes
 from catp_lightning.data import GRIDS, PROMPTS, SHIPPED, shipped

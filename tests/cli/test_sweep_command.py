@@ -10,8 +10,8 @@ import yaml
 from lightning.pytorch import LightningDataModule, Trainer
 from PIL import Image
 
+from catp_lightning.cli.lists import budgets, listed
 from catp_lightning.cli.main import main
-from catp_lightning.cli.options import budgets, listed
 from catp_lightning.data import GRIDS, PROMPTS, SHIPPED, shipped
 from catp_lightning.data.scenes import CELL, write_scenes
 from catp_lightning.data.vqa import VQADataModule, VQASplit

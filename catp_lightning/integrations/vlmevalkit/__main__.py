@@ -10,6 +10,7 @@ from pathlib import Path
 from catp_lightning.callbacks.token_pruning import load_policy
 from catp_lightning.errors import PolicyError, PruningError
 from catp_lightning.integrations.vlmevalkit.model import register
+from catp_lightning.safe_text import printable
 from catp_lightning.utils.files import write_text
 
 
@@ -34,7 +35,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         made = register(supported_VLM, own.model, load_policy(own.policy, own.keep))
     except (PolicyError, PruningError) as error:
-        print(f"{type(error).__name__}: {error}", file=sys.stderr)
+        print(printable(f"{type(error).__name__}: {error}"), file=sys.stderr)
         return 1
     sys.argv = ["run.py", *others, "--work-dir", own.work_dir, "--model", *made]
     try:
@@ -47,7 +48,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for name, models in made.items():
         refused = models[-1].figures.refused if models else "see above"
         if refused is not None:
-            print(f"{name} was refused: {refused}", file=sys.stderr)
+            print(printable(f"{name} was refused: {refused}"), file=sys.stderr)
             failed = True
         else:
             write_text(folder / name / "catp.json", json.dumps(models[-1].figures.compute(), indent=2) + "\n")

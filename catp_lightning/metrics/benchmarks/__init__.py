@@ -40,6 +40,7 @@ REPORTED: dict[str, tuple[str, ...]] = {
     "mme": ("perception", "cognition"),
     "ocrbench": ("score",),
     "pope": ("f1",),
+    "videomme": ("accuracy", "answered"),
 }
 """Figures that are reported for a data set, by its metric, where they are not the mean of `score` over questions."""
 

@@ -35,6 +35,10 @@ class GroupedChoices(Metric):
     def judge(self, prediction: str, answer: str) -> bool | None:
         """Return whether a prediction names the right option's letter; None if it names none, and is left out."""
 
+    def score(self, prediction: str, reference: GroupedChoice) -> float:
+        """Return 1.0 if one answer is right, else 0.0, also if it names no option."""
+        return float(self.judge(prediction, reference.answer) is True)
+
     def update(self, predictions: Sequence[str], references: Sequence[GroupedChoice]) -> None:
         """Add B predictions, and what each is compared with.
 
