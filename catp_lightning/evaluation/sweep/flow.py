@@ -12,6 +12,7 @@ from torch.utils.data import DataLoader
 from catp_lightning.calibration.identity import model_fingerprint
 from catp_lightning.errors import PolicyError
 from catp_lightning.evaluation.sweep.calibrations import calibrated
+from catp_lightning.evaluation.sweep.difficult import difficult_page, difficult_tables
 from catp_lightning.evaluation.sweep.figure import figure
 from catp_lightning.evaluation.sweep.jobs import Jobs, data_fingerprint, versions
 from catp_lightning.evaluation.sweep.methods import Job, controls_among, fixed_methods, is_calibrated
@@ -49,7 +50,7 @@ def sweep_model(
         reference: the method that others are compared with; None: `CALIBRATED`, or the first.
         draws: number of parts of the calibration split to calibrate on, each by itself.
         output: folder in which one named as the model gets `table.md`, `table.json`, `table.html`, `accuracy.png`,
-            `jobs` and `policies`.
+            `jobs` and `policies`; `difficult.md` and `.json` where "downsample" is among the methods.
         lines: progress lines, told what is being done.
         preparation: set to be over before the first question is read.
 
@@ -92,13 +93,19 @@ def sweep_model(
     if not outcomes:
         raise PolicyError(f"None of {', '.join(names)} makes sense on {name}: {next(iter(notes.values()))}")
     comparison = comparison_of(full, outcomes, batches, reference_of(reference, outcomes, notes))
-    table = ModelTable.of(name, about(comparison), comparison, controls_among(outcomes), notes, everything)
+    controls = controls_among(outcomes)
+    table = ModelTable.of(name, about(comparison), comparison, controls, notes, everything)
     write_text(folder / "table.md", table.markdown())
     write_json(folder / "table.json", table.to_json(), indent=2)
     drawn = figure([table])
     image = png(drawn, dpi=120)
     write_bytes(folder / "accuracy.png", image)
     write_text(folder / "table.html", sweep_page(table.markdown(), "accuracy", drawn, image))
+    files = "table.md, table.json, table.html, accuracy.png"
+    if hard := difficult_tables(name, comparison, controls):
+        write_text(folder / "difficult.md", difficult_page(hard))
+        write_json(folder / "difficult.json", [one.to_json() for one in hard], indent=2)
+        files += ", difficult.md, difficult.json"
     where = rich_text(folder, "bold")
-    console.print(Text.assemble(rich_text(f"{name}: "), where, ": table.md, table.json, table.html, accuracy.png"))
+    console.print(Text.assemble(rich_text(f"{name}: "), where, f": {files}"))
     return table

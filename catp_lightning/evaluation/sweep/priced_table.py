@@ -49,7 +49,7 @@ class PricedTable(ModelTable):
     def markdown(self) -> str:
         head = f"# {markdown_text(self.name)}, at equal prices\n\n{markdown_text(self.about)}"
         parts = [f"{head} The reference is *{markdown_text(self.reference)}*.\n\n{READING}"]
-        parts += [f"## {self.heading(budget)}\n\n{self._of_budget(budget)}" for budget in self.budgets]
+        parts += [f"## {self.heading(budget)}\n\n{self.of_budget(budget)}" for budget in self.budgets]
         if self.notes:
             parts.append(f"## Not in the table, or beside its price\n\n{self._reasons()}")
         return "\n".join(parts)
@@ -71,7 +71,7 @@ class PricedTable(ModelTable):
     def ratios(self) -> str:
         return ""
 
-    def _of_budget(self, budget: Any) -> str:
+    def of_budget(self, budget: Any) -> str:
         rows = self.at(budget)
         units = [unit for unit in COUNTED if unit in rows[0]["prices"]]
         drawn = any("agreement_draws" in row for row in self.rows)

@@ -93,7 +93,7 @@ class ModelTable:
     def markdown(self) -> str:
         head = f"# {markdown_text(self.name)}\n\n{markdown_text(self.about)}"
         parts = [f"{head} The reference is *{markdown_text(self.reference)}*.\n\n{READING}"]
-        parts += [f"## keep {keep}\n\n{self._of_budget(keep)}" for keep in self.budgets]
+        parts += [f"## keep {keep}\n\n{self.of_budget(keep)}" for keep in self.budgets]
         if ratios := self.ratios():
             parts.append(f"## Calibrated over self-attention\n\n{ratios}")
         if self.notes:
@@ -122,7 +122,8 @@ class ModelTable:
         lines = (f"{', '.join(several)}: {why}" for why, several in titles.items())
         return "".join(f"- {markdown_text(line)}\n" for line in lines)
 
-    def _of_budget(self, keep: int | float) -> str:
+    def of_budget(self, keep: int | float) -> str:
+        """Return the Markdown table of a budget."""
         rows = self.at(keep)
         inside = any("tokens_per_layer" in row for row in rows)
         head = ["method", *(["accuracy (95%)", "% of unpruned"] if self.measured else []), *self.figures]
