@@ -195,25 +195,23 @@ class _Volume:
         return cls(unit, quality, directions, along, torch.ones_like(quality), quality.square() + RIDGE)
 
     def ahead(self, tokens: Tensor, steps: int) -> tuple[Tensor, Tensor]:
-        """Choose as if there were only `tokens`, and write down the directions of those that are chosen."""
+        """Choose as if there were only `tokens`."""
         unit, along, quality = self.unit[tokens], self.along[: self.count, tokens], self.quality[tokens]
         kernel = weighted((unit @ unit.T).addmm_(along.T, along, alpha=-1)[None], quality[None])
         closed = torch.zeros_like(tokens, dtype=torch.bool)
-        found, several, factors = _steps(kernel, self.gain[tokens][None], closed[None], steps)
-        chosen, gains = found[0], several[0]
-        triangle = factors[0].index_select(1, chosen).T.tril_(-1)
-        triangle.diagonal().copy_(gains.sqrt())
-        left = unit[chosen].addmm_(along[:, chosen].T, self.directions[: self.count], alpha=-1)
-        left *= quality[chosen, None]
-        directions = torch.linalg.solve_triangular(triangle, left, upper=False).nan_to_num_(0.0, 0.0, 0.0)
-        # At most 1 but for rounding, which beyond the rank of a kernel without a ridge is all that there is.
-        directions /= directions.norm(dim=-1, keepdim=True).clamp_(min=1)
-        self.directions[self.count : self.count + steps] = directions
-        return tokens[chosen], gains
+        chosen, gains, factors = _steps(kernel, self.gain[tokens][None], closed[None], steps)
+        self._factors = factors[0].index_select(1, chosen[0]).T.tril_(-1)
+        self._factors.diagonal().copy_(gains[0].sqrt())
+        return tokens[chosen[0]], gains[0]
 
     def add(self, tokens: Tensor) -> None:
         """Choose `tokens`, the first of those that `ahead` gave last, and compute all gains anew."""
-        new = slice(self.count, self.count + len(tokens))
+        few, new = len(tokens), slice(self.count, self.count + len(tokens))
+        left = self.unit[tokens].addmm_(self.along[: self.count, tokens].T, self.directions[: self.count], alpha=-1)
+        left *= self.quality[tokens, None]
+        found = torch.linalg.solve_triangular(self._factors[:few, :few], left, upper=False).nan_to_num_(0.0, 0.0, 0.0)
+        # At most 1 but for rounding, which beyond the rank of a kernel without a ridge is all that there is.
+        self.directions[new] = found / found.norm(dim=-1, keepdim=True).clamp_(min=1)
         along = torch.mm(self.directions[new], self.unit.T, out=self.along[new])
         self.rest = (self.rest - along.square().sum(0)).clamp_(min=0)
         closed = self.gain == -torch.inf
