@@ -11,7 +11,7 @@ from PIL import Image
 from catp_lightning.pruning.record import Prefill
 from catp_lightning.pruning.shown import Shown, Viewer
 from catp_lightning.utils.compat import is_lightning_instance
-from catp_lightning.utils.loggers import log_safely
+from catp_lightning.utils.loggers import has_wandb_run, log_safely
 
 NAME = "catp/kept_tokens"
 
@@ -50,8 +50,8 @@ def log_pictures(trainer: Trainer, shown: Sequence[Shown]) -> None:
 
 
 def _log(logger: Any, images: Sequence[Image.Image], step: int) -> None:
-    if is_lightning_instance(logger, "WandbLogger"):
+    if has_wandb_run(logger):
         logger.log_image(NAME, list(images), step)
-        return
-    for number, image in enumerate(images):
-        logger.experiment.add_image(f"{NAME}/{number}", np.asarray(image), step, dataformats="HWC")
+    elif is_lightning_instance(logger, "TensorBoardLogger"):
+        for number, image in enumerate(images):
+            logger.experiment.add_image(f"{NAME}/{number}", np.asarray(image), step, dataformats="HWC")

@@ -58,8 +58,8 @@ class TokenPruning(LoopContext):
         policy: a `PruningPolicy`, or a path or address for `PruningPolicy.load`, read when a stage is set up; in a
             configuration file also the fields of one, {scorer: catp, keep: 0.25}. None: the policy in the checkpoint
             that `ckpt_path=` names. A given policy wins over the checkpoint's, with a warning of the differences.
-        keep: the budget, in place of the policy's own; with a folder of several budgets, the one to take. A float in
-            (0, 1] is a share, an int >= 1 a number of tokens.
+        keep: the budget, in place of that of a `PruningPolicy`; with a path, which budget of a folder, or the one that
+            a single policy must be for. A float in (0, 1] is a share, an int >= 1 a number of tokens.
         budget: with a folder that a calibration at prices saved, the price to pay at most, {"prefill_flops": 0.25}, as
             in `PruningPolicy.load`.
         stages: the loops to prune in; "validate" includes validation inside fit.

@@ -22,12 +22,8 @@ from catp_lightning.utils.progress import Preparation
 FOLDER, PAGE, RESULTS, JSON = "league", "docs/league.md", "runs/league", "league.json"
 
 
-def league(args: list[str], summary: str, preparation: Preparation) -> None:
-    """Run `catp league`; `args` are the arguments after `league`.
-
-    Raises:
-        SystemExit: 1 if `--check true` finds that the page is not what the folders say.
-    """
+def league_parser(summary: str) -> Parser:
+    """Return the parser of `catp league`."""
     parser = Parser("catp league", description=summary, allow_abbrev=False)
     parser.epilog = "Beside --run all other options are those of `catp sweep`: --keep, --scorers, --calibration_draws."
     parser.add_argument(
@@ -40,7 +36,16 @@ def league(args: list[str], summary: str, preparation: Preparation) -> None:
     add_run_options(parser)
     parser.add_argument("--results", default=RESULTS, help=f"folder of the runs' own results; by default {RESULTS}")
     parser.add_argument("--machine", help="what it runs on, in words; by default what the system says")
-    chosen, more = parser.parse_known_args(args)
+    return parser
+
+
+def league(args: list[str], summary: str, preparation: Preparation) -> None:
+    """Run `catp league`; `args` are the arguments after `league`.
+
+    Raises:
+        SystemExit: 1 if `--check true` finds that the page is not what the folders say.
+    """
+    chosen, more = league_parser(summary).parse_known_args(args)
     folder = Path(chosen.folder)
     if not chosen.run:
         of_runs = [name for name in ("task", "model", "machine") if getattr(chosen, name) is not None]

@@ -8,6 +8,7 @@ import sys
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 
 from catp_lightning.errors import DataError, PolicyError, PruningError, did_you_mean
 from catp_lightning.safe_text import printable
@@ -27,6 +28,7 @@ SUMMARIES = {
     "league": "Run all methods over recipes, or write the page of all submissions, docs/league.md.",
     "scenes": "Write digit scenes with questions, the data of a shipped model: folders calibration/ and test/.",
     "demo": "Calibrate the shipped model on digit scenes and compare every method at three budgets.",
+    "completion": "Print a script by which a shell, bash, zsh or fish, completes commands, options and names.",
 }
 
 EPILOG = """\
@@ -44,6 +46,7 @@ examples:
   catp recipe list
   catp recipe run fastervlm-llava-1.5-7b --dry-run
   catp league --run '[digits-blip2]'
+  catp completion bash > ~/.local/share/bash-completion/completions/catp
 
 `catp COMMAND --help` explains a command's options, `catp COMMAND --print_config` prints them as YAML for --config.
 A configuration file that is not found is looked for among those shipped: blip2_opt_vqav2.yaml,
@@ -160,6 +163,10 @@ def _run(name: str, args: list[str], preparation: Preparation) -> None:
         from catp_lightning.cli.league import league
 
         league(args, SUMMARIES[name], preparation)
+    elif name == "completion":
+        from catp_lightning.cli.completion import completion
+
+        completion(args, SUMMARIES, partial(_run, args=[], preparation=preparation))
     else:
         from catp_lightning.cli.trainer_commands import run_trainer
 

@@ -28,8 +28,8 @@ class Parser(argparse.ArgumentParser):
         raise ArgumentError(None, message)
 
 
-def recipe(args: list[str], summary: str, preparation: Preparation) -> None:
-    """Run `catp recipe`; `args` are the arguments after `recipe`."""
+def recipe_parser(summary: str) -> Parser:
+    """Return the parser of `catp recipe`."""
     parser = Parser("catp recipe", description=summary, allow_abbrev=False)
     actions = parser.add_subparsers(dest="action", required=True, metavar="list|show|run", parser_class=Parser)
     actions.add_parser("list", help="the recipes that come with the package")
@@ -41,7 +41,12 @@ def recipe(args: list[str], summary: str, preparation: Preparation) -> None:
         one.add_argument("--output", help=f"folder of results; by default {OUTPUT}/NAME")
     add_run_options(run)
     run.add_argument("--dry-run", action="store_true", help="say what would be read and loaded, and how long it takes")
-    chosen, more = parser.parse_known_args(args)
+    return parser
+
+
+def recipe(args: list[str], summary: str, preparation: Preparation) -> None:
+    """Run `catp recipe`; `args` are the arguments after `recipe`."""
+    chosen, more = recipe_parser(summary).parse_known_args(args)
     if chosen.action != "run" and more:
         raise ArgumentError(None, f"unrecognized arguments: {' '.join(more)}")
     if chosen.action == "list":

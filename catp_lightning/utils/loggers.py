@@ -1,9 +1,11 @@
-"""Log to every logger; one that raises yields a warning, not a failed run."""
+"""Log to every logger; one that raises yields a warning, not a failed run. Which of them are of W&B."""
 
 from collections.abc import Callable, Iterable
+from typing import Any
 
 from lightning.pytorch.loggers import Logger
 
+from catp_lightning.utils.compat import is_lightning_instance
 from catp_lightning.utils.messages import rank_zero_warn
 
 
@@ -25,3 +27,10 @@ def log_safely(loggers: Iterable[Logger], what: str, log: Callable[[Logger], Non
             failed.append(f"{type(logger).__name__} ({type(error).__name__}: {error})")
     if failed:
         rank_zero_warn(f"{what} could not be logged, or not all of it, to {', '.join(failed)}.")
+
+
+def has_wandb_run(logger: Any) -> bool:
+    """True if a logger is Lightning's for Weights & Biases, and its run is of W&B: that of a library with the same
+    interface, Trackio for example, may be given to it, and takes figures alone.
+    """
+    return is_lightning_instance(logger, "WandbLogger") and type(logger.experiment).__module__.startswith("wandb.")

@@ -66,8 +66,7 @@ def test_each_loop_has_its_own_first_samples_and_no_more_are_kept() -> None:
     assert without.shown == []
 
 
-def test_tensorboard_has_a_picture_for_each_sample_after_each_validation(tmp_path: Path) -> None:
-    pytest.importorskip("tensorboard")
+def test_tensorboard_has_figures_and_a_picture_for_each_sample_after_each_validation(tmp_path: Path) -> None:
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     module, callback = Answering(), TokenPruning(HALF, log_images=2)
@@ -77,6 +76,7 @@ def test_tensorboard_has_a_picture_for_each_sample_after_each_validation(tmp_pat
     logger.finalize("success")
     events = EventAccumulator(logger.log_dir, size_guidance={"images": 0})
     events.Reload()
+    assert [event.value for event in events.Scalars("catp/keep_share")] == [0.5, 0.5]
     assert events.Tags()["images"] == [f"{NAME}/0", f"{NAME}/1"]
     for number, shown in enumerate(callback.shown):
         logged = events.Images(f"{NAME}/{number}")

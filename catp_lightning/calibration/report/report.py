@@ -19,9 +19,8 @@ from catp_lightning.calibration.statistics.base import Statistic
 from catp_lightning.pages import Example, html_page
 from catp_lightning.policy import PruningPolicy
 from catp_lightning.safe_text import one_line
-from catp_lightning.utils.compat import is_lightning_instance
 from catp_lightning.utils.files import write_bytes, write_text
-from catp_lightning.utils.loggers import log_safely
+from catp_lightning.utils.loggers import has_wandb_run, log_safely
 from catp_lightning.utils.plots import png
 
 COLUMNS = (
@@ -98,7 +97,7 @@ def report(
     write_text(folder / HTML, html_page(title, whole, drawn, images, examples))
 
     def log(logger: Logger) -> None:
-        if is_lightning_instance(logger, "WandbLogger"):
+        if has_wandb_run(logger):
             _log_to_wandb(logger, policies, files, text, images)
         elif metrics := _metrics(policies):
             logger.log_metrics(metrics, step=step)

@@ -11,8 +11,8 @@ from lmms_eval.utils import simple_parse_args_string
 from loguru import logger
 from torch import nn
 
-from catp_lightning.callbacks.token_pruning import load_policy
 from catp_lightning.errors import PolicyError, PruningError
+from catp_lightning.integrations.lmms_eval.asked import asked_policy
 from catp_lightning.integrations.lmms_eval.backends import backend_of
 from catp_lightning.integrations.lmms_eval.figures import counted
 from catp_lightning.policy import PruningPolicy
@@ -133,11 +133,11 @@ class Catp(lmms):
     `--model_args` takes the arguments of that model, and:
 
     - policy: file, folder or address of a policy, as for `PruningPolicy.load`.
-    - keep: the budget, in place of the policy's own; 1.0 prunes nothing. With a folder of several budgets, which.
+    - keep: which budget of a folder of several; 1.0 prunes nothing, and needs no policy.
     - backend: name of the lmms-eval model, where another than that of the model's type is wanted.
 
     Raises:
-        PolicyError: no policy is given, or none can be read; it was made for another model.
+        PolicyError: no model or policy is given, or no policy can be read; it is for another budget or model.
         PruningError: the model cannot be pruned.
     """
 
@@ -147,13 +147,9 @@ class Catp(lmms):
     def create_from_arg_string(cls, arg_string: str, additional_config: dict[str, Any] | None = None) -> Any:
         given = simple_parse_args_string(arg_string)
         policy, keep, backend = (given.pop(name, None) for name in ("policy", "keep", "backend"))
-        for name, value in (("pretrained", given.get("pretrained")), ("policy", policy)):
-            if value is None:
-                raise PolicyError(
-                    f"--model_args has no {name}=: give pretrained=<model>,policy=<file>. The unpruned model is run by "
-                    "its own name in lmms-eval (--model llava_hf), or with keep=1.0."
-                )
-        own = load_policy(policy, keep)
+        if given.get("pretrained") is None:
+            raise PolicyError("--model_args has no pretrained=: give pretrained=<model>,policy=<file>.")
+        own = asked_policy(policy, keep)
         given |= {name: value for name, value in (additional_config or {}).items() if value is not None}
         found, _ = made(given, backend, own, cls.is_simple)
         with applied(found.model, own):
