@@ -12,6 +12,7 @@ from benchmarks.agreement import replayed
 from benchmarks.agreement_spread import paired_interval, spread
 from benchmarks.agreement_verdicts import BEST, BUDGETS, met, verdicts
 from benchmarks.answers import predict, scenes_split
+from benchmarks.scaling import table
 from catp_lightning import PruningPolicy, VQAModule
 from catp_lightning.data import shipped
 from catp_lightning.data.vqa import VQADataModule
@@ -105,6 +106,25 @@ def test_the_paired_interval_is_students() -> None:
 
 
 @pytest.mark.slow
+def test_what_more_processes_do_is_predicted_from_one_and_two() -> None:
+    def run(processes: int, samples: int, cpu: float, received: int) -> dict[str, Any]:
+        return {
+            "processes": processes,
+            "samples": samples,
+            "cpu_seconds": cpu,
+            "bytes": received,
+            "all_gather": 7,
+            "barrier": 2,
+        }
+
+    # 10 s + 0.5 s for each of its samples; 1 MB from each process and 20 kB for each sample of all
+    alone = [run(1, 100, 60.0, 0), run(1, 50, 35.0, 0)]
+    text = table([*alone, run(2, 100, 35.0, 4_000_000), run(2, 50, 22.5, 3_000_000), run(3, 100, 54.0, 6_000_000)])
+    assert "10.00 + 0.5000" in text and "1,000,000 from each process + 20,000 for each sample" in text
+    last = [cell.strip() for cell in text.strip().splitlines()[-1].strip("|").split("|")]
+    assert last == ["3", "100", "54.0", "27.0", "2.00", "6.00", "5.00", "9"]
+
+
 def test_replayed_answers_are_those_of_predict(tmp_path: Path) -> None:
     model = str(shipped("digits_blip2"))
     data = VQADataModule(model, test=scenes_split(tmp_path, "test", 32, 3), batch_size=16)
