@@ -70,8 +70,9 @@ def work(model: str, scenes: Path, samples: int, batch: int, processes: int, out
     split = VQASplit.of_scenes(scenes)
     data = VQADataModule(folder, calibration=split, batch_size=batch, prompt=PROMPTS[model])
     data.setup("calibration")
-    questions = torch.utils.data.Subset(data.calibration_dataloader().dataset, range(samples))
-    loader = torch.utils.data.DataLoader(questions, batch, collate_fn=data.calibration_dataloader().collate_fn)
+    whole = data.calibration_dataloader()
+    questions = torch.utils.data.Subset(whole.dataset, range(samples))
+    loader = torch.utils.data.DataLoader(questions, batch, collate_fn=whole.collate_fn)
     several = {"devices": processes, "strategy": "ddp", "accelerator": "cpu"} if processes > 1 else {}
     trainer = Trainer(**{**QUIET, **several}, callbacks=CrossAttentionCalibration(output, keep=BUDGETS, examples=0))
     module, found = VQAModule(folder), Counter[str]()

@@ -94,7 +94,7 @@ class Jobs:
         guide: Callable[[], nn.Module],
         prices: Prices | None = None,
     ) -> None:
-        self.folder, self._predict, self._settings, self._guide = folder, predict, dict(settings), guide
+        self.folder, self._predict, self.settings, self._guide = folder, predict, dict(settings), guide
         self._prices = prices
 
     def finished(self, job: Job | None) -> Outcome | None:
@@ -135,7 +135,7 @@ class Jobs:
 
     def _of(self, job: Job | None) -> dict[str, Any]:
         policy = None if job is None else described(job.policy)
-        return dict(json.loads(json.dumps({**self._settings, "policy": policy})))  # as it comes back from a file
+        return dict(json.loads(json.dumps({**self.settings, "policy": policy})))  # as it comes back from a file
 
 
 def described(policy: PruningPolicy) -> dict[str, Any]:

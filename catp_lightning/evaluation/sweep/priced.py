@@ -130,14 +130,7 @@ def sweep_prices(
     _tell_of_excess(outcomes, notes)
     wanted = reference_of(TITLES.get(reference or "", reference), outcomes, notes)
     comparison = comparison_of(full, outcomes, batches, wanted, family.depth)
-    table = PricedTable.of(
-        name,
-        about(comparison),
-        comparison,
-        controls_among(outcomes),
-        notes,
-        {**settings, "data": data_fingerprint(batches)},
-    )
+    table = PricedTable.of(name, about(comparison), comparison, controls_among(outcomes), notes, runner.settings)
     _write(table, folder)
     written = ": prices.md, prices.json, prices.html, prices.png"
     console.print(Text.assemble(rich_text(f"{name}: "), rich_text(folder, "bold"), written))

@@ -1,7 +1,6 @@
 """VLMEvalKit's `run.py` with pruned models: its arguments, and --policy and --keep."""
 
 import argparse
-import json
 import os
 import sys
 from collections.abc import Sequence
@@ -11,7 +10,7 @@ from catp_lightning.callbacks.token_pruning import load_policy
 from catp_lightning.errors import PolicyError, PruningError
 from catp_lightning.integrations.vlmevalkit.model import register
 from catp_lightning.safe_text import printable
-from catp_lightning.utils.files import write_text
+from catp_lightning.utils.files import write_json
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -51,7 +50,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             print(printable(f"{name} was refused: {refused}"), file=sys.stderr)
             failed = True
         else:
-            write_text(folder / name / "catp.json", json.dumps(models[-1].figures.compute(), indent=2) + "\n")
+            write_json(folder / name / "catp.json", models[-1].figures.compute(), indent=2)
     return int(failed)
 
 
