@@ -31,8 +31,7 @@ def determinant_ranks(vectors: Tensor, quality: Tensor, visual: Tensor, max_toke
         int64 [R, T], as `greedy_ranks`.
     """
     if at_once(vectors):
-        kernel = weighted(exact_similarity(vectors), quality)
-        return greedy_ranks(kernel, visual, max_tokens)
+        return greedy_ranks(weighted(exact_similarity(vectors), quality), visual, max_tokens)
     ranks = torch.full(visual.shape, max_tokens, device=visual.device, dtype=torch.int64)
     for row, own in enumerate(visual):
         tokens = own.nonzero()[:, 0]
@@ -49,7 +48,7 @@ def determinant_ranks(vectors: Tensor, quality: Tensor, visual: Tensor, max_toke
 
 def weighted(similarity: Tensor, quality: Tensor) -> Tensor:
     """DPP kernel diag(q) S diag(q): float [R, T, T] and [R, T] -> [R, T, T]."""
-    return similarity * quality[:, :, None] * quality[:, None]
+    return (similarity * quality[:, :, None]).mul_(quality[:, None])
 
 
 def most_in_a_kernel(dtype: torch.dtype) -> float:
@@ -84,10 +83,8 @@ def greedy_ranks(kernel: Tensor, visual: Tensor, max_tokens: int) -> Tensor:
         int64 [R, T], the step at which a token is added; `max_tokens` if it is not added. Where gains are equal the
         lowest index wins.
     """
-    kernel = kernel.clone()
-    kernel.diagonal(dim1=1, dim2=2).add_(RIDGE)
     with without_autocast(kernel):
-        chosen, gains, _ = _steps(kernel, kernel.diagonal(dim1=1, dim2=2).clone(), ~visual, max_tokens)
+        chosen, gains, _ = _steps(kernel, kernel.diagonal(dim1=1, dim2=2) + RIDGE, ~visual, max_tokens)
     ranks = torch.full(visual.shape, max_tokens, device=visual.device, dtype=torch.int64)
     if not max_tokens:
         return ranks
@@ -106,7 +103,7 @@ def _steps(kernel: Tensor, gain: Tensor, closed: Tensor, steps: int) -> tuple[Te
     each step until values are NaN.
 
     Args:
-        kernel: float [R, m, m].
+        kernel: float [R, m, m]; its diagonal is not read.
         gain: float [R, m], gains of the tokens before the first step, at least `RIDGE`; overwritten.
         closed: bool [R, m], tokens that may not be chosen; overwritten.
         steps: number of steps.
@@ -147,17 +144,22 @@ def _choose_in_numpy(
     rows = np.arange(len(kernel))
     kernels, left, shut, columns = (value.detach().numpy() for value in (kernel, gain, closed, factors))
     tokens, values = chosen.numpy(), gains.numpy()
+    open_, most_taken = np.where(shut, -np.inf, left), np.empty_like(left)
     for step in range(chosen.shape[1]):
-        open_ = np.where(shut, -np.inf, left)
         best = tokens[:, step] = open_.argmax(1)
-        values[:, step] = open_[rows, best]
+        values[:, step], pivot = open_[rows, best], left[rows, best]
         shut[rows, best] = True
         before = torch.from_numpy(columns[rows, :step, best][:, None]) @ factors[:, :step]
-        column = (kernels[rows, best] - before.numpy()[:, 0]) / np.sqrt(left[rows, best])[:, None]
-        most_taken = np.sqrt(np.maximum(left - RIDGE, 0))
-        np.clip(column, -most_taken, most_taken, out=columns[:, step])
-        left -= np.square(columns[:, step])
+        column = np.subtract(kernels[rows, best], before.numpy()[:, 0], out=columns[:, step])
+        column /= np.sqrt(pivot)[:, None]
+        np.subtract(left, RIDGE, out=most_taken)
+        np.sqrt(np.maximum(most_taken, 0, out=most_taken), out=most_taken)
+        np.minimum(column, most_taken, out=column)
+        np.maximum(column, np.negative(most_taken, out=most_taken), out=column)
+        left -= np.square(column, out=open_)
         np.maximum(left, RIDGE, out=left)
+        np.copyto(open_, left)
+        open_[shut] = -np.inf
 
 
 @dataclass(eq=False)
