@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from typing import Literal
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -55,10 +56,10 @@ class FacilityLocation(FeatureSelector):
             vectors = F.normalize(vectors, dim=-1)
         with without_autocast(vectors):
             products = vectors @ vectors.transpose(1, 2)
-        squares = products.diagonal(dim1=1, dim2=2)
-        found = (squares[:, None] + squares[..., None] - products - products.transpose(1, 2)).clamp(min=0)
-        found = found.sqrt() if self.distance == "euclidean" else found
-        return (found * (STEPS / found.mean((1, 2), keepdim=True).clamp(min=1e-30))).round()
+        squares = products.diagonal(dim1=1, dim2=2).clone()
+        found = (products + products.transpose(1, 2)).neg_().add_(squares[:, None] + squares[..., None]).clamp_(min=0)
+        found = found.sqrt_() if self.distance == "euclidean" else found
+        return found.mul_(STEPS / found.mean((1, 2), keepdim=True).clamp(min=1e-30)).round_()
 
 
 def _together(distance: Tensor, nearest: Tensor, finite: Tensor, visual: Tensor, max_tokens: int) -> Tensor:
@@ -89,17 +90,22 @@ def _alone(distance: Tensor, nearest: Tensor, finite: Tensor, visual: Tensor, ma
 
     The arguments are those of `_together` without the first dimension. A step's share of the work is that of the tokens
     that the last choice stands for, so that all steps together take about as much as log(max_tokens) of those there.
+    Operations are NumPy's, which take a fraction of the time where there is little to do.
     """
     ranks = torch.full(visual.shape, max_tokens, dtype=torch.int64, device=visual.device)
-    gain = (nearest - distance).clamp(min=0).sum(1).masked_fill(~finite, -1).masked_fill(~visual, -torch.inf)
+    apart, near, counts = distance.numpy(), nearest.numpy().copy(), finite.numpy()
+    nearer = np.empty_like(apart)
+    gain = near.sum() - apart @ counts.astype(apart.dtype)  # nothing is farther than `nearest` is at the beginning
+    gain[~counts] = -1
+    gain[~visual.numpy()] = -np.inf
     for step in range(min(max_tokens, int(visual.sum()))):
         best = int(gain.argmax())
-        ranks[best], gain[best] = step, -torch.inf
-        changed = (distance[best] < nearest).nonzero()[:, 0]
+        ranks[best], gain[best] = step, -np.inf
+        changed = np.flatnonzero(apart[best] < near)
         if len(changed):
-            before, pairs = nearest[changed, None], distance[changed]
-            after = distance[best, changed, None]
-            lost = (before - pairs).clamp_(min=0) - (after - pairs).clamp_(min=0)
-            gain -= lost.sum(0).masked_fill_(~finite, 0)
-            nearest = nearest.minimum(distance[best])
+            lost = np.take(apart, changed, axis=0, out=nearer[: len(changed)], mode="clip")
+            np.maximum(lost, apart[best, changed, None], out=lost)
+            np.maximum(np.subtract(near[changed, None], lost, out=lost), 0, out=lost)
+            gain -= lost.sum(0) * counts
+            near[changed] = apart[best, changed]
     return ranks
