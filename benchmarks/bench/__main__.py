@@ -1,61 +1,90 @@
-"""Measure pruned prefills against floor runs, and write JSON and Markdown.
+"""Measure pruned runs against floor runs, part by part, under load and as prompts grow; write JSON, Markdown, a plot.
 
     make bench
-    OMP_NUM_THREADS=1 python -m benchmarks.bench --tokens 576 2880 --batch 1 4 --keep 0.5 0.25 0.1 0.05 --seconds 600
-    python -m benchmarks.bench --device cuda --dtype bfloat16 --shape 7b --tokens 576 2880 --batch 1 4 --seconds 30
+    python -m benchmarks.bench floor --tokens 576 2880 --batch 1 4 --keep 0.5 0.25 0.1 0.05 --seconds 600
+    python -m benchmarks.bench --device cuda --dtype bfloat16 --shape 7b --seconds 30
 
 A floor run is the plain decoder on rows that are as few, layer by layer. Runs take turns; figures are medians of paired
-ratios with the 95% bootstrap interval of the median. `--seconds` is for each number of tokens, batch and budget. The
-file is written after each of these, so what was measured stays if the rest is stopped.
+ratios with the 95% bootstrap interval of the median. `--seconds` is for each number of tokens, batch and budget of the
+floor runs. The file is written after each table, so what was measured stays if the rest is stopped.
 """
 
 import argparse
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from benchmarks.bench.floor import Runs, against_floor, policies
+from benchmarks.bench.growth import choosing, figure, prefills
 from benchmarks.bench.machine import machine
+from benchmarks.bench.page import page
 from benchmarks.bench.shapes import GRIDS, SHAPES, llava, prompt
-from catp_lightning.utils.files import write_json, write_text
-from catp_lightning.utils.markdown import markdown_table
+from benchmarks.bench.stages import METHODS, call, largest_batch, requests, stages
+from catp_lightning.utils.files import write_bytes, write_json, write_text
+from catp_lightning.utils.plots import png
 
-HEADER = [
-    "tokens",
-    "batch",
-    "keep",
-    "method",
-    "ms",
-    "of unpruned",
-    "over floor",
-    "choosing, of unpruned",
-    "FLOPs",
-    "pairs",
-]
+Found = dict[str, Any]
 
 
-def page(found: dict[str, Any]) -> str:
-    """Return the Markdown page of a measurement."""
-    about = ", ".join(f"{name} {value}" for name, value in found["machine"].items())
-    table = [
-        [
-            *(str(row[name]) for name in ("tokens", "batch", "keep", "method")),
-            f"{1000 * row['pruned_s']:.4g}",
-            f"{row['over_plain'][0]:.3f}",
-            "{:.3f} ({:.3f} to {:.3f})".format(*row["over_floor"]),
-            f"{row['choosing_share'][0]:.2%}",
-            f"{row['flops_share']:.3f}",
-            str(row["rounds"]),
-        ]
-        for row in found["rows"]
-    ]
-    left = "".join(f"- {name}: {why}\n" for name, why in found["left_out"].items())
-    return f"{found['shape']}: {about}\n\n{markdown_table(HEADER, table)}\nNot measured:\n\n{left}"
+def floor(chosen: argparse.Namespace, found: Found, save: Callable[[], None]) -> None:
+    """Add prefills of all methods against their floor runs."""
+    found["floor"] = []
+    for tokens in chosen.tokens:
+        model = llava(chosen.shape, tokens, chosen.device, chosen.dtype)
+        for batch in chosen.batch:
+            runs = Runs(model, prompt(model, tokens, batch))
+            for keep in chosen.keep:
+                methods, found["left_out"] = policies(runs.family, keep)
+                if chosen.methods:
+                    methods = {name: methods[name] for name in chosen.methods}
+                found["floor"] += against_floor(runs, methods, chosen.seconds, chosen.rounds)
+                save()
+
+
+def parts(chosen: argparse.Namespace, found: Found, save: Callable[[], None]) -> None:
+    """Add the parts of calls with 1/4 of the tokens, their memory, requests a second; on a GPU the largest batch."""
+    model = llava(chosen.shape, chosen.tokens[0], chosen.device, chosen.dtype)
+    make = lambda batch: Runs(model, prompt(model, chosen.tokens[0], batch))  # noqa: E731
+    runs = make(chosen.batch[0])
+    quarter, half = (policies(runs.family, keep)[0] for keep in (0.25, 0.5))
+    found["parts"] = stages(runs, {name: quarter[name] for name in METHODS}, min(10, chosen.rounds))
+    save()
+    served = {f"{name}, {keep}": by[name] for name in SERVED for keep, by in (("1/2", half), ("1/4", quarter))}
+    found["requests"] = requests(make, served, min(3, chosen.rounds))
+    save()
+    if chosen.device.type == "cuda":
+        cases = {"unpruned": None, "l2-norm, 1/4": quarter["l2-norm"]}
+        found["largest_batch"] = {
+            name: largest_batch(lambda batch, policy=policy: call(make(batch), policy))  # type: ignore[misc]
+            for name, policy in cases.items()
+        }
+
+
+def growth(chosen: argparse.Namespace, found: Found, save: Callable[[], None]) -> None:
+    """Add times of choices and of prefills of a small model over tokens, text, batch and layers, and draw them."""
+    sizes = tuple(GRIDS)[:2] if chosen.quick else tuple(GRIDS)
+    choices = choosing(1 if chosen.quick else 2, chosen.device, sizes)
+    grown = prefills("tiny", min(3, chosen.rounds), chosen.device, chosen.dtype, sizes)
+    found["growth"] = {"choosing": choices, "prefill": grown}
+    save()
+    write_bytes(chosen.output / "growth.png", png(figure(choices, grown)))
+
+
+SERVED = ("divprune", "l2-norm")
+"""Methods whose requests a second are told."""
+
+TABLES: dict[str, Callable[[argparse.Namespace, Found, Callable[[], None]], None]] = {
+    "floor": floor,
+    "parts": parts,
+    "growth": growth,
+}
 
 
 def main(args: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("tables", nargs="*", help=f"{', '.join(TABLES)}: all if none is named")
     parser.add_argument("--quick", action="store_true", help="a tiny model and three rounds: does it run at all?")
     parser.add_argument("--device", default="cpu", type=torch.device)
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16", "float16"])
@@ -65,31 +94,25 @@ def main(args: list[str] | None = None) -> None:
     parser.add_argument("--keep", nargs="+", type=float, default=[0.25, 0.1])
     parser.add_argument("--methods", nargs="+", help="all that need nothing from outside, if not given")
     parser.add_argument("--rounds", type=int, default=30)
-    parser.add_argument("--seconds", type=float, default=360.0)
+    parser.add_argument("--seconds", type=float, default=300.0)
     parser.add_argument("--output", type=Path, default=Path("runs/bench"))
     chosen = parser.parse_args(args)
+    if unknown := set(chosen.tables) - set(TABLES):
+        parser.error(f"no table is called {', '.join(sorted(unknown))}; there are {', '.join(TABLES)}")
     if chosen.quick:
         chosen.shape, chosen.tokens, chosen.batch, chosen.rounds, chosen.seconds = "tiny", [144], [2], 3, 0.0
-    dtype = getattr(torch, chosen.dtype)
-    found: dict[str, Any] = {
-        "shape": chosen.shape,
-        "machine": machine(chosen.device, dtype),
-        "rows": [],
-        "left_out": {},
-    }
+    chosen.dtype = getattr(torch, chosen.dtype)
+    found: Found = {"shape": chosen.shape, "machine": machine(chosen.device, chosen.dtype)}
     chosen.output.mkdir(parents=True, exist_ok=True)
+
+    def save() -> None:
+        write_json(chosen.output / "bench.json", found)
+        write_text(chosen.output / "bench.md", page(found))
+
     with torch.inference_mode():
-        for tokens in chosen.tokens:
-            model = llava(chosen.shape, tokens, chosen.device, dtype)
-            for batch in chosen.batch:
-                runs = Runs(model, prompt(model, tokens, batch))
-                for keep in chosen.keep:
-                    methods, found["left_out"] = policies(runs.family, keep)
-                    if chosen.methods:
-                        methods = {name: methods[name] for name in chosen.methods}
-                    found["rows"] += against_floor(runs, methods, chosen.seconds, chosen.rounds)
-                    write_json(chosen.output / "floor.json", found)
-                    write_text(chosen.output / "floor.md", page(found))
+        for name in chosen.tables or TABLES:
+            TABLES[name](chosen, found, save)
+            save()
     print(page(found))
 
 

@@ -22,10 +22,18 @@ from catp_lightning.utils.hooks import hooked
 
 LEAST = 3
 PLAIN = "unpruned"
+CHOSEN = {
+    "diversity (dpp)": ("position", "dpp", {"similarity": "outputs", "relevance": 0.0}),
+    "coverage (facility location)": ("position", "facility-location", {"distance": "euclidean"}),
+}
+"""Scorer, selector and its arguments of sets that calibration takes on a LLaVA, beside registered methods."""
 
 
 def policies(family: Family, keep: float) -> tuple[dict[str, PruningPolicy], dict[str, str]]:
-    """Return every registered method that needs nothing from outside, and why others are left out, by name."""
+    """Return every registered method that needs nothing from outside, and why others are left out, by name.
+
+    With them `CHOSEN`, which a calibrated policy is made of.
+    """
     found, left_out = {}, {}
     for name in SCORERS:
         stages = {"stages_at": [1, 2, 6]} if name == "sparsevlm" and family.depth < 16 else {}  # 2, 6, 15 of 32
@@ -36,6 +44,8 @@ def policies(family: Family, keep: float) -> tuple[dict[str, PruningPolicy], dic
             left_out[name] = str(error).split(". ")[0][:200]
         else:
             found[name] = policy
+    for name, (scorer, selector, settings) in CHOSEN.items():
+        found[name] = PruningPolicy(scorer, selector=selector, selector_args=settings, keep=keep)
     return found, left_out
 
 

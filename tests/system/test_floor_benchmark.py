@@ -1,4 +1,4 @@
-"""The benchmark against floor runs: what a floor does, by torch's counter of FLOPs, and a run of the whole."""
+"""The benchmark: what a floor run does, by torch's counter of FLOPs, parts of a call, memory, growth, and a run."""
 
 import json
 from pathlib import Path
@@ -9,8 +9,11 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.bench.__main__ import main
-from benchmarks.bench.floor import Floor, Runs, ratio
+from benchmarks.bench.floor import PLAIN, Floor, Runs, ratio
+from benchmarks.bench.growth import exponent, figure
+from benchmarks.bench.page import MIB
 from benchmarks.bench.shapes import llava, prompt
+from benchmarks.bench.stages import EAGER, STEPS, Held, largest_batch, stages
 from catp_lightning import PruningPolicy
 from catp_lightning.pricing import Prices, Prompts
 
@@ -39,11 +42,54 @@ def test_a_ratio_is_the_median_of_pairs() -> None:
 
 
 def test_the_benchmark_writes_rows_and_the_machine(tmp_path: Path) -> None:
-    main(["--quick", "--methods", "stride", "fastv", "--output", str(tmp_path)])
-    found = json.loads((tmp_path / "floor.json").read_text())
-    assert [(row["method"], row["keep"]) for row in found["rows"]] == [
+    main(["floor", "--quick", "--methods", "stride", "fastv", "--output", str(tmp_path)])
+    found = json.loads((tmp_path / "bench.json").read_text())
+    assert [(row["method"], row["keep"]) for row in found["floor"]] == [
         *(("stride", 0.25), ("fastv", 0.25)),
         *(("stride", 0.1), ("fastv", 0.1)),
     ]
-    assert all(row["choosing_share"][0] > 0 and row["floor_s"] > 0 for row in found["rows"])
-    assert found["machine"]["torch"] == torch.__version__ and "| fastv |" in (tmp_path / "floor.md").read_text()
+    assert all(row["choosing_share"][0] > 0 and row["floor_s"] > 0 for row in found["floor"])
+    assert found["machine"]["torch"] == torch.__version__ and "| fastv |" in (tmp_path / "bench.md").read_text()
+
+
+@pytest.mark.usefixtures("no_grad")
+def test_parts_of_a_call_and_its_cache() -> None:
+    model = llava("tiny", 144, CPU, torch.float32)
+    runs = Runs(model, prompt(model, 144, 2))
+    rows = {row["case"]: row for row in stages(runs, {"l2-norm": PruningPolicy("l2-norm", keep=0.25)}, 1)}
+    assert set(rows) == {PLAIN, EAGER, "keep 1.0", "l2-norm"}
+    rows_kept = {PLAIN: 144, EAGER: 144, "keep 1.0": 144, "l2-norm": 36}
+    for name, kept in rows_kept.items():  # keys and values of 4 layers 64 wide, float32, of 2 samples
+        assert rows[name]["cache_bytes"] == 2 * 4 * 64 * 4 * 2 * (kept + runs.text + STEPS)
+        assert all(rows[name]["seconds"][part] > 0 for part in ("vision", "reading", "step", "call"))
+    assert model.config._attn_implementation == "sdpa"  # as before the eager call
+
+
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="Linux alone tells the peak of a part of a run")
+def test_the_peak_is_that_of_the_part_alone() -> None:
+    first = Held(CPU)
+    torch.ones(64 * MIB, dtype=torch.uint8, device="cpu")
+    assert 60 * MIB <= first.peak() <= 80 * MIB
+    assert Held(CPU).peak() < 4 * MIB
+
+
+def test_the_largest_batch_is_found_by_running_out_of_memory() -> None:
+    def answer(samples: int) -> None:
+        if samples > 37:
+            raise torch.OutOfMemoryError
+
+    assert largest_batch(answer) == 32
+    assert largest_batch(lambda samples: None, most=8) == 8
+
+    def never(samples: int) -> None:
+        raise torch.OutOfMemoryError
+
+    assert largest_batch(never) == 0
+
+
+def test_the_exponent_of_squares_is_two(tmp_path: Path) -> None:
+    points = [(size, 1e-6 * size**2) for size in (144, 576, 2880)]
+    assert exponent(points) == pytest.approx(2)
+    drawn = figure({"dpp": points}, {"text": {PLAIN: points}})
+    assert [axes.get_xscale() for axes in drawn.axes[:2]] == ["log", "log"]
+    assert {"dpp, 2.0", "order 2"} <= {text.get_text() for text in drawn.axes[0].texts}
