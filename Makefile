@@ -6,7 +6,8 @@
 # make test-lmms    the plug-in of lmms-eval, its own command, in .venv-lmms: its pins are not ours, and it is large;
 #                   and videos as such: processors need torchvision for them, which is there
 # make lint         ruff, mypy, and which package may import which; make format repairs what ruff can
-# make bench        pruned prefills against plain decoders on inputs already that short; writes runs/bench (two times six minutes)
+# make bench        pruned prefills against plain decoders on inputs already that short, parts of calls, memory, requests a
+#                   second, growth; writes runs/bench (under 15 minutes)
 # make docs         the documentation as a site, warnings as errors, in site/; python3 -m http.server -d site shows it
 # make build        wheel and source archive in dist/
 # make clean        removes what tools left behind; results in runs/ and the environments stay

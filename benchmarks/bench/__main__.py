@@ -16,12 +16,15 @@ from typing import Any
 
 import torch
 
+from benchmarks.bench.families import MODELS, build
+from benchmarks.bench.families import prompt as family_prompt
 from benchmarks.bench.floor import Runs, against_floor, policies
 from benchmarks.bench.growth import choosing, figure, prefills
 from benchmarks.bench.machine import machine
 from benchmarks.bench.page import page
 from benchmarks.bench.shapes import GRIDS, SHAPES, llava, prompt
 from benchmarks.bench.stages import METHODS, call, largest_batch, requests, stages
+from catp_lightning import PruningPolicy
 from catp_lightning.utils.files import write_bytes, write_json, write_text
 from catp_lightning.utils.plots import png
 
@@ -62,6 +65,17 @@ def parts(chosen: argparse.Namespace, found: Found, save: Callable[[], None]) ->
         }
 
 
+def families(chosen: argparse.Namespace, found: Found, save: Callable[[], None]) -> None:
+    """Add the parts of calls of models of other families at released shapes; small ones with `--quick`."""
+    found["families"] = {}
+    for name, (_, methods) in MODELS.items():
+        model = build(name, chosen.quick, chosen.device, chosen.dtype)
+        runs = Runs(model, family_prompt(model, chosen.batch[0], 12 if chosen.quick else 48))
+        by_name = {method: PruningPolicy(method, keep=0.25) for method in methods}
+        found["families"][name] = stages(runs, by_name, min(5, chosen.rounds))
+        save()
+
+
 def growth(chosen: argparse.Namespace, found: Found, save: Callable[[], None]) -> None:
     """Add times of choices and of prefills of a small model over tokens, text, batch and layers, and draw them."""
     sizes = tuple(GRIDS)[:2] if chosen.quick else tuple(GRIDS)
@@ -79,12 +93,17 @@ TABLES: dict[str, Callable[[argparse.Namespace, Found, Callable[[], None]], None
     "floor": floor,
     "parts": parts,
     "growth": growth,
+    "families": families,
 }
+ON_CPU = ("floor", "parts", "growth")
+"""What is measured there if nothing is named: released shapes take hours."""
 
 
 def main(args: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("tables", nargs="*", help=f"{', '.join(TABLES)}: all if none is named")
+    parser.add_argument(
+        "tables", nargs="*", help=f"{', '.join(TABLES)}; if none is named {', '.join(ON_CPU)}, on a GPU all"
+    )
     parser.add_argument("--quick", action="store_true", help="a tiny model and three rounds: does it run at all?")
     parser.add_argument("--device", default="cpu", type=torch.device)
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16", "float16"])
@@ -110,7 +129,7 @@ def main(args: list[str] | None = None) -> None:
         write_text(chosen.output / "bench.md", page(found))
 
     with torch.inference_mode():
-        for name in chosen.tables or TABLES:
+        for name in chosen.tables or (ON_CPU if chosen.device.type == "cpu" else TABLES):
             TABLES[name](chosen, found, save)
             save()
     print(page(found))

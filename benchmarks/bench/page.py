@@ -58,6 +58,10 @@ def _parts(rows: Sequence[Mapping[str, Any]]) -> str:
     return about + markdown_table([*header, "peak memory, MiB", "cache, MiB"], table)
 
 
+def _families(found: Mapping[str, Any]) -> str:
+    return "\n".join(f"{name}: {_parts(rows)}" for name, rows in found.items())
+
+
 def _requests(rows: Sequence[Mapping[str, Any]]) -> str:
     header = ["requests at once", "", "requests a second", "of unpruned"]
     table = [[str(row["concurrent"]), row["case"], f"{row['a_second']:.3g}", _interval(row["gain"])] for row in rows]
@@ -93,4 +97,5 @@ TABLES: dict[str, Callable[[Any], str]] = {
     "requests": _requests,
     "largest_batch": _largest,
     "growth": _growth,
+    "families": _families,
 }

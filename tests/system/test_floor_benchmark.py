@@ -9,11 +9,13 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.bench.__main__ import main
+from benchmarks.bench.families import MODELS, build
+from benchmarks.bench.families import prompt as family_prompt
 from benchmarks.bench.floor import PLAIN, Floor, Runs, ratio
 from benchmarks.bench.growth import exponent, figure
 from benchmarks.bench.page import MIB
 from benchmarks.bench.shapes import llava, prompt
-from benchmarks.bench.stages import EAGER, STEPS, Held, largest_batch, stages
+from benchmarks.bench.stages import EAGER, STEPS, Held, call, largest_batch, stages
 from catp_lightning import PruningPolicy
 from catp_lightning.pricing import Prices, Prompts
 
@@ -63,6 +65,17 @@ def test_parts_of_a_call_and_its_cache() -> None:
         assert rows[name]["cache_bytes"] == 2 * 4 * 64 * 4 * 2 * (kept + runs.text + STEPS)
         assert all(rows[name]["seconds"][part] > 0 for part in ("vision", "reading", "step", "call"))
     assert model.config._attn_implementation == "sdpa"  # as before the eager call
+
+
+@pytest.mark.usefixtures("no_grad")
+@pytest.mark.parametrize(("name", "kept"), list(zip(MODELS, (36 // 4, 32 // 4, 4 * 17 // 4), strict=True)))
+def test_models_of_other_families_answer_pruned(name: str, kept: int) -> None:
+    model = build(name, tiny=True, device=CPU, dtype=torch.float32)
+    runs = Runs(model, family_prompt(model, 2, 12))
+    for method in MODELS[name][1]:
+        assert runs.layers(PruningPolicy(method, keep=0.25))[:, -1].tolist() == [kept, kept]
+    plain, pruned = call(runs, None), call(runs, PruningPolicy("l2-norm", keep=0.25))
+    assert pruned.cache < plain.cache and plain.parts.steps == STEPS
 
 
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="Linux alone tells the peak of a part of a run")
