@@ -23,6 +23,7 @@ from catp_lightning.prompt.merging import merged, written
 from catp_lightning.prompt.prompt import DecoderPrompt
 from catp_lightning.prompt.turns import Turn
 from catp_lightning.pruning.sites.base import PLAIN, Decide, PruningSite, Report, SiteSettings, ignored
+from catp_lightning.pruning.sites.head import Head
 from catp_lightning.pruning.sites.prompt_capture import PromptCapture
 from catp_lightning.utils.hooks import hooked
 from catp_lightning.utils.signatures import parameters_of
@@ -40,8 +41,10 @@ class PruneAtDecoderInput(PruningSite):
         self.compact = self.settings.compact
         self.parameters = parameters_of(family.decoder.forward)
         self._prompts, self._labels = PromptCapture(family, self.calls), Labels(self.calls, report)
+        self._head = Head(family)
         self._prompt: KeptSequence | None = None  # what the last prefill kept, for its decoding steps
         self._now: KeptSequence | None = None  # the same for the running call
+        self._own: KeptSequence | None = None  # what a running prefill keeps of its own columns
         self._restored: Callable[[Tensor], Tensor]  # puts the running call's output in its places
         self._filling = False  # True if the running call is a prefill, or adds an image to a cache
         self._opened = Opened()
@@ -52,6 +55,7 @@ class PruneAtDecoderInput(PruningSite):
         with ExitStack() as undo:
             undo.callback(self._opened.close)
             undo.enter_context(self._prompts.watching())
+            undo.enter_context(self._head.watching())
             undo.enter_context(self._labels.watching())
             undo.enter_context(hooked(decoder, self._enter, self._leave, always=True))
             yield
@@ -65,7 +69,7 @@ class PruneAtDecoderInput(PruningSite):
         cache = kwargs.get("past_key_values")
         refuse_static(cache)
         past = 0 if cache is None else cache.get_seq_length()  # columns read so far, dropped ones too
-        self.calls.in_decoder, self._now, self._filling = True, None, past == 0
+        self.calls.in_decoder, self._now, self._own, self._filling = True, None, None, past == 0
         if past == 0:
             self._prompt = None
         prompt = self._prompts.take(kwargs, past)
@@ -95,7 +99,7 @@ class PruneAtDecoderInput(PruningSite):
             )
         mask = self._prompts.mask(kwargs, len(embeds), past + embeds.shape[1], embeds.device)
         turn = Turn.of(before, mask, short)
-        self._prompt = self._now = turn.kept
+        self._prompt, self._now, self._own = turn.kept, turn.kept, turn.own
         self._restored = turn.scatter
         self._labels.leave_out(keep)
         if selection.destination is not None:
@@ -161,7 +165,7 @@ class PruneAtDecoderInput(PruningSite):
     def _leave(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
         self.calls.in_decoder, self.calls.user_call.begun = False, True
         self._opened.close()
-        prompt, self._now = self._now, None
+        (prompt, own), self._now, self._own = (self._now, self._own), None, None
         cache = kwargs.get("past_key_values")
         if output is not None and not isinstance(output, tuple):
             cache = output.get("past_key_values")
@@ -173,4 +177,7 @@ class PruneAtDecoderInput(PruningSite):
             rows = torch.arange(len(prompt.order), dtype=torch.long, device=prompt.order.device)
             seal(cache, rows, prompt.mask.shape[1] - prompt.order.shape[1])
             prompt.cache = None if output is None else weakref.ref(cache)
-        return of_each(output, self._restored)
+        output = of_each(output, self._restored)
+        if own is not None and output is not None:
+            self._head.expect(output[0], own)
+        return output

@@ -32,6 +32,7 @@ from catp_lightning.prompt.masks import decoding_masks, layer_mask, of_columns, 
 from catp_lightning.prompt.merging import merged, written
 from catp_lightning.prompt.prompt import DecoderPrompt
 from catp_lightning.pruning.sites.base import Decide, PruningSite, Report, SiteSettings, ignored
+from catp_lightning.pruning.sites.head import Head
 from catp_lightning.pruning.sites.prompt_capture import PromptCapture
 from catp_lightning.pruning.sites.stage_limits import layers_looked_at, refuse_stages
 from catp_lightning.pruning.sites.stage_prompt import DecoderPrefill
@@ -60,6 +61,7 @@ class PruneAtDecoderLayers(PruningSite):
         types = getattr(family.decoder_config, "layer_types", None) or [""] * len(self.layers)
         self._kinds = dict(enumerate(types))  # layers of one kind are called with the same mask and positions
         self._prompts, self._labels = PromptCapture(family, self.calls), Labels(self.calls, report)
+        self._head = Head(family)
         self._looked_at = layers_looked_at(settings)
         self._kept: list[KeptSequence] = []  # columns kept at each stage of the last prefill; empty: all
         self._cache: weakref.ref[Any] | None = None  # the cache that this prefill filled
@@ -81,7 +83,7 @@ class PruneAtDecoderLayers(PruningSite):
         observed = {self.layers[at].self_attn: (partial(self._look, at), _nothing) for at in self._looked_at}
         with ExitStack() as undo:
             undo.callback(self._reset)
-            for watching in (self._prompts, self._labels):
+            for watching in (self._prompts, self._labels, self._head):
                 undo.enter_context(watching.watching())
             undo.enter_context(observe_attention(decoder, observed))
             undo.enter_context(hooked(decoder, self._enter, self._leave, always=True))
@@ -239,7 +241,8 @@ class PruneAtDecoderLayers(PruningSite):
         if output is None:
             return
         self._kept, self._cache = prefill.kept, None if cache is None else weakref.ref(cache)
-        output.last_hidden_state = prefill.rows.scatter(output.last_hidden_state)
+        full = prefill.rows.scatter(output.last_hidden_state)
+        output.last_hidden_state = self._head.expect(full, prefill.rows)
         if output.get("hidden_states") is not None:
             output.hidden_states = tuple(self._restored(at, x) for at, x in enumerate(output.hidden_states))
 
