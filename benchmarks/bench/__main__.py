@@ -21,6 +21,7 @@ from benchmarks.bench.families import prompt as family_prompt
 from benchmarks.bench.floor import Runs, against_floor, policies
 from benchmarks.bench.growth import choosing, figure, prefills
 from benchmarks.bench.machine import machine
+from benchmarks.bench.observing import observing
 from benchmarks.bench.page import page
 from benchmarks.bench.shapes import GRIDS, SHAPES, llava, prompt
 from benchmarks.bench.stages import METHODS, call, largest_batch, requests, stages
@@ -47,12 +48,14 @@ def floor(chosen: argparse.Namespace, found: Found, save: Callable[[], None]) ->
 
 
 def parts(chosen: argparse.Namespace, found: Found, save: Callable[[], None]) -> None:
-    """Add the parts of calls with 1/4 of the tokens, their memory, requests a second; on a GPU the largest batch."""
+    """Add parts of calls with 1/4 of the tokens, observing, requests a second; on a GPU the largest batch."""
     model = llava(chosen.shape, chosen.tokens[0], chosen.device, chosen.dtype)
     make = lambda batch: Runs(model, prompt(model, chosen.tokens[0], batch))  # noqa: E731
     runs = make(chosen.batch[0])
     quarter, half = (policies(runs.family, keep)[0] for keep in (0.25, 0.5))
     found["parts"] = stages(runs, {name: quarter[name] for name in METHODS}, min(10, chosen.rounds))
+    save()
+    found["observing"] = observing(chosen.quick, min(10, chosen.rounds), chosen.device, chosen.dtype)
     save()
     served = {f"{name}, {keep}": by[name] for name in SERVED for keep, by in (("1/2", half), ("1/4", quarter))}
     found["requests"] = requests(make, served, min(3, chosen.rounds))

@@ -62,6 +62,16 @@ def _families(found: Mapping[str, Any]) -> str:
     return "\n".join(f"{name}: {_parts(rows)}" for name, rows in found.items())
 
 
+def _observing(found: Mapping[str, Any]) -> str:
+    header = ["what is observed", "", "vision, ms", "of the plain tower"]
+    table = [
+        [name, row["case"], f"{1000 * row['seconds']['vision']:.4g}", _interval(row["over_plain"]["vision"])]
+        for name, rows in found.items()
+        for row in rows
+    ]
+    return "Vision, observed:\n\n" + markdown_table(header, table)
+
+
 def _requests(rows: Sequence[Mapping[str, Any]]) -> str:
     header = ["requests at once", "", "requests a second", "of unpruned"]
     table = [[str(row["concurrent"]), row["case"], f"{row['a_second']:.3g}", _interval(row["gain"])] for row in rows]
@@ -94,6 +104,7 @@ TABLES: dict[str, Callable[[Any], str]] = {
     "floor": _floor,
     "left_out": _left_out,
     "parts": _parts,
+    "observing": _observing,
     "requests": _requests,
     "largest_batch": _largest,
     "growth": _growth,
