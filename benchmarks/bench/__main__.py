@@ -19,7 +19,7 @@ import torch
 from benchmarks.bench.families import MODELS, build
 from benchmarks.bench.families import prompt as family_prompt
 from benchmarks.bench.floor import Runs, against_floor, policies
-from benchmarks.bench.growth import choosing, figure, prefills
+from benchmarks.bench.growth import calibrations, choosing, figure, prefills
 from benchmarks.bench.machine import machine
 from benchmarks.bench.observing import observing
 from benchmarks.bench.page import page
@@ -32,6 +32,7 @@ from catp_lightning.utils.plots import png
 Found = dict[str, Any]
 
 
+@torch.inference_mode()
 def floor(chosen: argparse.Namespace, found: Found, save: Callable[[], None]) -> None:
     """Add prefills of all methods against their floor runs."""
     found["floor"] = []
@@ -47,15 +48,16 @@ def floor(chosen: argparse.Namespace, found: Found, save: Callable[[], None]) ->
                 save()
 
 
+@torch.inference_mode()
 def parts(chosen: argparse.Namespace, found: Found, save: Callable[[], None]) -> None:
     """Add parts of calls with 1/4 of the tokens, observing, requests a second; on a GPU the largest batch."""
     model = llava(chosen.shape, chosen.tokens[0], chosen.device, chosen.dtype)
     make = lambda batch: Runs(model, prompt(model, chosen.tokens[0], batch))  # noqa: E731
     runs = make(chosen.batch[0])
     quarter, half = (policies(runs.family, keep)[0] for keep in (0.25, 0.5))
-    found["parts"] = stages(runs, {name: quarter[name] for name in METHODS}, min(10, chosen.rounds))
+    found["parts"] = stages(runs, {name: quarter[name] for name in METHODS}, min(5, chosen.rounds))
     save()
-    found["observing"] = observing(chosen.quick, min(10, chosen.rounds), chosen.device, chosen.dtype)
+    found["observing"] = observing(chosen.quick, min(5, chosen.rounds), chosen.device, chosen.dtype)
     save()
     served = {f"{name}, {keep}": by[name] for name in SERVED for keep, by in (("1/2", half), ("1/4", quarter))}
     found["requests"] = requests(make, served, min(3, chosen.rounds))
@@ -68,6 +70,7 @@ def parts(chosen: argparse.Namespace, found: Found, save: Callable[[], None]) ->
         }
 
 
+@torch.inference_mode()
 def families(chosen: argparse.Namespace, found: Found, save: Callable[[], None]) -> None:
     """Add the parts of calls of models of other families at released shapes; small ones with `--quick`."""
     found["families"] = {}
@@ -80,16 +83,20 @@ def families(chosen: argparse.Namespace, found: Found, save: Callable[[], None])
 
 
 def growth(chosen: argparse.Namespace, found: Found, save: Callable[[], None]) -> None:
-    """Add times of choices and of prefills of a small model over tokens, text, batch and layers, and draw them."""
+    """Add times of choices, prefills of a small model and calibrations over what each grows with, and draw them."""
     sizes = tuple(GRIDS)[:2] if chosen.quick else tuple(GRIDS)
-    choices = choosing(1 if chosen.quick else 2, chosen.device, sizes)
-    grown = prefills("tiny", min(3, chosen.rounds), chosen.device, chosen.dtype, sizes)
-    found["growth"] = {"choosing": choices, "prefill": grown}
+    rounds = min(3, chosen.rounds)
+    with torch.inference_mode():
+        choices = choosing(1 if chosen.quick else 2, chosen.device, sizes)
+        grown = prefills("tiny", rounds, chosen.device, chosen.dtype, sizes)
+    if not chosen.quick:
+        grown["calibration"] = calibrations()
+    found["growth"] = {"choosing": choices, "over": grown}
     save()
     write_bytes(chosen.output / "growth.png", png(figure(choices, grown)))
 
 
-SERVED = ("divprune", "l2-norm")
+SERVED = ("divprune",)
 """Methods whose requests a second are told."""
 
 TABLES: dict[str, Callable[[argparse.Namespace, Found, Callable[[], None]], None]] = {
@@ -116,7 +123,7 @@ def main(args: list[str] | None = None) -> None:
     parser.add_argument("--keep", nargs="+", type=float, default=[0.25, 0.1])
     parser.add_argument("--methods", nargs="+", help="all that need nothing from outside, if not given")
     parser.add_argument("--rounds", type=int, default=30)
-    parser.add_argument("--seconds", type=float, default=300.0)
+    parser.add_argument("--seconds", type=float, default=330.0)
     parser.add_argument("--output", type=Path, default=Path("runs/bench"))
     chosen = parser.parse_args(args)
     if unknown := set(chosen.tables) - set(TABLES):
@@ -131,10 +138,9 @@ def main(args: list[str] | None = None) -> None:
         write_json(chosen.output / "bench.json", found)
         write_text(chosen.output / "bench.md", page(found))
 
-    with torch.inference_mode():
-        for name in chosen.tables or (ON_CPU if chosen.device.type == "cpu" else TABLES):
-            TABLES[name](chosen, found, save)
-            save()
+    for name in chosen.tables or (ON_CPU if chosen.device.type == "cpu" else TABLES):
+        TABLES[name](chosen, found, save)
+        save()
     print(page(found))
 
 

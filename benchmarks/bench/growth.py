@@ -1,23 +1,28 @@
 """How times grow with visual tokens, text, batch and layers, with the exponents of what is measured."""
 
 import math
+import tempfile
 import time
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
 from matplotlib.figure import Figure
 
+from benchmarks.answers import scenes_split
 from benchmarks.bench.floor import PLAIN, Runs
 from benchmarks.bench.shapes import GRIDS, llava, prompt
+from benchmarks.calibration import Setting
 from catp_lightning import PruningPolicy
+from catp_lightning.data import GRIDS as GRIDS_OF
 from catp_lightning.methods.selectors import SELECTORS
 
 FEATURES = 512
 KEEP = 0.25
 SETS = ("dpp", "facility-location", "max-min", "prune-similar", "recycle", "context-merge")
 VARIED: dict[str, Sequence[int]] = {"text": (40, 160, 640), "batch": (1, 2, 4, 8), "layers": (4, 8, 16)}
-EXPECTED = {"text": 1, "batch": 1, "layers": 1}
+EXPECTED = {"text": 1, "batch": 1, "layers": 1, "calibration": 1}
 """Exponent that a prefill's time should have at most; of visual tokens it comes to 2 where attention is all."""
 
 Times = dict[str, list[tuple[int, float]]]
@@ -61,6 +66,19 @@ def prefills(
     return found
 
 
+def calibrations(questions: Sequence[int] = (64, 128)) -> Times:
+    """Return the seconds of a whole calibration of the shipped BLIP-2, with the prediction pass it is made in."""
+    found: list[tuple[int, float]] = []
+    with tempfile.TemporaryDirectory() as folder:
+        for count in questions:
+            split = scenes_split(Path(folder, str(count)), "calibration", count, 0, GRIDS_OF["digits_blip2"])
+            setting = Setting("digits_blip2", split, 64)
+            start = time.perf_counter()
+            setting.calibrate()
+            found.append((count, time.perf_counter() - start))
+    return {"calibration": found}
+
+
 def _least(run: Callable[[], Any], rounds: int, device: torch.device) -> float:
     seconds = []
     for _ in range(rounds):
@@ -89,9 +107,9 @@ def figure(choices: Times, grown: dict[str, Times]) -> Figure:
     panels = drawing.subplots(2, 3).flat
     _panel(next(panels), "one choice of 1/4 of the tokens", "visual tokens", choices, 2)
     for varied, times in grown.items():
-        _panel(
-            next(panels), "prefill", varied if varied != "tokens" else "visual tokens", times, EXPECTED.get(varied, 2)
-        )
+        title = "a whole calibration" if varied == "calibration" else "prefill"
+        label = {"tokens": "visual tokens", "calibration": "questions"}.get(varied, varied)
+        _panel(next(panels), title, label, times, EXPECTED.get(varied, 2))
     for axes in panels:
         axes.set_axis_off()
     return drawing
@@ -116,8 +134,7 @@ def _panel(axes: Any, title: str, label: str, times: Times, order: int) -> None:
 def _label_ends(axes: Any, at: float, ends: Sequence[tuple[float, str, str]]) -> None:
     """Name lines at their right ends, moved apart so that no name covers another."""
     low, high = (math.log(limit) for limit in axes.get_ylim())
-    below = -math.inf
-    for value, name, colour in sorted(ends):
-        place = max((math.log(value) - low) / (high - low), below + 0.07)
-        below = place
-        axes.annotate(name, (1.01, place), xycoords="axes fraction", color=colour, fontsize=8, va="center")
+    above = 1.07
+    for value, name, colour in sorted(ends, reverse=True):
+        above = min((math.log(value) - low) / (high - low), above - 0.07)
+        axes.annotate(name, (1.01, above), xycoords="axes fraction", color=colour, fontsize=8, va="center")

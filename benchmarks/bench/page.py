@@ -85,10 +85,13 @@ def _largest(batches: Mapping[str, int]) -> str:
 
 def _growth(found: Mapping[str, Any]) -> str:
     tables = ["Seconds of one choice of 1/4 of the tokens:\n\n" + _grown("tokens", found["choosing"])]
-    tables += [
-        f"Seconds of a prefill over {varied}:\n\n" + _grown(varied, times) for varied, times in found["prefill"].items()
-    ]
+    for varied, times in found["over"].items():
+        title = TITLES.get(varied, f"a prefill over {varied}")
+        tables.append(f"Seconds, {title}:\n\n" + _grown(varied, times))
     return "\n".join(tables)
+
+
+TITLES = {"calibration": "a whole calibration over questions"}
 
 
 def _grown(varied: str, times: Times) -> str:

@@ -31,7 +31,7 @@ class Decoder(Oracle):
     coordinates: bool = False
 
     def cached(self, output: Any) -> int:
-        layer = cache_of(output).layers[0]
+        layer = next(layer for layer in cache_of(output).layers if hasattr(layer, "keys"))  # not a recurrent one
         return int(getattr(layer, "cumulative_length", layer.keys.shape[2]))  # a sliding layer lets rows go
 
     def inside(self, model: PreTrainedModel) -> nn.Module:
