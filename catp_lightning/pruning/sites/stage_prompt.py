@@ -174,7 +174,7 @@ class DecoderPrefill:
     def _visual(self, rows: Tensor) -> Tensor:
         """Select visual tokens among the rows that are left, 0 for tokens that are not: [R, n, D] -> [B, T, D]."""
         found = take_rows(rows[:: self.prompt.rows_per_sample].detach(), self._places(self._columns()))
-        return found.masked_fill(~self.tokens[..., None], 0)
+        return found.masked_fill_(~self.tokens[..., None], 0)
 
     def _places(self, columns: Tensor) -> Tensor:
         """Return the places of columns among the rows that are left, 0 for columns that are not: int64 [B, k]."""
