@@ -15,6 +15,9 @@ import pytest
 import torch
 from hypothesis import settings
 
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # read when Triton is imported, if it is there: its kernels run on the CPU
+
 pytest.register_assert_rewrite("tests.support")
 
 collect_ignore = ["existing_project"]  # somebody else's project: test_existing_project.py runs a copy of it

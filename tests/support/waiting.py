@@ -20,7 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import catp_lightning
-from catp_lightning.methods.selectors import determinant, max_min, prune_similar
+from catp_lightning.methods.selectors import determinant, facility_location, max_min, prune_similar
 
 OURS, TORCH = Path(catp_lightning.__file__).parent, str(Path(torch.__file__).parent)
 PLUMBING = (TORCH, str(Path(__file__)), str(OURS / "utils" / "on_cpu.py"))
@@ -59,7 +59,7 @@ def calling_line() -> str | None:
 def waiting() -> Iterator[Waiting]:
     """Count calls that wait while inside."""
     found = Waiting()
-    with _Functions(found) as functions, _Kernels(found, functions), as_on_gpu():
+    with Functions(found) as functions, _Kernels(found, functions), as_on_gpu():
         yield found
 
 
@@ -67,12 +67,12 @@ def waiting() -> Iterator[Waiting]:
 def as_on_gpu() -> Iterator[None]:
     """Inside, selectors choose as they do on a GPU: by operations of torch, all rows together."""
     with ExitStack() as patches:
-        for module in (determinant, max_min, prune_similar):
+        for module in (determinant, facility_location, max_min, prune_similar):
             patches.enter_context(patch.object(module, "for_numpy", lambda like: False))
         yield
 
 
-class _Functions(TorchFunctionMode):
+class Functions(TorchFunctionMode):
     def __init__(self, found: Waiting) -> None:
         super().__init__()
         self.found, self.on_host = found, False
@@ -123,7 +123,7 @@ def _named_cpu(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> b
 
 
 class _Kernels(TorchDispatchMode):
-    def __init__(self, found: Waiting, functions: _Functions) -> None:
+    def __init__(self, found: Waiting, functions: Functions) -> None:
         super().__init__()
         self.found, self.functions = found, functions
 

@@ -93,11 +93,17 @@ class FeatureSelector(Selector):
         return features.to(torch.promote_types(features.dtype, torch.float32))
 
 
-def ranked(scores: Tensor, visual: Tensor) -> Tensor:
-    """Rank of each token by its score, 0 for the highest: float [R, T], bool [R, T] -> int64 [R, T].
+def ordered(scores: Tensor, visual: Tensor) -> Tensor:
+    """Tokens in the order of their scores, the highest first: float [R, T], bool [R, T] -> int64 [R, T].
 
-    The lowest index wins a tie. NaN ranks last among the tokens where `visual` is True; all others rank after these.
+    The lowest index wins a tie. NaN comes last among the tokens where `visual` is True; all others come after these.
     """
-    order = scores.masked_fill(scores.isnan(), -torch.inf).argsort(dim=1, descending=True, stable=True)
-    there = visual.gather(1, order).long().argsort(dim=1, descending=True, stable=True)
-    return order.gather(1, there).argsort(1)
+    key = (-scores).nan_to_num_(torch.inf, torch.inf, -torch.inf).masked_fill_(~visual, torch.nan)  # sorted last
+    return key.argsort(dim=1, stable=True)
+
+
+def ranked(scores: Tensor, visual: Tensor) -> Tensor:
+    """Place of each token in the order of `ordered`, 0 for the highest score: [R, T], bool [R, T] -> int64 [R, T]."""
+    order = ordered(scores, visual)
+    places = torch.arange(order.shape[1], dtype=torch.int64, device=order.device)
+    return torch.empty_like(order).scatter_(1, order, places.expand_as(order))

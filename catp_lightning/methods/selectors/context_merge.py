@@ -11,7 +11,7 @@ from catp_lightning.methods.observation import Needs, Observation, Signal
 from catp_lightning.methods.selection import Selection
 from catp_lightning.methods.selectors.base import Selector, ranked
 from catp_lightning.methods.selectors.similarity import most_similar
-from catp_lightning.utils.on_cpu import on_cpu, on_device_of
+from catp_lightning.utils.on_cpu import on_cpu, on_device
 
 
 @dataclass(frozen=True)
@@ -47,22 +47,30 @@ class ContextMerge(Selector):
 
     def select(self, scores: Tensor, visual: Tensor, counts: Tensor, vectors: Tensor | None) -> Selection:
         assert vectors is not None  # `vectors` above always gives some
-        dominant, target = self._parts(scores, visual, counts)
+        dominant, target, merging = self._parts(scores, visual, counts)
         keep = dominant | target
-        nearest = most_similar(vectors, target)
-        itself = torch.arange(keep.shape[1], device=keep.device).expand_as(keep)
-        lost = ~visual | ~(keep | target.any(1, keepdim=True))
-        return Selection(keep, torch.where(keep, itself, nearest).masked_fill(lost, -1))
+        itself = torch.arange(keep.shape[1], dtype=torch.int64, device=keep.device).expand_as(keep)
+        destination = itself.where(keep, most_similar(vectors, target))
+        return Selection(keep, destination.where(keep | (visual & merging), -1))
 
-    def _parts(self, scores: Tensor, visual: Tensor, counts: Tensor) -> tuple[Tensor, Tensor]:
-        """Masks of the dominant tokens, and of the context tokens into which others are merged: bool [R, T] each."""
-        context = on_device_of(counts, [self._context(count) for count in on_cpu(counts)[0].tolist()])
-        dominant = (ranked(scores, visual) < (counts - context)[:, None]) & visual
-        left = visual & ~dominant
-        step = (left.sum(1) // context.clamp(min=1)).clamp(min=1)[:, None]
-        place = left.cumsum(1) - 1
-        return dominant, left & (place % step == 0) & (place < step * context[:, None])
+    def _parts(self, scores: Tensor, visual: Tensor, counts: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Masks of the dominant tokens, and of the context tokens into which others are merged: bool [R, T] each.
+
+        With them which rows have context tokens: bool [R, 1].
+        """
+        own, asked = on_cpu(visual, counts)
+        context = torch.tensor([self._context(count) for count in asked.tolist()], device="cpu", dtype=torch.int64)
+        left = own.sum(1) - (asked - context)
+        step = (left // context.clamp(min=1)).clamp(min=1)[:, None]
+        # Of the tokens that are not dominant, counted from 1; the last column says whether a row has context tokens.
+        place = torch.arange(-1, visual.shape[1] + 1, device="cpu")
+        chosen = (place % step == 0) & (place >= 0) & (place < (step * context[:, None])) & (place < left[:, None])
+        chosen[:, -1] = (context > 0) & (left > 0)
+        chosen, few = on_device(chosen, visual.device), on_device(asked - context, visual.device)
+        dominant = ranked(scores, visual) < few[:, None]
+        others = visual & ~dominant
+        return dominant, others & chosen.gather(1, others.cumsum(1)), chosen[:, -1:]
 
     def _context(self, count: int) -> int:
         """Number of context tokens in a budget of `count` tokens."""
-        return min(count - 1, math.floor(count * self.context + 0.5))
+        return max(0, min(count - 1, math.floor(count * self.context + 0.5)))

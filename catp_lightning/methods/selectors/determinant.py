@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from catp_lightning.methods.precision import without_autocast
+from catp_lightning.methods.selectors.fused import fused
 from catp_lightning.methods.selectors.lazy import AT_ONCE, at_once, grow
 from catp_lightning.methods.selectors.similarity import cosine_similarity, unit_vectors
 from catp_lightning.utils.on_cpu import for_numpy
@@ -90,7 +91,7 @@ def greedy_ranks(kernel: Tensor, visual: Tensor, max_tokens: int) -> Tensor:
         return ranks
     steps = torch.arange(max_tokens, device=visual.device, dtype=torch.int64).expand_as(chosen)
     # Where no token is left a step chooses nothing.
-    return ranks.scatter_reduce(1, chosen, steps.where(gains > -torch.inf, max_tokens), "amin")
+    return ranks.scatter_reduce_(1, chosen, steps.where(gains > -torch.inf, max_tokens), "amin")
 
 
 def _steps(kernel: Tensor, gain: Tensor, closed: Tensor, steps: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -120,6 +121,7 @@ def _steps(kernel: Tensor, gain: Tensor, closed: Tensor, steps: int) -> tuple[Te
     return chosen, gains, factors
 
 
+@fused("determinant", ridge=RIDGE)
 def _choose(kernel: Tensor, gain: Tensor, closed: Tensor, chosen: Tensor, gains: Tensor, factors: Tensor) -> None:
     """Fill in what `_steps` returns."""
     rows = torch.arange(len(kernel), device=kernel.device)

@@ -62,16 +62,23 @@ class DPP(Selector):
 
     def quality(self, scores: Tensor, visual: Tensor, dtype: torch.dtype) -> Tensor:
         """Quality q of each token, from scores [R, T] and mask [R, T]: [R, T] in `dtype`."""
-        scores = torch.where(scores.isfinite(), scores, 0).to(dtype)
+        scores = scores.nan_to_num(0.0, 0.0, 0.0).to(dtype)
         largest = most_in_a_kernel(dtype)  # squares of larger values would not be finite
         scores = scores / (scores.abs().amax(1, keepdim=True) / largest).clamp(min=1)
-        relevance = torch.zeros_like(scores)
-        there = on_cpu(visual)[0]
-        for count in there.sum(1).unique().tolist():  # a row's own tokens are standardised among themselves
-            own = places(on_device(there & (there.sum(1) == count)[:, None], scores.device), scores)
-            standard = standardise(scores.flatten()[own].view(-1, max(count, 1))).flatten()
-            relevance = relevance.flatten().scatter(0, own, standard).view_as(scores)
+        relevance = self._standardised(scores, visual)
         strength = max(-1e30, min(1e30, self.relevance))
-        logarithm = strength * relevance / 2
+        logarithm = relevance * (strength / 2)
         beyond = (logarithm.amax(1, keepdim=True) - math.log(largest)).clamp(min=0)
         return torch.exp(logarithm - beyond)
+
+    def _standardised(self, scores: Tensor, visual: Tensor) -> Tensor:
+        """Standardise the scores of each row's own tokens among themselves; others become 0: [R, T]."""
+        there = on_cpu(visual)[0]
+        if there.all():
+            return standardise(scores)
+        found = torch.zeros_like(scores)
+        for count in there.sum(1).unique().tolist():
+            own = places(on_device(there & (there.sum(1) == count)[:, None], scores.device), scores)
+            standard = standardise(scores.flatten()[own].view(-1, max(count, 1))).flatten()
+            found = found.flatten().scatter_(0, own, standard).view_as(scores)
+        return found

@@ -10,6 +10,8 @@ from torch.nn import functional as F
 
 from catp_lightning.methods.precision import without_autocast
 from catp_lightning.methods.selectors.base import FeatureSelector
+from catp_lightning.methods.selectors.fused import fused
+from catp_lightning.utils.on_cpu import for_numpy
 
 STEPS = 1e6
 """Steps in which distances are measured, in their mean."""
@@ -35,11 +37,12 @@ class FacilityLocation(FeatureSelector):
 
     def ranks(self, scores: Tensor, visual: Tensor, max_tokens: int, vectors: Tensor | None) -> Tensor:
         assert vectors is not None  # `vectors` above always gives some
-        finite = visual & vectors.isfinite().all(-1)
-        distance = self._distances(vectors.masked_fill(~finite[..., None], 0))
-        farthest = distance.masked_fill(~(finite[:, None] & finite[..., None]), 0).amax((1, 2))
-        nearest = farthest[:, None].expand_as(scores).masked_fill(~finite, 0)
-        if vectors.device.type != "cpu" or visual.shape[1] <= TOGETHER:
+        finite = visual & (vectors.abs().amax(-1) < torch.inf)
+        lost = ~finite
+        distance = self._distances(vectors.masked_fill(lost[..., None], 0))
+        farthest = distance.masked_fill(lost[:, None] | lost[..., None], 0).amax((1, 2))
+        nearest = farthest[:, None].expand_as(scores).masked_fill(lost, 0)
+        if not for_numpy(vectors) or visual.shape[1] <= TOGETHER:
             return _together(distance, nearest, finite, visual, max_tokens)
         found = [_alone(*row, max_tokens) for row in zip(distance, nearest, finite, visual, strict=True)]
         return torch.stack(found) if found else torch.zeros_like(visual, dtype=torch.int64)
@@ -62,6 +65,7 @@ class FacilityLocation(FeatureSelector):
         return found.mul_(STEPS / found.mean((1, 2), keepdim=True).clamp(min=1e-30)).round_()
 
 
+@fused("facility_location")
 def _together(distance: Tensor, nearest: Tensor, finite: Tensor, visual: Tensor, max_tokens: int) -> Tensor:
     """Return the ranks of all rows, int64 [R, T]: at each step the gain of every token is computed.
 

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from catp_lightning.methods.selectors.base import FeatureSelector
+from catp_lightning.methods.selectors.fused import fused
 from catp_lightning.methods.selectors.similarity import rounded_similarity
 from catp_lightning.utils.on_cpu import for_numpy
 
@@ -28,6 +29,7 @@ class MaxMin(FeatureSelector):
         return choose(similarity, finite, visual, max_tokens)
 
 
+@fused("max_min")
 def _choose(similarity: Tensor, finite: Tensor, visual: Tensor, max_tokens: int) -> Tensor:
     """Return the ranks of rows that are worked on together: int64 [R, T].
 

@@ -8,11 +8,12 @@ import torch
 from torch import Tensor
 
 from catp_lightning.methods.selection import Selection
-from catp_lightning.methods.selectors.base import FeatureSelector, ranked
+from catp_lightning.methods.selectors.base import FeatureSelector, ordered
+from catp_lightning.methods.selectors.fused import fused
 from catp_lightning.methods.selectors.lazy import at_once
 from catp_lightning.methods.selectors.nearest import AllPairs, Array, Nearest, Neighbours
 from catp_lightning.methods.selectors.similarity import rounded_similarity
-from catp_lightning.utils.on_cpu import for_numpy, on_cpu, on_device
+from catp_lightning.utils.on_cpu import for_numpy, on_cpu, on_device, with_copy
 
 AT_A_TIME = 8
 """Number of tokens that a round drops at most, as in the authors' code."""
@@ -45,22 +46,23 @@ class PruneSimilar(FeatureSelector):
     def select(self, scores: Tensor, visual: Tensor, counts: Tensor, vectors: Tensor | None) -> Selection:
         assert vectors is not None  # `vectors` above always gives some
         finite = visual & ~vectors.isnan().any(-1)
-        last = (~finite).long() + (~visual).long()
-        order = (ranked(scores, visual) + last * visual.shape[1]).argsort(1)
+        order = ordered(scores, visual)
+        last = (~finite).gather(1, order).byte()
+        order = order.gather(1, last.argsort(dim=1, stable=True))  # finite ones, NaN, what is not there
         own, asked = on_cpu(visual, counts)
         important = torch.tensor([self._important(count) for count in asked.tolist()], device="cpu", dtype=torch.int64)
         others = asked - important
-        most = (own.sum(1) - important).where(others > 0, 0)
-        top, target = on_device(important, visual.device), on_device(others, visual.device)
-        dealt = (finite.sum(1).maximum(counts) - top).where(target > 0, 0)
-        places = torch.arange(visual.shape[1], device=visual.device)
-        keep = torch.zeros_like(visual).scatter(1, order, places < top[:, None])
-        left = order.gather(1, (top[:, None] + places[: int(most.max())]).clamp(max=visual.shape[1] - 1))
         if not for_numpy(vectors):
-            return Selection(_with(keep, *_dealt(left, dealt, most, target, rounded_similarity(vectors))))
-        for row, target_ in enumerate(others.tolist()):
-            nearest = AllPairs(vectors[row]) if at_once(vectors) else Neighbours(vectors[row])
-            keep[row, torch.from_numpy(_dealt_alone(left[row, : int(dealt[row])].numpy(), target_, nearest))] = True
+            parts = on_device(torch.stack([important, others, own.sum(1)]), visual.device)
+            return Selection(_together(rounded_similarity(vectors), order, finite.sum(1), parts))
+        keep = torch.zeros_like(visual)
+        dealt = finite.sum(1).maximum(asked).tolist()
+        for row, (top, target) in enumerate(zip(important.tolist(), others.tolist(), strict=True)):
+            keep[row, order[row, :top]] = True
+            if target:
+                nearest = AllPairs(vectors[row]) if at_once(vectors) else Neighbours(vectors[row])
+                left = _dealt_alone(order[row, top : dealt[row]].numpy(), target, nearest)
+                keep[row, torch.from_numpy(left)] = True
         return Selection(keep)
 
     def _important(self, count: int) -> int:
@@ -87,15 +89,36 @@ def _dealt_alone(left: Array, target: int, nearest: Nearest) -> Array:
     return left
 
 
-def _dealt(left: Tensor, number: Tensor, most: Tensor, target: Tensor, similarity: Tensor) -> tuple[Tensor, Tensor]:
+@fused("prune_similar", at_a_time=AT_A_TIME)
+def _together(similarity: Tensor, order: Tensor, finite: Tensor, parts: Tensor) -> Tensor:
+    """Return the tokens of all rows that stay, bool [R, T].
+
+    Args:
+        similarity: float [R, T, T], of all pairs.
+        order: int64 [R, T], tokens as they are dealt: finite ones, then those with NaN, then what is not there.
+        finite: int64 [R], how many finite tokens a row has, of which only the device knows.
+        parts: int64 [3, R], with a copy on the CPU: how many tokens of each row stay for their scores, how many of the
+            others stay, and how many tokens there are.
+    """
+    top, target, _ = parts
+    important, others, own = on_cpu(parts)[0]
+    dealt = (finite.maximum(top + target) - top).where(target > 0, 0)
+    most = (own - important).where(others > 0, 0)
+    places = torch.arange(order.shape[1], dtype=torch.int64, device=order.device)
+    left = order.gather(1, (top[:, None] + places[: int(most.max())]).clamp(max=order.shape[1] - 1))
+    left, number = _dealt(similarity, left, dealt, most, with_copy(target, others))
+    return _with(_with(order.new_zeros(order.shape, dtype=torch.bool), order, top), left, number)
+
+
+def _dealt(similarity: Tensor, left: Tensor, number: Tensor, most: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
     """`_dealt_alone` of R rows together, for which no one waits for a GPU.
 
     Args:
+        similarity: float [R, T, T], of all pairs.
         left: int64 [R, W], tokens of R rows in the order in which they are dealt.
         number: int64 [R], how many there are in each row, at most W.
         most: int64 [R] on the CPU, at least `number`, of which only the device knows.
         target: int64 [R], how many shall be left, with a copy on the CPU.
-        similarity: float [R, T, T], of all pairs.
 
     Returns:
         `left` and `number` at the end.

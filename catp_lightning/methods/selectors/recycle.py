@@ -9,8 +9,9 @@ from torch import Tensor
 from catp_lightning.methods.observation import Signal
 from catp_lightning.methods.selection import Selection
 from catp_lightning.methods.selectors.base import FeatureSelector, ranked
+from catp_lightning.methods.selectors.fused import fused
 from catp_lightning.methods.selectors.similarity import exact_distances
-from catp_lightning.utils.on_cpu import on_cpu
+from catp_lightning.utils.on_cpu import on_cpu, on_device
 
 
 @dataclass(frozen=True)
@@ -34,17 +35,30 @@ class Recycle(FeatureSelector):
 
     def select(self, scores: Tensor, visual: Tensor, counts: Tensor, vectors: Tensor | None) -> Selection:
         assert vectors is not None
-        destination = torch.full_like(visual, -1, dtype=torch.int64)
-        order = ranked(scores, visual).argsort(1)
         asked, own = on_cpu(counts, visual)
-        for row, (budget, tokens) in enumerate(zip(asked.tolist(), own.sum(1).tolist(), strict=True)):
-            kept, recycled, clusters = split(budget, tokens)
-            best, next_ones = order[row, :kept], order[row, kept : kept + recycled].sort().values
-            destination[row, best] = best
-            if clusters:
-                destination[row, next_ones] = next_ones[nearest_centres(vectors[row, next_ones], clusters)]
-        itself = torch.arange(destination.shape[1], device=destination.device)
-        return Selection(destination == itself, destination)
+        parts = [split(*sizes) for sizes in zip(asked.tolist(), own.sum(1).tolist(), strict=True)]
+        of_rows = torch.tensor(parts, device="cpu", dtype=torch.int64).view(-1, 3).transpose(0, 1).contiguous()
+        carriers = _carriers(vectors, ranked(scores, visual), on_device(of_rows, visual.device))
+        itself = torch.arange(carriers.shape[1], dtype=torch.int64, device=carriers.device)
+        return Selection(carriers == itself, carriers)
+
+
+@fused("recycle")
+def _carriers(vectors: Tensor, rank: Tensor, parts: Tensor) -> Tensor:
+    """Return the token that carries each: int64 [R, T], itself if it is kept, -1 if it is dropped.
+
+    Args:
+        vectors: float [R, T, D].
+        rank: int64 [R, T], of the tokens by their scores.
+        parts: int64 [3, R], with a copy on the CPU: what `split` gives for each row.
+    """
+    carriers, order = torch.full_like(rank, -1), rank.argsort(1)
+    for row, (kept, recycled, clusters) in enumerate(zip(*on_cpu(parts)[0].tolist(), strict=True)):
+        best, next_ones = order[row, :kept], order[row, kept : kept + recycled].sort().values
+        carriers[row, best] = best
+        if clusters:
+            carriers[row, next_ones] = next_ones[nearest_centres(vectors[row, next_ones], clusters)]
+    return carriers
 
 
 def split(budget: int, tokens: int) -> tuple[int, int, int]:
