@@ -1,7 +1,7 @@
 """Measure calibrated policies of every shipped model against all fixed rules, also on scenes unlike the calibration's.
 
     python -m benchmarks.shift --output runs/shift
-    python -m benchmarks.shift --keep 0.25 0.125 --test 480 --promise 0.05 --output runs/shifts
+    python -m benchmarks.shift --draws 1 --keep 0.25 0.125 --test 240 --promise 0.05 --output runs/shifts
 
 Each model is calibrated on several disjoint draws of questions. The policies and every rule without a chosen setting
 (controls, published rules, diversity alone) then answer questions about digits that neither training nor calibration
@@ -128,7 +128,8 @@ def main() -> None:
     with quiet(ours=False):
         for model in options.models:
             found.append(measure(model, options, console))
-            about = f"{options.draws} draws of {options.questions:,} calibration questions; {options.test:,} test"
+            draws = f"{options.draws} draw{'s' * (options.draws > 1)}"
+            about = f"{draws} of {options.questions:,} calibration questions; {options.test:,} test"
             text = page(found, f"{about} questions in every setting.")
             # after every model: a long run may be interrupted
             write_text(options.output / "shift.md", text)

@@ -24,8 +24,8 @@ from catp_lightning.models import find_family
 from catp_lightning.pricing import tokens_read
 from catp_lightning.pruning.pruner import Pruner
 
-INSIDE = ("fastv", "dart", "pyramiddrop", "sparsevlm", "visual-exit")
-FEW = 20
+INSIDE = ("fastv", "pyramiddrop")
+FEW = 20  # right answers, below which no share of them is shown
 RANDOM = f"random ({len(RANDOM_SEEDS)} seeds)"
 PROMISED = "promised"
 """Name of a policy whose budget a promise chose, beside `CALIBRATED`, whose budgets were given."""

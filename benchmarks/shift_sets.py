@@ -31,6 +31,8 @@ def _section(model: Measured) -> str:
         for keep in model.budgets
         for name in (CALIBRATED, DIVERSE, RANDOM)
     ]
+    behind = list(_behind(model))
+    lost = markdown_table(["set", "keep", "rule", "calibrated ahead"], behind) if behind else "There is none.\n"
     text = f"\n## {TITLES[model.model]}\n\n" + markdown_table(["", *sets], told)
     for keep in model.budgets:
         table = markdown_table(["method", *sets, "tokens a layer reads"], list(_levels(model, keep)))
@@ -41,8 +43,7 @@ def _section(model: Measured) -> str:
         + markdown_table(["keep", "method", *sets], right)
         + "\nCalibrated and the best other rule that costs no more, which is taken from these very answers:\n\n"
         + markdown_table(["set", "keep", CALIBRATED, "best other rule", "calibrated ahead"], list(_best(model)))
-        + "\nEvery rule that costs no more and that calibrated is behind, by the interval:\n\n"
-        + markdown_table(["set", "keep", "rule", "calibrated ahead"], list(_behind(model)))
+        + f"\nEvery rule that costs no more and that calibrated is behind, by the interval:\n\n{lost}"
     )
 
 

@@ -140,3 +140,4 @@ def test_a_promise_stands_beside_the_disagreement_that_was_seen_on_each_set() ->
     assert line.startswith("| BLIP-2 | 5% | 0.25 | 4 of 300, at most 0.041 | 0.050 (0.000 to 0.125) |")
     assert PROMISED not in measured.plain.rivals and "| promised | 0." not in text
     assert "What a promise became" not in sets_page([measured], "About.")
+    assert "There is none." in text  # calibrated is behind no other rule
