@@ -1,158 +1,117 @@
 """Measure calibrated policies of every shipped model against all fixed rules, also on scenes unlike the calibration's.
 
     python -m benchmarks.shift --output runs/shift
+    python -m benchmarks.shift --draws 1 --keep 0.25 0.125 --test 240 --promise 0.05 --output runs/shifts
 
 Each model is calibrated on several disjoint draws of questions. The policies and every rule without a chosen setting
-(controls, published rules, diversity alone) then answer 1,000 questions about digits that neither training nor
-calibration saw, and as many about the same digits drawn otherwise: noisier and fainter, moved, more of them, or asked
-about in another mix. Vision runs once a batch for all rules; answers are replayed, teacher-forced, which is a pruned
-greedy run as far as agreement goes.
+(controls, published rules, diversity alone) then answer questions about digits that neither training nor calibration
+saw, and as many on each of the test sets of `SHIFTS`: noisier and fainter digits, moved or smaller ones, more of them,
+questions in another mix, or after another question. With `--promise` a calibration chooses the budget as well, so that
+at most this share of the answers change, and the share that does change is measured on every test set. Vision runs once
+a batch for all rules; answers are replayed, teacher-forced, which is a pruned greedy run as far as agreement goes.
 
-Policies that an earlier run left in the output folder are used again: remove `draw-*` to calibrate anew.
+`shift.md` has verdicts and a page of tables for each model, `sets.md` a table for each model and budget with all test
+sets. Policies that an earlier run left in the output folder are used again: remove `draw-*` and `promise-*` to
+calibrate anew.
 """
 
 import argparse
 import time
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
-import torch
 from lightning.pytorch import Trainer
 from rich.console import Console
 from rich.markdown import Markdown
 from rich.progress import track
 
 from benchmarks.answers import QUIET
-from benchmarks.shift_tables import BUDGETS, Measured, Replayed, page
+from benchmarks.shift_replay import PROMISED, replayed, rules, rules_inside
+from benchmarks.shift_sets import sets_page
+from benchmarks.shift_tables import BUDGETS, Measured, page
 from catp_lightning import CrossAttentionCalibration, PruningPolicy, VQAModule
-from catp_lightning.calibration.plan import Plan
-from catp_lightning.calibration.replay.base import Variants
-from catp_lightning.calibration.replay.recorder import Recorder
-from catp_lightning.calibration.search.candidate import Candidate
-from catp_lightning.calibration.search.candidates import default_candidates
-from catp_lightning.calibration.search.ranks import limits, token_ranks
+from catp_lightning.calibration.search.promise import GRID
 from catp_lightning.data import GRIDS, PROMPTS, SHIPPED, shipped
-from catp_lightning.data.scenes import AS_TRAINED, KINDS, Drawing, Split, write_scenes
+from catp_lightning.data.scenes import Split
+from catp_lightning.data.shifts import SHIFTS, Shift
 from catp_lightning.data.vqa import VQADataModule
 from catp_lightning.data.vqa_dataset import VQASplit
-from catp_lightning.evaluation.sweep.methods import CALIBRATED, RANDOM_SEEDS
-from catp_lightning.methods.observation import join
-from catp_lightning.methods.selection import protected_tokens
-from catp_lightning.models import find_family
+from catp_lightning.evaluation.sweep.methods import CALIBRATED
 from catp_lightning.policy.locations import budget_file_name
 from catp_lightning.utils.files import write_json, write_text
 from catp_lightning.utils.messages import quiet
 
-TEST_QUESTIONS, BATCH = 1000, 64
+BATCH, PROMISE_QUESTIONS, PROMISE_SEED = 64, 600, 900
+PROMISE_BUDGETS: dict[str, Sequence[float]] = dict.fromkeys(SHIPPED, (0.75, 0.5, 0.25, 0.125))
+PROMISE_BUDGETS["digits_llava"] = GRID  # the default: its walk goes on below 1/8
+PLAIN = "as calibrated"
+SETTINGS = {PLAIN: Shift(), **SHIFTS}
 
 
-@dataclass(frozen=True)
-class Setting:
-    """How scenes are drawn and what is asked about them."""
-
-    drawing: Drawing = AS_TRAINED
-    kinds: Sequence[str] = KINDS
-    questions_per_image: int = 2
-
-
-SETTINGS = {
-    "as calibrated": Setting(),
-    "noisy": Setting(Drawing(noise=2 * AS_TRAINED.noise, contrast=(0.35, 0.5))),
-    "moved": Setting(Drawing(shift=3)),
-    "crowded": Setting(Drawing(digits=(4, 5))),
-    # One question an image: seven in ten are the same words, and no image should be asked them twice.
-    "other questions": Setting(kinds=("how many",) * 7 + KINDS[1:], questions_per_image=1),
-}
-
-
-def scenes(folder: Path, model: str, split: Split, questions: int, seed: int, setting: Setting) -> VQASplit:
+def scenes(folder: Path, model: str, split: Split, questions: int, seed: int, setting: Shift) -> VQASplit:
     """Write scenes on the grids that a model knows, and return them as a split."""
-    more: dict[str, Any] = {"drawing": setting.drawing, "kinds": setting.kinds, "grids": GRIDS[model]}
-    return VQASplit.of_scenes(write_scenes(folder, split, questions, seed, setting.questions_per_image, **more))
+    return VQASplit.of_scenes(setting.write(folder, split, questions, seed, GRIDS[model]))
 
 
-def calibrate(module: VQAModule, model: str, folder: Path, draw: int, questions: int) -> list[PruningPolicy]:
+def calibrate(
+    module: VQAModule, model: str, folder: Path, draw: int, questions: int, budgets: Sequence[float]
+) -> list[PruningPolicy]:
     """Return a policy for each budget, calibrated on a draw of questions; those of an earlier run are used again."""
     place = folder / model / f"draw-{draw}" / f"{questions}-questions"
-    if not all((place / budget_file_name(keep)).exists() for keep in BUDGETS[model]):
-        split = scenes(place / "data", model, "calibration", questions, draw, Setting())
-        data = VQADataModule(str(shipped(model)), calibration=split, prompt=PROMPTS[model], batch_size=BATCH)
-        callback = CrossAttentionCalibration(place, keep=BUDGETS[model])
-        trainer = Trainer(**QUIET, callbacks=[callback])
-        trainer.predict(module, data.calibration_dataloader(), return_predictions=False)
-    return [PruningPolicy.load(place, keep) for keep in BUDGETS[model]]
+    if not all((place / budget_file_name(keep)).exists() for keep in budgets):
+        split = scenes(place / "data", model, "calibration", questions, draw, Shift())
+        _predict(module, model, split, CrossAttentionCalibration(place, keep=budgets))
+    return [PruningPolicy.load(place, keep) for keep in budgets]
 
 
-def rules(module: VQAModule) -> Iterator[tuple[str, Candidate]]:
-    """Yield every rule without a chosen setting that drops tokens before the decoder; random, once for each seed."""
-    for seed in RANDOM_SEEDS:
-        yield f"random ({len(RANDOM_SEEDS)} seeds)", Candidate("random", "random", {"seed": seed})
-    for rule in default_candidates(Plan.of(find_family(module))):
-        if rule.fitted == 0 and rule.name != "random":
-            yield rule.name, rule
+def promised(module: VQAModule, model: str, folder: Path, most: float) -> PruningPolicy:
+    """Return the policy whose budget changes at most a share of the answers; that of an earlier run is used again.
+
+    Every image is asked one question, and half of them test the promise.
+    """
+    place = folder / model / f"promise-{most:g}"
+    if not (place / "policy.json").exists():
+        setting = Shift(questions_per_image=1)
+        split = scenes(place / "data", model, "calibration", PROMISE_QUESTIONS, PROMISE_SEED, setting)
+        keep = PROMISE_BUDGETS[model]
+        _predict(module, model, split, CrossAttentionCalibration(place / "policy.json", keep, max_disagreement=most))
+    return PruningPolicy.load(place / "policy.json")
 
 
-@torch.inference_mode()
-def replayed(module: VQAModule, batches: Iterable[Any], jobs: Sequence[tuple[str, PruningPolicy]]) -> Replayed:
-    """Replay the answers of every policy; vision runs once a batch, and rules that policies share rank tokens once."""
-    keeps = [policy.keep for _, policy in jobs]
-    methods = [policy.method() for _, policy in jobs]
-    ranked = list(dict.fromkeys(method for method in methods if method.nested))
-    order = []
-    for keep in dict.fromkeys(keeps):
-        own = [number for number, of_job in enumerate(keeps) if of_job == keep]
-        nested = [number for number in own if methods[number].nested]
-        order.append((keep, nested, [number for number in own if number not in nested]))
-    recorder = Recorder(Plan.of(find_family(module)), join(method.needs for method in methods))
-    agreed, kept, images, kinds = [], [], [], []
-    with recorder.recording():
-        for batch in batches:
-            module.answer(batch)
-            images += batch["image_ids"].tolist()
-            kinds += batch["question_types"]
-            with recorder.recorded() as pairs:
-                ((replay, seen, *_),) = pairs
-                visual = replay.tokens
-                allowed = [limits(keep, seen, visual) for keep, _, _ in order]
-                ranks = token_ranks(ranked, seen, visual, max(int(limit.max()) for limit in allowed))
-                stay, ways = protected_tokens(seen, visual), []
-                for limit, (keep, nested, others) in zip(allowed, order, strict=True):
-                    tokens = (ranks[[ranked.index(methods[number]) for number in nested]] < limit) | stay
-                    ways.append(Variants(tokens, [methods[number].select(seen, keep, visual) for number in others]))
-                same = torch.empty(len(jobs), len(visual), dtype=torch.bool, device="cpu")
-                count = torch.empty(len(jobs), len(visual), dtype=torch.int64, device="cpu")
-                for (_, nested, others), way, (_, found) in zip(order, ways, replay.compare_each(ways), strict=True):
-                    same[nested + others] = found.cpu()
-                    stays = torch.cat([way.keep, *(selection.keep[None] for selection in way.selections)])
-                    count[nested + others] = stays.sum(-1).cpu()
-                agreed.append(same)
-                kept.append(count)
-    names = [name for name, _ in jobs]
-    tokens_kept = torch.cat(kept, 1).double().mean(1).tolist()
-    return Replayed(names, keeps, torch.cat(agreed, 1).numpy(), tokens_kept, images, kinds)
+def _predict(module: VQAModule, model: str, split: VQASplit, callback: CrossAttentionCalibration) -> None:
+    data = VQADataModule(str(shipped(model)), calibration=split, prompt=PROMPTS[model], batch_size=BATCH)
+    trainer = Trainer(**QUIET, callbacks=[callback])
+    trainer.predict(module, data.calibration_dataloader(), return_predictions=False)
 
 
-def measure(model: str, folder: Path, draws: int, questions: int, console: Console) -> Measured:
-    """Calibrate a model on every draw, and replay policies and rules in every setting."""
-    module, calibrated = VQAModule(str(shipped(model))), []
-    for draw in range(draws):
+def measure(model: str, options: argparse.Namespace, console: Console) -> Measured:
+    """Calibrate a model on every draw, and replay policies and rules on every test set."""
+    module, calibrated, folder = VQAModule(str(shipped(model))), [], options.output
+    budgets = tuple(options.keep or BUDGETS[model])
+    for draw in range(options.draws):
         start = time.perf_counter()
-        calibrated.append(calibrate(module, model, folder, draw, questions))
+        calibrated.append(calibrate(module, model, folder, draw, options.questions, budgets))
         names = "; ".join(str(policy.evidence["chosen"]) for policy in calibrated[-1])
         took = f"{time.perf_counter() - start:.0f} s"
-        console.print(f"{model}, draw {draw + 1} of {draws}, {took}: {names}", highlight=False, markup=False)
-    jobs = [(name, rule.policy(keep)) for name, rule in rules(module) for keep in BUDGETS[model]]
+        console.print(f"{model}, draw {draw + 1} of {options.draws}, {took}: {names}", highlight=False, markup=False)
+    jobs = [(name, policy.with_keep(keep)) for name, policy in rules(module) for keep in budgets]
+    jobs += [(name, policy.with_keep(min(budgets))) for name, policy in rules_inside(module)]
     jobs += [(CALIBRATED, policy) for of_draw in calibrated for policy in of_draw]
+    promise = None
+    if options.promise is not None:
+        policy = promised(module, model, folder, options.promise)
+        promise = policy.keep, policy.evidence["promise"]
+        jobs.append((PROMISED, policy))
+        console.print(f"{model}, at most {options.promise:.0%} of answers change: keep {policy.keep}", highlight=False)
     found = {}
     for name, setting in SETTINGS.items():
         place = folder / model / "test" / name.replace(" ", "-")
-        split = scenes(place, model, "test", TEST_QUESTIONS, 0, setting)
+        split = scenes(place, model, "test", options.test, 0, setting)
         data = VQADataModule(str(shipped(model)), test=split, prompt=PROMPTS[model], batch_size=BATCH)
         batches = track(data.test_dataloader(), f"{model}, {name}: replaying {len(jobs)} policies", console=console)
         found[name] = replayed(module, batches, jobs)
-    return Measured(model, [[str(policy.evidence["chosen"]) for policy in of_draw] for of_draw in calibrated], found)
+    chosen = [[str(policy.evidence["chosen"]) for policy in of_draw] for of_draw in calibrated]
+    return Measured(model, chosen, found, promise)
 
 
 def main() -> None:
@@ -161,17 +120,23 @@ def main() -> None:
     parser.add_argument("--models", nargs="+", choices=SHIPPED, default=SHIPPED, help="shipped models")
     parser.add_argument("--draws", type=int, default=3, help="disjoint calibration draws")
     parser.add_argument("--questions", type=int, default=512, help="calibration questions of a draw")
-    arguments = parser.parse_args()
+    parser.add_argument("--keep", type=float, nargs="+", help="budgets; by default four for each model")
+    parser.add_argument("--test", type=int, default=1000, help="questions of each test set")
+    parser.add_argument("--promise", type=float, help="share of the answers that may change, to choose a budget by")
+    options = parser.parse_args()
     console, start, found = Console(), time.perf_counter(), []
     with quiet(ours=False):
-        for model in arguments.models:
-            found.append(measure(model, arguments.output, arguments.draws, arguments.questions, console))
-            about = f"{arguments.draws} draws of {arguments.questions:,} calibration questions; {TEST_QUESTIONS:,} test"
+        for model in options.models:
+            found.append(measure(model, options, console))
+            draws = f"{options.draws} draw{'s' * (options.draws > 1)}"
+            about = f"{draws} of {options.questions:,} calibration questions; {options.test:,} test"
             text = page(found, f"{about} questions in every setting.")
-            write_text(arguments.output / "shift.md", text)  # after every model: a long run may be interrupted
-            write_json(arguments.output / "shift.json", {each.model: each.to_dict() for each in found}, indent=2)
+            # after every model: a long run may be interrupted
+            write_text(options.output / "shift.md", text)
+            write_text(options.output / "sets.md", sets_page(found, f"{about} questions in every set."))
+            write_json(options.output / "shift.json", {each.model: each.to_dict() for each in found}, indent=2)
     console.print(Markdown(text))
-    console.print(f"Done in {time.perf_counter() - start:.0f} s. Results are in {arguments.output}.")
+    console.print(f"Done in {time.perf_counter() - start:.0f} s. Results are in {options.output}.")
 
 
 if __name__ == "__main__":

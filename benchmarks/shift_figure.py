@@ -11,16 +11,11 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
+from benchmarks.shift_tables import TITLES
 from catp_lightning.evaluation.sweep.methods import CALIBRATED
 from catp_lightning.utils.files import write_bytes
 from catp_lightning.utils.plots import png
 
-TITLES = {
-    "digits_blip2": "BLIP-2",
-    "digits_llava": "LLaVA",
-    "digits_mllama": "Llama-3.2-Vision",
-    "digits_qwen2_5_vl": "Qwen2.5-VL",
-}
 SHOWN = ("random (3 seeds)", "divprune", "l2-norm", "stride", "grid", "catp", "fastervlm", "trimmed-llama, top-k")
 """Rules that are named beside `CALIBRATED`; all others are grey."""
 

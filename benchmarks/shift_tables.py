@@ -1,13 +1,10 @@
 """Tables and verdicts of `benchmarks.shift`."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from typing import Any
 
-import numpy as np
-
-from catp_lightning.evaluation.comparison import Comparison, Result
+from benchmarks.shift_replay import Replayed
 from catp_lightning.evaluation.sweep.methods import CALIBRATED
 from catp_lightning.safe_text import Markdown as MarkdownText
 from catp_lightning.utils.markdown import markdown_table
@@ -17,6 +14,12 @@ BUDGETS: dict[str, tuple[float, ...]] = {
     "digits_llava": (0.5, 0.25, 0.125, 0.05),
     "digits_mllama": (0.5, 0.25, 0.125, 0.05),
     "digits_qwen2_5_vl": (0.5, 0.25, 0.125, 0.05),
+}
+TITLES = {
+    "digits_blip2": "BLIP-2",
+    "digits_llava": "LLaVA",
+    "digits_mllama": "Llama-3.2-Vision",
+    "digits_qwen2_5_vl": "Qwen2.5-VL",
 }
 DIVERSE = "divprune"
 
@@ -38,73 +41,32 @@ SHIFT_TOLERANCE = 0.02  # on DivPrune under a shift, at 1/8 and at the smallest 
 
 
 @dataclass(frozen=True)
-class Replayed:
-    """Agreement of J policies on N questions.
+class Measured:
+    """What was measured on a model.
 
     Attributes:
-        names, keeps: name and budget of each policy; policies of one name and budget are draws of one method.
-        same: bool [J, N], True where a policy's answer is the unpruned one.
-        tokens: mean number of visual tokens that each policy keeps.
-        images: [N], the image that each question is about.
-        kinds: [N], the kind of each question.
+        model: its name.
+        chosen: what calibration chose, for each draw and budget.
+        settings: what was measured on each test set by its name, unshifted first.
+        promise: budget that a promise chose, with the promise of its evidence; None: none was made.
     """
-
-    names: Sequence[str]
-    keeps: Sequence[int | float]
-    same: np.ndarray
-    tokens: Sequence[float]
-    images: Sequence[int]
-    kinds: Sequence[str]
-
-    @cached_property
-    def rows(self) -> dict[tuple[str, int | float], dict[str, Any]]:
-        """A row of `Comparison.rows` for each method and budget."""
-        jobs = zip(self.names, self.keeps, self.same.astype(float), self.tokens, strict=True)
-        results = [Result(name, keep, None, same, tokens) for name, keep, same, tokens in jobs]
-        return {(row["method"], row["keep"]): row for row in Comparison(self.images, CALIBRATED, results).rows()}
-
-    @cached_property
-    def rivals(self) -> list[str]:
-        return [name for name in dict.fromkeys(self.names) if name != CALIBRATED]
-
-    @cached_property
-    def by_kind(self) -> dict[str, dict[int | float, float]]:
-        """Agreement of the calibrated policies on each kind of question at each budget, mean of draws."""
-        ours = np.array([name == CALIBRATED for name in self.names])
-        keeps, kinds = np.array(self.keeps), np.array(self.kinds)
-        return {
-            kind: {
-                keep: float(self.same[ours & (keeps == keep)][:, kinds == kind].mean())
-                for keep in dict.fromkeys(self.keeps)
-            }
-            for kind in dict.fromkeys(self.kinds)
-        }
-
-
-@dataclass(frozen=True)
-class Measured:
-    """What was measured on a model: `chosen` names for each draw and budget, `settings` by name, unshifted first."""
 
     model: str
     chosen: Sequence[Sequence[str]]
     settings: dict[str, Replayed]
+    promise: tuple[int | float, Mapping[str, Any]] | None = None
 
     @property
     def budgets(self) -> tuple[float, ...]:
-        return BUDGETS[self.model]
+        return tuple(dict.fromkeys(keep for name, keep in self.plain.rows if name == CALIBRATED))
 
     @property
     def plain(self) -> Replayed:
         return next(iter(self.settings.values()))
 
     def to_dict(self) -> dict[str, Any]:
-        return {
-            "chosen": self.chosen,
-            "settings": {
-                name: {"rows": list(found.rows.values()), "calibrated by kind": found.by_kind}
-                for name, found in self.settings.items()
-            },
-        }
+        settings = {name: found.to_dict() for name, found in self.settings.items()}
+        return {"chosen": self.chosen, "promise": self.promise, "settings": settings}
 
 
 def share(keep: float) -> str:
@@ -118,7 +80,7 @@ def share(keep: float) -> str:
 
 def page(found: Sequence[Measured], about: str) -> str:
     """Return all verdicts and tables as Markdown."""
-    judged = [[model.model, *line] for model in found for line in verdicts(model)]
+    judged = [[TITLES[model.model], *line] for model in found for line in verdicts(model)]
     text = f"# Calibrated policies, rivals and shifts\n\n{about} Means of draws; 95% intervals over images and draws.\n"
     text += "\n## Verdicts\n\n" + markdown_table(["model", "asked", "measured", "met"], judged)
     return text + "".join(_tables(model) for model in found)
@@ -127,41 +89,42 @@ def page(found: Sequence[Measured], about: str) -> str:
 def verdicts(model: Measured) -> list[list[str]]:
     """Return what is asked of a model, what was measured, and whether that is enough."""
     lines = []
-    for keep, aim in AIMS.get(model.model, {}).items():
-        row = model.plain.rows[CALIBRATED, keep]
-        lines.append([f"{share(keep)}: at least {aim}", _agreement(row), _yes(row["agreement"] >= aim)])
+    aims = AIMS.get(model.model, {})
+    for keep in (keep for keep in aims if keep in model.budgets):
+        aim, row = aims[keep], model.plain.rows[CALIBRATED, keep]
+        lines.append([f"{share(keep)}: at least {aim}", agreement(row), _yes(row["agreement"] >= aim)])
     for rival in NOT_BELOW.get(model.model, ()):
         for keep in model.budgets:
             row = model.plain.rows[rival, keep]
             enough = row["reference_ahead"] >= -TOLERANCE
-            lines.append([f"{share(keep)}: at most {TOLERANCE} below {rival}", _ahead(row), _yes(enough)])
+            lines.append([f"{share(keep)}: at most {TOLERANCE} below {rival}", ahead(row), _yes(enough)])
     rivals, budgets = AHEAD.get(model.model, ((), ()))
     for rival in rivals:
-        for keep in budgets:
+        for keep in (keep for keep in budgets if keep in model.budgets):
             row = model.plain.rows[rival, keep]
             enough = row["reference_ahead_interval"][0] > 0
-            lines.append([f"{share(keep)}: ahead of {rival}", _ahead(row), _yes(enough)])
+            lines.append([f"{share(keep)}: ahead of {rival}", ahead(row), _yes(enough)])
     for name, setting in list(model.settings.items())[1:]:
         for keep in _judged(model):
             row = setting.rows[DIVERSE, keep]
             enough = row["reference_ahead"] >= -SHIFT_TOLERANCE
             asked = f"{name}, {share(keep)}: at most {SHIFT_TOLERANCE} below {DIVERSE}"
-            lines.append([asked, _ahead(row), _yes(enough)])
+            lines.append([asked, ahead(row), _yes(enough)])
     return lines
 
 
 def _tables(model: Measured) -> str:
     budgets, plain = model.budgets, model.plain
     shares = [share(keep) for keep in budgets]
-    levels = [[name, *(_agreement(plain.rows[name, keep]) for keep in budgets)] for name in (CALIBRATED, *plain.rivals)]
-    ahead = [[name, *(_ahead(plain.rows[name, keep]) for keep in budgets)] for name in plain.rivals]
+    levels = [[name, *(agreement(plain.rows[name, keep]) for keep in budgets)] for name in (CALIBRATED, *plain.rivals)]
+    behind = [[name, *(ahead(plain.rows[name, keep]) for keep in budgets)] for name in plain.rivals]
     kinds = [[kind, *(f"{of_kind[keep]:.3f}" for keep in budgets)] for kind, of_kind in plain.by_kind.items()]
     chosen = [[str(draw), *names] for draw, names in enumerate(model.chosen)]
     return (
-        f"\n## {model.model}\n\nAgreement with the unpruned model, mean of draws:\n\n"
+        f"\n## {TITLES[model.model]}\n\nAgreement with the unpruned model, mean of draws:\n\n"
         + markdown_table(["method", *shares], levels)
         + "\nHow far calibrated is ahead, paired by question:\n\n"
-        + markdown_table(["rival", *shares], ahead)
+        + markdown_table(["rival", *shares], behind)
         + "\nAgreement of calibrated by kind of question:\n\n"
         + markdown_table(["kind", *shares], kinds)
         + "\nUnder each shift:\n\n"
@@ -178,22 +141,22 @@ def _shifted(model: Measured) -> list[list[str]]:
             ours, diverse = setting.rows[CALIBRATED, keep], setting.rows[DIVERSE, keep]
             others = [setting.rows[rival, keep] for rival in setting.rivals if rival != DIVERSE]
             best = max(others, key=lambda row: float(row["agreement"]))
-            shown = [_agreement(ours), f"{diverse['agreement']:.3f}", _ahead(diverse)]
+            shown = [agreement(ours), f"{diverse['agreement']:.3f}", ahead(diverse)]
             lines.append([name, share(keep), *shown, f"{best['method']} {best['agreement']:.3f}"])
     return lines
 
 
-def _judged(model: Measured) -> tuple[float, float]:
+def _judged(model: Measured) -> list[float]:
     """Return the budgets at which a shift is judged: 1/8 and the smallest."""
-    return 0.125, min(model.budgets)
+    return [keep for keep in model.budgets if keep in (0.125, min(model.budgets))]
 
 
-def _agreement(row: dict[str, Any]) -> str:
+def agreement(row: dict[str, Any]) -> str:
     low, high = row["agreement_interval"]
     return f"{row['agreement']:.3f} ({low:.3f} to {high:.3f})"
 
 
-def _ahead(row: dict[str, Any]) -> str:
+def ahead(row: dict[str, Any]) -> str:
     low, high = row["reference_ahead_interval"]
     return f"{row['reference_ahead']:+.3f} ({low:+.3f} to {high:+.3f})"
 

@@ -19,7 +19,7 @@ from website.tables import linked
 NAV: list[Any] = [
     {"Home": ["index.md", "start.md", "tour.md", "how-it-works.md", "budget.md", "faq.md"]},
     {"Guides": ["calibration.md", "evaluation.md", "performance.md", "scaling.md", "reliability.md"]},
-    {"Results": ["results.md", "calibrated.md", "league.md"]},
+    {"Results": ["results.md", "calibrated.md", "shifts.md", "league.md"]},
     {"About": ["design.md", "contributing.md", "versioning.md", "changelog.md", "security.md"]},
 ]
 

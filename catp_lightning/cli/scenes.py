@@ -8,6 +8,7 @@ from jsonargparse import ArgumentParser
 
 from catp_lightning.cli.options import parsed
 from catp_lightning.data import GRIDS, shipped
+from catp_lightning.errors import did_you_mean
 from catp_lightning.safe_text import one_line
 from catp_lightning.utils.files import require_writable
 from catp_lightning.utils.progress import Preparation
@@ -22,6 +23,7 @@ def scenes(args: list[str], summary: str, preparation: Preparation) -> None:
         calibration_questions: int = 512,
         seed: int = 0,
         model: str = "digits_blip2",
+        shift: str | None = None,
     ) -> None:
         """Write digit scenes with questions.
 
@@ -32,16 +34,22 @@ def scenes(args: list[str], summary: str, preparation: Preparation) -> None:
             seed: seed of the scenes and questions.
             model: the shipped model that the scenes are for: digits_blip2, digits_llava, digits_mllama or
                 digits_qwen2_5_vl.
+            shift: how the test split differs from the calibration split: noisy, moved, crowded, other-questions,
+                detail (smaller digits) or several-turns (a question after another one and its answer); none by default.
         """
         shipped(model)  # raises where it is not a shipped one
         _check(output, seed, {"calibration": calibration_questions, "test": questions})
-        from catp_lightning.data.scenes import Split, write_scenes
+        from catp_lightning.data.scenes import Split
+        from catp_lightning.data.shifts import SHIFTS, Shift
 
+        if shift is not None and shift not in SHIFTS:
+            raise ValueError(f"shift is {shift!r:.200}; known are {', '.join(SHIFTS)}.{did_you_mean(shift, SHIFTS)}")
         preparation.over = True
         counts: dict[Split, int] = {"calibration": calibration_questions, "test": questions}
         for split, count in counts.items():
             preparation.lines.now = f"scenes: {count} questions of the {split} split"
-            place = write_scenes(os.path.join(output, split), split, count, seed, grids=GRIDS[model])
+            drawn = SHIFTS[shift] if shift is not None and split == "test" else Shift()
+            place = drawn.write(os.path.join(output, split), split, count, seed, GRIDS[model])
             print(one_line(f"{count} questions in {place}"), flush=True)
 
     _call("scenes", write, args, summary)

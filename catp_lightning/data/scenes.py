@@ -22,9 +22,13 @@ Split = Literal["train", "calibration", "test"]
 
 GRID = 4  # cells a side
 CELL = 16  # pixels a cell side: a digit of 8 x 8 at twice its size
+NATIVE = 8  # pixels a side of the digits as they were written
 MOST_DIGITS = 3
 EMPTY = -1
 SPLIT_SEED = 2404  # the split is part of the data set: a model trained on one split must never be tested on another
+
+TURN = "{question} Short answer: {answer} Question: "
+"""An earlier turn, put before a question: the prompts of all shipped models (`PROMPTS`) then go on as they began."""
 
 KINDS = ("how many", "is there", "largest or smallest", "which digit")
 
@@ -47,12 +51,21 @@ class Drawing:
         shift: pixels by which each digit leaves its cell, up or down and left or right, within the picture; fewer than
             `CELL`, and above 0 only for grids of at least 2 x 2 cells.
         digits: the least and the greatest number of digits.
+        glyph: pixels a side of each digit, `NATIVE` to `CELL`; a smaller one than `CELL` is somewhere in its cell.
+
+    Raises:
+        ValueError: `glyph` is not in `NATIVE` to `CELL`.
     """
 
     noise: float = 0.08
     contrast: tuple[float, float] = (0.7, 1.0)
     shift: int = 0
     digits: tuple[int, int] = (1, MOST_DIGITS)
+    glyph: int = CELL
+
+    def __post_init__(self) -> None:
+        if not NATIVE <= self.glyph <= CELL:
+            raise ValueError(f"glyph is {self.glyph}; a digit is {NATIVE} to {CELL} pixels a side.")
 
 
 AS_TRAINED = Drawing()
@@ -94,21 +107,23 @@ def draw_scene(
 ) -> Scene:
     """Draw digits in different cells of a grid, each at its own contrast, on a noisy background.
 
-    Drawings that differ in noise, contrast and shift alone have the same digits in the same cells.
+    Drawings that differ in noise, contrast, shift and glyph alone have the same digits in the same cells.
     """
     count = rng.integers(drawing.digits[0], drawing.digits[1] + 1)
     cells = rng.choice(rows * columns, count, replace=False)
     drawn = rng.choice(len(pool.labels), count, replace=False)
     canvas = np.abs(rng.normal(0, drawing.noise, (rows * CELL, columns * CELL)))
     grid = np.full((rows, columns), EMPTY)
-    moves = np.zeros((count, 2), int)
+    moves, places = np.zeros((2, count, 2), int)
     if drawing.shift:  # from a generator of their own: the other draws stay what they are
         moves = drawing.shift * rng.spawn(1)[0].choice([-1, 1], (count, 2))
-    for cell, digit, (down, right) in zip(cells, drawn, moves, strict=True):
+    if drawing.glyph < CELL:
+        places = rng.spawn(1)[0].integers(0, CELL - drawing.glyph + 1, (count, 2))
+    for cell, digit, (down, right), (below, beside) in zip(cells, drawn, moves, places, strict=True):
         row, column = divmod(int(cell), columns)
-        top, left = _moved(row, down, rows), _moved(column, right, columns)
-        window = canvas[top : top + CELL, left : left + CELL]
-        window += pool.images[digit] * rng.uniform(*drawing.contrast)
+        top, left = _moved(row, down, rows) + below, _moved(column, right, columns) + beside
+        window = canvas[top : top + drawing.glyph, left : left + drawing.glyph]
+        window += _resized(pool.images[digit], drawing.glyph) * rng.uniform(*drawing.contrast)
         grid[row, column] = pool.labels[digit]
     return Scene((canvas.clip(0, 1) * 255).astype(np.uint8), grid)
 
@@ -117,6 +132,14 @@ def _moved(cell: int, move: int, cells: int) -> int:
     """Return the first pixel of a cell that is moved by `move` pixels, or to the other side where it would leave."""
     start = cell * CELL + move
     return start if 0 <= start <= (cells - 1) * CELL else cell * CELL - move
+
+
+def _resized(digit: np.ndarray, side: int) -> np.ndarray:
+    """Return a digit float32 [16, 16] with another number of pixels a side."""
+    if side == CELL:
+        return digit
+    native = Image.fromarray(digit[:: CELL // NATIVE, :: CELL // NATIVE])
+    return np.asarray(native.resize((side, side), Image.Resampling.BILINEAR))
 
 
 def ask_how_many(rng: np.random.Generator, grid: np.ndarray) -> Question:
@@ -148,6 +171,18 @@ ASK: dict[str, Callable[[np.random.Generator, np.ndarray], Question]] = dict(
 )
 
 
+def _earlier(rng: np.random.Generator, grid: np.ndarray, kind: str, turns: int) -> str:
+    """Return turns before a question of a kind, from a generator of their own, each of another kind than the next."""
+    if not turns:
+        return ""
+    own, text = rng.spawn(1)[0], ""
+    for _ in range(turns):
+        kind = own.choice([other for other in KINDS if other != kind])
+        question = ASK[kind](own, grid)
+        text = TURN.format(question=question.text, answer=question.answer) + text
+    return text
+
+
 def write_scenes(
     folder: str | Path,
     split: Split,
@@ -157,6 +192,7 @@ def write_scenes(
     grids: Sequence[tuple[int, int]] = ((GRID, GRID),),
     drawing: Drawing = AS_TRAINED,
     kinds: Sequence[str] = KINDS,
+    turns: int = 1,
 ) -> Path:
     """Write scenes and their questions in VQAv2's layout, kinds of question in turn.
 
@@ -171,18 +207,22 @@ def write_scenes(
             meet.
         questions_per_image: number of questions that share one image, at least 1; several do in VQAv2 itself.
         grids: rows and columns of cells; pictures take them in turn, and every kind of question is asked about each.
-        drawing: noise, contrast, shift and number of digits.
+        drawing: noise, contrast, shift, number and size of digits.
         kinds: kinds of question, taken in turn; a kind that is named twice is asked twice as often.
+        turns: number of questions in a prompt, at least 1. The last is the question that 1 gives; those before it are
+            about the same scene, each of another kind than the next, with their answers (`TURN`).
 
     Returns:
         `folder`, as a path.
 
     Raises:
-        ValueError: `questions` or `questions_per_image` is below 1, or `kinds` is empty or names an unknown one.
+        ValueError: `questions`, `questions_per_image` or `turns` is below 1, or `kinds` is empty or names an unknown
+            one.
     """
-    if questions < 1 or questions_per_image < 1:
+    if questions < 1 or questions_per_image < 1 or turns < 1:
         raise ValueError(
-            f"questions and questions_per_image must be at least 1, got {questions} and {questions_per_image}."
+            f"questions, questions_per_image and turns must be at least 1, got {questions}, {questions_per_image} and "
+            f"{turns}."
         )
     if not kinds or not set(kinds) <= set(KINDS):
         raise ValueError(f"kinds is {list(kinds)}; give one or several of {', '.join(map(repr, KINDS))}.")
@@ -201,7 +241,8 @@ def write_scenes(
             write_bytes(folder / "images" / f"{image_id:012d}.png", buffer.getvalue(), durable=False)
         question = ASK[kinds[number % len(kinds)]](rng, scene.grid)
         ids = {"image_id": image_id, "question_id": image_id * 100 + number % questions_per_image}
-        asked.append({**ids, "question": question.text})
+        earlier = _earlier(rng, scene.grid, question.kind, turns - 1)
+        asked.append({**ids, "question": earlier + question.text})
         answers = [{"answer": question.answer, "answer_confidence": "yes", "answer_id": n} for n in range(1, 11)]
         annotated.append(
             {

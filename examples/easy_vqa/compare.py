@@ -10,6 +10,7 @@ import numpy as np
 from lightning.pytorch import LightningModule
 from model import LAYERS
 from project import KEEPS, TESTS, options, read_data, read_model, trainer
+from scenes import write_noisy
 from torch.utils.data import DataLoader
 
 from catp_lightning import PruningPolicy, TokenPruning
@@ -28,7 +29,8 @@ RULES = {
     "VisionZip": [PruningPolicy("visionzip")],
     **{f"FastV, layer {layer}": [PruningPolicy("fastv", {"layer": layer})] for layer in range(1, LAYERS)},
 }
-TITLES = {"single": "One image", "scenes": "Nine images in a scene"}
+NOISY = "noisy"  # the scenes again, with noise that neither training nor calibration had
+TITLES = {"single": "One image", "scenes": "Nine images in a scene", NOISY: "The same scenes with noise"}
 
 
 def answers(module: LightningModule, batches: list[Any], policy: PruningPolicy | None) -> tuple[list[str], float]:
@@ -94,7 +96,8 @@ def _interval(ends: list[float], sign: str = "") -> str:
 
 def main() -> None:
     out = options(__doc__).out
-    tables = [table(TITLES[test], compare(out, test)) for test in TESTS]
+    write_noisy(out / "data" / NOISY, out / "data" / "scenes")
+    tables = [table(TITLES[test], compare(out, test)) for test in (*TESTS, NOISY)]
     (out / "table.md").write_text("\n".join(tables))
     print("\n".join(tables))
 

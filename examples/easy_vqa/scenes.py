@@ -92,3 +92,14 @@ def write_split(folder: Path, pictures: list[Picture], singles: int, scenes: int
         image.save(folder / "images" / f"{number}.png")
         asked += [(question, answer, number) for question, answer in questions]
     (folder / "questions.json").write_text(json.dumps(asked))
+
+
+def write_noisy(folder: Path, split: Path, noise: float = 0.1, seed: int = 0) -> None:
+    """Write the questions of a split, and its images with Gaussian noise; 1.0 is the whole range of brightness."""
+    (folder / "images").mkdir(parents=True, exist_ok=True)
+    rng = np.random.default_rng(seed)
+    for file in sorted((split / "images").iterdir(), key=lambda file: int(file.stem)):
+        with Image.open(file) as image:
+            pixels = np.asarray(image.convert("RGB")) + 255 * rng.normal(0, noise, (image.height, image.width, 3))
+        Image.fromarray(pixels.clip(0, 255).astype(np.uint8)).save(folder / "images" / file.name)
+    (folder / "questions.json").write_bytes((split / "questions.json").read_bytes())

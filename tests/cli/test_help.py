@@ -22,7 +22,7 @@ from tests.support.commands import CONFIGS
         "show": "--config --policy --scorer --keep --output --model",
         "recipe": "",
         "league": "--run --folder --output --check --task --model --data --machine",
-        "scenes": "--output --questions --calibration_questions --seed",
+        "scenes": "--output --questions --calibration_questions --seed --model --shift",
         "demo": "--output --questions --calibration_questions --seed",
     }.items(),
 )

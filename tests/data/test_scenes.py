@@ -110,6 +110,6 @@ def test_unknown_kinds_of_question_are_refused(kinds: tuple[str, ...], tmp_path:
 
 
 def test_no_questions_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="at least 1, got 0 and 2"):
+    with pytest.raises(ValueError, match="at least 1, got 0, 2 and 1"):
         write_scenes(tmp_path / "x", "test", 0)
     assert not (tmp_path / "x").exists()

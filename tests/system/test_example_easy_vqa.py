@@ -60,10 +60,14 @@ def test_the_example_trains_calibrates_predicts_pruned_and_compares(tmp_path: Pa
     assert list(answers(out / "answers.jsonl")) == list(range(60))
 
     run("compare", out)
-    single, scenes = (out / "table.md").read_text().split("## ")[1:]
-    for table, questions in ((single, "40 questions about 20 images"), (scenes, "60 questions about 30 images")):
+    single, *nine = (out / "table.md").read_text().split("## ")[1:]
+    of_nine = [(table, "60 questions about 30 images") for table in nine]
+    assert len(of_nine) == 2 and nine[0] != nine[1]
+    for table, questions in ((single, "40 questions about 20 images"), *of_nine):
         assert questions in table
         rows = {line.split(" | ")[0].strip("| "): line for line in table.splitlines() if line.startswith("| ")}
         assert {"calibrated", "random", "grid", "DivPrune", "VisionZip", "FastV, layer 3"} < set(rows)
         agreement = [float(value) for value in re.findall(r"\| (\d\.\d{3}) \(", rows["random"])]
         assert len(agreement) == 4 and all(0 <= value <= 1 for value in agreement)
+    plain, noisy = (np.asarray(Image.open(out / "data" / split / "images/0.png")) for split in ("scenes", "noisy"))
+    assert np.std(noisy.astype(float) - plain) == pytest.approx(0.1 * 255, rel=0.3)  # bright pixels are clipped

@@ -7,11 +7,14 @@ import numpy as np
 import pytest
 
 from benchmarks.answers import predict
-from benchmarks.shift import SETTINGS, Setting, replayed, scenes
-from benchmarks.shift_tables import BUDGETS, Measured, Replayed, page, verdicts
+from benchmarks.shift import SETTINGS, scenes
+from benchmarks.shift_replay import PROMISED, RANDOM, Replayed, replayed
+from benchmarks.shift_sets import sets_page
+from benchmarks.shift_tables import BUDGETS, Measured, page, verdicts
 from catp_lightning import PruningPolicy, VQAModule
 from catp_lightning.data import PROMPTS, shipped
 from catp_lightning.data.scenes import CELL, EMPTY, Scene, digit_pool, draw_scene
+from catp_lightning.data.shifts import Shift
 from catp_lightning.data.vqa import VQADataModule
 from catp_lightning.evaluation.sweep.methods import CALIBRATED
 from catp_lightning.utils.messages import quiet
@@ -53,7 +56,7 @@ def test_crowded_scenes_have_four_or_five_digits() -> None:
 
 
 def test_the_other_mix_counts_in_seven_of_ten_questions_and_never_asks_an_image_twice(tmp_path: Path) -> None:
-    split = scenes(tmp_path, "digits_blip2", "test", 20, 0, SETTINGS["other questions"])
+    split = scenes(tmp_path, "digits_blip2", "test", 20, 0, SETTINGS["other-questions"])
     data = VQADataModule(str(shipped("digits_blip2")), test=split, prompt=PROMPTS["digits_blip2"], batch_size=20)
     (batch,) = data.test_dataloader()
     assert batch["question_types"].count("how many") == 14 and len(set(batch["question_types"])) == 4
@@ -62,10 +65,10 @@ def test_the_other_mix_counts_in_seven_of_ten_questions_and_never_asks_an_image_
 
 @pytest.mark.slow
 @pytest.mark.parametrize("model", ["digits_llava", "digits_mllama"])
-def test_replayed_answers_are_predicted_answers_also_of_rules_without_a_ranking(model: str, tmp_path: Path) -> None:
-    split = scenes(tmp_path, model, "test", 16, 0, Setting())  # mllama: images of one to four tiles
+def test_replayed_answers_are_predicted_answers_wherever_tokens_leave(model: str, tmp_path: Path) -> None:
+    split = scenes(tmp_path, model, "test", 16, 0, Shift())  # mllama: images of one to four tiles
     data = VQADataModule(str(shipped(model)), test=split, prompt=PROMPTS[model], batch_size=16)
-    rules = ["grid", "l2-norm"] + (["visionzip"] if model == "digits_llava" else [])
+    rules = ["grid", "l2-norm"] + (["visionzip", "fastv"] if model == "digits_llava" else ["trimmed-llama"])
     jobs = [(rule, PruningPolicy(rule, keep=keep)) for keep in (0.125, 0.05) for rule in rules]
     module, batches = VQAModule(str(shipped(model))), list(data.test_dataloader())
     with quiet():
@@ -74,17 +77,24 @@ def test_replayed_answers_are_predicted_answers_also_of_rules_without_a_ranking(
         for (_, policy), same in zip(jobs, found.same, strict=True):
             assert np.equal(predict(module, batches, policy), full).tolist() == same.tolist()
     assert not found.same.all() and found.same.any()
-    assert found.kinds == batches[0]["question_types"]
-    assert found.tokens[: len(rules)] == pytest.approx([found.tokens[1]] * len(rules))
+    assert found.kinds == batches[0]["question_types"] and found.answers == full
+    assert found.right.tolist() == [said == of[0] for said, of in zip(full, batches[0]["answers"], strict=True)]
+    assert found.tokens[:2] == pytest.approx([found.tokens[1]] * 2) == found.read[:2]
+    if model == "digits_llava":  # of 144 tokens two layers of four read all, two an eighth
+        assert (found.tokens[3], found.read[3]) == (18, (2 * 144 + 2 * 18) / 4)
 
 
-def of_model(model: str, right: dict[str, int]) -> Measured:
-    """Return what was measured where each method answers its number of 40 questions as the unpruned model does."""
+def of_model(model: str, right: dict[str, int], dear: str = "") -> Measured:
+    """Return what was measured where each method answers its number of 40 questions as the unpruned model does.
+
+    Under the rule `dear` a layer reads twice as many tokens; the unpruned model is right on the first 20 questions.
+    """
     jobs = [(name, keep) for name in right for keep in BUDGETS[model]]
     same = np.array([np.arange(40) < right[name] for name, _ in jobs])
-    kinds = ["how many"] * 20 + ["is there"] * 20
     names, keeps = [name for name, _ in jobs], [keep for _, keep in jobs]
-    of_all = Replayed(names, keeps, same, [8.0] * len(jobs), list(range(40)), kinds)
+    read = [16.0 if name == dear else 8.0 for name, _ in jobs]
+    asked = (["how many"] * 20 + ["is there"] * 20, ["1"] * 15 + ["2"] * 5 + ["yes"] * 10 + ["no"] * 10)
+    of_all = Replayed(names, keeps, same, [8.0] * len(jobs), list(range(40)), *asked, np.arange(40) < 20, read)
     return Measured(model, [["some rule"] * 4], {"as calibrated": of_all, "noisy": of_all})
 
 
@@ -103,3 +113,31 @@ def test_the_page_shows_kinds_shifts_and_choices() -> None:
     assert "| how many | 1.000 | 1.000 | 1.000 | 1.000 |" in text and "| is there | 0.500 |" in text
     assert "| noisy | 1/16 | 0.750 (" in text and "| stride 0.250 |" in text
     assert "| 0 | some rule | some rule |" in text
+
+
+def test_a_table_has_a_column_for_each_set_and_rules_that_cost_more_stand_last_and_are_not_compared() -> None:
+    right = {"divprune": 20, RANDOM: 10, "stride": 36, "fastv": 38, CALIBRATED: 30}
+    text = sets_page([of_model("digits_blip2", right, dear="fastv")], "About.")
+    table = text[text.index("at 1/16") :].splitlines()[4:9]
+    order = ["| stride", "| **calibrated**", "| divprune", f"| {RANDOM}", "| fastv"]
+    assert [line.split(" | ")[0] for line in table] == order
+    assert table[4].endswith("| 16.0 |") and table[0].count("0.900 (") == 2
+    assert "| unpruned model, accuracy | 0.500 | 0.500 |" in text
+    assert "| agreement of an answer that sees nothing | 0.625 | 0.625 |" in text  # 15 of 20 counts, 10 of 20 others
+    best = [line for line in text.splitlines() if line.startswith("| noisy | 1/16 |")]
+    assert "| stride 0.900 | -0.150 (" in best[0] and best[0].endswith(" behind |")
+    assert best[1].startswith("| noisy | 1/16 | stride | -0.150 (") and len(best) == 2
+    assert f"| 1/16 | {CALIBRATED} | 1.000 | 1.000 |" in text  # right are the first 20, which are among the 30
+    assert f"| 1/16 | {RANDOM} | 0.500 | 0.500 |" in text
+
+
+def test_a_promise_stands_beside_the_disagreement_that_was_seen_on_each_set() -> None:
+    measured = of_model("digits_blip2", {"divprune": 20, RANDOM: 10, CALIBRATED: 30, PROMISED: 38})
+    steps = [{"keep": 0.5, "disagreed": 2, "bound": 0.031}, {"keep": 0.25, "disagreed": 4, "bound": 0.041}]
+    promise = {"max_disagreement": 0.05, "images": 300, "steps": steps}
+    text = sets_page([replace(measured, promise=(0.25, promise))], "About.")
+    line = next(line for line in text.splitlines() if line.startswith("| BLIP-2 | 5% |"))
+    assert line.startswith("| BLIP-2 | 5% | 0.25 | 4 of 300, at most 0.041 | 0.050 (0.000 to 0.125) |")
+    assert PROMISED not in measured.plain.rivals and "| promised | 0." not in text
+    assert "What a promise became" not in sets_page([measured], "About.")
+    assert "There is none." in text  # calibrated is behind no other rule
