@@ -58,7 +58,7 @@ def write(work: Path, site: Path, with_pictures: bool) -> None:
     nav = [
         *NAV[:2],
         {"Methods": ["methods.md", {"Scorers": scorers}, {"Selectors": selectors}]},
-        {"Families": ["families.md", {"One by one": families}]},
+        {"Families": ["families.md", "compatibility.md", {"One by one": families}]},
         NAV[2],
         {"API": api},
         NAV[3],
