@@ -66,7 +66,8 @@ too; every one of them can be calibrated. Tokens leave the text decoder, the tex
 cross-attention reads. A column stands for the methods that work on the same models:
 
 {groups}
-Those of *inside* are tried at layer 1. A letter is the reason of a refusal, below the table.
+Those of *inside* are tried at layer 1. A letter is the reason of a refusal, below the table; `…` stands for
+`ForConditionalGeneration`.
 
 {models}
 Why not:
@@ -127,7 +128,7 @@ def models_and_reasons(rows: Sequence[Row]) -> tuple[str, dict[str, str]]:
     for row in rows:
         family = find_family(row.model())
         name = type(family.model).__name__
-        cells = [name, str(family.model.config.model_type), family.reads]
+        cells = [name.replace("ForConditionalGeneration", "…"), family.reads]
         for methods in GROUPS.values():
             why = {method: refusal(row, method).replace(name, "the model") for method in methods}
             if len({not text for text in why.values()}) > 1:
@@ -137,8 +138,8 @@ def models_and_reasons(rows: Sequence[Row]) -> tuple[str, dict[str, str]]:
         lines.setdefault(tuple(cells), []).append(row.name)
     if missing := SCORERS.keys() - {method for methods in GROUPS.values() for method in methods}:
         raise AssertionError(f"{', '.join(sorted(missing))} is in no group of GROUPS: give it one.")
-    table = [[cells[0], cells[1], "; ".join(names), *cells[2:]] for cells, names in sorted(lines.items())]
-    return markdown_table(["class", "type", "tried as", "tokens leave", *GROUPS], table), reasons
+    table = [["; ".join(names), *cells] for cells, names in sorted(lines.items())]
+    return markdown_table(["model", "class", "tokens leave", *GROUPS], table), reasons
 
 
 @cache
