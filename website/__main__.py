@@ -11,7 +11,7 @@ from typing import Any
 
 import yaml
 
-from website.generated import api_pages, family_pages, scorer_pages, selector_pages
+from website.generated import api_pages, family_pages, schedule_pages, scorer_pages, selector_pages
 from website.notebook import page_of
 from website.sources import RENAMED, ROOT, for_site, place, source_page
 from website.tables import linked
@@ -54,11 +54,12 @@ def write(work: Path, site: Path, with_pictures: bool) -> None:
     for source in sorted(_copy(pages)):
         _write(pages / place(source), source_page(source))
     scorers, selectors = _all(pages, scorer_pages(pictures)), _all(pages, selector_pages(pictures))
+    schedules = _all(pages, schedule_pages(pictures))
     families, api = _all(pages, family_pages(pictures)), _all(pages, api_pages())
     nav = [
         *NAV[:2],
-        {"Methods": ["methods.md", {"Scorers": scorers}, {"Selectors": selectors}]},
-        {"Families": ["families.md", {"One by one": families}]},
+        {"Methods": ["methods.md", {"Scorers": scorers}, {"Selectors": selectors}, {"Schedules": schedules}]},
+        {"Families": ["families.md", "compatibility.md", {"One by one": families}]},
         NAV[2],
         {"API": api},
         NAV[3],
@@ -88,7 +89,8 @@ def _copy(pages: Path) -> set[Path]:
                 (pages / name).write_bytes(picture)
             files |= more
             if file.name == "methods.md":
-                text = linked(linked(text, "name", "scorers"), "selector", "selectors")
+                for first, folder in (("name", "scorers"), ("selector", "selectors"), ("schedule", "schedules")):
+                    text = linked(text, first, folder)
             _write(pages / place(path), text)
         elif file.is_file():
             (pages / place(path)).parent.mkdir(parents=True, exist_ok=True)

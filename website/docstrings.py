@@ -1,4 +1,8 @@
-"""Extension of mkdocstrings: "Example::" of a docstring, after which code follows, is shown as a small title."""
+"""Extension of mkdocstrings: examples in docstrings are shown as code.
+
+"Example::", after which code follows, becomes a small title, and "Example:", after which a doctest follows, the section
+that mkdocstrings knows.
+"""
 
 import re
 from typing import Any
@@ -11,4 +15,5 @@ class Examples(griffe.Extension):
 
     def on_object(self, *, obj: griffe.Object, **kwargs: Any) -> None:
         if obj.docstring is not None:
-            obj.docstring.value = re.sub(r"^Example::$", "**Example**", obj.docstring.value, flags=re.MULTILINE)
+            text = re.sub(r"^Example::$", "**Example**", obj.docstring.value, flags=re.MULTILINE)
+            obj.docstring.value = re.sub(r"^Example:$", "Examples:", text, flags=re.MULTILINE)

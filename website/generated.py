@@ -1,4 +1,4 @@
-"""A page for each method, each family and each package of the API, written from the code and the tables of docs/."""
+"""A page for each method, schedule, family and package of the API, written from the code and the tables of docs/."""
 
 import inspect
 from collections.abc import Iterator
@@ -8,10 +8,14 @@ from types import FunctionType
 from typing import Any
 
 from catp_lightning.methods import SCORERS, SELECTORS, Scorer, Selector
+from catp_lightning.methods.schedule import visits
 from catp_lightning.models import FAMILIES, Family
+from catp_lightning.policy import SCHEDULES, PruningPolicy
+from catp_lightning.policy.schedules import two_stages
 from website.tables import about, arxiv, rows
 
 DEPTH = 32  # layers of the decoder for which places are told
+TOKENS = 576  # visual tokens of an image for which numbers are told, those of LLaVA-1.5
 READS = {
     "decoder": "the entry of the text decoder, or of a layer inside it",
     "encoder": "the entry of the text encoder, or of a block inside it",
@@ -32,6 +36,7 @@ API = {
     "catp_lightning.pricing": (),
 }
 """Packages of the API, and the names shown; none: those of `__all__`."""
+_OPTIONS = "    options:\n      members: false\n      heading_level: 3\n"
 
 Pages = Iterator[tuple[Path, str]]
 
@@ -75,6 +80,33 @@ def selector_pages(pictures: set[str]) -> Pages:
         use = f'TokenPruning(PruningPolicy("{of[0] if of else "l2-norm"}", selector="{name}", keep=0.25))'
         picture = pictures & {f"selector-{name}"}
         yield Path("selectors", f"{name}.md"), _method(name, told[name]["what it keeps"], facts, use, picture, selector)
+
+
+def schedule_pages(pictures: set[str]) -> Pages:
+    """Write the page of each named schedule; arguments as of `scorer_pages`."""
+    told, runs = rows("methods.md", "schedule"), rows("methods.md", "method")
+    for name, schedule in SCHEDULES.items():
+        stages = schedule(0.25, DEPTH)
+        every = [{model for model, cell in runs[one.scorer].items() if cell == "yes"} for one in stages]
+        selectors = [one.selector or SCORERS[one.scorer].selector for one in stages]
+        facts = [
+            ("Source", arxiv(told[name]["source"])),
+            ("Budget", "share of the visual tokens that a layer reads, the mean over the decoder's layers"),
+            ("Scorers", ", ".join(f"[`{one.scorer}`](../scorers/{one.scorer}.md)" for one in stages)),
+            ("Selectors", ", ".join(f"[`{one}`](../selectors/{one}.md)" for one in selectors)),
+            ("Runs on", ", ".join(model for model in runs[stages[0].scorer] if all(model in one for one in every))),
+        ]
+        line = told[name]["stages"]
+        text = f"# `{name}`\n\n{line[0].upper()}{line[1:]}.\n\n{_facts(facts)}\n{_layers(name)}"
+        code = f'policy = PruningPolicy.schedule("{name}", keep=0.25, depth={DEPTH})\ncallback = TokenPruning(policy)'
+        code = f"from catp_lightning import PruningPolicy, TokenPruning\n\n{code}"
+        text += f"## In use\n\n```python\n{code}\n```\n\n"
+        for file in pictures & {f"schedule-{name}"}:
+            text += "## On one picture\n\nWhat is there from layer to layer at `keep=0.25`, in a small decoder:\n\n"
+            text += f"![Visual tokens that are there from layer to layer](../pictures/{file}.png)\n\n"
+        formula = "".join(f"::: {one.__module__}.{one.__qualname__}\n{_OPTIONS}\n" for one in (schedule, two_stages))
+        text += f"## Formula\n\n{formula}## Code\n\n{_code(schedule)}"
+        yield Path("schedules", f"{name}.md"), text
 
 
 def family_pages(pictures: set[str]) -> Pages:
@@ -136,12 +168,25 @@ def _family(family: type[Family], types: tuple[str, ...], pictures: set[str]) ->
     return text + _source(family)
 
 
+def _layers(name: str) -> str:
+    """Return a section that tells how many tokens each layer reads under a schedule, at some budgets."""
+    text = f"## How many stay\n\nOf {TOKENS} visual tokens, in a decoder of {DEPTH} layers:\n\n"
+    text += "| keep | tokens that layers read | mean |\n|---|---|---|\n"
+    for told, keep in (("1/2", 1 / 2), ("1/4", 1 / 4), ("1/9", 1 / 9), ("1/20", 1 / 20)):
+        read = visits(PruningPolicy.schedule(name, keep, DEPTH).steps(), TOKENS, DEPTH)
+        parts = [(count, [layer for layer in range(DEPTH) if read[layer] == count]) for count in dict.fromkeys(read)]
+        cells = ", ".join(f"{count} in layers {layers[0]} to {layers[-1]}" for count, layers in parts)
+        text += f"| {told} | {cells} | {sum(read) / DEPTH:.1f} |\n"
+    return f"{text}\n"
+
+
 def _source(cls: type, title: str = "Code") -> str:
-    options = "    options:\n      members: false\n      heading_level: 3\n"
-    return (
-        f"## The class\n\n::: {cls.__module__}.{cls.__qualname__}\n{options}\n"
-        f"## {title}\n\n`{cls.__module__}`\n\n~~~~~~python\n{inspect.getsource(import_module(cls.__module__))}~~~~~~\n"
-    )
+    return f"## The class\n\n::: {cls.__module__}.{cls.__qualname__}\n{_OPTIONS}\n## {title}\n\n{_code(cls)}"
+
+
+def _code(of: Any) -> str:
+    """Return the source of the module that a class or function is in."""
+    return f"`{of.__module__}`\n\n~~~~~~python\n{inspect.getsource(import_module(of.__module__))}~~~~~~\n"
 
 
 def _facts(facts: list[tuple[str, str]]) -> str:

@@ -12,6 +12,9 @@ from catp_lightning.data import GRIDS, PROMPTS, shipped
 from catp_lightning.data.scenes import write_scenes
 from catp_lightning.data.vqa import VQADataModule, VQASplit
 from catp_lightning.methods import SCORERS, SELECTORS, Signal
+from catp_lightning.models import find_family
+from catp_lightning.policy import SCHEDULES
+from catp_lightning.pruning.shown import Shown
 
 MODELS = ("digits_llava", "digits_blip2", "digits_mllama")
 """Shipped models; a method is drawn on the first that it runs on."""
@@ -24,7 +27,7 @@ def draw(folder: Path) -> set[str]:
     """Draw what each method that runs without training keeps of a scene, a quarter of its visual tokens.
 
     Args:
-        folder: gets `<scorer>.png`, `selector-<selector>.png` and `<family>.png`.
+        folder: gets `<scorer>.png`, `selector-<selector>.png`, `schedule-<schedule>.png` and `<family>.png`.
 
     Returns:
         The names of the pictures, without their ending.
@@ -39,23 +42,29 @@ def draw(folder: Path) -> set[str]:
     for name, (rule, models) in cases.items():
         for model in models:
             try:
-                picture = _picture(model, PruningPolicy(**rule, keep=KEEP))
+                picture = plots.kept_tokens(_shown(model, PruningPolicy(**rule, keep=KEEP)))
             except (PolicyError, PruningError):  # it needs other signals, or weights of a training
                 continue
             picture.save(folder / f"{name}.png")
             drawn.add(name)
             break
+    for name in SCHEDULES:
+        depth = find_family(_scene(MODELS[0])[0]).depth
+        picture = plots.by_layer(_shown(MODELS[0], PruningPolicy.schedule(name, KEEP, depth)))
+        picture.save(folder / f"schedule-{name}.png")
+        drawn.add(f"schedule-{name}")
     return drawn
 
 
-def _picture(name: str, policy: PruningPolicy) -> plots.Picture:
+def _shown(name: str, policy: PruningPolicy) -> Shown:
+    """Return what a shipped model keeps of a scene under a policy."""
     module, batch = _scene(name)
     guide = deepcopy(module.model) if Signal.GUIDE_ATTENTION in SCORERS[policy.scorer]().needs else None
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         with prune(module.model, policy, show=True, guide=guide) as pruning:
             module.model.generate(**batch["inputs"], max_new_tokens=1, do_sample=False)
-    return plots.kept_tokens(pruning.shown[0])
+    return pruning.shown[0]
 
 
 @cache

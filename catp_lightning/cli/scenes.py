@@ -18,7 +18,7 @@ def scenes(args: list[str], summary: str, preparation: Preparation) -> None:
     """Run `catp scenes`; `args` are the arguments after `scenes`."""
 
     def write(
-        output: str = "data/digits",
+        output: str | None = None,
         questions: int = 1000,
         calibration_questions: int = 512,
         seed: int = 0,
@@ -28,7 +28,8 @@ def scenes(args: list[str], summary: str, preparation: Preparation) -> None:
         """Write digit scenes with questions.
 
         Args:
-            output: the folder that gets `calibration` and `test`, in VQAv2's layout; no digit is in both.
+            output: the folder that gets `calibration` and `test`, in VQAv2's layout; no digit is in both. By default
+                the one that the model's configuration reads: data/digits, data/digits_llava and so on.
             questions: number of questions of the test split.
             calibration_questions: number of questions of the calibration split.
             seed: seed of the scenes and questions.
@@ -38,6 +39,7 @@ def scenes(args: list[str], summary: str, preparation: Preparation) -> None:
                 detail (smaller digits) or several-turns (a question after another one and its answer); none by default.
         """
         shipped(model)  # raises where it is not a shipped one
+        output = output or ("data/digits" if model == "digits_blip2" else f"data/{model}")
         _check(output, seed, {"calibration": calibration_questions, "test": questions})
         from catp_lightning.data.scenes import Split
         from catp_lightning.data.shifts import SHIFTS, Shift

@@ -232,7 +232,7 @@ def save_all(tables: Sequence[ModelTable], folder: Path) -> None:
     text, image = combined(tables), png(drawn, dpi=120)
     write_text(folder / names[0], text)
     write_json(folder / names[1], [table.to_json() for table in tables], indent=2)
-    write_text(folder / names[2], sweep_page(text, plot, drawn, image))
+    write_text(folder / names[2], sweep_page(text, plot, drawn, image, tables))
     write_bytes(folder / names[3], image)
     where = rich_text(folder, "bold")
     Console().print(Text.assemble("All models: ", where, f": {', '.join(names)}"))

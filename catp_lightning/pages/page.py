@@ -56,6 +56,7 @@ def html_page(
     figures: Mapping[str, Figure],
     images: Mapping[str, bytes],
     examples: Sequence[Example] = (),
+    about_examples: str = "",
 ) -> str:
     """Return a page of HTML that holds all it shows.
 
@@ -66,6 +67,7 @@ def html_page(
         figures: figures by the names of their files without suffix.
         images: PNG files of the same figures, for one that has nothing to hover over.
         examples: examples; where they together exceed `PICTURES`, the last of each kind are left out.
+        about_examples: what they are, in a sentence or two.
     """
     plots = {name: panels(figure) for name, figure in figures.items()}
     shown = [example.cells() for example in _that_fit(examples)]
@@ -77,6 +79,7 @@ def html_page(
             style=_own("page.css"),
             text=_rendered(markdown, plots, images),
             examples=shown,
+            about_examples=about_examples,
             kinds=Counter(example["kind"] for example in shown),
             plots=_json(plots),
             scripts=[*_bokeh(), _own("page.js")],

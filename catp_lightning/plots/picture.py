@@ -22,7 +22,7 @@ class Picture:
     figure: Figure
 
     def png(self) -> bytes:
-        """Return the picture as the bytes of a PNG file, on a white ground."""
+        """Return the picture as the bytes of a PNG file, on an opaque ground: white, or that of matplotlib's style."""
         return png(self.figure)
 
     def jpeg(self, width: int = 640, height: int = 400, quality: int = 60) -> bytes:

@@ -56,7 +56,7 @@ def score_map(shown: Shown) -> Picture:
         panel.outline(panel.spread(keep, False))
     clipped = np.nanmax(on_patch, initial=top) > top
     bar = right.add_axes((0.08, 0.06, 0.2, 0.88))
-    figure.colorbar(drawn, cax=bar, label="score", extend="max" if clipped else "neither")
+    figure.colorbar(drawn, cax=bar, format="%.3g", extend="max" if clipped else "neither")
     figure.suptitle(f"scores of {len(keep):,} visual tokens; {int(keep.sum()):,} kept", fontsize=11)
     return Picture(figure)
 

@@ -81,7 +81,8 @@ def _drawn(panels: Panels) -> Picture:
     wide, high = max(1.8, *(size[0] for size in sizes)), max(size[1] for size in sizes)
     across = max(1, min(len(panels), int(WIDEST / wide)))
     rows = ceil(len(panels) / across)
-    figure = Figure(figsize=(across * wide, rows * (high + 0.55)), layout="constrained")
+    above = 0.2 + 0.175 * max(title.count("\n") + 1 for _, _, title in panels)
+    figure = Figure(figsize=(across * wide, rows * (high + above)), layout="constrained")
     places = figure.subfigures(rows, across, squeeze=False).flat
     for place, (shown, keep, title) in zip(places, panels, strict=False):
         if shown.attention is None:

@@ -17,6 +17,10 @@ def vscan(keep: float, depth: int) -> list[Stage]:
     Of the tokens that the first stage keeps, the third with the most attention from the last row of the prompt stays
     from the middle layer on: 96 and then 32 of 576 for 64 on average (layer 16 of 32), as the authors set it. They
     score with the middle layer's own queries and keys before it runs; here the layer before it is read.
+
+    Example:
+        >>> [round(576 * stage.keep) for stage in vscan(1 / 9, 32)]
+        [96, 32]
     """
     middle = depth // 2
     return two_stages(Stage("fastervlm", selector="vscan"), Stage("fastv", {"layer": middle}), 1 / 3, keep, depth)
@@ -26,6 +30,10 @@ def divprune_fastv(keep: float, depth: int) -> list[Stage]:
     """DivPrune before the decoder and FastV at layer 2: the pair that UniPruneBench's README composes (2511.02650).
 
     FastV keeps half of what DivPrune kept. The benchmark's KEEP_RATIO is the share that DivPrune keeps.
+
+    Example:
+        >>> [(stage.scorer, stage.keep) for stage in divprune_fastv(0.25, 30)]
+        [('divprune', 0.46875), ('fastv', 0.234375)]
     """
     return two_stages(Stage("divprune"), Stage("fastv", {"layer": 2}), 0.5, keep, depth)
 
@@ -59,6 +67,10 @@ def stages_of(name: str, keep: Any, depth: Any) -> list[Stage]:
 def two_stages(first: Stage, second: Stage, ratio: float, keep: float, depth: int) -> list[Stage]:
     """Return two stages with budgets such that `keep` is what a layer reads on average.
 
+    Of `depth` layers the first stage is read by `layer`, the second by the others, so that
+    keep * depth = early * layer + late * (depth - layer) with late = ratio * early:
+    early = keep * depth / (layer + ratio * (depth - layer)).
+
     Args:
         first: stage at the decoder's input.
         second: stage at its `layer`.
@@ -66,8 +78,9 @@ def two_stages(first: Stage, second: Stage, ratio: float, keep: float, depth: in
         keep: share of the tokens that a layer reads, the mean over layers.
         depth: number of layers.
 
-    >>> [stage.keep for stage in two_stages(Stage("stride"), Stage("fastv", {"layer": 8}), 1 / 3, 0.25, 16)]
-    [0.375, 0.125]
+    Example:
+        >>> [stage.keep for stage in two_stages(Stage("stride"), Stage("fastv", {"layer": 8}), 1 / 3, 0.25, 16)]
+        [0.375, 0.125]
     """
     layer = second.scorer_args["layer"]
     early = min(1.0, keep * depth / (layer + ratio * (depth - layer)))

@@ -55,6 +55,12 @@ class Guide:
                     f"{self.depth}, numbered 0 to {self.depth - 1}. Name layers it has, or None for all."
                 )
         read = range(self.depth) if layers is None else sorted({layer % self.depth for layer in layers})
+        if lacking := [layer for layer in read if not hasattr(blocks[layer], "self_attn")]:
+            raise PruningError(
+                f"The policy reads the attention of every layer of the guide, or of those that it names, and layers "
+                f"{lacking} of {type(self.family.model).__name__} have none: they are recurrent. Name layers that have "
+                "attention (scorer_args, layers), or choose another scorer; docs/methods.md lists them."
+            )
         self._attentions: dict[int, nn.Module] = {layer: blocks[layer].self_attn for layer in read}
 
     def add(self, seen: Observation, prompt: Prompt) -> Observation:

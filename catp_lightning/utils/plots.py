@@ -4,6 +4,7 @@ from io import BytesIO
 
 import numpy as np
 from matplotlib.axes import Axes
+from matplotlib.colors import to_rgba
 from matplotlib.figure import Figure
 from matplotlib.text import Text
 from matplotlib.ticker import MaxNLocator
@@ -17,7 +18,10 @@ BESIDE = "beside"
 
 
 def png(figure: Figure, dpi: int = 110) -> bytes:
-    """Render a figure as PNG; TeX is not used, and "$" starts a formula in tick labels only."""
+    """Render a figure as PNG on an opaque ground, its own or white, so that it can be read on light and dark pages.
+
+    TeX is not used, and "$" starts a formula in tick labels only.
+    """
     along = [axis for axes in figure.axes for axis in (axes.xaxis, axes.yaxis)]
     numbers = {text for axis in along for text in axis.findobj(Text)} - {axis.label for axis in along}
     for text in figure.findobj(Text):
@@ -25,7 +29,8 @@ def png(figure: Figure, dpi: int = 110) -> bytes:
         text.set_parse_math(text in numbers)  # tick labels may be powers
     buffer = BytesIO()
     with without_warnings("Glyph .* missing from"):  # a box replaces it in a name
-        figure.savefig(buffer, format="png", dpi=dpi)
+        ground = figure.get_facecolor() if to_rgba(figure.get_facecolor())[3] == 1 else "white"
+        figure.savefig(buffer, format="png", dpi=dpi, transparent=False, facecolor=ground)
     return buffer.getvalue()
 
 

@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+from matplotlib.colors import to_hex
 
 from catp_lightning import PruningPolicy
 from catp_lightning.calibration.report.figures import (
@@ -12,6 +13,7 @@ from catp_lightning.calibration.report.figures import (
     slot_figure,
 )
 from catp_lightning.calibration.statistics.rank_correlation import RankCorrelation
+from tests.support.contrast import GROUNDS, contrast
 from tests.support.reports import lines_of, with_heads
 
 
@@ -81,3 +83,10 @@ def test_a_bar_stands_for_each_slot(policies):
     (axes,) = slot_figure(policies).axes
     assert [bar.get_height() for bar in axes.patches] == policies[0].evidence["fitted"]["slots"]
     assert len(axes.patches) == 8
+
+
+@pytest.mark.parametrize("ground", GROUNDS)
+@pytest.mark.parametrize("draw", [retention_figure, layer_figure], ids=lambda draw: draw.__name__)
+def test_every_line_stands_out_from_the_ground(policies, draw, ground):
+    colours = {to_hex(line.get_color()) for line in draw(policies).axes[0].lines}
+    assert len(colours) > 2 and min(contrast(colour, ground) for colour in colours) >= 3

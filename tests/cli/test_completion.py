@@ -1,8 +1,8 @@
-"""Completion of `catp` in a shell: the script that it prints, in a real bash."""
+"""Completion of `catp`: the scripts that it prints, in real shells, where these are installed."""
 
 import re
 import shutil
-import subprocess
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -11,17 +11,18 @@ from catp_lightning.cli.main import SUMMARIES, main
 from catp_lightning.data import SHIPPED
 from catp_lightning.methods.scorers import SCORERS
 from tests.support.commands import CONFIGS, fails
+from tests.support.shells import SHELLS
 
-BASH = shutil.which("bash")
-WITHOUT = {"zsh": ("-n",), "fish": ("--no-execute",)}
-"""Options by which a shell reads a script and runs nothing of it."""
+Shell = Callable[[tuple[str, ...], Path], list[str]]
 
 
-@pytest.fixture(scope="module")
-def script(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    if BASH is None:
-        pytest.skip("no bash is installed")
-    return printed("bash", tmp_path_factory.mktemp("script"))
+@pytest.fixture(scope="module", params=SHELLS)
+def shell(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Shell:
+    """What a shell offers for the last of some words, in a folder."""
+    if shutil.which(request.param) is None:
+        pytest.skip(f"no {request.param} is installed: apt-get install {request.param}")
+    script = printed(request.param, tmp_path_factory.mktemp("script"))
+    return lambda words, folder: SHELLS[request.param](script, words, folder)
 
 
 def printed(shell: str, folder: Path) -> Path:
@@ -32,22 +33,7 @@ def printed(shell: str, folder: Path) -> Path:
     return folder / "catp"
 
 
-def completed(script: Path, *words: str, cwd: Path | None = None) -> list[str]:
-    """What bash offers for the last word of a command line."""
-    asked = 'source "$0"; COMP_WORDS=("$@"); COMP_CWORD=$(( $# - 1 )); _shtab_catp; printf "%s\\n" "${COMPREPLY[@]}"'
-    done = subprocess.run(
-        [str(BASH), "--norc", "-c", asked, str(script), "catp", *words],
-        capture_output=True,
-        text=True,
-        check=True,
-        timeout=60,
-        cwd=cwd,
-    )
-    assert not done.stderr
-    return done.stdout.split()
-
-
-def test_bash_completes_commands_and_the_options_and_names_that_each_takes(script: Path, tmp_path: Path) -> None:
+def test_shells_complete_commands_and_the_options_and_names_that_each_takes(shell: Shell, tmp_path: Path) -> None:
     (tmp_path / "mine.yaml").touch()
     for words, expected in {
         ("",): list(SUMMARIES),
@@ -75,27 +61,24 @@ def test_bash_completes_commands_and_the_options_and_names_that_each_takes(scrip
         ("league", "--sc"): ["--scorers"],
         ("completion", ""): ["bash", "zsh", "fish"],
     }.items():
-        assert completed(script, *words, cwd=tmp_path) == expected, words
+        assert sorted(shell(words, tmp_path)) == sorted(expected), words
 
 
 @pytest.mark.parametrize("command", ["calibrate", "sweep", "scenes"])
 def test_every_option_that_help_explains_is_completed(
-    script: Path, capsys: pytest.CaptureFixture[str], command
+    shell: Shell, capsys: pytest.CaptureFixture[str], tmp_path: Path, command: str
 ) -> None:
     with pytest.raises(SystemExit):
         main([command, "--help"])
     explained = set(re.findall(r"^  (?:-\w(?: \w+)?, )?(--[\w.]+)", capsys.readouterr().out, re.MULTILINE))
     assert {"--help", "--config", "--output"} <= explained
-    assert explained <= set(completed(script, command, "--"))
+    assert explained <= set(shell((command, "--"), tmp_path))
 
 
-@pytest.mark.parametrize("shell", WITHOUT)
-def test_other_shells_can_read_their_scripts(tmp_path: Path, shell: str) -> None:
-    script = printed(shell, tmp_path)
-    assert all(name in script.read_text() for name in (*SUMMARIES, *CONFIGS, "--max_disagreement"))
-    if (program := shutil.which(shell)) is None:
-        pytest.skip(f"no {shell} is installed, which would read the script")
-    subprocess.run([program, *WITHOUT[shell], str(script)], check=True, timeout=60)
+@pytest.mark.parametrize("name", SHELLS)
+def test_scripts_have_every_command_and_configuration(tmp_path: Path, name: str) -> None:
+    text = printed(name, tmp_path).read_text()
+    assert all(name in text for name in (*SUMMARIES, *CONFIGS, "--max_disagreement"))
 
 
 def test_a_shell_without_completion_is_refused(capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch) -> None:

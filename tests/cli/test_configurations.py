@@ -9,6 +9,7 @@ import yaml
 
 import catp_lightning
 from catp_lightning.cli.main import main
+from catp_lightning.data import SHIPPED
 from tests.support.commands import CONFIGS, fails, printed
 from tests.support.paths import ROOT
 
@@ -50,6 +51,14 @@ def test_the_digits_configuration_runs_by_its_name_on_the_shipped_model(monkeypa
     main(["test", "--config", "digits_blip2.yaml", "--trainer.accelerator", "cpu"])
     assert printed(capsys.readouterr().out)["test/vqa_accuracy"] > 0.8
     assert len(json.loads(Path("data/digits/calibration/questions.json").read_text())["questions"]) == 64
+
+
+@pytest.mark.parametrize("model", SHIPPED)
+def test_scenes_are_written_where_the_configuration_of_their_model_reads_them(model):
+    main(["scenes", "--model", model, "--questions", "1", "--calibration_questions", "1"])
+    data = yaml.safe_load((ROOT / f"configs/{model}.yaml").read_text())["data"]
+    for split in ("calibration", "test"):
+        assert all(Path(data[split][name]).exists() for name in ("questions", "annotations", "images"))
 
 
 @pytest.mark.slow

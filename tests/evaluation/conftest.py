@@ -1,6 +1,16 @@
 """Fixtures of the tests of evaluation."""
 
+from pathlib import Path
+
 import pytest
+
+from tests.support.sweeps import ARGS, sweep
+
+
+@pytest.fixture(scope="session")
+def swept(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a sweep."""
+    return sweep(tmp_path_factory.mktemp("swept"), *ARGS)
 
 
 @pytest.fixture

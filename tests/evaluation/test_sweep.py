@@ -24,11 +24,6 @@ from tests.support.paths import ROOT
 from tests.support.sweeps import ARGS, JOBS, QUESTIONS, jobs, outcome, sweep, table
 
 
-@pytest.fixture(scope="module")
-def swept(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return sweep(tmp_path_factory.mktemp("swept"), *ARGS)
-
-
 def test_the_table_holds_what_a_loop_over_the_questions_finds(swept: Path) -> None:
     place = swept / "digits_blip2/data/test"
     split = VQASplit.of_scenes(place)

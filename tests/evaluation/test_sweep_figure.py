@@ -4,8 +4,9 @@ import numpy as np
 import pytest
 
 from catp_lightning.evaluation.comparison import Comparison, Result
-from catp_lightning.evaluation.sweep.figure import figure
+from catp_lightning.evaluation.sweep.figure import GREYS, SHADES, figure
 from catp_lightning.evaluation.sweep.table import ModelTable
+from tests.support.contrast import GROUNDS, contrast
 
 
 def test_one_token_and_everything_are_two_budgets_in_a_table_and_a_plot() -> None:
@@ -37,3 +38,8 @@ def test_the_band_of_the_reference_is_seen_whole(budgets: tuple[int, ...]) -> No
         assert segment[:, 1].tolist() == pytest.approx([low, high]) and high - low > 0.3
         assert bottom < low and high < top
     assert "logarithmic" in axes.get_xlabel() and axes.get_xscale() == "log"
+
+
+@pytest.mark.parametrize("ground", GROUNDS)
+def test_every_colour_of_a_method_stands_out_from_the_ground(ground: str) -> None:
+    assert min(contrast(colour, ground) for colour in (*SHADES, *GREYS)) >= 3

@@ -1,21 +1,13 @@
 """docs/methods.md says which methods run on which models; so does the code, and every refusal has its reason."""
 
-from copy import deepcopy
-from typing import Any
-
 import pytest
 
-from catp_lightning import PolicyError, PruningError, PruningPolicy
 from catp_lightning.methods.observation import Signal
 from catp_lightning.methods.scorers import SCORERS
-from catp_lightning.models import Family, find_family
-from catp_lightning.pruning.pruner import Pruner
-from tests.support.compressors import COMPRESSORS, compressor, exiting
+from tests.support.compatibility import refusal
 from tests.support.families import BY_NAME
 from tests.support.paths import ROOT
-from tests.support.questions import learned
-from tests.support.rows import Row
-from tests.support.rules import RULES, early
+from tests.support.rules import RULES
 
 PAGE = ROOT / "docs" / "methods.md"
 COLUMNS = {
@@ -31,33 +23,15 @@ COLUMNS = {
 REASONS: list[str] = []
 
 
-def runs(row: Row, scorer: str) -> bool:
-    family = find_family(row.model())
-    guide = deepcopy(family.model) if scorer == "sgl" else None
-    fields = {"scorer": scorer, "scorer_args": early(scorer), "keep": 0.5, **trained(scorer, family)}
-    try:
-        Pruner(family, PruningPolicy(**fields), guide=guide)
-    except (PruningError, PolicyError) as error:
-        REASONS.append(str(error))
-        return False
-    return True
-
-
-def trained(scorer: str, family: Family) -> dict[str, Any]:
-    """Return the fields of a policy whose scorer is nothing without what a training gives it; {} for any other."""
-    if scorer in COMPRESSORS:
-        return compressor(scorer, on_grid=family.shows({Signal.PATCH_POSITION}))
-    return learned() if scorer == "learned" else exiting() if scorer == "dyvte" else {}
-
-
 def computed() -> list[str]:
     lines = [f"| method | {' | '.join(COLUMNS)} |", "|---" * (len(COLUMNS) + 1) + "|"]
     for scorer in [name for name in SCORERS if name != "random"] + ["random"]:
         cells = []
         for names in COLUMNS.values():
-            found = {runs(BY_NAME[name], scorer) for name in names}
-            assert len(found) == 1, f"{scorer}: {names} differ"
-            cells.append("yes" if found == {True} else "-")
+            found = [refusal(BY_NAME[name], scorer) for name in names]
+            REASONS.extend(filter(None, found))
+            assert len(set(map(bool, found))) == 1, f"{scorer}: {names} differ"
+            cells.append("-" if found[0] else "yes")
         lines.append(f"| `{scorer}` | {' | '.join(cells)} |")
     return lines
 

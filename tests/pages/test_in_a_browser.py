@@ -3,7 +3,6 @@
 import json
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass, field
 from io import BytesIO
 from pathlib import Path
 from typing import Any
@@ -15,12 +14,11 @@ from catp_lightning import PruningPolicy
 from catp_lightning.calibration.report.report import report
 from catp_lightning.pages import Example
 from catp_lightning.safe_text import one_line
-from tests.support.browsers import chromium
+from tests.support.browsers import WIDTHS, Opened, chromium, fits_and_asks_nothing, opening, texts
 from tests.support.hostile import HOSTILE, other_names
 from tests.support.paths import ROOT
 
 EVIL = "".join(HOSTILE[name] for name in ("html", "image", "right to left", "no glyph")) + "\"'<script>owned=1</script>"
-WIDTHS = (390, 1280)
 WORDS = """function words(node) {
   if (node.nodeType === 3) return node.data;
   if (node.nodeName === "STYLE") return "";
@@ -66,51 +64,16 @@ def browser() -> Iterator[Any]:
         yield found
 
 
-@dataclass
-class Opened:
-    """A page, and all that it asked for or complained of since it was opened."""
-
-    page: Any
-    asked: list[str] = field(default_factory=list)
-    told: list[str] = field(default_factory=list)
-
-
 @pytest.fixture(scope="module", params=WIDTHS)
 def opened(request: pytest.FixtureRequest, browser: Any, file: Path) -> Iterator[Opened]:
-    context = browser.new_context(viewport={"width": request.param, "height": 900}, color_scheme="dark")
-    found = Opened(context.new_page())
-    found.page.set_default_timeout(10_000)
-    found.page.on("request", lambda asked: found.asked.append(asked.url))
-    found.page.on("dialog", lambda dialog: (found.told.append(dialog.message), dialog.dismiss()))
-    found.page.on("pageerror", lambda error: found.told.append(str(error)))
-    found.page.on("console", lambda line: found.told.append(line.text) if line.type in ("error", "warning") else None)
-    found.page.goto(file.as_uri())
-    found.page.wait_for_selector(".bk-Figure")
-    found.page.wait_for_timeout(500)  # layouts settle
-    yield found
-    context.close()
-
-
-def texts(page: Any, selector: str) -> list[str]:
-    return [text.strip() for text in page.locator(selector).all_text_contents()]
+    with opening(browser, file, request.param) as found:
+        yield found
 
 
 def test_it_fits_the_window_asks_nothing_of_a_network_and_obeys_no_name(opened: Opened, file: Path) -> None:
-    page = opened.page
-    wide = page.evaluate("[document.documentElement.scrollWidth, document.documentElement.clientWidth]")
-    assert wide[0] == wide[1], "nothing is scrolled sideways but tables inside of their boxes"
-    assert page.evaluate("[...document.querySelectorAll('table')].every(one => one.closest('.scroll'))")
-    sizes = page.evaluate(
-        "[...document.querySelectorAll('p, td, button')].map(e => parseFloat(getComputedStyle(e).fontSize))"
-    )
-    assert min(sizes) >= 12, "letters that a phone's reader can read"
-    assert opened.asked == [file.as_uri()] or all(url.startswith("data:") for url in opened.asked[1:])
-    assert opened.told == []
-    assert page.evaluate("typeof owned") == "undefined"
-    assert page.locator("main script, main iframe, main link, main [onerror], main a[href^='http']").count() == 0
-    assert page.evaluate("[...document.images].every(one => one.src.startsWith('data:'))")
-    assert file.stat().st_size < 2_000_000
-    ground = page.evaluate("getComputedStyle(document.body).backgroundColor")
+    fits_and_asks_nothing(opened, file)
+    assert opened.page.evaluate("typeof owned") == "undefined"
+    ground = opened.page.evaluate("getComputedStyle(document.body).backgroundColor")
     assert max(map(int, re.findall(r"\d+", ground))) < 64, "dark where the reader's system is"
 
 

@@ -1,18 +1,25 @@
 """What pictures show is what was kept, where it lies in the image, for every layout of visual tokens."""
 
 from collections.abc import Callable
+from dataclasses import replace
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
+import matplotlib.style
 import numpy as np
 import pytest
 import torch
+from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
+from matplotlib.text import Text
+from PIL import Image
 
 from catp_lightning import PruningError, PruningPolicy, Stage, plots, prune
 from catp_lightning.models import find_family
 from catp_lightning.models.llava_next import CutImage
 from catp_lightning.pruning.shown import Shown
+from tests.support.contrast import contrast
 from tests.support.families import BY_NAME
 from tests.support.footprints import footprint
 
@@ -240,3 +247,38 @@ def test_a_picture_is_a_png_in_notebooks_and_in_a_file_that_is_whole(scenes: Sce
 def _folder(path: Path) -> Path:
     path.mkdir()
     return path
+
+
+STYLES = ({"savefig.transparent": True}, {"figure.facecolor": "none"}, "dark_background")
+every_drawing = pytest.mark.parametrize(
+    "draw", [plots.kept_tokens, plots.score_map, plots.by_layer], ids=lambda draw: draw.__name__
+)
+
+
+@every_drawing
+@pytest.mark.parametrize("style", STYLES, ids=str)
+def test_pictures_can_be_read_on_any_page_whatever_the_style(draw: Any, style: Any) -> None:
+    """They are opaque, and their words have the contrast that WCAG asks of small text, 4.5:1."""
+    _, (shown, *_) = shown_by("Llava", PruningPolicy("fastv", {"layer": 1}, keep=0.5))
+    with matplotlib.style.context(style):
+        picture = draw(shown)
+        with Image.open(BytesIO(picture.png())) as image:
+            pixels = np.asarray(image.convert("RGBA"))
+    assert (pixels[..., 3] == 255).all()
+    ground = to_hex(pixels[1, 1, :3] / 255)
+    words = [text for text in picture.figure.findobj(Text) if text.get_text()]
+    assert len(words) > 1 or draw is plots.kept_tokens
+    assert min(contrast(text.get_color(), ground) for text in words) >= 4.5
+
+
+@every_drawing
+def test_nothing_that_is_drawn_is_cut_at_an_edge(draw: Any) -> None:
+    model, inputs = BY_NAME["Llava"].model(torch.float32), BY_NAME["Llava"].inputs(dtype=torch.float32)
+    with prune(model, PruningPolicy("fastervlm", keep=0.5), show=True) as pruning:
+        model(**inputs)
+    stage = pruning.shown[0].last
+    shown = replace(pruning.shown[0], stages=(replace(stage, scores=stage.scores / 1000),))  # numbers of many digits
+    figure = draw(shown).figure
+    figure.draw_without_rendering()
+    box, (wide, high) = figure.get_tightbbox(), figure.get_size_inches()
+    assert min(box.x0, box.y0) >= 0 and box.x1 <= wide and box.y1 <= high

@@ -1,5 +1,6 @@
 """SGL: guides that cannot guide are refused, and a guide is afterwards what it was."""
 
+from copy import deepcopy
 from typing import Any
 
 import pytest
@@ -11,8 +12,10 @@ from catp_lightning import PolicyError, PruningError, PruningPolicy, prune
 from tests.support.families import BY_NAME
 from tests.support.footprints import footprint, modes
 from tests.support.guides import RULE, guide, small_llava
+from tests.support.hybrid_families import HYBRID
 from tests.support.small_configs import GATED, TOKENS, clip
 
+HYBRIDS = {row.name: row for row in HYBRID}
 pytestmark = pytest.mark.usefixtures("no_grad")
 
 
@@ -54,6 +57,12 @@ def test_a_layer_the_guide_lacks_is_refused() -> None:
     policy = PruningPolicy(scorer="sgl", scorer_args={"layers": [2]})
     with pytest.raises(PruningError, match=r"layer 2 of the guide.* has 2, numbered 0 to 1"):
         prune(BY_NAME["Llava"].model(), policy, guide=guide("Llava")).__enter__()
+
+
+def test_layers_without_attention_are_refused_with_their_numbers() -> None:
+    row = HYBRIDS["Qwen3.5"]
+    with pytest.raises(PruningError, match=r"layers \[0.*\] of Qwen3_5ForConditionalGeneration have none: they are re"):
+        prune(row.model(), RULE, guide=deepcopy(row.model())).__enter__()
 
 
 def test_another_number_of_visual_tokens_is_refused_with_both_and_the_guide_is_left_as_it_was() -> None:

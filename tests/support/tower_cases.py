@@ -8,13 +8,14 @@ import torch
 from torch import nn
 
 from tests.support.families import BY_NAME
+from tests.support.hybrid_families import HYBRID
 from tests.support.newer_families import NEWER
 from tests.support.oracles import Inputs
 from tests.support.rows import Row
 from tests.support.samples import Sample
 from tests.support.tower_oracle import Alone, alone
 
-ROWS = {**{row.name: row for row in NEWER}, **BY_NAME}
+ROWS = {**{row.name: row for row in (*NEWER, *HYBRID)}, **BY_NAME}
 
 
 def encoder(tower: Any) -> Sequence[nn.Module]:
@@ -51,7 +52,7 @@ class Case:
 
 QWEN = (
     *("Qwen2-VL", "Qwen2.5-VL", "Qwen3-VL", "Qwen3-VL, videos", "Qwen3-VL-MoE", "Qwen2.5-Omni", "Qwen3-Omni-MoE"),
-    *("GLM-4V", "GLM-4V, videos", "GLM-4.6V", "GLM-OCR", "Cosmos3-Omni", "EXAONE-4.5", "HyperCLOVAX-V2"),
+    *("GLM-4V", "GLM-4V, videos", "GLM-4.6V", "GLM-OCR", "Cosmos3-Omni", "EXAONE-4.5", "HyperCLOVAX-V2", "Qwen3.5"),
 )
 WINDOWS = ("Qwen2.5-VL", "Qwen2.5-Omni", "EXAONE-4.5", "HyperCLOVAX-V2")
 PIXTRAL = ("Mistral3", "Pixtral", "LightOnOCR")

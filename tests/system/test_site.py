@@ -10,10 +10,12 @@ import pytest
 
 from catp_lightning.methods import SCORERS, SELECTORS
 from catp_lightning.models import FAMILIES
+from catp_lightning.policy import SCHEDULES
 from website.__main__ import build, write
 from website.sources import for_site
 
 WRITTEN = ("budget", "calibration", "changelog", "contributing", "evaluation", "faq", "how-it-works", "start")
+KINDS = ("scorers", "selectors", "schedules", "models")
 
 
 class Page(HTMLParser):
@@ -47,9 +49,10 @@ def pages(built: Path) -> dict[Path, Page]:
     return {file: Page(file) for file in found if file.name != "404.html"}  # its links begin at the host's root
 
 
-def test_every_method_and_family_has_a_page(built: Path) -> None:
+def test_every_method_schedule_and_family_has_a_page(built: Path) -> None:
     names = {f"scorers/{name}" for name in SCORERS} | {f"selectors/{name}" for name in SELECTORS}
     names |= {f"models/{family.__name__}" for family in FAMILIES} | {*WRITTEN, "index", "api/catp_lightning"}
+    names |= {f"schedules/{name}" for name in SCHEDULES}
     assert {name for name in names if not (built / "site" / f"{name}.html").is_file()} == set()
 
 
@@ -74,7 +77,7 @@ def test_nothing_is_loaded_from_elsewhere(pages: dict[Path, Page]) -> None:
 
 def blocks(folder: Path) -> Iterator[tuple[str, str]]:
     """Yield the Python blocks of the generated pages."""
-    for file in [*folder.glob("scorers/*.md"), *folder.glob("selectors/*.md"), *folder.glob("models/*.md")]:
+    for file in sorted(file for kind in KINDS for file in folder.glob(f"{kind}/*.md")):
         for block in re.findall(r"```python\n(.*?)```", file.read_text(encoding="utf-8"), flags=re.DOTALL):
             yield str(file.relative_to(folder)), block
 
@@ -84,7 +87,7 @@ def test_the_code_of_every_method_and_family_runs(built: Path) -> None:
     for page, block in blocks(built / "work/docs"):
         exec(compile(block, page, "exec"), {"__name__": "page"})
         ran.append(page)
-    assert len(ran) >= len(SCORERS) + len(SELECTORS) + len(FAMILIES) - 1
+    assert len(ran) >= len(SCORERS) + len(SELECTORS) + len(SCHEDULES) + len(FAMILIES) - 1
 
 
 def test_links_of_the_repository_become_links_of_the_site() -> None:

@@ -21,6 +21,8 @@ CONTROLS = {"random": "s", "stride": "^", "grid": "P", "l2-norm": "v", "diversit
 
 AGREEMENT = "share of answers as the unpruned model's"
 CHOSEN = "crimson"
+DARKER = 0.55
+"""Part of the colour map viridis, from its dark end, that has a contrast of 3:1 at least to a light page."""
 
 
 def retention_figure(policies: Sequence[PruningPolicy]) -> Figure | None:
@@ -40,7 +42,7 @@ def retention_figure(policies: Sequence[PruningPolicy]) -> Figure | None:
         axes.plot(total, 1.0, color="black", linestyle="none", marker="*", markersize=9, label="no pruning")
     look: dict[str, Any] = {"color": CHOSEN, "linestyle": "-" if joined else "none", "linewidth": 2.5, "marker": "o"}
     draw_intervals(axes, sorted(points), points, **look, zorder=3, label="chosen")
-    shades = matplotlib.colormaps["viridis"](np.linspace(0.1, 0.9, len(CONTROLS)))
+    shades = matplotlib.colormaps["viridis"](np.linspace(0, DARKER, len(CONTROLS)))
     for (name, marker), shade in zip(CONTROLS.items(), shades, strict=True):
         measured = {keep_count(policy.keep, total): checked(policy, name)[:1] for policy in policies}
         found = sorted((tokens, *agreed) for tokens, agreed in measured.items() if agreed)
@@ -74,7 +76,7 @@ def layer_figure(policies: Sequence[PruningPolicy]) -> Figure | None:
     if not alone:
         return None
     figure, axes = plain_figure(7, 4.2)
-    shades = matplotlib.colormaps["viridis"](np.linspace(0.1, 0.8, len(alone)))
+    shades = matplotlib.colormaps["viridis"](np.linspace(0, DARKER, len(alone)))
     for number, ((policy, found), shade) in enumerate(zip(alone, shades, strict=True)):
         aside = 0.08 * (number - (len(alone) - 1) / 2)  # so that intervals do not hide each other
         shifted = {layer + aside: figures for layer, figures in found.items()}

@@ -9,7 +9,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import NullLocator
 
 from catp_lightning.calibration.report.evidence import amount, checked, evidence_of, unit
-from catp_lightning.calibration.report.figures import CHOSEN, CONTROLS, draw_intervals, plain_figure
+from catp_lightning.calibration.report.figures import CHOSEN, CONTROLS, DARKER, draw_intervals, plain_figure
 from catp_lightning.policy import PruningPolicy
 from catp_lightning.safe_text import figure_text
 from catp_lightning.utils.plots import LOGARITHMIC
@@ -26,7 +26,7 @@ def front_figure(policies: Sequence[PruningPolicy]) -> Figure | None:
     figure, axes = plain_figure(8, 4.2)
     lines = {name: [checked(policy, name) for policy in priced] for name in CONTROLS}
     lines = {name: found for name, found in lines.items() if any(found)}
-    shades = matplotlib.colormaps["viridis"](np.linspace(0.1, 0.9, len(lines) + 1))
+    shades = matplotlib.colormaps["viridis"](np.linspace(0, DARKER, len(lines)))
     for (name, found), shade in zip(lines.items(), shades, strict=False):
         _draw(axes, priced, found, color=shade, marker=CONTROLS[name], label=figure_text(name))
     if any(alone := [_alone(policy) for policy in priced]):

@@ -23,6 +23,10 @@ from catp_lightning.utils.files import write_bytes, write_text
 from catp_lightning.utils.loggers import has_wandb_run, log_safely
 from catp_lightning.utils.plots import png
 
+EXAMPLES = """\
+Questions of the samples that nothing was decided on, asked again: what the policy keeps of the image, and both answers.
+They are picked to show both kinds, so their number says nothing of how often answers differ.\
+"""
 COLUMNS = (
     "candidate",
     "control",
@@ -94,7 +98,7 @@ def report(
     _write(folder, text, images)
     whole = page(policies, lines, list(images), modules, everyone=True)
     title = f"Calibration of {(policies[0].model or {})['type']}"
-    write_text(folder / HTML, html_page(title, whole, drawn, images, examples))
+    write_text(folder / HTML, html_page(title, whole, drawn, images, examples, EXAMPLES))
 
     def log(logger: Logger) -> None:
         if has_wandb_run(logger):

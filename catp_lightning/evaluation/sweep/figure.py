@@ -12,12 +12,13 @@ from catp_lightning.evaluation.sweep.table import ModelTable, Row
 from catp_lightning.safe_text import figure_text
 from catp_lightning.utils.plots import LOGARITHMIC
 
-GREYS = ("black", "dimgrey", "grey", "darkgrey")
+GREYS = ("black", "#555555", "#707070", "#878787")
 SHADES = (
-    *("royalblue", "darkorange", "forestgreen", "blueviolet", "saddlebrown", "orchid", "olive", "darkturquoise"),
-    *("navy", "goldenrod", "mediumseagreen", "indigo", "tan", "steelblue", "yellowgreen", "hotpink"),
+    *("royalblue", "#d26a00", "forestgreen", "blueviolet", "saddlebrown", "mediumorchid", "olive", "#0097a7"),
+    *("navy", "#a87b00", "#23936a", "indigo", "#a07a48", "steelblue", "#6f9500", "#de4f96"),
 )
-"""Colours of methods: without red, which is the reference's, and grey, the controls'."""
+"""Colours of methods: without red, which is the reference's, and grey, the controls'; all have a contrast of at least
+3:1 to the light ground of a page (WCAG 2.2, 1.4.11)."""
 MARKERS = "osD^v<>ph*PXd"
 CAPTION = (
     "Grey, dashed, hollow: controls. Dash-dotted: tokens leave inside the decoder, whose first layers read more;\n"

@@ -13,6 +13,7 @@ from catp_lightning.calibration.identity import model_fingerprint
 from catp_lightning.errors import PolicyError
 from catp_lightning.evaluation.sweep.calibrations import calibrated
 from catp_lightning.evaluation.sweep.difficult import difficult_page, difficult_tables
+from catp_lightning.evaluation.sweep.examples import examples_of
 from catp_lightning.evaluation.sweep.figure import figure
 from catp_lightning.evaluation.sweep.jobs import Jobs, data_fingerprint, versions
 from catp_lightning.evaluation.sweep.methods import Job, controls_among, fixed_methods, is_calibrated
@@ -89,18 +90,17 @@ def sweep_model(
         if not loaders:
             notes[title] = "The data has no calibration split."
     outcomes = dict(outcomes_of(jobs, runner, notes, f"{name}:", console, lines))
-    lines.now = f"{name}: writing tables"
+    lines.now = f"{name}: writing tables, and asking a few questions again for examples"
     if not outcomes:
         raise PolicyError(f"None of {', '.join(names)} makes sense on {name}: {next(iter(notes.values()))}")
     comparison = comparison_of(full, outcomes, batches, reference_of(reference, outcomes, notes))
     controls = controls_among(outcomes)
-    table = ModelTable.of(name, about(comparison), comparison, controls, notes, everything)
+    examples = examples_of(reading, family, batches, full, outcomes, comparison.reference, guide)
+    table = ModelTable.of(name, about(comparison), comparison, controls, notes, everything, examples)
     write_text(folder / "table.md", table.markdown())
     write_json(folder / "table.json", table.to_json(), indent=2)
-    drawn = figure([table])
-    image = png(drawn, dpi=120)
-    write_bytes(folder / "accuracy.png", image)
-    write_text(folder / "table.html", sweep_page(table.markdown(), "accuracy", drawn, image))
+    write_bytes(folder / "accuracy.png", image := png(drawn := figure([table]), dpi=120))
+    write_text(folder / "table.html", sweep_page(table.markdown(), "accuracy", drawn, image, [table]))
     files = "table.md, table.json, table.html, accuracy.png"
     if hard := difficult_tables(name, comparison, controls):
         write_text(folder / "difficult.md", difficult_page(hard))

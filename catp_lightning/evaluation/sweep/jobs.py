@@ -4,7 +4,7 @@ import hashlib
 import json
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -45,6 +45,7 @@ class Outcome:
         sizes: [rows of text, visual tokens, number of prompts], as `Sizes.to_json`; None: not counted.
         seconds: how long the run took, from the first question to the last answer, by the clock; None: of a file that
             an earlier version wrote.
+        batches: number of answers of each batch; empty in a file that an earlier version wrote.
     """
 
     question_ids: list[int]
@@ -55,6 +56,7 @@ class Outcome:
     prices: dict[str, float] | None = None
     sizes: list[list[int]] | None = None
     seconds: float | None = None
+    batches: list[int] = field(default_factory=list)
 
 
 class Counted(TokenPruning):
@@ -149,8 +151,9 @@ def versions() -> dict[str, str]:
 
 def _outcome(predictions: Sequence[Any], figures: Mapping[str, float]) -> Outcome:
     ids, answers = [], []
-    for batch in predictions:
-        for item in batch if isinstance(batch, list) else [batch]:
+    parts = [batch if isinstance(batch, list) else [batch] for batch in predictions]
+    for batch in parts:
+        for item in batch:
             fields = item if isinstance(item, Mapping) else {}
             question_id, answer = fields.get("question_id"), fields.get("answer")
             if not isinstance(question_id, int) or not isinstance(answer, str):
@@ -160,11 +163,13 @@ def _outcome(predictions: Sequence[Any], figures: Mapping[str, float]) -> Outcom
                 )
             ids.append(question_id)
             answers.append(answer)
+    batches = [len(batch) for batch in parts]
     if not figures:
-        return Outcome(ids, answers)
+        return Outcome(ids, answers, batches=batches)
     kept, share = figures["catp/tokens_kept"], figures["catp/keep_share"]
     per_layer = figures.get("catp/tokens_per_layer")
-    return Outcome(ids, answers, kept, per_layer, round(kept / share, 3) if share else None)
+    visual_tokens = round(kept / share, 3) if share else None
+    return Outcome(ids, answers, kept, per_layer, visual_tokens, batches=batches)
 
 
 def data_fingerprint(batches: Iterable[Any]) -> str:

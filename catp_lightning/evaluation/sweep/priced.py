@@ -14,6 +14,7 @@ from catp_lightning.calibration.identity import model_fingerprint
 from catp_lightning.errors import PolicyError, PruningError
 from catp_lightning.evaluation.sweep.best_layers import at_best_layers, chooses_layer
 from catp_lightning.evaluation.sweep.calibrations import calibrated
+from catp_lightning.evaluation.sweep.examples import examples_of
 from catp_lightning.evaluation.sweep.jobs import Jobs, Outcome, data_fingerprint, versions
 from catp_lightning.evaluation.sweep.methods import (
     CALIBRATED,
@@ -75,8 +76,7 @@ def sweep_prices(
         PruningError: a unit is not known for the model.
     """
     family, console = find_family(reading.module), Console()
-    name = name_of(family)
-    known = _known(family, prices)
+    name, known = name_of(family), _known(family, prices)
     fixed = [name for name in names if not is_calibrated(name) and not is_trained(name)]
     found, notes = fixed_methods(fixed, family, layers)
     single = [job for job in fixed_methods(fixed, family, True)[0] if chooses_layer(job, family)]
@@ -124,13 +124,16 @@ def sweep_prices(
                 + jobs
             )
     outcomes = dict(outcomes_of(jobs, runner, notes, f"{name}:", console, lines))
-    lines.now = f"{name}: writing tables"
+    lines.now = f"{name}: writing tables, and asking a few questions again for examples"
     if not outcomes:
         raise PolicyError(f"None of {', '.join(names)} can pay a price on {name}: {next(iter(notes.values()))}")
     _tell_of_excess(outcomes, notes)
     wanted = reference_of(TITLES.get(reference or "", reference), outcomes, notes)
     comparison = comparison_of(full, outcomes, batches, wanted, family.depth)
-    table = PricedTable.of(name, about(comparison), comparison, controls_among(outcomes), notes, runner.settings)
+    examples = examples_of(reading, family, batches, full, outcomes, wanted, guide)
+    table = PricedTable.of(
+        name, about(comparison), comparison, controls_among(outcomes), notes, runner.settings, examples
+    )
     _write(table, folder)
     written = ": prices.md, prices.json, prices.html, prices.png"
     console.print(Text.assemble(rich_text(f"{name}: "), rich_text(folder, "bold"), written))
@@ -143,7 +146,7 @@ def _write(table: PricedTable, folder: Path) -> None:
     drawn = priced_figure([table])
     image = png(drawn, dpi=120)
     write_bytes(folder / "prices.png", image)
-    write_text(folder / "prices.html", sweep_page(table.markdown(), "prices", drawn, image))
+    write_text(folder / "prices.html", sweep_page(table.markdown(), "prices", drawn, image, [table]))
 
 
 def _known(family: Family, prices: Sequence[Price]) -> Prices:

@@ -107,7 +107,7 @@ def _looks(tables: Sequence[PricedTable]) -> dict[str, dict[str, Any]]:
     for title in sorted(values, key=lambda title: float(np.mean(values[title]))):
         look: dict[str, Any] = {"marker": next(markers), "linestyle": "none", "markersize": 5}
         if title in controls:
-            look |= {"color": next(greys), "markerfacecolor": "white", "alpha": 0.7}
+            look |= {"color": next(greys), "markerfacecolor": "white"}
         else:
             look |= {"color": next(shades)}
         if title.startswith(CALIBRATED):

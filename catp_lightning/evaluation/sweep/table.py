@@ -8,6 +8,7 @@ import numpy as np
 from rich.table import Table
 
 from catp_lightning.evaluation.comparison import Comparison, Measure
+from catp_lightning.pages import Example
 from catp_lightning.safe_text import Markdown, markdown_text, rich_text
 from catp_lightning.utils.markdown import markdown_table
 
@@ -35,6 +36,7 @@ class ModelTable:
             the unpruned model's; None if that is 0.
         notes: by title, why a method is not in the table.
         settings: settings that the answers depend on beside the policies: versions, checksums of weights and data.
+        examples: questions with what is kept of their images, for the page of HTML.
     """
 
     name: str
@@ -43,6 +45,7 @@ class ModelTable:
     rows: Sequence[Row]
     notes: Mapping[str, str] = field(default_factory=dict)
     settings: Mapping[str, Any] = field(default_factory=dict)
+    examples: Sequence[Example] = ()
 
     @classmethod
     def of(
@@ -53,6 +56,7 @@ class ModelTable:
         controls: Mapping[str, bool],
         notes: Mapping[str, str],
         settings: Mapping[str, Any] | None = None,
+        examples: Sequence[Example] = (),
     ) -> Self:
         """Return the table of a comparison whose first result is the unpruned model's.
 
@@ -64,7 +68,7 @@ class ModelTable:
         ]
         if (best := rows[0].get("accuracy")) is not None:
             rows = [{**row, "accuracy_share": row["accuracy"] / best if best else None} for row in rows]
-        return cls(name, about, comparison.reference, rows, notes, settings or {})
+        return cls(name, about, comparison.reference, rows, notes, settings or {}, examples)
 
     @property
     def budgets(self) -> list[int | float]:
