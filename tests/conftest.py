@@ -20,7 +20,10 @@ if not torch.cuda.is_available():
 
 pytest.register_assert_rewrite("tests.support")
 
-collect_ignore = ["existing_project"]  # somebody else's project: test_existing_project.py runs a copy of it
+collect_ignore = [
+    "existing_project",  # somebody else's project: test_existing_project.py runs a copy of it
+    "support/compiled_kernels.py",  # a program of its own; it imports Triton
+]
 
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as a shell starts what it runs in the background
     signal.signal(signal.SIGINT, signal.default_int_handler)

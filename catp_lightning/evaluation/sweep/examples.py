@@ -120,7 +120,7 @@ def _of_job(
     """Return examples of one job, those with another answer first."""
     ends = np.cumsum([0, *full.batches]).tolist()
     agreed = _agreed(full, outcome)
-    places = [torch.arange(first, end) for first, end in pairwise(ends)]
+    places = [torch.arange(first, end, dtype=torch.int64, device="cpu") for first, end in pairwise(ends)]
     wanted = wanted_samples(places, np.arange(len(agreed)), agreed, each)
     if not wanted:
         return []
