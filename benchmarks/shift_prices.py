@@ -73,7 +73,7 @@ def outcomes(folder: Path, shares: Sequence[float]) -> tuple[Answers, dict[float
             full = answers
             continue
         paid = min(shares, key=lambda share: abs(math.log(outcome["prices"][UNIT] / share)))
-        name = re.sub(r"-(seed|draw)-\d+$", "", file.stem.partition("-keep-")[0])
+        name = re.sub(r"-(seed|draw)-\d+.*$", "", file.stem.partition("-keep-")[0])
         found[paid].setdefault(name, []).append(answers)
     return full, found
 

@@ -24,12 +24,15 @@ def test_a_split_holds_every_set_and_its_questions_say_which(tmp_path: Path) -> 
 
 
 def test_jobs_are_sorted_by_what_they_paid(tmp_path: Path) -> None:
-    for name, paid in {"unpruned": 1.0, "fastv-keep-0.03": 0.251, "random-seed-0-keep-0.12": 0.12}.items():
+    jobs = {"unpruned": 1.0, "fastv-keep-0.03": 0.251, "random-seed-0-keep-0.12": 0.12, "random-seed-1-keep-0.12": 0.12}
+    jobs["calibrated-draw-1-at-0-25-of-tokens-per-layer-keep-0.25"] = 0.25
+    for name, paid in jobs.items():
         outcome = {"question_ids": [1, 2], "answers": ["a", name], "prices": {UNIT: paid}}
         write_json(tmp_path / "priced-jobs" / f"{name}.json", {"outcome": outcome})
     full, found = outcomes(tmp_path, [0.25, 0.125])
     assert full == {1: "a", 2: "unpruned"}
-    assert {share: list(own) for share, own in found.items()} == {0.25: ["fastv"], 0.125: ["random"]}
+    assert {name: len(draws) for name, draws in found[0.25].items()} == {"calibrated": 1, "fastv": 1}
+    assert {name: len(draws) for name, draws in found[0.125].items()} == {"random": 2}
 
 
 def test_a_set_in_which_a_method_fails_is_its_own_column() -> None:
