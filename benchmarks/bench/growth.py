@@ -127,6 +127,8 @@ def _panel(axes: Any, title: str, label: str, times: Times, order: int) -> None:
     axes.set(xscale="log", yscale="log", title=title, xlabel=f"{label}, logarithmic", ylabel="seconds, logarithmic")
     axes.set_xticks(sizes, [str(one) for one in sizes])
     axes.minorticks_off()
+    least, most = axes.get_ylim()
+    axes.set_ylim(least / 1.5, max(most, 15 * least))  # two powers of ten at least, which are labelled
     _label_ends(axes, sizes[-1], [*ends, (first * (sizes[-1] / size) ** order, f"order {order}", "0.4")])
     axes.grid(alpha=0.3)
 
