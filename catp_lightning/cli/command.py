@@ -18,6 +18,7 @@ from catp_lightning.callbacks.watch import Watch
 from catp_lightning.cli.options import parsed
 from catp_lightning.data import SHIPPED, shipped
 from catp_lightning.data.vqa import VQADataModule
+from catp_lightning.errors import DataError
 from catp_lightning.modules.vqa import VQAModule
 from catp_lightning.utils.progress import Preparation
 
@@ -30,6 +31,10 @@ TITLES = {
     "model": "the model: any LightningModule; `--model.help VQAModule` explains the default's options",
     "data": "data: any LightningDataModule; `--data.help VQADataModule` explains the default's options",
 }
+
+
+SPLITS = {"validate": "val", "test": "test", "predict": "test"}
+"""Split of `VQADataModule` that a loop reads."""
 
 
 MODELS = ("model.init_args.model", "model.init_args.processor", "data.init_args.processor")
@@ -130,6 +135,7 @@ class Command(LightningCLI):
 
     def before_instantiate_classes(self) -> None:
         self.trainer_defaults["callbacks"] = [*self.callbacks(), *self.watching()]
+        self.require_files()
         for key in MODELS:
             if isinstance(name := self.config.get(key), str):
                 self.config[key] = model_folder(name)
@@ -146,6 +152,23 @@ class Command(LightningCLI):
             if isinstance(ended.__context__, KeyboardInterrupt):  # which Lightning turns into exit code 1
                 raise SystemExit(128 + signal.SIGINT) from None
             raise
+
+    def require_files(self, split: str | None = None) -> None:
+        """Raise DataError, before the model is loaded, if a file or folder of the split that is read is not there.
+
+        Args:
+            split: name of the split; None: that of the loop.
+        """
+        split = split or SPLITS[self.stage]
+        given = self.config.get(f"data.init_args.{split}") or {}
+        for key in ("questions", "annotations", "images"):
+            path = given.get(key)
+            if isinstance(path, str) and not os.path.exists(path):
+                raise DataError(
+                    f"{path}: there is no such {'folder' if key == 'images' else 'file'}, which data.{split}.{key} "
+                    "names. Relative paths begin at the working folder; `catp scenes --model NAME` writes what the "
+                    "configuration of a shipped model reads."
+                )
 
     @abstractmethod
     def add_own_arguments(self, parser: LightningArgumentParser) -> None:

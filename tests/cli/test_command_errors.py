@@ -66,6 +66,7 @@ def test_a_corrupt_image_ends_a_run_and_leaves_an_old_file_as_it_was(made, tmp_p
         (["test", "--model.model", "/nowhere/model"], 2, "no model in /nowhere/model"),
         (["validate", "--data.val.questions", "no.json"], 2, "no.json: there is no such file"),
         (["calibrate", "--data.calibration.questions", "no.json"], 2, "no.json: there is no such file"),
+        (["show", "--scorer", "l2-norm", "--data.test.images", "nowhere"], 2, "nowhere: there is no such folder"),
         (["test", "--data.fraction", "2"], 2, "fraction must be in (0, 1], got 2.0"),
         (["test", "--ckpt_path", "nowhere.ckpt"], 2, "nowhere.ckpt"),
         (["predict"], 2, "give --output"),
