@@ -29,6 +29,7 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.answers import QUIET, scenes_split
+from benchmarks.bench.machine import most_held
 from benchmarks.observed_attention import BORDA, MEAN_LOG, SDPA, SHAPES, interleaved, ratios, vision_cases
 from catp_lightning import CrossAttentionCalibration
 from catp_lightning.calibration.plan import Plan
@@ -189,16 +190,10 @@ def peak(name: str, split: VQASplit, batch: int, case: str, threads: int) -> dic
             setting.calibrate()
     else:
         setting.predict()
-    held = {"main memory": _most_held()}
+    held = {"main memory": most_held()}
     if torch.cuda.is_available():
         held["GPU memory"] = torch.cuda.max_memory_allocated()
     return held
-
-
-def _most_held() -> int:
-    # Not ru_maxrss: that of a new process starts with what its parent held.
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM"))
 
 
 def memory(name: str, splits: Mapping[int, VQASplit], batch: int, processes: int, threads: int) -> list[dict[str, Any]]:

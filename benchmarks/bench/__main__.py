@@ -74,7 +74,7 @@ def parts(chosen: argparse.Namespace, found: Found, save: Callable[[], None]) ->
 def families(chosen: argparse.Namespace, found: Found, save: Callable[[], None]) -> None:
     """Add the parts of calls of models of other families at released shapes; small ones with `--quick`."""
     found["families"] = {}
-    for name, (_, methods) in MODELS.items():
+    for name, (_, _, methods) in MODELS.items():
         model = build(name, chosen.quick, chosen.device, chosen.dtype)
         runs = Runs(model, family_prompt(model, chosen.batch[0], 12 if chosen.quick else 48))
         by_name = {method: PruningPolicy(method, keep=0.25) for method in methods}

@@ -11,10 +11,13 @@ from transformers import (
     Blip2ForConditionalGeneration,
     MllamaConfig,
     MllamaForConditionalGeneration,
+    PreTrainedConfig,
     PreTrainedModel,
     Qwen2_5_VLConfig,
     Qwen2_5_VLForConditionalGeneration,
 )
+
+from benchmarks.bench.shapes import of_random_weights
 
 TEXT, VOCABULARY = 40, 2000
 IMAGE, VIDEO, START, END = 1999, 1998, 1997, 1996
@@ -47,13 +50,13 @@ class Decoder:
         }
 
 
-def qwen(tiny: bool) -> PreTrainedModel:
-    """Return a Qwen2.5-VL-7B, or one laid out as it that is small."""
+def qwen(tiny: bool) -> Qwen2_5_VLConfig:
+    """Return the configuration of a Qwen2.5-VL-7B, or one laid out as it that is small."""
     sizes = Decoder(64, 4, 4, 2, 128) if tiny else Decoder(3584, 28, 28, 4, 18944)
     vision = {"depth": 4, "hidden_size": 32, "intermediate_size": 64, "num_heads": 4, "fullatt_block_indexes": [1, 3]}
     full = {"depth": 32, "hidden_size": 1280, "intermediate_size": 3420, "num_heads": 16}
     rotary = {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [2, 3, 3] if tiny else [16, 24, 24]}
-    config = Qwen2_5_VLConfig(
+    return Qwen2_5_VLConfig(
         text_config={**sizes.settings, "rope_parameters": rotary, "rope_scaling": rotary},
         vision_config={**(vision if tiny else full), "out_hidden_size": sizes.width},
         image_token_id=IMAGE,
@@ -61,30 +64,28 @@ def qwen(tiny: bool) -> PreTrainedModel:
         vision_start_token_id=START,
         vision_end_token_id=END,
     )
-    return Qwen2_5_VLForConditionalGeneration(config)
 
 
-def blip2(tiny: bool) -> PreTrainedModel:
-    """Return a BLIP-2 OPT-2.7B, or one laid out as it that is small."""
+def blip2(tiny: bool) -> Blip2Config:
+    """Return the configuration of a BLIP-2 OPT-2.7B, or one laid out as it that is small."""
     small = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 4, "num_attention_heads": 4}
     sizes = Decoder(64, 4, 4, 4, 128) if tiny else Decoder(2560, 32, 32, 32, 10240)
     text = {**sizes.settings, "model_type": "opt", "word_embed_proj_dim": sizes.width, "ffn_dim": sizes.inner}
-    config = Blip2Config(
+    return Blip2Config(
         vision_config={**small, "image_size": 64, "patch_size": 8} if tiny else {"initializer_range": 0.02},
         qformer_config={**small, "encoder_hidden_size": 32} if tiny else {},
         text_config=text,
         image_token_index=IMAGE,
     )
-    return Blip2ForConditionalGeneration(config)
 
 
-def mllama(tiny: bool) -> PreTrainedModel:
-    """Return a Llama-3.2-11B-Vision, or one laid out as it that is small."""
+def mllama(tiny: bool) -> MllamaConfig:
+    """Return the configuration of a Llama-3.2-11B-Vision, or one laid out as it that is small."""
     sizes = Decoder(64, 6, 4, 2, 128) if tiny else Decoder(4096, 40, 32, 8, 14336)
     small = {"hidden_size": 32, "num_hidden_layers": 3, "num_global_layers": 1, "attention_heads": 4}
     small |= {"intermediate_size": 64, "vision_output_dim": 64, "intermediate_layers_indices": [0]}
     rotary = {"rope_type": "default", "rope_theta": 5e5}
-    config = MllamaConfig(
+    return MllamaConfig(
         vision_config={**small, "image_size": 56} if tiny else {"image_size": 560},
         text_config={
             **sizes.settings,
@@ -93,7 +94,6 @@ def mllama(tiny: bool) -> PreTrainedModel:
         },
         image_token_index=IMAGE,
     )
-    return MllamaForConditionalGeneration(config)
 
 
 def prompt(model: PreTrainedModel, batch: int, side: int) -> dict[str, Tensor]:
@@ -141,21 +141,15 @@ def prompt(model: PreTrainedModel, batch: int, side: int) -> dict[str, Tensor]:
     }
 
 
-MODELS: dict[str, tuple[Callable[[bool], PreTrainedModel], tuple[str, ...]]] = {
-    "Qwen2.5-VL-7B": (qwen, ("l2-norm", "divprune", "fastv")),
-    "BLIP-2 OPT-2.7B": (blip2, ("l2-norm", "divprune", "catp")),
-    "Llama-3.2-11B-Vision": (mllama, ("l2-norm", "divprune", "trimmed-llama")),
+MODELS: dict[str, tuple[type[PreTrainedModel], Callable[[bool], PreTrainedConfig], tuple[str, ...]]] = {
+    "Qwen2.5-VL-7B": (Qwen2_5_VLForConditionalGeneration, qwen, ("l2-norm", "divprune", "fastv")),
+    "BLIP-2 OPT-2.7B": (Blip2ForConditionalGeneration, blip2, ("l2-norm", "divprune", "catp")),
+    "Llama-3.2-11B-Vision": (MllamaForConditionalGeneration, mllama, ("l2-norm", "divprune", "trimmed-llama")),
 }
-"""How to make a model of a shape, and the methods that are measured on it."""
+"""Class and configuration of a model, and the methods that are measured on it."""
 
 
 def build(name: str, tiny: bool, device: torch.device, dtype: torch.dtype) -> PreTrainedModel:
     """Return a model of `MODELS`, made on a device in `dtype`."""
-    torch.manual_seed(0)
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(dtype)
-    try:
-        with device:
-            return MODELS[name][0](tiny).eval()
-    finally:
-        torch.set_default_dtype(before)
+    kind, config, _ = MODELS[name]
+    return of_random_weights(kind, config(tiny), device, dtype)

@@ -13,7 +13,7 @@ from transformers import (
 )
 
 from benchmarks.bench.floor import Runs
-from benchmarks.bench.shapes import IMAGE, prompt
+from benchmarks.bench.shapes import IMAGE, of_random_weights, prompt
 from benchmarks.bench.stages import stages
 from catp_lightning import PruningPolicy
 
@@ -55,6 +55,4 @@ def _llava(
         vision_feature_select_strategy=strategy,
         vision_feature_layer=-2,
     )
-    torch.manual_seed(0)
-    with device:
-        return LlavaForConditionalGeneration._from_config(config, dtype=dtype).eval()
+    return of_random_weights(LlavaForConditionalGeneration, config, device, dtype)

@@ -1,10 +1,12 @@
 """LLaVA models of random weights, and prompts of a number of visual tokens."""
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
-from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
+from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration, PreTrainedModel
+
+Model = TypeVar("Model", bound=PreTrainedModel)
 
 IMAGE, TEXT = 999, 40
 GRIDS = {144: (1, 12), 576: (1, 24), 2880: (5, 24), 6272: (8, 28)}
@@ -59,9 +61,14 @@ def llava(
         max_position_embeddings=8192,
     )
     config = LlavaConfig(vision_config=vision, text_config=text, image_token_index=IMAGE)
+    return of_random_weights(LlavaForConditionalGeneration, config, device, dtype)
+
+
+def of_random_weights(kind: type[Model], config: Any, device: torch.device, dtype: torch.dtype) -> Model:
+    """Return a model of random weights, made on a device in `dtype`, the same each time."""
     torch.manual_seed(0)
     with device:
-        return LlavaForConditionalGeneration._from_config(config, dtype=dtype).eval()
+        return kind._from_config(config, dtype=dtype).eval()
 
 
 def prompt(model: LlavaForConditionalGeneration, tokens: int, batch: int, text: int = TEXT) -> dict[str, Any]:

@@ -7,6 +7,7 @@ import statistics
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.bench.floor import PLAIN, Runs, ratio
+from benchmarks.bench.machine import most_held
 from catp_lightning import PruningPolicy
 from catp_lightning.pricing.parts import Parts
 from catp_lightning.pruning.pruner import applied
@@ -105,8 +107,7 @@ class Held:
             return torch.cuda.max_memory_allocated(self.device)
         if not self.linux:
             return 0
-        lines = Path("/proc/self/status").read_text().splitlines()
-        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM"))
+        return most_held()
 
 
 def cache_bytes(cache: Any) -> int:
@@ -116,23 +117,14 @@ def cache_bytes(cache: Any) -> int:
 
 
 def stages(runs: Runs, methods: dict[str, PruningPolicy], rounds: int) -> list[dict[str, Any]]:
-    """Return a row for the unpruned call, the eager one, keep 1.0 and each method: medians, ratios to the unpruned.
-
-    All take turns, in an order that differs from round to round; a first round warms up and does not count.
-    """
+    """Return a row for the unpruned call, the eager one, keep 1.0 and each method: medians, ratios to the unpruned."""
     cases: dict[str, Callable[[], Measured]] = {
-        PLAIN: lambda: call(runs, None),
-        EAGER: lambda: call(runs, None, eager=True),
-        "keep 1.0": lambda: call(runs, PruningPolicy(keep=1.0)),
-        **{name: lambda policy=policy: call(runs, policy) for name, policy in methods.items()},  # type: ignore[misc]
+        PLAIN: partial(call, runs, None),
+        EAGER: partial(call, runs, None, eager=True),
+        "keep 1.0": partial(call, runs, PruningPolicy(keep=1.0)),
+        **{name: partial(call, runs, policy) for name, policy in methods.items()},
     }
-    found: dict[str, list[Measured]] = {name: [] for name in cases}
-    order = random.Random(0)
-    for number in range(rounds + 1):
-        for name in order.sample(list(cases), len(cases)):
-            measured = cases[name]()
-            if number:
-                found[name].append(measured)
+    found = in_turns(cases, rounds)
     plain = found[PLAIN]
     return [
         {
@@ -149,6 +141,21 @@ def stages(runs: Runs, methods: dict[str, PruningPolicy], rounds: int) -> list[d
     ]
 
 
+def in_turns(cases: dict[str, Callable[[], Measured]], rounds: int) -> dict[str, list[Measured]]:
+    """Return what each case measured in each round.
+
+    All take turns, in an order that differs from round to round; a first round warms up and does not count.
+    """
+    found: dict[str, list[Measured]] = {name: [] for name in cases}
+    order = random.Random(0)
+    for number in range(rounds + 1):
+        for name in order.sample(list(cases), len(cases)):
+            measured = cases[name]()
+            if number:
+                found[name].append(measured)
+    return found
+
+
 def _ratio(part: str, of: Sequence[Measured], plain: Sequence[Measured]) -> tuple[float, float, float]:
     return ratio([getattr(one.parts, part) for one in of], [getattr(one.parts, part) for one in plain])
 
@@ -158,14 +165,10 @@ def requests(make: Callable[[int], Runs], methods: dict[str, PruningPolicy], rou
     rows = []
     for concurrent in CONCURRENT:
         runs = make(concurrent)
-        cases: dict[str, PruningPolicy | None] = {PLAIN: None, **methods}
-        seconds: dict[str, list[float]] = {name: [] for name in cases}
-        order = random.Random(0)
-        for number in range(rounds + 1):
-            for name in order.sample(list(cases), len(cases)):
-                spent = call(runs, cases[name]).parts.call
-                if number:
-                    seconds[name].append(spent)
+        asked: dict[str, PruningPolicy | None] = {PLAIN: None, **methods}
+        cases = {name: partial(call, runs, policy) for name, policy in asked.items()}
+        found = in_turns(cases, rounds)
+        seconds = {name: [one.parts.call for one in all_] for name, all_ in found.items()}
         for name, all_ in seconds.items():
             rate = concurrent / statistics.median(all_)
             gain = ratio(seconds[PLAIN], all_)

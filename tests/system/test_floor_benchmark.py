@@ -72,7 +72,7 @@ def test_parts_of_a_call_and_its_cache() -> None:
 def test_models_of_other_families_answer_pruned(name: str, kept: int) -> None:
     model = build(name, tiny=True, device=CPU, dtype=torch.float32)
     runs = Runs(model, family_prompt(model, 2, 12))
-    for method in MODELS[name][1]:
+    for method in MODELS[name][-1]:
         left = runs.layers(PruningPolicy(method, keep=0.25))[:, -1].tolist()
         union = method == "trimmed-llama"  # of the rows that each head would keep
         assert all(kept < count < 4 * kept for count in left) if union else left == [kept, kept]
