@@ -153,13 +153,14 @@ class Command(LightningCLI):
                 raise SystemExit(128 + signal.SIGINT) from None
             raise
 
-    def require_files(self, split: str | None = None) -> None:
-        """Raise DataError, before the model is loaded, if a file or folder of the split that is read is not there.
+    @property
+    def split(self) -> str:
+        """Name of the split of `VQADataModule` that is read."""
+        return SPLITS[self.stage]
 
-        Args:
-            split: name of the split; None: that of the loop.
-        """
-        split = split or SPLITS[self.stage]
+    def require_files(self) -> None:
+        """Raise DataError, before the model is loaded, if a file or folder of the split that is read is not there."""
+        split = self.split
         given = self.config.get(f"data.init_args.{split}") or {}
         for key in ("questions", "annotations", "images"):
             path = given.get(key)

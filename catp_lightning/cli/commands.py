@@ -93,8 +93,9 @@ class Calibrate(Command):
         require_writable(report_folder(path), folder=True)
         return [self.calibration]
 
-    def require_files(self, split: str | None = None) -> None:
-        super().require_files("calibration")
+    @property
+    def split(self) -> str:
+        return "calibration"
 
     def watching(self) -> list[Callback]:
         return [Watch(self.preparation, says=False)]  # calibration reports its progress by itself
