@@ -166,9 +166,7 @@ class Command(LightningCLI):
             path = given.get(key)
             if isinstance(path, str) and not os.path.exists(path):
                 raise DataError(
-                    f"{path}: there is no such {'folder' if key == 'images' else 'file'}, which data.{split}.{key} "
-                    "names. Relative paths begin at the working folder; `catp scenes --model NAME` writes what the "
-                    "configuration of a shipped model reads."
+                    f"{path}: there is no such {'folder' if key == 'images' else 'file'} (data.{split}.{key})."
                 )
 
     @abstractmethod

@@ -116,6 +116,9 @@ class Sweep(Command):
             config.trainer.devices = 1
         return []
 
+    def require_files(self) -> None:
+        pass  # scenes for a shipped model are written later, once all arguments are known to be right
+
     def watching(self) -> list[Callback]:
         return []  # the progress of a sweep is counted in jobs, not in batches
 
