@@ -30,8 +30,13 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as a shell starts what 
 
 torch.set_num_threads(1)  # the same sums in the same order with any number of workers
 
-settings.register_profile("catp", deadline=None, derandomize=True)  # a busy machine is slow, not wrong
-settings.load_profile("catp")
+# A busy machine is slow, not wrong. The fast tests try fewer examples than `make test-all` does.
+settings.register_profile("fast", deadline=None, derandomize=True, max_examples=30)
+settings.register_profile("all", deadline=None, derandomize=True)
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    settings.load_profile("fast" if config.getoption("markexpr") == "not slow" else "all")
 
 
 @pytest.fixture(autouse=True)

@@ -73,7 +73,26 @@ def schedules(rows: Sequence[Row], fast: Sequence[Row]) -> pytest.MarkDecorator:
     return pytest.mark.parametrize(("row", "stages"), [*late, *three])
 
 
-every_schedule = schedules(MODELS, [LLAMA, OPT, QWEN, WINDOWED[0]])
+COVERED = {LLAMA: STAGES, MISTRAL: [LATE], QUESTIONED: [LATE], WINDOWED[1]: [LATE]}
+"""Stages of each model that are no slow test: all of one model, and of each other one `LATE`, or by default `THREE`."""
+
+
+def covering(stages: Sequence[tuple[int, ...]]) -> pytest.MarkDecorator:
+    """Every model with all of `stages`, which are slow but for `COVERED`."""
+    return pytest.mark.parametrize(
+        ("row", "stages"),
+        [
+            pytest.param(
+                row, own, id=f"{row}, {own}", marks=() if own in COVERED.get(row, [THREE]) else pytest.mark.slow
+            )
+            for row in MODELS
+            for own in stages
+        ],
+    )
+
+
+every_schedule = covering([LATE, THREE])
+every_model_and_stage = covering(STAGES)
 LAST_ROW = {Signal.LAST_TOKEN_ATTENTION: (-1,)}
 
 
