@@ -3,6 +3,7 @@
 import os
 import signal
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # a test that needs the hub fails at once instead of waiting for it
@@ -14,6 +15,7 @@ os.environ["TOKENIZERS_PARALLELISM"] = "false"  # otherwise tokenizers warns aft
 import pytest
 import torch
 from hypothesis import settings
+from lightning.fabric.utilities import registry
 
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # read when Triton is imported, if it is there: its kernels run on the CPU
@@ -43,6 +45,14 @@ def pytest_configure(config: pytest.Config) -> None:
 def _seed() -> None:
     """Seed torch, so that a test draws the same numbers alone or after others."""
     torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _looked_up_once() -> Iterator[None]:
+    """Lightning looks for callbacks of installed packages for each Trainer, which takes as long as to make it."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(registry, "entry_points", cache(registry.entry_points))
+        yield
 
 
 @pytest.fixture

@@ -60,7 +60,6 @@ METHODS = {
 FAST = {
     "Llava": ("fastervlm", "fastv", "visual-exit"),
     "Mllama": ("trimmed-llama",),
-    "Qwen3-VL": ("cdpruner",),
     "Blip2-T5": ("catp",),
 }
 """Those of `METHODS` that are no slow test: each kind of replay, before the decoder and inside."""

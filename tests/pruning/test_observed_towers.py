@@ -38,7 +38,7 @@ def cases(names: Container[str]) -> pytest.MarkDecorator:
 
 
 every_case = cases({*BY_NAME, "Qwen3-VL, videos", "LightOnOCR"})
-every_kind = cases({"Llava", "VideoLlava", "Qwen2.5-VL", "Qwen3-VL, videos", "InternVL", "Gemma3", "Mistral3"})
+every_kind = cases({"Llava", "Qwen2.5-VL", "Qwen3-VL, videos", "InternVL", "Mistral3"})
 """A case by default for each way in which a tower's attention becomes that of tokens."""
 
 
