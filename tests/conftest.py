@@ -1,5 +1,6 @@
 """Settings that hold for every test, doctests included; set on import, before any library reads them."""
 
+import gc
 import os
 import signal
 from collections.abc import Iterator
@@ -39,6 +40,12 @@ settings.register_profile("all", deadline=None, derandomize=True)
 
 def pytest_configure(config: pytest.Config) -> None:
     settings.load_profile("fast" if config.getoption("markexpr") == "not slow" else "all")
+
+
+def pytest_collection_finish() -> None:
+    """What is imported stays: the collector would look at it again and again, for a tenth of the time of all tests."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True)

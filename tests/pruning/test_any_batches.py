@@ -26,7 +26,7 @@ def _wants(row: Row) -> bool:
 
 
 @pytest.mark.parametrize("name", ["Blip2-OPT", "Llava"])
-@settings(max_examples=8)
+@settings(max_examples=settings.default.max_examples // 6)
 @given(seed=st.integers(0, 2**32), share=st.sampled_from([0.0, 0.1, 0.5, 0.9]), pads=st.integers(0, 3))
 def test_dropping_any_tokens_equals_masking_them_under_any_padding(
     name: str, seed: int, share: float, pads: int

@@ -37,9 +37,7 @@ def policy(tmp_path_factory: pytest.TempPathFactory) -> PruningPolicy:
 
 
 @pytest.fixture(scope="module")
-def frozen() -> Iterator[None]:
+def frozen() -> None:
     """What was there before is looked at no more: the collector has only to do with what is made here."""
     gc.collect()
     gc.freeze()
-    yield
-    gc.unfreeze()
