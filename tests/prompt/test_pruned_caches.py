@@ -13,6 +13,7 @@ from transformers import DynamicCache, PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutput
 
 from catp_lightning import PruningError, PruningPolicy, prune
+from catp_lightning.pruning.answers import compare_with_unpruned
 from catp_lightning.pruning.pruner import applied
 from tests.support.caches import FEW, INSIDE, WHOLE, every_place, kept_by, loop, words
 from tests.support.decoder_oracle import Decoder
@@ -234,3 +235,27 @@ def test_a_cache_emptied_after_a_call_that_failed_serves_another() -> None:
     cache.reset()
     with prune(model, EVERYTHING, choose=uneven()):
         assert torch.equal(model(**inputs, **{CACHE: cache}).logits, expected)
+
+
+@pytest.mark.filterwarnings("ignore:`past_key_values` is deprecated")  # transformers 5.24 prefers cache, and takes both
+@pytest.mark.parametrize("name", [*dict.fromkeys(("past_key_values", CACHE))])
+@pytest.mark.parametrize("policy", [EVERYTHING, INSIDE], ids=lambda policy: policy.scorer)
+def test_a_cache_is_decoded_or_refused_under_each_name_that_transformers_takes(
+    name: str, policy: PruningPolicy
+) -> None:
+    row = BY_NAME["Llava"]
+    model, inputs = row.model(), row.inputs([0])
+    step = {
+        "input_ids": words(inputs)[:, :1],
+        "attention_mask": torch.nn.functional.pad(inputs["attention_mask"], (0, 1), value=1),
+    }
+    with applied(model, policy, **kept_by(policy)) as pruner:
+        expected = model(**step, **{CACHE: cache_of(model(**inputs, use_cache=True))}).logits
+        cache = cache_of(model(**inputs, use_cache=True))
+        found = model(**step, **{name: cache})
+        assert torch.equal(found.logits, expected) and cache_of(found) is cache
+        assert cache.layers[-1].keys.shape[2] < step["attention_mask"].shape[1], "not shortened"
+        with compare_with_unpruned(pruner), pytest.raises(PruningError, match="was given a filled cache"):
+            model.generate(**inputs, **{name: cache}, max_new_tokens=2)
+    with pytest.raises(PruningError, match="holds a pruned prompt"):
+        model(**step, **{name: cache})
