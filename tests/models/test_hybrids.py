@@ -108,6 +108,8 @@ def test_inside_the_decoder_nothing_can_be_dropped(row: Row) -> None:
 @pytest.mark.usefixtures("in_float64")
 @hybrids
 def test_a_second_turn_on_the_cache_equals_reading_all_of_it_at_once(row: Row) -> None:
+    if OLDEST and row.name == "LFM2-VL":
+        pytest.skip("transformers 5.13 convolves one new column at a time, and reads several wrongly, unpruned as well")
     model, inputs = row.model(), row.inputs([1])
     types = inputs.pop("mm_token_type_ids", None)
     settings: dict[str, Any] = {"max_new_tokens": 3, "min_new_tokens": 3, "do_sample": False, "output_logits": True}

@@ -17,7 +17,7 @@ from catp_lightning.pruning.answers import compare_with_unpruned
 from catp_lightning.pruning.pruner import applied
 from tests.support.caches import FEW, INSIDE, WHOLE, every_place, kept_by, loop, words
 from tests.support.decoder_oracle import Decoder
-from tests.support.families import BY_NAME
+from tests.support.families import BY_NAME, OLDEST
 from tests.support.matrix import EVERYTHING, cases, exact, rows_where, scale, uneven
 from tests.support.oracles import CACHE, Inputs, cache_of
 from tests.support.rows import Row
@@ -215,6 +215,7 @@ def test_an_empty_cache_that_is_given_to_generate_is_filled_and_decoded() -> Non
     assert torch.equal(found, expected)
 
 
+@pytest.mark.skipif(OLDEST, reason="reset of transformers 5.13 makes a cache zeros, and leaves it as long as it was")
 def test_a_cache_emptied_after_a_call_that_failed_serves_another() -> None:
     row = BY_NAME["Llava"]
     model, inputs = row.model(), row.inputs()
