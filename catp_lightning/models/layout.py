@@ -72,6 +72,8 @@ class Layout:
 
     def padded(self, flat: Tensor) -> Tensor:
         """Regroup values of all visual tokens, in the order of placeholders, by image: [N, ...] -> [I, T, ...]."""
+        if on_cpu(self.valid)[0].all():
+            return flat.unflatten(0, self.valid.shape)
         found = flat.new_zeros(self.valid.numel(), *flat.shape[1:])
         return found.index_copy(0, places(self.valid, flat), flat).unflatten(0, self.valid.shape)
 

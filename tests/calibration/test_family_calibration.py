@@ -58,18 +58,11 @@ METHODS = {
     "InstructBlip-T5": ("catp",),
 }
 FAST = {
-    "Llava": ("fastervlm", "divprune", "downsample", "fastv", "visual-exit"),
-    "Blip2-OPT": ("catp",),
-    "InstructBlip": ("cross-attention",),
+    "Llava": ("fastervlm", "fastv", "visual-exit"),
     "Mllama": ("trimmed-llama",),
-    "Qwen2.5-VL": ("fastervlm",),
-    "Qwen3-VL": ("cdpruner",),
-    "LFM2-VL": ("divprune",),
-    "Gemma3": ("divprune",),
-    "Mistral3, sliding window": ("divprune",),
     "Blip2-T5": ("catp",),
 }
-"""Those of `METHODS` that are no slow test: each kind of signal, and each kind of replay."""
+"""Those of `METHODS` that are no slow test: each kind of replay, before the decoder and inside."""
 
 
 def calibrate(row: Row, path: Path, **options: Any) -> PruningPolicy:

@@ -89,6 +89,7 @@ def test_a_process_without_a_batch_takes_part_before_and_after(
     same_result(tmp_path, expected)
 
 
+@pytest.mark.slow
 def test_a_calibration_interrupted_by_an_exception_goes_on(
     undisturbed: tuple[Path, list[str]], path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -56,7 +56,7 @@ def test_where_no_budget_holds_the_policy_prunes_nothing_and_can_be_used(tmp_pat
     module, batches = Generating(faint_blip2(dtype=torch.float64)), data(40, 20, torch.float64)
     module.net.language_projection.weight.data *= 20  # hardly an answer survives
     callback = CrossAttentionCalibration(
-        tmp_path / "p.json", keep=[2, 1], max_disagreement=0.2, confidence=0.5, settings=QUICK
+        tmp_path / "p.json", keep=[2, 1], scorer="catp", max_disagreement=0.2, confidence=0.5, settings=QUICK
     )
     trainer(callback).predict(module, loading(batches))
     (policy,) = callback.policies

@@ -22,6 +22,7 @@ from tests.support.modules import Generating
 from tests.support.stages import LLAMA
 from tests.support.trainers import loading, trainer
 
+BATCHES = 3  # enough for what is tested, and most of the time goes with them
 PRICES = {"tokens_per_layer": [0.6, 0.4]}
 
 
@@ -30,7 +31,7 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[PruningP
     """The folder of a calibration at two prices, and its policies."""
     place = tmp_path_factory.mktemp("prices")
     callback = CrossAttentionCalibration(place, budget=PRICES, settings=QUICK)
-    trainer(callback).predict(Generating(LLAMA.model(), SETTINGS), loading(data(LLAMA)))
+    trainer(callback).predict(Generating(LLAMA.model(), SETTINGS), loading(data(LLAMA)[:BATCHES]))
     return place, callback.policies
 
 
@@ -39,7 +40,7 @@ def test_what_is_measured_of_a_schedule_is_what_pruning_does(found: tuple[Path, 
     _, policies = found
     for policy in policies:
         chosen = figures(policy, policy.evidence["chosen"])
-        assert chosen["check"]["agreement"] == pytest.approx(agreement(LLAMA, policy)[1], abs=1e-12)
+        assert chosen["check"]["agreement"] == pytest.approx(agreement(LLAMA, policy, batches=BATCHES)[1], abs=1e-12)
         names = [row["name"] for row in policy.evidence["candidates"]]
         assert any(", fastv at layer" in name or ", sparsevlm at layer" in name for name in names), "schedules competed"
         assert {"random", "l2-norm", "diversity of outputs"} <= set(names), "at the same price"
@@ -54,7 +55,7 @@ def test_a_policy_costs_what_its_evidence_says_and_no_more_than_its_price(
         paid, full, model = 0.0, 0.0, LLAMA.model()
         read: list[Any] = []
         with applied(model, policy, on_prefill=read.append), torch.no_grad():
-            for batch in data(LLAMA):
+            for batch in data(LLAMA)[:BATCHES]:
                 model.generate(**batch, **SETTINGS)
         for prefill in read:
             paid, full = paid + prefill.tokens_per_layer.sum().item(), full + prefill.counts.sum().item()

@@ -29,7 +29,7 @@ def test_predictions_stay_the_usual_ones_and_the_model_what_it_was(tmp_path: Pat
     module, batches = Generating(settings=settings), data(24, 8)
     before = footprint(module.net)
     expected = [module.net.generate(**batch, **settings) for batch in batches]
-    callback = CrossAttentionCalibration(tmp_path / "policy.json", settings=QUICKEST)
+    callback = CrossAttentionCalibration(tmp_path / "policy.json", scorer="catp", settings=QUICKEST)
     predictions = trainer(callback).predict(module, loading(batches))
     assert all(torch.equal(a, b) for a, b in zip(predictions, expected, strict=True))
     assert footprint(module.net) == before

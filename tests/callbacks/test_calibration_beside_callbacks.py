@@ -95,7 +95,7 @@ def _restored() -> Iterator[None]:
     torch.use_deterministic_algorithms(False)
 
 
-SLOW = ("tqdm", "inference_mode=False", "deterministic", "profiler")
+SLOW = ("rich", "tqdm", "inference_mode=False", "deterministic", "profiler")
 
 
 @pytest.mark.usefixtures("_restored")

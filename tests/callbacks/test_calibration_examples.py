@@ -16,11 +16,14 @@ from catp_lightning.calibration.split import part_of
 from catp_lightning.callbacks import calibration, calibration_examples
 from catp_lightning.callbacks.calibration_examples import BATCHES, wanted_samples
 from catp_lightning.pages import Example
-from tests.support.calibrations import QUICK, data, images_of
+from tests.support.calibrations import data, images_of
 from tests.support.footprints import footprint
 from tests.support.models import faint_blip2, greedily
 from tests.support.modules import Generating
+from tests.support.small_calibrations import QUICKEST
 from tests.support.trainers import loading, trainer
+
+pytestmark = pytest.mark.usefixtures("one_pixel")
 
 
 class Counting(Generating):
@@ -35,13 +38,15 @@ class Counting(Generating):
 
 def calibrated(path: Path, **settings: Any) -> tuple[Counting, CrossAttentionCalibration]:
     module = Counting(faint_blip2(0.2), greedily(2))
-    callback = CrossAttentionCalibration(path, settings=QUICK, **settings)
+    callback = CrossAttentionCalibration(path, scorer="catp", settings=QUICKEST, **settings)
     trainer(callback).predict(module, loading(data(48, 8)))
     return module, callback
 
 
 @pytest.fixture(scope="module")
-def shown(tmp_path_factory: pytest.TempPathFactory) -> tuple[list[Example], Counting, list[PruningPolicy], str]:
+def shown(
+    tmp_path_factory: pytest.TempPathFactory, one_pixel: None
+) -> tuple[list[Example], Counting, list[PruningPolicy], str]:
     """The examples of a calibration for two budgets, its module, its policies and its page."""
     folder, kept = tmp_path_factory.mktemp("examples"), list[Example]()
     with pytest.MonkeyPatch.context() as patch:
@@ -67,7 +72,7 @@ def test_examples_are_of_the_checking_part_with_the_answers_that_prune_gives(
 ) -> None:
     examples, module, policies, _ = shown
     (whole,) = data(48, 48)
-    checked = part_of(images_of([whole]), QUICK.checked) == 1
+    checked = part_of(images_of([whole]), QUICKEST.checked) == 1
     samples = [{name: value[row : row + 1] for name, value in whole.items()} for row in checked.nonzero()[:, 0]]
     with torch.no_grad():
         for policy in policies:
@@ -122,8 +127,9 @@ def test_a_step_that_fails_under_a_policy_costs_the_examples_alone_and_leaves_th
 
     module = Failing(faint_blip2(0.2), greedily(2))
     before = footprint(module)
+    callback = CrossAttentionCalibration(tmp_path, scorer="catp", settings=QUICKEST)
     with pytest.warns(UserWarning, match=r"no examples, for they failed \(RuntimeError: planted\)"):
-        trainer(CrossAttentionCalibration(tmp_path, settings=QUICK)).predict(module, loading(data(48, 8)))
+        trainer(callback).predict(module, loading(data(48, 8)))
     assert footprint(module) == before and (tmp_path / "report/report.html").is_file()
 
 

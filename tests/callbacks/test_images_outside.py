@@ -44,7 +44,7 @@ def data(batches: int = 4) -> list[Batch]:
 
 def calibrated(path: Path, **settings: Any) -> PruningPolicy:
     """By divprune, and without fingerprints: nothing tells that it is tested on its own images."""
-    callback = CrossAttentionCalibration(path, keep=0.5, settings=QUICKEST, **settings)
+    callback = CrossAttentionCalibration(path, keep=0.5, scorer="divprune", settings=QUICKEST, **settings)
     trainer(callback, devices=1).predict(Asking(), loading(data(8)))
     found = PruningPolicy.load(path)
     evidence = {name: value for name, value in found.evidence.items() if name != "images"}

@@ -60,15 +60,15 @@ def test_the_step_runs_once_on_each_batch_and_the_policy_is_that_of_running_it_f
 def test_a_run_that_was_interrupted_in_a_later_pass_goes_on_by_reading_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    expected, _ = calibrated(tmp_path / "whole", keep=0.5)
+    expected, _ = calibrated(tmp_path / "whole", keep=0.5, scorer="catp")
 
     def broken(*_: Any) -> None:
         raise RuntimeError("planted")
 
     with monkeypatch.context() as patch, pytest.raises(RuntimeError, match="planted"):
         patch.setattr(Check, "compare", broken)
-        calibrated(tmp_path / "part", keep=0.5)
-    found, steps = calibrated(tmp_path / "part", keep=0.5)
+        calibrated(tmp_path / "part", keep=0.5, scorer="catp")
+    found, steps = calibrated(tmp_path / "part", keep=0.5, scorer="catp")
     assert found == expected and steps > 4, "nothing of the interrupted run is in memory"
 
 

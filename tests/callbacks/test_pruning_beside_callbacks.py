@@ -67,7 +67,7 @@ class PrunedByHand(Backboned):
             super().validation_step(batch, batch_idx)
 
 
-QUICK = {"EarlyStopping", "EMAWeightAveraging", "LearningRateMonitor", "ModelCheckpoint", "StochasticWeightAveraging"}
+QUICK = {"EarlyStopping", "LearningRateMonitor", "ModelCheckpoint", "StochasticWeightAveraging"}
 
 
 @pytest.mark.parametrize(

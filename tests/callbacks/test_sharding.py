@@ -62,8 +62,8 @@ def blip2_model(attention: str) -> tuple[Any, Sample]:
     ("make", "scorer", "attention"),
     [
         (blip2_model, "catp", "eager"),
-        (blip2_model, "catp", "sdpa"),
-        (llava_model, "fastervlm", "eager"),
+        pytest.param(blip2_model, "catp", "sdpa", marks=pytest.mark.slow),
+        pytest.param(llava_model, "fastervlm", "eager", marks=pytest.mark.slow),
         (llava_model, "fastv", "sdpa"),
         pytest.param(llava_model, "fastervlm", "sdpa", marks=pytest.mark.slow),
         pytest.param(llava_model, "fastv", "eager", marks=pytest.mark.slow),

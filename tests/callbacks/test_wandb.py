@@ -19,11 +19,13 @@ from tests.support.trainers import loading, trainer
 
 
 @pytest.fixture
-def run(tmp_path: Path) -> tuple[list[Any], list[PruningPolicy], Path]:
+def run(tmp_path: Path, one_pixel: None) -> tuple[list[Any], list[PruningPolicy], Path]:
     import wandb
 
     logger = WandbLogger(project="catp", save_dir=str(tmp_path), offline=True)
-    callback = CrossAttentionCalibration(tmp_path / "policies", keep=[0.5, 2], settings=QUICKEST)
+    callback = CrossAttentionCalibration(
+        tmp_path / "policies", keep=[0.5, 2], scorer="catp", settings=QUICKEST, examples=0
+    )
     trainer(callback, logger=logger).predict(Generating(faint_blip2(0.2), greedily(1)), loading(data(32, 32)))
     wandb.finish()
     (file,) = tmp_path.glob("wandb/offline-run-*/run-*.wandb")

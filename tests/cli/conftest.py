@@ -35,6 +35,13 @@ def in_own_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture
+def undrawn(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Figures of reports are written, but not drawn."""
+    monkeypatch.setattr("catp_lightning.calibration.report.report.png", lambda figure: b"\x89PNG")
+
+
+@pytest.fixture
 def no_report(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Calibrations draw no figures."""
+    """Calibrations write no report, and answer nothing again for its examples."""
     monkeypatch.setattr("catp_lightning.callbacks.calibration.report", lambda *_: [])
+    monkeypatch.setattr("catp_lightning.callbacks.calibration.examples_of", lambda *_: [])

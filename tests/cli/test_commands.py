@@ -51,6 +51,7 @@ class WithoutCalibration(VQADataModule):
     calibration_dataloader = property()  # hasattr says no
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_a_policy_is_calibrated_validated_and_predicted_with(made, capsys):
     catp(made, "calibrate", "--output", "policies")
     policy = PruningPolicy.load("policies/policy.json")

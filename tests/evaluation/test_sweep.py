@@ -86,14 +86,25 @@ def test_the_best_method_of_a_budget_stands_first(swept: Path) -> None:
         assert shown[1:] == sorted(shown[1:], reverse=True)
 
 
+@pytest.mark.slow
 def test_the_same_command_again_runs_nothing_and_ends_in_the_same_bytes(swept: Path, capsys) -> None:
-    before = jobs(swept)
-    files = {path: path.read_bytes() for path in swept.glob("digits_blip2/*.*")}
+    same_again(swept, ARGS, JOBS, capsys)
+
+
+@pytest.mark.usefixtures("undrawn")
+def test_a_small_command_again_runs_nothing_and_ends_in_the_same_bytes(tmp_path: Path, capsys) -> None:
+    args = ["--models", "digits_blip2", "--questions", 8, "--scorers", "stride", "--keep", "4"]
+    same_again(sweep(tmp_path, *args), args, 1, capsys)
+
+
+def same_again(folder: Path, args: list[Any], count: int, capsys) -> None:
+    before = jobs(folder)
+    files = {path: path.read_bytes() for path in folder.glob("digits_blip2/*.*")}
     assert len(files) == 4
     capsys.readouterr()
-    sweep(swept, *ARGS)
-    assert f"{JOBS} of {JOBS} jobs were finished by an earlier run" in " ".join(capsys.readouterr().out.split())
-    assert jobs(swept) == before
+    sweep(folder, *args)
+    assert f"{count} of {count} jobs were finished by an earlier run" in " ".join(capsys.readouterr().out.split())
+    assert jobs(folder) == before
     assert {path: path.read_bytes() for path in files} == files
 
 

@@ -89,6 +89,7 @@ def opened(request: pytest.FixtureRequest, browser: Any, swept: Path) -> Iterato
         yield found
 
 
+@pytest.mark.slow
 def test_the_page_fits_a_phone_and_a_desk_and_its_examples_are_clicked_through(opened: Opened, swept: Path) -> None:
     fits_and_asks_nothing(opened, page(swept))
     every, seen = examples(swept), opened.page.locator("figure.example:visible")

@@ -24,7 +24,7 @@ from tests.support.samples import Sample, pictures, prompts, with_counts
 from tests.support.small_configs import GATED, TOWER, clip
 
 pytestmark = pytest.mark.usefixtures("no_grad")
-QUICK = {"Llava", "Mllama", "Blip2-T5", "Gemma3"}
+QUICK = {"Llava", "Mllama", "Blip2-T5"}
 """One model of each kind, whose tests run by default."""
 
 

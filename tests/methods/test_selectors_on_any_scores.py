@@ -66,7 +66,7 @@ def select(selector: Selector, given: Mapping[str, Tensor]) -> Tensor:
 
 
 @pytest.mark.parametrize("selector", MAKES, ids=repr)
-@settings(max_examples=12)
+@settings(max_examples=settings.default.max_examples // 5)
 @given(given=rows())
 def test_a_selector_keeps_the_budgeted_number_of_tokens_that_exist_whatever_the_scores(
     selector: Selector, given: dict[str, Tensor]
@@ -88,7 +88,7 @@ def test_a_selector_keeps_the_budgeted_number_of_tokens_that_exist_whatever_the_
 
 
 @pytest.mark.parametrize("selector", MAKES, ids=repr)
-@settings(max_examples=8)
+@settings(max_examples=settings.default.max_examples // 6)
 @given(given=rows(), more=st.integers(1, 9))
 def test_a_row_is_chosen_from_alone_whatever_stands_beside_it_and_after_it(
     selector: Selector, given: dict[str, Tensor], more: int
@@ -114,7 +114,7 @@ ROUNDED = (SELECTORS["dpp"], SELECTORS["conditional-dpp"])
 """Beyond the kernel's rank, and among tokens that are equal, what these gain is rounding, which differs by shape."""
 
 
-@settings(max_examples=12)
+@settings(max_examples=settings.default.max_examples // 5)
 @given(seed=st.integers(0, 2**32), more=st.integers(1, 40), strength=st.sampled_from([-1.5, 0.0, 1.0, 200.0]))
 def test_the_determinants_set_of_a_row_does_not_depend_on_padding_either_up_to_its_rank(
     seed: int, more: int, strength: float

@@ -13,6 +13,7 @@ from catp_lightning import PolicyError, PruningError, PruningPolicy, TokenPrunin
 from catp_lightning.data.vqa import VQADataModule
 from catp_lightning.modules.compressor import CompressorTraining
 from tests.support.compressors import COMPRESSORS
+from tests.support.quick import quick
 from tests.support.tiny_vqa import build_model, opt_config, save_model, scenes, t5_config
 from tests.support.trainers import trainer
 
@@ -82,7 +83,7 @@ def test_the_loss_falls_and_the_model_stays_what_it_is_to_the_last_bit(
     assert all(not torch.equal(value, start[key]) for key, value in learner.state_dict().items()), "all weights learn"
 
 
-@pytest.mark.parametrize("name", COMPRESSORS)
+@pytest.mark.parametrize("name", quick(COMPRESSORS, {"quecc"}))
 def test_what_is_trained_is_what_the_policy_does(name: str, folder: str, data: VQADataModule, tmp_path: Path) -> None:
     learner = training(folder, name, 2)
     running = trainer(max_epochs=2)

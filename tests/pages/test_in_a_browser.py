@@ -17,6 +17,7 @@ from catp_lightning.safe_text import one_line
 from tests.support.browsers import WIDTHS, Opened, chromium, fits_and_asks_nothing, opening, texts
 from tests.support.hostile import HOSTILE, other_names
 from tests.support.paths import ROOT
+from tests.support.quick import quick
 
 EVIL = "".join(HOSTILE[name] for name in ("html", "image", "right to left", "no glyph")) + "\"'<script>owned=1</script>"
 WORDS = """function words(node) {
@@ -64,7 +65,7 @@ def browser() -> Iterator[Any]:
         yield found
 
 
-@pytest.fixture(scope="module", params=WIDTHS)
+@pytest.fixture(scope="module", params=quick(WIDTHS, {str(min(WIDTHS))}))
 def opened(request: pytest.FixtureRequest, browser: Any, file: Path) -> Iterator[Opened]:
     with opening(browser, file, request.param) as found:
         yield found

@@ -72,7 +72,9 @@ def read(file: Path, wrapped: bool) -> list[Any]:
     return [callback.policy for callback in made.trainer.callbacks if isinstance(callback, TokenPruning)]
 
 
-@pytest.mark.parametrize("forms", [tuple(FORMS), ("one token",), ("an object",)], ids=len)
+@pytest.mark.parametrize(
+    "forms", [tuple(FORMS), ("one token",), pytest.param(("an object",), marks=pytest.mark.slow)], ids=len
+)
 def test_a_printed_configuration_is_read_as_the_one_it_was_printed_from(tmp_path: Path, forms: tuple[str, ...]) -> None:
     """Those of paths stay paths; one form alone is that of a module."""
     given, expected = zip(*(FORMS[form] for form in forms), strict=True)

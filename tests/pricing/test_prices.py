@@ -24,7 +24,7 @@ from tests.support.stages import MODELS, deep
 RECURRENT = {"Qwen3.5", "Qwen3.5-MoE", "LFM2-VL"}
 TWO_ROUTERS = {"ERNIE-4.5-VL"}  # its experts are others for rows of images
 HALF_SEEN = {"Mllama": [2], "Mllama, last text that sees no image": [1]}  # the last text does not see all images
-QUICK = {"Llava", "Blip2-OPT", "Qwen2.5-VL", "Gemma3", "Blip2-T5"}
+QUICK = {"Llava", "Gemma3", "Blip2-T5"}
 
 
 def model_of(row: Row, attention: str = "eager") -> Any:

@@ -88,8 +88,16 @@ def rows(answer: Answer) -> list[list[int]]:
     return [ids[valid].tolist() for ids, valid in zip(answer.ids, answer.valid, strict=True)]
 
 
-@pytest.mark.parametrize("beams", [{}, BEAMS], ids=["greedy", "beams"])
-@pytest.mark.parametrize("case", CALLS)
+@pytest.mark.parametrize(
+    ("case", "beams"),
+    [
+        *(pytest.param(case, {}, id=f"{case}, greedy") for case in CALLS),
+        *(
+            pytest.param(case, BEAMS, id=f"{case}, beams", marks=() if case == "stop strings" else pytest.mark.slow)
+            for case in CALLS
+        ),
+    ],
+)
 def test_an_answer_ends_where_its_call_ended_it_whatever_its_batch(case: str, beams: ModelCall) -> None:
     model, batch = model_and_batch()
     together = rows(heard(model, batch, {**CALLS[case](), **beams}))

@@ -11,15 +11,16 @@ from catp_lightning.methods.selectors import SELECTORS
 from catp_lightning.prompt.merging import merge_groups
 from tests.support.decoder_oracle import Decoder
 from tests.support.families import BY_NAME, ROWS
-from tests.support.matrix import exact, generate, scale
+from tests.support.matrix import KIN, exact, generate, scale
 from tests.support.merging import Scripted, entering, groups, merged, of_one_image, policy, script, written
 from tests.support.oracles import Inputs, columns_kept, visual_columns
+from tests.support.quick import quick
 from tests.support.rows import Row
 
 pytestmark = pytest.mark.usefixtures("no_grad")
 DECODERS = [row for row in ROWS if isinstance(row.oracle, Decoder)]
 OTHERS = [row for row in ROWS if not isinstance(row.oracle, Decoder)]
-every_decoder = pytest.mark.parametrize("row", DECODERS, ids=repr)
+every_decoder = pytest.mark.parametrize("row", quick(DECODERS, {row.name for row in DECODERS} - KIN))
 
 
 @pytest.fixture(autouse=True)

@@ -13,15 +13,17 @@ from catp_lightning.methods.observation import Observation, Signal
 from tests.support.decoder_oracle import Decoder
 from tests.support.encoder_oracles import EncoderDecoder
 from tests.support.families import BY_NAME, ROWS
-from tests.support.matrix import exact
+from tests.support.matrix import KIN, exact
 from tests.support.observing import READ_AND_TEXT, SETTINGS, observed
 from tests.support.oracles import IMAGE, VIDEO, Inputs, hooked, visual_columns
+from tests.support.quick import quick
 from tests.support.rows import Row
 from tests.support.samples import Image, Sample, pictures
 
 pytestmark = pytest.mark.usefixtures("no_grad", "notes")
 READERS = [row for row in ROWS if not row.name.startswith("Mllama")]
-every_reader = pytest.mark.parametrize("row", READERS, ids=repr)
+QUICK = {row.name for row in READERS} - KIN
+every_reader = pytest.mark.parametrize("row", quick(READERS, QUICK))
 
 
 def frames(image: Image) -> list[int]:
@@ -136,7 +138,7 @@ def labels_from(inputs: Inputs, columns: Sequence[int]) -> Tensor:
     return labels.masked_fill(inputs["attention_mask"] == 0, -100)
 
 
-@pytest.mark.parametrize("row", [row for row in READERS if isinstance(row.oracle, Decoder)], ids=repr)
+@pytest.mark.parametrize("row", quick([row for row in READERS if isinstance(row.oracle, Decoder)], QUICK))
 def test_text_ends_where_labels_begin(row: Row) -> None:
     model, samples = row.model(), [sample for sample in row.samples() if sample.images]
     inputs = row.inputs()

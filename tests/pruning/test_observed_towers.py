@@ -1,5 +1,6 @@
 """Attention and keys of vision towers by token, after merging, windows, shuffling, pooling and packing."""
 
+from collections.abc import Container
 from copy import deepcopy
 from dataclasses import replace
 from typing import Any
@@ -22,15 +23,23 @@ from tests.support.tower_oracle import attended
 
 pytestmark = pytest.mark.usefixtures("no_grad", "notes")
 BOTH: Needs = {Signal.VISION_ATTENTION: None, Signal.VISION_KEYS: None}
-QUICK = {*BY_NAME, "Qwen3-VL, videos", "LightOnOCR"}
-every_case = pytest.mark.parametrize(
-    "case",
-    [
-        pytest.param(case, id=case.row, marks=() if case.row in QUICK else pytest.mark.slow)
-        for case in CASES
-        if case.row in ROWS
-    ],
-)
+
+
+def cases(names: Container[str]) -> pytest.MarkDecorator:
+    """Every case, slow but for those in `names`."""
+    return pytest.mark.parametrize(
+        "case",
+        [
+            pytest.param(case, id=case.row, marks=() if case.row in names else pytest.mark.slow)
+            for case in CASES
+            if case.row in ROWS
+        ],
+    )
+
+
+every_case = cases({*BY_NAME, "Qwen3-VL, videos", "LightOnOCR"})
+every_kind = cases({"Llava", "Qwen2.5-VL", "Qwen3-VL, videos", "InternVL", "Mistral3"})
+"""A case by default for each way in which a tower's attention becomes that of tokens."""
 
 
 def ordered(case: Case, seen: Observation) -> list[int]:
@@ -57,7 +66,7 @@ def test_each_token_gets_what_its_patches_get_where_the_tower_reads_the_image_al
     assert spread.max() > 1.5, "flat attention would prove nothing"
 
 
-@every_case
+@every_kind
 def test_the_order_of_samples_and_padding_change_nothing(case: Case) -> None:
     """Images are read before videos, wherever their placeholders are."""
     row = ROWS[case.row]
@@ -71,7 +80,7 @@ def test_the_order_of_samples_and_padding_change_nothing(case: Case) -> None:
         exact(turned.values[key], value[order], atol=1e-12)
 
 
-@every_case
+@every_kind
 @pytest.mark.parametrize("settings", [{}, {"use_cache": False}, {"num_beams": 2}], ids=["cached", "uncached", "beams"])
 def test_generate_sees_what_forward_does(case: Case, settings: dict[str, Any]) -> None:
     row = ROWS[case.row]
@@ -88,7 +97,7 @@ def test_generate_sees_what_forward_does(case: Case, settings: dict[str, Any]) -
             exact(seen.values[key], value, atol=1e-12)
 
 
-@every_case
+@every_kind
 def test_eager_attention_shows_the_same(case: Case) -> None:
     """Later layers read what eager attention computed, in float32 in most towers."""
     row = ROWS[case.row]
@@ -100,7 +109,7 @@ def test_eager_attention_shows_the_same(case: Case) -> None:
         exact(eager.values[key], value, atol=1e-12 if first else 2e-5)
 
 
-@every_case
+@every_kind
 def test_towers_are_left_as_they_were(case: Case) -> None:
     row = ROWS[case.row]
     model = settled(row)
@@ -109,7 +118,7 @@ def test_towers_are_left_as_they_were(case: Case) -> None:
     assert footprint(model) == before
 
 
-@every_case
+@every_kind
 def test_in_half_precision_values_are_single(case: Case) -> None:
     row = ROWS[case.row]
     model, inputs = row.model(torch.bfloat16), row.inputs(dtype=torch.bfloat16)

@@ -14,6 +14,7 @@ from tests.support.encoder_oracles import CrossAttention, EncoderDecoder
 from tests.support.families import BY_NAME
 from tests.support.matrix import EVERYTHING, chosen, exact, rows_where, scale, uneven
 from tests.support.oracles import CACHE, Inputs, cache_of, columns_kept
+from tests.support.quick import quick
 from tests.support.recurrent_oracle import Recurrent
 from tests.support.rows import Row
 
@@ -33,7 +34,8 @@ IN_DECODER = (
     "Mistral3, sliding window",
     "SmolVLM",
 )
-reading_images = pytest.mark.parametrize("row", [BY_NAME[name] for name in IN_DECODER], ids=repr)
+QUICK = {"Llava", "Qwen2.5-VL", "Gemma3", "PaliGemma"}
+reading_images = pytest.mark.parametrize("row", quick([BY_NAME[name] for name in IN_DECODER], QUICK))
 
 
 def few(tokens: Tensor) -> Tensor:
@@ -128,8 +130,19 @@ CHOICES = {"both pruned": (uneven(), few), "the second pruned": (whole, few), "t
 
 
 @lacking
-@pytest.mark.parametrize("choices", CHOICES.values(), ids=CHOICES.keys())
-@reading_images
+@pytest.mark.parametrize(
+    ("row", "choices"),
+    [
+        pytest.param(
+            BY_NAME[name],
+            choices,
+            id=f"{name}, {which}",
+            marks=() if name == "Llava" or which == "both pruned" else pytest.mark.slow,
+        )
+        for name in IN_DECODER
+        for which, choices in CHOICES.items()
+    ],
+)
 def test_an_image_in_the_second_turn_is_pruned_on_top_of_the_cache(row: Row, choices: tuple[Choice, Choice]) -> None:
     talk = Pictured(row, *choices)
     with prune(talk.model, EVERYTHING, choose=each(*choices)) as pruning:

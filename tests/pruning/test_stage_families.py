@@ -8,9 +8,10 @@ from tests.support.families import ROWS
 from tests.support.hybrid_families import HYBRID
 from tests.support.latest_families import LATEST
 from tests.support.layered_families import LAYERED
-from tests.support.matrix import cases
+from tests.support.matrix import MORE, cases
 from tests.support.newer_families import NEWER
 from tests.support.picture_families import PICTURED
+from tests.support.quick import quick
 from tests.support.recurrent_oracle import Recurrent
 from tests.support.rows import Row
 from tests.support.stage_merging import check_merging
@@ -30,7 +31,7 @@ def has_stages(row: Row) -> bool:
     return isinstance(row.oracle, Decoder) and row.name not in REFUSED
 
 
-@pytest.mark.parametrize("row", cases(has_stages))
+@pytest.mark.parametrize("row", quick(filter(has_stages, (*ROWS, *MORE)), {"Llava", "Qwen3-VL"}))  # others: test_stages
 def test_three_stages_equal_hiding_in_prefill_and_ten_decoding_steps(row: Row) -> None:
     row, stages = three_stages(row)
     check_dropping(row, row.model(), row.inputs(pads=1), stages, 0.01, row.tolerance(), STEPS)

@@ -10,18 +10,19 @@ from catp_lightning.models import find_family
 from catp_lightning.pruning.sites import PruneAtDecoderLayers, SiteSettings
 from tests.support.matrix import SAMPLED_BEAMS, STEPS, exact, generate, scale
 from tests.support.oracles import CACHE, cache_of, columns_kept, of_rows
+from tests.support.quick import quick
 from tests.support.rows import Row
 from tests.support.stages import (
+    LATE,
     LAYERS,
+    MODELS,
     OPT,
     QUESTIONED,
-    STAGES,
     MostAttended,
     Uneven,
     chosen,
-    every_model,
+    every_model_and_stage,
     every_schedule,
-    every_stage,
     makes_positions,
     masked,
     model_of,
@@ -32,15 +33,17 @@ from tests.support.stages import (
 pytestmark = pytest.mark.usefixtures("no_grad")
 
 
-@every_model
-@pytest.mark.parametrize(
-    ("stages", "dtype", "attention"),
-    [*((stages, torch.float64, None) for stages in STAGES), ((1, 3), torch.float32, "eager")],
-    ids=str,
-)
-def test_dropping_equals_hiding_from_later_layers_in_prefill_and_decoding(
-    row: Row, stages: tuple[int, ...], dtype: torch.dtype, attention: str | None
-) -> None:
+@every_model_and_stage
+def test_dropping_equals_hiding_from_later_layers_in_prefill_and_decoding(row: Row, stages: tuple[int, ...]) -> None:
+    _dropping_equals_hiding(row, stages, torch.float64, None)
+
+
+@pytest.mark.parametrize("row", quick(MODELS, {"Llava", "Gemma3"}))
+def test_dropping_equals_hiding_under_eager_attention_too(row: Row) -> None:
+    _dropping_equals_hiding(row, LATE, torch.float32, "eager")
+
+
+def _dropping_equals_hiding(row: Row, stages: tuple[int, ...], dtype: torch.dtype, attention: str | None) -> None:
     model, inputs = model_of(row, dtype, attention), row.inputs(dtype=dtype)
     full, keeps, choose = model(**inputs).logits, chosen(inputs, row, stages), Uneven()
     with stages_of(model, stages, choose).installed():
@@ -59,8 +62,7 @@ def test_dropping_equals_hiding_from_later_layers_in_prefill_and_decoding(
     assert torch.equal(tokens, oracle_tokens)
 
 
-@every_model
-@every_stage
+@every_model_and_stage
 def test_caches_are_as_long_as_what_is_left(row: Row, stages: tuple[int, ...]) -> None:
     model, inputs = model_of(row), row.inputs([1, 1, 1])  # of one length, so that nothing is padding
     keeps = chosen(inputs, row, stages)
@@ -200,8 +202,7 @@ def test_a_sample_does_not_depend_on_its_batch_or_padding(row: Row, stages: tupl
             exact(one.attention, found, atol=row.tolerance())
 
 
-@every_model
-@every_stage
+@every_model_and_stage
 def test_the_loss_leaves_out_labels_predicted_from_rows_gone_at_the_last_stage(
     row: Row, stages: tuple[int, ...]
 ) -> None:

@@ -48,24 +48,27 @@ BEFORE = {  # a row for each way in which families lay out their images, and a m
 MORE_BEFORE = ("Fuyu", "Molmo2", "Granite-Docling", "Step-3.7", "Gemma4", "LFM2-VL", "VideoLLaMA3, compressed videos")
 INSIDE = {"Llava": FASTV, "Qwen2.5-VL": FASTV, "Gemma3": FASTV, "Blip2-T5": FASTV}
 CASES = [
-    *(
-        pytest.param(BY_NAME[name], PruningPolicy(of, keep=0.5), 0, id=f"{name}, {of}")
-        for name, methods in BEFORE.items()
-        for of in methods
-    ),
-    *(pytest.param(MORE[name], PruningPolicy("l2-norm", keep=0.5), 0, id=name) for name in MORE_BEFORE if name in MORE),
-    *(pytest.param(BY_NAME[name], policy, 1, id=f"{name}, inside") for name, policy in INSIDE.items()),
+    *((BY_NAME[name], PruningPolicy(of, keep=0.5), 0, f"{name}, {of}") for name, own in BEFORE.items() for of in own),
+    *((MORE[name], PruningPolicy("l2-norm", keep=0.5), 0, name) for name in MORE_BEFORE if name in MORE),
+    *((BY_NAME[name], policy, 1, f"{name}, inside") for name, policy in INSIDE.items()),
 ]
+QUICK = {  # a model for each place where tokens leave, and a few layouts; rules have a test of their own
+    *("Llava, fastervlm", "LlavaNext, fastervlm", "Blip2-OPT, catp", "Blip2-T5, catp", "Mllama, l2-norm", "Molmo2"),
+    *("Qwen2.5-VL, fastervlm", "Mistral3, fastervlm", "SmolVLM, fastervlm", "Llava, inside", "Blip2-T5, inside"),
+}
 
 
-@pytest.mark.parametrize(("row", "policy", "stages"), CASES)
+@pytest.mark.parametrize(
+    ("row", "policy", "stages"),
+    [pytest.param(*case, id=name, marks=() if name in QUICK else pytest.mark.slow) for *case, name in CASES],
+)
 def test_a_prefill_waits_twice_and_a_decoding_step_never(row: Row, policy: PruningPolicy, stages: int) -> None:
     model, inputs = row.model(), row.inputs()
     with prune(model, policy) as pruning:
         with waiting() as prefill:
             generate(row, model, inputs, 1)
         with waiting() as steps:
-            generate(row, model, inputs, 4)
+            generate(row, model, inputs, 3)
     assert pruning.keep is not None and pruning.prefills == 2
     assert prefill.lines, "nothing was counted"
     assert len(prefill.lines) <= PREFILL + stages, "\n".join(prefill.lines)
@@ -88,17 +91,18 @@ def unknown_regions() -> None:
 
 
 def by_rule() -> list[Any]:
-    """Every rule, on the first model that tests try it on; on all others, which takes minutes, among the slow tests."""
+    """Every rule; by default each scorer and selector once, on the first model that tests try them on."""
     rules = [*RULES, *((name, counted(rule)) for name in ("Llava", "Mllama") for rule in OUTPUTS)]
-    seen: list[dict[str, Any]] = []
+    seen: set[tuple[Any, ...]] = set()
     found = []
     for name, rule in rules:
-        marks = pytest.mark.slow if rule in seen else ()
+        kind = (rule["scorer"], rule.get("selector"), *sorted(rule.keys() & {"routes", "counts"}))
+        marks = pytest.mark.slow if kind in seen else ()
         short = "-".join(
             map(str, (name, rule["scorer"], rule.get("selector", ""), *rule.keys() & {"routes", "counts"}))
         )
         found.append(pytest.param(name, rule, marks=marks, id=short))
-        seen.append(rule)
+        seen.add(kind)
     return found
 
 

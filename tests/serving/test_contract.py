@@ -19,6 +19,7 @@ from catp_lightning.serving import check_servable, kept_count, kept_tokens
 from tests.support.families import BY_NAME
 from tests.support.observing import Notes, observed
 from tests.support.questions import counted, routed
+from tests.support.quick import quick
 
 FEATURES = {"divprune", "l2-norm", "position", "stride", "random"}
 TOWER = {"fastervlm", "vtc-cls", "vispruner"}
@@ -60,7 +61,7 @@ def in_order(kept: Tensor, valid: Tensor) -> list[bool]:
     return kept[valid].tolist()
 
 
-@pytest.mark.parametrize("row", SERVED)
+@pytest.mark.parametrize("row", quick(SERVED, {"Llava", "LlavaNext", "Blip2-OPT"}))
 def test_the_functions_keep_what_prune_keeps_on_the_same_signals(row: str, monkeypatch: pytest.MonkeyPatch) -> None:
     model, inputs = BY_NAME[row].model(), BY_NAME[row].inputs()
     family = find_family(model)

@@ -16,8 +16,14 @@ from tests.support.rows import Row
 
 WHOLE, FEW = PruningPolicy("position", keep=1.0), PruningPolicy("position", keep=2)
 INSIDE = PruningPolicy("fastv", {"layer": 1}, keep=3)
+QUICK = [("Llava", EVERYTHING), ("Blip2-T5", EVERYTHING), ("Mllama", EVERYTHING), ("Llava", INSIDE)]
 EACH_PLACE = [
-    pytest.param(BY_NAME[name], policy, id=f"{name} {policy.scorer}")
+    pytest.param(
+        BY_NAME[name],
+        policy,
+        id=f"{name} {policy.scorer}",
+        marks=() if (name, policy) in QUICK else pytest.mark.slow,
+    )
     for name, policy in [
         ("Llava", EVERYTHING),
         ("Blip2-OPT", EVERYTHING),

@@ -227,8 +227,14 @@ FAULTS: list[tuple[type[BaseException], bool]] = [
 ]  # fmt: skip
 
 
-def every_place(runs: Runs, by_every_fault: bool) -> None:
-    """By every fault, the first time and the last that a run comes by; or by one, and at one of these, in turn."""
+def every_place(runs: Runs, by_every_fault: bool, every: int = 1) -> None:
+    """By every fault, the first time and the last that a run comes by; or by one, and at one of these, in turn.
+
+    Args:
+        runs: the runs.
+        by_every_fault: whether all faults are planted at a place.
+        every: how many places there are for each that is tried.
+    """
     places = runs.places()
     names = {place for place, _ in places}
     if not by_every_fault:
@@ -239,7 +245,7 @@ def every_place(runs: Runs, by_every_fault: bool) -> None:
     assert {"loader.iter", "forward of layer", "forward of decoder done", "logger.experiment"} <= names
     assert "logger.log_metrics" in names or (runs.kind, runs.stage) == ("wrapper", "predict")
     opened = open_files()
-    for count, (place, number) in enumerate(places):
+    for count, (place, number) in enumerate(places[::every]):
         told = place == "logger.log_metrics"  # in predict by us: errors end there, and nothing else does
         for error, second in FAULTS if by_every_fault or told else [FAULTS[count % len(FAULTS)]]:
             runs.fails(place, number, error("planted"), second)

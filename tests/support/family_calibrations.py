@@ -37,14 +37,17 @@ def data(row: Row) -> list[dict[str, Tensor]]:
 
 
 @torch.no_grad()
-def agreement(row: Row, policy: PruningPolicy, guide: nn.Module | None = None) -> tuple[float, float]:
+def agreement(
+    row: Row, policy: PruningPolicy, guide: nn.Module | None = None, batches: int = BATCHES
+) -> tuple[float, float]:
     """Share of answers as the unpruned model's when it really is pruned, on the learning part and on the other."""
     same, model = [], row.model()
     with applied(model, policy, guide=guide) as pruner, compare_with_unpruned(pruner) as comparison:
-        for batch in data(row):
+        for batch in data(row)[:batches]:
             model.generate(**batch, **SETTINGS)
             same.append(comparison.same.pop())
-    together, part = torch.cat(same).double(), part_of(first_images(row), CHECKED)
+    together = torch.cat(same).double()
+    part = part_of(first_images(row), CHECKED)[: len(together)]
     return together[part == 0].mean().item(), together[part == 1].mean().item()
 
 

@@ -31,9 +31,10 @@ def every(row: Row) -> bool:
 
 KIN = {
     *("LlavaNextVideo", "LlavaOnevision-video", "VipLlava", "Idefics3", "InstructBlip-T5", "InstructBlipVideo"),
-    *("Gemma3, image token outside the vocabulary", "Mistral3", "Qwen2-VL", "PaliGemma"),
+    *("Gemma3, image token outside the vocabulary", "Mistral3", "Qwen2-VL", "PaliGemma", "Pixtral"),
+    *("LlavaNext", "LlavaOnevision", "VideoLlava", "InternVL", "SmolVLM"),  # decoders as Llava's
 }
-"""Rows of `ROWS` whose code another one runs too: slow, as newer types are, in all tests but the first of dropping."""
+"""Rows of `ROWS` whose decoder another one has too: slow, as newer types are, but in the first test of dropping."""
 
 
 def cases(holds: Callable[[Row], bool], *more: object, name: str = "", quick: bool = False) -> list[Any]:

@@ -1,6 +1,8 @@
 """Small random models of real classes, and inputs for them."""
 
+from copy import deepcopy
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import torch
@@ -56,6 +58,13 @@ def random_blip2(
 
     Weights are larger than initialisation makes them: dropping a token must move the logits, or a test proves nothing.
     """
+    return deepcopy(_made(seed, shape, dtype, attention, batch, padded))  # quicker than to make another
+
+
+@cache
+def _made(
+    seed: int, shape: Shape, dtype: torch.dtype, attention: str, batch: int, padded: bool
+) -> tuple[Blip2ForConditionalGeneration, dict[str, Tensor]]:
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         vision = Blip2VisionConfig(

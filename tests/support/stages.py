@@ -22,6 +22,7 @@ from tests.support.decoder_oracle import Decoder
 from tests.support.families import BY_NAME
 from tests.support.matrix import STEPS, exact, generate, scale
 from tests.support.oracles import CACHE, Inputs, columns_kept, hidden_in, hooked, of_rows
+from tests.support.quick import quick
 from tests.support.rows import Row
 
 LAYERS = 4
@@ -58,7 +59,9 @@ LLAMA, OPT, QWEN, MISTRAL, QUESTIONED = (
 WINDOWED = [deep(BY_NAME[name]) for name in ("Gemma3", "PaliGemma", "PaliGemma2", "Mistral3, sliding window")]
 MODELS = [LLAMA, OPT, QWEN, MISTRAL, QUESTIONED, *WINDOWED]
 STAGES = [(1,), (2,), (1, 3), (0, 2), (0, 1, 3)]
-every_model = pytest.mark.parametrize("row", MODELS, ids=repr)
+every_model = pytest.mark.parametrize(
+    "row", quick(MODELS, {"Llava", "Blip2-OPT", "Qwen2.5-VL", "Gemma3", "PaliGemma2"})
+)
 # Qwen2.5-VL makes positions of a wrong shape where a mask is given to a decoding step without them, unpruned as well.
 makes_positions = pytest.mark.parametrize("row", [row for row in MODELS if not row.coordinates], ids=repr)
 every_stage = pytest.mark.parametrize("stages", STAGES, ids=str)
@@ -66,14 +69,42 @@ LATE, THREE = (1, 3), (0, 1, 3)
 
 
 def schedules(rows: Sequence[Row], fast: Sequence[Row]) -> pytest.MarkDecorator:
-    """Rows with the stages `LATE`, and with `THREE`: slow but for some of the rows."""
-    late = [pytest.param(row, LATE, id=f"{row}, {LATE}") for row in rows]
-    marked = [(row, () if row in fast else pytest.mark.slow) for row in rows]
-    three = [pytest.param(row, THREE, id=f"{row}, {THREE}", marks=marks) for row, marks in marked]
-    return pytest.mark.parametrize(("row", "stages"), [*late, *three])
+    """Rows with the stages `LATE`, and with `THREE`: one of them slow, for some rows the former. The first has both."""
+    return pytest.mark.parametrize(
+        ("row", "stages"),
+        [
+            pytest.param(
+                row,
+                stages,
+                id=f"{row}, {stages}",
+                marks=() if row is rows[0] or stages == (THREE if row in fast else LATE) else pytest.mark.slow,
+            )
+            for stages in (LATE, THREE)
+            for row in rows
+        ],
+    )
 
 
-every_schedule = schedules(MODELS, [LLAMA, OPT, QWEN, WINDOWED[0]])
+COVERED = {LLAMA: STAGES, MISTRAL: [LATE], QUESTIONED: [LATE], WINDOWED[1]: [LATE]}
+"""Stages of each model that are no slow test: all of one model, and of each other one `LATE`, or by default `THREE`."""
+
+
+def covering(stages: Sequence[tuple[int, ...]]) -> pytest.MarkDecorator:
+    """Every model with all of `stages`, which are slow but for `COVERED`."""
+    return pytest.mark.parametrize(
+        ("row", "stages"),
+        [
+            pytest.param(
+                row, own, id=f"{row}, {own}", marks=() if own in COVERED.get(row, [THREE]) else pytest.mark.slow
+            )
+            for row in MODELS
+            for own in stages
+        ],
+    )
+
+
+every_schedule = covering([LATE, THREE])
+every_model_and_stage = covering(STAGES)
 LAST_ROW = {Signal.LAST_TOKEN_ATTENTION: (-1,)}
 
 

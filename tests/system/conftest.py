@@ -12,9 +12,10 @@ from tests.support.small_calibrations import calibrate
 
 @pytest.fixture(scope="module")
 def undrawn() -> Iterator[None]:
-    """Figures of reports are written, but not drawn, which takes longer than a small calibration."""
+    """Figures of reports are written, but not drawn, and examples left out: both take longer than a calibration."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("catp_lightning.calibration.report.report.png", lambda figure: b"\x89PNG" * 200)
+        patch.setattr("catp_lightning.callbacks.calibration.examples_of", lambda *_: [])
         yield
 
 
@@ -29,13 +30,14 @@ def saving_often(undrawn: None) -> Iterator[None]:
 @pytest.fixture(scope="session")
 def policy(tmp_path_factory: pytest.TempPathFactory) -> PruningPolicy:
     """Of a calibration that nothing disturbs."""
-    return calibrate(tmp_path_factory.mktemp("undisturbed") / "p.json").policies[0]
+    with pytest.MonkeyPatch.context() as patch:
+        for part in ("report", "examples_of"):
+            patch.setattr(f"catp_lightning.callbacks.calibration.{part}", lambda *_: [])
+        return calibrate(tmp_path_factory.mktemp("undisturbed") / "p.json").policies[0]
 
 
 @pytest.fixture(scope="module")
-def frozen() -> Iterator[None]:
+def frozen() -> None:
     """What was there before is looked at no more: the collector has only to do with what is made here."""
     gc.collect()
     gc.freeze()
-    yield
-    gc.unfreeze()

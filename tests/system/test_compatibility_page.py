@@ -17,6 +17,7 @@ newest = pytest.mark.skipif(hf.__version__ != NEWEST, reason=f"the page is of tr
 quiet = pytest.mark.filterwarnings("ignore")
 
 
+@pytest.mark.slow
 @newest
 @quiet
 def test_the_page_is_what_its_program_writes() -> None:

@@ -124,8 +124,9 @@ def test_fitted_weights_are_used_in_the_votes_own_precision(default: torch.dtype
     assert torch.equal(weights, torch.tensor(scorer.head_weights, dtype=dtype))
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("undrawn")
-@pytest.mark.parametrize("default", [pytest.param(torch.float64, marks=pytest.mark.slow), torch.bfloat16], ids=str)
+@pytest.mark.parametrize("default", [torch.float64, torch.bfloat16], ids=str)
 def test_a_calibration_finds_the_same_policy(default: torch.dtype, tmp_path: Path) -> None:
     module, batches = Generating(), data(24, 12)
     expected = calibrate(module, batches, tmp_path / "expected.json", calibration=QUICKEST).policies[0]

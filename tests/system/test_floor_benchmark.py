@@ -54,6 +54,7 @@ def test_the_benchmark_writes_rows_and_the_machine(tmp_path: Path) -> None:
     assert found["machine"]["torch"] == torch.__version__ and "| fastv |" in (tmp_path / "bench.md").read_text()
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("no_grad")
 def test_parts_of_a_call_and_its_cache() -> None:
     model = llava("tiny", 144, CPU, torch.float32)
@@ -67,6 +68,7 @@ def test_parts_of_a_call_and_its_cache() -> None:
     assert model.config._attn_implementation == "sdpa"  # as before the eager call
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("no_grad")
 @pytest.mark.parametrize(("name", "kept"), list(zip(MODELS, (36 // 4, 32 // 4, 4 * 17 // 4), strict=True)))
 def test_models_of_other_families_answer_pruned(name: str, kept: int) -> None:
@@ -80,6 +82,7 @@ def test_models_of_other_families_answer_pruned(name: str, kept: int) -> None:
     assert pruned.cache < plain.cache and plain.parts.steps == STEPS
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="Linux alone tells the peak of a part of a run")
 def test_the_peak_is_that_of_the_part_alone() -> None:
     first = Held(CPU)

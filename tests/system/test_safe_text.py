@@ -3,6 +3,7 @@
 import ast
 import html
 import io
+import json
 import pickle
 import random
 import re
@@ -32,6 +33,7 @@ from catp_lightning.utils.markdown import markdown_table
 from catp_lightning.utils.messages import rank_zero_info, rank_zero_warn, warn
 from catp_lightning.utils.plots import png
 from tests.support.hostile import HOSTILE, other_names
+from tests.support.paths import ROOT
 from tests.support.reports import calibrated
 
 ACTING = ("Cc", "Cf", "Cs", "Co", "Zl", "Zp")
@@ -178,14 +180,16 @@ def test_a_calibrations_page_holds_names_as_they_are(policies: list[PruningPolic
         assert words.count(one_line(text).strip()) > 5
 
 
-def test_a_promises_groups_are_called_by_their_names_as_they_are(policies: list[PruningPolicy]) -> None:
+def test_a_promises_groups_are_called_by_their_names_as_they_are() -> None:
+    stored = json.loads((ROOT / "tests/golden/digits_llava-all-promise-0.json").read_text())
+    own = PruningPolicy.from_dict(stored[0])
     for text in HOSTILE.values():
         groups = [{"name": name, "images": 90, "questions": 180, "most_questions": 2} for name in (text, "other")]
         found = [{"name": group["name"], "disagreed": 3, "bound": 0.1} for group in groups]
         step = {"keep": 0.5, "disagreed": 6, "bound": 0.1, "tested": True, "holds": True, "groups": found}
         promise = {"max_disagreement": 0.2, "confidence": 0.9, "images": 90, "questions": 360, "most_questions": 2}
         of = {"over": "questions", "group_by": text, "group_confidence": 0.95, "groups": groups, "steps": [step]}
-        policy = replace(policies[0], evidence={**policies[0].evidence, "promise": {**promise, **of}})
+        policy = replace(own, evidence={**own.evidence, "promise": {**promise, **of}})
         written = promise_section(policy)
         words, tags = rendered(written)
         assert tags <= PLAIN and not acts(written, "\n") and words.count(one_line(text).strip()) == 2

@@ -36,11 +36,16 @@ class Page(HTMLParser):
 
 
 @pytest.fixture(scope="module")
-def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def sources(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("site")
     write(folder / "work", folder / "site", with_pictures=False)
-    assert build(folder / "work") == 0, "its warnings are in the captured output"
     return folder
+
+
+@pytest.fixture(scope="module")
+def built(sources: Path) -> Path:
+    assert build(sources / "work") == 0, "its warnings are in the captured output"
+    return sources
 
 
 @pytest.fixture(scope="module")
@@ -49,13 +54,23 @@ def pages(built: Path) -> dict[Path, Page]:
     return {file: Page(file) for file in found if file.name != "404.html"}  # its links begin at the host's root
 
 
+def names() -> set[str]:
+    """Of the pages of methods, schedules and families, and of some that are written by hand."""
+    found = {f"scorers/{name}" for name in SCORERS} | {f"selectors/{name}" for name in SELECTORS}
+    found |= {f"models/{family.__name__}" for family in FAMILIES} | {*WRITTEN, "index", "api/catp_lightning"}
+    return found | {f"schedules/{name}" for name in SCHEDULES}
+
+
+def test_every_method_schedule_and_family_has_a_source_of_its_page(sources: Path) -> None:
+    assert {name for name in names() if not (sources / "work/docs" / f"{name}.md").is_file()} == set()
+
+
+@pytest.mark.slow
 def test_every_method_schedule_and_family_has_a_page(built: Path) -> None:
-    names = {f"scorers/{name}" for name in SCORERS} | {f"selectors/{name}" for name in SELECTORS}
-    names |= {f"models/{family.__name__}" for family in FAMILIES} | {*WRITTEN, "index", "api/catp_lightning"}
-    names |= {f"schedules/{name}" for name in SCHEDULES}
-    assert {name for name in names if not (built / "site" / f"{name}.html").is_file()} == set()
+    assert {name for name in names() if not (built / "site" / f"{name}.html").is_file()} == set()
 
 
+@pytest.mark.slow
 def test_every_link_of_the_site_leads_somewhere(built: Path, pages: dict[Path, Page]) -> None:
     lost = []
     for file, page in pages.items():
@@ -71,6 +86,7 @@ def test_every_link_of_the_site_leads_somewhere(built: Path, pages: dict[Path, P
     assert not lost
 
 
+@pytest.mark.slow
 def test_nothing_is_loaded_from_elsewhere(pages: dict[Path, Page]) -> None:
     assert {target for page in pages.values() for target in page.loaded if re.match(r"([a-z]+:)?//", target)} == set()
 
@@ -82,9 +98,9 @@ def blocks(folder: Path) -> Iterator[tuple[str, str]]:
             yield str(file.relative_to(folder)), block
 
 
-def test_the_code_of_every_method_and_family_runs(built: Path) -> None:
+def test_the_code_of_every_method_and_family_runs(sources: Path) -> None:
     ran = []
-    for page, block in blocks(built / "work/docs"):
+    for page, block in blocks(sources / "work/docs"):
         exec(compile(block, page, "exec"), {"__name__": "page"})
         ran.append(page)
     assert len(ran) >= len(SCORERS) + len(SELECTORS) + len(SCHEDULES) + len(FAMILIES) - 1

@@ -13,8 +13,9 @@ from catp_lightning.methods.routing import Routed
 from catp_lightning.methods.scorers import Scorer
 from catp_lightning.methods.selection import images_to_samples
 from catp_lightning.methods.selectors import Selector
-from catp_lightning.methods.selectors.determinant import exact_similarity, greedy_ranks
+from catp_lightning.methods.selectors.determinant import greedy_ranks
 from catp_lightning.methods.selectors.dpp import DPP
+from catp_lightning.methods.selectors.similarity import exact_similarity
 
 KERNELS = 2**20  # elements of the DPP kernels that are held at a time, 8 MiB
 

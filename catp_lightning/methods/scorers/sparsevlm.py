@@ -121,7 +121,7 @@ def raters(read: Tensor, text: Tensor, valid: Tensor) -> Tensor:
     with torch.autocast(read.device.type, enabled=False):
         products = read.to(dtype) @ text.to(dtype).transpose(1, 2)
     shares = products.masked_fill(~valid[:, None], -torch.inf).softmax(-1).nan_to_num()  # NaN: a sample without text
-    own = torch.linalg.vector_norm(read, ord=math.inf, dim=-1).ne(0)
+    own = read.ne(0).any(-1)
     relevance = (shares * own[..., None]).sum(1) / own.sum(1, keepdim=True).clamp(min=1)
     above = valid & (relevance * valid.sum(1, keepdim=True) > 1 + 1e-5)  # a softmax over R rows: their average is 1 / R
     return above | (valid & ~above.any(1, keepdim=True))

@@ -1,5 +1,6 @@
 """The most probable set of a determinantal point process (DPP), found greedily, from a kernel or from vectors."""
 
+import math
 from dataclasses import dataclass
 
 import numpy as np
@@ -9,11 +10,14 @@ from torch import Tensor
 from catp_lightning.methods.precision import without_autocast
 from catp_lightning.methods.selectors.fused import fused
 from catp_lightning.methods.selectors.lazy import AT_ONCE, at_once, grow
-from catp_lightning.methods.selectors.similarity import cosine_similarity, unit_vectors
+from catp_lightning.methods.selectors.similarity import exact_similarity, exact_units
 from catp_lightning.utils.on_cpu import for_numpy
 
 RIDGE = 1e-4
 """Added to the kernel's diagonal, so that a choice of more tokens than the kernel's rank is still defined."""
+
+SHORT, FEW = 64, 4
+"""More than `FEW` rows of at most `SHORT` tokens are worked on together; on the CPU others take less one by one."""
 
 
 def determinant_ranks(vectors: Tensor, quality: Tensor, visual: Tensor, max_tokens: int) -> Tensor:
@@ -48,8 +52,8 @@ def determinant_ranks(vectors: Tensor, quality: Tensor, visual: Tensor, max_toke
 
 
 def weighted(similarity: Tensor, quality: Tensor) -> Tensor:
-    """DPP kernel diag(q) S diag(q): float [R, T, T] and [R, T] -> [R, T, T]."""
-    return (similarity * quality[:, :, None]).mul_(quality[:, None])
+    """DPP kernel diag(q) S diag(q): float [R, T, T], which it overwrites, and [R, T] -> [R, T, T]."""
+    return similarity.mul_(quality[:, :, None]).mul_(quality[:, None])
 
 
 def most_in_a_kernel(dtype: torch.dtype) -> float:
@@ -57,18 +61,12 @@ def most_in_a_kernel(dtype: torch.dtype) -> float:
     return torch.finfo(dtype).max ** 0.25
 
 
-def exact_similarity(vectors: Tensor) -> Tensor:
-    """Cosine similarity of all pairs of tokens, for DPP kernels: float [R, T, F] -> float64 [R, T, T].
+def exact_dtype(like: Tensor) -> torch.dtype:
+    """Dtype of DPP kernels on the device of `like`: float64, and float32 on Apple's GPUs, which have no other.
 
     Beyond the kernel's rank, at most F, a token's gain is close to 0. In float32 it would be mostly rounding error,
-    which differs by batch and device and would decide the choice. On Apple's GPUs, which have no float64, the result is
-    float32.
+    which would decide the choice.
     """
-    return cosine_similarity(vectors, exact_dtype(vectors))
-
-
-def exact_dtype(like: Tensor) -> torch.dtype:
-    """Dtype of DPP kernels on the device of `like`: float64, and float32 on Apple's GPUs."""
     return torch.float32 if like.device.type == "mps" else torch.float64
 
 
@@ -116,8 +114,11 @@ def _steps(kernel: Tensor, gain: Tensor, closed: Tensor, steps: int) -> tuple[Te
     factors = kernel.new_empty(len(kernel), steps, kernel.shape[1])
     chosen, gains = gain.new_empty(len(gain), steps, dtype=torch.int64), gain.new_empty(len(gain), steps)
     if kernel.shape[1]:
-        choose = _choose_in_numpy if for_numpy(kernel) else _choose
-        choose(kernel, gain, closed, chosen, gains, factors)
+        if for_numpy(kernel) and (len(kernel) <= FEW or kernel.shape[1] > SHORT):
+            for row in zip(kernel, gain, closed, chosen, gains, factors, strict=True):
+                _choose_alone(*row)
+        else:
+            _choose(kernel, gain, closed, chosen, gains, factors)
     return chosen, gains, factors
 
 
@@ -136,24 +137,24 @@ def _choose(kernel: Tensor, gain: Tensor, closed: Tensor, chosen: Tensor, gains:
         gain.sub_(column.square()).clamp_(min=RIDGE)
 
 
-def _choose_in_numpy(
-    kernel: Tensor, gain: Tensor, closed: Tensor, chosen: Tensor, gains: Tensor, factors: Tensor
-) -> None:
-    """`_choose`, bit by bit, by operations of NumPy, which take a fraction of the time where there is little to do.
+def _choose_alone(kernel: Tensor, gain: Tensor, closed: Tensor, chosen: Tensor, gains: Tensor, factors: Tensor) -> None:
+    """`_choose` for one row, without the first dimension, by operations of NumPy, which take a fraction of the time.
 
-    Products of matrices stay torch's: in NumPy's the columns of equal tokens can differ by rounding.
+    The factor has a multiple of 64 columns: where some are left over, a product with a vector may compute them in
+    another way, so that equal tokens would differ by rounding.
     """
-    rows = np.arange(len(kernel))
-    kernels, left, shut, columns = (value.detach().numpy() for value in (kernel, gain, closed, factors))
-    tokens, values = chosen.numpy(), gains.numpy()
+    tokens, steps = kernel.shape[0], len(chosen)
+    pairs, shut, order, values = (value.detach().numpy() for value in (kernel, closed, chosen, gains))
+    columns = np.zeros((steps, -(-tokens // 64) * 64), pairs.dtype)
+    left = gain.detach().numpy()
     open_, most_taken = np.where(shut, -np.inf, left), np.empty_like(left)
-    for step in range(chosen.shape[1]):
-        best = tokens[:, step] = open_.argmax(1)
-        values[:, step], pivot = open_[rows, best], left[rows, best]
-        shut[rows, best] = True
-        before = torch.from_numpy(columns[rows, :step, best][:, None]) @ factors[:, :step]
-        column = np.subtract(kernels[rows, best], before.numpy()[:, 0], out=columns[:, step])
-        column /= np.sqrt(pivot)[:, None]
+    for step in range(steps):
+        best = order[step] = open_.argmax()
+        values[step], pivot = open_[best], left[best]
+        shut[best] = True
+        column = columns[step, :tokens]
+        np.subtract(pairs[best], (columns[:step, best] @ columns[:step])[:tokens], out=column)
+        column /= math.sqrt(pivot)
         np.subtract(left, RIDGE, out=most_taken)
         np.sqrt(np.maximum(most_taken, 0, out=most_taken), out=most_taken)
         np.minimum(column, most_taken, out=column)
@@ -162,6 +163,7 @@ def _choose_in_numpy(
         np.maximum(left, RIDGE, out=left)
         np.copyto(open_, left)
         open_[shut] = -np.inf
+    factors.numpy()[:] = columns[:, :tokens]
 
 
 @dataclass(eq=False)
@@ -176,7 +178,7 @@ class _Volume:
         unit: float [n, F], the vectors u.
         quality: float [n], q.
         directions: float [steps, F], of which the first `count` are known.
-        along: float [steps, n], u_j . direction.
+        along: float [n, steps], u_j . direction.
         rest: float [n].
         gain: float [n], -inf for tokens that are chosen.
         count: number of tokens that are chosen.
@@ -193,15 +195,14 @@ class _Volume:
     @classmethod
     def of(cls, vectors: Tensor, quality: Tensor, steps: int) -> "_Volume":
         """Return the gains of n tokens from vectors [n, F] before any is chosen."""
-        unit = unit_vectors(vectors, exact_dtype(vectors))
-        unit = unit.masked_fill(~unit.isfinite().all(-1, keepdim=True), 0)  # similar to no other token
-        directions, along = (unit.new_empty(steps, width) for width in unit.shape[::-1])
+        unit = exact_units(vectors)
+        directions, along = unit.new_empty(steps, unit.shape[1]), unit.new_empty(len(unit), steps)
         return cls(unit, quality, directions, along, torch.ones_like(quality), quality.square() + RIDGE)
 
     def ahead(self, tokens: Tensor, steps: int) -> tuple[Tensor, Tensor]:
         """Choose as if there were only `tokens`."""
-        unit, along, quality = self.unit[tokens], self.along[: self.count, tokens], self.quality[tokens]
-        kernel = weighted((unit @ unit.T).addmm_(along.T, along, alpha=-1)[None], quality[None])
+        unit, along, quality = self.unit[tokens], self.along[tokens, : self.count], self.quality[tokens]
+        kernel = weighted((unit @ unit.T).addmm_(along, along.T, alpha=-1)[None], quality[None])
         closed = torch.zeros_like(tokens, dtype=torch.bool)
         chosen, gains, factors = _steps(kernel, self.gain[tokens][None], closed[None], steps)
         self._factors = factors[0].index_select(1, chosen[0]).T.tril_(-1)
@@ -211,13 +212,14 @@ class _Volume:
     def add(self, tokens: Tensor) -> None:
         """Choose `tokens`, the first of those that `ahead` gave last, and compute all gains anew."""
         few, new = len(tokens), slice(self.count, self.count + len(tokens))
-        left = self.unit[tokens].addmm_(self.along[: self.count, tokens].T, self.directions[: self.count], alpha=-1)
+        left = self.unit[tokens].addmm_(self.along[tokens, : self.count], self.directions[: self.count], alpha=-1)
         left *= self.quality[tokens, None]
         found = torch.linalg.solve_triangular(self._factors[:few, :few], left, upper=False).nan_to_num_(0.0, 0.0, 0.0)
         # At most 1 but for rounding, which beyond the rank of a kernel without a ridge is all that there is.
         self.directions[new] = found / found.norm(dim=-1, keepdim=True).clamp_(min=1)
-        along = torch.mm(self.directions[new], self.unit.T, out=self.along[new])
-        self.rest = (self.rest - along.square().sum(0)).clamp_(min=0)
+        along = self.directions[new] @ self.unit.T
+        self.along[:, new] = along.T
+        self.rest = (self.rest - along.square_().sum(0)).clamp_(min=0)
         closed = self.gain == -torch.inf
         self.gain = (self.quality.square() * self.rest + RIDGE).masked_fill_(closed, -torch.inf)
         self.gain[tokens] = -torch.inf

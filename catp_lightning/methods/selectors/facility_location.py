@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from catp_lightning.methods.precision import without_autocast
 from catp_lightning.methods.selectors.base import FeatureSelector
 from catp_lightning.methods.selectors.fused import fused
+from catp_lightning.methods.selectors.similarity import squared_distances, whole_units, whole_vectors
 from catp_lightning.utils.on_cpu import for_numpy
 
 STEPS = 1e6
@@ -40,8 +40,7 @@ class FacilityLocation(FeatureSelector):
         finite = visual & (vectors.abs().amax(-1) < torch.inf)
         lost = ~finite
         distance = self._distances(vectors.masked_fill(lost[..., None], 0))
-        farthest = distance.masked_fill(lost[:, None] | lost[..., None], 0).amax((1, 2))
-        nearest = farthest[:, None].expand_as(scores).masked_fill(lost, 0)
+        nearest = distance.amax((1, 2))[:, None].expand_as(scores).masked_fill(lost, 0)
         if not for_numpy(vectors) or visual.shape[1] <= TOGETHER:
             return _together(distance, nearest, finite, visual, max_tokens)
         found = [_alone(*row, max_tokens) for row in zip(distance, nearest, finite, visual, strict=True)]
@@ -53,14 +52,14 @@ class FacilityLocation(FeatureSelector):
         Numbers of steps are whole, since rounding errors, which differ by batch and device, would break ties between
         equal tokens; in float64 their sums are exact. They are the same in both directions.
         """
-        wide = torch.float32 if vectors.device.type == "mps" else torch.float64
-        vectors = vectors.to(wide)
-        if self.distance == "cosine":
-            vectors = F.normalize(vectors, dim=-1)
-        with without_autocast(vectors):
-            products = vectors @ vectors.transpose(1, 2)
-        squares = products.diagonal(dim1=1, dim2=2).clone()
-        found = (products + products.transpose(1, 2)).neg_().add_(squares[:, None] + squares[..., None]).clamp_(min=0)
+        if vectors.device.type == "mps":  # has no float64
+            vectors = vectors.float()
+            whole = F.normalize(vectors, dim=-1) if self.distance == "cosine" else vectors
+        elif self.distance == "cosine":
+            whole = whole_units(vectors).nan_to_num_(0)
+        else:
+            whole = whole_vectors(vectors)[0]
+        found = squared_distances(whole)
         found = found.sqrt_() if self.distance == "euclidean" else found
         return found.mul_(STEPS / found.mean((1, 2), keepdim=True).clamp(min=1e-30)).round_()
 
@@ -71,8 +70,8 @@ def _together(distance: Tensor, nearest: Tensor, finite: Tensor, visual: Tensor,
 
     Args:
         distance: float [R, T, T].
-        nearest: float [R, T], distance of each token to the nearest one kept, at the beginning the largest of all; 0
-            for tokens that do not count.
+        nearest: float [R, T], distance of each token to the nearest one kept, at the beginning one that is nowhere
+            exceeded; 0 for tokens that do not count.
         finite: bool [R, T], tokens whose distances are known.
         visual: bool [R, T], tokens that may be chosen.
         max_tokens: number of tokens of each row to rank.

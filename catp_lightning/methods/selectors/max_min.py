@@ -8,7 +8,7 @@ from torch import Tensor
 
 from catp_lightning.methods.selectors.base import FeatureSelector
 from catp_lightning.methods.selectors.fused import fused
-from catp_lightning.methods.selectors.similarity import rounded_similarity
+from catp_lightning.methods.selectors.similarity import inner_products, unit_vectors
 from catp_lightning.utils.on_cpu import for_numpy
 
 
@@ -23,7 +23,8 @@ class MaxMin(FeatureSelector):
     def ranks(self, scores: Tensor, visual: Tensor, max_tokens: int, vectors: Tensor | None) -> Tensor:
         assert vectors is not None  # `vectors` above always gives some
         finite = visual & ~vectors.isnan().any(-1)
-        similarity = rounded_similarity(vectors).masked_fill_(~finite[:, None], -torch.inf)
+        similarity = inner_products(unit_vectors(vectors)).round_(decimals=5)  # as `rounded_similarity`
+        similarity.nan_to_num_().masked_fill_(~finite[:, None], -torch.inf)
         similarity.diagonal(dim1=1, dim2=2).fill_(-torch.inf)
         choose = _choose_in_numpy if for_numpy(vectors) else _choose
         return choose(similarity, finite, visual, max_tokens)

@@ -8,11 +8,25 @@ from torch.nn import functional as F
 
 from catp_lightning.methods.precision import without_autocast
 from catp_lightning.methods.selectors.lazy import at_once
+from catp_lightning.utils.on_cpu import for_numpy
 
 
 def unit_vectors(vectors: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
     """Return vectors of length 1, in `dtype` at least: [..., F] -> [..., F]; a vector of zeros stays one."""
     return F.normalize(vectors.to(torch.promote_types(vectors.dtype, dtype)), dim=-1)
+
+
+def inner_products(vectors: Tensor) -> Tensor:
+    """Inner products of all pairs of tokens: float [R, T, F] -> [R, T, T]; no gradient passes through them.
+
+    On the CPU NumPy computes one of the two equal halves. Equal tokens may then differ by rounding, unless sums are
+    exact or rounded.
+    """
+    if for_numpy(vectors):
+        rows = vectors.detach().numpy()
+        return torch.from_numpy(rows @ rows.transpose(0, 2, 1))
+    with without_autocast(vectors):
+        return vectors @ vectors.transpose(1, 2)
 
 
 def cosine_similarity(vectors: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -60,21 +74,82 @@ def most_similar(vectors: Tensor, target: Tensor) -> Tensor:
     return found
 
 
+def exact_similarity(vectors: Tensor) -> Tensor:
+    """Cosine similarity of all pairs of tokens: float [R, T, F] -> float64 [R, T, T]; NaN becomes 0.
+
+    It is that of `whole_units`, so that it depends neither on the batch nor on the device, and equal tokens are equal
+    in it. On Apple's GPUs, which have no float64, it is float32 and may differ by rounding.
+    """
+    if vectors.device.type == "mps":
+        return cosine_similarity(vectors)
+    similarity = inner_products(whole_units(vectors))
+    shorter = similarity.diagonal(dim1=1, dim2=2).rsqrt()
+    similarity.mul_(shorter[..., None]).mul_(shorter[:, None]).nan_to_num_()
+    similarity.diagonal(dim1=1, dim2=2).fill_(1)
+    return similarity
+
+
+def whole_units(vectors: Tensor) -> Tensor:
+    """Return vectors of length 2^26, rounded to whole numbers: float [..., F] -> float64 [..., F].
+
+    Sums of products of two of them are below 2^53, and exact in whatever order they are added; their cosines differ
+    from those of the vectors given by some 1e-8. NaN comes of vectors that have no direction: of zeros, or with values
+    that are not finite.
+    """
+    length = torch.linalg.vector_norm(vectors, dim=-1, keepdim=True, dtype=torch.float64)
+    return (vectors / length.mul_(2.0**-26)).round_()
+
+
+def exact_units(vectors: Tensor) -> Tensor:
+    """Return vectors of length 1 whose inner products are those of `exact_similarity`, but for rounding.
+
+    Args:
+        vectors: float [..., F].
+
+    Returns:
+        float64 [..., F], on Apple's GPUs float32; zeros for a vector of zeros or with a value that is not finite.
+    """
+    if vectors.device.type == "mps":
+        unit = unit_vectors(vectors)
+    else:
+        whole = whole_units(vectors)
+        unit = whole.div_(torch.linalg.vector_norm(whole, dim=-1, keepdim=True))
+    return unit.masked_fill_(~unit.isfinite().all(-1, keepdim=True), 0)
+
+
+def whole_vectors(vectors: Tensor) -> tuple[Tensor, Tensor]:
+    """Round coordinates to whole multiples of a step, so that sums of products of two of them are exact in float64.
+
+    The step is the largest coordinate of a row of tokens divided by 2^20 where F is 4,096.
+
+    Args:
+        vectors: float [R, T, F], finite.
+
+    Returns:
+        The multiples, float64 [R, T, F], and the steps, float64 [R, 1, 1].
+    """
+    bits = (52 - math.ceil(math.log2(max(2, vectors.shape[-1])))) // 2
+    least, most = vectors.flatten(1).aminmax(dim=1)
+    _, exponent = torch.frexp(torch.maximum(-least, most).double()[:, None, None])
+    step = torch.pow(2.0, (exponent - bits).clamp(min=-900).double())
+    return (vectors / step).round_(), step
+
+
+def squared_distances(vectors: Tensor) -> Tensor:
+    """Squared Euclidean distances of all pairs of tokens, at least 0: float [R, T, F] -> [R, T, T]."""
+    products = inner_products(vectors)
+    squares = products.diagonal(dim1=1, dim2=2).clone()
+    return products.mul_(-2).add_(squares[:, None]).add_(squares[..., None]).clamp_(min=0)
+
+
 def exact_distances(vectors: Tensor) -> Tensor:
     """Euclidean distance of all pairs of tokens: float [N, F] -> float64 [N, N]; infinite where a value is not finite.
 
-    Coordinates are rounded to whole multiples of a step, the largest coordinate divided by 2^20 where F is 4,096, so
-    that sums of their products are exact in float64: equal pairs are equally far apart, wherever they stand, which a
+    Coordinates are rounded as by `whole_vectors`: equal pairs are equally far apart, wherever they stand, which a
     product of matrices would otherwise not give, and it is many times faster than sums of differences.
     """
     finite = vectors.isfinite().all(1)
-    wide = (vectors.cpu() if vectors.device.type == "mps" else vectors).double().masked_fill(~finite[:, None], 0)
-    bits = (52 - math.ceil(math.log2(max(2, wide.shape[1])))) // 2
-    _, exponent = torch.frexp(wide.abs().amax())
-    step = torch.pow(2.0, (exponent - bits).clamp(min=-900).double())
-    whole = (wide / step).round_()
-    with without_autocast(wide):
-        products = whole @ whole.T
-    squares = products.diagonal()
-    apart = (squares[:, None] + squares - 2 * products).sqrt_().mul_(step)
+    known = (vectors.cpu() if vectors.device.type == "mps" else vectors).masked_fill(~finite[:, None], 0)
+    whole, step = whole_vectors(known[None])
+    apart = squared_distances(whole).sqrt_().mul_(step)[0]
     return apart.masked_fill_(~(finite[:, None] & finite), torch.inf).to(vectors.device)
