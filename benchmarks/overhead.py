@@ -36,6 +36,7 @@ from transformers import (
 from transformers.models.mllama.configuration_mllama import MllamaTextConfig, MllamaVisionConfig
 
 from catp_lightning import PruningPolicy, prune
+from catp_lightning.prompt.caches import cache_in, cache_name
 
 VOCABULARY, IMAGE, TEXT = 1000, 999, 24
 STEPS, RESAMPLES = 3, 10_000
@@ -132,7 +133,7 @@ def timed(model: Any, inputs: Mapping[str, Tensor], pruned: bool) -> tuple[float
         start = time.perf_counter()
         output = model(**inputs, use_cache=True)
         prefill = time.perf_counter() - start
-        cache = getattr(output, "language_model_outputs", output).past_key_values
+        cache = cache_in(getattr(output, "language_model_outputs", output))
         step = getattr(model, "language_model", model) if isinstance(model, Blip2ForConditionalGeneration) else model
         length, see = inputs["input_ids"].shape[1], inputs.get("cross_attention_mask")
         start = time.perf_counter()
@@ -142,7 +143,7 @@ def timed(model: Any, inputs: Mapping[str, Tensor], pruned: bool) -> tuple[float
                 input_ids=torch.full((1, 1), 5),
                 attention_mask=torch.ones(1, length + number + 1, dtype=torch.long),
                 position_ids=torch.tensor([[length + number]]),
-                past_key_values=cache,
+                **{cache_name(step.forward): cache},
                 **extra,
             )
         return prefill, (time.perf_counter() - start) / STEPS

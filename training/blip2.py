@@ -40,6 +40,7 @@ from transformers import (
 from transformers.cache_utils import DynamicCache
 
 from catp_lightning.data.scenes import CELL, GRID
+from catp_lightning.prompt.caches import cache_name
 
 WIDTH, QUERIES = 96, 32
 PROMPT = "Question: {} Short answer:"
@@ -114,16 +115,18 @@ def answer_loss(model: Blip2ForConditionalGeneration, queries: Tensor, ids: Tens
     """
     image = model.language_projection(queries)
     cache, each = DynamicCache(config=model.language_model.config), len(ids) // len(image)
-    model.language_model.model(
+    decoder = model.language_model.model
+    held = {cache_name(decoder.forward): cache}
+    decoder(
         inputs_embeds=image,
         attention_mask=torch.ones(image.shape[:2], dtype=torch.long),
-        past_key_values=cache,
         use_cache=True,
+        **held,
     )
     cache.batch_repeat_interleave(each)
     mask = torch.cat([torch.ones(len(ids), image.shape[1], dtype=torch.long), (ids != pad).long()], 1)
-    hidden = model.language_model.model(
-        inputs_embeds=model.get_input_embeddings()(ids), attention_mask=mask, past_key_values=cache, use_cache=True
+    hidden = decoder(
+        inputs_embeds=model.get_input_embeddings()(ids), attention_mask=mask, use_cache=True, **held
     ).last_hidden_state
     return question_and_answer_loss(model.language_model.lm_head(hidden[:, -7:-1]).float(), labels)
 

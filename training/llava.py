@@ -46,6 +46,7 @@ from transformers import (
 from transformers.cache_utils import DynamicCache
 
 from catp_lightning.data.scenes import CELL
+from catp_lightning.prompt.caches import cache_name
 
 WIDTH = 96
 CELLS, PATCH = 6, CELL // 2  # cells of a scene and pixels of a patch, a side
@@ -193,7 +194,8 @@ def answer_loss(
     cache, each = DynamicCache(config=language_model.config), len(ids) // len(image)
     start = torch.cat([bos, image], 1)
     seen = F.pad(seen, (1, 0), value=1)
-    language_model(inputs_embeds=start, attention_mask=seen, past_key_values=cache, use_cache=True)
+    held = {cache_name(language_model.forward): cache}
+    language_model(inputs_embeds=start, attention_mask=seen, use_cache=True, **held)
     cache.batch_repeat_interleave(each)
     # Padding stands before the first token in the processor's batches and here between image and text; counted without
     # it, positions are the same. Patches left out count: what stays keeps its position.
@@ -202,8 +204,8 @@ def answer_loss(
         inputs_embeds=embed(ids),
         attention_mask=torch.cat([seen.repeat_interleave(each, 0), text], 1),
         position_ids=start.shape[1] + text.cumsum(1) - 1,
-        past_key_values=cache,
         use_cache=True,
+        **held,
     ).last_hidden_state
     return question_and_answer_loss(model.lm_head(hidden[:, -7:-1]).float(), labels)
 

@@ -18,6 +18,7 @@ from benchmarks.bench.floor import PLAIN, Runs, ratio
 from benchmarks.bench.machine import most_held
 from catp_lightning import PruningPolicy
 from catp_lightning.pricing.parts import Parts
+from catp_lightning.prompt.caches import cache_in
 from catp_lightning.pruning.pruner import applied
 
 EAGER = "eager, output_attentions"
@@ -67,7 +68,7 @@ def call(runs: Runs, policy: PruningPolicy | None, eager: bool = False) -> Measu
         )
         peak = held.peak()
     assert parts is not None
-    return Measured(parts, peak, cache_bytes(outputs[0].past_key_values))
+    return Measured(parts, peak, cache_bytes(cache_in(outputs[0])))
 
 
 @contextmanager

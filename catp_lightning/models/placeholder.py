@@ -13,6 +13,7 @@ from catp_lightning.models.base import AttentionSite, Family, OutputSite, Runs
 from catp_lightning.models.images import Image, Part, equal_images
 from catp_lightning.models.layout import Layout
 from catp_lightning.models.missing import lacks
+from catp_lightning.prompt.caches import CACHE_NAMES
 from catp_lightning.prompt.kept import KeptSequence
 from catp_lightning.prompt.masks import RECURRENT, recurrent, window
 from catp_lightning.prompt.merging import merged_features
@@ -24,7 +25,7 @@ from catp_lightning.utils.signatures import parameters_of
 PER_LAYER = "per_layer_inputs"
 BY_COLUMN = (PER_LAYER, "moe_mm_token_type_ids")  # inputs of a decoder that have a row for each column
 KNOWN_INPUTS = {
-    *("input_ids", "inputs_embeds", "attention_mask", "position_ids", "past_key_values", "use_cache", "kwargs"),
+    *("input_ids", "inputs_embeds", "attention_mask", "position_ids", "use_cache", "kwargs", *CACHE_NAMES),
     *("output_attentions", "output_hidden_states", "return_dict", "cache_position"),
     *("visual_pos_masks", "deepstack_visual_embeds", *BY_COLUMN, "logits_to_keep"),  # shortened below
 }

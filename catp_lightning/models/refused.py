@@ -30,6 +30,7 @@ _BOTH = (
 _UNTESTED = f"makes tokens of images in a way of its own, and no test shows that pruning it is exact. {_OTHER}"
 
 REFUSED: Mapping[str, str] = {
+    "apertus1p5": _UNTESTED,
     "blip": _CROSS_ATTENTION.replace("Llama-3.2-Vision, which reads them so too,", "BLIP-2 and InstructBLIP"),
     "chameleon": _CODES,
     "deepseek_ocr2": _UNTESTED,
@@ -46,8 +47,10 @@ REFUSED: Mapping[str, str] = {
     "glm5_next": _INDEXED,
     "granite4_vision": _UNTESTED,
     "hunyuan_vl": _UNTESTED,
+    "hy_v4_vl": _INDEXED,
     "idefics": _CROSS_ATTENTION,
     "inkling2": _BOTH,
+    "inkling2_loop": _BOTH,
     "inkling_mm_model": _BOTH,
     "kosmos-2": _UNMARKED,
     "kosmos-2.5": _UNMARKED,

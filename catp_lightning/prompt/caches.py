@@ -3,6 +3,7 @@
 Only that context knows which columns are missing from the cache.
 """
 
+from collections.abc import Callable, Mapping
 from functools import cache as once
 from typing import Any
 
@@ -11,9 +12,25 @@ from torch import Tensor
 from transformers.cache_utils import LinearAttentionCacheLayerMixin
 
 from catp_lightning.errors import PruningError
+from catp_lightning.utils.signatures import parameters_of
 
 SEALED = "_catp_sealed"  # attribute of a sealed layer's class: the class that it was before
 WHOLE = "_catp_whole"  # attribute of caches, and of their copies, whose prompt was seen and kept whole
+CACHE_NAMES = ("cache", "past_key_values")  # of arguments and outputs, from transformers 5.24 on and before
+
+
+def cache_in(values: Mapping[str, Any]) -> Any:
+    """Return the cache among a call's arguments or in a model's output, under either name; None if there is none.
+
+    A caller may use the old name with newer versions too, which rename it after our hooks have seen it.
+    """
+    named = {name: value for name, value in values.items() if name in CACHE_NAMES}  # outputs asked for the old one warn
+    return next((named[name] for name in CACHE_NAMES if name in named), None)
+
+
+def cache_name(call: Callable[..., Any]) -> str:
+    """Return the name of a function's argument that is a cache."""
+    return next(name for name in CACHE_NAMES if name in parameters_of(call))
 
 
 @once
@@ -95,7 +112,7 @@ def _elsewhere() -> PruningError:
     return PruningError(
         "This cache holds a pruned prompt, and can be decoded from only inside the prune context that filled "
         "it, as the last prompt there. Decode before the context is left, or read the whole text again without "
-        "past_key_values."
+        "a cache."
     )
 
 
@@ -200,7 +217,7 @@ def foreign_cache() -> PruningError:
     """Return the error for a cache that was not filled by the last pruned prompt."""
     return PruningError(
         "This cache was not filled by the last pruned prompt, or was changed since: it cannot be decoded from. "
-        "Generate from the prompt again, with all of its images and without past_key_values."
+        "Generate from the prompt again, with all of its images and without a cache."
     )
 
 
@@ -208,8 +225,8 @@ def refuse_static(cache: Any) -> None:
     """Raise PruningError if a cache has a fixed length, or has no layers that can be sealed."""
     if cache is not None and not any(hasattr(cache, name) for name in ("layers", "self_attention_cache")):
         raise PruningError(
-            f"A cache of type {type(cache).__name__} cannot be pruned: it has no layers. Leave past_key_values out, or "
-            "pass a DynamicCache."
+            f"A cache of type {type(cache).__name__} cannot be pruned: it has no layers. Leave it out, or pass a "
+            "DynamicCache."
         )
     if getattr(cache, "is_compileable", False):
         raise PruningError(

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from catp_lightning.errors import PruningError
 from catp_lightning.models import Family
+from catp_lightning.prompt.caches import CACHE_NAMES, cache_in
 from catp_lightning.pruning.endings import Endings, warned_of_chance
 from catp_lightning.pruning.pruner import Pruner
 from catp_lightning.utils.hooks import hooked, replaced
@@ -88,9 +89,9 @@ def listening(
         named = _named(generate, args, kwargs)
         if _goes_on(named):
             raise PruningError(
-                "generate was given past_key_values, and calibration and compare=True answer a prompt several times, "
+                "generate was given a filled cache, and calibration and compare=True answer a prompt several times, "
                 "each time from its beginning. Generate from the whole text, with all of its images and without "
-                "past_key_values."
+                "a cache."
             )
         if before is not None:
             before(lambda: answered(generate, args, _again(kwargs), named)[1])
@@ -225,7 +226,7 @@ def _named(call: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, An
 
 
 def _again(kwargs: dict[str, Any]) -> dict[str, Any]:
-    return {name: value for name, value in kwargs.items() if name not in ("past_key_values", "streamer")}
+    return {name: value for name, value in kwargs.items() if name not in (*CACHE_NAMES, "streamer")}
 
 
 def _is_prompt(named: dict[str, Any]) -> bool:
@@ -238,5 +239,5 @@ def _is_prompt(named: dict[str, Any]) -> bool:
 
 def _goes_on(named: dict[str, Any]) -> bool:
     """Return True for a call that is given a filled cache."""
-    cache = named.get("past_key_values")
+    cache = cache_in(named)
     return cache is not None and bool(cache.get_seq_length() > 0)

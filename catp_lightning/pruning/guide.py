@@ -16,15 +16,17 @@ from catp_lightning.methods.observation import Observation, Signal
 from catp_lightning.methods.precision import without_autocast
 from catp_lightning.models import Family, find_family
 from catp_lightning.prompt.attention import attention_map, observe_attention
+from catp_lightning.prompt.caches import CACHE_NAMES
 from catp_lightning.prompt.prompt import DecoderPrompt, Prompt, visual_tokens
 from catp_lightning.pruning.refusals import occupied
 from catp_lightning.utils.signatures import parameters_of
 
 TYPES = ("token_type_ids", "mm_token_type_ids")  # inputs with a number for each column of the prompt
 NOT_IMAGES = {
-    *("input_ids", "attention_mask", "position_ids", "inputs_embeds", "labels", "past_key_values", "cache_position"),
+    *("input_ids", "attention_mask", "position_ids", "inputs_embeds", "labels", "cache_position"),
     *("use_cache", "output_attentions", "output_hidden_states", "return_dict", "logits_to_keep", "mm_encoder_outputs"),
     *TYPES,
+    *CACHE_NAMES,
 }
 
 

@@ -10,6 +10,7 @@ from transformers import AutoModelForImageTextToText, AutoProcessor, MllamaForCo
 import catp_lightning.data
 from catp_lightning import PruningPolicy, prune
 from catp_lightning.data.scenes import digit_pool, draw_scene
+from tests.support.oracles import cache_of
 from tests.support.paths import ROOT
 
 FOLDER = Path(catp_lightning.data.__file__).parent / "digits_mllama"
@@ -98,7 +99,7 @@ def test_at_keep_1_it_stores_the_tiles_an_image_has_and_answers_as_before(
         with prune(model, PruningPolicy(keep=1.0)) as pruning:
             output = model.generate(**inputs, return_dict_in_generate=True, output_logits=True)
         for layer in model.config.text_config.cross_attention_layers:
-            full, held = plain.past_key_values.layers[layer], output.past_key_values.layers[layer]
+            full, held = cache_of(plain).layers[layer], cache_of(output).layers[layer]
             assert held.keys.nbytes * 4 == full.keys.nbytes * high * wide and held.values.nbytes == held.keys.nbytes
         assert torch.equal(output.sequences, plain.sequences) and pruning.keep.sum(1).tolist() == [high * wide * 37] * 3
         for mine, theirs in zip(output.logits, plain.logits, strict=True):

@@ -8,6 +8,7 @@ import torch
 from catp_lightning import PolicyError, PruningError, PruningPolicy, prune
 from catp_lightning.methods.budget import keep_count
 from tests.support.families import BY_NAME
+from tests.support.oracles import cache_of
 from tests.support.rows import Row
 from tests.support.stages import LLAMA, QWEN, model_of
 
@@ -18,7 +19,7 @@ pytestmark = pytest.mark.usefixtures("no_grad")
 def test_sparsevlm_ends_at_the_budget_with_recycled_tokens_in_it(row: Row) -> None:
     model, inputs = model_of(row), row.inputs()
     with prune(model, PruningPolicy(scorer="sparsevlm", keep=0.3)) as pruning:
-        cache = model(**inputs, use_cache=True).past_key_values
+        cache = cache_of(model(**inputs, use_cache=True))
     counts = row.oracle.tokens(inputs).sum(1)
     assert pruning.keep is not None and pruning.destination is not None
     assert pruning.keep.sum(1).tolist() == [keep_count(0.3, count) for count in counts.tolist()]

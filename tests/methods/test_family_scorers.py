@@ -16,7 +16,7 @@ from catp_lightning.pruning.pruner import applied
 from tests.support.decoder_oracle import Decoder
 from tests.support.families import BY_NAME
 from tests.support.matrix import generate
-from tests.support.oracles import IMAGE, VIDEO
+from tests.support.oracles import IMAGE, VIDEO, cache_of
 from tests.support.projector_models import llava_onevision, video
 from tests.support.rows import Row
 from tests.support.rules import RULES
@@ -103,7 +103,7 @@ def test_pyramiddrop_drops_as_large_a_share_at_every_stage() -> None:
         output = row.model()(**inputs, use_cache=True)
     full = inputs["input_ids"].shape[1]
     pads = inputs["attention_mask"].argmax(1).clamp(min=1) - 1  # but one, padding on the left leaves too
-    held = [layer.keys.shape[2] for layer in output.past_key_values.layers]
+    held = [layer.keys.shape[2] for layer in cache_of(output).layers]
     text = full - 9 - int(pads.min())
     assert held == [full, text + 5, text + 2]  # 9 tokens, ceil(sqrt(9 * 2)), 2
     assert pruning.keep.sum(1).unique().tolist() == [2]
@@ -243,6 +243,6 @@ def test_fastv_drops_from_its_layer_on_and_the_cache_says_so() -> None:
     inputs = row.inputs([number for number, sample in enumerate(row.samples()) if len(sample.images) == 1])
     with prune(model, PruningPolicy(scorer="fastv", scorer_args={"layer": 2}, keep=0.4)) as pruning:
         output = model(**inputs, use_cache=True)
-    lengths = [layer.keys.shape[2] for layer in output.past_key_values.layers]
+    lengths = [layer.keys.shape[2] for layer in cache_of(output).layers]
     full, kept = inputs["input_ids"].shape[1], int(pruning.keep.sum(1).max())
     assert lengths == [full, full, full - 9 + kept] and kept == 4  # ceil(0.4 * 9)

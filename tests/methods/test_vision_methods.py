@@ -16,6 +16,7 @@ from catp_lightning.methods.scorers.vtc_cls import VTCCLS
 from catp_lightning.methods.selectors import SELECTORS
 from catp_lightning.methods.selectors.context_merge import ContextMerge
 from catp_lightning.methods.selectors.prune_similar import PruneSimilar
+from tests.support.oracles import cache_of
 from tests.support.slow_selectors import (
     batch,
     drawn,
@@ -254,7 +255,7 @@ def test_the_shipped_llava_reads_as_many_tokens_as_the_budget_says(
     assert pruning.keep is not None and pruning.keep.sum(1).tolist() == [count] * 4
     assert output.logits.isfinite().all() and answers.shape[1] > inputs["input_ids"].shape[1]
     real = inputs["attention_mask"].sum(1).max()
-    assert output.past_key_values.layers[0].keys.shape[2] <= int(real) - 144 + count + 1
+    assert cache_of(output).layers[0].keys.shape[2] <= int(real) - 144 + count + 1
     merging = name in ("visionzip", "downsample")
     assert (pruning.destination is not None) is merging
     if merging and count > 1:

@@ -16,6 +16,7 @@ from catp_lightning.models import find_family
 from tests.support.families import OLDEST
 from tests.support.hybrid_families import HYBRID
 from tests.support.matrix import EVERYTHING, exact, generate, scale, uneven
+from tests.support.oracles import CACHE, cache_of
 from tests.support.rows import Row
 
 pytestmark = pytest.mark.usefixtures("no_grad")
@@ -82,18 +83,18 @@ def states(cache: Any) -> list[Tensor]:
 def test_outside_of_its_context_the_cache_of_a_pruned_prompt_is_refused_before_any_state_changes(row: Row) -> None:
     model, inputs = row.model(), row.inputs()
     with prune(model, EVERYTHING, choose=uneven()):
-        cache = model(**inputs, use_cache=True).past_key_values
+        cache = cache_of(model(**inputs, use_cache=True))
     for held in (cache, deepcopy(cache)):
         before = [tensor.clone() for tensor in states(held)]
         with pytest.raises(PruningError, match="holds a pruned prompt"):
-            model(input_ids=inputs["input_ids"][:, -1:], past_key_values=held, use_cache=True)
+            model(input_ids=inputs["input_ids"][:, -1:], **{CACHE: held}, use_cache=True)
         assert len(before) > 2 * len(cache.layers) - 2
         assert all(torch.equal(*pair) for pair in zip(states(held), before, strict=True))
     if OLDEST:
         return  # in transformers 5.13 a cache that is reset keeps its length
     cache.reset()
     del inputs["attention_mask"]
-    assert model(**inputs, past_key_values=cache).logits.isfinite().all(), "emptied, it may hold another prompt"
+    assert model(**inputs, **{CACHE: cache}).logits.isfinite().all(), "emptied, it may hold another prompt"
 
 
 @hybrids
@@ -107,6 +108,8 @@ def test_inside_the_decoder_nothing_can_be_dropped(row: Row) -> None:
 @pytest.mark.usefixtures("in_float64")
 @hybrids
 def test_a_second_turn_on_the_cache_equals_reading_all_of_it_at_once(row: Row) -> None:
+    if OLDEST and row.name == "LFM2-VL":
+        pytest.skip("transformers 5.13 convolves one new column at a time, and reads several wrongly, unpruned as well")
     model, inputs = row.model(), row.inputs([1])
     types = inputs.pop("mm_token_type_ids", None)
     settings: dict[str, Any] = {"max_new_tokens": 3, "min_new_tokens": 3, "do_sample": False, "output_logits": True}
@@ -120,7 +123,7 @@ def test_a_second_turn_on_the_cache_equals_reading_all_of_it_at_once(row: Row) -
     with prune(model, PruningPolicy("l2-norm", keep=0.4)) as pruning:
         first = answered(inputs["input_ids"], **images)
         ids = torch.cat([first.sequences, torch.tensor([[11, 12, 13, 14]])], 1)
-        second = torch.stack(answered(ids, past_key_values=first.past_key_values).logits, 1)
+        second = torch.stack(answered(ids, **{CACHE: cache_of(first)}).logits, 1)
         prefills = pruning.prefills
         anew = torch.stack(answered(ids, **images).logits, 1)
     assert prefills == 1 and pruning.prefills == 2
@@ -134,9 +137,9 @@ def test_images_on_a_cache_of_which_samples_keep_different_numbers_are_refused()
     mask = torch.cat([torch.ones_like(text), inputs.pop("attention_mask")], 1)
     for choice, refused in ((uneven(), True), (lambda tokens: tokens & (tokens.cumsum(1) <= 2), False)):
         with prune(model, EVERYTHING, choose=choice):
-            cache = model(input_ids=text, use_cache=True).past_key_values
+            cache = cache_of(model(input_ids=text, use_cache=True))
             raises = (
                 pytest.raises(PruningError, match="Give each sample a call of its own") if refused else nullcontext()
             )
             with raises:
-                model(**inputs, attention_mask=mask, past_key_values=cache)
+                model(**inputs, attention_mask=mask, **{CACHE: cache})

@@ -16,6 +16,7 @@ from tests.support.families import BY_NAME
 from tests.support.footprints import footprint
 from tests.support.matrix import EVERYTHING, uneven
 from tests.support.models import GREEDY, random_blip2
+from tests.support.oracles import CACHE
 from tests.support.policies import HALF
 
 pytestmark = pytest.mark.usefixtures("no_grad")
@@ -57,10 +58,10 @@ def test_a_cache_that_the_caller_hands_in_is_filled_by_the_pruned_run_alone() ->
     model, inputs = random_blip2()
     cache = DynamicCache(config=model.language_model.config)
     with applied(model, HALF) as pruner, compare_with_unpruned(pruner) as comparison:
-        model(**inputs, past_key_values=cache)
+        model(**inputs, **{CACHE: cache})
         assert [layer.keys.shape[2] for layer in cache.layers] == [10 + 4] * 3
         token = inputs["input_ids"][:, -1:]
-        model.language_model(input_ids=token, past_key_values=cache)
+        model.language_model(input_ids=token, **{CACHE: cache})
     assert len(comparison.same) == 1, "a decoding step is no answer of its own"
 
 

@@ -14,6 +14,7 @@ from catp_lightning import PruningError, PruningPolicy, prune
 from tests.support.caches import every_place, kept_by
 from tests.support.families import BY_NAME
 from tests.support.matrix import EVERYTHING, uneven
+from tests.support.oracles import CACHE
 from tests.support.rows import Row
 
 pytestmark = pytest.mark.usefixtures("no_grad")
@@ -112,7 +113,7 @@ def test_after_a_call_that_failed_or_was_interrupted_its_cache_is_refused_and_ot
     text = model.config.get_text_config()
     for error in (RuntimeError, KeyboardInterrupt):
         cache = DynamicCache(config=text)
-        given = {} if row.name.startswith("Blip2") else {"past_key_values": cache}
+        given = {} if row.name.startswith("Blip2") else {CACHE: cache}
 
         def stop(*args: object, error: type[BaseException] = error) -> None:
             raise error

@@ -15,6 +15,7 @@ from catp_lightning import CrossAttentionCalibration, PrunedModule, PruningError
 from tests.support.footprints import footprint
 from tests.support.models import ONE_LAYER, random_blip2
 from tests.support.modules import Answering, by_hand, same, unpruned
+from tests.support.oracles import CACHE
 from tests.support.policies import HALF
 from tests.support.trainers import loading, trainer
 
@@ -149,7 +150,7 @@ def test_static_caches_are_refused_under_the_trainer_and_the_default_that_is_adv
 def test_a_static_cache_handed_over_is_refused_under_the_trainer() -> None:
     module = Generating()
     cache = StaticCache(config=module.model.language_model.config, max_cache_len=64)
-    module.settings = {"past_key_values": cache}
+    module.settings = {CACHE: cache}
     with pytest.raises(PruningError, match="static cache cannot be pruned"):
         trainer(TokenPruning(HALF)).predict(module, module.loader())
 

@@ -28,6 +28,7 @@ from tests.support.cross_attended import (
     top_attended,
     uneven,
 )
+from tests.support.oracles import CACHE, cache_of
 from tests.support.steps import difference
 
 pytestmark = pytest.mark.usefixtures("no_grad")
@@ -155,12 +156,12 @@ def test_two_new_tokens_at_once_and_copies_of_a_cache_decode_alike() -> None:
         "cross_attention_mask": torch.cat([sees, sees[:, -1:], sees[:, -1:]], 1),
     }
     with dropping(model, uneven):
-        cache = model(**inputs, use_cache=True).past_key_values
-        once = model(input_ids=more, **longer, past_key_values=cache).logits
-        cache = model(**inputs, use_cache=True).past_key_values
+        cache = cache_of(model(**inputs, use_cache=True))
+        once = model(input_ids=more, **longer, **{CACHE: cache}).logits
+        cache = cache_of(model(**inputs, use_cache=True))
         cache.batch_repeat_interleave(2)
         longer = {name: value.repeat_interleave(2, 0) for name, value in longer.items()}
-        twice = model(input_ids=more.repeat_interleave(2, 0), **longer, past_key_values=cache).logits
+        twice = model(input_ids=more.repeat_interleave(2, 0), **longer, **{CACHE: cache}).logits
     assert difference(twice[::2], once) < 1e-10 and difference(twice[1::2], once) < 1e-10
 
 

@@ -26,6 +26,7 @@ from tests.support.cross_attended import (
     uneven,
 )
 from tests.support.footprints import footprint
+from tests.support.oracles import CACHE, cache_of
 from tests.support.steps import difference
 
 pytestmark = pytest.mark.usefixtures("no_grad")
@@ -91,12 +92,12 @@ class TestRefused:
 
     def step(self, model: nn.Module, cache: Any, **changes: Any) -> Any:
         mask = torch.ones(2, LENGTH + 1, dtype=torch.long)
-        given = {"attention_mask": mask, "cross_attention_mask": self.grown(-1), "past_key_values": cache, **changes}
+        given = {"attention_mask": mask, "cross_attention_mask": self.grown(-1), CACHE: cache, **changes}
         return model(input_ids=torch.tensor([[5], [6]]), **given)
 
     def test_a_static_cache(self, model: nn.Module) -> None:
         with pytest.raises(PruningError, match="static cache"):
-            model(**self.inputs, past_key_values=StaticCache(model.config.text_config, max_cache_len=300))
+            model(**self.inputs, **{CACHE: StaticCache(model.config.text_config, max_cache_len=300)})
 
     def test_a_cache_of_other_layers(self, model: nn.Module) -> None:
         class Own(DynamicLayer):
@@ -105,17 +106,17 @@ class TestRefused:
         cache = DynamicCache(config=model.config.text_config)
         cache.layers[1] = Own()
         with pytest.raises(PruningError, match="cache of Own cannot be pruned"):
-            model(**self.inputs, past_key_values=cache)
+            model(**self.inputs, **{CACHE: cache})
 
     def test_a_cache_that_was_filled_unpruned(self, model: nn.Module) -> None:
         self.rows.active = False
-        cache = model(**self.inputs, use_cache=True).past_key_values
+        cache = cache_of(model(**self.inputs, use_cache=True))
         self.rows.active = True
         with pytest.raises(PruningError, match="not filled by the last pruned prompt"):
             self.step(model, cache)
 
     def test_a_cache_of_an_earlier_prompt(self, model: nn.Module) -> None:
-        cache = model(**self.inputs, use_cache=True).past_key_values
+        cache = cache_of(model(**self.inputs, use_cache=True))
         model(**self.inputs, use_cache=True)
         with pytest.raises(PruningError, match="not filled by the last pruned prompt"):
             self.step(model, cache)
@@ -124,19 +125,19 @@ class TestRefused:
         rows = PruneCrossAttention(Mllama(model), lambda prompt: Selection(uneven(prompt)))
         self.rows.active = False
         with rows.installed():
-            cache = model(**self.inputs, use_cache=True).past_key_values
+            cache = cache_of(model(**self.inputs, use_cache=True))
         with rows.installed(), pytest.raises(PruningError, match="not filled by the last pruned prompt"):
             self.step(model, cache)
         self.rows.active = True
 
     def test_a_cache_that_was_cropped(self, model: nn.Module) -> None:
-        cache = model(**self.inputs, use_cache=True).past_key_values
+        cache = cache_of(model(**self.inputs, use_cache=True))
         cache.crop(-1)
         with pytest.raises(PruningError, match="or was changed since"):
             self.step(model, cache)
 
     def test_an_image_on_top_of_a_pruned_cache(self, model: nn.Module) -> None:
-        cache = model(**self.inputs, use_cache=True).past_key_values
+        cache = cache_of(model(**self.inputs, use_cache=True))
         with pytest.raises(PruningError, match="cannot be added"):
             images = {name: self.inputs[name] for name in ("pixel_values", "aspect_ratio_ids", "aspect_ratio_mask")}
             self.step(model, cache, **images)
@@ -144,13 +145,13 @@ class TestRefused:
     def test_a_call_without_cross_attention_mask(self, model: nn.Module) -> None:
         with pytest.raises(PruningError, match="without cross_attention_mask"):
             model(**{**self.inputs, "cross_attention_mask": None})
-        cache = model(**self.inputs, use_cache=True).past_key_values
+        cache = cache_of(model(**self.inputs, use_cache=True))
         with pytest.raises(PruningError, match="extended by its last row at every decoding step"):
             self.step(model, cache, cross_attention_mask=None)
 
     @pytest.mark.parametrize("column", [0, 4], ids=["nothing", "the first image"])
     def test_a_decoding_step_that_sees_what_the_prompt_did_not_at_its_end(self, model: nn.Module, column: int) -> None:
-        cache = model(**self.inputs, use_cache=True).past_key_values
+        cache = cache_of(model(**self.inputs, use_cache=True))
         with pytest.raises(PruningError, match="sees other tiles than the last row"):
             self.step(model, cache, cross_attention_mask=self.grown(column))
 

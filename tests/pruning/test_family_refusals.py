@@ -22,6 +22,7 @@ from tests.support.matrix import (
     settled,
     uneven,
 )
+from tests.support.oracles import CACHE, cache_of
 from tests.support.rows import Row
 
 pytestmark = pytest.mark.usefixtures("no_grad", "what_a_family_lacks")
@@ -99,13 +100,13 @@ def test_a_copy_of_a_pruned_cache_is_known_and_one_of_text_goes_on_after_another
     stepper = row.model().language_model if row.name == "Blip2-OPT" else row.model()
     token, text = torch.full((len(inputs["input_ids"]), 1), 5), torch.full((2, 6), 5)
     with prune(model, EVERYTHING, choose=uneven()):
-        of_text = stepper(input_ids=text, use_cache=True).past_key_values
+        of_text = cache_of(stepper(input_ids=text, use_cache=True))
         output = model(**inputs, use_cache=True)
-        copied = copy.deepcopy(getattr(output, "language_model_outputs", output).past_key_values)
-        stepper(input_ids=text[:, :1], past_key_values=of_text)  # its prompt was not the last
+        copied = copy.deepcopy(cache_of(output))
+        stepper(input_ids=text[:, :1], **{CACHE: of_text})  # its prompt was not the last
         stepper(input_ids=text, use_cache=True)
         with pytest.raises(PruningError, match="not filled by the last pruned prompt"):
-            stepper(input_ids=token, past_key_values=copied)
+            stepper(input_ids=token, **{CACHE: copied})
 
 
 @pytest.mark.parametrize("row", [row for row in ROWS if row.name in ("Blip2-OPT", "InstructBlip")], ids=repr)

@@ -12,7 +12,7 @@ from catp_lightning.models import find_family
 from tests.support.families import ROWS
 from tests.support.footprints import footprint
 from tests.support.models import GREEDY, SHAPES, random_blip2
-from tests.support.oracles import IMAGE
+from tests.support.oracles import CACHE, IMAGE, cache_of
 from tests.support.paths import ROOT
 from tests.support.policies import CATP
 
@@ -83,16 +83,16 @@ def test_calls_that_cannot_be_pruned_say_so() -> None:
             )
         with pytest.raises(PruningError, match="static cache"):
             cache = StaticCache(config=model.language_model.config, max_cache_len=64)
-            model(**inputs, past_key_values=cache)
+            model(**inputs, **{CACHE: cache})
         with pytest.raises(PruningError, match="vision part"):
             embeds = model.get_input_embeddings()(inputs["input_ids"])
             model.language_model(inputs_embeds=embeds, attention_mask=inputs["attention_mask"])
         output = model(**inputs, use_cache=True).language_model_outputs
         stolen = DynamicCache(config=model.language_model.config)
-        for index, layer in enumerate(output.past_key_values.layers):
+        for index, layer in enumerate(cache_of(output).layers):
             stolen.update(layer.keys, layer.values, index)
         with pytest.raises(PruningError, match="not filled by the last pruned prompt"):
-            model.language_model(input_ids=inputs["input_ids"][:, -1:], past_key_values=stolen)
+            model.language_model(input_ids=inputs["input_ids"][:, -1:], **{CACHE: stolen})
         mask = torch.ones(3, 1, 18, 18, dtype=torch.bool)
         with pytest.raises(PruningError, match=r"attention_mask is \(3, 1, 18, 18\)"):
             model(**{**inputs, "attention_mask": mask})

@@ -10,7 +10,7 @@ from torch import Tensor
 from catp_lightning import PruningError
 from tests.support.chats import chat, said
 from tests.support.matrix import STEPS, exact, generate, scale
-from tests.support.oracles import cache_of, of_rows
+from tests.support.oracles import CACHE, cache_of, of_rows
 from tests.support.rows import Row
 from tests.support.stages import (
     LLAMA,
@@ -100,7 +100,7 @@ def test_a_cache_expanded_after_the_prefill_decodes_each_copy_alike(row: Row) ->
             cache = cache_of(model(**inputs, use_cache=True))
             cache.batch_repeat_interleave(copies)
             ids, more = of_rows(token, copies * len(token)), of_rows(mask, copies * len(mask))
-            logits.append(decode(input_ids=ids, attention_mask=more, past_key_values=cache).logits[:, -1])
+            logits.append(decode(input_ids=ids, attention_mask=more, **{CACHE: cache}).logits[:, -1])
     exact(logits[1], of_rows(logits[0], 2 * len(token)), atol=row.tolerance() * scale(logits[0]))
 
 
@@ -114,7 +114,7 @@ def test_caches_of_other_prompts_and_of_unpruned_models_are_refused(row: Row) ->
         first, second = (cache_of(model(**inputs, use_cache=True)) for _ in range(2))
         for cache in (plain, first):
             with pytest.raises(PruningError, match="not filled by the last pruned prompt"):
-                decode(input_ids=token, attention_mask=mask, past_key_values=cache)
-        decode(input_ids=token, attention_mask=mask, past_key_values=second)
+                decode(input_ids=token, attention_mask=mask, **{CACHE: cache})
+        decode(input_ids=token, attention_mask=mask, **{CACHE: second})
     with pytest.raises(Exception, match=r"prun|Prun"):  # whose columns no layer holds
-        decode(input_ids=token, attention_mask=mask, past_key_values=second)
+        decode(input_ids=token, attention_mask=mask, **{CACHE: second})

@@ -13,7 +13,7 @@ from tests.support.chats import TEXT, Turn, ask, both, chat, coordinates, held, 
 from tests.support.encoder_oracles import CrossAttention, EncoderDecoder
 from tests.support.families import BY_NAME
 from tests.support.matrix import EVERYTHING, chosen, exact, rows_where, scale, uneven
-from tests.support.oracles import Inputs, columns_kept
+from tests.support.oracles import CACHE, Inputs, cache_of, columns_kept
 from tests.support.quick import quick
 from tests.support.recurrent_oracle import Recurrent
 from tests.support.rows import Row
@@ -118,7 +118,7 @@ class Pictured:
         more = {name: value[..., past:] if name == "position_ids" else value for name, value in self.new(first).items()}
         rest = {name: value for name, value in more.items() if name not in TEXT}
         with hidden(text):
-            return self.model(**given, **rest, past_key_values=first.cache, **settings)
+            return self.model(**given, **rest, **{CACHE: first.cache}, **settings)
 
     def talk(self, hidden: Any) -> list[Turn]:
         first = ask(self.model, None, self.turns[0], hidden)
@@ -189,15 +189,15 @@ def test_an_image_after_text_that_was_read_without_one_is_pruned(row: Row) -> No
         text["position_ids"] = coordinates(row, model, read, ([0], inputs))[..., 5:]
 
     def answer(cache: Any) -> Tensor:
-        return model(**text, attention_mask=read["attention_mask"], past_key_values=cache).logits[:, -1]
+        return model(**text, attention_mask=read["attention_mask"], **{CACHE: cache}).logits[:, -1]
 
-    cache = model(**intro, use_cache=True).past_key_values
+    cache = cache_of(model(**intro, use_cache=True))
     with row.oracle.masked(model, read, keep):
         masked = answer(cache)
-    before = model(**intro, use_cache=True).past_key_values
+    before = cache_of(model(**intro, use_cache=True))
     with prune(model, EVERYTHING, choose=uneven()):
         exact(answer(before), masked, atol=row.tolerance() * scale(masked))
-        within = model(**intro, use_cache=True).past_key_values
+        within = cache_of(model(**intro, use_cache=True))
         exact(answer(within), masked, atol=row.tolerance() * scale(masked))
 
 
@@ -213,8 +213,8 @@ def test_text_before_the_first_image_of_llama_is_read_from_the_cache() -> None:
     }
 
     def answer() -> Tensor:
-        cache = model(**intro, use_cache=True).past_key_values
-        return model(**given, past_key_values=cache).logits[:, -1]
+        cache = cache_of(model(**intro, use_cache=True))
+        return model(**given, **{CACHE: cache}).logits[:, -1]
 
     with prune(model, EVERYTHING, choose=each(whole, uneven())):
         found = answer()

@@ -11,7 +11,7 @@ from catp_lightning import PruningError, prune
 from tests.support.chats import TEXT, ask, joined, said
 from tests.support.families import BY_NAME
 from tests.support.matrix import EVERYTHING, PlantedError, chosen, exact, fail, scale, uneven
-from tests.support.oracles import Inputs
+from tests.support.oracles import CACHE, Inputs
 
 pytestmark = pytest.mark.usefixtures("no_grad")
 
@@ -57,7 +57,7 @@ def test_an_image_that_the_model_gives_the_positions_of_text_is_refused() -> Non
     with prune(model, EVERYTHING, choose=uneven()):
         first = ask(model, None, inputs, plainly)
         mask = joined(first.inputs, inputs)["attention_mask"][:, :-1]
-        given = {**inputs, "attention_mask": mask, "past_key_values": first.cache}
+        given = {**inputs, "attention_mask": mask, CACHE: first.cache}
         with pytest.raises(PruningError, match="Pass position_ids of the new columns"):
             model(**given)
 

@@ -11,7 +11,7 @@ from catp_lightning.pruning.sites import SiteSettings
 from catp_lightning.pruning.sites.decoder_layers import PruneAtDecoderLayers
 from tests.support.footprints import footprint
 from tests.support.matrix import generate
-from tests.support.oracles import cache_of
+from tests.support.oracles import CACHE, cache_of
 from tests.support.rows import Row
 from tests.support.stages import LLAMA, MISTRAL, Uneven, every_model, makes_positions, model_of, stages_of
 
@@ -80,16 +80,16 @@ def test_caches_of_other_prompts_and_cut_caches_are_refused(row: Row) -> None:
         first, second = (cache_of(model(**inputs, use_cache=True)) for _ in range(2))
         for cache in (plain, first):
             with pytest.raises(PruningError, match="not filled by the last pruned prompt"):
-                decode(input_ids=token, attention_mask=mask, past_key_values=cache)
-        decode(input_ids=token, attention_mask=mask, past_key_values=second)
+                decode(input_ids=token, attention_mask=mask, **{CACHE: cache})
+        decode(input_ids=token, attention_mask=mask, **{CACHE: second})
         if not any(layer.is_sliding for layer in second.layers):  # those cannot be cut
             second.crop(2 - second.get_seq_length())  # rows of the image as well
             with pytest.raises(PruningError, match="changed since"):
-                decode(input_ids=token, attention_mask=mask[:, :3], past_key_values=second)
+                decode(input_ids=token, attention_mask=mask[:, :3], **{CACHE: second})
         third = cache_of(model(**inputs, use_cache=True))
         model.get_submodule(row.oracle.stepper)(input_ids=token)  # text alone
         with pytest.raises(PruningError, match="not filled by the last pruned prompt"):
-            decode(input_ids=token, attention_mask=mask, past_key_values=third)
+            decode(input_ids=token, attention_mask=mask, **{CACHE: third})
 
 
 @pytest.mark.parametrize("row", [LLAMA, MISTRAL], ids=repr)
@@ -97,7 +97,7 @@ def test_an_image_after_what_is_cached_already_is_refused(row: Row) -> None:
     model, inputs = model_of(row), row.inputs([0])
     with stages_of(model, (1, 3), Uneven()).installed():
         for before in ({"input_ids": inputs["input_ids"][:, :2]}, inputs):  # text alone, and a pruned prompt
-            cache = model(**before, use_cache=True).past_key_values
+            cache = cache_of(model(**before, use_cache=True))
             mask = torch.ones(1, cache.get_seq_length() + inputs["input_ids"].shape[1], dtype=torch.long)
             with pytest.raises(PruningError, match="An image came with a cache"):
-                model(**{**inputs, "attention_mask": mask}, past_key_values=cache)
+                model(**{**inputs, "attention_mask": mask}, **{CACHE: cache})

@@ -9,7 +9,7 @@ from transformers import DynamicCache
 
 from tests.support.matrix import exact, scale
 from tests.support.newer_families import NEWER
-from tests.support.oracles import columns_kept
+from tests.support.oracles import CACHE, cache_of, columns_kept
 from tests.support.rows import Row
 from tests.support.stages import WINDOWED, Uneven, chosen, deep, every_stage, masked, model_of, stages_of
 
@@ -40,13 +40,13 @@ def test_answers_longer_than_a_window_are_those_of_the_masked_model_whatever_the
     keeps = chosen(inputs, row, stages)
 
     def cache() -> dict[str, DynamicCache]:
-        return {} if sliding else {"past_key_values": DynamicCache()}
+        return {} if sliding else {CACHE: DynamicCache()}
 
     with stages_of(model, stages, Uneven()).installed():
         found = generated(row, **cache())
     with masked(row, model, inputs, stages, keeps):
         expected = generated(row, **cache())
-    assert {layer.is_sliding for layer in found.past_key_values.layers} >= {sliding}
+    assert {layer.is_sliding for layer in cache_of(found).layers} >= {sliding}
     ours, theirs = torch.stack(found.logits, 1), torch.stack(expected.logits, 1)
     exact(ours, theirs, atol=2e-5 * scale(theirs))
     assert torch.equal(found.sequences, expected.sequences)
@@ -86,11 +86,11 @@ def test_several_rows_at_once_are_decoded_as_by_the_masked_model(row: Row) -> No
     mask = torch.cat([inputs["attention_mask"], torch.ones_like(more)], 1)
 
     def turns() -> Tensor:
-        cache = model(**inputs, use_cache=True).past_key_values
+        cache = cache_of(model(**inputs, use_cache=True))
         found = []
         for part in (more[:, :5], more[:, 5:6], more[:, 6:]):
             seen = mask[:, : cache.get_seq_length() + part.shape[1]]
-            found.append(model(input_ids=part, attention_mask=seen, past_key_values=cache, use_cache=True).logits)
+            found.append(model(input_ids=part, attention_mask=seen, **{CACHE: cache}, use_cache=True).logits)
         return torch.cat(found, 1)
 
     with stages_of(model, stages, Uneven([1, 2])).installed():
@@ -109,9 +109,9 @@ def test_rows_of_a_cache_that_trade_places_keep_their_windows(row: Row) -> None:
     logits = []
     with stages_of(model, (1, 3), Uneven()).installed():
         for traded in (False, True):
-            cache = model(**inputs, use_cache=True).past_key_values
+            cache = cache_of(model(**inputs, use_cache=True))
             if traded:
                 cache.reorder_cache(order)
             seen = mask[order] if traded else mask
-            logits.append(model(input_ids=token, attention_mask=seen, past_key_values=cache, use_cache=True).logits)
+            logits.append(model(input_ids=token, attention_mask=seen, **{CACHE: cache}, use_cache=True).logits)
     exact(logits[1], logits[0][order], atol=row.tolerance() * scale(logits[0]))

@@ -9,7 +9,7 @@ from catp_lightning.methods.selection import Selection
 from catp_lightning.models import find_family
 from catp_lightning.pruning.sites import PruneAtDecoderLayers, SiteSettings
 from tests.support.matrix import SAMPLED_BEAMS, STEPS, exact, generate, scale
-from tests.support.oracles import cache_of, columns_kept, of_rows
+from tests.support.oracles import CACHE, cache_of, columns_kept, of_rows
 from tests.support.quick import quick
 from tests.support.rows import Row
 from tests.support.stages import (
@@ -181,7 +181,7 @@ def test_a_cache_expanded_after_the_prefill_decodes_each_copy_alike(row: Row) ->
             cache = cache_of(model(**inputs, use_cache=True))
             cache.batch_repeat_interleave(copies)
             ids, more = of_rows(token, copies * len(token)), of_rows(mask, copies * len(mask))
-            logits.append(decode(input_ids=ids, attention_mask=more, past_key_values=cache).logits[:, -1])
+            logits.append(decode(input_ids=ids, attention_mask=more, **{CACHE: cache}).logits[:, -1])
     exact(logits[1], of_rows(logits[0], 2 * len(token)), atol=row.tolerance() * scale(logits[0]))
 
 

@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from tests.support.matrix import greedily
-from tests.support.oracles import PAD, Inputs
+from tests.support.oracles import CACHE, PAD, Inputs, cache_of
 from tests.support.rows import Row
 from tests.support.steps import stepwise
 
@@ -68,13 +68,13 @@ def ask(model: PreTrainedModel, before: Turn | None, new: Inputs, hidden: Hidden
     text = text if before is None else joined(before.inputs, text)
     given = {**text, **{name: value for name, value in new.items() if name not in text}}
     if before is not None:
-        given["past_key_values"] = before.cache
+        given[CACHE] = before.cache
     with hidden(text):
         ways = {**greedily(model, COUNT), "return_dict_in_generate": True, **settings}
         found, logits = stepwise(model, given, **ways)
     tokens = found.sequences[:, -COUNT:]
     answer = {"input_ids": tokens, "attention_mask": torch.ones_like(tokens)}
-    return Turn(joined(text, answer), tokens, logits, found.past_key_values)
+    return Turn(joined(text, answer), tokens, logits, cache_of(found))
 
 
 def chat(row: Row, model: PreTrainedModel, turns: Sequence[Inputs], hidden: Hidden, **settings: Any) -> list[Turn]:
@@ -117,4 +117,4 @@ def coordinates(row: Row, model: PreTrainedModel, text: Inputs, *turns: tuple[Se
 
 def held(row: Row, turn: Turn) -> int:
     """Return the number of rows in a turn's cache, where visual tokens are cached."""
-    return row.oracle.cached(BaseModelOutputWithPast(past_key_values=turn.cache))
+    return row.oracle.cached(BaseModelOutputWithPast(**{CACHE: turn.cache}))

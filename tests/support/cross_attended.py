@@ -17,6 +17,7 @@ from catp_lightning.models.mllama import Mllama
 from catp_lightning.prompt.prompt import CrossAttended
 from catp_lightning.pruning.sites import SiteSettings
 from catp_lightning.pruning.sites.cross_attention import PruneCrossAttention
+from tests.support.oracles import cache_of
 from tests.support.steps import stepwise
 
 IMAGE, PAD, LENGTH, TILES, ROWS = 99, 0, 14, 4, 17  # 16 patches and [CLS] in a tile
@@ -180,7 +181,7 @@ def generate(model: nn.Module, inputs: Mapping[str, Any], **settings: Any) -> An
 
 def cross_cache(output: Any) -> list[tuple[int, int]]:
     """Rows and bytes that each cross-attention layer has cached."""
-    layers = [output.past_key_values.layers[n] for n in CROSS]
+    layers = [cache_of(output).layers[n] for n in CROSS]
     return [(layer.keys.shape[2], layer.keys.nbytes + layer.values.nbytes) for layer in layers]
 
 

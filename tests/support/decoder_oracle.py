@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from tests.support.oracles import Inputs, Oracle, cache_of, columns_kept, hidden_in, hooked, of_rows
+from tests.support.oracles import CACHE, Inputs, Oracle, cache_of, columns_kept, hidden_in, hooked, of_rows
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,7 @@ class Decoder(Oracle):
         def hide(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
             hidden_states = args[0] if args else kwargs["hidden_states"]
             rows, queries = hidden_states.shape[:2]
-            cache = kwargs.get("past_key_values")
+            cache = kwargs.get(CACHE)
             if layer is layers[0]:  # later ones may be called for the last row alone
                 lengths[:] = [queries + (0 if cache is None else cache.get_seq_length())]
             length = lengths[0]
@@ -115,7 +115,7 @@ class Decoder(Oracle):
                 given = {"position_ids": self._counted(mask)[:, -1:]}
                 if self.coordinates:
                     given["position_ids"] = (given["position_ids"] + model.model.rope_deltas).expand(3, -1, -1)
-            output = steps(input_ids=token, attention_mask=mask, past_key_values=cache, use_cache=True, **given)
+            output = steps(input_ids=token, attention_mask=mask, **{CACHE: cache}, use_cache=True, **given)
             yield output.logits[:, -1]
 
     def positions(self, mask: Tensor) -> Inputs:

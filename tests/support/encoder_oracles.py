@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutput
 
-from tests.support.oracles import PAD, Inputs, Oracle, cache_of, columns_kept, hidden_in, hooked, of_rows
+from tests.support.oracles import CACHE, PAD, Inputs, Oracle, cache_of, columns_kept, hidden_in, hooked, of_rows
 
 
 class EncoderDecoder(Oracle):
@@ -55,7 +55,7 @@ class EncoderDecoder(Oracle):
                 encoder_outputs=encoded,
                 attention_mask=inputs["attention_mask"],
                 decoder_input_ids=token,
-                past_key_values=first.past_key_values,
+                **{CACHE: cache_of(first)},
                 use_cache=True,
             )
             yield output.logits[:, -1]
@@ -111,7 +111,7 @@ class CrossAttention(Oracle):
 
         def hide(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
             mask, sees = kwargs["cross_attention_mask"], kwargs["full_text_row_masked_out_mask"].bool()
-            past = kwargs["past_key_values"].get_seq_length() if kwargs.get("past_key_values") is not None else 0
+            past = kwargs[CACHE].get_seq_length() if kwargs.get(CACHE) is not None else 0
             if layer is layers[0]:
                 # Layer 0 of the model, which is no cross-attention layer, has run already: its cache holds this call.
                 columns = torch.arange(mask.shape[2]) + max(past - mask.shape[2], 0)
@@ -139,8 +139,8 @@ class CrossAttention(Oracle):
             if with_positions:
                 positions = self.positions(text["attention_mask"])["position_ids"]
                 given["position_ids"] = positions[:, -given["input_ids"].shape[1] :]
-            output = model(**given, past_key_values=cache, use_cache=True)
-            cache, grown = output.past_key_values, self.grow(inputs, tokens[:, : step + 1])
+            output = model(**given, **{CACHE: cache}, use_cache=True)
+            cache, grown = cache_of(output), self.grow(inputs, tokens[:, : step + 1])
             yield output.logits[:, -1]
 
     def compared(self, inputs: Inputs, keep: Tensor) -> Tensor:

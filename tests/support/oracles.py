@@ -3,6 +3,7 @@
 Nothing of the package is used here: an oracle that shares code with what it judges shares its faults.
 """
 
+import inspect
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -10,8 +11,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import LlamaModel, PreTrainedModel
 
+CACHE = "cache" if "cache" in inspect.signature(LlamaModel.forward).parameters else "past_key_values"  # before 5.24
 PAD, IMAGE, VIDEO, START, END = 0, 110, 111, 112, 113
 Inputs = dict[str, Tensor]
 
@@ -40,7 +42,8 @@ def of_rows(values: Tensor, rows: int) -> Tensor:
 
 
 def cache_of(output: Any) -> Any:
-    return output.get("language_model_outputs", output).past_key_values
+    """Return the cache in a model's or generate's output."""
+    return getattr(output.get("language_model_outputs", output), CACHE)
 
 
 @contextmanager

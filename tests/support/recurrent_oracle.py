@@ -16,7 +16,7 @@ from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
 from tests.support.decoder_oracle import Decoder
-from tests.support.oracles import Inputs, columns_kept, of_rows
+from tests.support.oracles import CACHE, Inputs, columns_kept, of_rows
 
 
 @dataclass(frozen=True)
@@ -52,7 +52,7 @@ class ShortRuns:
     caches: list[DynamicCache] = field(default_factory=list)
 
     def __call__(self, **kwargs: Any) -> Any:
-        cache, embeds = kwargs.get("past_key_values"), kwargs.get("inputs_embeds")
+        cache, embeds = kwargs.get(CACHE), kwargs.get("inputs_embeds")
         past = 0 if cache is None else cache.get_seq_length()
         embeds = self.stack.embed_tokens(kwargs.pop("input_ids")) if embeds is None else embeds
         rows, new = embeds.shape[:2]
@@ -73,7 +73,7 @@ class ShortRuns:
                     "inputs_embeds": embeds[row : row + 1, kept],
                     "position_ids": positions[..., row : row + 1, kept],
                     "attention_mask": torch.ones(1, self.caches[row].get_seq_length() + int(kept.sum())).long(),
-                    "past_key_values": self.caches[row],
+                    CACHE: self.caches[row],
                     "use_cache": True,
                 }
             )

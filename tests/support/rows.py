@@ -68,7 +68,7 @@ class Row:
         """
         if dtype is torch.float32:
             return 2e-5
-        return max(1e-10 if (attention or self.attention) == "sdpa" else 5e-6, self.rounding * moved, self.coarse)
+        return max(1e-10 if (attention or self.attention) == "sdpa" else 6e-6, self.rounding * moved, self.coarse)
 
     def __hash__(self) -> int:
         return hash(self.name)

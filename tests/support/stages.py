@@ -21,7 +21,7 @@ from catp_lightning.pruning.sites.stage_prompt import StagePrompt
 from tests.support.decoder_oracle import Decoder
 from tests.support.families import BY_NAME
 from tests.support.matrix import STEPS, exact, generate, scale
-from tests.support.oracles import Inputs, columns_kept, hidden_in, hooked, of_rows
+from tests.support.oracles import CACHE, Inputs, columns_kept, hidden_in, hooked, of_rows
 from tests.support.quick import quick
 from tests.support.rows import Row
 
@@ -196,7 +196,7 @@ def masked(
     columns = [columns_kept(inputs, keep) for keep in keeps]
 
     def hide(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
-        at, mask, cache = layers.index(layer), kwargs["attention_mask"], kwargs.get("past_key_values")
+        at, mask, cache = layers.index(layer), kwargs["attention_mask"], kwargs.get(CACHE)
         rows, queries = (args[0] if args else kwargs["hidden_states"]).shape[:2]
         length = queries + (0 if cache is None else cache.get_seq_length(at))
         if mask is None:

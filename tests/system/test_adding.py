@@ -22,6 +22,7 @@ from catp_lightning.calibration.statistics import Statistic
 from catp_lightning.methods import SELECTORS, Selector
 from catp_lightning.models import FAMILIES, find_family
 from catp_lightning.models.placeholder import Placeholder
+from catp_lightning.prompt.caches import cache_in
 from catp_lightning.pruning.pruner import applied
 from catp_lightning.pruning.sites import SITES, PruningSite
 from catp_lightning.pruning.sites.prompt_capture import PromptCapture
@@ -176,7 +177,7 @@ class HideAtDecoderInput(PruningSite):
     def _enter(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if not self.active:
             return None
-        rows, cache = kwargs["inputs_embeds"], kwargs.get("past_key_values")
+        rows, cache = kwargs["inputs_embeds"], cache_in(kwargs)
         past = 0 if cache is None else cache.get_seq_length()
         if past == 0:
             prompt = self._prompts.take(kwargs)

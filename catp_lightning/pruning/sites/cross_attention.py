@@ -23,7 +23,9 @@ from catp_lightning.methods.observation import Signal
 from catp_lightning.models.base import Family
 from catp_lightning.models.mllama import Mllama
 from catp_lightning.prompt.caches import (
+    CACHE_NAMES,
     Opened,
+    cache_in,
     foreign_cache,
     is_short,
     kind_of,
@@ -94,8 +96,8 @@ class PruneCrossAttention(PruningSite):
         self._prefill = self._changes = None
         if not self.active:
             return
-        self._text_arguments = {name: value for name, value in kwargs.items() if name != "past_key_values"}
-        cache, states = kwargs.get("past_key_values"), kwargs.get("cross_attention_states")
+        self._text_arguments = {name: value for name, value in kwargs.items() if name not in CACHE_NAMES}
+        cache, states = cache_in(kwargs), kwargs.get("cross_attention_states")
         held = _image_rows(cache, self.family.cross_attention[0].layer_idx)
         if states is None and held == 0:  # text alone
             if cache is None or cache.get_seq_length() == 0:
@@ -120,7 +122,7 @@ class PruneCrossAttention(PruningSite):
         if held:
             raise PruningError(
                 "An image came with a cache that holds image rows already, and cannot be added to it. Generate "
-                "from the whole text again, with all of its images and without past_key_values."
+                "from the whole text again, with all of its images and without a cache."
             )
         labels = self.calls.arguments.get("labels")
         visibility, copies = visibility.read(*([] if labels is None else [labels]))
@@ -159,7 +161,7 @@ class PruneCrossAttention(PruningSite):
         prefill = self._prefill
         if prefill is None:
             return None
-        cache = kwargs.get("past_key_values") if prefill.shared is None else None
+        cache = cache_in(kwargs) if prefill.shared is None else None
         read, used = prefill.repaired(module, kwargs["hidden_states"], output[0]), prefill.rows
         if self._changes and module is self.family.cross_attention[0]:
             self._narrow(prefill, module, kwargs)
@@ -222,8 +224,8 @@ class PruneCrossAttention(PruningSite):
         prefill, self._prefill, self._changes, self._text_arguments = self._prefill, None, None, {}
         if prefill is None:
             return
-        cache, stored = kwargs.get("past_key_values"), prefill.stored
-        cache = cache if output is None else output.get("past_key_values")
+        cache, stored = cache_in(kwargs), prefill.stored
+        cache = cache if output is None else cache_in(output)
         if cache is not None and stored is not None and prefill.complete and output is not None:
             mark_whole(cache)
         elif cache is not None and stored is not None:  # also after a failed call, which filled a part of it

@@ -15,7 +15,16 @@ from torch import Tensor, nn
 
 from catp_lightning.errors import PruningError
 from catp_lightning.models.base import Family
-from catp_lightning.prompt.caches import Opened, foreign_cache, is_short, mark_whole, refuse_static, rows_of, seal
+from catp_lightning.prompt.caches import (
+    Opened,
+    cache_in,
+    foreign_cache,
+    is_short,
+    mark_whole,
+    refuse_static,
+    rows_of,
+    seal,
+)
 from catp_lightning.prompt.kept import KeptSequence, kept_sequence, of_each
 from catp_lightning.prompt.labels import Labels
 from catp_lightning.prompt.masks import decoding_masks, prefill_masks, recurrent
@@ -66,7 +75,7 @@ class PruneAtDecoderInput(PruningSite):
         return (), self._changed({**dict(zip(self.parameters, args, strict=False)), **kwargs})
 
     def _changed(self, kwargs: dict[str, Any]) -> dict[str, Any]:
-        cache = kwargs.get("past_key_values")
+        cache = cache_in(kwargs)
         refuse_static(cache)
         past = 0 if cache is None else cache.get_seq_length()  # columns read so far, dropped ones too
         self.calls.in_decoder, self._now, self._own, self._filling = True, None, None, past == 0
@@ -78,7 +87,7 @@ class PruneAtDecoderInput(PruningSite):
         return self._decode(kwargs, past) if past else kwargs
 
     def _prefill(self, kwargs: dict[str, Any], prompt: DecoderPrompt, past: int) -> dict[str, Any]:
-        cache, config, embeds = kwargs.get("past_key_values"), self.family.decoder_config, prompt.embeds
+        cache, config, embeds = cache_in(kwargs), self.family.decoder_config, prompt.embeds
         before = self._held(cache, past, len(embeds)) if past else None
         selection = self.decide(prompt)
         keep = prompt.columns(selection.keep)
@@ -144,7 +153,7 @@ class PruneAtDecoderInput(PruningSite):
         return prompt.of_rows(at)
 
     def _decode(self, kwargs: dict[str, Any], past: int) -> dict[str, Any]:
-        cache = kwargs["past_key_values"]
+        cache = cache_in(kwargs)
         rows = kwargs["inputs_embeds"] if kwargs.get("input_ids") is None else kwargs["input_ids"]
         batch, new = rows.shape[:2]
         prompt = self._held(cache, past, batch)
@@ -166,9 +175,9 @@ class PruneAtDecoderInput(PruningSite):
         self.calls.in_decoder, self.calls.user_call.begun = False, True
         self._opened.close()
         (prompt, own), self._now, self._own = (self._now, self._own), None, None
-        cache = kwargs.get("past_key_values")
+        cache = cache_in(kwargs)
         if output is not None and not isinstance(output, tuple):
-            cache = output.get("past_key_values")
+            cache = cache_in(output)
         if prompt is None:
             if cache is not None and output is not None and self._filling:
                 mark_whole(cache)

@@ -25,7 +25,16 @@ from torch.nn.functional import pad
 from catp_lightning.errors import PruningError
 from catp_lightning.models.base import Family
 from catp_lightning.prompt.attention import observe_attention
-from catp_lightning.prompt.caches import Opened, foreign_cache, is_short, missing_in, refuse_static, rows_of, seal
+from catp_lightning.prompt.caches import (
+    Opened,
+    cache_in,
+    foreign_cache,
+    is_short,
+    missing_in,
+    refuse_static,
+    rows_of,
+    seal,
+)
 from catp_lightning.prompt.kept import KeptSequence
 from catp_lightning.prompt.labels import Labels
 from catp_lightning.prompt.masks import decoding_masks, layer_mask, of_columns, step_mask, window
@@ -102,7 +111,7 @@ class PruneAtDecoderLayers(PruningSite):
         if not self.active:
             return None
         kwargs = {**dict(zip(self.parameters, args, strict=False)), **kwargs}
-        cache = kwargs.get("past_key_values")
+        cache = cache_in(kwargs)
         self.calls.in_decoder = True
         refuse_static(cache)
         past = 0 if cache is None else cache.get_seq_length()
@@ -210,7 +219,7 @@ class PruneAtDecoderLayers(PruningSite):
         mask: Tensor | None
         flash = "flash" in str(config._attn_implementation)
         if self._mask is not None and not (flash and window(config) is None):
-            hidden, cache = given["hidden_states"], given["past_key_values"]
+            hidden, cache = given["hidden_states"], cache_in(given)
             mask = step_mask(rows, self._mask, hidden.shape[1], cache, at, config, hidden.dtype)
         else:
             mask = given.get("attention_mask") if self._mask is None else self._mask
@@ -230,11 +239,11 @@ class PruneAtDecoderLayers(PruningSite):
         self._reset()
         kept = step if prefill is None else prefill.kept
         if kept and output is not None and output.get("attentions") is not None:
-            maps, cache = enumerate(output.attentions), output.get("past_key_values")
+            maps, cache = enumerate(output.attentions), cache_in(output)
             output.attentions = tuple(self._attention(layer, paid, kept, later, cache) for layer, paid in maps)
         if prefill is None or prefill.rows.whole:
             return
-        cache = kwargs.get("past_key_values") if output is None else output.get("past_key_values")
+        cache = cache_in(kwargs) if output is None else cache_in(output)
         if cache is not None:  # also after a failed call, which filled a part of it
             every = torch.arange(len(prefill.rows.order), dtype=torch.long, device=prefill.rows.order.device)
             seal(cache, every, 0 if self.stages[0] else prefill.kept[0].mask.shape[1] - prefill.kept[0].order.shape[1])

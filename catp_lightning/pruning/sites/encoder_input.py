@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from catp_lightning.errors import PruningError
 from catp_lightning.models.base import Family
-from catp_lightning.prompt.caches import Opened, is_short, seal
+from catp_lightning.prompt.caches import Opened, cache_in, is_short, seal
 from catp_lightning.prompt.kept import KeptSequence, kept_sequence, of_each
 from catp_lightning.prompt.masks import two_dimensional
 from catp_lightning.prompt.prompt import DecoderPrompt
@@ -132,7 +132,7 @@ class PruneAtEncoderInput(PruningSite):
         return output
 
     def _cross(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        states, prompt, cache = kwargs.get("encoder_hidden_states"), self._prompt, kwargs.get("past_key_values")
+        states, prompt, cache = kwargs.get("encoder_hidden_states"), self._prompt, cache_in(kwargs)
         self._rows = None
         if not self.active or states is None:
             return None
@@ -171,7 +171,7 @@ class PruneAtEncoderInput(PruningSite):
         if rows is None or prompt is None:
             return
         no_dictionary = output is None or isinstance(output, tuple)
-        cache = kwargs.get("past_key_values") if no_dictionary else output.get("past_key_values")
+        cache = cache_in(kwargs) if no_dictionary else cache_in(output)
         if cache is not None and not is_short(cache):  # also after a failed call, which filled a part of it
             seal(cache, rows)
             if output is not None:

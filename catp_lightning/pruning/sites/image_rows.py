@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from transformers import DynamicCache
 
 from catp_lightning.errors import PruningError
+from catp_lightning.prompt.caches import cache_name
 from catp_lightning.prompt.kept import KeptSequence, order_of
 from catp_lightning.prompt.visibility import TextVisibility, keys_and_values, read_unmasked
 from catp_lightning.utils.on_cpu import of_known, on_cpu, on_device
@@ -144,7 +145,7 @@ class CrossAttentionPrefill:
         cache.update(keys[kept].transpose(1, 2), values[kept].transpose(1, 2), module.layer_idx)
         if cache.get_seq_length() == 0:  # transformers 5.13 asks the first layer whether there is anything
             cache.update(keys[:1, :1], values[:1, :1], 0)
-        return {"cross_attention_states": None, "past_key_values": cache, "attention_mask": self.mask}
+        return {"cross_attention_states": None, cache_name(module.forward): cache, "attention_mask": self.mask}
 
     def repaired(self, module: Any, hidden: Tensor, output: Tensor) -> Tensor:
         """Return a layer's output [R, L, D], recomputed over all image rows for text rows that see no kept one.

@@ -92,7 +92,7 @@ class PromptCapture:
         if ids is not None and self._is_image(ids):
             raise PruningError(
                 "An image came with a cache that holds the text before it, and would be read unpruned. Generate from "
-                "the whole text again, with all of its images and without past_key_values."
+                "the whole text again, with all of its images and without a cache."
             )
 
     def _visual(self, ids: Tensor) -> Tensor:
@@ -183,8 +183,8 @@ class PromptCapture:
         if self.family.outer is None:
             raise PruningError(
                 f"{type(self.family.model).__name__} reads the images of the whole text again at every turn, so those "
-                "of the new one cannot be told apart from those in past_key_values. Generate from the whole text "
-                "again, without past_key_values."
+                "of the new one cannot be told apart from those in the cache. Generate from the whole text "
+                "again, without a cache."
             )
 
     def _prompt_columns(self, real: Tensor) -> Tensor:
