@@ -126,6 +126,7 @@ class CallTracker:
                 undo.enter_context(hooked(module, self._call, self._called, always=True))
                 undo.enter_context(_watched(module, self))
             undo.enter_context(replaced(self.model, "generate", self._generate))
+            undo.enter_context(replaced(self.model, "init_continuous_batching", _refuse))
             yield
 
     @contextmanager
@@ -230,6 +231,13 @@ class CallTracker:
         finally:
             self.samples, self._generating, self._length = before
             self._end()
+
+
+def _refuse(*_: Any, **__: Any) -> None:
+    raise PruningError(
+        "generate_batch and its continuous batching answer in a thread of their own from one cache that all requests "
+        "share, and no prompt can be made shorter there. Call generate on a batch, or leave the prune context."
+    )
 
 
 def _outlived() -> PruningError:

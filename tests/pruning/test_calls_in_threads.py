@@ -150,3 +150,17 @@ def test_of_two_threads_that_call_one_pruned_model_the_second_is_refused() -> No
         thread.join(60)
         assert torch.equal(found[0], expected), "the first is not disturbed"
         assert torch.equal(model.generate(**inputs, max_new_tokens=3, do_sample=False), expected)
+
+
+@pytest.mark.parametrize("name", ["Llava", "Blip2-OPT"])
+def test_continuous_batching_is_refused_before_its_thread_begins(name: str) -> None:
+    model = BY_NAME[name].model()
+    with prune(model, PruningPolicy("random", keep=0.5)):
+        before = threading.enumerate()
+        with pytest.raises(PruningError, match="share, and no prompt can be made shorter"):
+            model.init_continuous_batching()
+        with pytest.raises(PruningError, match="Call generate on a batch, or leave the prune context"):
+            model.generate_batch([[5, 6, 7]], max_new_tokens=2)
+        new = [thread for thread in threading.enumerate() if thread not in before]
+        assert not any(type(thread) is threading.Thread for thread in new)  # a progress bar has one of its own kind
+    assert "init_continuous_batching" not in vars(model)
