@@ -1,11 +1,19 @@
 """Similarities that are the same wherever two tokens stand, and DPPs that equal tokens gain equally in."""
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from torch import Tensor
 
 from catp_lightning.methods.selectors.determinant import RIDGE, _choose, _steps
-from catp_lightning.methods.selectors.similarity import exact_similarity, exact_units
+from catp_lightning.methods.selectors.similarity import (
+    exact_similarity,
+    exact_units,
+    squared_distances,
+    whole_units,
+    whole_vectors,
+)
 
 pytestmark = pytest.mark.usefixtures("no_grad")
 
@@ -62,3 +70,15 @@ def test_rows_one_by_one_are_as_rows_together(rows: int, tokens: int) -> None:
     chosen, gains, factors = _steps(kernel, gain, closed, 8)
     assert torch.equal(chosen, found[0])
     torch.testing.assert_close((gains, factors), found[1:], rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("whole", [whole_units, lambda vectors: whole_vectors(vectors)[0]], ids=["units", "vectors"])
+def test_distances_are_those_of_whole_numbers_in_both_directions(whole: Callable[[Tensor], Tensor]) -> None:
+    vectors = drawn(1, 60, 4096, 2)
+    vectors[0, 30:] = -vectors[0, :30]  # as far apart as vectors can be
+    own = whole(vectors)
+    numbers = own[0].long()
+    found = squared_distances(own)[0]
+    assert torch.equal(found, found.T)
+    for token in (0, 17, 30, 47):
+        assert torch.equal(found[token].long(), (numbers - numbers[token]).square().sum(1))

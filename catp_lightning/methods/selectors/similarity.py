@@ -90,14 +90,14 @@ def exact_similarity(vectors: Tensor) -> Tensor:
 
 
 def whole_units(vectors: Tensor) -> Tensor:
-    """Return vectors of length 2^26, rounded to whole numbers: float [..., F] -> float64 [..., F].
+    """Return vectors of length 2^25, rounded to whole numbers: float [..., F] -> float64 [..., F].
 
-    Sums of products of two of them are below 2^53, and exact in whatever order they are added; their cosines differ
-    from those of the vectors given by some 1e-8. NaN comes of vectors that have no direction: of zeros, or with values
-    that are not finite.
+    Inner products and squared distances of two of them are below 2^53, and exact in whatever order they are added;
+    their cosines differ from those of the vectors given by some 1e-8. NaN comes of vectors that have no direction: of
+    zeros, or with values that are not finite.
     """
     length = torch.linalg.vector_norm(vectors, dim=-1, keepdim=True, dtype=torch.float64)
-    return (vectors / length.mul_(2.0**-26)).round_()
+    return (vectors / length.mul_(2.0**-25)).round_()
 
 
 def exact_units(vectors: Tensor) -> Tensor:
@@ -118,9 +118,9 @@ def exact_units(vectors: Tensor) -> Tensor:
 
 
 def whole_vectors(vectors: Tensor) -> tuple[Tensor, Tensor]:
-    """Round coordinates to whole multiples of a step, so that sums of products of two of them are exact in float64.
+    """Round coordinates to whole multiples of a step, for inner products and distances that are exact in float64.
 
-    The step is the largest coordinate of a row of tokens divided by 2^20 where F is 4,096.
+    The step is the largest coordinate of a row of tokens divided by 2^19 where F is 4,096.
 
     Args:
         vectors: float [R, T, F], finite.
@@ -128,7 +128,7 @@ def whole_vectors(vectors: Tensor) -> tuple[Tensor, Tensor]:
     Returns:
         The multiples, float64 [R, T, F], and the steps, float64 [R, 1, 1].
     """
-    bits = (52 - math.ceil(math.log2(max(2, vectors.shape[-1])))) // 2
+    bits = (50 - math.ceil(math.log2(max(2, vectors.shape[-1])))) // 2
     least, most = vectors.flatten(1).aminmax(dim=1)
     _, exponent = torch.frexp(torch.maximum(-least, most).double()[:, None, None])
     step = torch.pow(2.0, (exponent - bits).clamp(min=-900).double())

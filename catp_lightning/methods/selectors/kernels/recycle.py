@@ -22,7 +22,7 @@ def run(vectors: Tensor, rank: Tensor, parts: Tensor) -> Tensor:
     squares, steps = whole.new_empty(rows, longest), whole.new_empty(rows)
     given = (vectors.contiguous(), recycled, parts, largest)
     _largest[(rows, longest)](*given, rows, tokens, longest, width, BLOCK=1024, **OPTIONS)
-    bits = (52 - math.ceil(math.log2(max(2, width)))) // 2  # as in `whole_vectors`
+    bits = (50 - math.ceil(math.log2(max(2, width)))) // 2  # as in `whole_vectors`
     others = triton.next_power_of_2(longest)
     _whole[(rows, longest)](
         *given, whole, squares, steps, rows, tokens, longest, width, bits, BLOCK=1024, OTHERS=others, **OPTIONS
