@@ -16,7 +16,6 @@ os.environ["TOKENIZERS_PARALLELISM"] = "false"  # otherwise tokenizers warns aft
 import pytest
 import torch
 from hypothesis import settings
-from lightning.fabric.utilities import registry
 
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # read when Triton is imported, if it is there: its kernels run on the CPU
@@ -57,6 +56,8 @@ def _seed() -> None:
 @pytest.fixture(scope="session", autouse=True)
 def _looked_up_once() -> Iterator[None]:
     """Lightning looks for callbacks of installed packages for each Trainer, which takes as long as to make it."""
+    from lightning.fabric.utilities import registry  # brings Triton, which has read TRITON_INTERPRET by now
+
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(registry, "entry_points", cache(registry.entry_points))
         yield
