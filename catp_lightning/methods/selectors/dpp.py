@@ -62,9 +62,8 @@ class DPP(Selector):
 
     def quality(self, scores: Tensor, visual: Tensor, dtype: torch.dtype) -> Tensor:
         """Quality q of each token, from scores [R, T] and mask [R, T]: [R, T] in `dtype`."""
-        scores = scores.nan_to_num(0.0, 0.0, 0.0).to(dtype)
         largest = most_in_a_kernel(dtype)  # squares of larger values would not be finite
-        scores = scores / (scores.norm(math.inf, 1, keepdim=True) / largest).clamp(min=1)
+        scores = scores.nan_to_num(0.0, 0.0, 0.0).to(dtype).clamp(-largest, largest)
         relevance = self._standardised(scores, visual)
         strength = max(-1e30, min(1e30, self.relevance))
         logarithm = relevance * (strength / 2)

@@ -129,8 +129,7 @@ def whole_vectors(vectors: Tensor) -> tuple[Tensor, Tensor]:
         The multiples, float64 [R, T, F], and the steps, float64 [R, 1, 1].
     """
     bits = (50 - math.ceil(math.log2(max(2, vectors.shape[-1])))) // 2
-    least, most = vectors.flatten(1).aminmax(dim=1)
-    _, exponent = torch.frexp(torch.maximum(-least, most).double()[:, None, None])
+    _, exponent = torch.frexp(vectors.abs().amax((1, 2), keepdim=True))
     step = torch.pow(2.0, (exponent - bits).clamp(min=-900).double())
     return (vectors / step).round_(), step
 
