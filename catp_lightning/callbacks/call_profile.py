@@ -11,7 +11,7 @@ from torchmetrics import MeanMetric
 
 from catp_lightning.models import Family
 from catp_lightning.pricing.parts import Parts, PartTimer
-from catp_lightning.prompt.caches import CACHE_NAMES, cache_in
+from catp_lightning.pruning.answers import from_the_beginning, goes_on
 from catp_lightning.pruning.pruner import Pruner
 from catp_lightning.pruning.record import Prefill
 from catp_lightning.utils.hooks import hooked, replaced
@@ -97,10 +97,9 @@ class CallProfile:
     ) -> None:
         """Time a call, unpruned and pruned, if it is one of the first; `names` are those of its arguments in order."""
         given, pruner = {**dict(zip(names, args, strict=False)), **kwargs}, self._pruner
-        cache = cache_in(given)
-        if pruner is None or self._made > CALLS or (cache is not None and cache.get_seq_length()):
+        if pruner is None or self._made > CALLS or goes_on(given):
             return
-        again = {name: value for name, value in given.items() if name not in (*CACHE_NAMES, "streamer")}
+        again = from_the_beginning(given)
         found: dict[bool, Parts | None] = {}
         prefills: list[Prefill] = []
         on_prefill, pruner.on_prefill, self._busy = pruner.on_prefill, prefills.append, True

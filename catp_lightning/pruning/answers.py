@@ -87,14 +87,14 @@ def listening(
         if state["inside"] or not active():
             return generate(*args, **kwargs)
         named = _named(generate, args, kwargs)
-        if _goes_on(named):
+        if goes_on(named):
             raise PruningError(
                 "generate was given a filled cache, and calibration and compare=True answer a prompt several times, "
                 "each time from its beginning. Generate from the whole text, with all of its images and without "
                 "a cache."
             )
         if before is not None:
-            before(lambda: answered(generate, args, _again(kwargs), named)[1])
+            before(lambda: answered(generate, args, from_the_beginning(kwargs), named)[1])
         output, answer = answered(generate, args, kwargs, named)
         after(answer)
         return output
@@ -108,7 +108,7 @@ def listening(
         named = _named(forward, args, kwargs)
         state["prompt"] = _is_prompt(named)  # asked before the call, which will fill the cache
         if before is not None and state["prompt"]:
-            before(lambda: predicted(family, quietly(model, args, _again(kwargs)), named))
+            before(lambda: predicted(family, quietly(model, args, from_the_beginning(kwargs)), named))
 
     def after_forward(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         if not state["inside"] and state["prompt"]:
@@ -225,7 +225,8 @@ def _named(call: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, An
     return {**dict(zip(names, args, strict=False)), **kwargs}
 
 
-def _again(kwargs: dict[str, Any]) -> dict[str, Any]:
+def from_the_beginning(kwargs: dict[str, Any]) -> dict[str, Any]:
+    """Return a call's arguments for another call that answers the same prompt."""
     return {name: value for name, value in kwargs.items() if name not in (*CACHE_NAMES, "streamer")}
 
 
@@ -234,10 +235,10 @@ def _is_prompt(named: dict[str, Any]) -> bool:
 
     Decoding steps of a loop of the user's own answer nothing new.
     """
-    return named.get("input_ids") is not None and not _goes_on(named)
+    return named.get("input_ids") is not None and not goes_on(named)
 
 
-def _goes_on(named: dict[str, Any]) -> bool:
+def goes_on(named: dict[str, Any]) -> bool:
     """Return True for a call that is given a filled cache."""
     cache = cache_in(named)
     return cache is not None and bool(cache.get_seq_length() > 0)

@@ -11,9 +11,9 @@ from catp_lightning.methods.selectors.lazy import at_once
 from catp_lightning.utils.on_cpu import for_numpy
 
 
-def unit_vectors(vectors: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
-    """Return vectors of length 1, in `dtype` at least: [..., F] -> [..., F]; a vector of zeros stays one."""
-    return F.normalize(vectors.to(torch.promote_types(vectors.dtype, dtype)), dim=-1)
+def unit_vectors(vectors: Tensor) -> Tensor:
+    """Return vectors of length 1, in float32 at least: [..., F] -> [..., F]; a vector of zeros stays one."""
+    return F.normalize(vectors.to(torch.promote_types(vectors.dtype, torch.float32)), dim=-1)
 
 
 def inner_products(vectors: Tensor) -> Tensor:
@@ -29,9 +29,9 @@ def inner_products(vectors: Tensor) -> Tensor:
         return vectors @ vectors.transpose(1, 2)
 
 
-def cosine_similarity(vectors: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
-    """Cosine similarity of all pairs of tokens, in `dtype` at least: [R, T, F] -> [R, T, T]; NaN becomes 0."""
-    vectors = unit_vectors(vectors, dtype)
+def cosine_similarity(vectors: Tensor) -> Tensor:
+    """Cosine similarity of all pairs of tokens, in float32 at least: [R, T, F] -> [R, T, T]; NaN becomes 0."""
+    vectors = unit_vectors(vectors)
     with without_autocast(vectors):
         similarity = (vectors @ vectors.transpose(1, 2)).nan_to_num_()
     similarity.diagonal(dim1=1, dim2=2).fill_(1)  # exactly 1: rounding, which differs by batch, would break ties
@@ -128,10 +128,15 @@ def whole_vectors(vectors: Tensor) -> tuple[Tensor, Tensor]:
     Returns:
         The multiples, float64 [R, T, F], and the steps, float64 [R, 1, 1].
     """
-    bits = (50 - math.ceil(math.log2(max(2, vectors.shape[-1])))) // 2
+    bits = whole_bits(vectors.shape[-1])
     _, exponent = torch.frexp(vectors.abs().amax((1, 2), keepdim=True))
     step = torch.pow(2.0, (exponent - bits).clamp(min=-900).double())
     return (vectors / step).round_(), step
+
+
+def whole_bits(features: int) -> int:
+    """Return the bits of whole coordinates of `features` each whose squared distances are below 2^53."""
+    return (50 - math.ceil(math.log2(max(2, features)))) // 2
 
 
 def squared_distances(vectors: Tensor) -> Tensor:

@@ -224,8 +224,7 @@ class PruneCrossAttention(PruningSite):
         prefill, self._prefill, self._changes, self._text_arguments = self._prefill, None, None, {}
         if prefill is None:
             return
-        cache, stored = cache_in(kwargs), prefill.stored
-        cache = cache if output is None else cache_in(output)
+        cache, stored = cache_in(kwargs if output is None else output), prefill.stored
         if cache is not None and stored is not None and prefill.complete and output is not None:
             mark_whole(cache)
         elif cache is not None and stored is not None:  # also after a failed call, which filled a part of it

@@ -175,9 +175,7 @@ class PruneAtDecoderInput(PruningSite):
         self.calls.in_decoder, self.calls.user_call.begun = False, True
         self._opened.close()
         (prompt, own), self._now, self._own = (self._now, self._own), None, None
-        cache = cache_in(kwargs)
-        if output is not None and not isinstance(output, tuple):
-            cache = cache_in(output)
+        cache = cache_in(kwargs if output is None or isinstance(output, tuple) else output)
         if prompt is None:
             if cache is not None and output is not None and self._filling:
                 mark_whole(cache)

@@ -243,7 +243,7 @@ class PruneAtDecoderLayers(PruningSite):
             output.attentions = tuple(self._attention(layer, paid, kept, later, cache) for layer, paid in maps)
         if prefill is None or prefill.rows.whole:
             return
-        cache = cache_in(kwargs) if output is None else cache_in(output)
+        cache = cache_in(kwargs if output is None else output)
         if cache is not None:  # also after a failed call, which filled a part of it
             every = torch.arange(len(prefill.rows.order), dtype=torch.long, device=prefill.rows.order.device)
             seal(cache, every, 0 if self.stages[0] else prefill.kept[0].mask.shape[1] - prefill.kept[0].order.shape[1])

@@ -171,7 +171,7 @@ class PruneAtEncoderInput(PruningSite):
         if rows is None or prompt is None:
             return
         no_dictionary = output is None or isinstance(output, tuple)
-        cache = cache_in(kwargs) if no_dictionary else cache_in(output)
+        cache = cache_in(kwargs if no_dictionary else output)
         if cache is not None and not is_short(cache):  # also after a failed call, which filled a part of it
             seal(cache, rows)
             if output is not None:

@@ -1,7 +1,5 @@
 """`recycle._carriers` as kernels: all rows at once, whatever their numbers of tokens."""
 
-import math
-
 import torch
 import triton
 import triton.language as tl
@@ -9,6 +7,7 @@ from torch import Tensor
 
 from catp_lightning.methods.precision import without_autocast
 from catp_lightning.methods.selectors.kernels import OPTIONS, blocks, tiles
+from catp_lightning.methods.selectors.similarity import whole_bits
 from catp_lightning.utils.on_cpu import on_cpu
 
 
@@ -22,7 +21,7 @@ def run(vectors: Tensor, rank: Tensor, parts: Tensor) -> Tensor:
     squares, steps = whole.new_empty(rows, longest), whole.new_empty(rows)
     given = (vectors.contiguous(), recycled, parts, largest)
     _largest[(rows, longest)](*given, rows, tokens, longest, width, BLOCK=1024, **OPTIONS)
-    bits = (50 - math.ceil(math.log2(max(2, width)))) // 2  # as in `whole_vectors`
+    bits = whole_bits(width)
     others = triton.next_power_of_2(longest)
     _whole[(rows, longest)](
         *given, whole, squares, steps, rows, tokens, longest, width, bits, BLOCK=1024, OTHERS=others, **OPTIONS
