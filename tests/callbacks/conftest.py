@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 from PIL import Image
 
+from tests.support.reports import unreported
 from tests.support.sent_signals import calibrate
 
 
@@ -15,13 +16,8 @@ from tests.support.sent_signals import calibrate
 def no_report() -> Iterator[None]:
     """Calibrations write no report, and answer nothing again for its examples."""
     with pytest.MonkeyPatch.context() as patch:
-        _unreported(patch)
+        unreported(patch)
         yield
-
-
-def _unreported(patch: pytest.MonkeyPatch) -> None:
-    for part in ("report", "examples_of"):
-        patch.setattr(f"catp_lightning.callbacks.calibration.{part}", lambda *_: [])
 
 
 @pytest.fixture(scope="module")
@@ -43,6 +39,6 @@ def one_pixel() -> Iterator[None]:
 def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> bytes:
     """The policy file of a calibration that nothing interrupts."""
     with pytest.MonkeyPatch.context() as patch:
-        _unreported(patch)
+        unreported(patch)
         calibrate(path := tmp_path_factory.mktemp("undisturbed") / "p.json")
     return path.read_bytes()

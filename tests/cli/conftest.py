@@ -7,6 +7,7 @@ import yaml
 
 from catp_lightning.data.scenes import write_scenes
 from tests.support.commands import QUESTIONS, split
+from tests.support.reports import unreported
 from tests.support.tiny_vqa import opt_config, save_model, scenes
 
 
@@ -43,5 +44,4 @@ def undrawn(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture
 def no_report(monkeypatch: pytest.MonkeyPatch) -> None:
     """Calibrations write no report, and answer nothing again for its examples."""
-    monkeypatch.setattr("catp_lightning.callbacks.calibration.report", lambda *_: [])
-    monkeypatch.setattr("catp_lightning.callbacks.calibration.examples_of", lambda *_: [])
+    unreported(monkeypatch)

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 from matplotlib.axes import Axes
 
 from catp_lightning import PruningPolicy
@@ -22,6 +23,12 @@ def calibrated(path: Path, **settings: Any) -> list[PruningPolicy]:
     callback = CrossAttentionCalibration(path, settings=QUICK, **settings)
     trainer(callback).predict(Generating(faint_blip2(0.2), greedily(1)), loading(data(48, 24)))
     return callback.policies
+
+
+def unreported(patch: pytest.MonkeyPatch) -> None:
+    """Let calibrations write no report, and answer nothing again for its examples."""
+    for part in ("report", "examples_of"):
+        patch.setattr(f"catp_lightning.callbacks.calibration.{part}", lambda *_: [])
 
 
 def write(policies: Sequence[PruningPolicy], folder: Path, *more: Any) -> tuple[list[str], str]:

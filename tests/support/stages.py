@@ -70,19 +70,7 @@ LATE, THREE = (1, 3), (0, 1, 3)
 
 def schedules(rows: Sequence[Row], fast: Sequence[Row]) -> pytest.MarkDecorator:
     """Rows with the stages `LATE`, and with `THREE`: one of them slow, for some rows the former. The first has both."""
-    return pytest.mark.parametrize(
-        ("row", "stages"),
-        [
-            pytest.param(
-                row,
-                stages,
-                id=f"{row}, {stages}",
-                marks=() if row is rows[0] or stages == (THREE if row in fast else LATE) else pytest.mark.slow,
-            )
-            for stages in (LATE, THREE)
-            for row in rows
-        ],
-    )
+    return _product(rows, (LATE, THREE), lambda row, own: row is rows[0] or own == (THREE if row in fast else LATE))
 
 
 COVERED = {LLAMA: STAGES, MISTRAL: [LATE], QUESTIONED: [LATE], WINDOWED[1]: [LATE]}
@@ -91,16 +79,19 @@ COVERED = {LLAMA: STAGES, MISTRAL: [LATE], QUESTIONED: [LATE], WINDOWED[1]: [LAT
 
 def covering(stages: Sequence[tuple[int, ...]]) -> pytest.MarkDecorator:
     """Every model with all of `stages`, which are slow but for `COVERED`."""
-    return pytest.mark.parametrize(
-        ("row", "stages"),
-        [
-            pytest.param(
-                row, own, id=f"{row}, {own}", marks=() if own in COVERED.get(row, [THREE]) else pytest.mark.slow
-            )
-            for row in MODELS
-            for own in stages
-        ],
-    )
+    return _product(MODELS, stages, lambda row, own: own in COVERED.get(row, [THREE]))
+
+
+def _product(
+    rows: Sequence[Row], stages: Sequence[tuple[int, ...]], fast: Callable[[Row, tuple[int, ...]], bool]
+) -> pytest.MarkDecorator:
+    """Every row with all of `stages`, slow where `fast` says no."""
+    pairs = [(row, own) for row in rows for own in stages]
+    params = [
+        pytest.param(row, own, id=f"{row}, {own}", marks=() if fast(row, own) else pytest.mark.slow)
+        for row, own in pairs
+    ]
+    return pytest.mark.parametrize(("row", "stages"), params)
 
 
 every_schedule = covering([LATE, THREE])

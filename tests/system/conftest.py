@@ -7,6 +7,7 @@ import pytest
 
 from catp_lightning import PruningPolicy
 from catp_lightning.calibration import checkpoint as resume
+from tests.support.reports import unreported
 from tests.support.small_calibrations import calibrate
 
 
@@ -31,8 +32,7 @@ def saving_often(undrawn: None) -> Iterator[None]:
 def policy(tmp_path_factory: pytest.TempPathFactory) -> PruningPolicy:
     """Of a calibration that nothing disturbs."""
     with pytest.MonkeyPatch.context() as patch:
-        for part in ("report", "examples_of"):
-            patch.setattr(f"catp_lightning.callbacks.calibration.{part}", lambda *_: [])
+        unreported(patch)
         return calibrate(tmp_path_factory.mktemp("undisturbed") / "p.json").policies[0]
 
 
