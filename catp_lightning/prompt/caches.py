@@ -24,7 +24,8 @@ def cache_in(values: Mapping[str, Any]) -> Any:
 
     A caller may use the old name with newer versions too, which rename it after our hooks have seen it.
     """
-    return next((values[name] for name in CACHE_NAMES if name in values), None)
+    named = {name: value for name, value in values.items() if name in CACHE_NAMES}  # outputs asked for the old one warn
+    return next((named[name] for name in CACHE_NAMES if name in named), None)
 
 
 def cache_name(call: Callable[..., Any]) -> str:

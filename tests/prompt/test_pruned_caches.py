@@ -1,6 +1,7 @@
 """What a pruned prompt left in a cache is decoded right, or refused, wherever it goes."""
 
 import copy
+import logging
 import pickle
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
@@ -10,9 +11,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedModel
-from transformers.modeling_outputs import BaseModelOutput
+from transformers.modeling_outputs import BaseModelOutput, BaseModelOutputWithPast
 
 from catp_lightning import PruningError, PruningPolicy, prune
+from catp_lightning.prompt.caches import cache_in
 from catp_lightning.pruning.answers import compare_with_unpruned
 from catp_lightning.pruning.pruner import applied
 from tests.support.caches import FEW, INSIDE, WHOLE, every_place, kept_by, loop, words
@@ -260,3 +262,14 @@ def test_a_cache_is_decoded_or_refused_under_each_name_that_transformers_takes(
             model.generate(**inputs, **{name: cache}, max_new_tokens=2)
     with pytest.raises(PruningError, match="holds a pruned prompt"):
         model(**step, **{name: cache})
+
+
+def test_an_output_without_a_cache_is_asked_for_it_in_silence(caplog: pytest.LogCaptureFixture) -> None:
+    logging.Logger.warning_once.cache_clear()  # type: ignore[attr-defined]  # of transformers: once for each message
+    library = logging.getLogger("transformers")
+    library.addHandler(caplog.handler)
+    try:
+        assert cache_in(BaseModelOutputWithPast(last_hidden_state=torch.zeros(1))) is None
+    finally:
+        library.removeHandler(caplog.handler)
+    assert not caplog.records
