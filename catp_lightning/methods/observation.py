@@ -118,6 +118,7 @@ class Observation:
             `Signal.TEXT_TO_IMAGE_ATTENTION`; None if none was observed.
         factors: float [I], the number of tokens that each image keeps, as a multiple of the budget; None: all keep what
             the budget says.
+        made: what was made of signals that are the same at all stages of a prefill, by name, as in `once`.
     """
 
     valid: Tensor
@@ -127,6 +128,7 @@ class Observation:
     crops: Tensor | None = None
     text: Tensor | None = None
     factors: Tensor | None = None
+    made: dict[str, Tensor] = field(default_factory=dict, kw_only=True)
 
     @classmethod
     def of_equal(cls, images: int, tokens: int, layers: Mapping[Signal, int], values: "Values") -> "Observation":
@@ -172,6 +174,12 @@ class Observation:
         parts = (self.protected, self.crops, self.text, self.factors)
         more = (None if part is None else change(part) for part in parts)
         return Observation(change(self.valid), self.layers, values, *more)
+
+    def once(self, name: str, make: Callable[[], Tensor]) -> Tensor:
+        """Return what `make` returns; at later stages of the prefill it is not called again."""
+        if name not in self.made:
+            self.made[name] = make()
+        return self.made[name]
 
     def __getitem__(self, signal: Signal) -> Tensor:
         """Return a signal that has no layers."""

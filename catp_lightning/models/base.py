@@ -146,9 +146,13 @@ class Family(ABC):
         ends = self.generation_config.eos_token_id
         return [] if ends is None else [ends] if isinstance(ends, int) else list(ends)
 
-    def positions(self, mask: Tensor) -> Tensor:
-        """Return the position ids that the model makes if given none: mask int64 [R, L] -> [R, L] or [3, R, L]."""
-        return torch.arange(mask.shape[1], device=mask.device).expand(mask.shape)
+    def positions(self, mask: Tensor, past: int = 0) -> Tensor:
+        """Return the position ids that the model makes if given none, of the columns from `past` on.
+
+        The mask, int64 [R, past + L], is of all columns -> int64 [R, L], or [3, R, L].
+        """
+        columns = torch.arange(past, mask.shape[1], dtype=torch.int64, device=mask.device)
+        return columns.expand(len(mask), -1)
 
     @property
     def by_column(self) -> tuple[str, ...]:

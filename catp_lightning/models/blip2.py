@@ -92,10 +92,10 @@ class Blip2(Family):
     def language_model(self) -> PreTrainedModel:
         return self.model.language_model
 
-    def positions(self, mask: Tensor) -> Tensor:
+    def positions(self, mask: Tensor, past: int = 0) -> Tensor:
         if self.model.language_model.config.model_type == "opt":
-            return (mask.cumsum(1) * mask - 1).long()  # as OPTDecoder.forward
-        return super().positions(mask)
+            return (mask.cumsum(1) * mask - 1)[:, past:].long()  # as OPTDecoder.forward
+        return super().positions(mask, past)
 
     def check_images(self, visual: Tensor, given: Mapping[str, Any]) -> None:
         """Raise PruningError if the placeholders of the prompts are not as many as the query tokens of the images.

@@ -1,5 +1,7 @@
 """Search for the model to prune in any module that a user hands over."""
 
+from collections.abc import Iterator
+
 from torch import nn
 from transformers import PreTrainedModel
 
@@ -74,6 +76,26 @@ FAMILIES: tuple[type[Family], ...] = (
 """Families, one file each. Of a model's type the first that handles it is taken."""
 
 
+def _outermost(module: nn.Module) -> Iterator[tuple[str, tuple[type[Family], PreTrainedModel]]]:
+    """Yield the path, family and object of each supported model that is no part of one before it."""
+    own = _family_of(module)
+    if own is not None:  # nothing else can be found, so its parts are not walked through
+        yield "", own
+        return
+    outer: list[str] = []
+    for part, path in parts_of(module).items():
+        if not path.startswith(tuple(outer)) and (found := _family_of(part)) is not None:
+            outer.append(f"{path}.")
+            yield path, found
+
+
+def _family_of(part: nn.Module) -> tuple[type[Family], PreTrainedModel] | None:
+    if not isinstance(part, PreTrainedModel):
+        return None
+    family = next((family for family in FAMILIES if family.handles(part)), None)
+    return None if family is None else (family, part)
+
+
 def find_family(module: nn.Module, name: str | None = None) -> Family:
     """Return the family of the model to prune: the outermost supported model in `module`, under PEFT or DDP too.
 
@@ -85,15 +107,7 @@ def find_family(module: nn.Module, name: str | None = None) -> Family:
         PruningError: there is none, there are several and `name` chooses none of them, or it cannot be pruned.
     """
     refuse_other(module)
-    supported: dict[str, tuple[type[Family], PreTrainedModel]] = {}
-    for part, path in parts_of(module).items():
-        if not isinstance(part, PreTrainedModel):
-            continue
-        if any(not outer or path.startswith(f"{outer}.") for outer in supported):
-            continue
-        family = next((f for f in FAMILIES if f.handles(part)), None)
-        if family is not None:
-            supported[path] = (family, part)
+    supported = dict(_outermost(module))
     if not supported:
         raise no_model(module, [name for family in FAMILIES for name in family.classes])
     listed = ", ".join(f"{path or 'itself'} ({type(part).__name__})" for path, (_, part) in supported.items())

@@ -53,8 +53,8 @@ class PaliGemma(Gemma):
     def square(self) -> int:
         return 1
 
-    def positions(self, mask: Tensor) -> Tensor:
-        return super().positions(mask) + 1
+    def positions(self, mask: Tensor, past: int = 0) -> Tensor:
+        return super().positions(mask, past) + 1
 
 
 class Gemma4(Placeholder):

@@ -158,11 +158,11 @@ class Placeholder(Family):
     def decoder(self) -> nn.Module:
         return self.model.model.get_decoder()
 
-    def positions(self, mask: Tensor) -> Tensor:
+    def positions(self, mask: Tensor, past: int = 0) -> Tensor:
         deltas = getattr(self.outer, "rope_deltas", None)
         if deltas is None or len(mask) % len(deltas):  # deltas of an earlier batch: this one has no image
-            return super().positions(mask)
-        columns = (mask.cumsum(1) - 1).clamp(min=0) + deltas.repeat_interleave(len(mask) // len(deltas), 0)
+            return super().positions(mask, past)
+        columns = (mask.cumsum(1)[:, past:] - 1).clamp(min=0) + deltas.repeat_interleave(len(mask) // len(deltas), 0)
         return columns.expand(3, -1, -1)
 
     @property

@@ -20,7 +20,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from catp_lightning.errors import PruningError
 from catp_lightning.utils.hooks import not_copied, untraced
-from catp_lightning.utils.parts import parts_of
+from catp_lightning.utils.parts import all_parts
 
 Reduction = Callable[[Tensor, Tensor, Tensor | None, float], Tensor]
 """Function (query [B, H, Q, D], key [B, H, N, D], mask or None, scaling) -> whatever is kept of the attention."""
@@ -94,8 +94,9 @@ def observe_attention(
         return
     with ExitStack() as undo:
         undo.enter_context(_twin(model))
-        for part in parts_of(model):  # parts whose config now names our implementation
-            if str(getattr(getattr(part, "config", None), "_attn_implementation", "")).startswith(PREFIX):
+        for part in all_parts(model):  # parts whose config now names our implementation
+            config = vars(part).get("config")
+            if config is not None and str(getattr(config, "_attn_implementation", "")).startswith(PREFIX):
                 undo.enter_context(not_copied(part))
         for module, observed in modules.items():
             undo.callback(_restore, module, module.__dict__.get(OBSERVER))

@@ -3,11 +3,11 @@
 Only that context knows which columns are missing from the cache.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from functools import cache as once
 from typing import Any
 
-import torch
 from torch import Tensor
 from transformers.cache_utils import LinearAttentionCacheLayerMixin
 
@@ -33,23 +33,38 @@ def cache_name(call: Callable[..., Any]) -> str:
     return next(name for name in CACHE_NAMES if name in parameters_of(call))
 
 
+@dataclass
+class Seal:
+    """Seal of one cache, which its layers share.
+
+    Attributes:
+        missing: number of columns that were read and that no layer holds; 0 where the first layer holds all.
+        open: True while the running call of the pruned model may add to the cache: layers are then what they were.
+    """
+
+    missing: int = 0
+    open: bool = False
+
+
 @once
 def _sealed(kind: type) -> type:
     """Return the class of sealed cache layers whose own class is `kind`: an update of such a layer raises PruningError.
 
     A model that is not pruned, or not by the context that filled the cache, would take what is left of the prompt for
     all of it. Copies and pickles of a sealed layer are sealed too. Its attribute `rows`, int64 [R], is the row of the
-    prefill that each of the R rows of the batch continues; `missing` is the number of columns that were read and are
-    not in it. Its lengths count those too: code outside the decoder takes them for the number of columns read so far.
+    prefill that each of the R rows of the batch continues. Its lengths count the columns that are missing: code outside
+    the decoder takes them for the number of columns read so far.
     """
     own: Any = kind
 
     class Sealed(own):
         _layer_type: str | None = None  # transformers must not take this class for the kind's
         rows: Tensor
-        missing: int
+        seal: Seal
 
         def update(self, *args: Any, **kwargs: Any) -> Any:
+            if self.seal.open:
+                return super().update(*args, **kwargs)
             if self.get_seq_length() == 0:  # the cache was emptied: this is another prompt
                 _unseal(self)
                 return self.update(*args, **kwargs)
@@ -57,16 +72,16 @@ def _sealed(kind: type) -> type:
 
         def get_seq_length(self) -> int:
             held: int = super().get_seq_length()
-            return held + self.missing if held > 0 else 0
+            return held if self.seal.open or held == 0 else held + self.seal.missing
 
         def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-            if self.missing == 0:
+            if self.seal.open or self.seal.missing == 0:
                 sizes: tuple[int, int] = super().get_mask_sizes(query_length)
                 return sizes
             return self.get_seq_length() + query_length, 0
 
         def crop(self, count: int) -> None:
-            length = max(count - self.missing, 1) if count > 0 else count  # transformers 5.13 is given a length
+            length = max(count - self.seal.missing, 1) if count > 0 else count  # transformers 5.13 is given a length
             _unseal(self)
             try:
                 self.crop(length)
@@ -97,15 +112,19 @@ def _sealed(kind: type) -> type:
 
 def _guard_states(sealed: Any) -> None:
     """Make a class of sealed layers refuse to say that it has a recurrent state, which is asked before it is read."""
+    name = "has_previous_state"
 
-    def has_previous_state(self: Any) -> Any:
-        raise _elsewhere()
+    def had(self: Any) -> Any:
+        if not self.seal.open:
+            raise _elsewhere()
+        return vars(self)[name]
 
     def reset(self: Any) -> None:
         _unseal(self)
         self.reset()
 
-    sealed.has_previous_state, sealed.reset = property(has_previous_state), reset
+    setattr(sealed, name, property(had, lambda self, value: vars(self).update({name: value})))
+    sealed.reset = reset
 
 
 def _elsewhere() -> PruningError:
@@ -136,10 +155,11 @@ def _unseal(layer: Any) -> None:
     layer.__class__ = kind_of(layer)
 
 
-def layers_of(cache: Any) -> list[Any]:
-    """Return the layers of a cache; those of self-attention first in an encoder-decoder's cache."""
-    parts = [getattr(cache, name, None) for name in ("self_attention_cache", "cross_attention_cache")]
-    return [layer for part in (parts if parts[0] is not None else [cache]) for layer in getattr(part, "layers", ())]
+def layers_of(cache: Any) -> Iterator[Any]:
+    """Yield the layers of a cache; those of self-attention first in an encoder-decoder's cache."""
+    own = getattr(cache, "self_attention_cache", None)
+    for part in (cache,) if own is None else (own, getattr(cache, "cross_attention_cache", None)):
+        yield from getattr(part, "layers", ())
 
 
 def _is_filled(layer: Any) -> bool:
@@ -158,49 +178,55 @@ def seal(cache: Any, rows: Tensor, missing: int = 0) -> None:
         rows: int64 [R], the row of the prefill that each row of the batch continues.
         missing: number of columns that were read and that no layer holds; 0 where the first layer holds all.
     """
+    own = Seal(missing)
+    vars(cache).pop(WHOLE, None)
     for layer in layers_of(cache):
         if _is_filled(layer):  # a failed call may not have reached all layers
             layer.__class__ = _sealed(kind_of(layer))
-            layer.rows, layer.missing = rows, missing
+            layer.rows, layer.seal = rows, own
+
+
+def _first_sealed(cache: Any) -> Any:
+    """Return the first sealed layer of a cache; None if it has none."""
+    return next((layer for layer in layers_of(cache) if _is_sealed(layer)), None)
 
 
 def rows_of(cache: Any) -> Tensor | None:
     """Return the row of the prefill that each row of a sealed cache continues, int64 [R]; None if it is not sealed."""
-    return next((layer.rows for layer in layers_of(cache) if _is_sealed(layer)), None)
+    layer = _first_sealed(cache)
+    return None if layer is None else layer.rows
 
 
 def missing_in(cache: Any) -> int:
     """Return the number of columns that were read into a cache and that no layer holds; 0 if it is not sealed."""
-    return next((layer.missing for layer in layers_of(cache) if _is_sealed(layer)), 0)
+    layer = _first_sealed(cache)
+    return 0 if layer is None else layer.seal.missing
 
 
 class Opened:
-    """Cache that the running call of a pruned model may add to; sealed again when the call has ended."""
+    """Cache that the running call of a pruned model may add to, until the call has ended."""
 
     def __init__(self) -> None:
-        self._cache: Any = None
-        self._rows, self._missing = torch.zeros(0, dtype=torch.int64, device="cpu"), 0
+        self._seal: Seal | None = None
 
     def open(self, cache: Any) -> Tensor:
-        """Unseal a cache and return the row of the prefill that each of its rows continues, int64 [R].
+        """Let a sealed cache be added to. Return the row of the prefill that each of its rows continues, int64 [R].
 
         Raises:
             PruningError: the cache is not sealed: it was not filled by a pruned prompt.
         """
-        rows = rows_of(cache)
-        if rows is None:
+        layer = _first_sealed(cache)
+        if layer is None:
             raise foreign_cache()
         self.close()  # a cache that an interrupted call left open
-        self._cache, self._rows = cache, rows
-        self._missing = missing_in(cache)
-        for layer in layers_of(cache):
-            _unseal(layer)
+        self._seal = layer.seal
+        self._seal.open = True
+        rows: Tensor = layer.rows
         return rows
 
     def close(self) -> None:
-        cache, self._cache = self._cache, None
-        if cache is not None:
-            seal(cache, self._rows, self._missing)
+        if self._seal is not None:
+            self._seal.open, self._seal = False, None
 
 
 def mark_whole(cache: Any) -> None:
@@ -210,7 +236,9 @@ def mark_whole(cache: Any) -> None:
 
 def is_short(cache: Any) -> bool | None:
     """Return True if a cache holds a shortened prompt, False if a whole one, None if it was filled unseen."""
-    return True if rows_of(cache) is not None else False if hasattr(cache, WHOLE) else None
+    if hasattr(cache, WHOLE):
+        return False
+    return None if _first_sealed(cache) is None else True
 
 
 def foreign_cache() -> PruningError:

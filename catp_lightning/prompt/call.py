@@ -106,7 +106,7 @@ class CallTracker:
         self._calls: dict[nn.Module, list[ModelCall]] = {outer: [], model: []}
         self.samples: int | None = None
         self._generating: ModelCall | None = None
-        self._by_hand = ModelCall()
+        self._by_hand: ModelCall | None = None
         self._length: int | None = None
         self.in_decoder = False
         self._inside, self._lock = False, threading.Lock()
@@ -129,22 +129,22 @@ class CallTracker:
             undo.enter_context(replaced(self.model, "init_continuous_batching", _refuse))
             yield
 
-    @contextmanager
-    def to_its_end(self) -> Iterator[None]:
-        """Raise an error if the call made inside ends after the watching context was left.
+    def to_its_end(self, call: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
+        """Return what a call returns.
 
         Raises:
             PruningError: the call has outlived the context: what it did after that was not pruned, or failed.
         """
         inside = self._inside
         try:
-            yield
+            found = call(*args, **kwargs)
         except Exception as error:
             if inside and not self._inside:
                 raise _outlived() from error
             raise
         if inside and not self._inside:
             raise _outlived()
+        return found
 
     def _begin(self) -> None:
         own = threading.get_ident()
@@ -178,11 +178,15 @@ class CallTracker:
     def user_call(self) -> ModelCall:
         if self._generating is not None:
             return self._generating
-        return self._calls[self.outer][-1] if self._calls[self.outer] else self._by_hand
+        if self._calls[self.outer]:
+            return self._calls[self.outer][-1]
+        if self._by_hand is None:
+            self._by_hand = ModelCall()
+        return self._by_hand
 
     def taken(self) -> None:
         """Note that a prompt was made of what the running call brought: parts that are run by hand lead to another."""
-        self._by_hand = ModelCall()
+        self._by_hand = None
 
     def rows_per_sample(self, rows: int) -> int:
         """Return how many of `rows` belong to each sample of the running `generate`; 1 outside of it."""
@@ -226,8 +230,7 @@ class CallTracker:
         self.samples = len(prompt) if isinstance(prompt, Tensor) else None
         self._generating, self._length = ModelCall({**dict(zip(self._generates, args, strict=False)), **kwargs}), None
         try:
-            with self.to_its_end():
-                return generate(*args, **kwargs)
+            return self.to_its_end(generate, *args, **kwargs)
         finally:
             self.samples, self._generating, self._length = before
             self._end()
@@ -254,8 +257,7 @@ class _Watched(Seen):
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         try:
-            with self.by.to_its_end():
-                return super().__call__(*args, **kwargs)
+            return self.by.to_its_end(self.func, *args, **kwargs)
         except (KeyboardInterrupt, SystemExit, GeneratorExit):
             self.by.interrupted()
             raise

@@ -163,5 +163,6 @@ def of_each(output: Any, change: Callable[[Tensor], Tensor]) -> Any:
         return tuple(of_each(value, change) for value in output)
     if isinstance(output, ModelOutput):
         for name, value in output.items():
-            output[name] = of_each(value, change)
+            if (changed := of_each(value, change)) is not value:
+                output[name] = changed
     return output

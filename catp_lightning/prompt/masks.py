@@ -41,7 +41,7 @@ def two_dimensional(mask: Any, rows: int, length: int, device: torch.device) -> 
             f"attention_mask is {shape}; a prompt can be pruned under a mask of shape [batch, length], here "
             f"[{rows}, {length}]."
         )
-    return mask.to(device).long()
+    return mask.to(device=device, dtype=torch.int64)
 
 
 def prefill_masks(mask_argument: Any, prompt: KeptSequence, config: PreTrainedConfig, dtype: torch.dtype) -> Masks:
@@ -196,12 +196,13 @@ def layer_mask(mask: Tensor | None, rows: KeptSequence, later: int, flash: bool)
         later: number of columns after the prompt, 0 at prefill.
         flash: True for flash attention.
     """
-    length, valid = rows.mask.shape[1], pad(rows.valid, (0, later), value=True)
+    length = rows.mask.shape[1]
     if flash:  # never None: gaps in position ids would be read as several packed sequences
-        after = rows.mask.new_ones(len(valid), later) if mask is None else mask[:, length:]
+        after = rows.mask.new_ones(len(rows.valid), later) if mask is None else mask[:, length:]
         return torch.cat([rows.short_mask, after], 1)
     if mask is None and rows.even:
         return None
+    valid = pad(rows.valid, (0, later), value=True)
     if mask is None:  # a decoding step without a mask has one query row
         mask = torch.ones(1, 1, 1 if later else length, length + later, dtype=torch.bool, device=valid.device)
         mask = mask if later else mask.tril()

@@ -136,7 +136,8 @@ def _all(looks: Looks) -> tuple[Callable[..., Any], Callable[[Any], None]]:
 
 
 def _sites(family: Family, needs: Needs) -> Iterator[tuple[Signal, int]]:
-    there = family.signals | family.layers().keys()
+    counts = family.layers()
+    there = family.signals | counts.keys()
     for signal, layers in needs.items():
         if signal not in there:
             raise PruningError(f"The policy reads {_named(signal)}, which {type(family.model).__name__} does not show.")
@@ -145,7 +146,7 @@ def _sites(family: Family, needs: Needs) -> Iterator[tuple[Signal, int]]:
         if signal not in BY_LAYER:
             yield signal, 0
             continue
-        count = family.layers()[signal]
+        count = counts[signal]
         for layer in range(count) if layers is None else layers:
             if not -count <= layer < count:
                 raise PruningError(

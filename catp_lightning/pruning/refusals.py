@@ -15,7 +15,7 @@ from catp_lightning.models import Family
 from catp_lightning.policy import PruningPolicy, Stage
 from catp_lightning.utils.hooks import not_copied
 from catp_lightning.utils.messages import warn
-from catp_lightning.utils.parts import parts_of
+from catp_lightning.utils.parts import all_parts, parts_of
 
 MARK = "_catp_pruning"
 """Attribute of a model while it is being pruned, calibrated, or asked as a guide."""
@@ -53,12 +53,13 @@ def refuse_unprunable(module: nn.Module, family: Family) -> Collection[nn.Module
     """
     if MARK in family.model.__dict__:
         raise _occupied(family)
-    own = parts_of(family.model)
-    parts = own | (parts_of(module) if module is not family.model else {})
+    own = all_parts(family.model)
+    parts = own | (all_parts(module) if module is not family.model else set())
     kinds = {kind: _compiled_among(_calls(kind, {})) for kind in {type(part) for part in parts}}
-    for part, path in parts.items():
+    for part in parts:
         # A part beside the model, a loss for example, may be compiled: nothing is pruned there.
         if (how := _compiled(part, kinds[type(part)])) is not None and (part in own or family.model in part.modules()):
+            path = (parts_of(family.model) if part in own else parts_of(module))[part]
             raise PruningError(
                 f"{type(part).__name__}{path and f' {path!r}'} was compiled before pruning ({how}), and compiled code "
                 "may run past what is pruned. Hand over the module itself, not what torch.compile made of it, enter "
@@ -72,6 +73,7 @@ def refuse_unprunable(module: nn.Module, family: Family) -> Collection[nn.Module
 
 
 _CALLED = ("forward", "generate", "validation_step", "test_step", "predict_step")
+_TRACES = frozenset({"_orig_mod", "_compiled_call_impl", *_CALLED})  # attributes that a compiled module may have
 
 
 def _compiled(part: nn.Module, of_class: str | None) -> str | None:
@@ -83,9 +85,11 @@ def _compiled(part: nn.Module, of_class: str | None) -> str | None:
     own = vars(part)
     if "_orig_mod" in part._modules or "_orig_mod" in own:
         return "torch.compile(module)"
-    if getattr(part, "_compiled_call_impl", None) is not None:
+    if own.keys().isdisjoint(_TRACES):
+        return of_class
+    if own.get("_compiled_call_impl") is not None:
         return "module.compile()"
-    return of_class if own.keys().isdisjoint(_CALLED) else _compiled_among(_calls(type(part), own))
+    return _compiled_among(_calls(type(part), own))
 
 
 def _calls(kind: type, own: Mapping[str, Any]) -> dict[str, Any]:
@@ -112,15 +116,15 @@ def compiled_inside(parts: Collection[nn.Module], *modules: nn.Module) -> Iterat
     try:
         yield
     finally:
-        after: dict[nn.Module, str] = {}
+        after: set[nn.Module] = set()
         for module in modules:
-            after |= {} if module in after else parts_of(module)
+            after |= set() if module in after else all_parts(module)
         for part in _compiled_in_place(after) - before:
             del part.__dict__["_compiled_call_impl"]
 
 
 def _compiled_in_place(parts: Iterable[nn.Module]) -> set[nn.Module]:
-    return {part for part in parts if part.__dict__.get("_compiled_call_impl") is not None}
+    return {part for part in parts if vars(part).get("_compiled_call_impl") is not None}
 
 
 @contextmanager

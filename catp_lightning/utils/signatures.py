@@ -12,8 +12,9 @@ def parameters_of(call: Callable[..., Any]) -> list[str]:
     >>> parameters_of("a b".split)
     ['sep', 'maxsplit']
     """
-    function = getattr(call, "__func__", None)
-    return list(inspect.signature(call).parameters) if function is None else list(_parameters(function)[1:])
+    if inspect.ismethod(call):
+        return list(_parameters(call.__func__)[1:])
+    return list(_parameters(call) if inspect.isfunction(call) else inspect.signature(call).parameters)
 
 
 @lru_cache(maxsize=256)

@@ -1,6 +1,7 @@
 """SparseVLM against slow versions of its definition, written with loops and plain numbers."""
 
 import math
+from dataclasses import replace
 from fractions import Fraction
 from typing import Any
 
@@ -10,9 +11,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
+from catp_lightning import PruningPolicy, prune
 from catp_lightning.methods.budget import keep_count
 from catp_lightning.methods.observation import Observation, Signal
+from catp_lightning.methods.scorers import sparsevlm
 from catp_lightning.methods.scorers.sparsevlm import SparseVLM, raters
+from tests.support.families import BY_NAME
 from tests.support.matrix import exact
 from tests.support.plain_numbers import Rows, attended
 
@@ -67,7 +71,28 @@ def test_raters_of_two_words_one_of_which_is_about_the_image() -> None:
     seen = Observation(valid, {Signal.TEXT_TO_IMAGE_ATTENTION: 1}, values, text=valid)
     exact(SparseVLM().score(seen), torch.tensor([[0.1, 0.3]]), atol=1e-7)
     values[Signal.TEXT_EMBEDS] = torch.tensor([[[1.0, 0.0], [1.0, 0.0]]])  # the same word twice: both rate
-    exact(SparseVLM().score(seen), torch.tensor([[0.25, 0.25]]), atol=1e-7)
+    exact(SparseVLM().score(replace(seen, made={})), torch.tensor([[0.25, 0.25]]), atol=1e-7)
+
+
+def test_raters_are_chosen_once_a_prefill_and_anew_for_the_next(monkeypatch: pytest.MonkeyPatch) -> None:
+    chosen: list[Tensor] = []
+
+    def noted(*given: Tensor) -> Tensor:
+        chosen.append(raters(*given))
+        return chosen[-1]
+
+    row, policy = BY_NAME["Llava"], PruningPolicy("sparsevlm", {"stages_at": [1, 2]}, keep=2)
+    model, prompts = row.model(), [row.inputs([0, 1]), row.inputs([2, 0])]
+
+    def kept() -> list[Tensor]:
+        with prune(model, policy) as pruning:
+            return [pruning.keep for inputs in prompts if model(**inputs) and pruning.keep is not None]
+
+    monkeypatch.setattr(sparsevlm, "raters", noted)
+    together = kept()
+    assert len(chosen) == 2 and not torch.equal(*chosen)
+    monkeypatch.setattr(Observation, "once", lambda seen, name, make: make())  # at each stage
+    assert all(torch.equal(*pair) for pair in zip(together, kept(), strict=True)) and len(chosen) == 6
 
 
 def test_raters_are_the_same_under_autocast() -> None:

@@ -14,7 +14,7 @@ from transformers import DynamicCache, PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutput, BaseModelOutputWithPast
 
 from catp_lightning import PruningError, PruningPolicy, prune
-from catp_lightning.prompt.caches import cache_in
+from catp_lightning.prompt.caches import Opened, cache_in, seal
 from catp_lightning.pruning.answers import compare_with_unpruned
 from catp_lightning.pruning.pruner import applied
 from tests.support.caches import FEW, INSIDE, WHOLE, every_place, kept_by, loop, words
@@ -273,3 +273,25 @@ def test_an_output_without_a_cache_is_asked_for_it_in_silence(caplog: pytest.Log
     finally:
         library.removeHandler(caplog.handler)
     assert not caplog.records
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda cache: pickle.loads(pickle.dumps(cache))])
+def test_a_copy_stays_sealed_while_the_original_is_added_to(copied: Callable[[DynamicCache], DynamicCache]) -> None:
+    """Layers of one cache are opened and closed together, those of its copy are not among them."""
+    cache, opened = DynamicCache(), Opened()
+    keys = torch.ones(1, 2, 3, 4, dtype=torch.float32, device="cpu")
+    for layer in range(3):
+        cache.update(keys, keys, layer)
+    seal(cache, torch.zeros(1, dtype=torch.int64, device="cpu"), missing=5)
+    other = copied(cache)
+    assert cache.get_seq_length() == other.get_seq_length() == 8
+    opened.open(cache)
+    for layer in range(3):
+        assert cache.get_seq_length(layer) == 3  # as many as there are, which the new rows are added to
+        cache.update(keys, keys, layer)
+        with pytest.raises(PruningError, match="holds a pruned prompt"):
+            other.update(keys, keys, layer)
+    opened.close()
+    assert (cache.get_seq_length(), other.get_seq_length()) == (11, 8)
+    with pytest.raises(PruningError, match="holds a pruned prompt"):
+        cache.update(keys, keys, 2)

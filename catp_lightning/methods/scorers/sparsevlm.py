@@ -88,8 +88,9 @@ class SparseVLM(AttentionScorer):
         Returns:
             float [I, L, H, R, T], R text rows, 0 where a row is not a rater or a token is not there; and int64 [I].
         """
-        assert seen.text is not None  # observed with the rows themselves
-        chosen = raters(seen[Signal.IMAGE_EMBEDS], seen[Signal.TEXT_EMBEDS], seen.text)
+        text = seen.text
+        assert text is not None  # observed with the rows themselves
+        chosen = seen.once("raters", lambda: raters(seen[Signal.IMAGE_EMBEDS], seen[Signal.TEXT_EMBEDS], text))
         rated = chosen[:, None, None, :, None] & seen.valid[:, None, None, None]
         return seen.by_layer(Signal.TEXT_TO_IMAGE_ATTENTION, self.layers).masked_fill(~rated, 0.0), chosen.sum(1)
 

@@ -48,7 +48,7 @@ class PruneAtDecoderInput(PruningSite):
     ) -> None:
         super().__init__(family, decide, settings, report)
         self.compact = self.settings.compact
-        self.parameters = parameters_of(family.decoder.forward)
+        self.parameters, self._config = parameters_of(family.decoder.forward), family.decoder_config
         self._prompts, self._labels = PromptCapture(family, self.calls), Labels(self.calls, report)
         self._head = Head(family)
         self._prompt: KeptSequence | None = None  # what the last prefill kept, for its decoding steps
@@ -87,7 +87,7 @@ class PruneAtDecoderInput(PruningSite):
         return self._decode(kwargs, past) if past else kwargs
 
     def _prefill(self, kwargs: dict[str, Any], prompt: DecoderPrompt, past: int) -> dict[str, Any]:
-        cache, config, embeds = cache_in(kwargs), self.family.decoder_config, prompt.embeds
+        cache, config, embeds = cache_in(kwargs), self._config, prompt.embeds
         before = self._held(cache, past, len(embeds)) if past else None
         selection = self.decide(prompt)
         keep = prompt.columns(selection.keep)
@@ -161,14 +161,17 @@ class PruneAtDecoderInput(PruningSite):
             return kwargs
         mask = self._prompts.mask(kwargs, batch, past + new, rows.device)
         positions = kwargs.get("position_ids")
-        positions = (self.family.positions(mask) if positions is None else positions)[..., -new:]
+        if positions is None:
+            positions = self.family.positions(mask, mask.shape[1] - new)
+        elif positions.shape[-1] != new:
+            positions = positions[..., -new:]
         if self.compact:
             positions = positions - prompt.dropped[:, None] * mask[:, -new:]
         dtype = self.family.model.dtype if not rows.is_floating_point() else rows.dtype
         self._now = prompt
         self._restored = partial(prompt.scatter_step, later=mask.shape[1] - prompt.mask.shape[1])
         self._opened.open(cache)
-        masks = decoding_masks(prompt, mask, new, cache, self.family.decoder_config, dtype)
+        masks = decoding_masks(prompt, mask, new, cache, self._config, dtype)
         return {**kwargs, "attention_mask": masks, "position_ids": positions}
 
     def _leave(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:

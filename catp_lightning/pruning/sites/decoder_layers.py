@@ -67,7 +67,8 @@ class PruneAtDecoderLayers(PruningSite):
         self.stages, self.needs = settings.stages, settings.needs
         self.layers: list[Any] = list(family.decoder.get_submodule("layers").children())
         self.parameters = parameters_of(family.decoder.forward)
-        types = getattr(family.decoder_config, "layer_types", None) or [""] * len(self.layers)
+        self._config = family.decoder_config
+        types = getattr(self._config, "layer_types", None) or [""] * len(self.layers)
         self._kinds = dict(enumerate(types))  # layers of one kind are called with the same mask and positions
         self._prompts, self._labels = PromptCapture(family, self.calls), Labels(self.calls, report)
         self._head = Head(family)
@@ -97,7 +98,8 @@ class PruneAtDecoderLayers(PruningSite):
             undo.enter_context(observe_attention(decoder, observed))
             undo.enter_context(hooked(decoder, self._enter, self._leave, always=True))
             for at, layer in enumerate(self.layers[self.stages[0] :], self.stages[0]):
-                before = partial(self._before, at, parameters_of(layer.forward))
+                stage = self.stages.index(at) if at in self.stages else None
+                before = partial(self._before, at, stage, parameters_of(layer.forward))
                 undo.enter_context(hooked(layer, before))
             yield
 
@@ -128,7 +130,7 @@ class PruneAtDecoderLayers(PruningSite):
                 f"{type(self.family.model).__name__} adds features to all visual tokens after each of its first "
                 f"{added} layers, and tokens are to leave at layer {inside}: choose layers from {added} on."
             )
-        cap = getattr(self.family.decoder_config, "attn_logit_softcapping", None)
+        cap = getattr(self._config, "attn_logit_softcapping", None)
         if self.stages[0]:
             self._prefill = DecoderPrefill(prompt, self.needs, cap)
             return kwargs
@@ -161,7 +163,7 @@ class PruneAtDecoderLayers(PruningSite):
         self._kept = cut
         self._step, self._later = [kept.of_rows(at) for kept in self._kept], later.pop() + rows.shape[1]
         entry = missing > 0  # no layer holds all columns
-        if entry or window(self.family.decoder_config) is not None:  # masks are made of what each layer's cache holds
+        if entry or window(self._config) is not None:  # masks are made of what each layer's cache holds
             length = self._step[0].mask.shape[1] + self._later
             self._mask = self._prompts.mask(kwargs, len(rows), length, rows.device)
         self._opened.open(cache)
@@ -172,9 +174,12 @@ class PruneAtDecoderLayers(PruningSite):
         mask, new = self._mask, rows.shape[1]
         assert mask is not None
         positions = kwargs.get("position_ids")
-        positions = (self.family.positions(mask) if positions is None else positions)[..., -new:]
+        if positions is None:
+            positions = self.family.positions(mask, mask.shape[1] - new)
+        elif positions.shape[-1] != new:
+            positions = positions[..., -new:]
         dtype = rows.dtype if rows.is_floating_point() else self.family.model.dtype
-        masks = decoding_masks(self._step[0], mask, new, cache, self.family.decoder_config, dtype)
+        masks = decoding_masks(self._step[0], mask, new, cache, self._config, dtype)
         return {"attention_mask": masks, "position_ids": positions}
 
     def _look(self, layer: int, query: Tensor, key: Tensor, mask: Tensor | None, scaling: float) -> Tensor:
@@ -183,13 +188,26 @@ class PruneAtDecoderLayers(PruningSite):
         return self._prefill.look(layer, query, key, mask, scaling)
 
     def _before(
-        self, at: int, names: list[str], module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+        self,
+        at: int,
+        stage: int | None,
+        names: list[str],
+        module: nn.Module,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
     ) -> Any:
+        """Replace arguments of layer `at`, the first of a stage, or None."""
         if self._prefill is None and not self._later:
             return None
-        given = {**dict(zip(names, args, strict=False)), **kwargs}
-        first = self._begin(self.stages.index(at), given) if at in self.stages else {}
-        changes = {**self._shortened(at, given), **first}
+        first: dict[str, Any] = {}
+        if stage is not None or self._kinds[at] not in self._changes:
+            given = {**dict(zip(names, args, strict=False)), **kwargs}
+            first = {} if stage is None else self._begin(stage, given)
+            self._shorten(at, given)
+        changes = self._changes[self._kinds[at]]
+        if not first and all(name in kwargs and kwargs[name] is value for name, value in changes.items()):
+            return None  # a decoding step of prompts without padding has no mask
+        changes = {**changes, **first}
         return tuple(changes.pop(name, value) for name, value in zip(names, args, strict=False)), {**kwargs, **changes}
 
     def _begin(self, stage: int, given: dict[str, Any]) -> dict[str, Any]:
@@ -211,11 +229,12 @@ class PruneAtDecoderLayers(PruningSite):
         self._rows = None if rows.whole else rows
         return {} if prefill is None or rows.whole else {"hidden_states": hidden}
 
-    def _shortened(self, at: int, given: dict[str, Any]) -> dict[str, Any]:
-        """Return the arguments replaced in a layer of the running stage, made once for each kind of layer."""
-        rows, kind, config = self._rows, self._kinds[at], self.family.decoder_config
-        if rows is None or kind in self._changes:
-            return self._changes.get(kind, {})
+    def _shorten(self, at: int, given: dict[str, Any]) -> None:
+        """Make the arguments replaced in the running stage, in layers of the kind of layer `at`."""
+        rows, config = self._rows, self._config
+        changes = self._changes[self._kinds[at]] = dict[str, Any]()
+        if rows is None:
+            return
         mask: Tensor | None
         flash = "flash" in str(config._attn_implementation)
         if self._mask is not None and not (flash and window(config) is None):
@@ -224,14 +243,12 @@ class PruneAtDecoderLayers(PruningSite):
         else:
             mask = given.get("attention_mask") if self._mask is None else self._mask
             mask = layer_mask(mask, rows, self._later, flash)
-        changes: dict[str, Any] = {"attention_mask": mask}
+        changes["attention_mask"] = mask
         if self._prefill is not None:
             if given.get("position_ids") is not None:
                 changes["position_ids"] = of_columns(given["position_ids"][..., None], rows)[..., 0]
             if given.get("position_embeddings") is not None:
                 changes["position_embeddings"] = tuple(of_columns(x, rows) for x in given["position_embeddings"])
-        self._changes[kind] = changes
-        return changes
 
     def _leave(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         self.calls.in_decoder = False
@@ -279,7 +296,7 @@ class PruneAtDecoderLayers(PruningSite):
         if not later:
             return rows.scatter_attention(paid)
         full = rows.scatter_keys(pad(paid, (rows.order.shape[1] + later - paid.shape[3], 0)))
-        reach = window(self.family.decoder_config) if cache.layers[layer].is_sliding else None
+        reach = window(self._config) if cache.layers[layer].is_sliding else None
         return full if reach is None else full[..., -(reach - 1 + paid.shape[2]) :]  # the rest has left its cache
 
 

@@ -30,6 +30,7 @@ class PromptCapture:
 
     def __init__(self, family: Family, calls: CallTracker) -> None:
         self.family, self.calls = family, calls
+        self._outer = family.outer
         self._known: DecoderPrompt | None = None
 
     @contextmanager
@@ -37,7 +38,7 @@ class PromptCapture:
         """Follow the model's calls while inside; hooks are in place only there."""
         with ExitStack() as undo:
             undo.enter_context(self.calls.watching())
-            if self.family.outer is None:
+            if self._outer is None:
                 undo.enter_context(hooked(self.family.model.get_input_embeddings(), self._see_ids))
             yield
 
@@ -56,7 +57,7 @@ class PromptCapture:
 
     def _take_ids(self) -> Tensor | None:
         """Return the ids of the running call; those that an embedding layer saw are returned once."""
-        if self.family.outer is not None:
+        if self._outer is not None:
             return self.calls.arguments.get("input_ids")
         call = self.calls.user_call
         ids, call.ids = call.ids, None
@@ -111,8 +112,8 @@ class PromptCapture:
         Raises:
             PruningError: the mask has another shape.
         """
-        mask = (kwargs if self.family.outer is None else self.calls.arguments).get("attention_mask")
-        if isinstance(mask, Tensor) and mask.dim() == 2 and rows % len(mask) == 0:
+        mask = (kwargs if self._outer is None else self.calls.arguments).get("attention_mask")
+        if isinstance(mask, Tensor) and mask.dim() == 2 and len(mask) != rows and rows % len(mask) == 0:
             mask = mask.repeat_interleave(rows // len(mask), 0)
         return two_dimensional(mask, rows, length, device)
 
@@ -146,7 +147,7 @@ class PromptCapture:
         ids = ids[:: self.calls.rows_per_sample(len(ids))].to(embeds.device)
         mask = self.mask(kwargs, rows, past + length, embeds.device)
         positions = kwargs.get("position_ids")
-        positions = self.family.positions(mask)[..., past:] if positions is None else positions.to(embeds.device)
+        positions = self.family.positions(mask, past) if positions is None else positions.to(embeds.device)
         if positions.shape[-1] != length:
             raise PruningError(
                 f"{type(self.family.model).__name__} made position ids of {positions.shape[-1]} columns for the "
@@ -180,7 +181,7 @@ class PromptCapture:
                 "generate reads this prompt in several parts, and an image is not in the first: it cannot be pruned as "
                 "a whole. Leave prefill_chunk_size out."
             )
-        if self.family.outer is None:
+        if self._outer is None:
             raise PruningError(
                 f"{type(self.family.model).__name__} reads the images of the whole text again at every turn, so those "
                 "of the new one cannot be told apart from those in the cache. Generate from the whole text "

@@ -27,10 +27,14 @@ class StagePrompt(DecoderPrompt):
             `Signal.LAST_TOKEN_ATTENTION` is of the prompt's last real row that is still there. With labels it is the
             last row before the first label (the first row, if none is before it); what `generate` has generated does
             not count.
+        text_there: bool [B, R], the text rows of `text_columns` that exist.
+        made: what scorers made of signals at earlier stages, as in `Observation.once`.
     """
 
     layer: int
     values: Values
+    text_there: Tensor
+    made: dict[str, Tensor]
 
     @property
     def counts(self) -> Tensor:
@@ -44,7 +48,7 @@ class StagePrompt(DecoderPrompt):
     def observation(self) -> Observation:
         """Return the signals that scorers see: of the tokens that are still there, as one image per sample."""
         layers = {Signal.LAST_TOKEN_ATTENTION: self.layer, Signal.TEXT_TO_IMAGE_ATTENTION: self.layer}
-        seen = Observation(self.tokens, layers, self.values, text=self.text_columns()[1])
+        seen = Observation(self.tokens, layers, self.values, text=self.text_there, made=self.made)
         endings, tokens = on_cpu(self.endings, self.tokens)
         return seen.protecting(endings[tokens])
 
@@ -68,6 +72,7 @@ class DecoderPrefill:
         self._at: Tensor | None = None  # columns of visual tokens
         self.kept: list[KeptSequence] = []
         self.values: Values = {}
+        self._text, self._made = prompt.text_columns(), dict[str, Tensor]()
         if Signal.IMAGE_EMBEDS in needs:
             self.values[Signal.IMAGE_EMBEDS] = self._visual(prompt.embeds)
         if Signal.TEXT_EMBEDS in needs:
@@ -79,10 +84,11 @@ class DecoderPrefill:
         if Signal.HIDDEN_STATES in self.needs:
             values[Signal.HIDDEN_STATES] = self._visual(hidden)
         if Signal.TEXT_STATES in self.needs:
-            columns, valid = self.prompt.text_columns()
+            columns, valid = self._text
             text = take_rows(hidden[:: self.prompt.rows_per_sample].detach(), self._places(columns))
             values[Signal.TEXT_STATES] = text * valid[..., None]
-        return StagePrompt(**{**vars(self.prompt), "tokens": self.tokens, "stage": stage}, layer=layer, values=values)
+        own = {**vars(self.prompt), "tokens": self.tokens, "stage": stage}
+        return StagePrompt(**own, layer=layer, values=values, text_there=self._text[1], made=self._made)
 
     def narrow(self, keep: Tensor) -> KeptSequence:
         """Drop all visual tokens but `keep`, bool [B, T], and return what stays of the rows there were before.
@@ -128,7 +134,7 @@ class DecoderPrefill:
         if (Signal.LAST_TOKEN_ATTENTION, layer) not in self.values and Signal.LAST_TOKEN_ATTENTION in self.needs:
             self.values[Signal.LAST_TOKEN_ATTENTION, layer] = self.last_row(query, key, mask, scaling)
         if (Signal.TEXT_TO_IMAGE_ATTENTION, layer) not in self.values and Signal.TEXT_TO_IMAGE_ATTENTION in self.needs:
-            columns, valid = self.prompt.text_columns()
+            columns, valid = self._text
             at = self._places(columns)
             self.values[Signal.TEXT_TO_IMAGE_ATTENTION, layer] = self._paid(at, valid, query, key, mask, scaling)
         return query.new_empty(0)
