@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from catp_lightning.prompt.prompt import visual_tokens
+from catp_lightning.prompt.prompt import columns_of_tokens, visual_tokens
 from catp_lightning.utils.on_cpu import of_known, places, taken
 from catp_lightning.utils.rows import add_rows
 
@@ -16,11 +16,13 @@ def merged(rows: Tensor, visual: Tensor, destination: Tensor) -> Tensor:
         visual tokens among them. destination: int64 [B, T], for each visual token the one that it is merged into:
         itself, or one that stays; -1: none.
     """
-    beams = len(rows) // len(visual)
-    visual, destination = _of_beams(visual, beams), destination.repeat_interleave(beams, 0)
-    at = places(visual, rows)
-    flat = rows.flatten(0, 1)
-    return flat.index_copy(0, at, merged_features(flat[at], visual_tokens(visual), destination)).view_as(rows)
+    tokens, length = visual_tokens(visual), visual.shape[1]
+    destination = destination[:, : tokens.shape[1]].masked_fill(~tokens, -1)
+    columns = columns_of_tokens(visual)
+    to = columns.gather(1, destination.clamp(min=0)).masked_fill(destination < 0, -1)
+    every = to.new_full((len(to), length + 1), -1)  # of all columns, and one that stands for tokens there are not
+    every = every.scatter(1, columns.where(tokens, length), to)[:, :length]
+    return merge_groups(rows, every.repeat_interleave(len(rows) // len(visual), 0))
 
 
 def written(rows: Tensor, visual: Tensor, values: Tensor) -> Tensor:
@@ -66,9 +68,8 @@ def merge_groups(values: Tensor, destination: Tensor) -> Tensor:
     >>> merge_groups(torch.tensor([[[1.0], [4.0], [3.0], [9.0]]]), torch.tensor([[0, 1, 0, -1]]))[0, :, 0]
     tensor([2., 4., 3., 9.])
     """
-    wide = values.to(torch.promote_types(values.dtype, torch.float32))
-    joins, index = (destination >= 0).to(wide.dtype), destination.clamp(min=0)
-    joining = wide.masked_fill(destination[..., None] < 0, 0)  # a product with 0 would keep NaN and infinities
-    total, count = add_rows(joining, index), add_rows(joins, index)
-    leads = (destination == torch.arange(destination.shape[1], device=destination.device)) & (count > 1)
+    wide, length = values.to(torch.promote_types(values.dtype, torch.float32)), values.shape[1]
+    index = destination.where(destination >= 0, length)  # the last place is of those that are merged into none
+    total, count = (add_rows(each, index, length + 1)[:, :length] for each in (wide, torch.ones_like(wide[..., 0])))
+    leads = (destination == torch.arange(length, dtype=torch.int64, device=destination.device)) & (count > 1)
     return torch.where(leads[..., None], total / count.clamp(min=1)[..., None], wide).to(values.dtype)

@@ -182,6 +182,14 @@ def visual_tokens(placeholders: Tensor) -> Tensor:
     return on_device(torch.arange(int(counts.max()), device="cpu") < counts[:, None], placeholders.device)
 
 
+def columns_of_tokens(placeholders: Tensor) -> Tensor:
+    """Return the column of each visual token, int64 [B, T], 0 for tokens that a sample does not have: bool [B, L]."""
+    own, there = on_cpu(placeholders, visual_tokens(placeholders))
+    at = torch.zeros(there.shape, dtype=torch.int64, device="cpu")
+    at[there] = own.nonzero()[:, 1]
+    return on_device(at, placeholders.device)
+
+
 def columns_kept(placeholders: Tensor, keep: Tensor) -> Tensor:
     """Return the columns of a prompt that stay, bool [B, L]; text always stays.
 

@@ -17,13 +17,13 @@ def put_rows(values: Tensor, at: Tensor, length: int) -> Tensor:
     return full.index_copy_(0, _flat(at, length), values.flatten(0, 1)).unflatten(0, (len(values), length))
 
 
-def add_rows(values: Tensor, at: Tensor) -> Tensor:
-    """Return the sum of the rows of each sample that have the same place: [B, T, *S], `at` int64 [B, T] -> [B, T, *S].
+def add_rows(values: Tensor, at: Tensor, length: int) -> Tensor:
+    """Return the sum of the rows of each sample that have the same place: [B, T, *S], [B, T] -> [B, length, *S].
 
-    Places without a row are zeros.
+    Places, `at`, are int64 from 0 to `length` - 1; those without a row are zeros.
     """
-    full = values.new_zeros(values.shape).flatten(0, 1)
-    return full.index_add_(0, _flat(at, values.shape[1]), values.flatten(0, 1)).view_as(values)
+    full = values.new_zeros(len(values) * length, *values.shape[2:])
+    return full.index_add_(0, _flat(at, length), values.flatten(0, 1)).unflatten(0, (len(values), length))
 
 
 def _flat(at: Tensor, length: int) -> Tensor:

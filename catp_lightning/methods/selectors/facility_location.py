@@ -19,6 +19,9 @@ STEPS = 1e6
 TOGETHER = 64
 """Rows of at most so many tokens are worked on together; of longer ones on the CPU each is, which takes less."""
 
+BLOCK = 2**15
+"""Distances that are worked on together: so few stay in a core's cache, and need no new pages of memory."""
+
 
 @dataclass(frozen=True)
 class FacilityLocation(FeatureSelector):
@@ -97,7 +100,7 @@ def _alone(distance: Tensor, nearest: Tensor, finite: Tensor, visual: Tensor, ma
     """
     ranks = torch.full(visual.shape, max_tokens, dtype=torch.int64, device=visual.device)
     apart, near, counts = distance.numpy(), nearest.numpy().copy(), finite.numpy()
-    nearer = np.empty_like(apart)
+    nearer = np.empty((max(1, BLOCK // apart.shape[1]), apart.shape[1]), apart.dtype)
     gain = near.sum() - apart @ counts.astype(apart.dtype)  # nothing is farther than `nearest` is at the beginning
     gain[~counts] = -1
     gain[~visual.numpy()] = -np.inf
@@ -105,10 +108,11 @@ def _alone(distance: Tensor, nearest: Tensor, finite: Tensor, visual: Tensor, ma
         best = int(gain.argmax())
         ranks[best], gain[best] = step, -np.inf
         changed = np.flatnonzero(apart[best] < near)
-        if len(changed):
-            lost = np.take(apart, changed, axis=0, out=nearer[: len(changed)], mode="clip")
-            np.maximum(lost, apart[best, changed, None], out=lost)
-            np.maximum(np.subtract(near[changed, None], lost, out=lost), 0, out=lost)
-            gain -= lost.sum(0) * counts
-            near[changed] = apart[best, changed]
+        for start in range(0, len(changed), len(nearer)):
+            some = changed[start : start + len(nearer)]
+            was, now = near[some], apart[best, some]
+            left = np.take(apart, some, axis=0, out=nearer[: len(some)], mode="clip")
+            np.minimum(np.maximum(left, now[:, None], out=left), was[:, None], out=left)
+            gain -= (was.sum() - left.sum(0)) * counts
+            near[some] = now
     return ranks

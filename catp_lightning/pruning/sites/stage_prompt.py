@@ -10,9 +10,9 @@ from catp_lightning.methods.observation import Needs, Observation, Signal, Value
 from catp_lightning.prompt.attention import attention_map
 from catp_lightning.prompt.kept import KeptSequence, kept_sequence
 from catp_lightning.prompt.merging import merge_groups
-from catp_lightning.prompt.prompt import DecoderPrompt, visual_tokens
+from catp_lightning.prompt.prompt import DecoderPrompt, columns_of_tokens, visual_tokens
 from catp_lightning.prompt.turns import all_of
-from catp_lightning.utils.on_cpu import of_known, on_cpu, on_device, read_once
+from catp_lightning.utils.on_cpu import of_known, on_cpu, read_once
 from catp_lightning.utils.rows import take_rows
 
 
@@ -191,8 +191,5 @@ class DecoderPrefill:
     def _columns(self) -> Tensor:
         """Return the columns of visual tokens, 0 for tokens that a sample does not have: int64 [B, T]."""
         if self._at is None:
-            own, there = on_cpu(self.prompt.visual, visual_tokens(self.prompt.visual))
-            at = torch.zeros(there.shape, dtype=torch.int64, device="cpu")
-            at[there] = own.nonzero()[:, 1]
-            self._at = on_device(at, self.prompt.visual.device)
+            self._at = columns_of_tokens(self.prompt.visual)
         return self._at
