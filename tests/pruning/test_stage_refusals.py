@@ -65,6 +65,7 @@ def test_a_static_cache_is_refused(row: Row) -> None:
 @every_model
 def test_embeddings_without_ids_are_refused(row: Row) -> None:
     model, inputs = model_of(row), row.inputs()
+    model(**inputs)  # Qwen's keeps offsets of the last prompts' positions, and fails where there were others in number
     embeddings = model.get_input_embeddings()(inputs["input_ids"])
     with stages_of(model, (1, 3), Uneven()).installed(), pytest.raises(PruningError, match="inputs_embeds"):
         model(**{**inputs, "input_ids": None}, inputs_embeds=embeddings)

@@ -98,8 +98,7 @@ class PruneAtDecoderLayers(PruningSite):
             undo.enter_context(observe_attention(decoder, observed))
             undo.enter_context(hooked(decoder, self._enter, self._leave, always=True))
             for at, layer in enumerate(self.layers[self.stages[0] :], self.stages[0]):
-                stage = self.stages.index(at) if at in self.stages else None
-                before = partial(self._before, at, stage, parameters_of(layer.forward))
+                before = partial(self._before, at, parameters_of(layer.forward))
                 undo.enter_context(hooked(layer, before))
             yield
 
@@ -188,23 +187,16 @@ class PruneAtDecoderLayers(PruningSite):
         return self._prefill.look(layer, query, key, mask, scaling)
 
     def _before(
-        self,
-        at: int,
-        stage: int | None,
-        names: list[str],
-        module: nn.Module,
-        args: tuple[Any, ...],
-        kwargs: dict[str, Any],
+        self, at: int, names: list[str], module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Any:
-        """Replace arguments of layer `at`, the first of a stage, or None."""
         if self._prefill is None and not self._later:
             return None
-        first: dict[str, Any] = {}
-        if stage is not None or self._kinds[at] not in self._changes:
+        kind, begins, first = self._kinds[at], at in self.stages, dict[str, Any]()
+        if begins or kind not in self._changes:
             given = {**dict(zip(names, args, strict=False)), **kwargs}
-            first = {} if stage is None else self._begin(stage, given)
+            first = self._begin(self.stages.index(at), given) if begins else first
             self._shorten(at, given)
-        changes = self._changes[self._kinds[at]]
+        changes = self._changes[kind]
         if not first and all(name in kwargs and kwargs[name] is value for name, value in changes.items()):
             return None  # a decoding step of prompts without padding has no mask
         changes = {**changes, **first}
