@@ -123,7 +123,7 @@ def main(args: list[str] | None = None) -> None:
     parser.add_argument("--keep", nargs="+", type=float, default=[0.25, 0.1])
     parser.add_argument("--methods", nargs="+", help="all that need nothing from outside, if not given")
     parser.add_argument("--rounds", type=int, default=30)
-    parser.add_argument("--seconds", type=float, default=220.0)
+    parser.add_argument("--seconds", type=float, default=200.0)
     parser.add_argument("--output", type=Path, default=Path("runs/bench"))
     chosen = parser.parse_args(args)
     if unknown := set(chosen.tables) - set(TABLES):
