@@ -34,6 +34,7 @@ class Shape:
 SHAPES = {
     "tiny": Shape(64, 4, 4, 128, (32, 2, 4, 64), 4),  # for tests
     "small": Shape(512, 12, 8, 1376, (64, 2, 4, 128), 4),  # a prefill of 616 rows takes half a second or more on a core
+    "wide": Shape(2048, 6, 16, 5504, (64, 2, 4, 128), 4),  # half as wide as LLaVA-1.5-7B's, a prefill takes ten seconds
     "7b": Shape(4096, 32, 32, 11008, (1024, 24, 16, 4096), 14),  # LLaVA-1.5-7B; 2,880 tokens are LLaVA-NeXT's number
 }
 
