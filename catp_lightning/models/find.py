@@ -1,7 +1,5 @@
 """Search for the model to prune in any module that a user hands over."""
 
-from collections.abc import Iterator
-
 from torch import nn
 from transformers import PreTrainedModel
 
@@ -35,7 +33,7 @@ from catp_lightning.models.qwen_vl import QwenVL
 from catp_lightning.models.tiles import GraniteDocling, Step
 from catp_lightning.models.video_llama import VideoLlama
 from catp_lightning.models.video_llava import VideoLlava
-from catp_lightning.utils.parts import parts_of
+from catp_lightning.utils.parts import outermost
 
 FAMILIES: tuple[type[Family], ...] = (
     Blip2,
@@ -76,19 +74,6 @@ FAMILIES: tuple[type[Family], ...] = (
 """Families, one file each. Of a model's type the first that handles it is taken."""
 
 
-def _outermost(module: nn.Module) -> Iterator[tuple[str, tuple[type[Family], PreTrainedModel]]]:
-    """Yield the path, family and object of each supported model that is no part of one before it."""
-    own = _family_of(module)
-    if own is not None:  # nothing else can be found, so its parts are not walked through
-        yield "", own
-        return
-    outer: list[str] = []
-    for part, path in parts_of(module).items():
-        if not path.startswith(tuple(outer)) and (found := _family_of(part)) is not None:
-            outer.append(f"{path}.")
-            yield path, found
-
-
 def _family_of(part: nn.Module) -> tuple[type[Family], PreTrainedModel] | None:
     if not isinstance(part, PreTrainedModel):
         return None
@@ -107,7 +92,7 @@ def find_family(module: nn.Module, name: str | None = None) -> Family:
         PruningError: there is none, there are several and `name` chooses none of them, or it cannot be pruned.
     """
     refuse_other(module)
-    supported = dict(_outermost(module))
+    supported = dict(outermost(module, _family_of))
     if not supported:
         raise no_model(module, [name for family in FAMILIES for name in family.classes])
     listed = ", ".join(f"{path or 'itself'} ({type(part).__name__})" for path, (_, part) in supported.items())

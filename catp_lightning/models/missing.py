@@ -8,7 +8,7 @@ from transformers import PreTrainedModel
 
 from catp_lightning.errors import PruningError
 from catp_lightning.models.refused import REFUSED
-from catp_lightning.utils.parts import parts_of
+from catp_lightning.utils.parts import outermost, parts_of
 
 SHOWN = 5
 TORCHS_OWN = vars(nn.Module()).keys()
@@ -66,10 +66,10 @@ def no_model(module: nn.Module, classes: Iterable[str]) -> PruningError:
         module: the module that was searched.
         classes: names of the Hugging Face classes that are supported.
     """
-    for path, part in _outermost(module):
+    for path, part in outermost(module, _model):
         if (refused := REFUSED.get(str(part.config.model_type))) is not None:
             return PruningError(f"{_at(path, part)} cannot be pruned: it {refused}.")
-    found = [f"{_at(path, part)} {lacks(part) or 'is not supported'}" for path, part in _outermost(module)]
+    found = [f"{_at(path, part)} {lacks(part) or 'is not supported'}" for path, part in outermost(module, _model)]
     hidden = [f"a {type(part).__name__} in {place}" for place, part in _out_of_sight(module)]
     reasons = [f"Found: {_listed(found)}."] if found else []
     if hidden:
@@ -97,13 +97,8 @@ def _listed(found: list[str]) -> str:
     return "; ".join(found[:SHOWN]) + (f"; and {more} more" if more > 0 else "")
 
 
-def _outermost(module: nn.Module) -> Iterator[tuple[str, PreTrainedModel]]:
-    """Yield attribute path and model of each Hugging Face model in a module that is part of no other one."""
-    seen: list[str] = []
-    for part, path in parts_of(module).items():
-        if isinstance(part, PreTrainedModel) and not any(not outer or path.startswith(f"{outer}.") for outer in seen):
-            seen.append(path)
-            yield path, part
+def _model(part: nn.Module) -> PreTrainedModel | None:
+    return part if isinstance(part, PreTrainedModel) else None
 
 
 def _out_of_sight(module: nn.Module) -> Iterator[tuple[str, PreTrainedModel]]:
@@ -128,7 +123,7 @@ def _models(value: Any, place: str, depth: int) -> Iterator[tuple[str, PreTraine
         depth: levels of containers and objects that are searched.
     """
     if isinstance(value, nn.Module):
-        yield from ((f"{place}.{path}".rstrip("."), model) for path, model in _outermost(value))
+        yield from ((f"{place}.{path}".rstrip("."), model) for path, model in outermost(value, _model))
         return
     if depth == 0:
         return

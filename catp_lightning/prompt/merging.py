@@ -16,13 +16,25 @@ def merged(rows: Tensor, visual: Tensor, destination: Tensor) -> Tensor:
         visual tokens among them. destination: int64 [B, T], for each visual token the one that it is merged into:
         itself, or one that stays; -1: none.
     """
-    tokens, length = visual_tokens(visual), visual.shape[1]
-    destination = destination[:, : tokens.shape[1]].masked_fill(~tokens, -1)
     columns = columns_of_tokens(visual)
-    to = columns.gather(1, destination.clamp(min=0)).masked_fill(destination < 0, -1)
-    every = to.new_full((len(to), length + 1), -1)  # of all columns, and one that stands for tokens there are not
-    every = every.scatter(1, columns.where(tokens, length), to)[:, :length]
+    every = destinations(visual, columns, columns, destination)
     return merge_groups(rows, every.repeat_interleave(len(rows) // len(visual), 0))
+
+
+def destinations(visual: Tensor, columns: Tensor, places: Tensor, destination: Tensor) -> Tensor:
+    """Return for each column the place of the row that it is merged into, int64 [B, L]; -1: none, as of text.
+
+    Args:
+        visual: bool [B, L], the columns of visual tokens.
+        columns: int64 [B, T], the column of each visual token, as from `columns_of_tokens`.
+        places: int64 [B, T], the place of each visual token's row.
+        destination: int64 [B, T], or of more tokens, for each visual token the one that it is merged into; -1: none.
+    """
+    tokens, length = visual_tokens(visual), visual.shape[1]
+    destination = destination[:, : tokens.shape[1]]
+    to = places.gather(1, destination.clamp(min=0)).masked_fill(destination < 0, -1)
+    every = to.new_full((len(to), length + 1), -1)  # of all columns, and one that stands for tokens there are not
+    return every.scatter(1, columns.where(tokens, length), to)[:, :length]
 
 
 def written(rows: Tensor, visual: Tensor, values: Tensor) -> Tensor:

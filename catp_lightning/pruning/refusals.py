@@ -73,7 +73,6 @@ def refuse_unprunable(module: nn.Module, family: Family) -> Collection[nn.Module
 
 
 _CALLED = ("forward", "generate", "validation_step", "test_step", "predict_step")
-_TRACES = frozenset({"_orig_mod", "_compiled_call_impl", *_CALLED})  # attributes that a compiled module may have
 
 
 def _compiled(part: nn.Module, of_class: str | None) -> str | None:
@@ -85,11 +84,9 @@ def _compiled(part: nn.Module, of_class: str | None) -> str | None:
     own = vars(part)
     if "_orig_mod" in part._modules or "_orig_mod" in own:
         return "torch.compile(module)"
-    if own.keys().isdisjoint(_TRACES):
-        return of_class
     if own.get("_compiled_call_impl") is not None:
         return "module.compile()"
-    return _compiled_among(_calls(type(part), own))
+    return of_class if own.keys().isdisjoint(_CALLED) else _compiled_among(_calls(type(part), own))
 
 
 def _calls(kind: type, own: Mapping[str, Any]) -> dict[str, Any]:

@@ -160,11 +160,7 @@ class PruneAtDecoderInput(PruningSite):
         if prompt is None:
             return kwargs
         mask = self._prompts.mask(kwargs, batch, past + new, rows.device)
-        positions = kwargs.get("position_ids")
-        if positions is None:
-            positions = self.family.positions(mask, mask.shape[1] - new)
-        elif positions.shape[-1] != new:
-            positions = positions[..., -new:]
+        positions = self._prompts.step_positions(kwargs, mask, new)
         if self.compact:
             positions = positions - prompt.dropped[:, None] * mask[:, -new:]
         dtype = self.family.model.dtype if not rows.is_floating_point() else rows.dtype

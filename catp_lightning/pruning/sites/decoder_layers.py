@@ -172,11 +172,7 @@ class PruneAtDecoderLayers(PruningSite):
         """Return mask and positions of a decoding step, where the first layer's cache does not tell them."""
         mask, new = self._mask, rows.shape[1]
         assert mask is not None
-        positions = kwargs.get("position_ids")
-        if positions is None:
-            positions = self.family.positions(mask, mask.shape[1] - new)
-        elif positions.shape[-1] != new:
-            positions = positions[..., -new:]
+        positions = self._prompts.step_positions(kwargs, mask, new)
         dtype = rows.dtype if rows.is_floating_point() else self.family.model.dtype
         masks = decoding_masks(self._step[0], mask, new, cache, self._config, dtype)
         return {"attention_mask": masks, "position_ids": positions}

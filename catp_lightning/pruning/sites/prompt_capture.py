@@ -117,6 +117,20 @@ class PromptCapture:
             mask = mask.repeat_interleave(rows // len(mask), 0)
         return two_dimensional(mask, rows, length, device)
 
+    def step_positions(self, kwargs: dict[str, Any], mask: Tensor, new: int) -> Tensor:
+        """Return position ids of the last `new` columns, [R, new] or [3, R, new]: the caller's, or the model's own.
+
+        Args:
+            kwargs: arguments of the decoder's call.
+            mask: int64 [R, L], of all columns read so far.
+            new: number of the call's own columns.
+        """
+        given = kwargs.get("position_ids")
+        if given is None:
+            return self.family.positions(mask, mask.shape[1] - new)
+        last: Tensor = given if given.shape[-1] == new else given[..., -new:]
+        return last
+
     def take(self, kwargs: dict[str, Any], past: int = 0) -> DecoderPrompt | None:
         """Return the prompt with which the decoder is called; None if it is called on text ids of its own.
 

@@ -9,8 +9,8 @@ from catp_lightning.errors import PruningError
 from catp_lightning.methods.observation import Needs, Observation, Signal, Values
 from catp_lightning.prompt.attention import attention_map
 from catp_lightning.prompt.kept import KeptSequence, kept_sequence
-from catp_lightning.prompt.merging import merge_groups
-from catp_lightning.prompt.prompt import DecoderPrompt, columns_of_tokens, visual_tokens
+from catp_lightning.prompt.merging import destinations, merge_groups
+from catp_lightning.prompt.prompt import DecoderPrompt, columns_of_tokens
 from catp_lightning.prompt.turns import all_of
 from catp_lightning.utils.on_cpu import of_known, on_cpu, read_once
 from catp_lightning.utils.rows import take_rows
@@ -119,11 +119,8 @@ class DecoderPrefill:
             hidden: float [R, n, D], the rows.
             destination: int64 [B, T], for each visual token the one that it is merged into; -1: none.
         """
-        beams, tokens = self.prompt.rows_per_sample, visual_tokens(self.prompt.visual)
-        to = self._places(self._columns()).gather(1, destination.clamp(min=0)).masked_fill(destination < 0, -1)
-        length = self.prompt.mask.shape[1]
-        every = to.new_full((len(to), length + 1), -1)  # of all columns, and one that stands for tokens there are not
-        every = every.scatter(1, self._columns().where(tokens, length), to)
+        beams, columns = self.prompt.rows_per_sample, self._columns()
+        every = destinations(self.prompt.visual, columns, self._places(columns), destination)
         return merge_groups(hidden, every.gather(1, self.rows.order[::beams]).repeat_interleave(beams, 0))
 
     def look(self, layer: int, query: Tensor, key: Tensor, mask: Tensor | None, scaling: float) -> Tensor:
