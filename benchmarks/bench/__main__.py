@@ -42,8 +42,11 @@ def floor(chosen: argparse.Namespace, found: Found, save: Callable[[], None]) ->
             runs = Runs(model, prompt(model, tokens, batch))
             for keep in chosen.keep:
                 methods, found["left_out"] = policies(runs.family, keep)
-                if chosen.methods:
-                    methods = {name: methods[name] for name in chosen.methods}
+                for name in chosen.methods or ():
+                    if name not in methods:
+                        reason = found["left_out"].get(name, f"there are {', '.join(methods)}")
+                        raise SystemExit(f"{name} cannot be measured here: {reason.rstrip('.')}.")
+                methods = {name: methods[name] for name in chosen.methods or methods}
                 found["floor"] += against_floor(runs, methods, chosen.seconds, chosen.rounds)
                 save()
 

@@ -36,8 +36,8 @@ def policies(family: Family, keep: float) -> tuple[dict[str, PruningPolicy], dic
     """
     found, left_out = {}, {}
     for name in SCORERS:
-        stages = {"stages_at": [1, 2, 6]} if name == "sparsevlm" and family.depth < 16 else {}  # 2, 6, 15 of 32
-        policy = PruningPolicy(name, stages, keep=keep)
+        few = name == "sparsevlm" and family.depth < 16  # layers 2, 6 and 15 of 32 would be 0, or one twice
+        policy = PruningPolicy(name, {"stages_at": [1, 2, max(3, family.depth // 2)]} if few else {}, keep=keep)
         try:
             Pruner(family, policy)
         except (PolicyError, PruningError) as error:

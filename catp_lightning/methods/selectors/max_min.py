@@ -8,7 +8,7 @@ from torch import Tensor
 
 from catp_lightning.methods.selectors.base import FeatureSelector
 from catp_lightning.methods.selectors.fused import fused
-from catp_lightning.methods.selectors.similarity import inner_products, unit_vectors
+from catp_lightning.methods.selectors.similarity import rounded_similarity
 from catp_lightning.utils.on_cpu import for_numpy
 
 
@@ -23,8 +23,8 @@ class MaxMin(FeatureSelector):
     def ranks(self, scores: Tensor, visual: Tensor, max_tokens: int, vectors: Tensor | None) -> Tensor:
         assert vectors is not None  # `vectors` above always gives some
         finite = visual & ~vectors.isnan().any(-1)
-        similarity = inner_products(unit_vectors(vectors)).round_(decimals=5)  # as `rounded_similarity`
-        similarity.nan_to_num_().masked_fill_(~finite[:, None], -torch.inf)
+        similarity = rounded_similarity(vectors)
+        similarity.add_(similarity.new_zeros(visual.shape).masked_fill_(~finite, -torch.inf)[:, None])
         similarity.diagonal(dim1=1, dim2=2).fill_(-torch.inf)
         choose = _choose_in_numpy if for_numpy(vectors) else _choose
         return choose(similarity, finite, visual, max_tokens)
@@ -55,15 +55,19 @@ def _choose(similarity: Tensor, finite: Tensor, visual: Tensor, max_tokens: int)
 
 def _choose_in_numpy(similarity: Tensor, finite: Tensor, visual: Tensor, max_tokens: int) -> Tensor:
     """`_choose` by operations of NumPy, which take a fraction of the time where there is little to do."""
-    pairs, known, open_ = (value.detach().numpy() for value in (similarity, finite, visual.clone()))
-    ranks, rows = np.full(visual.shape, max_tokens), np.arange(len(visual))
-    if not pairs.size:
-        return torch.from_numpy(ranks)
-    nearest = pairs.max(2)
-    for step in range(max_tokens):
-        best = np.where(open_, np.where(known, nearest, 2), np.inf).argmin(1)
-        ranks[rows, best] = np.where(open_[rows, best], step, ranks[rows, best])
-        open_[rows, best] = False
-        reach = pairs[rows, best]
-        nearest = np.maximum(nearest, reach) if step else reach
-    return torch.from_numpy(ranks)
+    pairs, known, there = (value.detach().numpy() for value in (similarity, finite, visual))
+    rows, tokens = np.arange(len(visual)), visual.shape[1]
+    order = np.full((len(visual), max_tokens), tokens)  # of steps for which no token is left: one that is not there
+    if pairs.size:
+        nearest = np.where(there, np.where(known, pairs.max(2), 2), np.inf)
+        for step in range(max_tokens):
+            best = order[:, step] = nearest.argmin(1)
+            reach = pairs[rows, best]
+            if step == 0:
+                nearest = np.where(there, np.where(known, reach, 2), np.inf)
+            np.maximum(nearest, reach, out=nearest)
+            nearest[rows, best] = np.inf
+        order[np.arange(max_tokens) >= there.sum(1)[:, None]] = tokens
+    ranks = np.full((len(visual), tokens + 1), max_tokens)
+    np.put_along_axis(ranks, order, np.arange(max_tokens)[None], 1)
+    return torch.from_numpy(ranks[:, :tokens])

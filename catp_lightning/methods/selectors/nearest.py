@@ -6,8 +6,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from catp_lightning.methods.precision import without_autocast
-from catp_lightning.methods.selectors.similarity import rounded_similarity, unit_vectors
+from catp_lightning.methods.selectors.similarity import inner_products, rounded_similarity, unit_vectors
 
 Array = np.ndarray[Any, np.dtype[Any]]
 
@@ -52,8 +51,8 @@ class Neighbours:
         vectors: float [T, F], on the CPU.
     """
 
-    LISTED = 24
-    """Length of the lists: of 1,000 tokens one has none on it, if the others are a quarter of all, drawn at random."""
+    LISTED = 12
+    """Length of the lists: of 100 tokens three have none on it, if the others are a quarter of all, drawn at random."""
 
     def __init__(self, vectors: Tensor) -> None:
         self._unit = unit_vectors(vectors.detach()).nan_to_num()
@@ -77,7 +76,6 @@ class Neighbours:
         """List the nearest neighbours of `tokens`, int64 [n], among them: places, int64 [n, LISTED], and likeness."""
         self._listed, unit = len(tokens), self._unit[torch.from_numpy(tokens)]
         self._place[tokens] = np.arange(len(tokens))
-        with without_autocast(unit):
-            similarity = (unit @ unit.T).fill_diagonal_(-torch.inf)
+        similarity = inner_products(unit[None])[0].fill_diagonal_(-torch.inf)
         likeness, listed = similarity.topk(min(self.LISTED, len(tokens)), dim=1)
         self._similarity, self._likeness, self._tokens = (value.numpy() for value in (similarity, likeness, listed))

@@ -64,6 +64,7 @@ class PruneCrossAttention(PruningSite):
         self, family: Family, decide: Decide, settings: SiteSettings = PLAIN, report: Report = ignored
     ) -> None:
         super().__init__(family, decide, settings, report)
+        self._modules = self.family.cross_attention
         self.observe = Signal.CROSS_ATTENTION_TO_IMAGE in self.settings.needs  # prompts are to have `attention`
         self._opened = Opened()
         self._reset()
@@ -88,7 +89,7 @@ class PruneCrossAttention(PruningSite):
             undo.callback(self._reset)
             undo.enter_context(self.calls.watching())
             undo.enter_context(hooked(decoder, self._enter, self._leave, always=True))
-            for module in self.family.cross_attention:
+            for module in self._modules:
                 undo.enter_context(hooked(module, self._before, self._after))
             yield
 
@@ -98,7 +99,7 @@ class PruneCrossAttention(PruningSite):
             return
         self._text_arguments = {name: value for name, value in kwargs.items() if name not in CACHE_NAMES}
         cache, states = cache_in(kwargs), kwargs.get("cross_attention_states")
-        held = _image_rows(cache, self.family.cross_attention[0].layer_idx)
+        held = _image_rows(cache, self._modules[0].layer_idx)
         if states is None and held == 0:  # text alone
             if cache is None or cache.get_seq_length() == 0:
                 text = kwargs["inputs_embeds"] if kwargs.get("input_ids") is None else kwargs["input_ids"]
@@ -109,6 +110,8 @@ class PruneCrossAttention(PruningSite):
                 "Rows cannot leave while gradients are checkpointed: layers run a second time, after the call. Use "
                 "model.gradient_checkpointing_disable(), or put the model in evaluation mode."
             )
+        if states is None and is_short(cache) is False:  # it holds all rows, and the model's own masks are right
+            return
         _refuse_other(cache)
         if kwargs.get("output_attentions", getattr(self.family.decoder.config, "output_attentions", False)):
             raise PruningError(
@@ -144,8 +147,6 @@ class PruneCrossAttention(PruningSite):
         self.decide(CrossAttended(tokens[::beams], self.calls.arguments, beams, states[::beams], None, nothing, text))
 
     def _decode(self, cache: Any, held: int, visibility: TextVisibility) -> None:
-        if is_short(cache) is False:  # it holds all rows, and the model's own masks are right
-            return
         at = rows_of(cache)
         if self._stored is None or not self._stored.is_in(cache, held) or at is None or len(at) != len(visibility.real):
             raise foreign_cache()
@@ -163,7 +164,7 @@ class PruneCrossAttention(PruningSite):
             return None
         cache = cache_in(kwargs) if prefill.shared is None else None
         read, used = prefill.repaired(module, kwargs["hidden_states"], output[0]), prefill.rows
-        if self._changes and module is self.family.cross_attention[0]:
+        if self._changes and module is self._modules[0]:
             self._narrow(prefill, module, kwargs)
             read = self._without_dropped(prefill, module, kwargs["hidden_states"], read)
         if cache is not None:
