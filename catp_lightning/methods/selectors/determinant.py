@@ -145,7 +145,8 @@ def _choose_alone(kernel: Tensor, gain: Tensor, closed: Tensor, chosen: Tensor, 
     """
     tokens, steps = kernel.shape[0], len(chosen)
     pairs, shut, order, values = (value.detach().numpy() for value in (kernel, closed, chosen, gains))
-    columns = np.zeros((steps, -(-tokens // 64) * 64), pairs.dtype)
+    found, width = factors.numpy(), -(-tokens // 64) * 64
+    columns = found if width == tokens else np.zeros((steps, width), pairs.dtype)
     left = gain.detach().numpy()
     open_, most_taken = np.where(shut, -np.inf, left), np.empty_like(left)
     for step in range(steps):
@@ -163,7 +164,8 @@ def _choose_alone(kernel: Tensor, gain: Tensor, closed: Tensor, chosen: Tensor, 
         np.maximum(left, RIDGE, out=left)
         np.copyto(open_, left)
         open_[shut] = -np.inf
-    factors.numpy()[:] = columns[:, :tokens]
+    if columns is not found:
+        found[:] = columns[:, :tokens]
 
 
 @dataclass(eq=False)
