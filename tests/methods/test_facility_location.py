@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from catp_lightning.methods.selectors import facility_location
+from catp_lightning.methods.selectors import lazy
 from catp_lightning.methods.selectors.facility_location import STEPS, FacilityLocation
 
 DISTANCES = ("cosine", "euclidean", "squared")
@@ -71,7 +71,7 @@ def test_rows_by_themselves_keep_what_they_keep_together(
     selector = FacilityLocation(distance=distance)  # type: ignore[arg-type]
     for count in (1, 40, tokens):
         alone = selector.ranks(torch.zeros(3, tokens), visual, count, vectors)
-        monkeypatch.setattr(facility_location, "TOGETHER", tokens)
+        monkeypatch.setattr(lazy, "SHORT", tokens)
         together = selector.ranks(torch.zeros(3, tokens), visual, count, vectors)
         monkeypatch.undo()
         assert torch.equal(alone, together)

@@ -13,6 +13,9 @@ from catp_lightning.methods.scorers.base import Scorer
 CONSTANT = 1e-6
 """Range of an image's relevances up to which they count as equal, so that rounding errors are not scaled up to 0..1."""
 
+EPSILON = 1e-8
+"""Least length of a vector whose direction is told, as in torch's cosine_similarity."""
+
 
 @dataclass(frozen=True)
 class CDPruner(Scorer):
@@ -76,7 +79,8 @@ class CDPruner(Scorer):
         read, words = (_wide(seen[signal]) for signal in (Signal.IMAGE_EMBEDS, Signal.TEXT_EMBEDS))
         own = seen.text.to(words.dtype)
         text = (words * own[..., None]).sum(1) / own.sum(1, keepdim=True).clamp(min=1)
-        return F.cosine_similarity(read, text[:, None], dim=-1)
+        lengths = torch.linalg.vector_norm(read, dim=-1).clamp(min=EPSILON)  # cosine_similarity would copy all of it
+        return (read * F.normalize(text, dim=-1, eps=EPSILON)[:, None]).sum(-1) / lengths
 
 
 def _wide(value: Tensor) -> Tensor:

@@ -9,15 +9,15 @@ from torch import Tensor
 
 from catp_lightning.methods.precision import without_autocast
 from catp_lightning.methods.selectors.fused import fused
-from catp_lightning.methods.selectors.lazy import AT_ONCE, at_once, grow
+from catp_lightning.methods.selectors.lazy import AT_ONCE, SHORT, at_once, grow, one_by_one
 from catp_lightning.methods.selectors.similarity import exact_similarity, exact_units
 from catp_lightning.utils.on_cpu import for_numpy
 
 RIDGE = 1e-4
 """Added to the kernel's diagonal, so that a choice of more tokens than the kernel's rank is still defined."""
 
-SHORT, FEW = 64, 4
-"""More than `FEW` rows of at most `SHORT` tokens are worked on together; on the CPU others take less one by one."""
+FEW = 4
+"""Of rows of at most `SHORT` tokens more than so many are worked on together; on the CPU fewer take less one by one."""
 
 
 def determinant_ranks(vectors: Tensor, quality: Tensor, visual: Tensor, max_tokens: int) -> Tensor:
@@ -35,6 +35,9 @@ def determinant_ranks(vectors: Tensor, quality: Tensor, visual: Tensor, max_toke
     Returns:
         int64 [R, T], as `greedy_ranks`.
     """
+    if at_once(vectors) and one_by_one(vectors) and len(vectors) > 1:
+        each = zip(vectors.split(1), quality.split(1), visual.split(1), strict=True)
+        return torch.cat([determinant_ranks(*row, max_tokens) for row in each])
     if at_once(vectors):
         return greedy_ranks(weighted(exact_similarity(vectors), quality), visual, max_tokens)
     ranks = torch.full(visual.shape, max_tokens, device=visual.device, dtype=torch.int64)

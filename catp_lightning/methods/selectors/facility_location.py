@@ -10,14 +10,12 @@ from torch.nn import functional as F
 
 from catp_lightning.methods.selectors.base import FeatureSelector
 from catp_lightning.methods.selectors.fused import fused
+from catp_lightning.methods.selectors.lazy import one_by_one
 from catp_lightning.methods.selectors.similarity import squared_distances, whole_units, whole_vectors
 from catp_lightning.utils.on_cpu import for_numpy
 
 STEPS = 1e6
 """Steps in which distances are measured, in their mean."""
-
-TOGETHER = 64
-"""Rows of at most so many tokens are worked on together; of longer ones on the CPU each is, which takes less."""
 
 BLOCK = 2**17
 """Distances that are worked on together: a megabyte, which stays in a core's cache and needs few new pages."""
@@ -40,14 +38,16 @@ class FacilityLocation(FeatureSelector):
 
     def ranks(self, scores: Tensor, visual: Tensor, max_tokens: int, vectors: Tensor | None) -> Tensor:
         assert vectors is not None  # `vectors` above always gives some
+        if one_by_one(vectors) and len(vectors) > 1:
+            each = zip(scores.split(1), visual.split(1), vectors.split(1), strict=True)
+            return torch.cat([self.ranks(one, own, max_tokens, rows) for one, own, rows in each])
         finite = visual & (vectors.abs().amax(-1) < torch.inf)
         whole = for_numpy(vectors) and bool(finite.all())  # a copy is a tenth of the time that a choice takes
         distance = self._distances(vectors if whole else vectors.where(finite[..., None], 0))
         nearest = distance.amax((1, 2))[:, None].where(finite, 0)
-        if not for_numpy(vectors) or visual.shape[1] <= TOGETHER:
-            return _together(distance, nearest, finite, visual, max_tokens)
-        found = [_alone(*row, max_tokens) for row in zip(distance, nearest, finite, visual, strict=True)]
-        return torch.stack(found) if found else torch.zeros_like(visual, dtype=torch.int64)
+        if one_by_one(vectors) and len(vectors):
+            return _alone(distance[0], nearest[0], finite[0], visual[0], max_tokens)[None]
+        return _together(distance, nearest, finite, visual, max_tokens)
 
     def _distances(self, vectors: Tensor) -> Tensor:
         """Return the distance of all pairs in steps of a millionth of their mean: float [R, T, F] -> [R, T, T].

@@ -5,6 +5,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from catp_lightning.utils.on_cpu import for_numpy
+
 AT_ONCE = 1024
 """Rows of at most so many tokens are compared all with all, in one matrix; of longer rows a part at a time."""
 
@@ -15,6 +17,15 @@ def at_once(vectors: Tensor) -> bool:
     Elsewhere than on the CPU they always are: parts depend on values, for which a GPU would be waited.
     """
     return vectors.shape[1] <= AT_ONCE or vectors.device.type != "cpu"
+
+
+SHORT = 64
+"""Rows of at most so many tokens are worked on together."""
+
+
+def one_by_one(vectors: Tensor) -> bool:
+    """True if rows of tokens, [R, T, F], are worked on one by one: on the CPU, each in the memory of the last."""
+    return for_numpy(vectors) and vectors.shape[1] > SHORT
 
 
 class Growing(Protocol):
