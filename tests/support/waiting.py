@@ -20,7 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import catp_lightning
-from catp_lightning.methods.selectors import determinant, facility_location, max_min, prune_similar, similarity
+from catp_lightning.methods.selectors import determinant, facility_location, lazy, max_min, prune_similar, similarity
 
 OURS, TORCH = Path(catp_lightning.__file__).parent, str(Path(torch.__file__).parent)
 PLUMBING = (TORCH, str(Path(__file__)), str(OURS / "utils" / "on_cpu.py"))
@@ -67,7 +67,7 @@ def waiting() -> Iterator[Waiting]:
 def as_on_gpu() -> Iterator[None]:
     """Inside, selectors choose as they do on a GPU: by operations of torch, all rows together."""
     with ExitStack() as patches:
-        for module in (determinant, facility_location, max_min, prune_similar, similarity):
+        for module in (determinant, facility_location, lazy, max_min, prune_similar, similarity):
             patches.enter_context(patch.object(module, "for_numpy", lambda like: False))
         yield
 
