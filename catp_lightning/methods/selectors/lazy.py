@@ -1,4 +1,4 @@
-"""Greedy choices in which a token's gain never rises: only tokens that may be next are looked at."""
+"""Which rows of tokens are compared all with all, or one by one; greedy choices from the few tokens that gain most."""
 
 from typing import Protocol
 
@@ -12,7 +12,7 @@ AT_ONCE = 1024
 
 
 def at_once(vectors: Tensor) -> bool:
-    """True if rows of tokens, [R, T, F], are compared all with all, and all rows together.
+    """True if tokens of a row, [R, T, F], are compared all with all.
 
     Elsewhere than on the CPU they always are: parts depend on values, for which a GPU would be waited.
     """
