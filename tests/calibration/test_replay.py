@@ -78,7 +78,7 @@ def close(found: Tensor, expected: Tensor, rounding: float = 0.0) -> None:
 @rows_where(lambda row: row.name != "Janus")  # whose generate leaves out the processor of logits it is given
 def test_a_replay_is_the_pruned_run_of_the_same_answer(row: Row) -> None:
     model, inputs = row.model(), row.inputs(range(len(row.samples())), pads=2)
-    rounding = max(row.rounding, row.coarse)
+    rounding = row.tolerance(moved=True)
     replay, _, _, answers = recorded(row, inputs)
     keep = uneven()(replay.tokens)
     assert (keep.sum(1) < replay.tokens.sum(1)).sum() >= 2, "or nothing is dropped"
