@@ -74,7 +74,7 @@ def calibrate(
 
     probing = Probing(plan, budgets, part, device, promise is not None, components)
     yield probing
-    learned = probing.learned()
+    learned, columns = probing.learned(), probing.columns
     _check_amount(learned)
     plan = replace(plan, largest=learned.largest)
     promised = None
@@ -89,14 +89,12 @@ def calibrate(
     payments = None if learned.sizes is None else Payments.of_samples(plan, learned.sizes)
     paid, keeps = _keeps(plan, payments, budgets, promise is not None)
 
+    fitted, without, records = _fits(probing, ties)
+    del probing  # its sums take more memory than whatever a later pass holds
     networks = None
-    if components is not None and learned.records is not None:
-        networks = yield from _train(plan, components, learned.records, partial(belongs, 0), device)
-
-    fitted = fit(learned.sums, learned.pairs, learned.columns, ties)
-    without = [
-        fit_without(fold, learned.sums, learned.pairs, learned.columns, fitted, ties) for fold in range(settings.folds)
-    ]
+    if components is not None and records is not None:
+        networks = yield from _train(plan, components, records, partial(belongs, 0), device)
+    del records
     if networks is not None:
         fitted = replace(fitted, network=networks.whole)
         without = [replace(found, network=own) for found, own in zip(without, networks.by_fold, strict=True)]
@@ -137,12 +135,24 @@ def calibrate(
         perturbed={name: sums.compute() for name, sums in check.perturbed.items()},
         parts=learned.parts,
         images=learned.images,
-        fitted=fitted.evidence(learned.columns) | ({} if networks is None else {"learned": networks.evidence()}),
+        fitted=fitted.evidence(columns) | ({} if networks is None else {"learned": networks.evidence()}),
         components=described,
         statistics=learned.statistics,
         payments=payments,
         paid=paid,
     )
+
+
+def _fits(probing: Probing, ties: Tolerance) -> tuple[Fitted, list[Fitted], Recorded | None]:
+    """Return the fit to all probes, the fits without each fold, and the probes of each sample if they were recorded.
+
+    It holds what all processes found together, so each must call this.
+    """
+    sums, columns, recorder = probing.sums.compute(), probing.columns, probing.recorder
+    pairs = None if probing.pairs is None else probing.pairs.compute()
+    fitted = fit(sums, pairs, columns, ties)
+    without = [fit_without(fold, sums, pairs, columns, fitted, ties) for fold in range(len(sums.rows))]
+    return fitted, without, None if recorder is None else recorder.records.compute()
 
 
 def _keeps(

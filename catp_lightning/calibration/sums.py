@@ -30,6 +30,12 @@ def copied(metrics: Mapping[str, Metric]) -> dict[str, Tensor]:
     }
 
 
+def held(metrics: Mapping[str, Metric]) -> int:
+    """Return the bytes of the metrics' current states."""
+    values = states(metrics).values()
+    return sum(one.nbytes for value in values for one in (value if isinstance(value, list) else [value]))
+
+
 def states(metrics: Mapping[str, Metric]) -> dict[str, Tensor | list[Tensor]]:
     """Return the states of several metrics, by the metric's name and their own: "metric/state"."""
     return {

@@ -1,9 +1,10 @@
 """Examples for a calibration's page: samples of the checking part, asked again under the policies that were saved."""
 
+import gc
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from functools import partial
-from itertools import islice
+from itertools import islice, starmap
 from typing import Any
 
 import numpy as np
@@ -34,6 +35,9 @@ MOST = 32
 
 Wanted = dict[int, set[int]]
 """Checksums of samples (image and question) by the number of their batch."""
+
+Asked = tuple[Tensor, Tensor]
+"""Of the samples of one call: their checksums, int64 [B], and token ids of the text, int64 [B, R], then -1."""
 
 
 def checked_number(examples: int) -> int:
@@ -90,6 +94,7 @@ def _asked_again(
                 calls = _pruned(run, policies[place], guide, arguments)
                 keys = wanted[place][number]
                 found[place] += _examples(trainer, run, policies[place], keys, unpruned, calls)
+                gc.collect()  # figures are cycles of references, and each holds some 10 MiB until they are collected
     return [one for own in found for one in sorted(own, key=lambda example: example.agrees)]
 
 
@@ -115,14 +120,14 @@ def wanted_samples(batches: Sequence[Tensor], keys: np.ndarray, agreed: np.ndarr
     return found
 
 
-def _unpruned(run: CalibrationRun, arguments: Sequence[Any]) -> tuple[list[Samples], list[Answer]]:
-    """Run the user's step on a batch unpruned; return samples of each call with images, and answers of every call."""
+def _unpruned(run: CalibrationRun, arguments: Sequence[Any]) -> tuple[list[Asked], list[Answer]]:
+    """Run the user's step on a batch unpruned; return what each call with images asked, and answers of every call."""
     answers: list[Answer] = []
     with listening(run.recorder.plan.family, answers.append):
         run.step(*unshared(tuple(arguments)))
     run.recorder.again = None
     with run.recorder.recorded() as found:
-        return [Samples.of(*one) for one in found], answers
+        return [(samples.keys, samples.replay.text_ids) for samples in starmap(Samples.of, found)], answers
 
 
 def _pruned(
@@ -141,7 +146,7 @@ def _examples(
     run: CalibrationRun,
     policy: PruningPolicy,
     keys: set[int],
-    unpruned: tuple[Sequence[Samples], Sequence[Answer]],
+    unpruned: tuple[Sequence[Asked], Sequence[Answer]],
     pruned: Sequence[tuple[Answer, Sequence[Shown]]],
 ) -> Iterator[Example]:
     """Yield the examples of one batch, samples whose checksum is among `keys`, each once."""
@@ -149,12 +154,12 @@ def _examples(
     batch, answers = unpruned
     with_images = [(full, answer, shown) for full, (answer, shown) in zip(answers, pruned, strict=True) if shown]
     left = set(keys)
-    for samples, (full, answer, shown) in zip(batch, with_images, strict=True):
-        for row, key in enumerate(samples.keys.tolist()):
+    for (own, questions), (full, answer, shown) in zip(batch, with_images, strict=True):
+        for row, key in enumerate(own.tolist()):
             if key not in left or not shown[row].drawable:
                 continue
             left.remove(key)
-            question = samples.replay.text_ids[row]
+            question = questions[row]
             ours, theirs = (_first_answer(one, row) for one in (full, answer))
             yield Example(
                 budget_name(policy),

@@ -102,9 +102,9 @@ def network_of(candidates: Sequence[Candidate]) -> Network:
 def test_a_calibration_cross_fits_and_saves_what_was_fitted_on_all_folds(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(learning, "GATE", -100.0)  # networks compete, however little they explain
     calibrator = finished(Planted(slot_3), data(64, 32, torch.float64), [2])
-    learned, plan, ties = calibrator.probing.learned(), calibrator.plan, calibrator.standings.ties
-    assert learned.pairs is not None
-    sums, pairs, columns = learned.sums, learned.pairs, learned.columns
+    probing, plan, ties = calibrator.probing, calibrator.plan, calibrator.standings.ties
+    assert probing.pairs is not None
+    sums, pairs, columns = probing.sums.compute(), probing.pairs.compute(), probing.columns
     fitted = fit(sums, pairs, columns, ties)
     whole = fitted_candidates(plan, replace(fitted, network=network_of(calibrator.result.candidates)))
     assert calibrator.result.candidates[-len(whole) :] == whole

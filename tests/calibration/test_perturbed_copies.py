@@ -214,10 +214,11 @@ def test_probes_of_copies_are_further_subsets_and_everything_else_counts_samples
         plain.see(samples)
         together.see(samples, copies)
     one, three = plain.learned(), together.learned()
-    assert (three.sums.rows == 3 * one.sums.rows).all()
-    assert one.sums.rows.sum() == QUICK.probes * len(together.sizes) * one.parts["learn"], "none is of the other part"
-    slots = three.columns.of_slots
-    own, all_ = (learned.sums.gram[:, slots][:, :, slots].sum(0) for learned in (one, three))
+    sums, three_times = plain.sums.compute(), together.sums.compute()
+    assert (three_times.rows == 3 * sums.rows).all()
+    assert sums.rows.sum() == QUICK.probes * len(together.sizes) * one.parts["learn"], "none is of the other part"
+    slots = together.columns.of_slots
+    own, all_ = (found.gram[:, slots][:, :, slots].sum(0) for found in (sums, three_times))
     assert not torch.allclose(torch.tensor(all_), torch.tensor(3 * own), rtol=1e-3), "the same subsets say less"
     assert (three.parts, three.tokens) == (one.parts, one.tokens) and torch.equal(three.images, one.images)
     assert three.statistics["rank_correlation"] == one.statistics["rank_correlation"]

@@ -222,8 +222,9 @@ def test_good_sets_are_probed_around_what_a_network_prefers_that_never_saw_the_f
         assert others.mean() / (len(by_fold) - 1) < 0.2
         probing = Probing(plan, [0.5], part_of, None, False, (by_fold[0].question, by_fold[0].features))
         probing.see(samples)
-        random = probing.learned().records
-        assert random is not None and len(random.keys) == len(found.keys)
+        assert probing.recorder is not None
+        random = probing.recorder.records.compute()
+        assert len(random.keys) == len(found.keys)
         assert not set(random.keys.tolist()) & set(found.keys.tolist())
 
 

@@ -1,18 +1,27 @@
-"""Recorded batches that fit in memory are measured again from there: the user's step runs once on each."""
+"""What a calibration holds: recorded batches if they fit, so that the step runs once, and little else."""
 
+import gc
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
+from transformers import Cache
 
 from catp_lightning import CrossAttentionCalibration
+from catp_lightning.calibration.fit.probing import Probing
+from catp_lightning.calibration.fit.sums import ProbeSums
 from catp_lightning.calibration.replay import memory
 from catp_lightning.calibration.replay.groups import Groups
 from catp_lightning.calibration.replay.memory import Memory
 from catp_lightning.calibration.replay.samples import Samples
 from catp_lightning.calibration.search.race import Check
+from catp_lightning.callbacks import calibration_run
+from catp_lightning.callbacks.calibration_run import CalibrationRun
+from tests.support import family_calibrations
+from tests.support.families import ROWS
+from tests.support.modules import Generating
 from tests.support.recorded_answers import forward, mixed, model, record
 from tests.support.small_calibrations import QUICKEST, Counting, data
 from tests.support.trainers import loading, trainer
@@ -120,3 +129,33 @@ def test_batches_after_one_that_is_missing_are_not_held() -> None:
     some.add(1, batch)
     some.add(2, batch)
     assert not some.has_all(3) and some.has_all(0)
+
+
+def alive(kind: type) -> int:
+    """Return how many objects of a class Python's collector knows."""
+    return sum(issubclass(type(one), kind) for one in gc.get_objects())
+
+
+@pytest.mark.parametrize("name", ["Blip2-OPT", "Blip2-T5", "Llava", "Mllama"])
+def test_a_batch_is_measured_after_its_cache_is_gone_and_without_the_sums_of_earlier_passes(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(memory, "LIMIT", 0)
+    monkeypatch.setattr(calibration_run, "LARGE", 0)  # the sums of a tiny model are small
+    measure, seen, sums = CalibrationRun.measure, list[int](), dict[str, int]()
+
+    def watched(run: CalibrationRun, *args: Any) -> None:
+        seen.append(alive(Cache))
+        sums[run.now.title] = alive(ProbeSums)
+        measure(run, *args)
+
+    (row,) = (one for one in ROWS if one.name == name)
+    gc.collect()
+    caches, others = alive(Cache), alive(ProbeSums)
+    monkeypatch.setattr(CalibrationRun, "measure", watched)
+    callback = CrossAttentionCalibration(tmp_path, keep=0.5, settings=QUICKEST, examples=0)
+    module = Generating(row.model(), family_calibrations.SETTINGS)
+    trainer(callback).predict(module, loading(family_calibrations.data(row)))
+    assert seen and set(seen) == {caches}, "no answer's keys and values are held beside its prompt"
+    assert sums[Probing.title] > others
+    assert sums["checking the chosen policies"] == others

@@ -13,7 +13,6 @@ from catp_lightning.calibration.asked import Asked, AskedImages, GroupNames
 from catp_lightning.calibration.fit.probes import Columns, Probes, pair_rows, probe, scores_of_heads, sizes
 from catp_lightning.calibration.fit.records import ProbeRecords, Recorded
 from catp_lightning.calibration.fit.sums import (
-    FoldSums,
     ImageSet,
     PartCounts,
     ProbeSums,
@@ -35,13 +34,9 @@ PAIRS = 40
 
 @dataclass(frozen=True)
 class Learned:
-    """What probing found, reduced over all processes.
+    """What is known of the split after probing, reduced over all processes.
 
     Attributes:
-        columns: column layout of the sums.
-        sums: sums of the probes by fold.
-        pairs: sums of the probes on pairs of slots; None where slots have no meaning or are too many.
-        records: probes of each sample, for a network; None if none is to be trained.
         images: int64, fingerprints of all images.
         not_finite: int64, keys of the samples to which the unpruned model's own answer is not a number.
         parts: number of samples in each part of the split.
@@ -54,10 +49,6 @@ class Learned:
         sizes: sizes of all prompts, int64 [N, 4], as `Replay.sizes`; None if budgets are no prices.
     """
 
-    columns: Columns
-    sums: FoldSums
-    pairs: FoldSums | None
-    records: Recorded | None
     images: Tensor
     not_finite: Tensor
     parts: dict[str, int]
@@ -205,12 +196,8 @@ class Probing(Pass):
             self.recorder.record(samples, copy, [found[size] for size in self.recorder.sizes])
 
     def learned(self) -> Learned:
-        """Return what was found, over all processes: each must call this."""
+        """Return what is known of the split, over all processes: each must call this."""
         return Learned(
-            self.columns,
-            self.sums.compute(),
-            None if self.pairs is None else self.pairs.compute(),
-            None if self.recorder is None else self.recorder.records.compute(),
             self.images.compute(),
             self.not_finite.compute(),
             self.parts.compute(),

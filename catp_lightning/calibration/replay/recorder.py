@@ -106,8 +106,13 @@ class Recorder:
             each = [*groups.split([len(prompt.tokens) for prompt, _ in prompts])]
         before, self.active = self.active, False
         try:
-            found = zip(prompts, answers, each, strict=True)
-            yield [self._recorded(prompt, seen, answer, of) for (prompt, seen), answer, of in found if seen is not None]
+            found = [
+                self._recorded(prompt, seen, answer, of)
+                for (prompt, seen), answer, of in zip(prompts, answers, each, strict=True)
+                if seen is not None
+            ]
+            prompts.clear()  # they refer to the keys and values of the whole answer
+            yield found
         finally:
             self.active = before
 
