@@ -29,7 +29,7 @@ from catp_lightning.errors import PolicyError, PruningError
 from catp_lightning.methods.observation import Signal
 from catp_lightning.utils.progress import Lines, Pace, batch_of, shows_bars
 
-LARGE = 2**22
+LARGE = 2**20
 """Bytes of a pass's sums above which they are removed as soon as the next pass begins, which takes some 0.2 seconds."""
 
 
