@@ -146,7 +146,7 @@ def calibrate(
 def _fits(probing: Probing, ties: Tolerance) -> tuple[Fitted, list[Fitted], Recorded | None]:
     """Return the fit to all probes, the fits without each fold, and the probes of each sample if they were recorded.
 
-    It holds what all processes found together, so each must call this.
+    Sums are reduced over all processes, so each must call this.
     """
     sums, columns, recorder = probing.sums.compute(), probing.columns, probing.recorder
     pairs = None if probing.pairs is None else probing.pairs.compute()

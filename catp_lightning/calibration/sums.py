@@ -30,7 +30,7 @@ def copied(metrics: Mapping[str, Metric]) -> dict[str, Tensor]:
     }
 
 
-def held(metrics: Mapping[str, Metric]) -> int:
+def bytes_of(metrics: Mapping[str, Metric]) -> int:
     """Return the bytes of the metrics' current states."""
     values = states(metrics).values()
     return sum(one.nbytes for value in values for one in (value if isinstance(value, list) else [value]))

@@ -21,7 +21,7 @@ from catp_lightning.calibration.replay.recorder import Recorder
 from catp_lightning.calibration.replay.samples import Samples
 from catp_lightning.calibration.report.result import CalibrationResult
 from catp_lightning.calibration.search.promise import Promise
-from catp_lightning.calibration.sums import held
+from catp_lightning.calibration.sums import bytes_of
 from catp_lightning.callbacks.loaders import Amount
 from catp_lightning.callbacks.signals import end_if_told, ended_by, tell
 from catp_lightning.callbacks.steps import StepFunction, batches_again
@@ -145,7 +145,7 @@ class CalibrationRun:
     def finish(self) -> bool:
         """End a pass, after saving its sums, so that it need not be repeated; return True if it was the last."""
         self.partial.finish(self.batches, self.now.metrics)
-        large = held(self.now.metrics) > LARGE
+        large = bytes_of(self.now.metrics) > LARGE
         try:
             self.now = next(self.passes)
         except StopIteration as end:

@@ -12,13 +12,7 @@ from catp_lightning.calibration import statistics
 from catp_lightning.calibration.asked import Asked, AskedImages, GroupNames
 from catp_lightning.calibration.fit.probes import Columns, Probes, pair_rows, probe, scores_of_heads, sizes
 from catp_lightning.calibration.fit.records import ProbeRecords, Recorded
-from catp_lightning.calibration.fit.sums import (
-    ImageSet,
-    PartCounts,
-    ProbeSums,
-    PromptSizes,
-    TokenCounts,
-)
+from catp_lightning.calibration.fit.sums import ImageSet, PartCounts, ProbeSums, PromptSizes, TokenCounts
 from catp_lightning.calibration.passes import Pass
 from catp_lightning.calibration.plan import Plan
 from catp_lightning.calibration.replay.samples import Samples

@@ -35,7 +35,7 @@ def determinant_ranks(vectors: Tensor, quality: Tensor, visual: Tensor, max_toke
     Returns:
         int64 [R, T], as `greedy_ranks`.
     """
-    if at_once(vectors) and one_by_one(vectors) and len(vectors) > 1:
+    if one_by_one(vectors) and len(vectors) > 1:
         each = zip(vectors.split(1), quality.split(1), visual.split(1), strict=True)
         return torch.cat([determinant_ranks(*row, max_tokens) for row in each])
     if at_once(vectors):
